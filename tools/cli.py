@@ -1,0 +1,123 @@
+"""What every command shares: one-line errors with an exit status, paths, atomic writes, digests.
+
+A command is a function decorated with `command`: it may raise `WrongInput` (exit status 2) or
+`JobFailed` (exit status 1), whose text says what is wrong, where, and what to do. Everything else
+that is raised becomes one line too; `DEBUG=1` shows the traceback.
+"""
+
+import errno
+import functools
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Nothing leaves the machine unasked. Set before any dependency is imported.
+QUIET = {
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "WANDB_MODE": "disabled",
+    "TRACKIO_DISABLED": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "BITSANDBYTES_NOWELCOME": "1",
+}
+for _name, _value in QUIET.items():
+    os.environ.setdefault(_name, _value)
+
+# A token in a message (a URL with a password, a Hub or cloud key) is never printed.
+SECRET = re.compile(r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
+
+
+class WrongInput(Exception):
+    """The user's input is wrong: exit status 2."""
+
+
+class JobFailed(Exception):
+    """The input was right and the job failed: exit status 1."""
+
+
+def command(function: Callable[[], None]) -> Callable[[], None]:
+    """Wraps a command's `main`: errors become one line on stderr and an exit status."""
+
+    @functools.wraps(function)
+    def run() -> None:
+        try:
+            function()
+        except KeyboardInterrupt:
+            _stop("interrupted; the same command goes on from here", 130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except WrongInput as error:
+            _stop(str(error), 2)
+        except JobFailed as error:
+            _stop(str(error), 1)
+        except OSError as error:
+            if os.environ.get("DEBUG"):
+                raise
+            if error.errno == errno.ENOSPC:
+                _stop(f"no space left on the disk for {error.filename or 'the output'}", 1)
+            _stop(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
+        except Exception as error:
+            if os.environ.get("DEBUG"):
+                raise
+            first = (str(error).strip().splitlines() or [""])[0]
+            _stop(f"{type(error).__name__}: {first} (DEBUG=1 shows where)", 1)
+
+    return run
+
+
+def _stop(message: str, status: int) -> None:
+    if os.environ.get("DEBUG") and sys.exc_info()[0] not in (None, KeyboardInterrupt):
+        import traceback
+
+        traceback.print_exc()
+    print(f"error: {SECRET.sub('***', message)}", file=sys.stderr)
+    sys.exit(status)
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The clause that names what is near to a misspelt `name`: `; did you mean a, b?`."""
+    close = get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that appears at `path` whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    with atomic(path) as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode())
+        file.write(b"\n")
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shown(path: Path) -> str:
+    """A path as a person types it: relative to the project where it lies inside."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

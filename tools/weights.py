@@ -1,0 +1,79 @@
+"""Loads a base at the precision that a recipe trains it on, with or without its adapter.
+
+Used by scoring and chat, so that an adapter always meets the base that it was trained on.
+"""
+
+from pathlib import Path
+from typing import Any
+
+
+def dequantize_once(model: Any) -> int:
+    """Keeps a dense copy of every 4-bit weight of a model on the CPU; returns their bytes.
+
+    bitsandbytes dequantizes a 4-bit weight in every forward and backward pass. On a CPU that costs
+    more than the product itself for small batches, and a small model has room for the dense
+    copy. The copy comes from bitsandbytes' own `dequantize_4bit` and the packed weight stays in
+    place, so the numbers and what is saved are the same. Where the copies would take more than
+    half of the free memory, or the model is on a GPU, nothing changes and 0 is returned.
+    """
+    import bitsandbytes as bnb
+    import psutil
+    import torch
+
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    layers = [m for m in layers if m.weight.device.type == "cpu"]
+    size = sum(4 * m.in_features * m.out_features for m in layers)
+    if size > psutil.virtual_memory().available / 2:
+        return 0
+    for layer in layers:
+        dense = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        dtype = layer.compute_dtype or dense.dtype
+        dense = dense.to(dtype)
+
+        def forward(x: Any, dense: Any = dense, layer: Any = layer) -> Any:
+            bias = None if layer.bias is None else layer.bias.to(dense.dtype)
+            return torch.nn.functional.linear(x.to(dense.dtype), dense, bias).to(x.dtype)
+
+        layer.forward = forward
+    return size
+
+
+def precision(config: dict[str, Any]) -> str:
+    """`nf4`, `fp4`, `int8` or `full`: the precision of the base's linear layers in a recipe."""
+    if config.get("load_in_4bit"):
+        return str((config.get("bnb_config_kwargs") or {}).get("bnb_4bit_quant_type", "nf4"))
+    return "int8" if config.get("load_in_8bit") else "full"
+
+
+def load(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, Any]:
+    """Loads (model, tokenizer) of a recipe's merged config, ready to generate.
+
+    The base is quantized as Axolotl quantizes it for training; compute runs in bfloat16 on a GPU
+    and in float32 on a CPU. `adapter` is a PEFT folder; without it the base alone is returned.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    on_gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    kwargs: dict[str, Any] = {"dtype": dtype, "device_map": {"": 0 if on_gpu else "cpu"}}
+    if config.get("load_in_4bit"):
+        four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        four |= config.get("bnb_config_kwargs") or {}
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **four
+        )
+    elif config.get("load_in_8bit"):
+        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    tokenizer = AutoTokenizer.from_pretrained(config["base_model"])
+    tokenizer.padding_side = "left"
+    for name, token in (config.get("special_tokens") or {}).items():
+        setattr(tokenizer, name, token)
+    model = AutoModelForCausalLM.from_pretrained(config["base_model"], **kwargs)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter))
+    model.eval()
+    dequantize_once(model)
+    return model, tokenizer
