@@ -29,13 +29,32 @@ QUIET = {
     "TRACKIO_DISABLED": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    "BITSANDBYTES_NOWELCOME": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
 for _name, _value in QUIET.items():
     os.environ.setdefault(_name, _value)
 
 # A token in a message (a URL with a password, a Hub or cloud key) is never printed.
 SECRET = re.compile(r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
+
+
+def quiet() -> None:
+    """Silences what the libraries say while they load; this project says what matters itself."""
+    import logging
+    import warnings
+
+    os.environ["TQDM_DISABLE"] = "1"
+    for name in ("torchao", "torch.utils._pytree", "lm_eval", "DeepSpeed", "transformers", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="torch|transformers|peft|bitsandbytes|torchao")
+    from datasets import disable_progress_bars as no_data_bars
+    from huggingface_hub.utils import disable_progress_bars as no_hub_bars
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    no_data_bars()
+    no_hub_bars()
 
 
 class WrongInput(Exception):
@@ -81,7 +100,9 @@ def _stop(message: str, status: int) -> None:
         import traceback
 
         traceback.print_exc()
-    print(f"error: {SECRET.sub('***', message)}", file=sys.stderr)
+    # One line, and nothing in it that steers a terminal.
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in SECRET.sub("***", message))
+    print(f"error: {line}", file=sys.stderr)
     sys.exit(status)
 
 

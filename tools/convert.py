@@ -5,7 +5,8 @@
     python -m tools.convert --dataset fpb IN OUT     one file by the rules of one dataset
 
     {"context": "… Answer: ", "target": "neutral"}
- →  {"messages": [{"role": "user", "content": "… Answer:"}, {"role": "assistant", "content": "neutral"}]}
+ →  {"messages": [{"role": "user", "content": "… Answer:"},
+                  {"role": "assistant", "content": "neutral"}]}
 
 The prompt loses its outer white space and nothing else; rows stay in the order of the source.
 Beside OUT stands OUT.manifest.json: source, digests, row count, labels and repair. A row that
@@ -14,6 +15,7 @@ breaks a rule stops the conversion and is named by file and line; nothing is the
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import re
@@ -76,7 +78,7 @@ def read(source: Path, rule: Rules) -> Iterator[tuple[str, str]]:
             number += 1
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.isspace():
+            if not line.strip():
                 continue
             try:
                 yield row(line, rule)
@@ -105,14 +107,15 @@ def row(line: bytes, rule: Rules) -> tuple[str, str]:
             raise ValueError(f'the key "{key}" is missing; the row has {found}')
         value = content[key]
         if isinstance(value, int | float) and not isinstance(value, bool):
-            value = str(value)  # FinLoRA's own loader turns numbers into strings
+            # FinLoRA's own loader turns numbers into strings; orjson would round long ones.
+            value = str(json.loads(line)[key])
         if not isinstance(value, str):
             raise ValueError(f'"{key}" must be text, not {type(value).__name__}')
+        if found_control := CONTROL.search(value):
+            raise ValueError(f'"{key}" holds the control character {found_control.group()!r}')
         value = value.strip()
         if not value:
             raise ValueError(f'"{key}" is empty')
-        if found_control := CONTROL.search(value):
-            raise ValueError(f'"{key}" holds the control character {found_control.group()!r}')
         values.append(value)
     prompt, answer = values
     answer = rule.relabel.get(answer, answer)
@@ -130,6 +133,8 @@ def convert(
     """
     if not source.is_file():
         raise WrongInput(f"{shown(source)} is not there")
+    if target.resolve() == source.resolve():
+        raise WrongInput(f"{shown(source)} would be overwritten; name another file for the output")
     sha, counted, labels = hashlib.sha256(), 0, Counter[str]()
     with atomic(target) as file:
         for number, (prompt, answer) in enumerate(read(source, rule)):
@@ -195,10 +200,7 @@ def source_folder() -> Path:
 
 def convert_task(task: str, folder: Path) -> None:
     """Converts a task's training set and test sets; what has no source is removed and named."""
-    tasks = sources()["tasks"]
-    if task not in tasks:
-        raise WrongInput(f'unknown task "{task}"{nearest(task, list(tasks))}')
-    spec = tasks[task]
+    spec = sources()["tasks"][task]
     train, split = folder / spec["train"], spec.get("without_train")
     chosen: dict[str, frozenset[int]] = {}
     labels = [set(sources()["datasets"][name].get("labels", ())) for name in spec["eval"]]
@@ -208,6 +210,11 @@ def convert_task(task: str, folder: Path) -> None:
     elif split and (source := folder / sources()["datasets"][split["split"]]["file"]).is_file():
         rule = rules(split["split"], source)
         prompts = [prompt for prompt, _ in read(source, rule)]
+        if len(prompts) <= split["rows"]:
+            raise WrongInput(
+                f"{shown(source)} has {len(prompts)} rows; {split['rows']} of them train in place "
+                f"of {train.name}, and some must be left to test on"
+            )
         picked = frozenset(random.Random(split["seed"]).sample(range(len(prompts)), split["rows"]))
         seen = {prompts[number] for number in picked}
         chosen[split["split"]] = frozenset(n for n, text in enumerate(prompts) if text not in seen)
@@ -252,8 +259,12 @@ def main() -> None:
         report(convert(Path(source), Path(target), rules(name, Path(source))), Path(target))
         return
     folder = source_folder()
+    tasks = arguments.tasks.replace(",", " ").split() or list(sources()["tasks"])
+    for task in tasks:
+        if task not in sources()["tasks"]:
+            raise WrongInput(f'unknown task "{task}"{nearest(task, list(sources()["tasks"]))}')
     print(f"data       from {shown(folder)}" + (" (examples)" if folder == SAMPLE else ""))
-    for task in filter(None, arguments.tasks.replace(",", " ").split() or sources()["tasks"]):
+    for task in tasks:
         convert_task(task, folder)
 
 

@@ -1,9 +1,11 @@
-"""The catalogue: renders recipes from recipes/matrix.yaml, finds them by name, lists and checks them.
+"""The catalogue: renders recipes from recipes/matrix.yaml, finds, lists and checks them.
 
-    python -m tools.recipes list             a table of what there is
-    python -m tools.recipes show NAME        one recipe
-    python -m tools.recipes render           writes every recipe from the matrix
-    python -m tools.recipes check            rendered files are current, and every key is Axolotl's
+What each command does:
+
+python -m tools.recipes list             a table of what there is
+python -m tools.recipes show NAME        one recipe
+python -m tools.recipes render           writes every recipe from the matrix
+python -m tools.recipes check            rendered files are current, and every key is Axolotl's
 """
 
 import argparse
@@ -34,13 +36,17 @@ GROUPS = {
     "Training": [
         *("num_epochs", "max_steps", "micro_batch_size", "gradient_accumulation_steps"),
         *("learning_rate", "lr_scheduler", "warmup_steps", "weight_decay", "optimizer"),
-        *("gradient_checkpointing", "bf16", "seed"),
+        *("group_by_length", "gradient_checkpointing", "bf16", "seed"),
     ],
-    "Output": ["output_dir", "logging_steps", "save_steps", "saves_per_epoch", "save_total_limit"],
+    "Output": [
+        *("output_dir", "logging_steps", "eval_steps", "evals_per_epoch"),
+        *("save_steps", "saves_per_epoch", "save_total_limit"),
+    ],
 }
 # Keys that say where things lie, not what is learned: outside a recipe's digest.
-PLACES = {"output_dir", "dataset_prepared_path", "datasets", "base_model"}
-PLACES |= {"logging_steps", "save_steps", "saves_per_epoch", "save_total_limit"}
+PLACES = {"output_dir", "dataset_prepared_path"}
+PLACES |= {"logging_steps", "eval_steps", "evals_per_epoch"}
+PLACES |= {"save_steps", "saves_per_epoch", "save_total_limit"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,12 @@ class Recipe:
         """The folder of its run."""
         return (ROOT / self.config["output_dir"]).resolve()
 
+    def trained(self) -> dict[str, Any]:
+        """The merged config of its finished run; raises WrongInput without one."""
+        if not (self.run / "run.json").is_file():
+            raise WrongInput(f"{self.name} is not trained; `make train RECIPE={self.name}` does it")
+        return yaml.load((self.run / "config.yaml").read_bytes(), yaml.CSafeLoader)
+
     @property
     def task(self) -> str | None:
         """The task whose data it trains on; None where the data is not of data/sources.yaml."""
@@ -65,8 +77,9 @@ class Recipe:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over what is learned: every key but those that name places."""
+        """SHA-256 over what is learned: every key but those of the output and the data's folder."""
         learned = {key: value for key, value in self.config.items() if key not in PLACES}
+        learned["datasets"] = [e | {"path": Path(e["path"]).name} for e in self.config["datasets"]]
         return hashlib.sha256(json.dumps(learned, sort_keys=True).encode()).hexdigest()
 
 
@@ -96,7 +109,7 @@ def parts(name: str) -> tuple[str, str, str]:
 
 
 def finlora_name(name: str) -> str | None:
-    """FinLoRA's name of a catalogue recipe, `<task>_<model>_<bits>_r<rank>…`; None where it has none."""
+    """FinLoRA's name of a catalogue recipe, `<task>_<model>_<bits>_r<rank>…`, if it has one."""
     model, task, method = parts(name)
     of_model = matrix()["models"][model].get("finlora")
     of_method = matrix()["methods"][method].get("finlora")
@@ -122,10 +135,13 @@ def find(name: str) -> Recipe:
 
 
 def load(path: Path, name: str) -> Recipe:
-    """Reads a recipe file; raises WrongInput where it is not a YAML mapping or lacks what all need."""
+    """Reads a recipe file; raises WrongInput where it is no mapping or lacks what all need."""
     if not path.is_file():
         raise WrongInput(f"{shown(path)} is not there; `make render` writes the catalogue's")
-    text = path.read_text()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise WrongInput(f"{shown(path)}: not UTF-8 at byte {error.start + 1}") from None
     try:
         config = yaml.load(text, yaml.CSafeLoader)
     except yaml.YAMLError as error:
@@ -137,7 +153,14 @@ def load(path: Path, name: str) -> Recipe:
     for key in ("base_model", "datasets", "output_dir"):
         if not config.get(key):
             raise WrongInput(f'{shown(path)}: the key "{key}" is missing')
-    version = next((li[11:].strip() for li in text.splitlines() if li.startswith("# Version:")), "0")
+    entries = config["datasets"]
+    if not isinstance(entries, list) or not all(
+        isinstance(e, dict) and "path" in e for e in entries
+    ):
+        raise WrongInput(f'{shown(path)}: "datasets" must be a list of mappings with a "path"')
+    version = next(
+        (li[11:].strip() for li in text.splitlines() if li.startswith("# Version:")), "0"
+    )
     return Recipe(name, path, config, version)
 
 
@@ -181,13 +204,13 @@ def config(name: str) -> dict[str, Any]:
         table["model_task"].get(f"{model}/{task}", {}),
     ):
         base |= layer
-    if "save_steps" not in base:
-        base["saves_per_epoch"] = 4
+    base |= {} if "save_steps" in base else {"saves_per_epoch": 4}
+    base |= {} if "eval_steps" in base else {"evals_per_epoch": 1}
     return base
 
 
 def rendered(name: str) -> str:
-    """The text of a catalogue recipe: a header that tells how to run it, then its keys in groups."""
+    """The text of a catalogue recipe: a header that tells how to run it, then keys in groups."""
     model, task, method = parts(name)
     table, content = matrix(), config(name)
     model_row, method_row = table["models"][model], table["methods"][method]
@@ -237,7 +260,7 @@ def unknown_keys(config: dict[str, Any], model: Any, where: str = "") -> list[st
         return [m for part in typing.get_args(annotation) for m in models(part)]
 
     found = []
-    fields = {}
+    fields: dict[str, Any] = {}
     for name, info in model.model_fields.items():
         fields |= {name: info} | ({info.alias: info} if info.alias else {})
     for key, value in config.items():
@@ -249,8 +272,9 @@ def unknown_keys(config: dict[str, Any], model: Any, where: str = "") -> list[st
         for index, entry in enumerate(entries):
             if isinstance(entry, dict) and inner:
                 at = f"{where}{key}[{index}]." if isinstance(value, list) else f"{where}{key}."
-                results = [unknown_keys(entry, each, at) for each in inner]
-                found += min(results, key=len)
+                # Where several models are allowed, the one that knows most keys is meant.
+                tried = [unknown_keys(entry, each, at) for each in inner]
+                found += sorted(tried, key=lambda names: len(names))[0]
     return found
 
 
@@ -258,8 +282,6 @@ def validate(content: dict[str, Any], where: str) -> None:
     """Checks a config against Axolotl's own schema, and that Axolotl knows each of its keys."""
     from axolotl.utils.schemas.config import AxolotlInputConfig
     from pydantic import ValidationError
-
-    from tools.cli import WrongInput
 
     own = {"plugins", "dequantize_once", "answer_logits_only"}  # tools/plugin.py adds these
     plain = {key: value for key, value in content.items() if key not in own}
@@ -287,7 +309,7 @@ def listing() -> None:
         version = matrix()["versions"].get(name, matrix()["version"])
         short = name.removeprefix(f"{DEFAULT_MODEL}/")
         table.add_row(short, model_row["title"], method_row["title"], memory, version)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def check() -> None:

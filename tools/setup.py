@@ -45,7 +45,7 @@ def healthy() -> bool:
 def pip(what: str, *arguments: str, must: bool = True) -> bool:
     """Runs pip with its output in the log and one line of progress; True where it succeeded."""
     start, last = time.monotonic(), 0.0
-    command = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", *arguments]
+    command = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", *arguments]
     with open(LOG, "a") as log:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT

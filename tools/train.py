@@ -60,7 +60,7 @@ def hardware() -> dict[str, Any]:
 
 
 def fits(recipe: recipes.Recipe, here: dict[str, Any]) -> None:
-    """Raises WrongInput, before anything is downloaded, where a catalogue recipe cannot run here."""
+    """Raises WrongInput, before any download, where a catalogue recipe cannot run here."""
     if recipe.name not in recipes.names():
         return
     model, task, method = recipes.parts(recipe.name)
@@ -118,15 +118,18 @@ def data_of(recipe: recipes.Recipe) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def only_one(run: Path) -> Iterator[None]:
-    """Holds the run's lock, which dies with this process; raises JobFailed where another has it."""
+def only_one(run: Path) -> Iterator[int]:
+    """Holds the run's lock and yields its file descriptor; raises JobFailed where another has it.
+
+    The training process inherits the descriptor, so the lock lives exactly as long as either.
+    """
     run.parent.mkdir(parents=True, exist_ok=True)
     with open(run.with_name(f".{run.name}.lock"), "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise JobFailed(f"another training of {shown(run)} is under way") from None
-        yield
+        yield file.fileno()
 
 
 def sound(checkpoint: Path) -> bool:
@@ -237,7 +240,7 @@ def cause(log: Path) -> str:
     return SECRET.sub("***", telling[-1][:300]) if telling else "it ended without a word"
 
 
-def axolotl(run: Path) -> None:
+def axolotl(run: Path, lock: int) -> None:
     """Runs `axolotl train` on the run's config; raises JobFailed where it does not finish."""
     # One process needs no launcher; without this, Axolotl starts a second Python for accelerate.
     arguments = ["train", shown(run / "config.yaml"), "--launcher", "python"]
@@ -252,6 +255,7 @@ def axolotl(run: Path) -> None:
             stdin=subprocess.DEVNULL,
             cwd=ROOT,
             env=environment(),
+            pass_fds=[lock],
         )
         try:
             follow(process, run)
@@ -292,13 +296,13 @@ def train(recipe: recipes.Recipe, profile: str, force: bool = False) -> dict[str
     content = merged(recipe, profile)
     data = data_of(recipe)
     identity = {"config": content, "data": [entry["sha256"] for entry in data]}
-    with only_one(recipe.run):
+    with only_one(recipe.run) as lock:
         if not prepare(recipe, identity, force):
             print(f"train      {shown(recipe.run)} is finished (FORCE=1 trains it again)")
             return json.loads((recipe.run / "run.json").read_text())
         with atomic(recipe.run / "config.yaml") as file:
             file.write(yaml.safe_dump(content, sort_keys=False).encode())
-        axolotl(recipe.run)
+        axolotl(recipe.run, lock)
         return finish(recipe, profile, data)
 
 
@@ -329,8 +333,9 @@ def main() -> None:
     run = train(recipe, profile, bool(arguments.force))
     minutes = run["seconds"] / 60
     print(
-        f"train      done: {run['steps']} steps in {minutes:.1f} min, loss {run['train_loss']:.3f}, "
-        f"peak memory {run['peak_memory_bytes'] / 1e9:.1f} GB; adapter in {shown(recipe.run)}"
+        f"train      done: {run['steps']} steps in {minutes:.1f} min, "
+        f"loss {run['train_loss']:.3f}, peak memory {run['peak_memory_bytes'] / 1e9:.1f} GB; "
+        f"adapter in {shown(recipe.run)}"
     )
 
 

@@ -1,0 +1,68 @@
+# Every job of the project. `make` lists them. Values are never expanded by make nor by the shell:
+# they reach programs as they were typed.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory --no-builtin-rules
+
+VARIABLES := RECIPE TASKS PROFILE LIMIT PROMPT FORCE FINLORA_DATA
+$(foreach v,$(VARIABLES),$(eval override $(v) := $$(value $(v))))
+export $(VARIABLES)
+
+DEMO := smollm2-135m/sentiment_r4
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: help setup demo data model train eval chat recipes show render test test-all check clean
+
+help: ## List the jobs
+	@printf 'Jobs (make JOB RECIPE=… TASKS=… …):\n'
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+
+demo: setup ## Everything once: convert, train a QLoRA adapter of SmolLM2-135M, score it, show the table
+	@$(PY) -m tools.convert sentiment
+	@$(PY) -m tools.train $(DEMO)
+	@$(PY) -m evals.run $(DEMO) --tasks fpb
+
+setup: ## Make .venv from requirements.txt (does nothing where it is up to date)
+	@$(PYTHON) -m tools.setup
+
+data: setup ## Turn FinLoRA rows into chat rows: TASKS=sentiment,headline (all without TASKS)
+	@$(PY) -m tools.convert "$$TASKS"
+
+model: setup ## Write SmolLM2-135M-Instruct to models/ (train does it where it is needed)
+	@$(PY) -m tools.export
+
+train: setup ## Train a recipe: RECIPE=smollm2-135m/sentiment_r4 [PROFILE=cpu|gpu] [FORCE=1]
+	@$(PY) -m tools.train "$$RECIPE" --profile "$$PROFILE" --force "$$FORCE"
+
+eval: setup ## Score a recipe's base and adapter: RECIPE=… [TASKS=fpb,fiqa] [LIMIT=200] [FORCE=1]
+	@$(PY) -m evals.run "$$RECIPE" --tasks "$$TASKS" --limit "$$LIMIT" --force "$$FORCE"
+
+chat: setup ## One answer from the base and one from the adapter: RECIPE=… PROMPT="…"
+	@$(PY) -m tools.chat "$$RECIPE" "$$PROMPT"
+
+recipes: setup ## List the catalogue
+	@$(PY) -m tools.recipes list
+
+show: setup ## Print a recipe: RECIPE=sentiment_r4
+	@$(PY) -m tools.recipes show "$$RECIPE"
+
+render: setup ## Write every recipe from recipes/matrix.yaml
+	@$(PY) -m tools.recipes render
+
+test: setup ## Tests, without the long ones
+	@$(PY) -m pytest -m "not slow"
+
+test-all: setup ## All tests, with the real training of SmolLM2
+	@$(PY) -m pytest
+
+check: setup ## Lint, format, types, drift of rendered files, every recipe against Axolotl's schema
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+	@$(PY) data/sample/make.py --check
+	@$(PY) -m tools.recipes check
+
+clean: ## Remove what was made: .venv, models, converted data, caches (trained runs stay; rm -r runs)
+	rm -rf .venv models data/chat .pytest_cache .mypy_cache .ruff_cache

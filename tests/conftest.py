@@ -1,0 +1,86 @@
+"""Fixtures: the real SmolLM2, a tiny random Llama with its tokenizer, and recipes that train it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tools import cli, convert, export, recipes
+
+cli.quiet()
+# Some tests work in another folder.
+if os.environ.get("FINLORA_DATA"):
+    os.environ["FINLORA_DATA"] = os.path.abspath(os.environ["FINLORA_DATA"])
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as the project exports it."""
+    export.ensure(str(export.FOLDER))
+    return export.FOLDER
+
+
+@pytest.fixture(scope="session")
+def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 2 layers and hidden size 64 with random weights and SmolLM2's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample's first 96 sentiment rows as chat data."""
+    target = tmp_path_factory.mktemp("chat") / "sentiment_train.jsonl"
+    source = convert.SAMPLE / "train" / "finlora_sentiment_train.jsonl"
+    convert.convert(source, target, convert.Rules(), frozenset(range(96)))
+    return target
+
+
+def write_recipe(folder: Path, method: str, base: Path, data: Path, **changes: object) -> Path:
+    """A recipe file: SmolLM2's sentiment recipe of a method, on another base and other data."""
+    content = recipes.config(f"smollm2-135m/sentiment_{method}")
+    content |= {"base_model": str(base), "output_dir": str(folder / method)}
+    content |= {"dataset_prepared_path": str(folder / method / "prepared")}
+    content["datasets"][0]["path"] = str(data)
+    content |= {"max_steps": 12, "save_steps": 4, "eval_steps": 12, "warmup_steps": 1} | changes
+    path = folder / f"{method}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m …` in the project as a user would."""
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        cwd=cli.ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def losses(folder: Path) -> dict[int, float]:
+    lines = map(json.loads, (folder / "progress.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}

@@ -1,0 +1,116 @@
+"""`make` lists its jobs, and what is typed for a variable is never run."""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from tools.cli import ROOT
+
+HOSTILE = {
+    "make's shell function": "$(shell touch X)",
+    "backticks": "`touch X`",
+    "a closed quotation": '"; touch X; "',
+    "single quotes": "'; touch X; '",
+    "a doubled dollar": "$$(touch X)",
+    "a newline": "a\ntouch X",
+    "a make variable": "$(SHELL)",
+}
+hostile = pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)
+how = pytest.mark.parametrize("how", ["argument", "environment"])
+
+
+@functools.cache
+def not_ready():
+    """Why a job cannot run without an installation; None where it can."""
+    if not shutil.which("make"):
+        return "make is not installed"
+    code = "from tools.setup import READY, wanted; print(READY.read_text() == wanted())"
+    done = subprocess.run(["python3", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    return None if done.stdout.strip() == "True" else "`make setup` would install: not up to date"
+
+
+@pytest.fixture
+def ready():
+    if reason := not_ready():
+        pytest.skip(reason)
+
+
+def make(*arguments, how="argument", **values):
+    """Runs make with the values as arguments or in the environment; X must not appear."""
+    assert not (ROOT / "X").exists()
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "DEBUG")}
+    if how == "environment":
+        environment |= values
+    else:
+        arguments += tuple(f"{name}={value}" for name, value in values.items())
+    done = subprocess.run(
+        ["make", *arguments], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    ran = (ROOT / "X").exists()
+    (ROOT / "X").unlink(missing_ok=True)
+    assert not ran, f"make {arguments} ran the value"
+    return done
+
+
+def errors(done):
+    """What the job itself said on stderr, without make's own closing line."""
+    assert done.returncode == 2, done
+    return [line for line in done.stderr.splitlines() if not line.startswith("make: ***")]
+
+
+def test_make_alone_lists_every_job():
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M).group(1).split()
+    listed = dict(
+        line.split(maxsplit=1) for line in make().stdout.splitlines() if line.startswith("  ")
+    )
+    assert sorted(listed) == sorted(phony)
+    assert all(len(told) > 5 for told in listed.values())
+
+
+@hostile
+@how
+@pytest.mark.parametrize("name", ["RECIPE", "TASKS", "PROFILE", "LIMIT", "PROMPT", "FORCE"])
+def test_a_value_reaches_a_program_as_it_was_typed(name, value, how):
+    probe = f'--eval=probe: ; @printf %s "$${name}"'
+    done = make(probe, "probe", how=how, **{name: value})
+    assert (done.returncode, done.stdout) == (0, value), done.stderr
+
+
+@hostile
+@how
+@pytest.mark.parametrize("job", ["show", "train"])
+def test_a_hostile_recipe_is_quoted_in_one_line_and_not_run(ready, job, value, how):
+    (line,) = errors(make(job, how=how, RECIPE=value))
+    assert line.startswith("error: unknown recipe ")
+    assert value.split("\n")[0] in line
+
+
+@hostile
+@how
+def test_a_hostile_task_is_quoted_in_one_line_and_not_run(ready, value, how):
+    (line,) = errors(make("data", how=how, TASKS=value))
+    assert line.startswith("error: unknown task ")
+    assert value.split()[0] in line
+
+
+@hostile
+@how
+@pytest.mark.parametrize("job", ["show", "train", "data"])
+def test_a_hostile_prompt_is_not_run_by_any_job(ready, job, value, how):
+    (line,) = errors(make(job, how=how, PROMPT=value, RECIPE="nosuch", TASKS="nosuch"))
+    assert "nosuch" in line
+
+
+def test_a_recipe_is_shown_as_it_stands(ready):
+    done = make("show", "RECIPE=sentiment_r4")
+    assert done.stdout == (ROOT / "recipes/llama-3.1-8b/sentiment_r4.yaml").read_text()
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_missing_recipe_says_how_to_list_them(ready):
+    (line,) = errors(make("show"))
+    assert line == "error: RECIPE=… is needed; `make recipes` lists what there is"

@@ -1,0 +1,262 @@
+"""The catalogue is what its tables give, is FinLoRA's to the number, and has no misspelt key."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel, Field
+
+from tools import recipes
+from tools.cli import ROOT, WrongInput
+
+# FinLoRA's settings, as its repository has them (not read from recipes/matrix.yaml).
+FINLORA = {
+    "base_model": "meta-llama/Llama-3.1-8B-Instruct",
+    "learning_rate": 1e-4,
+    "lr_scheduler": "cosine",
+    "warmup_steps": 10,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "lora_target_modules": ["q_proj", "k_proj", "v_proj"],
+    "val_set_size": 0.02,
+    "sequence_len": 4096,
+    "sample_packing": False,
+    "gradient_checkpointing": True,
+    "weight_decay": 0,
+    "special_tokens": {"pad_token": "<|end_of_text|>"},
+    "num_epochs": 4,
+    "micro_batch_size": 8,
+    "gradient_accumulation_steps": 2,
+}
+NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+EIGHT = {"adapter": "lora", "lora_r": 8, "load_in_8bit": True, "optimizer": "adamw_bnb_8bit"}
+METHODS = {
+    "sentiment_llama_3_1_8b_4bits_r4": {
+        **{"adapter": "qlora", "lora_r": 4, "load_in_4bit": True, "bnb_config_kwargs": NF4},
+        "optimizer": "paged_adamw_8bit",
+    },
+    "sentiment_llama_3_1_8b_8bits_r8": EIGHT,
+    "sentiment_llama_3_1_8b_8bits_r8_dora": EIGHT | {"peft_use_dora": True},
+    "sentiment_llama_3_1_8b_8bits_r8_rslora": EIGHT | {"peft_use_rslora": True},
+    "sentiment_llama_3_1_8b_fp16_r8": {
+        **{"adapter": "lora", "lora_r": 8, "optimizer": "adamw_bnb_8bit"}
+    },
+}
+# What a method may set; where it is not named above, it must be absent.
+OF_METHODS = {
+    *("adapter", "lora_r", "load_in_4bit", "load_in_8bit", "bnb_config_kwargs", "optimizer"),
+    *("peft_use_dora", "peft_use_rslora"),
+}
+SMALL = {"base_model": "m", "datasets": [{"path": "rows.jsonl"}], "output_dir": "runs/x"}
+
+
+def write(path, content):
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_recipe_file_is_what_the_matrix_gives(name):
+    text = (ROOT / "recipes" / f"{name}.yaml").read_text()
+    assert text == recipes.rendered(name)
+    assert yaml.safe_load(text) == recipes.config(name)
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_recipe_names_the_command_that_runs_it_and_its_own_folder(name):
+    text = (ROOT / "recipes" / f"{name}.yaml").read_text()
+    typed = text.split("make train RECIPE=")[1].split()[0]
+    found = recipes.find(typed)
+    assert found.name == name
+    assert found.run == ROOT / "runs" / name
+    assert found.version == "1.0.0"
+
+
+@pytest.mark.parametrize(("name", "method"), METHODS.items(), ids=METHODS)
+def test_a_llama_sentiment_recipe_has_finloras_numbers(name, method):
+    config = recipes.find(name).config
+    assert {key: config.get(key) for key in FINLORA} == FINLORA
+    assert {key: value for key, value in config.items() if key in OF_METHODS} == method
+    assert config["datasets"][0]["path"] == "data/chat/sentiment_train.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("sentiment_r4", "llama-3.1-8b/sentiment_r4"),
+        ("llama-3.1-8b/sentiment_r4", "llama-3.1-8b/sentiment_r4"),
+        ("smollm2-135m/sentiment_r8_dora", "smollm2-135m/sentiment_r8_dora"),
+        ("sentiment_llama_3_1_8b_8bits_r8_rslora", "llama-3.1-8b/sentiment_r8_rslora"),
+        ("sentiment_llama_3_1_8b_fp16_r8", "llama-3.1-8b/sentiment_r8_fp16"),
+    ],
+)
+def test_a_recipe_is_found_by_each_of_its_names(typed, name):
+    found = recipes.find(typed)
+    assert (found.name, found.task) == (name, "sentiment")
+    assert found.path == ROOT / "recipes" / f"{name}.yaml"
+
+
+@pytest.mark.parametrize(
+    ("typed", "near"),
+    [
+        ("sentimnet_r4", "sentiment_r4"),
+        ("smollm2/sentiment_r8", "smollm2-135m/sentiment_r8"),
+        ("sentiment_llama_3_1_8b_4bits_r8", "sentiment_llama_3_1_8b_8bits_r8"),
+        ("../recipes/llama-3.1-8b/sentiment_r4", "llama-3.1-8b/sentiment_r4"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_near_ones(typed, near):
+    with pytest.raises(WrongInput) as error:
+        recipes.find(typed)
+    told, _, hint = str(error.value).partition("; did you mean ")
+    assert told == f'unknown recipe "{typed}"'
+    assert near in hint.rstrip("?").split(", ")
+
+
+@pytest.mark.parametrize("typed", ["", "zzzzzz"])
+def test_where_nothing_is_near_the_list_is_named(typed):
+    with pytest.raises(WrongInput, match="`make recipes` lists what there is"):
+        recipes.find(typed)
+
+
+def test_a_recipe_of_ones_own_is_found_by_its_path(tmp_path):
+    path = write(tmp_path / "mine.yaml", "# Version: 2.1\n" + yaml.safe_dump(SMALL))
+    found = recipes.find(path)
+    assert (found.config, found.version, found.task) == (SMALL, "2.1", None)
+
+
+BROKEN = {
+    "not YAML": ("base_model: m\ndatasets: [\noutput_dir: }\n", "line 3: not YAML"),
+    "a list": ("- a\n- b\n", "a mapping of Axolotl options is needed"),
+    "empty": ("", "a mapping of Axolotl options is needed"),
+    "no base": ({**SMALL, "base_model": None}, 'the key "base_model" is missing'),
+    "no data": ({**SMALL, "datasets": []}, 'the key "datasets" is missing'),
+    "no output": ({k: SMALL[k] for k in ("base_model", "datasets")}, 'key "output_dir" is missing'),
+}
+
+
+@pytest.mark.parametrize(("content", "said"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_recipe_is_named_with_what_is_wrong(tmp_path, content, said):
+    path = write(tmp_path / "mine.yaml", content)
+    with pytest.raises(WrongInput) as error:
+        recipes.find(path)
+    assert path in str(error.value) and said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_recipe_file_that_is_not_utf_8_is_named(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"base_model: \xff\n")
+    with pytest.raises(WrongInput, match="mine.yaml"):
+        recipes.find(str(path))
+
+
+def test_a_recipe_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(WrongInput, match="nowhere.yaml is not there"):
+        recipes.find(str(tmp_path / "nowhere.yaml"))
+
+
+def digest(**changed):
+    config = recipes.find("sentiment_r4").config | changed
+    return recipes.Recipe("x", ROOT / "x.yaml", config, "1").digest
+
+
+@pytest.mark.parametrize("key", sorted(recipes.PLACES - {"datasets"}))
+def test_the_digest_is_the_same_wherever_things_lie(key):
+    assert digest(**{key: "elsewhere"}) == digest()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"lora_r": 5}, {"learning_rate": 2e-4}, {"seed": 1}, {"lora_target_modules": ["q_proj"]}],
+    ids=str,
+)
+def test_the_digest_changes_with_what_is_learned(changed):
+    assert digest(**changed) != digest()
+
+
+def test_the_digest_knows_how_rows_are_read_but_not_where_they_lie():
+    (dataset,) = recipes.find("sentiment_r4").config["datasets"]
+    assert digest(datasets=[dataset | {"path": "elsewhere.jsonl"}]) == digest()
+    assert digest(datasets=[dataset | {"train_on_eos": "all"}]) != digest()
+
+
+# ---- keys that a schema does not know
+
+
+class Chat(BaseModel):
+    path: str = ""
+    roles_to_train: list[str] | None = None
+
+
+class Plain(BaseModel):
+    path: str = ""
+    text: str = ""
+
+
+class Nested(BaseModel):
+    depth: int | None = None
+    inner: Chat | None = None
+
+
+class Schema(BaseModel):
+    lora_r: int | None = None
+    datasets: list[Chat | Plain] | None = None
+    nested: Nested | None = None
+    free: dict[str, Any] | None = None
+    renamed: int | None = Field(default=None, alias="other")
+
+
+@pytest.mark.parametrize(
+    ("config", "unknown"),
+    [
+        ({"lora_r": 1, "other": 2, "renamed": 3, "free": {"x": {"y": 1}}, "nested": None}, []),
+        ({"lora_rank": 4}, ["lora_rank; did you mean lora_r?"]),
+        ({"zzz": 1, "lora_r": 2, "qqq": 3}, ["zzz", "qqq"]),
+        ({"datasets": [{"path": "a", "text": "b"}, {"roles_to_train": []}]}, []),
+        (
+            {"datasets": [{"path": "a"}, {"roles_to_trian": ["assistant"]}]},
+            ["datasets[1].roles_to_trian; did you mean roles_to_train?"],
+        ),
+        ({"nested": {"dept": 1}}, ["nested.dept; did you mean depth?"]),
+        ({"nested": {"inner": {"pth": "a"}}}, ["nested.inner.pth; did you mean path?"]),
+    ],
+)
+def test_a_key_that_the_schema_does_not_know_is_found_at_any_depth(config, unknown):
+    assert recipes.unknown_keys(config, Schema) == unknown
+
+
+def test_axolotl_takes_the_catalogue_and_a_misspelt_key_is_refused_although_axolotl_takes_it():
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    for name in recipes.names():
+        config = recipes.find(name).config
+        recipes.validate(config, name)
+        for profile in ("cpu", "gpu"):
+            recipes.validate(config | recipes.profile(profile), name)
+
+    config = recipes.find("sentiment_r4").config
+    (dataset,) = config["datasets"]
+    for wrong, key in (
+        ({"lora_rank": 4}, "lora_rank"),
+        ({"datasets": [dataset | {"roles_to_trian": ["user"]}]}, "datasets[0].roles_to_trian"),
+    ):
+        AxolotlInputConfig.model_validate(config | wrong)
+        with pytest.raises(WrongInput) as error:
+            recipes.validate(config | wrong, "mine.yaml")
+        assert str(error.value).startswith(f"mine.yaml: Axolotl has no key {key}; did you mean ")
+    with pytest.raises(WrongInput, match=r"^mine.yaml: lora_r: "):
+        recipes.validate(config | {"lora_r": "four"}, "mine.yaml")
+
+
+def test_the_list_shows_every_recipe_and_loads_no_heavy_library():
+    code = (
+        "import sys; from tools import recipes; sys.argv = ['recipes', 'list']; recipes.main();"
+        "print(*({'torch', 'transformers', 'axolotl', 'peft'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr.strip()) == (0, "")
+    first = [line.split()[0] for line in done.stdout.splitlines() if not line.startswith(" ")]
+    assert first == ["recipe", *(n.removeprefix("llama-3.1-8b/") for n in recipes.names())]

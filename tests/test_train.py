@@ -1,0 +1,245 @@
+"""Training: every method really trains, a killed run goes on, a finished one stays as it is."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import losses, run, write_recipe
+from tools import cli, recipes, train
+
+METHODS = ["r4", "r8", "r8_dora", "r8_rslora", "r8_fp16"]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, chat_rows, tmp_path_factory) -> dict[str, Path]:
+    """A finished run of 12 steps for each method, on the tiny Llama."""
+    folder, done = tmp_path_factory.mktemp("runs"), {}
+    for method in METHODS:
+        result = run("tools.train", write_recipe(folder, method, tiny, chat_rows))
+        assert result.returncode == 0, result.stdout + result.stderr
+        done[method] = folder / method
+    return done
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_an_adapter_that_peft_loads(runs, method):
+    from peft import PeftConfig
+    from safetensors.torch import load_file
+
+    config = PeftConfig.from_pretrained(str(runs[method]))
+    assert config.r == (4 if method == "r4" else 8)
+    assert set(config.target_modules) == {"q_proj", "k_proj", "v_proj"}
+    assert config.use_dora == (method == "r8_dora")
+    assert config.use_rslora == (method == "r8_rslora")
+    tensors = load_file(runs[method] / "adapter_model.safetensors")
+    moved = [tensor.abs().max() > 0 for name, tensor in tensors.items() if "lora_B" in name]
+    assert len(moved) == 6 and all(moved)  # 3 projections in 2 layers; B starts at zero
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_says_what_was_done(runs, method, chat_rows):
+    content = json.loads((runs[method] / "run.json").read_text())
+    config = yaml.safe_load((runs[method] / "config.yaml").read_text())
+    assert content["steps"] == 12
+    assert content["data"][0]["sha256"] == cli.digest(chat_rows)
+    assert content["data"][0]["rows"] == 96
+    assert content["adapter_sha256"] == cli.digest(runs[method] / "adapter_model.safetensors")
+    assert content["seconds"] > 0 and content["tokens_per_second"] > 0
+    assert content["packages"]["torch"].startswith("2.")
+    assert config["optimizer"] == "adamw_torch" and config["lora_r"] == (4 if method == "r4" else 8)
+
+
+def test_trainable_parameters_are_rank_times_in_plus_out(runs):
+    # q: 64 -> 64, k and v: 64 -> 32; two layers; DoRA adds a magnitude for each output.
+    for method, rank, extra in (("r4", 4, 0), ("r8", 8, 0), ("r8_dora", 8, 64 + 32 + 32)):
+        content = json.loads((runs[method] / "run.json").read_text())
+        assert content["trainable_parameters"] == 2 * (rank * (128 + 96 + 96) + extra)
+
+
+def test_axolotl_trained_on_the_tokens_that_the_scorer_feeds(runs, tiny, chat_rows):
+    from datasets import load_from_disk
+    from transformers import AutoTokenizer
+
+    from tools import prompt
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    expected = set()
+    for line in chat_rows.read_text().splitlines():
+        user, assistant = json.loads(line)["messages"]
+        fed = prompt.tokens(tokenizer, [user])
+        answer = tokenizer.encode(assistant["content"], add_special_tokens=False)
+        expected.add((tuple(fed), tuple(answer)))
+    (folder,) = [path for path in (runs["r4"] / "prepared").iterdir() if path.is_dir()]
+    trained = load_from_disk(str(folder))
+    assert len(trained) == 96
+    newline = tokenizer.encode("\n")
+    for row in trained:
+        ids, labels = row["input_ids"], row["labels"]
+        first = next(place for place, label in enumerate(labels) if label != -100)
+        # The loss falls on the answer and its end token alone.
+        answer = [label for label in labels if label != -100]
+        assert answer[-1] == tokenizer.eos_token_id
+        assert (tuple(ids[:first]), tuple(answer[:-1])) in expected
+        assert ids[first : first + len(answer)] == answer
+        assert ids[first + len(answer) :] == newline
+        expected.discard((tuple(ids[:first]), tuple(answer[:-1])))
+    assert not expected
+
+
+def test_a_run_killed_in_the_middle_goes_on_with_the_same_losses(runs, tiny, chat_rows, tmp_path):
+    recipe = write_recipe(tmp_path, "r4", tiny, chat_rows)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools.train", recipe], cwd=cli.ROOT, start_new_session=True
+    )
+    progress = tmp_path / "r4" / "progress.jsonl"
+    deadline = time.monotonic() + 300
+    while not (progress.exists() and len(losses(tmp_path / "r4")) >= 6):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "r4" / "run.json").exists()
+    kept = train.last_checkpoint(tmp_path / "r4")
+    assert kept >= 4
+
+    result = run("tools.train", recipe)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"goes on from step {kept}" in result.stdout
+    assert losses(tmp_path / "r4") == pytest.approx(losses(runs["r4"]), abs=1e-4)
+
+
+def test_a_damaged_checkpoint_is_left_out_and_the_one_before_is_used(runs, tmp_path):
+    shutil.copytree(runs["r4"], tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-12" / "optimizer.pt").write_bytes(b"PK half a file")
+    assert train.last_checkpoint(tmp_path / "run") == 8
+    assert not (tmp_path / "run" / "checkpoint-12").exists()
+
+
+def test_a_finished_run_is_trained_again_only_where_something_changed(runs, tiny, chat_rows):
+    folder = runs["r4"].parent
+    before = (runs["r4"] / "run.json").read_bytes()
+    result = run("tools.train", folder / "r4.yaml")
+    assert result.returncode == 0 and "is finished" in result.stdout
+    assert (runs["r4"] / "run.json").read_bytes() == before
+
+    recipe = recipes.find(str(folder / "r4.yaml"))
+    identity = json.loads((recipe.run / "identity.json").read_text())
+    assert not train.prepare(recipe, identity, force=False)
+    copy = folder / "changed"
+    shutil.copytree(recipe.run, copy)
+    moved = recipes.Recipe(
+        recipe.name, recipe.path, recipe.config | {"output_dir": str(copy)}, "1.0.0"
+    )
+    assert train.prepare(moved, identity | {"data": ["another digest"]}, force=False)
+    assert not (copy / "run.json").exists()
+    assert (folder / "changed.previous" / "run.json").read_bytes() == before
+
+
+def test_two_trainings_of_one_recipe_at_once_are_refused(tmp_path):
+    refused = pytest.raises(cli.JobFailed, match="under way")
+    with train.only_one(tmp_path / "run"), refused, train.only_one(tmp_path / "run"):
+        pass
+
+
+def test_a_recipe_for_a_gpu_is_refused_with_one_that_runs_here():
+    if train.hardware()["gpus"]:
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(cli.WrongInput, match="needs a CUDA GPU with 9 GB.*smollm2-135m") as refused:
+        train.fits(recipes.find("sentiment_r4"), train.hardware())
+    assert "\n" not in str(refused.value)
+
+
+def test_missing_data_and_a_misspelt_key_are_one_line_each(tiny, chat_rows, tmp_path):
+    recipe = write_recipe(tmp_path, "r4", tiny, tmp_path / "sentiment_train.jsonl")
+    result = run("tools.train", recipe)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "make data TASKS=sentiment" in result.stderr
+
+    result = run("tools.train", write_recipe(tmp_path, "r4", tiny, chat_rows, lora_rank=4))
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "lora_rank" in result.stderr and not (tmp_path / "r4").exists()
+
+
+def test_a_training_that_fails_says_why_and_is_no_finished_run(tiny, chat_rows, tmp_path):
+    broken = tmp_path / "base"
+    shutil.copytree(tiny, broken)
+    (broken / "model.safetensors").write_bytes(b"not tensors")
+    result = run("tools.train", write_recipe(tmp_path, "r4", broken, chat_rows))
+    assert result.returncode == 1
+    assert "Error" in result.stderr and "train.log" in result.stderr
+    assert not (tmp_path / "r4" / "run.json").exists()
+
+
+@pytest.mark.parametrize("lever", ["dequantize_once", "answer_logits_only"])
+def test_a_cpu_lever_changes_no_number(tiny, lever):
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from tools import plugin, weights
+
+    def loss_and_gradients(with_lever: bool):
+        config = {"base_model": str(tiny), "load_in_4bit": True}
+        calls = []
+        undo = weights.dequantize_once
+        weights.dequantize_once = lambda model: calls.append(model) or 0
+        try:
+            model, tokenizer = weights.load(config)
+        finally:
+            weights.dequantize_once = undo
+        torch.manual_seed(0)
+        wanted = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        model = get_peft_model(model, wanted).train()
+        if with_lever:
+            apply = {"dequantize_once": undo, "answer_logits_only": plugin.answer_logits_only}
+            assert apply[lever](model) != 0
+        ids = torch.randint(5, 40000, (4, 30), generator=torch.Generator().manual_seed(1))
+        labels = torch.full_like(ids, -100)
+        labels[:, -4:-1] = ids[:, -4:-1]
+        labels[0, -6] = ids[0, -6]
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        return loss, [p.grad for p in model.parameters() if p.requires_grad]
+
+    plain, with_lever = loss_and_gradients(False), loss_and_gradients(True)
+    torch.testing.assert_close(with_lever[0], plain[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(with_lever[1], plain[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_plain_axolotl_trains_the_recipe_with_the_profile_as_flags(smollm2, chat_rows, tmp_path):
+    """`axolotl train` on the file in recipes/, without any of this project's tools."""
+    from axolotl.cli.main import cli as axolotl
+
+    (tmp_path / "models").symlink_to(smollm2.parent)
+    (tmp_path / "data" / "chat").mkdir(parents=True)
+    shutil.copy(chat_rows, tmp_path / "data" / "chat")
+    own = {"dequantize_once", "answer_logits_only"}
+    options = {option.name: option for option in axolotl.commands["train"].params}
+    flags = ["--max-steps", "2"]
+    for key, value in recipes.profile("cpu").items():
+        if key not in own:
+            off = options[key].secondary_opts  # --no-… where the option is a switch
+            flags += off if off and value is False else [options[key].opts[0], str(value).lower()]
+    result = subprocess.run(
+        [
+            Path(sys.executable).parent / "axolotl",
+            "train",
+            cli.ROOT / "recipes/smollm2-135m/sentiment_r4.yaml",
+            *("--launcher", "python"),
+            *flags,
+        ],
+        cwd=tmp_path,
+        env=train.environment() | {"PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (tmp_path / "runs/smollm2-135m/sentiment_r4/adapter_model.safetensors").is_file()
