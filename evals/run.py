@@ -74,7 +74,8 @@ def measure(
 
     from evals.model import Model
 
-    total = convert.manifest(convert.test_path(dataset))["rows"]
+    with open(convert.test_path(dataset), "rb") as file:
+        total = sum(1 for _ in file)
     rows = min(limit or total, total)
     result = simple_evaluate(
         model=Model(model, tokenizer, BATCH, label, rows),

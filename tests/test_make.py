@@ -28,7 +28,7 @@ def not_ready():
     """Why a job cannot run without an installation; None where it can."""
     if not shutil.which("make"):
         return "make is not installed"
-    code = "from tools.setup import READY, wanted; print(READY.read_text() == wanted())"
+    code = "from tools.setup import ready; print(ready())"
     done = subprocess.run(["python3", "-c", code], capture_output=True, text=True, cwd=ROOT)
     return None if done.stdout.strip() == "True" else "`make setup` would install: not up to date"
 

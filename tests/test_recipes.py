@@ -179,7 +179,8 @@ def test_the_digest_changes_with_what_is_learned(changed):
 
 def test_the_digest_knows_how_rows_are_read_but_not_where_they_lie():
     (dataset,) = recipes.find("sentiment_r4").config["datasets"]
-    assert digest(datasets=[dataset | {"path": "elsewhere.jsonl"}]) == digest()
+    assert digest(datasets=[dataset | {"path": "/else/where/sentiment_train.jsonl"}]) == digest()
+    assert digest(datasets=[dataset | {"path": "data/chat/ner_train.jsonl"}]) != digest()
     assert digest(datasets=[dataset | {"train_on_eos": "all"}]) != digest()
 
 

@@ -114,6 +114,10 @@ def test_a_run_killed_in_the_middle_goes_on_with_the_same_losses(runs, tiny, cha
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"goes on from step {kept}" in result.stdout
     assert losses(tmp_path / "r4") == pytest.approx(losses(runs["r4"]), abs=1e-4)
+    once, killed = (
+        folder / "adapter_model.safetensors" for folder in (runs["r4"], tmp_path / "r4")
+    )
+    assert cli.digest(once) == cli.digest(killed)
 
 
 def test_a_damaged_checkpoint_is_left_out_and_the_one_before_is_used(runs, tmp_path):

@@ -14,10 +14,10 @@ from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
 from tools.cli import write_json
-from tools.weights import dequantize_once
+from tools.weights import dequantize_once, keep_8bit_scales
 
 
 class Args(BaseModel):
@@ -104,6 +104,15 @@ class RunPlugin(BasePlugin):
         # From two processes on Axolotl maps the model to accelerator 0, which a CPU has not.
         if os.environ.get("ACCELERATE_USE_CPU") == "true":
             cfg.device_map = {"": "cpu"}
+
+    def pre_model_load(self, cfg: Any) -> None:
+        if cfg.load_in_8bit:
+            keep_8bit_scales()
+
+    def pre_lora_load(self, cfg: Any, model: Any) -> None:
+        # Axolotl seeds when it makes the trainer, which is after the adapter's random A: without
+        # this, two runs of one recipe differ from the third step on.
+        set_seed(cfg.seed)
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
         if cfg.dequantize_once:

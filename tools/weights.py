@@ -38,6 +38,27 @@ def dequantize_once(model: Any) -> int:
     return size
 
 
+def keep_8bit_scales() -> None:
+    """Lets DoRA run on an 8-bit base on a CPU, where PEFT 0.20 and bitsandbytes 0.50 disagree.
+
+    In every DoRA forward PEFT replaces a layer's weight by `weight.to("cpu")`. bitsandbytes had
+    moved the weight's scales (SCB) into the layer's state, so the new weight has none, and the
+    next forward would put that none into the state. Here the state's scales are kept.
+    """
+    from bitsandbytes.nn import Linear8bitLt
+
+    original = Linear8bitLt.init_8bit_state
+    if original.__name__ == "keeping_scales":
+        return
+
+    def keeping_scales(layer: Any) -> None:
+        if layer.weight.SCB is None:
+            layer.weight.SCB = layer.state.SCB
+        original(layer)
+
+    Linear8bitLt.init_8bit_state = keeping_scales
+
+
 def precision(config: dict[str, Any]) -> str:
     """`nf4`, `fp4`, `int8` or `full`: the precision of the base's linear layers in a recipe."""
     if config.get("load_in_4bit"):
@@ -64,6 +85,7 @@ def load(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, Any]
             load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **four
         )
     elif config.get("load_in_8bit"):
+        keep_8bit_scales()
         kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     tokenizer = AutoTokenizer.from_pretrained(config["base_model"])
     tokenizer.padding_side = "left"
