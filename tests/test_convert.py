@@ -331,3 +331,23 @@ def test_the_published_data_is_looked_for_where_the_variable_says():
     assert convert.source_folder() == (
         (Path(FINLORA) / "data").resolve() if FINLORA else convert.SAMPLE
     )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", disk]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this machine does not let a small disk be mounted")
+    try:
+        source = convert.SAMPLE / "train" / "finlora_sentiment_train.jsonl"
+        arguments = ["tools.convert", "--dataset", "fpb", source, disk / "out.jsonl"]
+        done = subprocess.run(
+            [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "no space left" in done.stderr
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)

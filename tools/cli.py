@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,6 +45,8 @@ def quiet() -> None:
     import warnings
 
     os.environ["TQDM_DISABLE"] = "1"
+    if not shutil.which("nvidia-smi"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns that it finds no other
     for name in ("torchao", "torch.utils._pytree", "lm_eval", "DeepSpeed", "transformers", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch|transformers|peft|bitsandbytes|torchao")

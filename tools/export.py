@@ -12,7 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
-from tools.cli import ROOT, JobFailed, command, shown
+from tools.cli import ROOT, JobFailed, command, quiet, shown
 
 FOLDER = ROOT / "models" / "smollm2-135m"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,6 +35,7 @@ def package_file() -> Path:
 
 def export(folder: Path) -> None:
     """Writes model (float32 safetensors, 134.5 million parameters) and tokenizer to `folder`."""
+    quiet()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 

@@ -57,7 +57,7 @@ def healthy() -> bool:
 
 def pip(what: str, *arguments: str, must: bool = True) -> bool:
     """Runs pip with its output in the log and one line of progress; True where it succeeded."""
-    start, last = time.monotonic(), 0.0
+    start, last, said = time.monotonic(), 0.0, ""
     command = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", *arguments]
     with open(LOG, "a") as log:
         process = subprocess.Popen(
@@ -68,9 +68,10 @@ def pip(what: str, *arguments: str, must: bool = True) -> bool:
             log.write(line)
             now = time.monotonic()
             if now - last > (0.2 if sys.stdout.isatty() else 20):
-                short = re.sub(r"\s+", " ", re.sub(r"\(from.*|http\S+", "", line)).strip()[:60]
+                step = re.match(r"\s*(Collecting|Downloading|Building|Installing) [^\s(]+", line)
+                said = step.group().strip()[:60] if step else said
                 end = "\r" if sys.stdout.isatty() else "\n"
-                print(f"setup      {what} {now - start:4.0f} s  {short:<60}", end=end, flush=True)
+                print(f"setup      {what} {now - start:4.0f} s  {said:<60}", end=end, flush=True)
                 last = now
     if process.wait() == 0:
         print(f"setup      {what} done in {time.monotonic() - start:.0f} s{'':<60}")
@@ -91,6 +92,7 @@ def main() -> None:
     if not (3, 11) <= sys.version_info[:2] < (3, 13):
         fail(f"Python 3.11 or 3.12 is needed, this is {sys.version.split()[0]}: make PYTHON=…")
     if ready():
+        READY.touch()
         return
     if not healthy():
         shutil.rmtree(VENV, ignore_errors=True)
