@@ -33,8 +33,9 @@ def show(recipe: str, files: dict[str, list[Path]]) -> None:
         answers = [[row[side]["answered"] for row in rows] for side in (0, 1)]
         for metric, title in TITLES.items():
             gain = stats.difference(metric, expected, *answers)
+            examples = base["evaluated"]["data_from"] == "data/sample"
             table.add_row(
-                dataset,
+                f"{dataset} (examples)" if examples else dataset,
                 title,
                 percent(base["metrics"][metric]),
                 percent(adapter["metrics"][metric]),

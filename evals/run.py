@@ -13,6 +13,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from evals import report, stats
 from tools import convert, export, recipes, weights
 from tools.cli import ROOT, WrongInput, command, digest, nearest, quiet, write_json
@@ -53,15 +55,20 @@ def score_file(place: Path, dataset: str, limit: int | None) -> Path:
 
 def evaluated(recipe: recipes.Recipe, config: dict[str, Any], dataset: str, adapter: bool) -> Any:
     """What a score depends on; where it is the same, the score stands."""
-    task = [path for path in TASKS.iterdir() if path.suffix in (".yaml", ".py")]
+    base = Path(config["base_model"])
+    task = yaml.load(
+        (TASKS / f"{dataset}.yaml").read_text().replace("!function", ""), yaml.CSafeLoader
+    )
+    files = [f"{dataset}.yaml", "utils.py", *filter(None, [task.get("include")])]
     return {
         "dataset": dataset,
         "base_model": config["base_model"],
+        "base_files": {file.name: file.stat().st_mtime for file in base.glob("*.safetensors")},
         "precision": weights.precision(config),
         "adapter_sha256": digest(recipe.run / "adapter_model.safetensors") if adapter else None,
         "data_sha256": convert.manifest(convert.test_path(dataset))["sha256"],
         "data_from": convert.manifest(convert.test_path(dataset)).get("from"),
-        "tasks": {path.name: digest(path)[:12] for path in sorted(task)},
+        "task_files": {name: digest(TASKS / name)[:12] for name in files},
     }
 
 
