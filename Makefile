@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 
-VARIABLES := RECIPE TASKS PROFILE LIMIT PROMPT FORCE FINLORA_DATA
+VARIABLES := RECIPE TASKS PROFILE LIMIT PROMPT FORCE FINLORA_DATA GPU NPROC PRICE
 $(foreach v,$(VARIABLES),$(eval override $(v) := $$(value $(v))))
 export $(VARIABLES)
 
@@ -14,7 +14,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: help setup demo data model train eval chat recipes show render test test-all check clean
+.PHONY: help setup demo data model train eval chat recipes show plan render test test-all check clean
 
 help: ## List the jobs
 	@printf 'Jobs (make JOB RECIPE=… TASKS=… …):\n'
@@ -55,6 +55,9 @@ recipes: $(READY) ## List the catalogue
 
 show: $(READY) ## Print a recipe: RECIPE=sentiment_r4
 	@$(PY) -m tools.recipes show "$$RECIPE"
+
+plan: $(READY) ## What a recipe takes before a GPU is rented: RECIPE=… [GPU="A5000 24GB"] [NPROC=4] [PRICE=0.26]
+	@$(PY) -m tools.plan "$$RECIPE" --gpu "$$GPU" --nproc "$$NPROC" --price "$$PRICE"
 
 render: $(READY) ## Write every recipe from recipes/matrix.yaml
 	@$(PY) -m tools.recipes render

@@ -156,7 +156,9 @@ def test_two_trainings_of_one_recipe_at_once_are_refused(tmp_path):
 def test_a_recipe_for_a_gpu_is_refused_with_one_that_runs_here():
     if train.hardware()["gpus"]:
         pytest.skip("this machine has a GPU")
-    with pytest.raises(cli.WrongInput, match="needs a CUDA GPU with 9 GB.*smollm2-135m") as refused:
+    with pytest.raises(
+        cli.WrongInput, match="needs a CUDA GPU with 9 GiB.*smollm2-135m"
+    ) as refused:
         train.fits(recipes.find("sentiment_r4"), train.hardware())
     assert "\n" not in str(refused.value)
 

@@ -305,7 +305,7 @@ def listing() -> None:
     for name in names():
         model, _, method = parts(name)
         model_row, method_row = matrix()["models"][model], matrix()["methods"][method]
-        memory = f"{model_row['memory_gb'][method_row['bits']]} GB"
+        memory = f"{model_row['memory_gib'][method_row['bits']]} GiB"
         version = matrix()["versions"].get(name, matrix()["version"])
         short = name.removeprefix(f"{DEFAULT_MODEL}/")
         table.add_row(short, model_row["title"], method_row["title"], memory, version)

@@ -65,23 +65,23 @@ def fits(recipe: recipes.Recipe, here: dict[str, Any]) -> None:
         return
     model, task, method = recipes.parts(recipe.name)
     row = recipes.matrix()["models"][model]
-    need = row["memory_gb"][recipes.matrix()["methods"][method]["bits"]]
+    need = row["memory_gib"][recipes.matrix()["methods"][method]["bits"]]
     if here["gpus"]:
         name, memory = here["gpus"][0]
-        if memory / 1e9 >= need:
+        if memory / 2**30 >= need:
             return
-        found = f"{name} with {memory / 1e9:.0f} GB"
+        found = f"{name} with {memory / 2**30:.0f} GiB"
     elif row["parameters"] <= LARGEST_ON_CPU:
         return
     else:
-        found = f"{here['cores']} CPU cores with {here['memory'] / 1e9:.0f} GB and no GPU"
+        found = f"{here['cores']} CPU cores with {here['memory'] / 2**30:.0f} GiB and no GPU"
     small = [
         f"{name}/{task}_{method}"
         for name, other in recipes.matrix()["models"].items()
         if other["parameters"] <= LARGEST_ON_CPU
     ]
     raise WrongInput(
-        f"{recipe.name} needs a CUDA GPU with {need:.0f} GB; here: {found}. "
+        f"{recipe.name} needs a CUDA GPU with {need:.0f} GiB; here: {found}. "
         f"What runs here: make train RECIPE={small[0]} (FORCE=1 tries all the same)"
     )
 
