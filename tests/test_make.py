@@ -42,7 +42,8 @@ def ready():
 def make(*arguments, how="argument", **values):
     """Runs make with the values as arguments or in the environment; X must not appear."""
     assert not (ROOT / "X").exists()
-    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "DEBUG")}
+    outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "DEBUG")  # these tests may run under `make test`
+    environment = {k: v for k, v in os.environ.items() if k not in outer}
     if how == "environment":
         environment |= values
     else:
