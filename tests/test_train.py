@@ -249,3 +249,25 @@ def test_plain_axolotl_trains_the_recipe_with_the_profile_as_flags(smollm2, chat
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert (tmp_path / "runs/smollm2-135m/sentiment_r4/adapter_model.safetensors").is_file()
+
+
+def test_a_torn_line_of_the_progress_is_left_out(tmp_path):
+    (tmp_path / "progress.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "lo')
+    assert cli.json_lines(tmp_path / "progress.jsonl") == [{"step": 1, "loss": 2.5}]
+
+
+def test_a_run_cut_off_after_training_is_finished_without_training_again(runs, tmp_path):
+    content = json.loads((runs["r8"] / "run.json").read_text())
+    copy = tmp_path / "r8"
+    shutil.copytree(runs["r8"], copy)
+    recipe = recipes.find(str(runs["r8"].parent / "r8.yaml"))
+    moved = recipes.Recipe(recipe.name, recipe.path, recipe.config | {"output_dir": str(copy)}, "0")
+    config = train.merged(moved, "cpu")
+    data = train.data_of(moved)
+    cli.write_json(
+        copy / "identity.json", {"config": config, "data": [entry["sha256"] for entry in data]}
+    )
+    (copy / "run.json").unlink()
+    cli.write_json(copy / "stats.json", {"steps": content["steps"], "seconds": 1.0})
+    assert train.train(moved, "cpu")["adapter_sha256"] == content["adapter_sha256"]
+    assert (copy / "run.json").is_file() and not (copy / "stats.json").exists()

@@ -136,6 +136,12 @@ def write_json(path: Path, content: Any) -> None:
         file.write(b"\n")
 
 
+def json_lines(path: Path) -> list[Any]:
+    """The rows of a JSONL file that may be in the writing: a torn last line is left out."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:

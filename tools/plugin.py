@@ -16,7 +16,7 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 from transformers import TrainerCallback, set_seed
 
-from tools.cli import write_json
+from tools.cli import json_lines, write_json
 from tools.weights import dequantize_once, keep_8bit_scales
 
 
@@ -66,17 +66,15 @@ class Progress(TrainerCallback):
     def __init__(self, folder: Path):
         self.file = folder / "progress.jsonl"
         self.start = time.monotonic()
-        self.first_step = 0
         self.before = 0.0  # seconds of the parts of this training before an interruption
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         kept = []
         if self.file.exists():
-            lines = [json.loads(line) for line in self.file.read_text().splitlines()]
-            kept = [line for line in lines if line["step"] <= state.global_step]
+            kept = [line for line in json_lines(self.file) if line["step"] <= state.global_step]
         self.before = kept[-1]["seconds"] if kept else 0.0
         self.file.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.start, self.first_step = time.monotonic(), state.global_step
+        self.start = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not state.is_world_process_zero or not logs:
@@ -100,11 +98,6 @@ class RunPlugin(BasePlugin):
     def get_input_args(self) -> str:
         return "tools.plugin.Args"
 
-    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
-        # From two processes on Axolotl maps the model to accelerator 0, which a CPU has not.
-        if os.environ.get("ACCELERATE_USE_CPU") == "true":
-            cfg.device_map = {"": "cpu"}
-
     def pre_model_load(self, cfg: Any) -> None:
         if cfg.load_in_8bit:
             keep_8bit_scales()
@@ -112,7 +105,8 @@ class RunPlugin(BasePlugin):
     def pre_lora_load(self, cfg: Any, model: Any) -> None:
         # Axolotl seeds when it makes the trainer, which is after the adapter's random A: without
         # this, two runs of one recipe differ from the third step on.
-        set_seed(cfg.seed)
+        if cfg.seed is not None:
+            set_seed(cfg.seed)
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
         if cfg.dequantize_once:
@@ -124,7 +118,8 @@ class RunPlugin(BasePlugin):
         self.progress, self.trainer = Progress(Path(cfg.output_dir)), trainer
         return [self.progress]
 
-    def post_train(self, cfg: Any, model: Any) -> None:
+    def post_train_unload(self, cfg: Any) -> None:
+        # The last hook of all: `post_train` is called before the adapter is saved, too.
         import torch
 
         if not self.trainer.is_world_process_zero():
@@ -135,7 +130,7 @@ class RunPlugin(BasePlugin):
         evaluated = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
         counted = getattr(state, "tokens", None) or {}
         total = int(counted.get("total", 0))
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        parameters = [p for p in self.trainer.model.parameters() if p.requires_grad]
         on_gpu = torch.cuda.is_available()
         write_json(
             Path(cfg.output_dir) / "stats.json",

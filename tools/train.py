@@ -38,6 +38,7 @@ from tools.cli import (
     atomic,
     command,
     digest,
+    json_lines,
     shown,
     write_json,
 )
@@ -165,23 +166,25 @@ def last_checkpoint(run: Path) -> int:
 def prepare(recipe: recipes.Recipe, identity: dict[str, Any], force: bool) -> bool:
     """Makes the run folder ready; False where the run is finished and still what is asked for."""
     run = recipe.run
-    before = run / "identity.json"
-    if before.is_file():
-        same = json.loads(before.read_text()) == identity
-        if same and not force:
-            if (run / "run.json").is_file():
-                return False
-            step = last_checkpoint(run)
-            if step:
-                print(f"train      goes on from step {step}")
-            return True
+    written = run / "identity.json"
+    same = written.is_file() and json.loads(written.read_text()) == identity
+    if same and not force:
+        if (run / "run.json").is_file():
+            return False
+        if step := last_checkpoint(run):
+            print(f"train      goes on from step {step}")
+        return True
+    if run.is_dir() and any(run.iterdir()):
+        # Nothing that took hours is deleted: what is there moves aside, whoever made it.
+        aside, number = run.with_name(f"{run.name}.previous"), 1
+        while aside.exists():
+            number += 1
+            aside = run.with_name(f"{run.name}.previous-{number}")
+        os.replace(run, aside)
         why = "FORCE=1" if same else "the recipe, the profile or the data changed"
-        previous = run.with_name(f"{run.name}.previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        os.replace(run, previous)
-        print(f"train      starts afresh: {why}; the run before is in {shown(previous)}")
+        print(f"train      starts afresh: {why}; what was there is in {shown(aside)}")
     run.mkdir(parents=True, exist_ok=True)
-    write_json(before, identity)
+    write_json(written, identity)
     return True
 
 
@@ -215,8 +218,7 @@ def follow(process: subprocess.Popen[bytes], run: Path) -> None:
         job = bar.add_task("loading the model", total=None)
         while True:
             ended = process.poll() is not None
-            lines = file.read_text().splitlines() if file.is_file() else []
-            losses = [entry for entry in map(json.loads, lines) if "loss" in entry]
+            losses = [entry for entry in json_lines(file) if "loss" in entry]
             if losses and losses[-1]["step"] != seen:
                 last = losses[-1]
                 seen = last["step"]
@@ -245,7 +247,6 @@ def axolotl(run: Path, lock: int) -> None:
     # One process needs no launcher; without this, Axolotl starts a second Python for accelerate.
     arguments = ["train", shown(run / "config.yaml"), "--launcher", "python"]
     print(f"train      axolotl {' '.join(arguments)}", flush=True)
-    (run / "stats.json").unlink(missing_ok=True)
     log = run / "train.log"
     with open(log, "ab") as output:
         process = subprocess.Popen(
@@ -302,7 +303,8 @@ def train(recipe: recipes.Recipe, profile: str, force: bool = False) -> dict[str
             return json.loads((recipe.run / "run.json").read_text())
         with atomic(recipe.run / "config.yaml") as file:
             file.write(yaml.safe_dump(content, sort_keys=False).encode())
-        axolotl(recipe.run, lock)
+        if not (recipe.run / "stats.json").is_file():
+            axolotl(recipe.run, lock)
         return finish(recipe, profile, data)
 
 
