@@ -75,5 +75,5 @@ check: $(READY) ## Lint, format, types, drift of rendered files, every recipe ag
 	@$(PY) data/sample/make.py --check
 	@$(PY) -m tools.recipes check
 
-clean: ## Remove what was made: .venv, models, converted data, caches (trained runs stay; rm -r runs)
-	rm -rf .venv models data/chat .pytest_cache .mypy_cache .ruff_cache
+clean: ## Remove .venv, SmolLM2, converted data and caches; trained runs stay
+	rm -rf .venv models/smollm2-135m data/chat .pytest_cache .mypy_cache .ruff_cache

@@ -55,7 +55,8 @@ def score_file(place: Path, dataset: str, limit: int | None) -> Path:
 
 def evaluated(recipe: recipes.Recipe, config: dict[str, Any], dataset: str, adapter: bool) -> Any:
     """What a score depends on; where it is the same, the score stands."""
-    base = Path(config["base_model"])
+    base = ROOT / config["base_model"]
+    keys = ("load_in_4bit", "load_in_8bit", "bnb_config_kwargs")
     task = yaml.load(
         (TASKS / f"{dataset}.yaml").read_text().replace("!function", ""), yaml.CSafeLoader
     )
@@ -63,7 +64,8 @@ def evaluated(recipe: recipes.Recipe, config: dict[str, Any], dataset: str, adap
     return {
         "dataset": dataset,
         "base_model": config["base_model"],
-        "base_files": {file.name: file.stat().st_mtime for file in base.glob("*.safetensors")},
+        "base_files": {file.name: digest(file) for file in sorted(base.glob("*.safetensors"))},
+        "quantization": {key: config[key] for key in keys if key in config},
         "precision": weights.precision(config),
         "adapter_sha256": digest(recipe.run / "adapter_model.safetensors") if adapter else None,
         "data_sha256": convert.manifest(convert.test_path(dataset))["sha256"],
@@ -113,7 +115,7 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--tasks", default="")
     parser.add_argument("--limit", default="")
-    parser.add_argument("--force", nargs="?", const="1", default="")
+    parser.add_argument("--force", default="", help="1: score again")
     arguments = parser.parse_args()
     if arguments.limit and not (arguments.limit.isdigit() and int(arguments.limit) > 0):
         raise WrongInput(f'LIMIT must be a number of rows, not "{arguments.limit}"')
@@ -122,15 +124,16 @@ def main() -> None:
     config = recipe.trained()
     names = datasets(recipe, arguments.tasks)
 
+    export.ensure(config["base_model"])
+    force = arguments.force not in ("", "0")
     todo = []
     for name in names:
         for adapter in (False, True):
             file = score_file(folder(recipe, config, adapter), name, limit)
             identity = evaluated(recipe, config, name, adapter) | {"limit": limit}
-            if arguments.force or not file.is_file() or _identity(file) != identity:
+            if force or not file.is_file() or _identity(file) != identity:
                 todo.append((name, adapter, file, identity))
     if todo:
-        export.ensure(config["base_model"])
         print(f"eval       {recipe.name} on {', '.join(names)}", flush=True)
         quiet()
         model, tokenizer = weights.load(config, recipe.run)

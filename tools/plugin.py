@@ -6,6 +6,7 @@ Axolotl exits with status 0 when it is interrupted: only `stats.json` says that 
 """
 
 import json
+import math
 import os
 import resource
 import time
@@ -58,6 +59,12 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def last(lines: list[dict[str, Any]], name: str) -> float | None:
+    """The last logged value of `name`; None where there is none or it is not finite."""
+    values = [line[name] for line in lines if name in line]
+    return values[-1] if values and math.isfinite(values[-1]) else None
 
 
 class Progress(TrainerCallback):
@@ -126,8 +133,8 @@ class RunPlugin(BasePlugin):
             return
         state = self.trainer.state
         seconds = self.progress.before + time.monotonic() - self.progress.start
-        history = [entry for entry in state.log_history if "loss" in entry]
-        evaluated = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        lines = json_lines(self.progress.file)
+        memory = [line["memory"] for line in lines]
         counted = getattr(state, "tokens", None) or {}
         total = int(counted.get("total", 0))
         parameters = [p for p in self.trainer.model.parameters() if p.requires_grad]
@@ -137,10 +144,10 @@ class RunPlugin(BasePlugin):
             {
                 "steps": state.global_step,
                 "epochs": round(state.epoch or 0.0, 4),
-                "train_loss": float(history[-1]["loss"]) if history else None,
-                "eval_loss": float(evaluated[-1]) if evaluated else None,
+                "last_loss": last(lines, "loss"),
+                "last_eval_loss": last(lines, "eval_loss"),
                 "seconds": round(seconds, 1),
-                "peak_memory_bytes": peak_memory(),
+                "peak_memory_bytes": max([peak_memory(), *memory]),
                 "total_tokens": total,
                 "trained_tokens": int(counted.get("trainable", 0)),
                 "tokens_per_second": round(total / seconds, 1) if seconds else None,

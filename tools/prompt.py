@@ -1,7 +1,7 @@
 """The one place where a conversation becomes text: training, scoring, chat and serving agree on it.
 
 Axolotl renders with the tokenizer's chat template (`chat_template: tokenizer_default`); `render`
-calls the same template of the same tokenizer. `tests/test_prompt.py` compares the two to the token.
+calls the same template of the same tokenizer. `tests/test_train.py` compares the two to the token.
 """
 
 from typing import Any

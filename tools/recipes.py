@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from tools.cli import ROOT, JobFailed, WrongInput, atomic, command, nearest, shown
+from tools.cli import ROOT, JobFailed, WrongInput, atomic, command, digest, nearest, shown
 
 FOLDER = ROOT / "recipes"
 DEFAULT_MODEL = "llama-3.1-8b"
@@ -63,10 +63,24 @@ class Recipe:
         """The folder of its run."""
         return (ROOT / self.config["output_dir"]).resolve()
 
+    def intact(self) -> bool:
+        """Whether the run's adapter is the one that its `run.json` tells of."""
+        told = json.loads((self.run / "run.json").read_text()).get("adapter_sha256")
+        adapter = self.run / "adapter_model.safetensors"
+        return adapter.is_file() and digest(adapter) == told
+
     def trained(self) -> dict[str, Any]:
         """The merged config of its finished run; raises WrongInput without one."""
         if not (self.run / "run.json").is_file():
             raise WrongInput(f"{self.name} is not trained; `make train RECIPE={self.name}` does it")
+        if not self.intact():
+            raise WrongInput(
+                f"{shown(self.run)}: its adapter is not the one that run.json tells of"
+            )
+        if any(
+            entry.get("chat_template") != "tokenizer_default" for entry in self.config["datasets"]
+        ):
+            raise WrongInput(f"{self.name}: only chat_template tokenizer_default can be scored")
         return yaml.load((self.run / "config.yaml").read_bytes(), yaml.CSafeLoader)
 
     @property
@@ -124,7 +138,11 @@ def find(name: str) -> Recipe:
     if not name:
         raise WrongInput("RECIPE=… is needed; `make recipes` lists what there is")
     if name.endswith((".yaml", ".yml")):
-        return load(Path(name), name.removesuffix(".yaml"))
+        inside = Path(name).resolve()
+        inside = inside.relative_to(FOLDER) if inside.is_relative_to(FOLDER) else inside
+        if str(inside.with_suffix("")) not in names():
+            return load(Path(name), name)
+        name = str(inside.with_suffix(""))
     known = {entry: entry for entry in names()}
     short = {n.removeprefix(f"{DEFAULT_MODEL}/"): n for n in known if n.startswith(DEFAULT_MODEL)}
     known |= short | {theirs: n for n in names() if (theirs := finlora_name(n))}
@@ -285,7 +303,9 @@ def validate(content: dict[str, Any], where: str) -> None:
 
     own = {"plugins", "dequantize_once", "answer_logits_only"}  # tools/plugin.py adds these
     plain = {key: value for key, value in content.items() if key not in own}
-    if unknown := unknown_keys(plain, AxolotlInputConfig):
+    # A plugin of Axolotl's brings keys of its own.
+    unknown = [] if content.get("plugins") else unknown_keys(plain, AxolotlInputConfig)
+    if unknown:
         raise WrongInput(f"{where}: Axolotl has no key {unknown[0]}")
     try:
         AxolotlInputConfig.model_validate(plain)

@@ -93,6 +93,8 @@ def merged(recipe: recipes.Recipe, profile: str) -> dict[str, Any]:
     if profile == "gpu" and importlib.util.find_spec("flash_attn"):
         content["flash_attention"] = True
     content["plugins"] = [*content.get("plugins", []), "tools.plugin.RunPlugin"]
+    # Axolotl knows prepared data by its config and not by its content: a run keeps its own.
+    content["dataset_prepared_path"] = str(Path(content["output_dir"]) / "prepared")
     content["include_tkps"] = True
     content["auto_resume_from_checkpoints"] = True
     return content
@@ -103,8 +105,10 @@ def data_of(recipe: recipes.Recipe) -> list[dict[str, Any]]:
     found = []
     for entry in recipe.config["datasets"]:
         path = (ROOT / entry["path"]).resolve()
-        if path.suffix != ".jsonl":
+        if not path.exists() and path.suffix != ".jsonl":
             continue  # a dataset of the Hub: Axolotl finds it
+        if path.is_dir():
+            raise WrongInput(f"{shown(path)} is a folder; name a file of chat rows")
         if not path.is_file():
             task = f" TASKS={recipe.task}" if recipe.task else ""
             raise WrongInput(f"{shown(path)} is not there; `make data{task}` makes it")
@@ -153,13 +157,13 @@ def step_of(checkpoint: Path) -> int:
 
 
 def last_checkpoint(run: Path) -> int:
-    """The step of the newest sound checkpoint, 0 without one; removes damaged ones with a word."""
+    """The step of the newest sound checkpoint, 0 without one; damaged ones are renamed."""
     folders = [path for path in run.glob("checkpoint-*") if path.name[11:].isdigit()]
     for folder in sorted(folders, key=step_of, reverse=True):
         if sound(folder):
             return step_of(folder)
         print(f"train      {shown(folder)} is damaged and left out")
-        shutil.rmtree(folder)
+        os.replace(folder, folder.with_name(f"damaged-{folder.name}"))
     return 0
 
 
@@ -167,14 +171,20 @@ def prepare(recipe: recipes.Recipe, identity: dict[str, Any], force: bool) -> bo
     """Makes the run folder ready; False where the run is finished and still what is asked for."""
     run = recipe.run
     written = run / "identity.json"
+    done = (run / "run.json").is_file()
     same = written.is_file() and json.loads(written.read_text()) == identity
-    if same and not force:
-        if (run / "run.json").is_file():
+    # An adapter that something else wrote over is not what run.json tells of.
+    same = same and not (done and not recipe.intact())
+    if same and not (force and done):
+        if done:
             return False
         if step := last_checkpoint(run):
             print(f"train      goes on from step {step}")
         return True
     if run.is_dir() and any(run.iterdir()):
+        ours = ("identity.json", "adapter_config.json", "checkpoint-*")
+        if not any(next(run.glob(name), None) for name in ours):
+            raise WrongInput(f"{shown(run)}, the output_dir of {recipe.name}, holds other files")
         # Nothing that took hours is deleted: what is there moves aside, whoever made it.
         aside, number = run.with_name(f"{run.name}.previous"), 1
         while aside.exists():
@@ -234,9 +244,11 @@ def follow(process: subprocess.Popen[bytes], run: Path) -> None:
             time.sleep(0.3)
 
 
-def cause(log: Path) -> str:
-    """The line of a failed training's log that tells most: its last exception."""
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+def cause(log: Path, start: int, status: int) -> str:
+    """The last exception that a training logged from byte `start` on, or the signal that ended it."""
+    if status < 0:
+        return f"it was ended by {signal.Signals(-status).name}"
+    lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
     names = ("Error:", "Exception:", "Killed", "No space left")
     telling = [line.strip() for line in lines if any(name in line for name in names)]
     return SECRET.sub("***", telling[-1][:300]) if telling else "it ended without a word"
@@ -248,6 +260,7 @@ def axolotl(run: Path, lock: int) -> None:
     arguments = ["train", shown(run / "config.yaml"), "--launcher", "python"]
     print(f"train      axolotl {' '.join(arguments)}", flush=True)
     log = run / "train.log"
+    start = log.stat().st_size if log.is_file() else 0
     with open(log, "ab") as output:
         process = subprocess.Popen(
             [str(Path(sys.executable).parent / "axolotl"), *arguments],
@@ -266,7 +279,8 @@ def axolotl(run: Path, lock: int) -> None:
             process.wait()
             raise
     if not (run / "stats.json").is_file():
-        raise JobFailed(f"training stopped: {cause(log)}; all of it is in {shown(log)}")
+        why = cause(log, start, process.returncode)
+        raise JobFailed(f"training stopped: {why}; all of it is in {shown(log)}")
 
 
 def finish(recipe: recipes.Recipe, profile: str, data: list[dict[str, Any]]) -> dict[str, Any]:
@@ -296,7 +310,9 @@ def train(recipe: recipes.Recipe, profile: str, force: bool = False) -> dict[str
     """Trains a recipe unless its run is finished; returns the run's `run.json`."""
     content = merged(recipe, profile)
     data = data_of(recipe)
-    identity = {"config": content, "data": [entry["sha256"] for entry in data]}
+    # How attention is computed is not what is learned: installing flash-attn changes no run.
+    kept = {key: value for key, value in content.items() if key != "flash_attention"}
+    identity = {"config": kept, "data": [entry["sha256"] for entry in data]}
     with only_one(recipe.run) as lock:
         if not prepare(recipe, identity, force):
             print(f"train      {shown(recipe.run)} is finished (FORCE=1 trains it again)")
@@ -313,7 +329,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="train a recipe with Axolotl")
     parser.add_argument("recipe")
     parser.add_argument("--profile", default="")
-    parser.add_argument("--force", nargs="?", const="1", default="")
+    parser.add_argument("--force", default="", help="1: train a finished run again")
     arguments = parser.parse_args()
     # A stop by a scheduler (SIGTERM) is treated as Ctrl-C is.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -323,21 +339,26 @@ def main() -> None:
         recipes.profile(arguments.profile)
     here = hardware()
     profile = arguments.profile or ("gpu" if here["gpus"] else "cpu")
-    if not arguments.force:
+    force = arguments.force not in ("", "0")
+    if not force and not (recipe.run / "identity.json").is_file():
         fits(recipe, here)
     recipes.validate(recipe.config, shown(recipe.path))
+    if recipe.config.get("adapter") not in ("lora", "qlora"):
+        raise WrongInput(f"{shown(recipe.path)}: adapter must be lora or qlora")
+    if recipe.run in (ROOT, ROOT / "runs", *ROOT.parents):
+        raise WrongInput(f"{shown(recipe.path)}: output_dir must be a folder of its own")
     free = shutil.disk_usage(ROOT).free
     if free < DISK:
         raise JobFailed(f"{free / 1e9:.1f} GB are free on this disk and a training needs 2")
     export.ensure(recipe.config["base_model"])
     rows = sum(entry["rows"] for entry in data_of(recipe))
     print(f"train      {recipe.name} on {rows} rows, profile {profile}")
-    run = train(recipe, profile, bool(arguments.force))
-    minutes = run["seconds"] / 60
+    run = train(recipe, profile, force)
+    minutes, loss = run["seconds"] / 60, run["last_loss"]
     print(
         f"train      done: {run['steps']} steps in {minutes:.1f} min, "
-        f"loss {run['train_loss']:.3f}, peak memory {run['peak_memory_bytes'] / 1e9:.1f} GB; "
-        f"adapter in {shown(recipe.run)}"
+        f"loss {'-' if loss is None else round(loss, 3)}, "
+        f"peak memory {run['peak_memory_bytes'] / 1e9:.1f} GB; adapter in {shown(recipe.run)}"
     )
 
 
