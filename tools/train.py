@@ -245,7 +245,7 @@ def follow(process: subprocess.Popen[bytes], run: Path) -> None:
 
 
 def cause(log: Path, start: int, status: int) -> str:
-    """The last exception that a training logged from byte `start` on, or the signal that ended it."""
+    """The last exception in a log from byte `start` on, or the signal that ended it."""
     if status < 0:
         return f"it was ended by {signal.Signals(-status).name}"
     lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
