@@ -354,7 +354,7 @@ def main() -> None:
     rows = sum(entry["rows"] for entry in data_of(recipe))
     print(f"train      {recipe.name} on {rows} rows, profile {profile}")
     run = train(recipe, profile, force)
-    minutes, loss = run["seconds"] / 60, run["last_loss"]
+    minutes, loss = run["seconds"] / 60, run.get("last_loss")
     print(
         f"train      done: {run['steps']} steps in {minutes:.1f} min, "
         f"loss {'-' if loss is None else round(loss, 3)}, "
