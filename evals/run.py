@@ -9,6 +9,7 @@ model, data and task are still the same is not computed again.
 
 import argparse
 import json
+import random
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def folder(recipe: recipes.Recipe, config: dict[str, Any], adapter: bool) -> Pat
 
 
 def score_file(place: Path, dataset: str, limit: int | None) -> Path:
-    return place / (f"{dataset}_first{limit}.json" if limit else f"{dataset}.json")
+    return place / (f"{dataset}_sample{limit}.json" if limit else f"{dataset}.json")
 
 
 def evaluated(recipe: recipes.Recipe, config: dict[str, Any], dataset: str, adapter: bool) -> Any:
@@ -86,13 +87,15 @@ def measure(
     with open(convert.test_path(dataset), "rb") as file:
         total = sum(1 for _ in file)
     rows = min(limit or total, total)
+    # Files may be sorted by label, so a limit takes rows from all over: the same ones every time.
+    chosen = sorted(random.Random(0).sample(range(total), rows))
     result = simple_evaluate(
         model=Model(model, tokenizer, BATCH, label, rows),
         tasks=[f"finlora_{dataset}"],
         task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
         apply_chat_template=True,
         bootstrap_iters=0,
-        limit=limit,
+        samples={f"finlora_{dataset}": chosen},
     )
     samples = sorted(result["samples"][f"finlora_{dataset}"], key=lambda sample: sample["doc_id"])
     answers = []

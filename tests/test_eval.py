@@ -35,7 +35,10 @@ def test_the_scorer_answers_as_a_plain_generate_loop_does(smollm2, workplace):
     """Shared prefix, sorted batches and padding change no answer of the 4-bit base."""
     model, tokenizer = weights.load({"base_model": str(smollm2)} | NF4)
     scored = evaluation.measure(model, tokenizer, "fpb", 24, "fpb")
-    rows = [json.loads(line) for line in convert.test_path("fpb").open()][:24]
+    rows = [json.loads(line) for line in convert.test_path("fpb").open()]
+    assert len({row["row"] for row in scored}) == 24
+    assert {row["expected"] for row in scored} == {"negative", "neutral", "positive"}
+    rows = [rows[row["row"]] for row in scored]
     plain = [chat.answer(model, tokenizer, row["messages"][0]["content"], 10) for row in rows]
     assert [row["answer"].strip() for row in scored] == plain
     assert [row["expected"] for row in scored] == [row["messages"][1]["content"] for row in rows]
@@ -77,7 +80,7 @@ def test_a_score_is_kept_until_what_it_depends_on_changes(
     assert result.returncode == 0, result.stdout + result.stderr
     evaluate(recipe, monkeypatch, "--tasks", "fpb,tfns", "--limit", "20")
     assert "fpb, base: 20/20" in capsys.readouterr().out
-    file = workplace / "r4" / "evals" / "fpb_first20.json"
+    file = workplace / "r4" / "evals" / "fpb_sample20.json"
     content = json.loads(file.read_text())
     assert content["examples"] == len(content["predictions"]) == 20
     assert content["evaluated"]["precision"] == "nf4"

@@ -248,6 +248,8 @@ def cause(log: Path, start: int, status: int) -> str:
     """The last exception in a log from byte `start` on, or the signal that ended it."""
     if status < 0:
         return f"it was ended by {signal.Signals(-status).name}"
+    if status == 0:  # Axolotl's own handler of Ctrl-C ends it with success
+        return "it was interrupted, and the same command goes on from the last checkpoint"
     lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
     names = ("Error:", "Exception:", "Killed", "No space left")
     telling = [line.strip() for line in lines if any(name in line for name in names)]
