@@ -48,7 +48,8 @@ def test_each_model_has_its_known_number_of_parameters():
 
 def test_a_model_is_found_by_every_base_of_the_catalogue():
     for name, row in recipes.matrix()["models"].items():
-        assert plan.find_model(row["base_model"]) == model(name)
+        for base in {row["hub"], row.get("base_model", row["hub"])}:
+            assert plan.find_model(base) == model(name)
 
 
 # ---- FinLoRA's table: Llama 3.1 8B on NER, LoRA on q, k, v

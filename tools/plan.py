@@ -16,6 +16,7 @@ import math
 import re
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ class Memory:
     @property
     def training(self) -> int:
         apart = ("activations_without_checkpointing", "loading", "paged")
-        return sum(value for name, value in asdict(self).items() if name not in apart)
+        return sum(value for name, value in vars(self).items() if name not in apart)
 
     @property
     def peak(self) -> int:
@@ -331,16 +332,22 @@ def flops_per_token(model: Model, setup: Setup) -> int:
     return passes * (model.linear + model.vocab * model.hidden)
 
 
-def find_model(base: str) -> Model:
-    """The architecture of a base model, from the JSON that names it; WrongInput without one."""
-    known = []
+@cache
+def models() -> dict[str, Model]:
+    """The architectures of recipes/models/, by each of their names in lower case."""
+    found: dict[str, Model] = {}
     for path in sorted(MODELS.glob("*.json")):
         facts = json.loads(path.read_bytes())
         model = Model(**facts | {"also": tuple(facts.get("also", ()))})
-        if base.lower() in {name.lower() for name in (model.source, *model.also)}:
-            return model
-        known += [model.source, *model.also]
-    hint = nearest(base, known)
+        found |= {name.lower(): model for name in (model.source, *model.also)}
+    return found
+
+
+def find_model(base: str) -> Model:
+    """The architecture of a base model, from the JSON that names it; WrongInput without one."""
+    if model := models().get(base.lower()):
+        return model
+    hint = nearest(base, [name for m in models().values() for name in (m.source, *m.also)])
     raise WrongInput(f'{shown(MODELS)} has no JSON for the base "{base}"{hint}')
 
 
@@ -363,17 +370,41 @@ def find_gpu(name: str) -> tuple[str, float, float | None]:
     )
 
 
+def targeted(config: dict[str, Any]) -> tuple[str, ...]:
+    """The linear layers of a decoder layer that an Axolotl config adapts.
+
+    A text is a regular expression over module names, as PEFT takes it: it is tried on the names
+    that transformers gives the layers, alone and inside a model with a vision tower.
+    """
+    named = config.get("lora_target_modules") or []
+    if config.get("lora_target_linear"):
+        return MODULES
+    if isinstance(named, str):
+        block = {name: "self_attn" if name in MODULES[:4] else "mlp" for name in MODULES}
+        found = tuple(
+            name
+            for name in MODULES
+            for stem in ("model.layers", "model.language_model.layers")
+            if re.fullmatch(named, f"{stem}.0.{block[name]}.{name}")
+        )
+        unknown = [] if found else [named]
+    else:
+        found = tuple(named)
+        unknown = [name for name in found if name not in MODULES]
+    if unknown:
+        known = ", ".join(MODULES)
+        raise WrongInput(
+            f'lora_target_modules: "{unknown[0]}" cannot be planned; a list of {known} can'
+        )
+    return found
+
+
 def setup_of(config: dict[str, Any], row: int, gpus: int) -> Setup:
     """The Setup of an Axolotl config, for rows of up to `row` tokens."""
     bits = 4 if config.get("load_in_4bit") else 8 if config.get("load_in_8bit") else 16
     if bits == 16 and config.get("bf16") is False and not config.get("fp16"):
         bits = 32
-    named = config.get("lora_target_modules") or []
-    modules = MODULES if config.get("lora_target_linear") else tuple(named)
-    if isinstance(named, str) or (unknown := [m for m in modules if m not in MODULES]):
-        odd = named if isinstance(named, str) else unknown[0]
-        known = ", ".join(MODULES)
-        raise WrongInput(f'lora_target_modules: "{odd}" cannot be planned; a list of {known} can')
+    modules = targeted(config)
     four = config.get("bnb_config_kwargs") or {}
     stage = re.search(r"zero(\d)", str(config.get("deepspeed") or ""))
     lora = bool(config.get("adapter"))
@@ -465,6 +496,40 @@ def plan(
     }
 
 
+def compare(made: dict[str, Any], told: dict[str, Any]) -> None:
+    """Prints what a finished run took, from its run.json, beside what is planned for it.
+
+    The plan is for one GPU; on other hardware memory and time say what was, not how good it is.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "planned", "took"):
+        table.add_column(heading, justify="right" if heading else "left")
+    planned_hours = "" if made["hours"] is None else f"{made['hours']:.2f}"
+    for label, planned, took in (
+        ("trainable", f"{made['trainable_parameters']:,}", f"{told['trainable_parameters']:,}"),
+        ("steps", f"{made['steps'] or '':,}" if made["steps"] else "", f"{told['steps']:,}"),
+        (
+            "peak memory, GiB",
+            f"{made['memory']['peak'] / GIB:.2f}",
+            f"{told['peak_memory_bytes'] / GIB:.2f}",
+        ),
+        ("hours", planned_hours, f"{told['seconds'] / 3600:.2f}"),
+        ("tokens/s", "", f"{told['tokens_per_second']:,.0f}"),
+        ("loss", "", f"{told['train_loss']:.3f}"),
+    ):
+        table.add_row(label, planned, took)
+    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    gpu, version = made["gpu"]["name"], told["recipe_version"]
+    console.print(
+        f"\nplanned for one {gpu}; trained as version {version} on {told['processes']} x "
+        f"{told['device']}, {told['finished']}"
+    )
+    console.print(table)
+
+
 PARTS = {
     "linear_weights": "linear weights, {bits} bits",
     "embedding_head_norms": "embedding, head, norms",
@@ -540,7 +605,7 @@ def main() -> None:
     parser.add_argument("--price", default="", help="USD for one GPU and hour")
     parser.add_argument("--rows", default="", help="rows of the training file; counted without it")
     parser.add_argument("--tokens-per-row", default="", help="guessed from the file without it")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", nargs="?", const="1", default="")
     given = parser.parse_args()
     nproc = number("--nproc", given.nproc, least=1)
     price = number("--price", given.price, least=0)
@@ -559,7 +624,7 @@ def main() -> None:
         int(per_row) if per_row else None,
         data,
     )
-    if given.json:
+    if given.json not in ("", "0"):
         print(json.dumps({"recipe": recipe.name} | made, indent=2))
     else:
         show(recipe.name, made)

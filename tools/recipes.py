@@ -1,52 +1,34 @@
-"""The catalogue: renders recipes from recipes/matrix.yaml, finds, lists and checks them.
+"""Recipes as files and as rows of recipes/matrix.yaml: finds them, loads them, checks their keys.
 
-What each command does:
-
-python -m tools.recipes list             a table of what there is
-python -m tools.recipes show NAME        one recipe
-python -m tools.recipes render           writes every recipe from the matrix
-python -m tools.recipes check            rendered files are current, and every key is Axolotl's
+`tools/catalogue.py` lists, renders and checks the whole catalogue; this module is what it, training
+and scoring have in common.
 """
 
-import argparse
 import hashlib
 import json
-import sys
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tools.cli import ROOT, JobFailed, WrongInput, atomic, command, digest, nearest, shown
+from tools.cli import ROOT, WrongInput, digest, nearest, shown
 
 FOLDER = ROOT / "recipes"
 DEFAULT_MODEL = "llama-3.1-8b"
 
-# The groups of keys in a rendered recipe, in the order in which they stand.
-GROUPS = {
-    "Base model": ["base_model", "load_in_4bit", "load_in_8bit", "bnb_config_kwargs"],
-    "Adapter": [
-        *("adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
-        *("peft_use_dora", "peft_use_rslora"),
-    ],
-    "Data": ["datasets", "dataset_prepared_path", "val_set_size", "sequence_len", "sample_packing"],
-    "Tokens": ["special_tokens"],
-    "Training": [
-        *("num_epochs", "max_steps", "micro_batch_size", "gradient_accumulation_steps"),
-        *("learning_rate", "lr_scheduler", "warmup_steps", "weight_decay", "optimizer"),
-        *("group_by_length", "gradient_checkpointing", "bf16", "seed"),
-    ],
-    "Output": [
-        *("output_dir", "logging_steps", "eval_steps", "evals_per_epoch"),
-        *("save_steps", "saves_per_epoch", "save_total_limit"),
-    ],
-}
-# Keys that say where things lie, not what is learned: outside a recipe's digest.
-PLACES = {"output_dir", "dataset_prepared_path"}
-PLACES |= {"logging_steps", "eval_steps", "evals_per_epoch"}
-PLACES |= {"save_steps", "saves_per_epoch", "save_total_limit"}
+PROFILES = FOLDER / "profiles"
+LOCAL = FOLDER / "local"  # tasks and recipes of the user's own, from `make new` and `make import`
+
+# Keys that say where and how a recipe runs, not what is learned: outside its digest. A profile may
+# change these, and a rendered recipe has them in groups of their own.
+RUNNING = ["bf16", "gradient_checkpointing", "sample_packing"]
+OUTPUT = [
+    *("output_dir", "dataset_prepared_path", "logging_steps", "eval_steps", "evals_per_epoch"),
+    *("save_steps", "saves_per_epoch", "save_total_limit"),
+]
 
 
 @dataclass(frozen=True)
@@ -91,17 +73,28 @@ class Recipe:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over what is learned: every key but those of the output and the data's folder."""
-        learned = {key: value for key, value in self.config.items() if key not in PLACES}
-        learned["datasets"] = [e | {"path": Path(e["path"]).name} for e in self.config["datasets"]]
-        return hashlib.sha256(json.dumps(learned, sort_keys=True).encode()).hexdigest()
+        """SHA-256 over what is learned."""
+        return hashlib.sha256(json.dumps(learned(self.config), sort_keys=True).encode()).hexdigest()
+
+
+def learned(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a config is learned: all but where it runs, its output, and the data's folder."""
+    kept = {key: value for key, value in config.items() if key not in {*RUNNING, *OUTPUT}}
+    kept["datasets"] = [e | {"path": Path(e["path"]).name} for e in config["datasets"]]
+    return kept
 
 
 @cache
 def matrix() -> dict[str, Any]:
-    return yaml.load((FOLDER / "matrix.yaml").read_bytes(), yaml.CSafeLoader)
+    """The tables of recipes/matrix.yaml, and the user's own tasks of recipes/local/*.yaml."""
+    table = yaml.load((FOLDER / "matrix.yaml").read_bytes(), yaml.CSafeLoader)
+    for path in sorted(LOCAL.glob("*.yaml")):
+        own = yaml.load(path.read_bytes(), yaml.CSafeLoader).get("tasks", {})
+        table["tasks"] |= {name: row | {"local": True} for name, row in own.items()}
+    return table
 
 
+@cache
 def names() -> list[str]:
     """`<model>/<task>_<method>` of the whole catalogue."""
     table = matrix()
@@ -113,13 +106,26 @@ def names() -> list[str]:
     ]
 
 
+@cache
 def parts(name: str) -> tuple[str, str, str]:
     """(model, task, method) of a catalogue name."""
     model, _, rest = name.partition("/")
     for task in matrix()["tasks"]:
-        if rest.startswith(f"{task}_"):
-            return model, task, rest.removeprefix(f"{task}_")
+        method = rest.removeprefix(f"{task}_")
+        if method != rest and method in matrix()["methods"]:
+            return model, task, method
     raise WrongInput(f'"{name}" is not in the catalogue')
+
+
+def path_of(name: str) -> Path:
+    """Where the file of a catalogue name lies."""
+    local = matrix()["tasks"][parts(name)[1]].get("local")
+    return (LOCAL if local else FOLDER) / f"{name}.yaml"
+
+
+def version(name: str) -> str:
+    """The version of a catalogue name: of the last pattern under `versions` that fits."""
+    return next(v for p, v in reversed(matrix()["versions"].items()) if fnmatchcase(name, p))
 
 
 def finlora_name(name: str) -> str | None:
@@ -130,6 +136,24 @@ def finlora_name(name: str) -> str | None:
     return f"{task}_{of_model}_{of_method}" if of_model and of_method else None
 
 
+@cache
+def places() -> dict[str, Path]:
+    """The file of every name that a recipe has."""
+    known = {entry: path_of(entry) for entry in names()}
+    own = {f"{path.parent.name}/{path.stem}": path for path in LOCAL.glob("*/*.yaml")}
+    known |= own | {path.stem: path for entry, path in own.items() if entry not in names()}
+    prefix = f"{DEFAULT_MODEL}/"
+    known |= {n.removeprefix(prefix): known[n] for n in names() if n.startswith(prefix)}
+    known |= {theirs: known[n] for n in names() if (theirs := finlora_name(n))}
+    return known
+
+
+def forget() -> None:
+    """Reads the tables anew where they are asked for next."""
+    for cached in (matrix, names, parts, places):
+        cached.cache_clear()
+
+
 def find(name: str) -> Recipe:
     """The recipe of a catalogue name, a name without its model, a FinLoRA name or a YAML file.
 
@@ -138,18 +162,19 @@ def find(name: str) -> Recipe:
     if not name:
         raise WrongInput("RECIPE=… is needed; `make recipes` lists what there is")
     if name.endswith((".yaml", ".yml")):
-        inside = Path(name).resolve()
-        inside = inside.relative_to(FOLDER) if inside.is_relative_to(FOLDER) else inside
-        if str(inside.with_suffix("")) not in names():
-            return load(Path(name), name)
-        name = str(inside.with_suffix(""))
-    known = {entry: entry for entry in names()}
-    short = {n.removeprefix(f"{DEFAULT_MODEL}/"): n for n in known if n.startswith(DEFAULT_MODEL)}
-    known |= short | {theirs: n for n in names() if (theirs := finlora_name(n))}
+        path = Path(name).resolve()
+        for folder in (LOCAL, FOLDER):
+            inside = (
+                str(path.relative_to(folder).with_suffix("")) if path.is_relative_to(folder) else ""
+            )
+            if inside in names():
+                return load(path, inside)
+        return load(Path(name), name)
+    known = places()
     if name not in known:
         hint = nearest(name, list(known)) or "; `make recipes` lists what there is"
         raise WrongInput(f'unknown recipe "{name}"{hint}')
-    return load(FOLDER / f"{known[name]}.yaml", known[name])
+    return load(known[name], f"{known[name].parent.name}/{known[name].stem}")
 
 
 def load(path: Path, name: str) -> Recipe:
@@ -176,91 +201,69 @@ def load(path: Path, name: str) -> Recipe:
         isinstance(e, dict) and "path" in e for e in entries
     ):
         raise WrongInput(f'{shown(path)}: "datasets" must be a list of mappings with a "path"')
-    version = next(
-        (li[11:].strip() for li in text.splitlines() if li.startswith("# Version:")), "0"
-    )
-    return Recipe(name, path, config, version)
+    header = (line.split() for line in text.splitlines() if line.startswith("# Version:"))
+    return Recipe(name, path, config, next((words[2] for words in header if words[2:]), "0"))
 
 
 def config(name: str) -> dict[str, Any]:
     """The complete Axolotl config that the matrix gives for a catalogue name."""
     model, task, method = parts(name)
     table = matrix()
-    how = table["methods"][method]
-    base: dict[str, Any] = {"base_model": table["models"][model]["base_model"]}
-    if how["bits"] == 4:
-        base |= {"load_in_4bit": True, "adapter": "qlora"}
-        base["bnb_config_kwargs"] = {
+    what, how = table["models"][model], table["methods"][method]
+    others = (row for pattern, row in table["overrides"].items() if fnmatchcase(name, pattern))
+    layers = (what["settings"], table["tasks"][task]["settings"], how["settings"], *others)
+    return compose(name, what, task, how["bits"], *layers)
+
+
+def compose(
+    run: str, base: dict[str, Any], task: str, bits: int, *layers: dict[str, Any]
+) -> dict[str, Any]:
+    """A complete Axolotl config: of a `base` (a row of the matrix's models) loaded at 4, 8 or 16
+    `bits`, trained on a task's chat rows into runs/<run>, with the common settings and `layers`.
+    """
+    content: dict[str, Any] = {"base_model": base.get("base_model", base["hub"])}
+    if bits == 4:
+        content |= {"load_in_4bit": True, "adapter": "qlora"}
+        content["bnb_config_kwargs"] = {
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": True,
         }
     else:
-        base |= {"load_in_8bit": True} if how["bits"] == 8 else {}
-        base["adapter"] = "lora"
-    base |= {
-        "datasets": [
-            {
-                "path": f"data/chat/{task}_train.jsonl",
-                "type": "chat_template",
-                "chat_template": "tokenizer_default",
-                "field_messages": "messages",
-                "roles_to_train": ["assistant"],
-                "train_on_eos": "turn",
-            }
-        ],
-        "dataset_prepared_path": f"runs/{name}/prepared",
-        "output_dir": f"runs/{name}",
+        content |= {"load_in_8bit": True} if bits == 8 else {}
+        content["adapter"] = "lora"
+    content["datasets"] = [
+        {
+            "path": f"data/chat/{task}_train.jsonl",
+            "type": "chat_template",
+            "chat_template": "tokenizer_default",
+            "field_messages": "messages",
+            "roles_to_train": ["assistant"],
+            "train_on_eos": "turn",
+        }
+    ]
+    content |= {
+        "dataset_prepared_path": f"runs/{run}/prepared",
+        "output_dir": f"runs/{run}",
         "bf16": "auto",
         "logging_steps": 1,
         "save_total_limit": 2,
     }
-    for layer in (
-        table["common"],
-        table["models"][model].get("settings", {}),
-        table["tasks"][task]["settings"],
-        how["settings"],
-        table["model_task"].get(f"{model}/{task}", {}),
-    ):
-        base |= layer
-    base |= {} if "save_steps" in base else {"saves_per_epoch": 4}
-    base |= {} if "eval_steps" in base else {"evals_per_epoch": 1}
-    return base
-
-
-def rendered(name: str) -> str:
-    """The text of a catalogue recipe: a header that tells how to run it, then keys in groups."""
-    model, task, method = parts(name)
-    table, content = matrix(), config(name)
-    model_row, method_row = table["models"][model], table["methods"][method]
-    typed = name.removeprefix(f"{DEFAULT_MODEL}/")
-    theirs = finlora_name(name)
-    lines = [
-        f"# {model_row['title']} on {table['tasks'][task]['title']}",
-        f"# {method_row['title']}",
-        "#",
-        f"#   make train RECIPE={typed}",
-        f"#   axolotl train recipes/{name}.yaml",
-        "#",
-        *([f"# FinLoRA's name: {theirs}"] if theirs else []),
-        f"# Version: {table['versions'].get(name, table['version'])}",
-        "# Rendered from recipes/matrix.yaml by `make render`.",
-    ]
-    for title, keys in GROUPS.items():
-        chosen = {key: content.pop(key) for key in keys if key in content}
-        if chosen:
-            body = yaml.safe_dump(chosen, sort_keys=False, width=100, allow_unicode=True)
-            lines += ["", f"# {title}", body.rstrip()]
-    if content:
-        raise JobFailed(f"{name}: tools/recipes.py has no group for {', '.join(content)}")
-    return "\n".join(lines) + "\n"
+    for layer in (matrix()["common"], *layers):
+        content |= layer
+    if "target_modules" in base:
+        among = "|".join(content["lora_target_modules"])
+        content["lora_target_modules"] = base["target_modules"].replace("NAMES", among)
+    content |= {} if "save_steps" in content else {"saves_per_epoch": 4}
+    content |= {} if "eval_steps" in content else {"evals_per_epoch": 1}
+    return content
 
 
 def profile(name: str) -> dict[str, Any]:
     """The Axolotl options of recipes/profiles/<name>.yaml."""
-    known = sorted(path.stem for path in (FOLDER / "profiles").glob("*.yaml"))
+    known = sorted(path.stem for path in PROFILES.glob("*.yaml"))
     if name not in known:
         raise WrongInput(f'unknown PROFILE "{name}"; there are {", ".join(known)}')
-    return yaml.load((FOLDER / "profiles" / f"{name}.yaml").read_bytes(), yaml.CSafeLoader)
+    return yaml.load((PROFILES / f"{name}.yaml").read_bytes(), yaml.CSafeLoader)
 
 
 def unknown_keys(config: dict[str, Any], model: Any, where: str = "") -> list[str]:
@@ -313,60 +316,3 @@ def validate(content: dict[str, Any], where: str) -> None:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "config"
         raise WrongInput(f"{where}: {key}: {first['msg']}") from None
-
-
-def listing() -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for heading in ("recipe", "base", "method", "GPU memory", "version"):
-        table.add_column(heading, overflow="fold")
-    for name in names():
-        model, _, method = parts(name)
-        model_row, method_row = matrix()["models"][model], matrix()["methods"][method]
-        memory = f"{model_row['memory_gib'][method_row['bits']]} GiB"
-        version = matrix()["versions"].get(name, matrix()["version"])
-        short = name.removeprefix(f"{DEFAULT_MODEL}/")
-        table.add_row(short, model_row["title"], method_row["title"], memory, version)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
-
-
-def check() -> None:
-    for name in names():
-        path = FOLDER / f"{name}.yaml"
-        if not path.is_file() or path.read_text() != rendered(name):
-            raise JobFailed(f"{shown(path)} is not what recipes/matrix.yaml gives; `make render`")
-    known = {FOLDER / f"{name}.yaml" for name in names()}
-    for path in FOLDER.glob("*/*.yaml"):
-        if path not in known and path.parent.name not in ("profiles", "local"):
-            raise JobFailed(f"{shown(path)} is not in recipes/matrix.yaml; delete it")
-    for name in names():
-        content = find(name).config
-        validate(content, f"recipes/{name}.yaml")
-        for other in ("cpu", "gpu"):
-            validate(content | profile(other), f"recipes/{name}.yaml with profile {other}")
-    print(f"{len(names())} recipes: current, and valid for Axolotl")
-
-
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(description="the catalogue of recipes")
-    parser.add_argument("verb", choices=["list", "show", "render", "check"])
-    parser.add_argument("name", nargs="?", default="")
-    arguments = parser.parse_args()
-    if arguments.verb == "list":
-        listing()
-    elif arguments.verb == "show":
-        print(find(arguments.name).path.read_text(), end="")
-    elif arguments.verb == "check":
-        check()
-    else:
-        for name in names():
-            with atomic(FOLDER / f"{name}.yaml") as file:
-                file.write(rendered(name).encode())
-        print(f"{len(names())} recipes written")
-
-
-if __name__ == "__main__":
-    main()

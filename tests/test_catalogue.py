@@ -1,0 +1,282 @@
+"""The catalogue is what its tables give, complete, versioned, and trains on what is scored."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tools import catalogue, plan, prompt, recipes
+from tools.cli import ROOT, JobFailed, WrongInput
+
+MODELS = ["llama-3.1-8b", "llama-3.1-70b", "llama-3.2-1b", "llama-3.2-3b", "qwen3-8b", "qwen3-4b"]
+MODELS += ["mistral-7b-v0.3", "gemma-3-4b", "smollm2-135m"]
+
+
+def test_every_model_has_every_task_by_every_method():
+    tasks = ["sentiment", "headline", "ner", "finer", "xbrl_extract", "xbrl_term", "formula"]
+    tasks += ["financebench", "cfa", "general_multi", "reporting_multi", "analysis_multi"]
+    methods = ["r4", "r8", "r8_dora", "r8_dora_a32", "r8_rslora", "r8_fp16", "qlora_all"]
+    expected = [f"{m}/{t}_{method}" for m in MODELS for t in tasks for method in methods]
+    assert catalogue.ours() == expected
+    assert all((ROOT / "recipes" / f"{name}.yaml").is_file() for name in expected)
+
+
+def test_every_file_is_what_the_tables_give_and_valid_for_axolotl_with_every_profile(capsys):
+    catalogue.check()
+    assert capsys.readouterr().out.startswith("756 recipes: current, and valid for Axolotl with")
+
+
+def test_a_recipe_tells_how_to_run_it_what_it_needs_and_what_it_learns():
+    for name in catalogue.ours():
+        text = (ROOT / "recipes" / f"{name}.yaml").read_text()
+        found = recipes.find(text.split("make train RECIPE=")[1].split()[0])
+        assert (found.name, found.run) == (name, ROOT / "runs" / name)
+        assert f"# Version: 1.0.0 ({found.digest[:12]})\n" in text
+        row = recipes.matrix()["models"][name.split("/")[0]]
+        assert (f"https://huggingface.co/{row['hub']}," in text) == row["gated"]
+        assert yaml.safe_load(text) == recipes.config(name)
+
+
+def test_the_planned_memory_in_a_recipe_is_the_planners():
+    text = (ROOT / "recipes/llama-3.1-8b/sentiment_r4.yaml").read_text()
+    made = plan.plan(recipes.find("sentiment_r4").config, row=256)
+    gib = -(-made["memory"]["peak"] // 2**30)
+    assert f"# Planned GPU memory: {gib} GiB (rows of up to 256 tokens; `make plan`)\n" in text
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_qlora_all_adapts_every_linear_layer_of_the_language_model_alone(model):
+    recipe = recipes.find(f"{model}/ner_qlora_all")
+    setup = plan.setup_of(recipe.config, 128, 1)
+    assert (setup.modules, setup.rank, setup.bits) == (plan.MODULES, 16, 4)
+    assert recipe.config["lora_alpha"] == 32
+    assert recipe.config["lr_scheduler"] == "constant_with_warmup"
+
+
+@pytest.mark.parametrize(("method", "layers"), [("r4", 3), ("qlora_all", 7)])
+def test_peft_adapts_gemmas_language_model_and_not_its_vision_tower(method, layers):
+    import peft
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    text = small | {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 300}
+    vision = small | {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(
+        text_config=text | {"num_hidden_layers": 2}, vision_config=vision, mm_tokens_per_image=4
+    )
+    named = recipes.find(f"gemma-3-4b/sentiment_{method}").config["lora_target_modules"]
+    model = peft.get_peft_model(
+        Gemma3ForConditionalGeneration(config), peft.LoraConfig(target_modules=named)
+    )
+    adapted = [name for name, _ in model.named_modules() if name.endswith("lora_A.default")]
+    assert len(adapted) == 2 * layers
+    assert all(".language_model.layers." in name for name in adapted)
+
+
+# Axolotl's own copies of the templates, which tokenizers bring: file, and tokens that it needs.
+TEMPLATES = {
+    "qwen3-8b": ("qwen3", ["<think>", "</think>"]),
+    "gemma-3-4b": ("gemma3", ["<start_of_turn>", "<end_of_turn>", "<pad>", "<bos>"]),
+    "mistral-7b-v0.3": ("mistral_v2v3", ["[INST]", "[/INST]", "<unk>", "<s>", "</s>"]),
+    "llama-3.2-1b": (
+        "llama3_2_vision",
+        ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"],
+    ),
+    "smollm2-135m": (None, []),
+}
+ENDS = {"gemma-3-4b": "<end_of_turn>", "mistral-7b-v0.3": "</s>", "llama-3.2-1b": "<|eot_id|>"}
+
+
+# How the tokenizers of Llama 3 and Qwen3 cut text before they merge it (SmolLM2's is GPT-2's, which
+# cuts line breaks otherwise where text follows them).
+CUT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize("model", TEMPLATES)
+def test_what_axolotl_trains_on_begins_with_the_prompt_that_is_scored(model, smollm2):
+    import axolotl
+    from axolotl.prompt_strategies.chat_template import StrategyLoader
+    from axolotl.utils.dict import DictDefault
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+    from transformers import AutoTokenizer
+
+    name, added = TEMPLATES[model]
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tokenizer.add_special_tokens({"additional_special_tokens": added})
+    if model in ("qwen3-8b", "llama-3.2-1b"):
+        cut = Split(Regex(CUT), "isolated")
+        merge = ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence([cut, merge])
+    if name:
+        folder = Path(axolotl.__file__).parent / "utils" / "chat_templates" / "templates"
+        tokenizer.chat_template = (folder / f"{name}.jinja").read_text()
+    tokenizer.bos_token = {"gemma-3-4b": "<bos>", "mistral-7b-v0.3": "<s>"}.get(
+        model, "<|im_start|>"
+    )
+    # The base's own end token where the recipe sets none; Gemma's recipe must set it.
+    tokenizer.eos_token = {**ENDS, "gemma-3-4b": "<|endoftext|>"}.get(model, "<|im_end|>")
+    config = recipes.find(f"{model}/sentiment_r4").config
+    tokenizer.add_special_tokens(config["special_tokens"])
+    assert tokenizer.eos_token == ENDS.get(model, "<|im_end|>")
+
+    messages = [{"role": "user", "content": "Is it good?\nAnswer:"}]
+    answer = {"role": "assistant", "content": "positive"}
+    settings = DictDefault(config)
+    (dataset,) = settings.datasets
+    loader = StrategyLoader()(tokenizer, settings, DictDefault(dataset))
+    row = loader.tokenize_prompt({"messages": [*messages, answer]})
+    fed = prompt.tokens(tokenizer, messages, config.get("chat_template_kwargs"))
+    trained = [token for token in row["labels"] if token != -100]
+    assert row["input_ids"][: len(fed)] == fed
+    assert tokenizer.decode(trained).strip() == f"positive{tokenizer.eos_token}"
+    assert row["labels"][: len(fed)] == [-100] * len(fed)
+    text = prompt.render(tokenizer, messages, config.get("chat_template_kwargs"))
+    if model == "qwen3-8b":
+        assert text.endswith("<think>\n\n</think>\n\n")
+    if model == "llama-3.2-1b":
+        assert "26 Jul 2024" in text
+        # Without the recipe's date the prompt would be another one every day.
+        assert "26 Jul 2024" not in prompt.render(tokenizer, messages)
+
+
+# ---- versions
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """A copy of the tables and of two recipes, which a test may change."""
+    folder = tmp_path / "recipes"
+    shutil.copytree(recipes.FOLDER / "llama-3.1-8b", folder / "llama-3.1-8b")
+    table = yaml.safe_load((recipes.FOLDER / "matrix.yaml").read_text())
+    table["models"] = {"llama-3.1-8b": table["models"]["llama-3.1-8b"]}
+    monkeypatch.setattr(recipes, "FOLDER", folder)
+    monkeypatch.setattr(recipes, "LOCAL", folder / "local")
+    monkeypatch.setattr(catalogue, "shown", lambda path: f"recipes/{path.relative_to(folder)}")
+
+    def write(table):
+        (folder / "matrix.yaml").write_text(yaml.safe_dump(table, sort_keys=False))
+        recipes.forget()
+
+    write(table)
+    yield folder, table, write
+    recipes.forget()
+
+
+def test_what_a_recipe_learns_cannot_change_under_the_same_version(copy, capsys):
+    folder, table, write = copy
+    table["methods"]["r4"]["settings"]["lora_r"] = 5
+    write(table)
+    before = {path: path.read_bytes() for path in folder.rglob("*.yaml")}
+    for verb in (catalogue.render, catalogue.check):
+        with pytest.raises(
+            JobFailed, match="12 recipes learn something else under the same version"
+        ):
+            verb()
+        said = capsys.readouterr().err
+        assert "llama-3.1-8b/sentiment_r4 1.0.0:\n    -lora_r: 4\n    +lora_r: 5\n" in said
+    assert {path: path.read_bytes() for path in folder.rglob("*.yaml")} == before
+
+
+def test_with_a_new_version_it_can(copy):
+    folder, table, write = copy
+    table["methods"]["r4"]["settings"]["lora_r"] = 5
+    table["versions"]["*_r4"] = "1.1.0"
+    write(table)
+    catalogue.render()
+    assert recipes.find("sentiment_r4").version == "1.1.0"
+    assert recipes.find("sentiment_r4").config["lora_r"] == 5
+    assert recipes.find("sentiment_r8").version == "1.0.0"
+    catalogue.check()
+
+
+def test_how_it_runs_may_change_without_a_new_version(copy):
+    folder, table, write = copy
+    table["common"]["gradient_checkpointing"] = False
+    write(table)
+    with pytest.raises(JobFailed, match="is not what recipes/matrix.yaml gives; `make render`"):
+        catalogue.check()
+    catalogue.render()
+    catalogue.check()
+
+
+def test_a_file_that_the_tables_no_longer_give_is_named_and_removed(copy):
+    folder, table, write = copy
+    del table["tasks"]["cfa"]
+    write(table)
+    with pytest.raises(JobFailed, match="is not in recipes/matrix.yaml"):
+        catalogue.check()
+    catalogue.render()
+    assert not list(folder.glob("*/cfa_*"))
+    catalogue.check()
+
+
+# ---- list and show
+
+
+def ran(*arguments):
+    code = (
+        f"import sys; from tools import catalogue; sys.argv = ['x', *{arguments!r}]; "
+        "catalogue.main();"
+        "print(*({'torch', 'transformers', 'axolotl', 'peft'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr.strip()) == (0, "")
+    return done.stdout
+
+
+def test_the_list_shows_every_recipe_and_loads_no_heavy_library():
+    lines = ran("list").splitlines()
+    heads = lines[0].split()[1:]
+    shown = {line.split()[0] + head for line in lines[1 : 1 + 9 * 12] for head in heads}
+    assert shown == {name.removeprefix("llama-3.1-8b/") for name in catalogue.ours()}
+
+
+def test_the_list_is_filtered_and_has_a_form_for_machines():
+    rows = json.loads(ran("list", "--task", "ner", "--method", "r4", "--json", "1"))
+    assert [row["recipe"] for row in rows] == [f"{model}/ner_r4" for model in MODELS]
+    assert rows[0]["finlora"] == "ner_llama_3_1_8b_4bits_r4"
+    assert rows[0]["version"] == "1.0.0"
+    assert rows[0]["planned_gpu_bytes"] > rows[2]["planned_gpu_bytes"] > 2**30
+    (row,) = json.loads(
+        ran("list", "--task", "ner", "--method", "r4", "--model", "qwen3-4b", "--json=1")
+    )
+    assert row["recipe"] == "qwen3-4b/ner_r4"
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("sentimnt", "", ""), 'unknown TASK "sentimnt"; did you mean sentiment?'),
+        (("", "llama-3", ""), 'unknown MODEL "llama-3"; did you mean llama-3.'),
+        (("", "", "zzz"), 'unknown METHOD "zzz"; there are r4, r8, r8_dora'),
+    ],
+)
+def test_an_unknown_filter_is_answered_with_what_there_is(asked, said):
+    with pytest.raises(WrongInput) as error:
+        catalogue.chosen(*asked)
+    assert str(error.value).startswith(said)
+
+
+def test_show_prints_the_file_the_plan_and_what_a_run_took(tmp_path, capsys):
+    config = recipes.find("smollm2-135m/sentiment_r4").config | {"output_dir": str(tmp_path)}
+    path = tmp_path / "mine.yaml"
+    path.write_text("# Version: 1.0.0 (x)\n" + yaml.safe_dump(config))
+    told = {"trainable_parameters": 322_560, "steps": 110, "seconds": 360.0}
+    told |= {"peak_memory_bytes": 2**32, "tokens_per_second": 222.8, "train_loss": 0.231}
+    told |= {"recipe_version": "1.0.0", "processes": 1, "device": "cpu", "finished": "then"}
+    (tmp_path / "run.json").write_text(json.dumps(told))
+    catalogue.show(recipes.find(str(path)))
+    out = capsys.readouterr().out
+    assert path.read_text() in out
+    rows = {line.split("  ")[0]: line.split()[-2:] for line in out.splitlines() if "  " in line}
+    assert rows["trainable"] == ["322,560", "322,560"]
+    assert rows["peak memory, GiB"][1] == "4.00"
+    assert rows["hours"][1] == "0.10"
