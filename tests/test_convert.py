@@ -1,8 +1,10 @@
 """FinLoRA rows become chat rows unchanged, or the row that breaks a rule is named."""
 
+import base64
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import convert
+from tools import convert, lengths, rows
 from tools.cli import ROOT, WrongInput
 
 GOOD = b'{"context": "How is it? Answer: ", "target": "neutral"}\n'
@@ -134,11 +136,30 @@ REFUSED = {
     "no context": (b'{"prompt": "a", "target": "neutral"}\n', '"context" is missing'),
     "no target": (b'{"context": "a"}\n', 'the key "target" is missing; the row has context'),
     "null": (b'{"context": null, "target": "neutral"}\n', '"context" must be text, not NoneType'),
+    "no answer": (b'{"context": "a", "target": null}\n', '"target" must be text, not NoneType'),
+    "infinite": (b'{"context": "a", "target": 1e999}\n', "not JSON"),
+    "a key twice": (
+        b'{"target": "x", "context": "a", "target": "neutral"}\n',
+        '"target" stands tw',
+    ),
+    "a key spelt twice": (
+        b'{"context": "a \\u0022\\u0022", "target": "neutral", "t\\u0061rget": "neutral"}\n',
+        'the key "target" stands twice',
+    ),
+    "another key twice": (
+        b'{"context": "a", "target": "neutral", "pages": [{"n": 1, "n": 2}]}\n',
+        'the key "n" stands twice',
+    ),
+    "half a character": (b'{"context": "\\ud83d", "target": "neutral"}\n', "not JSON"),
     "a truth value": (b'{"context": "a", "target": true}\n', '"target" must be text, not bool'),
     "nested text": (b'{"context": ["a"], "target": "b"}\n', '"context" must be text, not list'),
     "empty": (b'{"context": "a", "target": ""}\n', '"target" is empty'),
     "white space": (b'{"context": " \\n\\t ", "target": "neutral"}\n', '"context" is empty'),
     "control": (b'{"context": "a\\u0000b", "target": "neutral"}\n', r"control character '\x00'"),
+    "delete": (b'{"context": "a\x7fb", "target": "neutral"}\n', r"control character '\x7f'"),
+    "delete, spelt": (b'{"context": "a\\u007Fb", "target": "neutral"}\n', r"character '\x7f'"),
+    "backspace": (b'{"context": "a\\b", "target": "neutral"}\n', r"control character '\x08'"),
+    "raw control": (b'{"context": "a\x01b", "target": "neutral"}\n', "not JSON"),
     "escape": (b'{"context": "a\\u001b[2Jb", "target": "neutral"}\n', r"control character '\x1b'"),
     "invalid UTF-8": (b'{"context": "a\xff", "target": "neutral"}\n', "not UTF-8: byte 15 "),
     "a foreign label": (b'{"context": "a", "target": "bullish"}\n', '"bullish" is none of neg'),
@@ -249,6 +270,19 @@ def test_a_prompt_that_stands_twice_is_not_both_trained_on_and_tested(tmp_path, 
     assert {int(prompt.split()[1]) for prompt, _ in train + test} == set(range(600))
 
 
+def test_a_bad_row_does_not_keep_a_set_from_being_split_where_such_rows_are_kept_aside(
+    tmp_path, chat
+):
+    folder = asked_twice(tmp_path, 600)
+    with open(folder / "test" / "fpb_test.jsonl", "ab") as file:
+        file.write(REFUSED["null"][0])
+    with pytest.raises(WrongInput, match="fpb_test.jsonl, line 1201"):
+        convert.convert_task("sentiment", folder)
+    convert.convert_task("sentiment", folder, convert.How(quarantine=True))
+    assert convert.manifest(convert.train_path("sentiment"))["rows"] == 900
+    assert convert.manifest(convert.test_path("fpb"))["refused"] == 1
+
+
 def test_a_set_too_small_to_be_split_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(convert, "CHAT", tmp_path / "chat")
     with pytest.raises(WrongInput, match="fpb_test.jsonl"):
@@ -262,6 +296,447 @@ def test_a_blob_is_named_as_git_names_it(tmp_path, data):
     command = ["git", "hash-object", "--no-filters", path]
     named = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     assert convert.git_blob(path) == named
+
+
+# ---- Blocks of rows
+
+
+PIECES = [*'ab \n\t"/{}:,0é–🙂', "u0022", "us"] * 8
+PIECES += [*"\\\x7f\x01\x08\x0c", "\\u0022", '\\"', "\\b"]
+KEYS = ["context", "target"] * 4 + ["url", "context "]
+
+
+def nasty_line(draw):
+    """A line that is a row, or nearly one: odd keys, keys twice, every way to spell a character."""
+
+    def spelt(text):
+        if text.isascii() and draw.random() < 0.05:
+            return "".join(f"\\u{ord(character):04x}" for character in text)
+        return json.dumps(text, ensure_ascii=draw.random() < 0.5)[1:-1]
+
+    def value():
+        if draw.random() < 0.03:
+            return draw.choice(["1", "null", "[]", "true", "{}", '{"a": 1}'])
+        return f'"{spelt("".join(draw.choices(PIECES, k=draw.randint(0, 9))))}"'
+
+    keys = draw.choices(KEYS, k=1) if draw.random() < 0.03 else ["context", "target"]
+    keys += draw.choices(KEYS, k=1) if draw.random() < 0.1 else []
+    inside = ", ".join(f'"{spelt(key)}": {value()}' for key in keys)
+    return (f"{{{inside}}}" + draw.choice(["", "", "\r", " "])).encode()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_taken_at_once_are_those_taken_one_by_one(seed):
+    draw, taken = random.Random(seed), 0
+    for _ in range(4000):
+        lines = [nasty_line(draw) for _ in range(draw.randint(1, 2))]
+        at_once = rows.at_once(b"\n".join(lines), lines, FREE)
+        one_by_one = rows.one_by_one(Path("rows.jsonl"), lines, 1, FREE)
+        if at_once:
+            assert one_by_one.refused == [], lines
+            assert at_once == (one_by_one.prompts, one_by_one.answers, one_by_one.chat)
+            taken += 1
+    assert taken > 500
+
+
+def test_escaped_backslashes_hide_no_key_that_stands_twice():
+    line = rb'{"context": "a\\", "target": 1, "target": "b\\"}'
+    (refused,) = rows.one_by_one(Path("rows.jsonl"), [line], 1, FREE).refused
+    assert refused[1] == 'the key "target" stands twice'
+    assert rows.at_once(line, [line], FREE) is None
+
+
+def test_the_way_of_most_rows_is_the_quick_one():
+    source = convert.SAMPLE / "train" / "finlora_sentiment_train.jsonl"
+    block = source.read_bytes().rstrip()
+    assert rows.at_once(block, block.split(b"\n"), SENTIMENT)
+
+
+def test_the_size_of_a_block_and_the_number_of_cores_change_no_byte(source, target, monkeypatch):
+    draw = random.Random(0)
+    text = [
+        json.dumps({"context": "é\n" * draw.randint(1, 90), "target": "up"}) for _ in range(300)
+    ]
+    source.write_text("\ufeff" + "\r\n".join([*text[:150], "", '{"context": 1}', *text[150:]]))
+    cores, results = os.sched_getaffinity(0), []
+    try:
+        for size, used in [(rows.CHUNK, cores), (100, cores), (1, {min(cores)})]:
+            monkeypatch.setattr(rows, "CHUNK", size)
+            os.sched_setaffinity(0, used)
+            convert.convert(source, target, FREE, how=convert.How(quarantine=True))
+            results.append(content(target.parent))
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert results[0] == results[1] == results[2]
+    assert json.loads(convert.refused_path(target).read_text())["line"] == 152
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from tools import convert
+how = convert.How(quarantine=True)
+convert.convert(Path(sys.argv[1]), Path(sys.argv[2]), convert.Rules(), how=how)
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+"""
+
+
+def peak(source, target):
+    """MB of memory that a process needed to convert a file."""
+    command = [sys.executable, "-c", PEAK, str(source), str(target)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return int(done.stdout) / 1024
+
+
+def test_memory_does_not_grow_with_the_file(source, target):
+    source.write_bytes(GOOD * 10)
+    small = peak(source, target)
+    source.write_bytes(GOOD * (40_000_000 // len(GOOD)))
+    assert peak(source, target) < small + 20
+
+
+def test_a_line_of_50_mb_is_refused_in_little_memory_and_the_rows_around_it_are_kept(
+    source, target
+):
+    source.write_bytes(GOOD + b'{"context": "' + b"x" * 50_000_000 + b'"}\n' + GOOD)
+    assert peak(source, target) < 300
+    manifest = convert.manifest(target)
+    assert (manifest["rows_in"], manifest["rows"], manifest["refused"]) == (3, 2, 1)
+    refused = json.loads(convert.refused_path(target).read_text())
+    assert (refused["line"], refused["only_first_bytes"]) == (2, 1000)
+    assert "longer than 16 MB" in refused["reason"] and len(refused["text"]) == 1000
+
+
+# ---- Quarantine
+
+
+def test_refused_rows_are_kept_beside_the_output_and_every_row_is_accounted_for(source, target):
+    bad = [line for line, _ in REFUSED.values() if line != LONG]
+    source.write_bytes(GOOD + b"".join(bad) + b"\n" + GOOD)
+    manifest = convert.convert(source, target, SENTIMENT, how=convert.How(quarantine=True))
+    assert manifest["rows_in"] == len(bad) + 2
+    assert (manifest["rows"], manifest["refused"]) == (2, len(bad)) == (2, manifest["rows_in"] - 2)
+    kept = lines(convert.refused_path(target))
+    assert [row["line"] for row in kept] == list(range(2, len(bad) + 2))
+    for row, (name, (line, said)) in zip(kept, REFUSED.items(), strict=False):
+        assert said in row["reason"] and row["file"] == source.name, name
+        raw = row["text"].encode() if "text" in row else base64.b64decode(row["base64"])
+        assert raw == line.removesuffix(b"\n"), name
+    source.write_bytes(GOOD)
+    convert.convert(source, target, SENTIMENT)
+    assert not convert.refused_path(target).exists()
+
+
+def test_the_command_keeps_refused_rows_only_where_it_is_told_to(source, target):
+    source.write_bytes(GOOD + REFUSED["null"][0])
+    for told in (["--on-error", "quarantine"], []):
+        done = command("--dataset", "fpb", source, target, *told, ON_ERROR="quarantine")
+        assert done.returncode == 0, done.stderr
+        assert f"1 refused: {convert.refused_path(target)}" in done.stdout
+    for variable in ("", "stop"):
+        told = refusal(command("--dataset", "fpb", source, target, ON_ERROR=variable))
+        assert f"{source}, line 2: " in told
+    told = refusal(command("--dataset", "fpb", source, target, ON_ERROR="skip"))
+    assert 'ON_ERROR is stop or quarantine, not "skip"' in told
+
+
+def test_a_file_of_which_no_row_can_be_used_is_refused_even_so(source, target):
+    source.write_bytes(REFUSED["null"][0] * 2)
+    with pytest.raises(WrongInput, match=r'no rows that can be used; the first, line 1: "context"'):
+        convert.convert(source, target, FREE, how=convert.How(quarantine=True))
+    assert content(target.parent) == {}
+
+
+# ---- Repairs of training sets
+
+
+@pytest.fixture
+def chat(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "CHAT", tmp_path / "chat")
+    return tmp_path / "chat"
+
+
+def write_rows(path, pairs):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dumped = (json.dumps({"context": prompt, "target": answer}) for prompt, answer in pairs)
+    path.write_text("\n".join(dumped))
+
+
+def test_leaked_repeated_and_broken_rows_leave_the_training_set_and_stay_in_the_test(
+    tmp_path, chat, capsys
+):
+    asked = "Explain this term in one sentence: {}. Answer:"
+    test = [(asked.format(term), "is") for term in ("Domain Member", "fact")]
+    train = [
+        (asked.format(t), f"{n}") for n, t in enumerate(("a", "nan", "domain  member", "a", "A"))
+    ]
+    train.append((asked.format("b"), "nan"))
+    write_rows(tmp_path / "test" / "xbrl_term_test.jsonl", test)
+    write_rows(tmp_path / "train" / "xbrl_term_train.jsonl", train)
+    convert.convert_task("xbrl_term", tmp_path)
+    assert turns(convert.train_path("xbrl_term")) == [train[0], train[4]]
+    assert turns(convert.test_path("xbrl_term")) == test
+    manifest = convert.manifest(convert.train_path("xbrl_term"))
+    assert (manifest["rows_in"], manifest["rows"]) == (6, 2)
+    removed = [entry["rows"] for entry in manifest["removed"]]
+    assert removed == [1, 1, 1, 1]
+    assert all(entry["reason"] for entry in manifest["removed"])
+    assert "1 taken out: unique" in capsys.readouterr().out
+
+
+def test_a_leak_that_cannot_be_looked_for_is_told_of(tmp_path, chat, capsys):
+    write_rows(tmp_path / "train" / "xbrl_term_train.jsonl", [("a", "b")])
+    convert.convert_task("xbrl_term", tmp_path)
+    removed = convert.manifest(convert.train_path("xbrl_term"))["removed"]
+    assert removed[0]["note"] == "not looked for: xbrl_term_test.jsonl is not at hand"
+    assert "not looked for" in capsys.readouterr().out
+
+
+def test_every_repair_has_a_known_kind_a_reason_and_evidence():
+    for name, spec in convert.sources()["tasks"].items():
+        for repair in spec.get("repairs", ()):
+            assert len(repair.keys() & convert.REMOVALS.keys()) == 1, name
+            assert repair["reason"] and repair["evidence"], name
+
+
+@needs_finlora
+def test_fifteen_published_rows_leave_the_training_set_of_xbrl_terms(chat):
+    folder = convert.source_folder("xbrl_term")
+    convert.convert_task("xbrl_term", folder)
+    manifest = convert.manifest(convert.train_path("xbrl_term"))
+    assert (manifest["rows_in"], manifest["rows"]) == (5856, 5841)
+    assert [entry["rows"] for entry in manifest["removed"]] == [2, 11, 1, 1]
+    train, test = turns(convert.train_path("xbrl_term")), turns(convert.test_path("xbrl_term"))
+    assert len(test) == 651 and len({prompt for prompt, _ in train}) == len(train)
+    normal = {" ".join(prompt.lower().split()) for prompt, _ in train}
+    assert not normal & {" ".join(prompt.lower().split()) for prompt, _ in test}
+
+
+# ---- Where a task's files are from
+
+
+def test_a_task_is_taken_from_the_first_folder_that_has_any_of_its_files(
+    tmp_path, chat, monkeypatch, capsys
+):
+    own, raw = tmp_path / "own", tmp_path / "raw"
+    monkeypatch.setattr(convert, "RAW", raw)
+    monkeypatch.setenv("FINLORA_DATA", str(own))
+    write_rows(own / "data" / "test" / "ner_test.jsonl", [("Who is Ann?", "person")])
+    write_rows(raw / "test" / "ner_test.jsonl", [("Where is Rome?", "location")])
+    write_rows(raw / "train" / "ner_train.jsonl", [("Where is Oslo?", "location")])
+    write_rows(raw / "train" / "headline_train.jsonl", [("Did gold rise?", "Yes")])
+    assert convert.source_folder() == own / "data"
+    found = {task: convert.source_folder(task) for task in ("ner", "headline", "formula")}
+    assert found == {"ner": own / "data", "headline": raw, "formula": convert.SAMPLE}
+
+    monkeypatch.setattr(sys, "argv", ["convert", "ner,headline,formula"])
+    convert.main()
+    told = capsys.readouterr().out
+    assert "(examples)" in told and f"from {raw}" in told
+    assert not convert.train_path("ner").exists()  # nothing is filled up from another folder
+    origins = {path.name: convert.manifest(path)["from"] for path in chat.glob("*.jsonl")}
+    assert origins == {
+        "ner_test.jsonl": "FINLORA_DATA",
+        "headline_train.jsonl": "data/raw",
+        "formula_train.jsonl": "data/sample",
+        "financial_math_test.jsonl": "data/sample",
+    }
+
+
+# ---- Multi-task sets
+
+
+MULTI = {name: spec for name, spec in convert.sources()["tasks"].items() if "parts" in spec}
+
+
+def test_a_multi_task_set_is_scored_on_the_datasets_of_its_parts():
+    tasks = convert.sources()["tasks"]
+    assert set(MULTI) == {"general_multi", "reporting_multi", "analysis_multi"}
+    assert MULTI["reporting_multi"]["eval"] == ["finer", "fnxl", "xbrl_term"]
+    for spec in MULTI.values():
+        assert set(spec["eval"]) == {name for part in spec["parts"] for name in tasks[part]["eval"]}
+
+
+@pytest.mark.parametrize("name", MULTI)
+def test_a_multi_task_set_is_joined_from_its_parts(name, chat, monkeypatch):
+    monkeypatch.setattr(convert, "source_folder", lambda task="": convert.SAMPLE)
+    monkeypatch.setattr(sys, "argv", ["convert", name])
+    convert.main()
+    parts = [turns(convert.train_path(part)) for part in MULTI[name]["parts"]]
+    joined = turns(convert.train_path(name))
+    equal = min(map(len, parts))
+    kept = [equal if "equal" in MULTI[name] else len(part) for part in parts]
+    assert len(joined) == sum(kept)
+    for part, size in zip(parts, kept, strict=True):
+        mine, joined = joined[:size], joined[size:]
+        assert mine == [row for row in part if row in mine]  # in their order, none twice
+    manifest = convert.manifest(convert.train_path(name))
+    assert (
+        manifest["rows"] + manifest["not_selected"] == manifest["rows_in"] == sum(map(len, parts))
+    )
+    assert manifest["from"] == "data/sample"
+    tests = {convert.test_path(dataset).is_file() for dataset in MULTI[name]["eval"]}
+    assert tests == {True}
+
+
+def test_a_published_multi_task_set_is_used_where_it_is_at_hand(tmp_path, chat):
+    rows = [("How is it?", "mildly positive"), ("Did gold rise?", "Yes"), ("Who is Ann?", "person")]
+    write_rows(tmp_path / "train" / "multi" / "general_multi.jsonl", rows)
+    convert.convert_task("general_multi", tmp_path)
+    assert turns(convert.train_path("general_multi")) == rows
+    assert convert.manifest(convert.train_path("general_multi"))["labels"]["Yes"] == 1
+
+
+def test_parts_from_two_folders_are_not_joined(tmp_path, chat, capsys):
+    write_rows(tmp_path / "train" / "finer_train_batched.jsonl", [("Which tags?", "A, B, C, D")])
+    convert.convert_task("finer", tmp_path)
+    convert.convert_task("xbrl_term", convert.SAMPLE)
+    convert.convert_task("reporting_multi", convert.SAMPLE)
+    assert not convert.train_path("reporting_multi").exists()
+    assert "finer is from your own, xbrl_term is from data/sample" in capsys.readouterr().out
+
+
+# ---- Tokens
+
+
+@pytest.fixture(scope="module")
+def ruler(smollm2):
+    return lengths.load(str(smollm2))
+
+
+def test_tokens_are_counted_as_training_sees_them(ruler, source, target):
+    pairs = [("How is it? Answer:", "neutral"), ("é 🙂\n\nx", "A, B"), ("1", "2.50"), ("a b", "c")]
+    write_rows(source, pairs)
+    manifest = convert.convert(source, target, FREE, how=convert.How(lengths=ruler))
+    prompts, answers = [], []
+    for prompt, answer in pairs:
+        turn = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        whole, asked = (
+            ruler.tokenizer.apply_chat_template(
+                part, tokenize=True, return_dict=False, add_generation_prompt=generation
+            )
+            for part, generation in ((turn, False), (turn[:1], True))
+        )
+        assert whole[: len(asked)] == asked
+        prompts.append(len(asked))
+        answers.append(len(whole) - len(asked))
+    for name, counts in (("prompt", prompts), ("answer", answers)):
+        counts.sort()
+        told = manifest["tokens"][name]
+        assert told == {"min": counts[0], "median": counts[1], "p95": counts[3], "max": counts[3]}
+    assert manifest["tokens"]["over"] is None
+
+
+def test_quantiles_are_by_nearest_rank():
+    import numpy
+
+    draw = random.Random(1)
+    for size in (1, 2, 19, 20, 21, 1000):
+        counts = [draw.randint(1, 50) for _ in range(size)]
+        told = lengths.quantiles(Counter(counts))
+        expected = numpy.quantile(counts, [0, 0.5, 0.95, 1], method="inverted_cdf")
+        assert list(told) == ["min", "median", "p95", "max"]
+        assert list(told.values()) == expected.tolist()
+
+
+def bounded(ruler, length):
+    return lengths.Lengths(ruler.tokenizer, ruler.name, length)
+
+
+LONG_PROMPT = "Read this. " + "The cat sat on the mat. " * 200 + "What sat on the mat? Answer:"
+
+
+def test_a_row_that_is_too_long_is_named_or_kept_aside_and_never_cut(ruler, source, target):
+    write_rows(source, [("Short?", "yes"), (LONG_PROMPT, "cat")])
+    how = convert.How(lengths=bounded(ruler, 100))
+    with pytest.raises(
+        WrongInput, match=r"rows.jsonl, line 2: 14\d\d tokens, 3 of them the answer"
+    ):
+        convert.convert(source, target, FREE, how=how)
+    manifest = convert.convert(
+        source, target, FREE, how=convert.How(quarantine=True, lengths=bounded(ruler, 100))
+    )
+    assert turns(target) == [("Short?", "yes")]
+    assert (manifest["rows"], manifest["refused"]) == (1, 1)
+    assert manifest["tokens"]["over"] == {"rows": 1, "share": 0.5, "cut": 0}
+    assert json.loads(lines(convert.refused_path(target))[0]["text"])["context"] == LONG_PROMPT
+
+
+def test_only_where_the_task_says_so_a_prompt_loses_its_middle(tmp_path, chat, ruler, monkeypatch):
+    answer = "the " * 40 + "cat"
+    write_rows(
+        tmp_path / "train" / "formula_train.jsonl", [("Short?", "yes"), (LONG_PROMPT, answer)]
+    )
+    write_rows(tmp_path / "test" / "formula_test.jsonl", [(LONG_PROMPT, answer)])
+    how = convert.How(lengths=bounded(ruler, 150))
+    with pytest.raises(WrongInput, match="formula_train.jsonl, line 2: .* sequence_len of 150"):
+        convert.convert_task("formula", tmp_path, how)
+    monkeypatch.setitem(convert.sources()["tasks"]["formula"], "cut_long_prompts", "middle")
+    convert.convert_task("formula", tmp_path, how)
+    train = turns(convert.train_path("formula"))
+    assert train[0] == ("Short?", "yes") and train[1][1] == answer
+    start, end = train[1][0].split(lengths.GAP)
+    assert LONG_PROMPT.startswith(start) and LONG_PROMPT.endswith(end)
+    assert abs(len(start) - len(end)) < 20
+    (counted,) = ruler.count([train[1][0]], [answer])
+    assert 140 < sum(counted) <= 150
+    assert convert.manifest(convert.train_path("formula"))["tokens"]["over"]["cut"] == 1
+    # A test is asked as it stands.
+    assert turns(convert.test_path("financial_math"))[0][0] == LONG_PROMPT
+
+
+def test_an_answer_that_leaves_no_room_for_a_prompt_is_refused_even_so(ruler, source, target):
+    write_rows(source, [("Short?", "yes"), ("Why?", "because " * 200)])
+    rule = convert.Rules(cut=True)
+    with pytest.raises(WrongInput, match=r"line 2: 2\d\d tokens, 20\d of them the answer's"):
+        convert.convert(source, target, rule, how=convert.How(lengths=bounded(ruler, 100)))
+
+
+def main(monkeypatch, *arguments):
+    """Runs the command in this process, which has loaded what reads a tokenizer."""
+    monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
+    convert.main()
+
+
+def test_the_command_counts_with_the_tokenizer_of_a_recipe(smollm2, chat, monkeypatch, capsys):
+    monkeypatch.setattr(convert, "source_folder", lambda task="": convert.SAMPLE)
+    main(monkeypatch, "", "--recipe", "smollm2-135m/sentiment_r4")
+    tokens = convert.manifest(convert.train_path("sentiment"))["tokens"]
+    assert tokens["sequence_len"] == 2048 and tokens["tokenizer"].startswith("models/smollm2-135m")
+    assert tokens["over"] == {"rows": 0, "share": 0.0, "cut": 0}
+    assert not convert.train_path("ner").exists()  # the recipe's task alone
+    assert "tokens: prompt " in capsys.readouterr().out
+
+
+def test_the_command_counts_with_the_tokenizer_of_a_folder(
+    smollm2, source, target, monkeypatch, capsys
+):
+    write_rows(source, [("How is it?", "neutral"), (LONG_PROMPT, "neutral")])
+    told = ["--dataset", "fpb", source, target, "--tokenizer", smollm2]
+    main(monkeypatch, *told, "--sequence-len", "")
+    assert convert.manifest(target)["tokens"]["prompt"]["max"] > 1000
+    for more, said in [
+        (["--sequence-len", "100"], "more than the sequence_len of 100"),
+        (["--sequence-len", "long"], 'is a number of tokens, not "long"'),
+        (["--tokenizer", source.parent], f"{source.parent} holds no tokenizer"),
+    ]:
+        with pytest.raises(SystemExit, match="2"):
+            main(monkeypatch, *told, *more)
+        assert said in capsys.readouterr().err
+
+
+def test_a_recipe_whose_tokenizer_is_not_at_hand_converts_and_says_so(
+    source, target, tmp_path, monkeypatch
+):
+    write_rows(source, [("How is it?", "neutral")])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "{base_model: nobody/gated, sequence_len: 9, output_dir: x, datasets: [{path: x.jsonl}]}"
+    )
+    main(monkeypatch, "--dataset", "fpb", source, target, "--recipe", recipe)
+    tokens = convert.manifest(target)["tokens"]
+    assert tokens == "not counted: the tokenizer of nobody/gated is not at hand"
+    assert "RECIPE" in convert.convert(source, target, FREE)["tokens"]
 
 
 # ---- FinLoRA's published data
@@ -327,7 +802,8 @@ def test_every_published_row_is_converted(target, name, path):
     assert turns(target) == [(p, rule.relabel.get(a, a)) for p, a in expected]
 
 
-def test_the_published_data_is_looked_for_where_the_variable_says():
+def test_the_published_data_is_looked_for_where_the_variable_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "RAW", tmp_path / "nothing")
     assert convert.source_folder() == (
         (Path(FINLORA) / "data").resolve() if FINLORA else convert.SAMPLE
     )

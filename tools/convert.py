@@ -2,6 +2,7 @@
 
     python -m tools.convert                          every task of data/sources.yaml
     python -m tools.convert sentiment                one task: its training set and its test sets
+    python -m tools.convert --recipe NAME            a recipe's task, with its tokens counted
     python -m tools.convert --dataset fpb IN OUT     one file by the rules of one dataset
 
     {"context": "… Answer: ", "target": "neutral"}
@@ -9,56 +10,146 @@
                   {"role": "assistant", "content": "neutral"}]}
 
 The prompt loses its outer white space and nothing else; rows stay in the order of the source.
-Beside OUT stands OUT.manifest.json: source, digests, row count, labels and repair. A row that
-breaks a rule stops the conversion and is named by file and line; nothing is then written.
+Beside OUT stands OUT.manifest.json: source, digests, row counts, labels, repairs and tokens. A row
+that breaks a rule is named by file and line. It stops the conversion, and nothing is then written;
+with ON_ERROR=quarantine it is kept in OUT.refused.jsonl and the conversion goes on.
 """
 
 import argparse
 import hashlib
-import json
 import os
+import queue
 import random
 import re
+import threading
+from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import yaml
 
-from tools.cli import ROOT, WrongInput, atomic, command, digest, nearest, shown, write_json
+from tools.cli import (
+    ROOT,
+    JobFailed,
+    WrongInput,
+    atomic,
+    command,
+    digest,
+    nearest,
+    shown,
+    write_json,
+)
+from tools.rows import CHUNK, MAX_LINE, Batch, Removal, Rules, Test, batches
+from tools.rows import row as row
+
+if TYPE_CHECKING:
+    from tools.lengths import Lengths
 
 CHAT = ROOT / "data" / "chat"
+RAW = ROOT / "data" / "raw"
 SAMPLE = ROOT / "data" / "sample"
-CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-MAX_LINE = 16 * 2**20  # bytes; FinLoRA's longest rows are about 20 kB
+LOCAL = ROOT / "recipes" / "local"  # tasks of the user's own, see tools/local.py
+UNCOUNTED = "not counted: no recipe was named (make data RECIPE=… counts with its tokenizer)"
 
 
 @cache
 def sources() -> dict[str, Any]:
-    return yaml.load((ROOT / "data" / "sources.yaml").read_bytes(), yaml.CSafeLoader)
+    """The tables of data/sources.yaml; a multi-task set gets the datasets of its parts."""
+    content = yaml.load((ROOT / "data" / "sources.yaml").read_bytes(), yaml.CSafeLoader)
+    for path in sorted(LOCAL.glob("*.yaml")):
+        own = yaml.load(path.read_bytes(), yaml.CSafeLoader).get("sources", {})
+        for table, rows in own.items():
+            for entry in rows.values():
+                for key in {"file", "train"} & entry.keys():
+                    entry[key] = str(ROOT / entry[key])  # not below FinLoRA's data/
+            content[table] |= rows
+    tasks = content["tasks"]
+    for spec in tasks.values():
+        if parts := spec.get("parts"):
+            spec["eval"] = [name for part in parts for name in tasks[part]["eval"]]
+    return content
 
 
-@dataclass(frozen=True)
-class Rules:
-    """What a dataset asks of its rows: the answers there are, and the repair of known defects."""
-
-    labels: frozenset[str] = frozenset()
-    relabel: dict[str, str] = field(default_factory=dict)
-    reason: str = ""
+# ---- The rules of a dataset and of a task's training set
 
 
 def rules(dataset: str, source: Path) -> Rules:
     """The rules of one dataset; its repair applies to the published file alone."""
-    row = sources()["datasets"][dataset]
-    labels = frozenset(row.get("labels", ()))
-    repair = row.get("repair")
+    spec = sources()["datasets"][dataset]
+    labels = frozenset(spec.get("labels", ()))
+    repair = spec.get("repair")
     if repair and git_blob(source) == repair["blob"]:
         return Rules(labels, repair["relabel"], repair["reason"])
     return Rules(labels)
+
+
+def train_rules(task: str, folder: Path) -> Rules:
+    """The rules of a task's training set: the labels of all its datasets, and its repairs."""
+    spec = sources()["tasks"][task]
+    labels = [frozenset(sources()["datasets"][name].get("labels", ())) for name in spec["eval"]]
+    removals = tuple(
+        Removal(kind, repair["reason"], partial(REMOVALS[kind], repair[kind], folder))
+        for repair in spec.get("repairs", ())
+        for kind in repair.keys() & REMOVALS.keys()
+    )
+    return Rules(
+        frozenset().union(*labels) if all(labels) else frozenset(),
+        removals=removals,
+        cut=spec.get("cut_long_prompts") == "middle",
+    )
+
+
+def without_rows_of(datasets: list[str], folder: Path) -> Test | str:
+    """Tests whether a prompt stands in a test set, but for case and white space."""
+    paths = [folder / sources()["datasets"][name]["file"] for name in datasets]
+    if missing := [path for path in paths if not path.is_file()]:
+        return f"not looked for: {missing[0].name} is not at hand"
+    prompts = chain.from_iterable(batch.prompts for path in paths for batch in batches(path))
+    tested = {fingerprint(prompt) for prompt in prompts}
+    return lambda prompt, answer: fingerprint(prompt) in tested
+
+
+def unique(wanted: bool, folder: Path) -> Test:
+    """Tests whether a prompt stood before; holds 16 bytes of each prompt."""
+    seen: set[bytes] = set()
+
+    def again(prompt: str, answer: str) -> bool:
+        mark = hashlib.blake2b(prompt.encode(), digest_size=16).digest()
+        known = len(seen)
+        seen.add(mark)
+        return wanted and len(seen) == known
+
+    return again
+
+
+def without_prompts(pattern: str, folder: Path) -> Test:
+    search = re.compile(pattern).search
+    return lambda prompt, answer: search(prompt)
+
+
+def without_answers(pattern: str, folder: Path) -> Test:
+    search = re.compile(pattern).search
+    return lambda prompt, answer: search(answer)
+
+
+REMOVALS: dict[str, Callable[[Any, Path], Test | str]] = {
+    "without_rows_of": without_rows_of,
+    "unique": unique,
+    "without_prompts": without_prompts,
+    "without_answers": without_answers,
+}
+
+
+def fingerprint(prompt: str) -> bytes:
+    """16 bytes that tell prompts apart, but for case and white space."""
+    return hashlib.blake2b(" ".join(prompt.lower().split()).encode(), digest_size=16).digest()
 
 
 def git_blob(path: Path) -> str:
@@ -70,101 +161,219 @@ def git_blob(path: Path) -> str:
     return sha.hexdigest()
 
 
-def read(source: Path, rule: Rules) -> Iterator[tuple[str, str]]:
-    """Yields (prompt, answer) of each row; raises WrongInput that names file and line."""
-    with open(source, "rb") as file:
-        number = 0
-        while line := file.readline(MAX_LINE + 1):
-            number += 1
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            try:
-                yield row(line, rule)
-            except ValueError as error:
-                raise WrongInput(f"{shown(source)}, line {number}: {error}") from None
+# ---- Writing
 
 
-def row(line: bytes, rule: Rules) -> tuple[str, str]:
-    """(prompt, answer) of one line; raises ValueError that says what is wrong with it."""
-    if len(line) > MAX_LINE:
-        raise ValueError(f"longer than {MAX_LINE // 2**20} MB; one row stands on one line")
+@contextmanager
+def hashing() -> Iterator[Callable[[Any, bytes], None]]:
+    """Yields `update(sha, block)`, which hashes in a thread, where there is a second core for it.
+
+    The queue is short, so memory stays constant; the sums are complete once the context ends.
+    """
+    if len(os.sched_getaffinity(0)) == 1:
+        yield lambda sha, block: sha.update(block)
+        return
+    blocks: queue.Queue[tuple[Any, bytes] | None] = queue.Queue(8)
+
+    def work() -> None:
+        while entry := blocks.get():
+            entry[0].update(entry[1])
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
     try:
-        content = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        try:
-            line.decode()
-        except UnicodeDecodeError as wrong:
-            raise ValueError(f"not UTF-8: byte {wrong.start + 1} of the line") from None
-        raise ValueError(f"not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"an object is needed, not {type(content).__name__}")
-    values = []
-    for key in ("context", "target"):
-        if key not in content:
-            found = ", ".join(map(str, content)) or "none"
-            raise ValueError(f'the key "{key}" is missing; the row has {found}')
-        value = content[key]
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            # FinLoRA's own loader turns numbers into strings; orjson would round long ones.
-            value = str(json.loads(line)[key])
-        if not isinstance(value, str):
-            raise ValueError(f'"{key}" must be text, not {type(value).__name__}')
-        if found_control := CONTROL.search(value):
-            raise ValueError(f'"{key}" holds the control character {found_control.group()!r}')
-        value = value.strip()
-        if not value:
-            raise ValueError(f'"{key}" is empty')
-        values.append(value)
-    prompt, answer = values
-    answer = rule.relabel.get(answer, answer)
-    if rule.labels and answer not in rule.labels:
-        raise ValueError(f'the answer "{answer[:60]}" is none of {", ".join(sorted(rule.labels))}')
-    return prompt, answer
+        yield lambda sha, block: blocks.put((sha, block))
+    finally:
+        blocks.put(None)
+        thread.join()
+
+
+@dataclass(frozen=True)
+class How:
+    """What a conversion does with refused rows and with tokens.
+
+    `lengths` counts tokens, or says why none are counted. Where it has a sequence length, a longer
+    row breaks a rule if rows are to be `bounded`: training rows are, test rows are not.
+    """
+
+    quarantine: bool = False
+    lengths: "Lengths | str" = UNCOUNTED
+    bounded: bool = True
+
+
+DEFAULT = How()
 
 
 def convert(
-    source: Path, target: Path, rule: Rules, rows: frozenset[int] | None = None
+    source: Path,
+    target: Path,
+    rule: Rules,
+    rows: frozenset[int] | None = None,
+    how: How = DEFAULT,
 ) -> dict[str, Any]:
     """Writes the chat rows of `source` to `target` and a manifest beside it, which it returns.
 
-    `rows` picks rows by their number from 0; without it all are written.
+    `rows` picks rows by their number from 0; without it all are written. A row that breaks a rule
+    raises WrongInput, or is kept beside the target where `how` says so.
     """
     if not source.is_file():
         raise WrongInput(f"{shown(source)} is not there")
     if target.resolve() == source.resolve():
         raise WrongInput(f"{shown(source)} would be overwritten; name another file for the output")
-    sha, counted, labels = hashlib.sha256(), 0, Counter[str]()
-    with atomic(target) as file:
-        for number, (prompt, answer) in enumerate(read(source, rule)):
-            if rows is not None and number not in rows:
-                continue
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-            line = orjson.dumps({"messages": turns}, option=orjson.OPT_APPEND_NEWLINE)
-            sha.update(line)
-            file.write(line)
-            counted += 1
-            if rule.labels:
-                labels[answer] += 1
-        if counted == 0:
-            raise WrongInput(f"{shown(source)} holds no rows")
-    manifest = {
+    sha = hashlib.sha256()
+    with hashing() as update:
+        found = batches(source, rule, lambda block: update(sha, block))
+        counts = write(found, source, target, rule, rows, how, update)
+    known = {
         "source": "/".join(source.parts[-2:]),
-        "from": "data/sample" if source.resolve().is_relative_to(SAMPLE) else "FinLoRA or your own",
-        "source_sha256": digest(source),
-        "sha256": sha.hexdigest(),
-        "rows": counted,
+        "from": origin(source),
+        "source_sha256": sha.hexdigest(),
+    }
+    return finish(target, known | counts)
+
+
+def write(
+    found: Iterable[Batch],
+    source: Path,
+    target: Path,
+    rule: Rules,
+    rows: frozenset[int] | None,
+    how: How,
+    update: Callable[[Any, bytes], None],
+) -> dict[str, Any]:
+    """Writes batches of rows to `target` and returns what the manifest tells of them."""
+    sha, labels, counts, removed = hashlib.sha256(), Counter[str](), Counter[str](), Counter[str]()
+    tests = [(removal, removal.start()) for removal in rule.removals]
+    tally = None if isinstance(how.lengths, str) else how.lengths.fresh()
+    first = None
+    with ExitStack() as files:
+        out, aside = files.enter_context(atomic(target)), None
+        for batch in found:
+            counts["rows_in"] += batch.read
+            if rows is not None:
+                start, count = counts["numbered"], len(batch.chat)
+                counts["numbered"] += count
+                batch = batch.only([number in rows for number in range(start, start + count)])
+                counts["not_selected"] += count - len(batch.chat)
+            for removal, test in tests:
+                if not isinstance(test, str):
+                    kept = [not each for each in map(test, batch.prompts, batch.answers)]
+                    removed[removal.kind] += kept.count(False)
+                    batch = batch.only(kept)
+            if tally:
+                batch = tally.measured(batch, rule.cut, how.bounded)
+            if batch.refused:
+                if not how.quarantine:
+                    batch.stop_at_first()
+                aside = aside or files.enter_context(atomic(refused_path(target)))
+                batch.refused.sort()
+                first = first or batch.refused[0]
+                counts["refused"] += len(batch.refused)
+                for refusal in batch.refused:
+                    aside.write(refused_row(batch.source, *refusal))
+            chat = b"".join(batch.chat)
+            update(sha, chat)
+            out.write(chat)
+            counts["rows"] += len(batch.chat)
+            if rule.labels:
+                labels.update(batch.answers)
+        if counts["rows"] == 0:
+            why = f" that can be used; the first, line {first[0]}: {first[1]}" if first else ""
+            raise WrongInput(f"{shown(source)} holds no rows{why}")
+        gone = counts["refused"] + counts["not_selected"] + removed.total()
+        if counts["rows_in"] != counts["rows"] + gone:
+            raise JobFailed(
+                f"{shown(source)}: {counts['rows_in']} rows were read, {counts['rows']} written "
+                f"and {gone} left out; that does not add up, and nothing is written"
+            )
+    if not aside:
+        refused_path(target).unlink(missing_ok=True)
+    return {
+        "sha256": sha,
+        **{name: counts[name] for name in ("rows_in", "rows", "refused", "not_selected")},
+        "removed": [
+            {"repair": removal.kind, "reason": removal.reason}
+            | ({"note": test} if isinstance(test, str) else {"rows": removed[removal.kind]})
+            for removal, test in tests
+        ],
         "labels": dict(sorted(labels.items())),
         "selected": None if rows is None else f"{len(rows)} chosen rows",
         "repair": rule.reason or None,
+        "tokens": tally.summary() if tally else how.lengths,
     }
-    write_json(manifest_path(target), manifest)
-    return manifest
+
+
+def refused_row(source: Path, number: int, reason: str, line: bytes) -> bytes:
+    """A line of the file of refused rows: the row as text, or in Base64 where it is not UTF-8."""
+    content: dict[str, Any] = {"file": source.name, "line": number, "reason": reason}
+    if len(line) > MAX_LINE:
+        content["only_first_bytes"] = 1000
+        line = line[:1000]
+    try:
+        content["text"] = line.decode()
+    except UnicodeDecodeError:
+        content["base64"] = b64encode(line).decode()
+    return orjson.dumps(content, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def finish(target: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Writes the manifest of a converted file and returns it."""
+    content["sha256"] = content["sha256"].hexdigest()
+    write_json(manifest_path(target), content)
+    return content
+
+
+def join(task: str, how: How) -> dict[str, Any] | str:
+    """Builds a multi-task training set from its parts' chat rows; a text says why it cannot.
+
+    With the key `equal`, each part gives as many rows as the smallest has, drawn with that seed.
+    """
+    spec, target = sources()["tasks"][task], train_path(task)
+    told = {
+        part: manifest(train_path(part)) for part in spec["parts"] if train_path(part).is_file()
+    }
+    whence = {part: content.get("from") for part, content in told.items()}
+    if missing := [part for part in spec["parts"] if part not in told]:
+        return f"without a training set: {', '.join(missing)}"
+    if len(set(whence.values())) > 1:
+        return ", ".join(f"{part} is from {folder}" for part, folder in whence.items())
+    smallest = min(content["rows"] for content in told.values())
+    chosen, first = set[int](), 0
+    for content in told.values():
+        draw = random.Random(spec.get("equal"))
+        chosen.update(first + n for n in draw.sample(range(content["rows"]), smallest))
+        first += content["rows"]
+    rows = frozenset(chosen) if "equal" in spec else None
+    found = chain.from_iterable(chat_batches(train_path(part)) for part in told)
+    rule = replace(train_rules(task, CHAT), removals=())  # the parts have had theirs
+    with hashing() as update:
+        counts = write(found, target, target, rule, rows, how, update)
+    known = {
+        "source": ", ".join(train_path(part).name for part in told),
+        "from": whence[spec["parts"][0]],
+        "source_sha256": {part: content["sha256"] for part, content in told.items()},
+    }
+    return finish(target, known | counts)
+
+
+def chat_batches(chat: Path) -> Iterator[Batch]:
+    """The rows of a converted file."""
+    with open(chat, "rb") as file:
+        first = 1
+        while lines := file.readlines(CHUNK):
+            turns = [orjson.loads(line)["messages"] for line in lines]
+            prompts, answers = ([row[n]["content"] for row in turns] for n in (0, 1))
+            numbers = range(first, first + len(lines))
+            yield Batch(chat, numbers, lines, prompts, answers, lines, [], len(lines))
+            first += len(lines)
 
 
 def manifest_path(chat: Path) -> Path:
     return chat.with_name(chat.name + ".manifest.json")
+
+
+def refused_path(chat: Path) -> Path:
+    return chat.with_name(chat.name + ".refused.jsonl")
 
 
 def manifest(chat: Path) -> dict[str, Any]:
@@ -179,6 +388,9 @@ def manifest(chat: Path) -> dict[str, Any]:
     return content
 
 
+# ---- Tasks
+
+
 def train_path(task: str) -> Path:
     return CHAT / f"{task}_train.jsonl"
 
@@ -187,60 +399,120 @@ def test_path(dataset: str) -> Path:
     return CHAT / f"{dataset}_test.jsonl"
 
 
-def source_folder() -> Path:
-    """The folder that holds `train/` and `test/`: of FINLORA_DATA, else the project's samples."""
-    named = os.environ.get("FINLORA_DATA")
-    if not named:
-        return SAMPLE
-    folder = Path(named).expanduser() / "data"
-    if not folder.is_dir():
-        raise WrongInput(f"FINLORA_DATA={named} has no folder data/ with FinLoRA's files")
-    return folder.resolve()
+def folders() -> dict[str, Path]:
+    """Where FinLoRA's files may be, each folder with `train/` and `test/`; the first one counts."""
+    found = {}
+    if named := os.environ.get("FINLORA_DATA"):
+        folder = Path(named).expanduser() / "data"
+        if not folder.is_dir():
+            raise WrongInput(f"FINLORA_DATA={named} has no folder data/ with FinLoRA's files")
+        found["FINLORA_DATA"] = folder.resolve()
+    return found | {"data/raw": RAW, "data/sample": SAMPLE}
 
 
-def convert_task(task: str, folder: Path) -> None:
-    """Converts a task's training set and test sets; what has no source is removed and named."""
+def source_folder(task: str = "") -> Path:
+    """The folder that a task's files are taken from: the first that has any, else the samples.
+
+    Without a task, FINLORA_DATA's folder, else data/raw where it is there, else data/sample.
+    """
+    for folder in folders().values():
+        if any((folder / file).is_file() for file in task_files(task)) if task else folder.is_dir():
+            return folder
+    return SAMPLE
+
+
+def task_files(task: str) -> list[str]:
+    """The training file and the test files that are converted with a task."""
+    spec = sources()["tasks"][task]
+    tests = () if "parts" in spec else spec["eval"]
+    return [spec["train"], *(sources()["datasets"][name]["file"] for name in tests)]
+
+
+def origin(source: Path) -> str:
+    """The name of the folder that a file was taken from."""
+    for name, folder in reversed(folders().items()):
+        if source.resolve().is_relative_to(folder.resolve()):
+            return name
+    return "your own"
+
+
+def convert_task(task: str, folder: Path, how: How = DEFAULT) -> None:
+    """Converts a task's training set and test sets; what has no source is removed and named.
+
+    The test sets of a multi-task set are converted with the tasks that are its parts.
+    """
     spec = sources()["tasks"][task]
     train, split = folder / spec["train"], spec.get("without_train")
-    chosen: dict[str, frozenset[int]] = {}
-    labels = [set(sources()["datasets"][name].get("labels", ())) for name in spec["eval"]]
+    left: dict[str, frozenset[int]] = {}
     if train.is_file():
-        rule = Rules(frozenset(set.union(*labels)) if all(labels) else frozenset())
-        report(convert(train, train_path(task), rule), train_path(task))
+        content = convert(train, train_path(task), train_rules(task, folder), how=how)
+        report(content, train_path(task))
     elif split and (source := folder / sources()["datasets"][split["split"]]["file"]).is_file():
-        rule = rules(split["split"], source)
-        prompts = [prompt for prompt, _ in read(source, rule)]
-        if len(prompts) <= split["rows"]:
-            raise WrongInput(
-                f"{shown(source)} has {len(prompts)} rows; {split['rows']} of them train in place "
-                f"of {train.name}, and some must be left to test on"
-            )
-        picked = frozenset(random.Random(split["seed"]).sample(range(len(prompts)), split["rows"]))
-        seen = {prompts[number] for number in picked}
-        chosen[split["split"]] = frozenset(n for n, text in enumerate(prompts) if text not in seen)
-        report(convert(source, train_path(task), rule, picked), train_path(task))
+        picked, left[split["split"]] = halves(source, train.name, **split)
+        content = convert(source, train_path(task), rules(split["split"], source), picked, how)
+        report(content, train_path(task))
+    elif "parts" not in spec:
+        absent(train_path(task), train.name)
+    elif isinstance(joined := join(task, how), str):
+        absent(train_path(task), train.name, joined)
     else:
-        absent(train_path(task), train)
+        report(joined, train_path(task))
+    if "parts" in spec:
+        return
+    tests = replace(how, bounded=False)
     for name in spec["eval"]:
         source = folder / sources()["datasets"][name]["file"]
         if source.is_file():
             target = test_path(name)
-            report(convert(source, target, rules(name, source), chosen.get(name)), target)
+            report(convert(source, target, rules(name, source), left.get(name), tests), target)
         else:
-            absent(test_path(name), source)
+            absent(test_path(name), source.name)
 
 
-def absent(target: Path, source: Path) -> None:
+def halves(
+    source: Path, train: str, split: str, rows: int, seed: int
+) -> tuple[frozenset[int], frozenset[int]]:
+    """Numbers of the rows of a test set that train in place of a missing file, and that test.
+
+    No prompt is in both. Holds 16 bytes of each prompt.
+    """
+    found = batches(source, rules(split, source))
+    prompts = [fingerprint(prompt) for batch in found for prompt in batch.prompts]
+    if len(prompts) <= rows:
+        raise WrongInput(
+            f"{shown(source)} has {len(prompts)} rows; {rows} of them train in place of {train}, "
+            "and some must be left to test on"
+        )
+    picked = frozenset(random.Random(seed).sample(range(len(prompts)), rows))
+    seen = {prompts[number] for number in picked}
+    return picked, frozenset(n for n, prompt in enumerate(prompts) if prompt not in seen)
+
+
+def absent(target: Path, file: str, why: str = "") -> None:
     """Removes what an earlier conversion from other data left, so that two are never mixed."""
-    target.unlink(missing_ok=True)
-    manifest_path(target).unlink(missing_ok=True)
-    print(f"data       {target.name:<32} left out: {source.name} is not at hand")
+    for path in (target, manifest_path(target), refused_path(target)):
+        path.unlink(missing_ok=True)
+    also = f", nor can its parts be joined: {why}" if why else ""
+    print(f"data       {target.name:<32} left out: {file} is not at hand{also}")
 
 
 def report(manifest: dict[str, Any], target: Path) -> None:
     labels = ", ".join(f"{count} {label}" for label, count in manifest["labels"].items())
-    repaired = "; repaired" if manifest["repair"] else ""
-    print(f"data       {target.name:<32} {manifest['rows']:>6} rows  {labels[:70]}{repaired}")
+    notes = ["repaired"] if manifest["repair"] else []
+    notes += [f"{r['rows']} taken out: {r['repair']}" for r in manifest["removed"] if r.get("rows")]
+    notes += [f"{r['repair']} {r['note']}" for r in manifest["removed"] if "note" in r]
+    if manifest["refused"]:
+        notes.append(f"{manifest['refused']} refused: {shown(refused_path(target))}")
+    told = "; ".join(filter(None, [labels[:70], *notes]))
+    print(f"data       {target.name:<32} {manifest['rows']:>6} rows  {told}".rstrip())
+    if isinstance(tokens := manifest["tokens"], dict):
+        parts = []
+        for name in ("prompt", "answer"):
+            parts.append(name + " {min} … {median} … {p95} … {max}".format(**tokens[name]))
+        if over := tokens["over"]:
+            parts.append("{rows} rows over {sequence_len}".format(**(tokens | over)))
+            parts += [f"{over['cut']} prompts cut"] if over["cut"] else []
+        print(f"           tokens: {', '.join(parts)}")
 
 
 @command
@@ -248,7 +520,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="FinLoRA rows to chat rows")
     parser.add_argument("tasks", nargs="?", default="", help="tasks, comma-separated; all if empty")
     parser.add_argument("--dataset", nargs=3, metavar=("DATASET", "IN", "OUT"))
+    parser.add_argument("--on-error", default=os.environ.get("ON_ERROR", ""), metavar="quarantine")
+    parser.add_argument("--recipe", default="", help="counts tokens as this recipe's training does")
+    parser.add_argument("--tokenizer", default="", help="counts tokens with the one in this folder")
+    parser.add_argument("--sequence-len", default="", help="longest row in tokens")
     arguments = parser.parse_args()
+    if arguments.on_error not in ("", "stop", "quarantine"):
+        raise WrongInput(f'ON_ERROR is stop or quarantine, not "{arguments.on_error}"')
+    lengths, task = lengths_of(arguments.recipe, arguments.tokenizer, arguments.sequence_len)
+    if arguments.recipe and isinstance(lengths, str):
+        print(f"data       tokens are {lengths}")
+    how = How(arguments.on_error == "quarantine", lengths)
     if arguments.dataset:
         name, source, target = arguments.dataset
         if name not in sources()["datasets"]:
@@ -256,16 +538,41 @@ def main() -> None:
             raise WrongInput(f'unknown dataset "{name}"{nearest(name, known)}')
         if not Path(source).is_file():
             raise WrongInput(f"{source} is not there")
-        report(convert(Path(source), Path(target), rules(name, Path(source))), Path(target))
+        rule = rules(name, Path(source))
+        report(convert(Path(source), Path(target), rule, how=how), Path(target))
         return
-    folder = source_folder()
-    tasks = arguments.tasks.replace(",", " ").split() or list(sources()["tasks"])
-    for task in tasks:
-        if task not in sources()["tasks"]:
-            raise WrongInput(f'unknown task "{task}"{nearest(task, list(sources()["tasks"]))}')
-    print(f"data       from {shown(folder)}" + (" (examples)" if folder == SAMPLE else ""))
-    for task in tasks:
-        convert_task(task, folder)
+    known = sources()["tasks"]
+    tasks = arguments.tasks.replace(",", " ").split() or ([task] if task else list(known))
+    for name in tasks:
+        if name not in known:
+            raise WrongInput(f'unknown task "{name}"{nearest(name, list(known))}')
+    said = None
+    for name in dict.fromkeys(part for t in tasks for part in [*known[t].get("parts", ()), t]):
+        folder = source_folder(name)
+        joined = "parts" in known[name] and not (folder / known[name]["train"]).is_file()
+        if folder != said and not joined:
+            print(f"data       from {shown(folder)}" + (" (examples)" if folder == SAMPLE else ""))
+            said = folder
+        convert_task(name, folder, how)
+
+
+def lengths_of(recipe: str, tokenizer: str, sequence_len: str) -> "tuple[Lengths | str, str]":
+    """What counts tokens, or why they are not counted, and the recipe's task ("" without one)."""
+    if sequence_len and not (sequence_len.isdecimal() and int(sequence_len)):
+        raise WrongInput(f'the sequence length is a number of tokens, not "{sequence_len}"')
+    if not recipe and not tokenizer:
+        return UNCOUNTED, ""
+    from tools import lengths, recipes
+
+    found = recipes.find(recipe) if recipe else None
+    config = found.config if found else {}
+    base = tokenizer or config.get("tokenizer_config") or config["base_model"]
+    limit = int(sequence_len) if sequence_len else config.get("sequence_len")
+    counts: Lengths | str | None = lengths.load(base, limit)
+    if tokenizer and not counts:
+        raise WrongInput(f"{tokenizer} holds no tokenizer")
+    counts = counts or f"not counted: the tokenizer of {base} is not at hand"
+    return counts, (found.task or "") if found else ""
 
 
 if __name__ == "__main__":

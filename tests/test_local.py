@@ -1,0 +1,265 @@
+"""Rows and configs of one's own become tasks and recipes, and stay one's own."""
+
+import json
+
+import pytest
+import yaml
+
+from tests.conftest import run
+from tools import catalogue, convert, local, recipes
+from tools.cli import ROOT, WrongInput
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """Folders of one's own in a temporary place."""
+    monkeypatch.setattr(recipes, "LOCAL", tmp_path / "recipes" / "local")
+    monkeypatch.setattr(convert, "LOCAL", tmp_path / "recipes" / "local")
+    monkeypatch.setattr(local, "DATA", tmp_path / "data" / "local")
+    monkeypatch.setattr(local, "TASKS", tmp_path / "tasks" / "local")
+    monkeypatch.setattr(convert, "CHAT", tmp_path / "chat")
+    recipes.forget()
+    convert.sources.cache_clear()
+    yield tmp_path
+    recipes.forget()
+    convert.sources.cache_clear()
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+TONES = [
+    {"prompt": f"Is filing {n} late?\nAnswer: ", "completion": "Yes" if n % 3 else "No"}
+    for n in range(60)
+]
+
+
+def test_rows_become_a_task_with_data_recipes_and_an_evaluation(mine, capsys):
+    local.new("late_filing", jsonl(mine / "rows.jsonl", TONES))
+    capsys.readouterr()
+    convert.sources.cache_clear()
+    convert.convert_task("late_filing", mine)
+    kept = {}
+    for side in ("train", "test"):
+        path = convert.CHAT / f"late_filing_{side}.jsonl"
+        rows = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
+        kept |= {user["content"]: assistant["content"] for user, assistant in rows}
+        assert len(rows) == {"train": 48, "test": 12}[side]
+    assert kept == {row["prompt"].strip(): row["completion"] for row in TONES}
+
+    recipe = recipes.find("qwen3-4b/late_filing_r8_dora")
+    assert recipe.path == recipes.LOCAL / "qwen3-4b" / "late_filing_r8_dora.yaml"
+    assert (recipe.task, recipe.config["peft_use_dora"]) == ("late_filing", True)
+    assert recipes.find("late_filing_r4").name == "llama-3.1-8b/late_filing_r4"
+    made = [name for name in recipes.names() if "late_filing" in name]
+    assert len(made) == len(recipes.matrix()["models"]) * len(recipes.matrix()["methods"])
+    recipes.validate(recipe.config, "mine")
+    task = yaml.safe_load((local.TASKS / "late_filing.yaml").read_text())
+    assert task["task"] == "finlora_late_filing"
+    assert "(Yes|No)" in task["filter_list"][0]["filter"][0]["regex_pattern"]
+
+
+def test_render_leaves_what_is_ones_own_as_it_is(mine, capsys):
+    local.new("late_filing", jsonl(mine / "rows.jsonl", TONES))
+    path = recipes.find("smollm2-135m/late_filing_r4").path
+    path.write_text(path.read_text().replace("lora_r: 4", "lora_r: 6"))
+    before = files(recipes.LOCAL)
+    catalogue.render()
+    assert files(recipes.LOCAL) == before
+    assert recipes.find("smollm2-135m/late_filing_r4").config["lora_r"] == 6
+    assert "756 recipes written" in capsys.readouterr().out
+
+
+def test_one_prompt_is_never_on_both_sides():
+    rows = [(f"prompt {n % 20}", f"answer {n}") for n in range(100)]
+    train, test = local.split(rows)
+    assert sorted(train + test) == list(range(100))
+    assert not {rows[n][0] for n in train} & {rows[n][0] for n in test}
+    assert len(test) == 20
+
+
+@pytest.mark.parametrize(
+    ("answers", "labels"),
+    [
+        (["a"] * 6 + ["b"] * 9, ["b", "a"]),
+        ([f"text {n}" for n in range(15)], []),
+        (["a", "b"], []),
+        (["x" * 61] * 30, []),
+    ],
+)
+def test_labels_are_few_short_and_frequent(answers, labels):
+    assert local.labels_of(answers) == labels
+
+
+@pytest.mark.parametrize(
+    ("row", "plain"),
+    [
+        ({"context": "q", "target": "a", "url": "x"}, ("q", "a")),
+        ({"question": "q", "answer": 3}, ("q", 3)),
+        ({"instruction": "q", "input": "more", "output": "a"}, ("q\n\nmore", "a")),
+        ({"instruction": "q", "input": "", "output": "a"}, ("q", "a")),
+        (
+            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+            ("q", "a"),
+        ),
+    ],
+)
+def test_rows_of_the_usual_shapes_are_taken(row, plain):
+    assert tuple(local.plain(row).values()) == plain
+
+
+WRONG = {
+    "no pair": ([*TONES, {"text": "x"}], "line 61: no prompt and answer"),
+    "empty answer": ([*TONES, {"prompt": "p", "completion": " "}], "line 61: "),
+    "three turns": (
+        [*TONES, {"messages": [{"role": "system", "content": "s"}]}],
+        "line 61: messages",
+    ),
+    "few": (TONES[:9], "at least 10 prompts are needed"),
+}
+
+
+@pytest.mark.parametrize(("rows", "said"), WRONG.values(), ids=WRONG)
+def test_wrong_rows_are_named_and_nothing_is_written(mine, rows, said):
+    source = jsonl(mine / "rows.jsonl", rows)
+    before = files(mine)
+    with pytest.raises(WrongInput) as error:
+        local.new("mine", source)
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert files(mine) == before
+
+
+@pytest.mark.parametrize(
+    "task", ["", "My-Task", "../x", "sentiment", "fpb", "sentiment_r8", "x" * 50]
+)
+def test_a_name_that_would_be_ambiguous_or_unsafe_is_refused(mine, task):
+    with pytest.raises(WrongInput, match="TASK"):
+        local.new(task, jsonl(mine / "rows.jsonl", TONES))
+
+
+def test_a_task_that_is_there_is_not_overwritten(mine):
+    source = jsonl(mine / "rows.jsonl", TONES)
+    local.new("mine", source)
+    before = files(mine)
+    with pytest.raises(WrongInput, match="mine.yaml is there already; delete it"):
+        local.new("mine", source)
+    assert files(mine) == before
+
+
+# ---- FinLoRA's config file
+
+RUN = {
+    "base_model": "meta-llama/Llama-3.1-8B-Instruct",
+    "dataset_path": "../data/train/finlora_sentiment_train.jsonl",
+    "lora_r": 8,
+    "quant_bits": 8,
+    "learning_rate": 1e-4,
+    "num_epochs": 4,
+    "batch_size": 8,
+    "gradient_accumulation_steps": 2,
+}
+
+
+def config(path, **runs):
+    path.write_text(json.dumps(runs))
+    return path
+
+
+def test_runs_like_the_catalogues_are_named_and_others_become_recipes(mine, capsys):
+    source = config(
+        mine / "configs.json",
+        sentiment_llama_3_1_8b_8bits_r8=RUN,
+        dora=RUN | {"peft_use_dora": True, "lora_alpha": 32},
+        faster=RUN | {"learning_rate": 2e-4, "quant_bits": 4, "lora_r": 4},
+        other=RUN | {"base_model": "tiiuae/Falcon3-7B-Instruct", "quant_bits": 16},
+    )
+    local.import_(source)
+    out = capsys.readouterr().out
+    assert "sentiment_llama_3_1_8b_8bits_r8 is llama-3.1-8b/sentiment_r8\n" in out
+    assert "dora is llama-3.1-8b/sentiment_r8_dora_a32\n" in out
+    assert "differs from llama-3.1-8b/sentiment_r4 in learning_rate 0.0002 (there 0.0001)" in out
+    assert "other: " in out and "nothing in the catalogue is like it" in out
+    assert "4 runs: 2 in the catalogue, 2 local" in out
+    recipes.forget()
+    made = recipes.find("imported/faster")
+    twin = recipes.find("sentiment_r4")
+    differ = {k for k in twin.config if made.config[k] != twin.config[k]}
+    assert differ == {"learning_rate", "output_dir", "dataset_prepared_path"}
+    for name in ("faster", "other"):
+        recipes.validate(recipes.find(f"imported/{name}").config, name)
+    assert recipes.find("other").config["bf16"] == "auto"
+
+
+def test_a_file_of_ones_own_becomes_a_source(mine, capsys):
+    jsonl(mine / "house_train.jsonl", [{"context": "q", "target": "a"}])
+    local.import_(config(mine / "c.json", house=RUN | {"dataset_path": "house_train.jsonl"}))
+    convert.sources.cache_clear()
+    convert.convert_task("house", mine)
+    assert (convert.CHAT / "house_train.jsonl").is_file()
+    recipes.forget()
+    assert (
+        recipes.find("imported/house").config["datasets"][0]["path"]
+        == "data/chat/house_train.jsonl"
+    )
+
+
+BROKEN = {
+    "misspelt key": ({"lora_rank": 8}, "lora_rank: unknown key; did you mean lora_r, lora_alpha?"),
+    "bits": ({"quant_bits": 3}, "quant_bits: 3 is none of 4, 8, 16"),
+    "text": ({"lora_r": "8"}, 'lora_r: "8" is not int'),
+    "truth": ({"num_epochs": True}, "num_epochs: true is not int"),
+    "zero": ({"batch_size": 0}, "batch_size: 0 is empty or not above 0"),
+    "no data": ({"dataset_path": None}, "dataset_path: null is not str"),
+    "data not there": ({"dataset_path": "nowhere.jsonl"}, "dataset_path: nowhere.jsonl is no file"),
+}
+
+
+@pytest.mark.parametrize(("changed", "said"), BROKEN.values(), ids=BROKEN)
+def test_a_wrong_run_is_named_with_its_key_and_nothing_is_written(mine, changed, said):
+    good = RUN | {"learning_rate": 5e-4}
+    source = config(mine / "c.json", good=good, bad=RUN | changed)
+    before = files(mine)
+    with pytest.raises(WrongInput) as error:
+        local.import_(source)
+    assert f"1 of 2 runs are wrong, nothing is written; the first: bad: {said}" in str(error.value)
+    assert files(mine) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "not JSON"),
+        ("[]", "an object of run names"),
+        ('{"a": {}, "a": {}}', '"a" occurs twice'),
+        ('{"../x": 1}', "the first: ../x: an object is needed"),
+    ],
+)
+def test_a_config_file_of_another_shape_is_refused(mine, text, said):
+    (mine / "c.json").write_text(text)
+    with pytest.raises(WrongInput) as error:
+        local.import_(mine / "c.json")
+    assert said in str(error.value)
+
+
+def test_ten_thousand_runs_are_read(mine, capsys):
+    runs = {f"run_{n}": RUN for n in range(10_000)}
+    local.import_(config(mine / "c.json", **runs))
+    assert "10000 runs: 10000 in the catalogue, 0 local" in capsys.readouterr().out
+
+
+def test_the_commands_answer_with_one_line():
+    for arguments, said in (
+        (("new", "", ""), "TASK=my_task and DATA=my.jsonl are needed"),
+        (("new", "x", "nowhere.jsonl"), "DATA=nowhere.jsonl is not there"),
+        (("import", ""), "CONFIG=finetune_configs.json is needed"),
+    ):
+        done = run("tools.local", *arguments)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: {said}") and done.stderr.count("\n") == 1
+    assert not (ROOT / "recipes" / "local" / "x.yaml").exists()
