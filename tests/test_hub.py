@@ -1,0 +1,1003 @@
+"""The Hub: what is pushed is whole, what is pulled is checked, and nothing secret gets anywhere.
+
+The real huggingface_hub client, in processes of its own, against tests/hub_server.py.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file, save
+
+from evals import stats
+from tests.hub_server import Hold, Hub, busy, cut, once
+from tools import adapter, card, cli, hub, plan, pull, push, recipes
+
+RECIPE = "smollm2-135m/sentiment_r4"
+REPO = "me/smollm2-135m-sentiment_r4"
+SECRET_PROMPT = "Margins at Quillbrook narrowed"  # stands in a prompt that must not be published
+
+
+@dataclass
+class Place:
+    """A checkout of the project with an empty Hub cache, as a user on a machine has it."""
+
+    root: Path
+    home: Path
+    url: str
+    token: str = ""
+    said: list[str] = field(default_factory=list)
+
+    def start(self, verb: str, *arguments: object, **env: str) -> subprocess.Popen[str]:
+        own = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+        own |= {"HF_HOME": str(self.home), "HF_ENDPOINT": self.url, "PYTHONPATH": ""}
+        own |= {"HF_TOKEN": self.token} if self.token else {}
+        return subprocess.Popen(
+            [sys.executable, "-m", f"tools.{verb}", *map(str, arguments)],
+            cwd=self.root,
+            env=own | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def end(self, process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+        out, err = process.communicate(timeout=300)
+        self.said += [out, err]
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def run(self, verb: str, *arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
+        return self.end(self.start(verb, *arguments, **env))
+
+    def push(self, *arguments: object, name: str = RECIPE, **env: str):
+        return self.run("push", name, "--namespace", "me", *arguments, **env)
+
+    @property
+    def made(self) -> Path:
+        return self.root / "runs" / RECIPE
+
+
+def refused(result: subprocess.CompletedProcess[str], text: str, status: int = 2) -> None:
+    """One line on stderr that says why, and the exit status."""
+    assert result.returncode == status, result.stdout + result.stderr
+    assert result.stderr.count("\n") == 1 and re.search(text, result.stderr), result.stderr
+
+
+def good(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def server():
+    with Hub() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def base(smollm2):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(smollm2)
+
+
+@pytest.fixture(scope="module")
+def trained(smollm2, tmp_path_factory) -> Path:
+    """A PEFT adapter of SmolLM2 as Axolotl leaves it, with weights that change its answers."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("trained")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(smollm2)
+    model.name_or_path = model.config._name_or_path = "models/smollm2-135m"
+    config = LoraConfig(
+        r=4,
+        lora_alpha=16,
+        lora_dropout=0.05,
+        target_modules=["q_proj", "k_proj", "v_proj"],
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )
+    get_peft_model(model, config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder)
+    return folder
+
+
+def scored(sha: str | None, dataset: str, answered: list[str]) -> dict:
+    """A score file as evals/run.py writes it, with a prompt in it as a careless one might."""
+    expected = ["neutral", "positive", "negative", "neutral"] * 10
+    rows = [
+        {
+            "row": number,
+            "values": {"accuracy": float(e == a), "f1_macro": [[e, a]]},
+            "expected": e,
+            "answered": a,
+            "answer": f" {a}",
+            "prompt": SECRET_PROMPT,
+        }
+        for number, (e, a) in enumerate(zip(expected, answered, strict=True))
+    ]
+    about = {"dataset": dataset, "precision": "nf4", "adapter_sha256": sha, "limit": None}
+    about |= {"data_sha256": "d" * 64, "data_from": "FinLoRA or your own"}
+    names = ("accuracy", "f1_macro")
+    metrics = {n: stats.estimate(n, [row["values"][n] for row in rows]) for n in names}
+    return {"evaluated": about, "examples": 40, "metrics": metrics, "predictions": rows}
+
+
+def finish(folder: Path, recipe: recipes.Recipe, scores: bool = True, **changes: object) -> None:
+    """What training and scoring write around an adapter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = recipe.config | {"bf16": False, "plugins": ["tools.plugin.RunPlugin"]}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    sha = cli.digest(folder / adapter.WEIGHTS)
+    told = {
+        "recipe": recipe.name,
+        "recipe_version": recipe.version,
+        "recipe_digest": recipe.digest,
+        "profile": "cpu",
+        "base_model": recipe.config["base_model"],
+        "data": [
+            {
+                "path": "data/chat/sentiment_train.jsonl",
+                "sha256": "a" * 64,
+                "rows": 900,
+                "from": "FinLoRA or your own",
+                "source": "test/fpb_test.jsonl",
+            }
+        ],
+        "adapter_sha256": sha,
+        "steps": 110,
+        "last_loss": 0.25,
+        "seconds": 360.0,
+        "peak_memory_bytes": 4 * 10**9,
+        "tokens_per_second": 222.8,
+        "trainable_parameters": 322560,
+        "device": "cpu",
+        "processes": 1,
+        "seed": 42,
+        "packages": {"peft": "0.20.0"},
+    }
+    cli.write_json(folder / "run.json", told | changes)
+    if scores:
+        names = ["neutral", "positive", "negative", "positive"] * 10
+        cli.write_json(folder / "evals" / "fpb.json", scored(sha, "fpb", names))
+        beside = folder.with_name("base_nf4") / "evals" / "fpb.json"
+        cli.write_json(beside, scored(None, "fpb", ["neutral"] * 40))
+
+
+@pytest.fixture
+def place(server, smollm2, tmp_path):
+    """Makes a Place: a copy of this project that has its own runs and its own Hub cache."""
+
+    def make(name: str, token: str = "") -> Place:
+        root = tmp_path / name / "project"
+        root.mkdir(parents=True)
+        skip = shutil.ignore_patterns("__pycache__", "local")
+        for part in ("tools", "evals", "recipes", "data/sample"):
+            shutil.copytree(cli.ROOT / part, root / part, ignore=skip)
+        shutil.copy(cli.ROOT / "data" / "sources.yaml", root / "data")
+        (root / "models").symlink_to(smollm2.parent)
+        return Place(root, tmp_path / name / "cache", server.url, token)
+
+    return make
+
+
+@pytest.fixture
+def me(place, server, trained) -> Place:
+    """A user with a finished, scored run and a token that may write."""
+    mine = place("me", server.user("me", orgs=(("lab", "write"), ("guild", "read"))))
+    shutil.copytree(trained, mine.made)
+    finish(mine.made, recipes.find(RECIPE))
+    return mine
+
+
+def logits(folder: Path, base):
+    import torch
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(base, str(folder)).eval()
+    with torch.inference_mode():
+        found = model(torch.arange(5, 45).reshape(2, 20)).logits
+    model.unload()
+    return found
+
+
+# --- Push ---
+
+
+def test_a_dry_run_shows_files_and_card_and_needs_neither_network_nor_token(me, server):
+    me.token, me.url = "", "http://127.0.0.1:9"
+    said = good(me.push("--dry-run", "1"))
+    assert "adapter_model.safetensors" in said and "nothing is sent" in said
+    assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in said and "## Limits" in said
+    assert server.requests == []
+
+
+def test_a_push_is_one_private_tagged_commit_with_the_evidence(me, server):
+    said = good(me.push())
+    repo = server.repos[REPO]
+    assert repo.private and len(repo.commits) == 2  # the Hub makes the first one itself
+    assert repo.tags == {"v1.0.0": repo.head} and repo.head[:12] in said
+    files = server.files(REPO, "v1.0.0")
+    assert set(files) == {
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "config.yaml"),
+        *("evals/base/fpb.json", "evals/fpb.json", "run.json"),
+    }
+    assert files["config.yaml"] == (me.made / "config.yaml").read_bytes()
+    assert json.loads(files["run.json"]) == json.loads((me.made / "run.json").read_text())
+    settings = json.loads(files["adapter_config.json"])
+    assert settings["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert settings["revision"] and settings["r"] == 4
+    everything = b"".join(files.values())
+    assert str(me.root).encode() not in everything and SECRET_PROMPT.encode() not in everything
+    row = json.loads(files["evals/fpb.json"])["predictions"][1]
+    values = {"accuracy": 1.0, "f1_macro": [["positive", "positive"]]}
+    assert row.pop("values") == values  # so that each score can be computed again
+    assert row == {"row": 1, "expected": "positive", "answered": "positive", "answer": " positive"}
+
+
+def test_the_same_content_again_sends_nothing(me, server):
+    good(me.push())
+    before = list(server.repos[REPO].commits)
+    server.requests.clear()
+    assert "is there already" in good(me.push())
+    assert server.repos[REPO].commits == before
+    assert not {"create", "preupload", "batch", "upload", "commit", "tag"} & set(server.requests)
+
+
+def test_other_content_under_the_same_version_is_refused_and_another_version_is_not(me, server):
+    good(me.push())
+    first = server.files(REPO, "v1.0.0")
+    path = me.made / "evals" / "fpb.json"
+    sha = json.loads((me.made / "run.json").read_text())["adapter_sha256"]
+    cli.write_json(path, scored(sha, "fpb", ["positive"] * 40))
+    server.requests.clear()
+    refused(me.push(), r"v1\.0\.0 with another README.md, evals/fpb.json")
+    assert server.files(REPO) == first and server.sent("commit") == 0
+
+    source = me.root / "recipes" / f"{RECIPE}.yaml"
+    source.write_text(source.read_text().replace("# Version: 1.0.0", "# Version: 1.1.0"))
+    told = json.loads((me.made / "run.json").read_text())
+    cli.write_json(me.made / "run.json", told | {"recipe_version": "1.1.0"})
+    good(me.push())
+    assert set(server.repos[REPO].tags) == {"v1.0.0", "v1.1.0"}
+    assert server.files(REPO, "v1.0.0") == first != server.files(REPO, "v1.1.0")
+
+
+STEPS = ["create", "validate", "preupload", "batch", "upload", "verify", "commit", "tag"]
+MOMENTS = [(step, "at") for step in (*STEPS, "settings")] + [("commit", "after"), ("tag", "after")]
+
+
+@pytest.mark.parametrize(("step", "moment"), MOMENTS)
+def test_a_push_killed_at_any_step_publishes_nothing_and_the_next_one_all(me, server, step, moment):
+    hold = Hold()
+
+    def stop(handler):
+        hold(handler)
+        cut(handler)
+
+    getattr(server, moment)[step] = stop
+    process = me.start("push", RECIPE, "--namespace", "me", "--public", "1")
+    assert hold.reached.wait(120), step
+    process.send_signal(signal.SIGKILL)
+    me.end(process)
+    getattr(server, moment).clear()
+    hold.release.set()
+    if repo := server.repos.get(REPO):
+        assert repo.private  # nobody else sees what there is
+        assert not repo.tags or (step, moment) in (("settings", "at"), ("tag", "after"))
+
+    good(me.push("--public", "1"))
+    repo = server.repos[REPO]
+    assert len(repo.commits) == 2 and repo.tags == {"v1.0.0": repo.head} and not repo.private
+    files = server.files(REPO, "v1.0.0")
+    assert len(files) == 7
+    assert files[adapter.WEIGHTS] == (me.made / adapter.WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("step", ["create", "upload", "commit", "tag"])
+def test_a_connection_that_breaks_is_one_line_and_the_same_command_repairs_it(me, server, step):
+    server.at[step] = once(cut)
+    refused(me.push(), "connection to the Hub broke.*run it again", status=1)
+    assert not (server.repos[REPO].tags if REPO in server.repos else {})
+    good(me.push())
+    assert server.repos[REPO].tags == {"v1.0.0": server.repos[REPO].head}
+
+
+def test_a_hub_that_is_overloaded_for_a_moment_is_asked_again(me, server):
+    server.at["upload"] = once(busy)
+    good(me.push())
+    assert server.sent("upload") == 2 and server.repos[REPO].tags
+
+
+def test_two_pushes_of_the_same_run_at_once_make_one_commit(me, server):
+    server.put(REPO, {".gitattributes": b""}, private=True)
+    both = threading.Barrier(2, timeout=120)
+    server.at["commit"] = lambda handler: both.wait()
+    processes = [me.start("push", RECIPE, "--namespace", "me") for _ in range(2)]
+    # The one that came second looks again, finds its content there, and does not commit anew.
+    results = [me.end(process) for process in processes]
+    assert [result.returncode for result in results] == [0, 0], results
+    assert server.sent("commit") == 2 and len(server.repos[REPO].commits) == 2
+    assert server.repos[REPO].tags == {"v1.0.0": server.repos[REPO].head}
+
+
+def test_of_two_different_pushes_of_a_version_at_once_one_is_refused(me, place, server):
+    other = place("other", me.token)
+    shutil.copytree(me.root / "runs", other.root / "runs")
+    sha = json.loads((me.made / "run.json").read_text())["adapter_sha256"]
+    cli.write_json(other.made / "evals" / "fpb.json", scored(sha, "fpb", ["positive"] * 40))
+    server.put(REPO, {".gitattributes": b""}, private=True)
+    both = threading.Barrier(2, timeout=120)
+    server.at["commit"] = lambda handler: both.wait()
+    places = (me, other)
+    processes = [p.start("push", RECIPE, "--namespace", "me") for p in places]
+    results = [p.end(process) for p, process in zip(places, processes, strict=True)]
+    assert sorted(result.returncode for result in results) == [0, 2], results
+    loser = results[0] if results[0].returncode else results[1]
+    refused(loser, r"v1\.0\.0")
+    repo = server.repos[REPO]
+    assert len(repo.commits) == 2 and repo.tags == {"v1.0.0": repo.head}
+
+
+@pytest.mark.parametrize(
+    ("user", "role", "namespace", "why"),
+    [
+        ("me", "read", "me", "can only read"),
+        ("me", "write", "stranger", "stranger is not yours: the token is of me, or lab"),
+        ("me", "write", "guild", "guild is not yours"),
+        ("me:elsewhere", "fineGrained", "me", "may not write to me"),
+    ],
+)
+def test_a_token_without_the_right_is_refused_and_leaves_nothing(
+    me, server, user, role, namespace, why
+):
+    me.token = server.user(user, role, orgs=(("lab", "write"), ("guild", "read")))
+    refused(me.run("push", RECIPE, "--namespace", namespace), why)
+    assert server.repos == {} and set(server.requests) == {"whoami"}
+
+
+def test_a_wrong_token_and_none_are_one_line_each(me, server):
+    me.token = "hf_" + "x" * 34
+    refused(me.push(), "does not know this token")
+    me.token = ""
+    refused(me.push(), "no token.*hf auth login.*HF_TOKEN")
+    assert server.repos == {}
+
+
+def test_a_fine_grained_token_an_organisation_and_a_login_may_push(me, server):
+    me.token = server.user("me:me", "fineGrained")
+    good(me.push())
+    me.token, token = "", server.user("me", orgs=(("lab", "write"),))
+    me.home.mkdir(exist_ok=True)
+    (me.home / "token").write_text(token)  # where `hf auth login` keeps it
+    good(me.run("push", RECIPE, "--namespace", "lab"))
+    assert REPO in server.repos and "lab/smollm2-135m-sentiment_r4" in server.repos
+
+
+def test_an_unfinished_run_and_one_without_scores_are_refused(me, server):
+    shutil.rmtree(me.made / "evals")
+    refused(me.push(), f"no scores; `make eval RECIPE={RECIPE}`.*FORCE=1")
+    good(me.push("--force", "1"))
+    text = server.files(REPO)["README.md"].decode()
+    assert "**There are none.**" in text and "model-index" not in text
+
+    (me.made / "run.json").unlink()
+    (me.made / "checkpoint-20").mkdir()
+    refused(me.push(), "is unfinished; `make train")
+    shutil.rmtree(me.made)
+    refused(me.push(), "is not trained")
+
+
+def test_scores_of_an_earlier_adapter_are_none(me):
+    content = json.loads((me.made / "evals" / "fpb.json").read_text())
+    content["evaluated"]["adapter_sha256"] = "0" * 64
+    cli.write_json(me.made / "evals" / "fpb.json", content)
+    refused(me.push(), "no scores")
+
+
+@pytest.mark.parametrize(
+    "secret",
+    ["hf_" + "A1b2" * 8, "AKIAABCDEFGHIJKLMNOP", "-----BEGIN RSA PRIVATE KEY-----", "mine"],
+)
+def test_a_secret_in_any_file_is_refused_and_never_shown(me, server, secret):
+    if secret == "mine":
+        secret = "correct-horse-battery"
+    config = yaml.safe_load((me.made / "config.yaml").read_text())
+    (me.made / "config.yaml").write_text(yaml.safe_dump(config | {"wandb_name": secret}))
+    result = me.push(WANDB_API_KEY="correct-horse-battery")
+    refused(result, r"config.yaml, line \d+: this looks like a secret")
+    assert secret not in result.stdout + result.stderr and server.requests == []
+
+
+def test_data_whose_licence_forbids_it_is_never_made_public(me, server):
+    told = json.loads((me.made / "run.json").read_text())
+    entry = told["data"][0] | {"source": "train/headline_train.jsonl"}
+    cli.write_json(me.made / "run.json", told | {"data": [entry]})
+    refused(me.push("--public", "1"), "must not be public.*CC-BY-NC-ND")
+    assert server.requests == []
+    good(me.push())
+    assert server.repos[REPO].private
+    assert b"license: cc-by-nc-nd-4.0" in server.files(REPO)["README.md"]
+
+
+def test_a_run_that_diverged_or_was_trained_with_another_recipe_is_refused(me):
+    tensors = load_file(me.made / adapter.WEIGHTS)
+    next(iter(tensors.values()))[0, 0] = np.inf
+    (me.made / adapter.WEIGHTS).write_bytes(save(tensors))
+    refused(me.push(), "its adapter is not the one that run.json tells of")
+    told = json.loads((me.made / "run.json").read_text())
+    sha = cli.digest(me.made / adapter.WEIGHTS)
+    cli.write_json(me.made / "run.json", told | {"adapter_sha256": sha})
+    refused(me.push(), "holds NaN or infinity")
+    cli.write_json(me.made / "run.json", told | {"recipe_digest": "0" * 64, "adapter_sha256": sha})
+    refused(me.push(), "is not what .* was trained with")
+
+
+def test_public_is_only_what_was_asked_to_be(me, place, server):
+    stranger = place("stranger", server.user("stranger"))
+    good(me.push())
+    refused(
+        stranger.run("pull", RECIPE, "--namespace", "me"), "is not on the Hub, or it is private"
+    )
+    good(me.push("--public", "1"))
+    good(stranger.run("pull", RECIPE, "--namespace", "me"))
+    source = me.root / "recipes" / f"{RECIPE}.yaml"
+    source.write_text(source.read_text().replace("# Version: 1.0.0", "# Version: 1.1.0"))
+    told = json.loads((me.made / "run.json").read_text())
+    cli.write_json(me.made / "run.json", told | {"recipe_version": "1.1.0"})
+    refused(me.push(), "is public already; PUBLIC=1")
+
+
+def test_a_repository_that_holds_something_else_is_left_alone(me, server):
+    server.put(REPO, {"model.safetensors": b"mine"}, private=True)
+    refused(me.push(), "holds something else")
+    assert server.files(REPO) == {"model.safetensors": b"mine"}
+    server.put(REPO, {"run.json": b'{"recipe_version": "1.0.0"}'})
+    refused(me.push(), r"another v1\.0\.0 without its tag.*FORCE=1")
+    good(me.push("--force", "1"))
+    assert set(server.repos[REPO].tags) == {"v1.0.0"}
+
+
+def test_paths_of_this_machine_do_not_leave_it(me, server, tmp_path):
+    content = recipes.config(RECIPE) | {"output_dir": str(tmp_path / "secret-place" / "mine")}
+    content["datasets"][0]["path"] = str(tmp_path / "secret-place" / "sentiment_train.jsonl")
+    path = tmp_path / "mine.yaml"
+    path.write_text("# Version: 2.0.0\n" + yaml.safe_dump(content))
+    shutil.copytree(me.made, tmp_path / "secret-place" / "mine")
+    finish(tmp_path / "secret-place" / "mine", recipes.find(str(path)))
+    good(me.push(name=str(path)))
+    files = server.files("me/mine", "v2.0.0")
+    assert b"secret-place" not in b"".join(files.values())
+    config = yaml.safe_load(files["config.yaml"])
+    assert (config["output_dir"], config["base_model"]) == ("mine", "models/smollm2-135m")
+
+
+def test_tokenizer_and_chat_template_go_along_only_where_they_are_not_the_bases(me, server):
+    path = me.made / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"is_local": False}))
+    said = good(me.push("--dry-run", "1")).split("nothing is sent")[0]
+    assert "tokenizer" not in said and "chat_template" not in said
+    (me.made / "chat_template.jinja").write_text("{{ messages }}")
+    said = good(me.push("--dry-run", "1")).split("nothing is sent")[0]
+    assert "chat_template.jinja" in said and "tokenizer" not in said
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "<|im_end|>"}))
+    good(me.push())
+    files = server.files(REPO)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert files[name] == (me.made / name).read_bytes()
+
+
+# --- The card ---
+
+
+def test_the_card_holds_every_score_with_its_interval_and_reads_back(me, server):
+    from huggingface_hub import ModelCard
+
+    good(me.push())
+    made = ModelCard(server.files(REPO)["README.md"].decode())
+    data = made.data
+    assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert (data["base_model_relation"], data.library_name, data.language) == (
+        *("adapter", "peft", "en"),
+    )
+    assert data.license == "cc-by-nc-sa-3.0"  # Financial PhraseBank's; the base is Apache-2.0
+    assert data.datasets == ["takala/financial_phrasebank"]
+    scores = json.loads((me.made / "evals" / "fpb.json").read_text())["metrics"]
+    found = {r.metric_name: r for r in data.eval_results}
+    assert set(found) == {"accuracy", "macro F1"}
+    for title, name in (("accuracy", "accuracy"), ("macro F1", "f1_macro")):
+        assert found[title].metric_value == pytest.approx(scores[name]["value"])
+        low, high = found[title].metric_args["interval"]
+        assert (low, high) == pytest.approx((scores[name]["low"], scores[name]["high"]))
+    # 30 of 40 right against 20 of 40: the difference is 25 points.
+    assert "| fpb | accuracy | 50.0 (" in made.text and "| 75.0 (" in made.text
+    assert "+25.0 (" in made.text and "Small sets" in made.text
+    for part in ("make train RECIPE=smollm2-135m/sentiment_r4", "Cost: no hardware was rented"):
+        assert part in made.text
+
+
+@pytest.mark.parametrize(
+    ("base", "source", "licence"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "train/xbrl_term_train.jsonl", "apache-2.0"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "test/ner_test.jsonl", "cc-by-sa-3.0"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "train/financebench_train.jsonl", "cc-by-nc-4.0"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "my.jsonl", "other"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "train/xbrl_term_train.jsonl", "llama3.1"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "train/financebench_train.jsonl", "other"),
+        ("nobody/knows", "train/xbrl_term_train.jsonl", "other"),
+    ],
+)
+def test_the_cards_licence_follows_from_base_and_data(base, source, licence):
+    found = card.licence(base, [{"path": "x", "source": source}])
+    assert found["license"] == licence
+    assert (licence == "other") == ("license_name" in found)
+
+
+def test_exams_and_no_derivatives_may_not_be_shared_and_the_examples_may():
+    assert "not published" in card.forbidden([{"path": "x", "source": "train/cfa_train.jsonl"}])
+    assert "ND" in card.forbidden([{"path": "x", "source": "test/headline_test.jsonl"}])
+    assert card.forbidden([{"path": "x", "source": "train/financebench_train.jsonl"}]) is None
+    sample = [{"path": "x", "source": "train/headline_train.jsonl", "from": "data/sample"}]
+    assert card.forbidden(sample) is None
+    assert card.licence("Qwen/Qwen3-8B", sample) == {"license": "apache-2.0"}
+
+
+def test_the_cards_code_runs_as_it_stands(me, server, tiny, tmp_path):
+    """PEFT's on a tiny base that the Hub on loopback holds; vLLM's needs a GPU, and compiles."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    server.put("tester/tiny", {p.name: p.read_bytes() for p in tiny.iterdir() if p.is_file()})
+    content = recipes.config(RECIPE) | {
+        "base_model": "tester/tiny",
+        "output_dir": "runs/local/tiny",
+    }
+    recipe = me.root / "tiny.yaml"
+    recipe.write_text("# Version: 1.0.0\n" + yaml.safe_dump(content))
+    torch.manual_seed(0)
+    wanted = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), wanted)
+    model.save_pretrained(me.root / "runs" / "local" / "tiny")
+    finish(me.root / "runs" / "local" / "tiny", recipes.find(str(recipe)))
+    good(me.push(name="tiny.yaml"))
+    text = server.files("me/tiny")["README.md"].decode()
+    peft, vllm = re.findall(r"```python\n(.*?)```", text, re.S)
+    compile(vllm, "card", "exec")
+    script = tmp_path / "card.py"
+    script.write_text(peft)
+    env = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": server.url}
+    result = subprocess.run(
+        [sys.executable, script],
+        env=env | {"HF_TOKEN": me.token},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert len(result.stdout) > 1  # a random model answers anything
+
+
+# --- Pull ---
+
+
+def test_what_was_pulled_at_a_tag_gives_the_same_logits_to_the_bit(me, place, server, base):
+    import torch
+
+    good(me.push())
+    commit = server.repos[REPO].head
+    server.put(REPO, {"README.md": b"later"})  # main goes on; the tag does not
+    bob = place("bob", me.token)
+    said = good(bob.run("pull", RECIPE, "--namespace", "me", "--revision", "v1.0.0"))
+    assert commit[:12] in said and "runs/smollm2-135m/sentiment_r4" in said
+    told = json.loads((bob.made / "hub.json").read_text())
+    assert (told["repo"], told["commit"], told["revision"]) == (REPO, commit, "v1.0.0")
+    for name, content in server.files(REPO, "v1.0.0").items():
+        assert (bob.made / name).read_bytes() == content
+    before, after = logits(me.made, base), logits(bob.made, base)
+    assert torch.equal(before, after)
+    assert not torch.equal(before, base(torch.arange(5, 45).reshape(2, 20)).logits)
+
+    # What was pulled is a finished run for the rest of the project.
+    code = f"from tools import recipes; print(recipes.find('{RECIPE}').trained()['lora_r'])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=bob.root, capture_output=True, text=True
+    )
+    assert result.stdout.strip() == "4", result.stderr
+    assert not list(bob.made.parent.glob(".*.part"))
+
+
+def test_a_second_pull_downloads_nothing_and_a_new_version_moves_the_old_aside(me, place, server):
+    good(me.push())
+    bob = place("bob", me.token)
+    good(bob.run("pull", RECIPE, "--namespace", "me"))
+    server.requests.clear()
+    assert "is there already" in good(bob.run("pull", RECIPE, "--namespace", "me"))
+    assert not {"download", "resolve"} & set(server.requests)
+    # A file that was tampered with is noticed, and comes again from the cache.
+    (bob.made / "adapter_config.json").write_text("{}")
+    assert "what was there is in" in good(bob.run("pull", RECIPE, "--namespace", "me"))
+    assert json.loads((bob.made / "adapter_config.json").read_text())["r"] == 4
+    assert (bob.made.parent / "sentiment_r4.previous" / "adapter_config.json").read_text() == "{}"
+
+
+def test_without_a_network_the_cache_is_enough(me, place, server):
+    good(me.push())
+    bob = place("bob", me.token)
+    good(bob.run("pull", RECIPE, "--namespace", "me", "--revision", "v1.0.0"))
+    for number, (url, env) in enumerate(
+        [(server.url, {"HF_HUB_OFFLINE": "1"}), ("http://127.0.0.1:9", {})]
+    ):
+        carol = place(f"carol{number}", me.token)
+        carol.home, carol.url = bob.home, url
+        server.requests.clear()
+        arguments = ("pull", RECIPE, "--namespace", "me", "--revision", "v1.0.0")
+        assert "from the cache" in good(carol.run(*arguments, **env))
+        assert server.requests == []
+        assert (carol.made / adapter.WEIGHTS).read_bytes() == (
+            me.made / adapter.WEIGHTS
+        ).read_bytes()
+        dave = place(f"dave{number}", me.token)
+        dave.url = url
+        refused(dave.run(*arguments, **env), "not in the cache, and the Hub", status=1)
+
+
+def test_a_damaged_download_is_not_kept(me, place, server):
+    good(me.push())
+    bob = place("bob", me.token)
+    for name in (adapter.WEIGHTS, "run.json"):
+        server.change[name] = lambda content: content[:-8] + bytes(8)
+        refused(bob.run("pull", RECIPE, "--namespace", "me"), f"{name} is damaged", status=1)
+        assert not bob.made.exists()
+        server.change.clear()
+    good(bob.run("pull", RECIPE, "--namespace", "me"))
+
+
+def test_a_download_that_was_cut_goes_on_where_it_stopped(place, server):
+    """The client writes 10 MB at a time, so the adapter is one of the larger base: 18.9 MB."""
+    config, tensors = lora(plan.find_model("meta-llama/Llama-3.1-8B-Instruct"), 8, kind=np.float32)
+    server.put("wangd12/sentiment_llama_3_1_8b_8bits_r8", files_of(config, tensors))
+    bob = place("bob")
+    server.shorten[adapter.WEIGHTS] = 12_000_000
+    refused(bob.run("pull", "sentiment_r8"), "connection to the Hub broke.*run it again", status=1)
+    made = bob.root / "runs" / "llama-3.1-8b" / "sentiment_r8"
+    assert not made.exists() and server.ranges == []
+    good(bob.run("pull", "sentiment_r8"))
+    assert server.ranges == [adapter.WEIGHTS]
+    assert (made / adapter.WEIGHTS).read_bytes() == save(tensors)
+
+
+def test_a_run_that_was_trained_here_is_never_written_over(me, server):
+    good(me.push())
+    before = {p.name: p.read_bytes() for p in me.made.iterdir() if p.is_file()}
+    server.requests.clear()
+    refused(me.run("pull", RECIPE, "--namespace", "me"), "was made here; FORCE=1 moves it aside")
+    assert server.requests == []
+    assert {p.name: p.read_bytes() for p in me.made.iterdir() if p.is_file()} == before
+    good(me.run("pull", RECIPE, "--namespace", "me", "--force", "1"))
+    kept = me.made.with_name("sentiment_r4.previous")
+    assert {p.name: p.read_bytes() for p in kept.iterdir() if p.is_file()} == before
+
+
+def test_unknown_names_are_one_line_each(me, place, server):
+    good(me.push())
+    bob = place("bob", me.token)
+    refused(bob.run("pull", RECIPE, "--namespace", "nobody"), "is not on the Hub")
+    refused(bob.run("pull", RECIPE, "--namespace", "me", "--revision", "v9"), "no such revision")
+    refused(bob.run("pull", RECIPE), "FinLoRA published no")
+    refused(bob.run("pull", "--adapter", "../../etc"), "is no name on the Hub")
+    refused(bob.run("pull"), "RECIPE=… or ADAPTER=")
+    assert not (bob.root / "runs").exists() or not list((bob.root / "runs").rglob("*.json"))
+
+
+# --- What others publish ---
+
+
+QKV = ("q_proj", "k_proj", "v_proj")
+
+
+def lora(model: plan.Model, rank: int = 4, modules=QKV, kind=np.float16, **changes):
+    """(adapter_config.json, tensors) of an adapter for a base, as PEFT writes them."""
+    plain = adapter.Plain(rank, bool(changes.get("use_dora")), tuple(modules))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.source,
+        "r": rank,
+        "lora_alpha": 32,
+        "lora_dropout": 0.1,
+        "target_modules": list(modules),
+        "bias": "none",
+    }
+    shapes = adapter.expected(model, plain, "model.layers")
+    tensors = {name: np.full(shape, 0.01, kind) for name, shape in shapes.items()}
+    return config | changes, tensors
+
+
+SMOLLM2 = plan.find_model("HuggingFaceTB/SmolLM2-135M-Instruct")
+THEIRS = "stranger/adapter"
+
+
+def files_of(config, tensors, **more: bytes) -> dict[str, bytes]:
+    content = {adapter.CONFIG: json.dumps(config).encode(), adapter.WEIGHTS: save(tensors)}
+    return content | more
+
+
+def test_finloras_own_adapter_comes_by_the_name_of_its_recipe(place, server):
+    llama = plan.find_model("meta-llama/Llama-3.1-8B-Instruct")
+    config, tensors = lora(llama, base_model_name_or_path="meta-llama/Meta-Llama-3.1-8B-Instruct")
+    name = "wangd12/sentiment_llama_3_1_8b_4bits_r4"
+    server.put(name, files_of(config, tensors, **{"training_args.bin": b"\x80\x04pickle"}))
+    bob = place("bob")
+    good(bob.run("pull", "sentiment_r4"))
+    run = bob.root / "runs" / "llama-3.1-8b" / "sentiment_r4"
+    assert not (run / "training_args.bin").exists()
+    told, made = (
+        json.loads((run / "run.json").read_text()),
+        yaml.safe_load((run / "config.yaml").read_text()),
+    )
+    assert told["prompt_format"] == "finlora" and told["recipe"] == "llama-3.1-8b/sentiment_r4"
+    assert told["trainable_parameters"] == plan.trainable(
+        llama, plan.Setup(rank=4, modules=("q_proj", "k_proj", "v_proj"))
+    )
+    assert (made["lora_alpha"], made["load_in_4bit"]) == (32, True)
+    code = "from tools import recipes; recipes.find('sentiment_r4').trained()"
+    assert subprocess.run([sys.executable, "-c", code], cwd=bob.root).returncode == 0
+
+    # By the repository's own name it lies apart, and its config is a recipe.
+    good(bob.run("pull", "--adapter", name))
+    config_file = bob.root / "runs" / "hub" / name / "config.yaml"
+    code = f"from tools import recipes; print(recipes.find('{config_file}').run)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=bob.root, capture_output=True, text=True
+    )
+    assert result.stdout.strip() == str(config_file.parent.resolve()), result.stderr
+
+
+def test_an_adapter_for_a_base_that_only_the_hub_knows_is_held_against_its_config(
+    place, server, tiny
+):
+    shape = json.loads((tiny / "config.json").read_text())
+    server.put("tester/tiny", {"config.json": json.dumps(shape).encode()})
+    model = adapter.architecture("tester/tiny", shape)
+    assert (model.layers, model.hidden, model.kv_heads, model.head_dim) == (2, 64, 2, 16)
+    config, tensors = lora(model, modules=("q_proj", "down_proj"), use_dora=True)
+    server.put(THEIRS, files_of(config, tensors))
+    bob = place("bob")
+    good(bob.run("pull", "--adapter", THEIRS))
+    run = bob.root / "runs" / "hub" / THEIRS
+    assert yaml.safe_load((run / "config.yaml").read_text())["peft_use_dora"] is True
+    assert "stranger/adapter at " in good(bob.run("hub"))
+
+
+def header_of(entries: dict, data: bytes = b"") -> bytes:
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def hostile() -> dict[str, tuple[dict[str, bytes], str]]:
+    """Repositories that must not be taken, and the reason."""
+    config, tensors = lora(SMOLLM2)
+    first = sorted(tensors)[0]
+    plain = files_of(config, tensors)
+
+    def changed(**changes) -> dict[str, bytes]:
+        return files_of(config | changes, tensors)
+
+    def weights(content: bytes) -> dict[str, bytes]:
+        return plain | {adapter.WEIGHTS: content}
+
+    def one(**changes) -> dict[str, bytes]:
+        return files_of(config, tensors | changes)
+
+    bad = np.full(tensors[first].shape, 0.01, np.float16)
+    bad[0, 0] = np.nan
+    run = json.dumps({"adapter_sha256": "0" * 64}).encode()
+    axolotl = {"base_model": "x", "datasets": [{"path": "x"}]}
+    big = struct.pack("<Q", 2**40) + b"{"
+    return {
+        "only a pickle": (
+            {adapter.CONFIG: plain[adapter.CONFIG], "adapter_model.bin": b"\x80\x04cos\nsystem"},
+            "a pickle, which can run code",
+        ),
+        "no adapter": ({"README.md": b"x"}, "adapter_config.json is missing"),
+        "a path outside": (plain | {"../../evil.json": b"{}"}, "leaves the folder"),
+        "an absolute path": (plain | {"/etc/passwd": b"x"}, "leaves the folder"),
+        "a huge header": (weights(big), "its header claims"),
+        "a header that is no JSON": (weights(struct.pack("<Q", 8) + b"not json"), "not JSON"),
+        "a deep header": (
+            weights(struct.pack("<Q", 200_000) + b"[" * 200_000),
+            "not JSON",
+        ),
+        "a name twice": (
+            weights(struct.pack("<Q", 17) + b'{"a": 1, "a": 2 }'),
+            "stands twice",
+        ),
+        "overlapping tensors": (
+            weights(
+                header_of(
+                    {n: {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]} for n in ("a", "b")},
+                    bytes(4),
+                )
+            ),
+            "overlap",
+        ),
+        "a tensor of pickles": (
+            weights(
+                header_of({"a": {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}}, bytes(8))
+            ),
+            "none of F32, F16, BF16",
+        ),
+        "a shape that lies": (
+            weights(
+                header_of({"a": {"dtype": "F16", "shape": [9], "data_offsets": [0, 4]}}, bytes(4))
+            ),
+            "does not add up",
+        ),
+        "wrong shapes": (one(**{first: np.zeros((4, 577), np.float16)}), "has shape"),
+        "a wrong rank": (changed(r=8), "has shape"),
+        "a tensor too many": (one(surprise=np.zeros(3, np.float16)), "does not name"),
+        "a tensor too few": (
+            files_of(config, {n: t for n, t in tensors.items() if n != first}),
+            "lacks the tensor",
+        ),
+        "far too large": (weights(plain[adapter.WEIGHTS] + bytes(3 * 2**20)), "implies .* at most"),
+        "not a number": (one(**{first: bad}), "holds NaN or infinity"),
+        "another base": (
+            changed(base_model_name_or_path="meta-llama/Llama-3.2-1B-Instruct"),
+            "adapter for meta-llama/Llama-3.2-1B-Instruct",
+        ),
+        "a base on its author's disk": (
+            changed(base_model_name_or_path="/home/me/base"),
+            "adapter for /home/me/base",
+        ),
+        "code to import": (
+            changed(auto_mapping={"parent_library": "os", "base_model_class": "system"}),
+            "auto_mapping",
+        ),
+        "another method": (changed(peft_type="PROMPT_TUNING"), "LORA is needed"),
+        "whole modules": (changed(modules_to_save=["lm_head"]), "modules_to_save"),
+        "a regular expression without end": (
+            changed(target_modules="(a+)+$"),
+            "simpler expression",
+        ),
+        "a module that is none": (changed(target_modules=["lm_head"]), "is no linear layer of"),
+        "a config that is no object": (plain | {adapter.CONFIG: b"[]"}, "an object is needed"),
+        "a large config": (plain | {adapter.CONFIG: b" " * (2**20 + 1)}, "is the most"),
+        "another run.json": (plain | {"run.json": run}, "tells of another adapter"),
+        "remote code": (
+            plain | {"config.yaml": yaml.safe_dump(axolotl | {"trust_remote_code": True}).encode()},
+            "trust_remote_code",
+        ),
+        "a plugin": (
+            plain
+            | {"config.yaml": yaml.safe_dump(axolotl | {"plugins": ["evil.Plugin"]}).encode()},
+            "plugin",
+        ),
+        "scores that are none": (plain | {"evals/fpb.json": b'{"evaluated": 3}'}, "malformed"),
+        "YAML that makes objects": (
+            plain | {"config.yaml": b"!!python/object/apply:os.system [id]"},
+            "not YAML",
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", hostile())
+def test_a_malicious_repository_is_refused_before_anything_is_loaded(
+    server, tmp_path, monkeypatch, capsys, case
+):
+    """In this process, which the command would leave in the same way."""
+    files, why = hostile()[case]
+    server.put("me/mine", files)
+    content = recipes.config(RECIPE) | {"output_dir": str(tmp_path / "runs" / "mine")}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    arguments = ["tools.pull", str(tmp_path / "mine.yaml"), "--namespace", "me"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        pull.main()
+    refused(subprocess.CompletedProcess([], ended.value.code, *capsys.readouterr()), why)
+    assert [p for p in (tmp_path / "runs").rglob("*") if p.is_dir()] == []
+    assert not [p for p in tmp_path.rglob("*") if p.name in ("evil.json", "adapter_model.bin")]
+
+
+def test_an_adapter_of_every_kind_that_peft_writes_fits_its_own_config(tiny, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = adapter.architecture("x/tiny", json.loads((tiny / "config.json").read_text()))
+    kinds = {
+        "dora": {"use_dora": True, "target_modules": ["q_proj", "down_proj"]},
+        "rslora": {"use_rslora": True, "target_modules": ["v_proj"]},
+        "all": {"target_modules": "all-linear"},
+        "expression": {"target_modules": r"model\.layers\.\d+\.self_attn\.(q_proj|o_proj)"},
+    }
+    for name, settings in kinds.items():
+        whole = AutoModelForCausalLM.from_pretrained(tiny)
+        wanted = get_peft_model(whole, LoraConfig(r=3, task_type="CAUSAL_LM", **settings))
+        wanted.save_pretrained(tmp_path / name)
+        count = sum(p.numel() for p in wanted.parameters() if p.requires_grad)
+        assert adapter.check(tmp_path / name, model) == count, name
+
+
+def test_infinities_of_every_type_of_number_are_found(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for value, sound in ((1e4, True), (float("nan"), False), (float("-inf"), False)):
+            path = tmp_path / "x.safetensors"
+            save_file(
+                {"a": torch.ones(5, 7, dtype=dtype), "b": torch.tensor([value]).to(dtype)}, path
+            )
+            found, start = adapter.header(path)
+            kind, _, begin, end = found["b"]
+            assert adapter.finite(path, kind, start + begin, start + end) == sound
+
+
+# --- List, and secrets ---
+
+
+def test_adapters_lists_the_runs_here_and_what_a_namespace_holds(me, server):
+    good(me.push())
+    said = good(me.run("hub", "--namespace", "me"))
+    here, there = said.split("me on ")
+    assert RECIPE in here and "fpb accuracy 75.0" in here and "trained here" in here
+    assert REPO in there and "v1.0.0" in there and "fpb accuracy 75.0" in there
+    assert "private" in there
+    me.token = ""
+    assert "0 adapters" in good(me.run("hub", "--namespace", "me"))
+
+
+def test_the_token_is_in_nothing_that_was_written_printed_or_sent_astray(me, place, server):
+    bob = place("bob", me.token)
+    server.at["tag"] = once(cut)
+    me.push()
+    good(me.push("--public", "1", HF_DEBUG="1", DEBUG="1"))
+    good(me.run("hub", "--namespace", "me"))
+    server.change[adapter.WEIGHTS] = lambda content: content[::-1]
+    bob.run("pull", RECIPE, "--namespace", "me", DEBUG="1")
+    server.change.clear()
+    good(bob.run("pull", RECIPE, "--namespace", "me"))
+    bob.token = "hf_" + "Wrong" * 7
+    bob.run("pull", RECIPE, "--namespace", "me", "--force", "1")
+    for token in (me.token, bob.token):
+        for text in (*me.said, *bob.said):
+            assert token not in text
+        for where in (me, bob):
+            for path in where.root.parent.rglob("*"):
+                if path.is_file() and not path.is_relative_to(where.root / "models"):
+                    assert token.encode() not in path.read_bytes(), path
+    assert server.leaks == []
+
+
+def test_what_is_compared_on_the_hub_is_gits_digest_or_sha256(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"hello\n")
+    # `printf 'hello\n' | git hash-object --stdin` and `sha256sum`.
+    blob = "ce013625030ba8dba906f756967f9e9ca394464a"
+    sha = "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"
+    for content in (path, b"hello\n"):
+        assert hub.matches(content, blob) and hub.matches(content, sha)
+        assert not hub.matches(content, blob[::-1])
+
+
+def test_texts_of_a_score_file_are_kept_only_where_they_are_answers():
+    rows = [{"row": 3, "expected": "x" * 500, "doc": {"q": "secret", "n": 2}, "p": [0.5, "t"]}]
+    assert push.public(rows) == [{"row": 3, "expected": "x" * 200, "doc": {"n": 2}, "p": [0.5]}]
