@@ -5,7 +5,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 
-VARIABLES := RECIPE TASKS PROFILE LIMIT PROMPT FORCE FINLORA_DATA GPU NPROC PRICE
+VARIABLES := RECIPE TASKS PROFILE LIMIT PROMPT FORCE FINLORA_DATA GPU NPROC PRICE TASK MODEL METHOD JSON DATA CONFIG \
+  FINLORA_BASE_URL ADAPTER PORT ON_ERROR NAMESPACE PUBLIC REVISION DRY_RUN \
+  BASE PRECISION PROMPT_FORMAT
 $(foreach v,$(VARIABLES),$(eval override $(v) := $$(value $(v))))
 export $(VARIABLES)
 
@@ -14,7 +16,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: help setup demo data model train eval chat recipes show plan render test test-all check clean
+.PHONY: help setup demo fetch data audit model train eval chat merge serve push pull adapters recipes show plan new import render test test-all check clean
 
 help: ## List the jobs
 	@printf 'Jobs (make JOB RECIPE=… TASKS=… …):\n'
@@ -35,8 +37,14 @@ $(READY): requirements.txt requirements.lock requirements-model.txt $(PY)
 $(PY):
 	@$(PYTHON) -m tools.setup
 
-data: $(READY) ## Turn FinLoRA rows into chat rows: TASKS=sentiment,headline (all without TASKS)
-	@$(PY) -m tools.convert "$$TASKS"
+fetch: $(READY) ## Download and verify FinLoRA's files to data/raw/: TASKS=sentiment,ner [FINLORA_BASE_URL=…]
+	@$(PY) -m tools.fetch "$$TASKS"
+
+data: $(READY) ## FinLoRA rows to chat rows: [TASKS=sentiment,ner] [RECIPE=… counts tokens] [ON_ERROR=quarantine]
+	@$(PY) -m tools.convert "$$TASKS" --recipe "$$RECIPE" --on-error "$$ON_ERROR"
+
+audit: $(READY) ## What is wrong with the rows at hand: TASKS=sentiment,formula (all at hand without TASKS)
+	@$(PY) -m tools.audit "$$TASKS"
 
 model: $(READY) ## Write SmolLM2-135M-Instruct to models/ (train does it where it is needed)
 	@$(PY) -m tools.export
@@ -44,23 +52,47 @@ model: $(READY) ## Write SmolLM2-135M-Instruct to models/ (train does it where i
 train: $(READY) ## Train a recipe: RECIPE=smollm2-135m/sentiment_r4 [PROFILE=cpu|gpu] [FORCE=1]
 	@$(PY) -m tools.train "$$RECIPE" --profile "$$PROFILE" --force "$$FORCE"
 
-eval: $(READY) ## Score a recipe's base and adapter: RECIPE=… [TASKS=fpb,fiqa] [LIMIT=200] [FORCE=1]
-	@$(PY) -m evals.run "$$RECIPE" --tasks "$$TASKS" --limit "$$LIMIT" --force "$$FORCE"
+eval: $(READY) ## Score base and adapter: [RECIPE=…] [TASKS=fpb,fiqa] [LIMIT=200] [BASE=1] [PRECISION=nf4] [ADAPTER=…] [FORCE=1]
+	@$(PY) -m evals.run "$$RECIPE" --tasks "$$TASKS" --limit "$$LIMIT" --force "$$FORCE" \
+	  --base "$$BASE" --precision "$$PRECISION" --adapter "$$ADAPTER" --prompt-format "$$PROMPT_FORMAT"
 
-chat: $(READY) ## One answer from the base and one from the adapter: RECIPE=… PROMPT="…"
-	@$(PY) -m tools.chat "$$RECIPE" "$$PROMPT"
+chat: $(READY) ## Base and adapter answer PROMPT="…"; a conversation without it: RECIPE=… or ADAPTER=…
+	@$(PY) -m tools.chat "$$RECIPE" "$$PROMPT" --adapter "$$ADAPTER"
 
-recipes: $(READY) ## List the catalogue
-	@$(PY) -m tools.recipes list
+merge: $(READY) ## Merge an adapter into its base, and compare the two: RECIPE=… or ADAPTER=…
+	@$(PY) -m tools.merge "$$RECIPE" --adapter "$$ADAPTER"
 
-show: $(READY) ## Print a recipe: RECIPE=sentiment_r4
-	@$(PY) -m tools.recipes show "$$RECIPE"
+serve: $(READY) ## An OpenAI-compatible endpoint (vLLM on a GPU): RECIPE=… or ADAPTER=… [PORT=8000]
+	@$(PY) -m tools.serve "$$RECIPE" --adapter "$$ADAPTER" --port "$$PORT"
 
-plan: $(READY) ## What a recipe takes before a GPU is rented: RECIPE=… [GPU="A5000 24GB"] [NPROC=4] [PRICE=0.26]
-	@$(PY) -m tools.plan "$$RECIPE" --gpu "$$GPU" --nproc "$$NPROC" --price "$$PRICE"
+push: $(READY) ## Publish a run on the Hub, privately: RECIPE=… NAMESPACE=me [PUBLIC=1] [DRY_RUN=1] [PRICE=0.26] [FORCE=1]
+	@$(PY) -m tools.push "$$RECIPE" --namespace "$$NAMESPACE" --public "$$PUBLIC" \
+	  --dry-run "$$DRY_RUN" --price "$$PRICE" --force "$$FORCE"
+
+pull: $(READY) ## Bring a published adapter here: RECIPE=… [NAMESPACE=…] or ADAPTER=owner/name [REVISION=v1.0.0]
+	@$(PY) -m tools.pull "$$RECIPE" --namespace "$$NAMESPACE" --adapter "$$ADAPTER" \
+	  --revision "$$REVISION" --force "$$FORCE"
+
+adapters: $(READY) ## List the runs here and, with NAMESPACE=me, those on the Hub
+	@$(PY) -m tools.hub --namespace "$$NAMESPACE"
+
+recipes: $(READY) ## List the catalogue: [TASK=sentiment] [MODEL=qwen3-8b] [METHOD=r4] [JSON=1]
+	@$(PY) -m tools.catalogue list --task "$$TASK" --model "$$MODEL" --method "$$METHOD" --json "$$JSON"
+
+show: $(READY) ## Print a recipe, its plan, and what its run took: RECIPE=sentiment_r4
+	@$(PY) -m tools.catalogue show "$$RECIPE"
+
+plan: $(READY) ## What a recipe takes before a GPU is rented: RECIPE=… [GPU="A5000 24GB"] [NPROC=4] [PRICE=0.26] [JSON=1]
+	@$(PY) -m tools.plan "$$RECIPE" --gpu "$$GPU" --nproc "$$NPROC" --price "$$PRICE" --json "$$JSON"
+
+new: $(READY) ## A task of your own, with recipes and an evaluation: TASK=my_task DATA=my.jsonl
+	@$(PY) -m tools.local new "$$TASK" "$$DATA"
+
+import: $(READY) ## Recipes from a FinLoRA config file: CONFIG=finetune_configs.json
+	@$(PY) -m tools.local import "$$CONFIG"
 
 render: $(READY) ## Write every recipe from recipes/matrix.yaml
-	@$(PY) -m tools.recipes render
+	@$(PY) -m tools.catalogue render
 
 test: $(READY) ## Tests, without the long ones
 	@$(PY) -m pytest -m "not slow"
@@ -73,7 +105,8 @@ check: $(READY) ## Lint, format, types, drift of rendered files, every recipe ag
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 	@$(PY) data/sample/make.py --check
-	@$(PY) -m tools.recipes check
+	@$(PY) -m tools.audit --card --check
+	@$(PY) -m tools.catalogue check
 
 clean: ## Remove .venv, SmolLM2, converted data and caches; trained runs stay
 	rm -rf .venv models/smollm2-135m data/chat .pytest_cache .mypy_cache .ruff_cache

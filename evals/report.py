@@ -1,13 +1,39 @@
-"""Shows the scores of a base and its adapter side by side, from their score files."""
+"""Shows scores from their files: base and adapter side by side, and what the differences mean.
+
+A pair of score files is compared on the same rows, and the p-values of a metric are corrected over
+all datasets of the comparison (Holm). FinLoRA's published scores are compared with ours by its own
+scoring. `differences` and `against_published` are what other reports are made from.
+"""
 
 import json
 import sys
+from functools import cache
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from evals import stats
-from tools.cli import shown
+from tools import recipes
+from tools.cli import ROOT, shown
 
-TITLES = {"accuracy": "accuracy", "f1_weighted": "weighted F1"}
+PUBLISHED = ROOT / "evals" / "published.tsv"
+TITLES = {
+    "accuracy": "accuracy",
+    "f1_weighted": "weighted F1",
+    "f1_macro": "macro F1",
+    "exact_match": "exact match",
+    "numeric_accuracy": "numeric accuracy",
+    "bertscore": "BERTScore F1",
+    "rouge_l": "ROUGE-L",
+    "token_f1": "token F1",
+}
+Content = dict[str, Any]  # of a score file
+
+
+def title(metric: str) -> str:
+    plain = metric.removeprefix("finlora_")
+    known = TITLES.get(plain, plain.replace("_", " "))
+    return f"{known}, FinLoRA's" if plain != metric else known
 
 
 def percent(value: dict[str, float], signed: bool = False) -> str:
@@ -16,36 +42,216 @@ def percent(value: dict[str, float], signed: bool = False) -> str:
     return f"{point:{plus}.1f}  [dim]{low:{plus}.1f} … {high:{plus}.1f}[/dim]"
 
 
-def show(recipe: str, files: dict[str, list[Path]]) -> None:
-    """Prints a table of datasets; `files` maps each to the score files of base and adapter."""
+def paired(first: Content, second: Content) -> bool:
+    """Whether two score files hold answers to the same rows of the same data."""
+    numbers = ([row["row"] for row in one["predictions"]] for one in (first, second))
+    same = first["evaluated"]["data_sha256"] == second["evaluated"]["data_sha256"]
+    return same and len({tuple(one) for one in numbers}) == 1
+
+
+def values(content: Content, metric: str) -> list[Any]:
+    return [row["values"][metric] for row in content["predictions"]]
+
+
+def differences(
+    first: dict[str, Content], second: dict[str, Content]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Second minus first, for each dataset and metric that both have on the same rows.
+
+    {dataset: {metric: what `stats.compare` gives, "corrected": p after Holm's correction over the
+    datasets, "family": how many they are}}.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for dataset in first:
+        one, other = first[dataset], second.get(dataset)
+        if other and paired(one, other):
+            both = [metric for metric in one["metrics"] if metric in other["metrics"]]
+            found[dataset] = {
+                metric: stats.compare(metric, values(one, metric), values(other, metric))
+                for metric in both
+            }
+    for metric in {metric for gains in found.values() for metric in gains}:
+        family = [gains[metric] for gains in found.values() if metric in gains]
+        for gain, corrected in zip(family, stats.holm([g["p"] for g in family]), strict=True):
+            gain |= {"corrected": corrected, "family": len(family)}
+    return found
+
+
+@cache
+def published() -> dict[str, dict[str, dict[str, float]]]:
+    """FinLoRA's scores, 0 to 1: {method or "base": {dataset: {metric: score}}}."""
+    lines = [li for li in PUBLISHED.read_text().splitlines() if li and not li.startswith("#")]
+    heads = lines[0].split("\t")[1:]
+    found: dict[str, dict[str, dict[str, float]]] = {head: {} for head in heads}
+    for dataset, *cells in (line.split("\t") for line in lines[1:]):
+        for head, (accuracy, f1) in zip(heads, (c.split("/") for c in cells), strict=True):
+            found[head][dataset] = (
+                {"bertscore": float(f1)}
+                if accuracy == "-"
+                else {
+                    "finlora_accuracy": float(accuracy) / 100,
+                    "finlora_f1_weighted": float(f1),
+                }
+            )
+    return found
+
+
+def against_published(
+    contents: dict[str, Content], method: str
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Scores against FinLoRA's of the same method (`4bits_r4`, or `base`), on its own data.
+
+    {dataset: {metric: what `stats.against` gives, "published", "corrected", "family"}}. Only whole
+    datasets count, and not the project's examples.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for dataset, theirs in published().get(method, {}).items():
+        content = contents.get(dataset)
+        if not content:
+            continue
+        told = content["evaluated"]
+        if told["limit"] or told["data_selected"] or told["data_from"] == "data/sample":
+            continue
+        for metric, score in theirs.items():
+            if metric in content["metrics"]:
+                gain = stats.against(metric, values(content, metric), score)
+                found.setdefault(dataset, {})[metric] = gain | {"published": score}
+    for metric in {metric for gains in found.values() for metric in gains}:
+        family = [g[metric] for g in found.values() if metric in g and g[metric]["p"] is not None]
+        for gain, corrected in zip(family, stats.holm([g["p"] for g in family]), strict=True):
+            gain |= {"corrected": corrected, "family": len(family)}
+    return found
+
+
+def method(name: str) -> tuple[str, str] | None:
+    """FinLoRA's names (model, method) of a recipe or of its own adapter, where it has both."""
+    known, last = recipes.names(), name.rsplit("/", 1)[-1]
+    found = [entry for entry in known if entry == name or recipes.finlora_name(entry) == last]
+    if not found:
+        return None
+    model, _, how = recipes.parts(found[0])
+    table = recipes.matrix()
+    names = table["models"][model].get("finlora"), table["methods"][how].get("finlora")
+    return (str(names[0]), str(names[1])) if all(names) else None
+
+
+def differing(content: Content) -> int | None:
+    """On how many rows FinLoRA's rule finds another share of right answers than ours."""
+
+    def right(value: Any) -> float:
+        if isinstance(value, list):
+            return sum(e == a for e, a in value) / len(value)
+        return float(value)
+
+    pairs = [row["values"] for row in content["predictions"]]
+    if not all({"accuracy", "finlora_accuracy"} <= row.keys() for row in pairs):
+        return None
+    return sum(right(row["accuracy"]) != right(row["finlora_accuracy"]) for row in pairs)
+
+
+def sentences(gains: dict[str, dict[str, dict[str, Any]]], contents: dict[str, Content]) -> Any:
+    """(dataset, metric, verdict) on the first metric of each dataset."""
+    for dataset, of_dataset in gains.items():
+        metric = next(iter(of_dataset))
+        found = of_dataset[metric]
+        rows = contents[dataset]["examples"]
+        told = stats.verdict(found, found.get("corrected"), found.get("family", 0), rows)
+        yield dataset, metric, told
+
+
+def show(name: str, files: dict[str, dict[str, Path]]) -> None:
+    """Prints the scores of a subject: `files` maps dataset → side (base, adapter) → score file."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{recipe}: %, with 95 % intervals", title_justify="left", box=None)
+    scored = {
+        dataset: {side: json.loads(file.read_text()) for side, file in sides.items()}
+        for dataset, sides in files.items()
+    }
+    sides = list(next(iter(files.values())))
+    of_side = {side: {name: both[side] for name, both in scored.items()} for side in sides}
+    gains = differences(of_side["base"], of_side["adapter"]) if len(sides) == 2 else {}
+
+    table = Table(title=f"{name}: %, with 95 % intervals", title_justify="left", box=None)
     table.add_column("dataset")
     table.add_column("metric")
-    for heading in ("base", "adapter", "difference", "examples"):
+    for heading in (*sides, *(["difference"] if gains else []), "examples"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for dataset, pair in files.items():
-        base, adapter = (json.loads(file.read_text()) for file in pair)
-        rows = list(zip(base["predictions"], adapter["predictions"], strict=True))
-        expected = [row["expected"] for row, _ in rows]
-        answers = [[row[side]["answered"] for row in rows] for side in (0, 1)]
-        for metric, title in TITLES.items():
-            gain = stats.difference(metric, expected, *answers)
-            examples = base["evaluated"]["data_from"] == "data/sample"
+    for dataset, both in scored.items():
+        one = both[sides[-1]]
+        own = one["evaluated"]["data_from"] == "data/sample"
+        for metric in one["metrics"]:
+            cells = [
+                percent(both[side]["metrics"][metric]) if metric in both[side]["metrics"] else "–"
+                for side in sides
+            ]
+            gain = gains.get(dataset, {}).get(metric)
+            cells += [percent(gain, signed=True) if gain else "–"] if gains else []
+            label = f"{dataset} (examples)" if own else dataset
+            theirs = metric.startswith("finlora_")
             table.add_row(
-                f"{dataset} (examples)" if examples else dataset,
-                title,
-                percent(base["metrics"][metric]),
-                percent(adapter["metrics"][metric]),
-                percent(gain, signed=True),
-                f"{base['examples']:,}",
+                label, title(metric), *cells, f"{one['examples']:,}", style="dim" if theirs else ""
             )
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print()
     console.print(table)
     console.print()
-    for dataset, pair in files.items():
-        for name, file in zip(("base", "adapter"), pair, strict=True):
-            console.print(f"scores     {dataset}, {name}: {shown(file)}", highlight=False)
+    for dataset, metric, told in sentences(gains, of_side[sides[-1]]):
+        console.print(f"{dataset}, {title(metric)}: {told}.", soft_wrap=True)
+    theirs = method(name)
+    known = recipes.matrix()["models"]["llama-3.1-8b"].get("finlora")
+    for side in sides:
+        if not theirs or theirs[0] != known:
+            break
+        contents = of_side[side]
+        told_of = against_published(contents, "base" if side == "base" else theirs[1])
+        for dataset, metric, told in sentences(told_of, contents):
+            score = 100 * told_of[dataset][metric]["published"]
+            console.print(
+                f"{dataset}, {side}, {title(metric)}: against FinLoRA's published {score:.1f}: "
+                f"{told}.",
+                soft_wrap=True,
+            )
+    for dataset, both in scored.items():
+        for side, content in both.items():
+            notes = []
+            if differing(content):
+                notes.append(f"FinLoRA's rule scores {differing(content)} rows otherwise")
+            notes += [f"{title(metric)} {why}" for metric, why in content["left_out"].items()]
+            if content["cut_prompts"]:
+                notes.append(f"{content['cut_prompts']} prompts were cut in their middle to fit")
+            for note in notes:
+                console.print(f"{dataset}, {side}: {note}.", soft_wrap=True, markup=False)
+    console.print()
+    for dataset, places in files.items():
+        for side, file in places.items():
+            console.print(f"scores     {dataset}, {side}: {shown(file)}", soft_wrap=True)
+
+
+def between(scored: dict[str, dict[str, dict[str, Path]]]) -> None:
+    """Compares adapters with each other, where they have the same base at the same precision."""
+
+    def load(files: dict[str, dict[str, Path]]) -> dict[str, Content]:
+        return {
+            dataset: json.loads(sides["adapter"].read_text())
+            for dataset, sides in files.items()
+            if "adapter" in sides
+        }
+
+    adapters = {name: load(files) for name, files in scored.items()}
+    for first, second in combinations(adapters, 2):
+        one, other = adapters[first], adapters[second]
+        same = {
+            dataset: content
+            for dataset, content in one.items()
+            if dataset in other
+            and all(
+                content["evaluated"][key] == other[dataset]["evaluated"][key]
+                for key in ("base_model", "precision")
+            )
+        }
+        if not same:
+            continue
+        print(f"\n{second} against {first}")
+        for dataset, metric, told in sentences(differences(same, other), same):
+            print(f"{dataset}, {title(metric)}: {told}.")

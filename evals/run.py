@@ -1,167 +1,308 @@
 """Scores a recipe's base and its adapter with lm-eval, on the base that the adapter was trained on.
 
-    python -m evals.run smollm2-135m/sentiment_r4 [--tasks fpb,fiqa] [--limit 200] [--force]
+    python -m evals.run smollm2-135m/sentiment_r4 [--tasks fpb,fiqa] [--limit 200] [--force 1]
+    python -m evals.run                                   every finished run, and its base
+    python -m evals.run sentiment_r4 --base 1             the base alone; nothing has to be trained
+    python -m evals.run --adapter path/to/adapter         any PEFT adapter
+    … --precision int8 --prompt-format finlora
 
 Scores lie in `<run>/evals/<dataset>.json`, those of the base in `base_<precision>/evals/` beside
-the run: metric values with 95 % intervals, every answer, and what was evaluated. A score whose
-model, data and task are still the same is not computed again.
+the run: metric values with 95 % intervals, every answer with what each metric made of it, and what
+was evaluated. A score whose model, data, prompt and task are still the same is not computed again,
+and one that was cut off goes on from its last finished batch. Metrics, the parse rule and the
+answer budget are those of the task file; nothing here knows a dataset.
 """
 
 import argparse
 import json
 import random
+import sys
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from evals import report, stats
-from tools import convert, export, recipes, weights
-from tools.cli import ROOT, WrongInput, command, digest, nearest, quiet, write_json
+from evals.answers import Answers, Prompts
+from tools import convert, export, weights
+from tools import subject as subjects
+from tools.cli import (
+    ROOT,
+    JobFailed,
+    WrongInput,
+    command,
+    digest,
+    nearest,
+    quiet,
+    write_json,
+)
+from tools.prompt import FORMATS
+from tools.subject import Subject
 
 TASKS = ROOT / "evals" / "tasks"
 BATCH = 16  # rows; lm-eval sorts them by length first
 
+# ---- tasks
 
-def datasets(recipe: recipes.Recipe, named: str) -> list[str]:
-    """The datasets to score on: those named, else those of the recipe's task that are at hand."""
-    known = sorted(path.stem for path in TASKS.glob("*.yaml"))
-    known = [name for name in known if name in convert.sources()["datasets"]]
+
+def read(path: Path) -> tuple[dict[str, Any], list[Path]]:
+    """A task file merged with what it includes, and all files that it is made of."""
+    content = yaml.load(path.read_text().replace("!function", ""), yaml.CSafeLoader)
+    included = content.pop("include", [])
+    merged: dict[str, Any] = {}
+    files = [path]
+    # As lm-eval has it: the first of several includes counts most, the file itself above all.
+    for name in reversed([included] if isinstance(included, str) else included):
+        other, others = read((path.parent / name).resolve())
+        merged |= other
+        files += others
+    return merged | content, files
+
+
+@cache
+def tasks() -> dict[str, Path]:
+    """Task files by the task's name, which is the file's: those with rows of data/chat/."""
+    paths = (path for path in sorted(TASKS.rglob("*.yaml")) if not path.name.startswith("_"))
+    return {path.stem: path for path in paths if "dataset_kwargs" in read(path)[0]}
+
+
+def test_path(task: str) -> Path:
+    """The chat rows that a task is scored on."""
+    return convert.CHAT / Path(read(tasks()[task])[0]["dataset_kwargs"]["data_files"]["test"]).name
+
+
+def datasets(task: str | None, named: str) -> list[str]:
+    """The tasks to score on: those named, else those at hand of what a recipe was trained for."""
     asked = named.replace(",", " ").split()
     for name in asked:
-        if name not in known:
-            raise WrongInput(f'unknown dataset "{name}" in TASKS{nearest(name, known)}')
-        convert.manifest(convert.test_path(name))
+        if name not in tasks():
+            raise WrongInput(f'unknown dataset "{name}" in TASKS{nearest(name, list(tasks()))}')
+        convert.manifest(test_path(name))
     if asked:
         return asked
-    of_task = convert.sources()["tasks"].get(recipe.task, {}).get("eval", [])
-    there = [name for name in of_task if name in known and convert.test_path(name).is_file()]
+    known = convert.sources()
+    of_task = known["tasks"].get(task, {}).get("eval", []) if task else list(known["datasets"])
+    order = {convert.test_path(name): place for place, name in enumerate(of_task)}
+    there = [name for name in tasks() if test_path(name) in order and test_path(name).is_file()]
     if not there:
-        raise WrongInput(
-            f"no test data of {recipe.name} is there; `make data` makes it, or TASKS=…"
-        )
-    return there
+        raise WrongInput(f"no test data of {task or 'any task'} is there; `make data` makes it")
+    return sorted(there, key=lambda name: (order[test_path(name)], name))
 
 
-def folder(recipe: recipes.Recipe, config: dict[str, Any], adapter: bool) -> Path:
-    """Where the scores of the adapter, or of its base, lie."""
-    base = recipe.run.with_name(f"base_{weights.precision(config)}")
-    return (recipe.run if adapter else base) / "evals"
+def picked(task: str, limit: int | None) -> list[int]:
+    """The numbers of the rows to score on, from 0."""
+    with open(test_path(task), "rb") as file:
+        total = sum(1 for _ in file)
+    # Files may be sorted by label, so a limit takes rows from all over: the same ones every time.
+    return sorted(random.Random(0).sample(range(total), min(limit or total, total)))
 
 
-def score_file(place: Path, dataset: str, limit: int | None) -> Path:
-    return place / (f"{dataset}_sample{limit}.json" if limit else f"{dataset}.json")
+# ---- what is scored
 
 
-def evaluated(recipe: recipes.Recipe, config: dict[str, Any], dataset: str, adapter: bool) -> Any:
+def revision(base: str) -> str | None:
+    """The commit of a base in the Hub's cache; None for a folder, and before it is downloaded."""
+    if (ROOT / base).is_dir():
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(base, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+@cache
+def _digest(file: Path) -> str:
+    return digest(file)  # of gigabytes, and asked for with every dataset
+
+
+def evaluated(subject: Subject, side: str, dataset: str, limit: int | None) -> dict[str, Any]:
     """What a score depends on; where it is the same, the score stands."""
+    config, (content, files) = subject.config, read(tasks()[dataset])
     base = ROOT / config["base_model"]
-    keys = ("load_in_4bit", "load_in_8bit", "bnb_config_kwargs")
-    task = yaml.load(
-        (TASKS / f"{dataset}.yaml").read_text().replace("!function", ""), yaml.CSafeLoader
-    )
-    files = [f"{dataset}.yaml", "utils.py", *filter(None, [task.get("include")])]
+    keys = ("load_in_4bit", "load_in_8bit", "bnb_config_kwargs", "dtype")
+    adapter = subject.adapter if side == "adapter" else None
+    manifest = convert.manifest(test_path(dataset))
     return {
         "dataset": dataset,
+        "task_version": content["metadata"]["version"],
         "base_model": config["base_model"],
-        "base_files": {file.name: digest(file) for file in sorted(base.glob("*.safetensors"))},
+        "base_revision": revision(config["base_model"]),
+        "base_files": {file.name: _digest(file) for file in sorted(base.glob("*.safetensors"))},
         "quantization": {key: config[key] for key in keys if key in config},
         "precision": weights.precision(config),
-        "adapter_sha256": digest(recipe.run / "adapter_model.safetensors") if adapter else None,
-        "data_sha256": convert.manifest(convert.test_path(dataset))["sha256"],
-        "data_from": convert.manifest(convert.test_path(dataset)).get("from"),
-        "task_files": {name: digest(TASKS / name)[:12] for name in files},
+        "adapter_sha256": digest(adapter / "adapter_model.safetensors") if adapter else None,
+        "prompt_format": subject.prompt_format,
+        "chat_template_kwargs": subject.options,
+        "data_sha256": manifest["sha256"],
+        "data_from": manifest.get("from"),
+        "data_selected": manifest.get("selected"),
+        "task_files": {path.name: digest(path)[:12] for path in [*files, TASKS / "utils.py"]},
+        "limit": limit,
     }
 
 
+# ---- scoring
+
+
 def measure(
-    model: Any, tokenizer: Any, dataset: str, limit: int | None, label: str
-) -> list[dict[str, Any]]:
-    """Answers of a model to a dataset's rows, in the rows' order, as lm-eval's task scores them."""
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    lm: Any, dataset: str, limit: int | None, prompts: Prompts, answers: Answers | None = None
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """A model's answers to a dataset's rows, in the rows' order, and what metrics made of them.
 
-    from evals.model import Model
+    lm: any model of lm-eval. Also returns the metrics that were left out, with the reason.
+    """
+    from lm_eval import evaluate
+    from lm_eval.tasks import TaskManager, get_task_dict
 
-    with open(convert.test_path(dataset), "rb") as file:
-        total = sum(1 for _ in file)
-    rows = min(limit or total, total)
-    # Files may be sorted by label, so a limit takes rows from all over: the same ones every time.
-    chosen = sorted(random.Random(0).sample(range(total), rows))
-    result = simple_evaluate(
-        model=Model(model, tokenizer, BATCH, label, rows),
-        tasks=[f"finlora_{dataset}"],
-        task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
+    from evals.tasks import utils
+
+    content, _ = read(tasks()[dataset])
+    name = content["task"]
+    prompts.attach(lm, content["generation_kwargs"]["max_gen_toks"])
+    if answers:
+        answers.attach(lm, lambda text: print(f"eval       {dataset}: {text}", flush=True))
+    task = get_task_dict([name], TaskManager(include_path=str(TASKS), include_defaults=False))
+    task[name].set_config(key="num_fewshot", value=0)
+    result = evaluate(
+        lm,
+        task,
         apply_chat_template=True,
         bootstrap_iters=0,
-        samples={f"finlora_{dataset}": chosen},
+        samples={name: picked(dataset, limit)},
     )
-    samples = sorted(result["samples"][f"finlora_{dataset}"], key=lambda sample: sample["doc_id"])
-    answers = []
-    for sample in samples:
-        expected, answered = sample["f1_weighted"]  # the pair that the task's F1 is made from
-        answer = sample["resps"][0][0]
-        row = {"row": sample["doc_id"], "expected": expected, "answered": answered}
-        answers.append(row | {"answer": answer})
-    return answers
+    # The first filter is ours; what others (FinLoRA's) make of an answer carries their name.
+    filters = [one["name"] for one in content["filter_list"]]
+    metrics = [one["metric"] for one in content["metric_list"]]
+    rows: dict[int, dict[str, Any]] = {}
+    for sample in sorted(result["samples"][name], key=lambda sample: sample["doc_id"]):
+        first = sample["filter"] == filters[0]
+        prefix = "" if first else f"{sample['filter']}_"
+        values = {prefix + metric: sample[metric] for metric in metrics if metric in sample}
+        row = rows.setdefault(sample["doc_id"], {"row": sample["doc_id"], "values": {}})
+        row["values"] |= values
+        if not first:
+            continue
+        text, answer = sample["arguments"][0][0], sample["resps"][0][0]
+        pairs = values.get("f1_weighted") or [(sample["target"], answer.strip())]
+        row["expected"], row["answered"] = (", ".join(side) for side in zip(*pairs, strict=True))
+        row |= {"answer": answer} | ({"cut": prompts.cut[text]} if text in prompts.cut else {})
+    ordered, left_out = [rows[number] for number in sorted(rows)], {}
+    for metric, function in utils.CORPUS.items():
+        if metric in metrics:
+            try:
+                scores = function([row["values"].pop(metric) for row in ordered])
+                for row, value in zip(ordered, scores, strict=True):
+                    row["values"] = {metric: value} | row["values"]
+            except utils.Unavailable as error:
+                left_out[metric] = str(error)
+    return ordered, left_out
 
 
 def score(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    expected, answered = [r["expected"] for r in rows], [r["answered"] for r in rows]
-    return {name: stats.estimate(name, expected, answered) for name in stats.SCORES}
+    """Every metric of the rows with its interval."""
+    return {
+        metric: stats.estimate(metric, [row["values"][metric] for row in rows])
+        for metric in rows[0]["values"]
+    }
 
 
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(description="score a recipe's base and adapter")
-    parser.add_argument("recipe")
-    parser.add_argument("--tasks", default="")
-    parser.add_argument("--limit", default="")
-    parser.add_argument("--force", default="", help="1: score again")
-    arguments = parser.parse_args()
-    if arguments.limit and not (arguments.limit.isdigit() and int(arguments.limit) > 0):
-        raise WrongInput(f'LIMIT must be a number of rows, not "{arguments.limit}"')
-    limit = int(arguments.limit) if arguments.limit else None
-    recipe = recipes.find(arguments.recipe)
-    config = recipe.trained()
-    names = datasets(recipe, arguments.tasks)
-
-    export.ensure(config["base_model"])
-    force = arguments.force not in ("", "0")
+def run(subject: Subject, named: str, limit: int | None, force: bool) -> dict[str, dict[str, Path]]:
+    """Scores what has no score yet; returns the score files: dataset → side → file."""
+    names = datasets(subject.task, named)
+    export.ensure(subject.config["base_model"])
+    files = {
+        name: {side: subject.file(side, name, limit) for side in subject.sides} for name in names
+    }
     todo = []
-    for name in names:
-        for adapter in (False, True):
-            file = score_file(folder(recipe, config, adapter), name, limit)
-            identity = evaluated(recipe, config, name, adapter) | {"limit": limit}
-            if force or not file.is_file() or _identity(file) != identity:
-                todo.append((name, adapter, file, identity))
-    if todo:
-        print(f"eval       {recipe.name} on {', '.join(names)}", flush=True)
-        quiet()
-        model, tokenizer = weights.load(config, recipe.run)
-        for name, adapter, file, identity in todo:
-            label = f"{name}, {'adapter' if adapter else 'base'}:"
-            with nullcontext() if adapter else model.disable_adapter():
-                rows = measure(model, tokenizer, name, limit, label)
-            content = {
-                "evaluated": identity,
-                "device": str(model.device),
-                "examples": len(rows),
-                "metrics": score(rows),
-                "predictions": rows,
-            }
-            write_json(file, content)
-    places = [folder(recipe, config, adapter) for adapter in (False, True)]
-    files = {name: [score_file(place, name, limit) for place in places] for name in names}
-    report.show(recipe.name, files)
+    for side in subject.sides:
+        for name in names:
+            identity = evaluated(subject, side, name, limit)
+            if force or _identity(files[name][side]) != identity:
+                todo.append((side, name, identity))
+    if not todo:
+        return files
+    print(f"eval       {subject.name} on {', '.join(names)}", flush=True)
+    quiet()
+    from evals.model import Model
+
+    model, tokenizer = weights.load(subject.config, subject.adapter)
+    # Datasets that share prompts (other labels, other classes) share the answers.
+    known: dict[str, dict[str, str]] = {}
+    for side, name, identity in todo:
+        file = files[name][side]
+        label = f"{name}, {side}:"
+        budget = json.dumps(read(tasks()[name])[0]["generation_kwargs"])
+        kept = file.with_name(f".{file.stem}.partial.jsonl")
+        if force:
+            kept.unlink(missing_ok=True)
+        answers = Answers(kept, identity, known.setdefault(side + budget, {}))
+        prompts = Prompts(subject.prompt_format, subject.options)
+        adapted = side == "adapter" or not subject.adapter
+        with nullcontext() if adapted else model.disable_adapter():
+            lm = Model(model, tokenizer, BATCH, label, len(picked(name, limit)))
+            rows, left_out = measure(lm, name, limit, prompts, answers)
+        content = {
+            "evaluated": identity,
+            "device": str(model.device),
+            "examples": len(rows),
+            "metrics": score(rows),
+            "left_out": left_out,
+            "cut_prompts": sum("cut" in row for row in rows),
+            "predictions": rows,
+        }
+        write_json(file, content)
+        kept.unlink()
+    return files
 
 
 def _identity(file: Path) -> Any:
     try:
         return json.loads(file.read_text())["evaluated"]
-    except (ValueError, KeyError):
+    except (OSError, ValueError, KeyError):
         return None
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description="score a recipe's base and adapter")
+    parser.add_argument("recipe", nargs="?", default="", help="without one: every finished run")
+    parser.add_argument("--tasks", default="", help="datasets, comma-separated")
+    parser.add_argument("--limit", default="", help="rows of each dataset")
+    parser.add_argument("--force", default="", help="1: score again")
+    parser.add_argument("--base", default="", help="1: the base alone")
+    parser.add_argument("--precision", default="", help=", ".join(weights.PRECISIONS))
+    parser.add_argument("--adapter", default="", help="a PEFT folder")
+    parser.add_argument("--prompt-format", default="", help=", ".join(FORMATS))
+    arguments = parser.parse_args()
+    if arguments.limit and not (arguments.limit.isdigit() and int(arguments.limit) > 0):
+        raise WrongInput(f'LIMIT must be a number of rows, not "{arguments.limit}"')
+    limit = int(arguments.limit) if arguments.limit else None
+    how = (arguments.precision, arguments.prompt_format)
+    if arguments.recipe or arguments.adapter:
+        base_only = arguments.base not in ("", "0")
+        chosen = [subjects.find(arguments.recipe, arguments.adapter, *how, base_only=base_only)]
+    else:
+        chosen = subjects.all_finished(*how)
+    scored = {}
+    for subject in chosen:
+        try:
+            files = run(subject, arguments.tasks, limit, arguments.force not in ("", "0"))
+        except WrongInput as error:
+            if len(chosen) == 1:
+                raise
+            print(f"eval       {subject.name} left out: {error}", file=sys.stderr)
+            continue
+        report.show(subject.name, files)
+        scored[subject.name] = files
+    report.between(scored)
+    if not scored:
+        raise JobFailed("nothing was scored")
 
 
 if __name__ == "__main__":

@@ -1,61 +1,328 @@
-"""Scoring: lm-eval's answers are those of a plain generate loop, and the demo's gain is real."""
+"""Scoring: every task scores its own keys as right, what is interrupted goes on, and a score says
+what it depends on."""
 
 import json
+import os
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
+from lm_eval.api.model import LM
 
+from evals import report, stats
 from evals import run as evaluation
+from evals.answers import Answers, Prompts
 from tests.conftest import run as command
 from tests.conftest import write_recipe
-from tools import chat, cli, convert, prompt, recipes, weights
+from tools import cli, convert, prompt, recipes, weights
+from tools import subject as subject_of
 
-NF4 = {"load_in_4bit": True, "adapter": "qlora"}
+NF4 = {
+    "load_in_4bit": True,
+    "adapter": "qlora",
+    "bnb_config_kwargs": {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+}
+
+
+class Speaker(LM):
+    """An lm-eval model that gives a function of the row for an answer, in batches of 4."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer, self.asked = answer, []
+
+    tokenizer_name = "none"
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+        return chat_history[-1]["content"]
+
+    def generate_until(self, requests, **options):
+        answers = []
+        for start in range(0, len(requests), 4):
+            batch = requests[start : start + 4]
+            spoken = [self.answer(request.doc) for request in batch]
+            for request, text in zip(batch, spoken, strict=True):
+                self.asked.append(request.args[0])
+                self.cache_hook.add_partial("generate_until", request.args, text)
+            answers += spoken
+        return answers
+
+    def loglikelihood(self, requests):
+        raise NotImplementedError
+
+    loglikelihood_rolling = loglikelihood
+
+
+def key(doc):
+    return doc["messages"][1]["content"]
 
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """An empty project folder: the sample's sentiment data is converted into it."""
+    """An empty project folder: the sample's data is converted into it, and runs lie in it."""
     monkeypatch.setattr(convert, "CHAT", tmp_path / "data" / "chat")
+    monkeypatch.setattr(subject_of, "RUNS", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
-    convert.convert_task("sentiment", convert.SAMPLE)
+    for name, row in convert.sources()["datasets"].items():
+        source = convert.SAMPLE / row["file"]
+        convert.convert(source, convert.test_path(name), convert.rules(name, source))
     return tmp_path
+
+
+@pytest.fixture
+def trained(workplace, tiny):
+    """Makes a finished run of the tiny model: an adapter that PEFT saved, with a recipe."""
+
+    def make(name="r4", seed=1):
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        data = convert.CHAT / "sentiment_train.jsonl"
+        path = write_recipe(workplace, name.replace("x", ""), tiny, data)
+        folder = workplace / "runs" / "tiny" / name
+        content = yaml.safe_load(path.read_text()) | {"output_dir": str(folder)}
+        path = workplace / f"recipe_{name}.yaml"
+        path.write_text(yaml.safe_dump(content))
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(tiny)
+        shape = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        get_peft_model(model, shape).save_pretrained(folder)
+        (folder / "config.yaml").write_text(yaml.safe_dump(content))
+        sha = cli.digest(folder / "adapter_model.safetensors")
+        cli.write_json(folder / "run.json", {"recipe": str(path), "adapter_sha256": sha})
+        return path, folder
+
+    return make
+
+
+def evaluate(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["evals.run", *map(str, arguments)])
+    evaluation.main()
+
+
+# ---- the tasks
+
+
+def test_every_dataset_has_a_task_and_stands_in_a_group():
+    datasets = set(convert.sources()["datasets"])
+    assert datasets <= set(evaluation.tasks())
+    groups = {}
+    for path in evaluation.TASKS.glob("finlora*.yaml"):
+        content = yaml.safe_load(path.read_text())
+        groups[content["group"]] = content["task"]
+    four = [f"finlora_{name}" for name in ("general", "certificate", "reporting", "analysis")]
+    assert groups["finlora"] == four
+    grouped = [name.removeprefix("finlora_") for group in four for name in groups[group]]
+    # Of TFNS the repaired labels count, and NWGI counts with both its classes.
+    assert sorted(grouped) == sorted(datasets - {"tfns_as_published"} | {"nwgi_folded"})
+    for name in evaluation.tasks():
+        content, _ = evaluation.read(evaluation.tasks()[name])
+        assert content["task"] == f"finlora_{name}"
+        assert float(content["metadata"]["version"]) >= 1
+
+
+def test_the_answer_budgets_are_finloras():
+    found = {
+        name: evaluation.read(path)[0]["generation_kwargs"]["max_gen_toks"]
+        for name, path in evaluation.tasks().items()
+    }
+    labels = ["fpb", "fiqa", "tfns", "tfns_as_published", "nwgi", "nwgi_folded", "headline", "ner"]
+    others = {"tags": 20, "value": 20, "formula_construction": 30, "formula_calculations": 30}
+    expected = dict.fromkeys(labels, 10) | others | {"finer": 100, "fnxl": 100}
+    assert found == {name: expected.get(name, 50) for name in found}
+
+
+@pytest.mark.parametrize("task", evaluation.tasks())
+def test_the_keys_of_a_dataset_are_right_and_no_answer_is_wrong(task, workplace):
+    rows, left_out = evaluation.measure(Speaker(key), task, 12, Prompts("chat"))
+    found = evaluation.score(rows)
+    assert len(rows) == 12 and set(left_out) <= {"bertscore"}
+    assert {name: value["value"] for name, value in found.items()} == dict.fromkeys(found, 1)
+    assert report.differing({"predictions": rows}) in (0, None)
+    rows, _ = evaluation.measure(Speaker(lambda doc: ""), task, 12, Prompts("chat"))
+    found = evaluation.score(rows)
+    assert {name: value["value"] for name, value in found.items()} == dict.fromkeys(found, 0)
+
+
+def test_where_finloras_rule_differs_from_ours_the_rows_are_counted(workplace):
+    def inside(doc):  # FinLoRA's rule finds labels inside of words; ours does not
+        return key(doc) + ("ish" if key(doc) == "neutral" else "")
+
+    rows, _ = evaluation.measure(Speaker(inside), "fpb", None, Prompts("chat"))
+    found = evaluation.score(rows)
+    assert found["finlora_accuracy"]["value"] == 1
+    assert found["accuracy"]["value"] == pytest.approx(72 / 172)  # 100 of 172 are neutral
+    assert report.differing({"predictions": rows}) == 100
+
+
+def test_nwgi_counts_at_seven_levels_and_at_three_classes(workplace):
+    def milder(doc):
+        return key(doc).replace("strong", "mildly").replace("moderately", "mildly")
+
+    seven, _ = evaluation.measure(Speaker(milder), "nwgi", None, Prompts("chat"))
+    three, _ = evaluation.measure(Speaker(milder), "nwgi_folded", None, Prompts("chat"))
+    assert evaluation.score(seven)["accuracy"]["value"] == pytest.approx(12 / 28)
+    assert evaluation.score(three)["accuracy"]["value"] == 1
+    assert {row["expected"] for row in three} == {"negative", "neutral", "positive"}
+
+
+def test_a_new_dataset_is_a_file_of_yaml(workplace, monkeypatch):
+    monkeypatch.setattr(evaluation, "TASKS", workplace / "tasks")
+    shutil.copytree(cli.ROOT / "evals" / "tasks", workplace / "tasks")
+    evaluation.tasks.cache_clear()
+    rows = [{"context": f"Bill {n}\nAnswer:", "target": ["paid", "due"][n % 2]} for n in range(20)]
+    source = workplace / "bills.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    convert.convert(source, convert.CHAT / "bills_test.jsonl", convert.Rules())
+    (workplace / "tasks" / "local").mkdir(exist_ok=True)
+    (workplace / "tasks" / "local" / "bills.yaml").write_text(
+        """include: ../_labels.yaml
+task: finlora_bills
+dataset_kwargs: {data_files: {test: data/chat/bills_test.jsonl}}
+filter_list:
+  - name: label
+    filter:
+      - {function: regex, regex_pattern: "(?i)\\\\b(paid|due)\\\\b", fallback: "[none]"}
+      - {function: take_first}
+"""
+    )
+    assert evaluation.datasets(None, "bills") == ["bills"]
+    scored, _ = evaluation.measure(Speaker(lambda doc: "Paid!"), "bills", None, Prompts("chat"))
+    found = evaluation.score(scored)
+    assert found["accuracy"]["value"] == 0.5
+    assert found["f1_macro"]["value"] == pytest.approx(1 / 3)
+    evaluation.tasks.cache_clear()
+
+
+def test_plain_lm_eval_scores_a_task_without_this_projects_code(workplace, tiny):
+    arguments = ["--model", "hf", "--model_args", f"pretrained={tiny}", "--limit", "3"]
+    arguments += ["--include_path", str(cli.ROOT / "evals" / "tasks"), "--tasks", "finlora_fpb"]
+    arguments += ["--apply_chat_template", "--batch_size", "3", "--output_path", "scores"]
+    program = Path(sys.executable).with_name("lm_eval")
+    quiet = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, env=quiet)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (file,) = workplace.glob("scores/**/results_*.json")
+    found = json.loads(file.read_text())["results"]["finlora_fpb"]
+    assert {"accuracy,label", "f1_weighted,label", "accuracy,finlora"} <= found.keys()
+
+
+# ---- prompts
+
+
+def generated(model, tokenizer, text, budget):
+    """The greedy answer to one user turn, by transformers alone."""
+    ids = prompt.tokens(tokenizer, [{"role": "user", "content": text}])
+    output = model.generate(
+        input_ids=model.dummy_inputs["input_ids"].new_tensor([ids]),
+        max_new_tokens=budget,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
 
 
 def test_generation_stops_by_itself(smollm2):
     model, tokenizer = weights.load({"base_model": str(smollm2)})
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
-    text = chat.answer(model, tokenizer, "What is the capital of France?", budget=100)
+    text = generated(model, tokenizer, "What is the capital of France?", 100)
     assert "Paris" in text
     assert len(tokenizer.encode(text)) < 60
     assert "<|im_start|>" not in text
 
 
-def test_the_scorer_answers_as_a_plain_generate_loop_does(smollm2, workplace):
+@pytest.mark.parametrize("base", ["tiny", pytest.param("smollm2", marks=pytest.mark.slow)])
+def test_the_scorer_answers_as_a_plain_generate_loop_does(base, workplace, request):
     """Shared prefix, sorted batches and padding change no answer of the 4-bit base."""
-    model, tokenizer = weights.load({"base_model": str(smollm2)} | NF4)
-    scored = evaluation.measure(model, tokenizer, "fpb", 24, "fpb")
+    from evals.model import Model
+
+    model, tokenizer = weights.load({"base_model": str(request.getfixturevalue(base))} | NF4)
+    lm = Model(model, tokenizer, 4, "fpb", 16)
+    scored, _ = evaluation.measure(lm, "fpb", 16, Prompts("chat"))
     rows = [json.loads(line) for line in convert.test_path("fpb").open()]
-    assert len({row["row"] for row in scored}) == 24
-    assert {row["expected"] for row in scored} == {"negative", "neutral", "positive"}
+    assert len({row["row"] for row in scored}) == 16
     rows = [rows[row["row"]] for row in scored]
-    plain = [chat.answer(model, tokenizer, row["messages"][0]["content"], 10) for row in rows]
+    plain = [generated(model, tokenizer, row["messages"][0]["content"], 10) for row in rows]
     assert [row["answer"].strip() for row in scored] == plain
-    assert [row["expected"] for row in scored] == [row["messages"][1]["content"] for row in rows]
+    assert [row["expected"] for row in scored] == [key(row) for row in rows]
 
 
 def test_the_prompt_is_the_models_chat_template(smollm2):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    text = prompt.render(tokenizer, [{"role": "user", "content": "Up 5 %.\nAnswer:"}])
+    text = Prompts("chat").text(tokenizer, "Up 5 %.\nAnswer:")
     assert text.endswith("<|im_start|>user\nUp 5 %.\nAnswer:<|im_end|>\n<|im_start|>assistant\n")
-    assert (
-        tokenizer.decode(prompt.tokens(tokenizer, [{"role": "user", "content": "x"}])).count(
-            "<|im_start|>"
-        )
-        == 3
-    )
+    assert text == prompt.render(tokenizer, [{"role": "user", "content": "Up 5 %.\nAnswer:"}])
+    assert text.count("<|im_start|>") == 3
+    assert Prompts("finlora").text(tokenizer, "Up.\nAnswer:") == "[INST] Up.\nAnswer: [/INST]"
+
+
+def test_a_prompt_that_is_too_long_loses_its_middle_and_says_so(smollm2):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    content = "Which tag? " + " ".join(f"fact{n}" for n in range(900)) + "\nAnswer:"
+    prompts = Prompts("chat")
+    text = prompts.fitting(tokenizer, content, 400)
+    assert 380 < len(tokenizer.encode(text)) <= 400
+    assert "Which tag? fact0" in text and "fact899\nAnswer:<|im_end|>" in text
+    assert text.startswith(prompts.text(tokenizer, "")[:40])
+    assert prompts.cut[text] > 1000
+    whole = prompts.fitting(tokenizer, content, 8000)
+    assert content in whole and whole not in prompts.cut
+    with pytest.raises(cli.WrongInput, match="no room"):
+        prompts.fitting(tokenizer, content, 20)
+
+
+# ---- answers are kept
+
+
+def test_scoring_that_was_cut_off_goes_on_from_its_last_batch(tmp_path, workplace):
+    whole, _ = evaluation.measure(Speaker(key), "fpb", 20, Prompts("chat"))
+    file = tmp_path / "kept" / ".fpb.partial.jsonl"
+    spoken = []
+
+    def until_the_plug_is_pulled(doc):
+        if len(spoken) == 9:
+            raise KeyboardInterrupt
+        spoken.append(doc)
+        return key(doc)
+
+    first = Speaker(until_the_plug_is_pulled)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.measure(first, "fpb", 20, Prompts("chat"), Answers(file, {"model": 1}))
+    assert len(first.asked) == 8  # two batches of four
+    file.write_bytes(file.read_bytes() + b'{"prompt": "torn')
+    second = Speaker(key)
+    rows, _ = evaluation.measure(second, "fpb", 20, Prompts("chat"), Answers(file, {"model": 1}))
+    assert rows == whole
+    assert len(second.asked) == 12 and not set(first.asked) & set(second.asked)
+
+
+def test_answers_of_another_model_are_thrown_away(tmp_path, workplace):
+    file = tmp_path / ".fpb.partial.jsonl"
+    evaluation.measure(Speaker(key), "fpb", 8, Prompts("chat"), Answers(file, {"model": 1}))
+    other = Speaker(lambda doc: "")
+    rows, _ = evaluation.measure(other, "fpb", 8, Prompts("chat"), Answers(file, {"model": 2}))
+    assert len(other.asked) == 8
+    assert {row["answer"] for row in rows} == {""}
+
+
+def test_datasets_with_the_same_prompts_are_answered_once(tmp_path, workplace):
+    known = {}
+    first, second = Speaker(key), Speaker(key)
+    for lm, name in ((first, "tfns"), (second, "tfns_as_published")):
+        answers = Answers(tmp_path / name, {}, known)
+        evaluation.measure(lm, name, None, Prompts("chat"), answers)
+    assert (len(first.asked), second.asked) == (28, [])
+
+
+# ---- commands
 
 
 def test_an_untrained_recipe_and_an_unknown_dataset_are_one_line_each(tmp_path, tiny, chat_rows):
@@ -64,53 +331,193 @@ def test_an_untrained_recipe_and_an_unknown_dataset_are_one_line_each(tmp_path, 
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "is not trained" in result.stderr
     with pytest.raises(cli.WrongInput, match="did you mean fpb"):
-        evaluation.datasets(recipes.find(str(recipe)), "fbp")
+        evaluation.datasets(recipes.find(str(recipe)).task, "fbp")
 
 
-def evaluate(recipe, monkeypatch, *arguments: str) -> str:
-    monkeypatch.setattr(sys, "argv", ["evals.run", str(recipe), *arguments])
-    evaluation.main()
-
-
-def test_a_score_is_kept_until_what_it_depends_on_changes(
-    tiny, chat_rows, workplace, monkeypatch, capsys
-):
-    recipe = write_recipe(workplace, "r4", tiny, chat_rows, max_steps=1)
-    result = command("tools.train", recipe)
-    assert result.returncode == 0, result.stdout + result.stderr
-    evaluate(recipe, monkeypatch, "--tasks", "fpb,tfns", "--limit", "20")
-    assert "fpb, base: 20/20" in capsys.readouterr().out
-    file = workplace / "r4" / "evals" / "fpb_sample20.json"
+def test_a_score_is_kept_until_what_it_depends_on_changes(trained, workplace, monkeypatch, capsys):
+    recipe, folder = trained()
+    evaluate(monkeypatch, recipe, "--tasks", "fpb,xbrl_term", "--limit", "6")
+    told = capsys.readouterr().out
+    assert "fpb, base: 6/6" in told and "xbrl_term, adapter: 6/6" in told
+    assert "fpb, accuracy: no difference shown" in told and "Small: only 6 rows" in told
+    file = folder / "evals" / "fpb_sample6.json"
     content = json.loads(file.read_text())
-    assert content["examples"] == len(content["predictions"]) == 20
-    assert content["evaluated"]["precision"] == "nf4"
-    assert content["evaluated"]["data_sha256"] == cli.digest(convert.test_path("fpb"))
+    assert content["examples"] == len(content["predictions"]) == 6
+    depends = content["evaluated"]
+    assert (depends["precision"], depends["prompt_format"]) == ("nf4", "chat")
+    assert depends["data_sha256"] == cli.digest(convert.test_path("fpb"))
+    assert depends["adapter_sha256"] == cli.digest(folder / "adapter_model.safetensors")
     right = sum(row["expected"] == row["answered"] for row in content["predictions"])
-    assert content["metrics"]["accuracy"]["value"] == pytest.approx(right / 20)
+    assert content["metrics"]["accuracy"]["value"] == pytest.approx(right / 6)
+    base = json.loads((workplace / "runs/tiny/base_nf4/evals/xbrl_term_sample6.json").read_text())
+    assert base["evaluated"]["adapter_sha256"] is None
+    assert "bertscore" in base["metrics"].keys() | base["left_out"].keys()
+    assert not list(folder.glob("evals/.*"))
 
     before = file.stat().st_mtime_ns
-    evaluate(recipe, monkeypatch, "--tasks", "fpb", "--limit", "20")
-    assert "fpb, base" not in capsys.readouterr().out.split("examples")[0]
+    evaluate(monkeypatch, recipe, "--tasks", "fpb", "--limit", "6")
+    assert "fpb, base: 6" not in capsys.readouterr().out
     assert file.stat().st_mtime_ns == before
 
     lines = convert.test_path("fpb").read_text().splitlines(keepends=True)
     convert.test_path("fpb").write_text("".join(lines[1:]))
     convert.manifest_path(convert.test_path("fpb")).unlink()
-    evaluate(recipe, monkeypatch, "--tasks", "fpb", "--limit", "20")
+    evaluate(monkeypatch, recipe, "--tasks", "fpb", "--limit", "6")
     assert file.stat().st_mtime_ns > before
+
+
+def test_another_precision_is_recorded_and_leaves_the_scores_at_its_own(trained, monkeypatch):
+    recipe, folder = trained()
+    evaluate(monkeypatch, recipe, "--tasks", "fpb", "--limit", "2", "--precision", "fp32")
+    (file,) = folder.glob("evals/*.json")
+    assert file.name == "fpb_fp32_sample2.json"
+    told = json.loads(file.read_text())["evaluated"]
+    assert (told["precision"], told["quantization"]) == ("fp32", {"dtype": "float32"})
+    assert (folder.parent / "base_fp32/evals/fpb_sample2.json").is_file()
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, recipe, "--precision", "int3")
+
+
+def test_a_base_is_loaded_at_the_precision_that_is_asked_for(tiny):
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
+    config = {"base_model": str(tiny)} | NF4
+    assert weights.at(config, "nf4") is config
+    model, _ = weights.load(config)
+    assert any(isinstance(module, Linear4bit) for module in model.modules())
+    model, _ = weights.load(weights.at(config, "bf16"))
+    assert not any(isinstance(module, Linear4bit) for module in model.modules())
+    assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
+    names = [weights.precision(weights.at(config, name)) for name in weights.PRECISIONS]
+    assert names == list(weights.PRECISIONS)
+
+
+def test_the_base_alone_needs_no_training(workplace, tiny, chat_rows, monkeypatch, capsys):
+    recipe = write_recipe(workplace, "r4", tiny, chat_rows)
+    evaluate(monkeypatch, recipe, "--base", "1", "--tasks", "headline", "--limit", "2")
+    told = capsys.readouterr().out
+    assert "headline, base: 2/2" in told and "difference" not in told
+    assert (workplace / "base_nf4/evals/headline_sample2.json").is_file()
+
+
+def test_without_a_recipe_all_finished_runs_are_scored_and_compared(trained, monkeypatch, capsys):
+    trained("r4", seed=1)
+    trained("r4x", seed=2)
+    evaluate(monkeypatch, "--tasks", "headline", "--limit", "2")
+    told = capsys.readouterr().out
+    assert told.count("headline, base: 2/2") == 1  # one base for both
+    assert told.count("headline, adapter: 2/2") == 2
+    assert "\nheadline, accuracy: no difference shown" in told.split(" against ")[1]
+
+
+def test_an_adapter_of_finloras_gets_its_prompt_and_precision(
+    trained, workplace, tiny, monkeypatch
+):
+    _, folder = trained()
+    theirs = workplace / "models--wangd12--headline_llama_3_1_8b_4bits_r4" / "snapshots" / "abc"
+    theirs.mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(folder / name, theirs / name)
+    evaluate(monkeypatch, "--adapter", theirs, "--limit", "2")
+    (file,) = (workplace / "runs").glob(
+        "*/adapter_headline_llama_3_1_8b_4bits_r4/evals/headline_finlora_sample2.json"
+    )
+    told = json.loads(file.read_text())["evaluated"]
+    assert (told["prompt_format"], told["precision"]) == ("finlora", "nf4")
+    assert told["base_model"] == str(tiny)
+
+
+def test_the_prompt_that_a_pulled_adapter_tells_of_is_taken(trained, monkeypatch):
+    recipe, folder = trained()
+    told = json.loads((folder / "run.json").read_text()) | {"prompt_format": "finlora"}
+    cli.write_json(folder / "run.json", told)
+    assert subject_of.find("", str(folder)).prompt_format == "finlora"
+    assert subject_of.find(str(recipe)).prompt_format == "finlora"
+    assert subject_of.find(str(recipe), form="chat").prompt_format == "chat"
+    with pytest.raises(cli.WrongInput, match="make pull ADAPTER=owner/name"):
+        subject_of.find("", "nobody/nothing")
+
+
+def test_any_other_adapter_needs_a_precision(trained, workplace, monkeypatch, capsys):
+    _, folder = trained()
+    other = workplace / "some_adapter"
+    other.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(folder / name, other / name)
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, "--adapter", other)
+    assert "PRECISION= is one of nf4, int8" in capsys.readouterr().err
+    subject = subject_of.of_folder(other, None, "int8", "")
+    assert (subject.prompt_format, weights.precision(subject.config)) == ("chat", "int8")
+    (other / "adapter_model.safetensors").rename(other / "adapter_model.bin")
+    with pytest.raises(cli.WrongInput, match="nothing else is read"):
+        subject_of.of_folder(other, None, "int8", "")
+
+
+# ---- FinLoRA's published scores
+
+
+def test_published_scores_are_read_for_every_dataset_and_method():
+    found = report.published()
+    assert list(found) == ["base", "8bits_r8", "4bits_r4", "8bits_r8_dora", "8bits_r8_rslora"]
+    assert {len(rows) for rows in found.values()} == {19}
+    assert all(set(rows) <= set(evaluation.tasks()) for rows in found.values())
+    assert found["4bits_r4"]["fpb"] == {"finlora_accuracy": 0.8416, "finlora_f1_weighted": 0.909}
+    assert found["base"]["xbrl_term"] == {"bertscore": 0.574}
+
+
+def test_a_recipe_and_an_adapter_of_finloras_are_known_by_its_names():
+    theirs = ("llama_3_1_8b", "4bits_r4")
+    assert report.method("llama-3.1-8b/sentiment_r4") == theirs
+    assert report.method("hub/wangd12/sentiment_llama_3_1_8b_4bits_r4") == theirs
+    assert report.method("hub/someone/sentiment_r4") is None
+    assert report.method("smollm2-135m/sentiment_r4") is None
+
+
+def test_scores_are_compared_with_the_published_ones_on_finloras_data_alone(workplace):
+    rows, _ = evaluation.measure(Speaker(key), "fpb", None, Prompts("chat"))
+    content = {"examples": len(rows), "metrics": evaluation.score(rows), "predictions": rows}
+    real = {"data_from": "FinLoRA or your own", "data_selected": None, "limit": None}
+    found = report.against_published({"fpb": content | {"evaluated": real}}, "4bits_r4")["fpb"]
+    assert found["finlora_accuracy"]["value"] == pytest.approx(1 - 0.8416)
+    assert found["finlora_accuracy"]["p"] == pytest.approx(0.8416**172, rel=0.01)
+    # Not the examples, nor a sample, nor what is left of a test set of which a part was trained on.
+    others = ({"data_from": "data/sample"}, {"limit": 172}, {"data_selected": "312 chosen rows"})
+    for other in others:
+        assert not report.against_published({"fpb": content | {"evaluated": real | other}}, "base")
+
+
+def test_differences_are_corrected_over_the_datasets(workplace):
+    def content(task, speaker):
+        rows, _ = evaluation.measure(speaker, task, None, Prompts("chat"))
+        told = {"data_sha256": task, "base_model": "tiny", "precision": "nf4"}
+        return {"evaluated": told, "metrics": evaluation.score(rows), "predictions": rows}
+
+    names = ("fiqa", "headline", "ner")
+    first = {name: content(name, Speaker(lambda doc: "Yes neutral person")) for name in names}
+    second = {name: content(name, Speaker(key)) for name in names}
+    found = report.differences(first, second)
+    plain = [found[name]["accuracy"]["p"] for name in names]
+    assert [found[name]["accuracy"]["corrected"] for name in names] == stats.holm(plain)
+    assert found["ner"]["accuracy"]["family"] == 3
+    assert max(plain) < 0.001
+    fewer = second["ner"] | {"predictions": second["ner"]["predictions"][1:]}
+    assert "ner" not in report.differences(first, second | {"ner": fewer})
 
 
 @pytest.mark.slow
 def test_the_adapter_of_the_demo_beats_its_base_by_20_points(
     smollm2, workplace, monkeypatch, capsys
 ):
+    convert.convert_task("sentiment", convert.SAMPLE)
     catalogue = recipes.config("smollm2-135m/sentiment_r4")
     kept = ("max_steps", "save_steps", "eval_steps", "warmup_steps")
     same = {key: catalogue[key] for key in kept}
     recipe = write_recipe(workplace, "r4", smollm2, convert.train_path("sentiment"), **same)
     result = command("tools.train", recipe)
     assert result.returncode == 0, result.stdout + result.stderr
-    evaluate(recipe, monkeypatch, "--tasks", "fpb")
+    evaluate(monkeypatch, recipe, "--tasks", "fpb")
     base = json.loads((workplace / "base_nf4/evals/fpb.json").read_text())
     adapter = json.loads((workplace / "r4/evals/fpb.json").read_text())
     gain = adapter["metrics"]["accuracy"]["value"] - base["metrics"]["accuracy"]["value"]

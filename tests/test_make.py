@@ -19,6 +19,9 @@ HOSTILE = {
     "a newline": "a\ntouch X",
     "a make variable": "$(SHELL)",
 }
+# Every variable that a job of the Makefile reads.
+MAKEFILE = (ROOT / "Makefile").read_text()
+VARIABLES = sorted(set(re.findall(r'"\$\$([A-Z_]+)"', MAKEFILE)))
 hostile = pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)
 how = pytest.mark.parametrize("how", ["argument", "environment"])
 
@@ -74,11 +77,22 @@ def test_make_alone_lists_every_job():
 
 @hostile
 @how
-@pytest.mark.parametrize("name", ["RECIPE", "TASKS", "PROFILE", "LIMIT", "PROMPT", "FORCE"])
+@pytest.mark.parametrize("name", VARIABLES)
 def test_a_value_reaches_a_program_as_it_was_typed(name, value, how):
     probe = f'--eval=probe: ; @printf %s "$${name}"'
     done = make(probe, "probe", how=how, **{name: value})
     assert (done.returncode, done.stdout) == (0, value), done.stderr
+
+
+@hostile
+@how
+@pytest.mark.parametrize(
+    ("job", "values"),
+    [("new", ("TASK", "DATA")), ("import", ("CONFIG",)), ("recipes", ("MODEL", "METHOD", "TASK"))],
+)
+def test_a_hostile_value_of_another_job_is_not_run(ready, job, values, value, how):
+    (line,) = errors(make(job, how=how, **dict.fromkeys(values, value)))
+    assert line.startswith("error: ")
 
 
 @hostile
@@ -108,7 +122,8 @@ def test_a_hostile_prompt_is_not_run_by_any_job(ready, job, value, how):
 
 def test_a_recipe_is_shown_as_it_stands(ready):
     done = make("show", "RECIPE=sentiment_r4")
-    assert done.stdout == (ROOT / "recipes/llama-3.1-8b/sentiment_r4.yaml").read_text()
+    text = (ROOT / "recipes/llama-3.1-8b/sentiment_r4.yaml").read_text()
+    assert done.stdout.startswith(text) and "peak on a GPU" in done.stdout
     assert (done.returncode, done.stderr) == (0, "")
 
 

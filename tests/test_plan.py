@@ -369,3 +369,12 @@ def test_the_plan_is_quick_and_loads_no_heavy_library():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr.strip()) == (0, "")
     assert time.monotonic() - start < 2  # 0.15 s on an idle machine
+
+
+def test_only_large_states_are_paged_to_the_host():
+    # The largest tensor of rank 4 on q, k, v is 4 x 4,096, below bitsandbytes' 100,000.
+    assert plan.memory(model("llama-3.1-8b"), of_recipe("sentiment_r4")).paged == 0
+    made = of_recipe("sentiment_r4", lora_r=64, lora_target_modules=["q_proj", "k_proj"])
+    whole = plan.memory(model("llama-3.1-8b"), made)
+    # q: A and B of 262,144 each; k: A of 262,144 and B of 65,536.
+    assert whole.paged == pytest.approx(whole.optimizer * 3 * 262_144 / (3 * 262_144 + 65_536))

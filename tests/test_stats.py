@@ -1,17 +1,19 @@
-"""Scores are scikit-learn's, and their intervals those of the closed form and a plain bootstrap."""
+"""Scores are scikit-learn's; intervals and tests those of closed forms and a plain bootstrap."""
 
 import itertools
+import math
 import random
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, false_discovery_control
 from sklearn.metrics import accuracy_score, f1_score
 
 from evals import stats
 from evals.tasks import utils
 
 LABELS = ["negative", "neutral", "positive"]
+METRICS = ["accuracy", "f1_weighted", "f1_macro"]
 EXPECTED, FIRST, SECOND = list("aabbc"), list("abbac"), list("aabba")
 
 
@@ -24,126 +26,294 @@ def answers(seed, rows, right=0.7, others=("", "I cannot say", *LABELS)):
     ]
 
 
-def by_scikit(score, expected, answered):
-    if score == "accuracy":
+def values(metric, expected, answered):
+    """What rows give for a metric, as the task files' functions have it."""
+    pairs = list(zip(expected, answered, strict=True))
+    return [float(e == a) if metric == "accuracy" else [(e, a)] for e, a in pairs]
+
+
+def by_scikit(metric, expected, answered):
+    if metric == "accuracy":
         return accuracy_score(expected, answered)
-    labels, average = sorted(set(expected)), score.removeprefix("f1_")
+    labels, average = sorted(set(expected)), metric.removeprefix("f1_")
     return f1_score(expected, answered, labels=labels, average=average, zero_division=0)
 
 
-@pytest.mark.parametrize("score", stats.SCORES)
+def tagged(seed, rows, tags=5, each=4):
+    """Rows of several tags: lists of pairs."""
+    chance = random.Random(seed)
+    names = [f"tag{number}" for number in range(tags)]
+
+    def pair():
+        expected = chance.choice(names)
+        return expected, expected if chance.random() < 0.6 else chance.choice([*names, "[none]"])
+
+    return [[pair() for _ in range(each)] for _ in range(rows)]
+
+
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("rows", [1, 2, 7, 60, 900])
 @pytest.mark.parametrize("right", [0, 0.5, 1])
-def test_a_score_is_scikit_learns(score, rows, right):
+def test_a_score_is_scikit_learns(metric, rows, right):
     expected, answered = answers(rows, rows, right)
-    found = stats.estimate(score, expected, answered)
-    assert found["value"] == pytest.approx(by_scikit(score, expected, answered), abs=1e-12)
+    found = stats.estimate(metric, values(metric, expected, answered))
+    assert found["value"] == pytest.approx(by_scikit(metric, expected, answered), abs=1e-12)
     assert 0 <= found["low"] <= found["high"] <= 1
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_score_of_rows_with_several_tags_is_that_of_all_tags(metric):
+    rows = tagged(1, 300, tags=40)
+    expected, answered = zip(*(pair for row in rows for pair in row), strict=True)
+    assert stats.estimate(metric, rows)["value"] == pytest.approx(
+        by_scikit(metric, expected, answered)
+    )
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_tags_of_a_row_are_drawn_together(metric):
+    rows = tagged(2, 250)
+    generator = np.random.default_rng(1)
+    sampled = []
+    for _ in range(200):
+        drawn = [pair for n in generator.integers(0, 250, 250) for pair in rows[n]]
+        sampled.append(by_scikit(metric, *zip(*drawn, strict=True)))
+    low, high = np.percentile(sampled, [2.5, 97.5])
+    found = stats.estimate(metric, rows)
+    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=0.015)
+
+
+def test_rows_whose_tags_are_right_together_have_a_wider_interval_than_single_tags():
+    together = [[("a", "a" if n % 2 else "b")] * 4 for n in range(100)]
+    apart = [[pair] for row in together for pair in row]
+    wide, narrow = stats.estimate("accuracy", together), stats.estimate("accuracy", apart)
+    assert wide["value"] == narrow["value"] == 0.5
+    ratio = (wide["high"] - wide["low"]) / (narrow["high"] - narrow["low"])
+    assert ratio == pytest.approx(2, abs=0.15)
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.7, 0.93])
 def test_the_interval_of_accuracy_is_the_binomial_one(rate):
     rows, hits = 2000, round(2000 * rate)
-    found = stats.estimate("accuracy", ["yes"] * rows, ["yes"] * hits + ["no"] * (rows - hits))
+    found = stats.estimate("accuracy", [1.0] * hits + [0.0] * (rows - hits))
     half = 1.959964 * (rate * (1 - rate) / rows) ** 0.5
     assert (found["low"], found["high"]) == pytest.approx((rate - half, rate + half), abs=1.2e-3)
     exact = binom.ppf([0.025, 0.975], rows, rate) / rows
     assert (found["low"], found["high"]) == pytest.approx(tuple(exact), abs=1.1e-3)
 
 
-@pytest.mark.parametrize("score", ["f1_weighted", "f1_macro"])
-def test_the_interval_of_f1_is_that_of_a_bootstrap_row_by_row(score):
+def test_the_interval_of_a_mean_is_that_of_the_central_limit():
+    sample = list(np.random.default_rng(3).beta(2, 5, 1500))
+    found = stats.estimate("rouge_l", sample)
+    half = 1.959964 * np.std(sample) / math.sqrt(1500)
+    mean = np.mean(sample)
+    assert found["value"] == pytest.approx(mean)
+    assert (found["low"], found["high"]) == pytest.approx((mean - half, mean + half), abs=4e-4)
+
+
+@pytest.mark.parametrize("metric", ["f1_weighted", "f1_macro"])
+def test_the_interval_of_f1_is_that_of_a_bootstrap_row_by_row(metric):
     expected, answered = map(np.array, answers(5, 250))
     generator = np.random.default_rng(1)
     draws = (generator.integers(0, len(expected), len(expected)) for _ in range(400))
-    sampled = [by_scikit(score, expected[rows], answered[rows]) for rows in draws]
+    sampled = [by_scikit(metric, expected[rows], answered[rows]) for rows in draws]
     low, high = np.percentile(sampled, [2.5, 97.5])
-    found = stats.estimate(score, list(expected), list(answered))
+    found = stats.estimate(metric, values(metric, list(expected), list(answered)))
     assert (found["low"], found["high"]) == pytest.approx((low, high), abs=0.015)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_few_and_many_kinds_of_rows_are_drawn_alike(metric, monkeypatch):
+    rows = values(metric, *answers(8, 400))
+    counted = stats.estimate(metric, rows)
+    monkeypatch.setattr(stats, "FEW", 0)
+    drawn = stats.estimate(metric, rows)
+    assert drawn["value"] == counted["value"]
+    ends = (counted["low"], counted["high"])
+    assert (drawn["low"], drawn["high"]) == pytest.approx(ends, abs=0.004)
+
+
+# ---- differences
+
+
 @pytest.mark.parametrize(
-    ("score", "gain"), [("accuracy", 1 / 5), ("f1_weighted", 0.72 - 0.6), ("f1_macro", 0.6 - 2 / 3)]
+    ("metric", "gain"),
+    [("accuracy", 1 / 5), ("f1_weighted", 0.72 - 0.6), ("f1_macro", 0.6 - 2 / 3)],
 )
-def test_a_difference_of_five_rows_is_the_one_worked_out_by_hand(score, gain):
-    found = stats.difference(score, EXPECTED, FIRST, SECOND)
+def test_a_difference_of_five_rows_is_the_one_worked_out_by_hand(metric, gain):
+    first, second = values(metric, EXPECTED, FIRST), values(metric, EXPECTED, SECOND)
+    found = stats.compare(metric, first, second)
     assert found["value"] == pytest.approx(gain)
-    back = stats.difference(score, EXPECTED, SECOND, FIRST)
+    back = stats.compare(metric, second, first)
     assert back["value"] == pytest.approx(-gain)
     assert (back["low"], back["high"]) == pytest.approx((-found["high"], -found["low"]), abs=0.05)
 
 
 def test_the_paired_interval_of_five_rows_is_that_of_all_3125_resamples():
-    gains = [(e == s) - (e == f) for e, f, s in zip(EXPECTED, FIRST, SECOND, strict=True)]
+    first, second = values("accuracy", EXPECTED, FIRST), values("accuracy", EXPECTED, SECOND)
+    gains = [s - f for f, s in zip(first, second, strict=True)]
     sampled = [sum(drawn) / 5 for drawn in itertools.product(gains, repeat=5)]
-    found = stats.difference("accuracy", EXPECTED, FIRST, SECOND)
+    found = stats.compare("accuracy", first, second)
     assert (found["low"], found["high"]) == pytest.approx(np.percentile(sampled, [2.5, 97.5]))
 
 
-@pytest.mark.parametrize("score", stats.SCORES)
-def test_the_same_answers_differ_by_nothing(score):
-    expected, answered = answers(3, 80)
-    zero = {"value": 0, "low": 0, "high": 0}
-    assert stats.difference(score, expected, answered, answered) == zero
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_same_answers_differ_by_nothing(metric):
+    rows = values(metric, *answers(3, 80))
+    found = stats.compare(metric, rows, rows)
+    assert (found["value"], found["low"], found["high"], found["p"]) == (0, 0, 0, 1)
 
 
 def test_a_gain_on_every_row_where_the_two_differ_is_never_taken_for_a_loss():
     """Two separate intervals overlap widely here; only a paired one leaves out every loss."""
     expected, first = answers(4, 100, right=0.5)
     second = [e if n % 5 == 0 else a for n, (e, a) in enumerate(zip(expected, first, strict=True))]
-    before = stats.estimate("accuracy", expected, first)
-    after = stats.estimate("accuracy", expected, second)
-    assert after["low"] < before["high"]
-    assert stats.difference("accuracy", expected, first, second)["low"] > 0
+    one, two = values("accuracy", expected, first), values("accuracy", expected, second)
+    assert stats.estimate("accuracy", two)["low"] < stats.estimate("accuracy", one)["high"]
+    assert stats.compare("accuracy", one, two)["low"] > 0
 
 
-@pytest.mark.parametrize("score", stats.SCORES)
-def test_an_interval_is_the_same_each_time_and_in_any_order_of_rows(score):
-    expected, answered = answers(6, 200)
-    once = stats.estimate(score, expected, answered)
-    assert stats.estimate(score, expected, answered) == once
-    assert stats.estimate(score, expected[::-1], answered[::-1]) == once
+@pytest.mark.parametrize("metric", METRICS)
+def test_an_interval_is_the_same_each_time_and_in_any_order_of_rows(metric):
+    rows = values(metric, *answers(6, 200))
+    once = stats.estimate(metric, rows)
+    assert stats.estimate(metric, rows) == once
+    assert stats.estimate(metric, rows[::-1]) == once
 
 
-@pytest.mark.parametrize("score", stats.SCORES)
-def test_four_times_the_rows_halve_the_interval(score):
-    expected, answered = answers(7, 300)
-    few = stats.estimate(score, expected, answered)
-    many = stats.estimate(score, expected * 4, answered * 4)
+@pytest.mark.parametrize("metric", METRICS)
+def test_four_times_the_rows_halve_the_interval(metric):
+    rows = values(metric, *answers(7, 300))
+    few, many = stats.estimate(metric, rows), stats.estimate(metric, rows * 4)
     assert many["value"] == pytest.approx(few["value"])
     ratio = (many["high"] - many["low"]) / (few["high"] - few["low"])
     assert ratio == pytest.approx(0.5, abs=0.05)
 
 
-def test_lists_of_unlike_length_are_no_pairs():
+def test_values_of_unlike_many_rows_are_no_pairs():
     with pytest.raises(ValueError):
-        stats.estimate("accuracy", ["a", "b"], ["a"])
-    with pytest.raises(ValueError):
-        stats.difference("accuracy", ["a", "b"], ["a", "b"], ["a"])
+        stats.compare("accuracy", [1.0, 0.0], [1.0])
 
 
-# ---- evals/tasks/utils.py, which lm-eval calls
+# ---- tests
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0, 0), (0, 5), (3, 12), (8, 8), (40, 61)])
+def test_mcnemars_p_is_the_sum_of_the_coins_tails(lost, won):
+    total = lost + won
+    tail = sum(math.comb(total, k) for k in range(min(lost, won) + 1)) / 2**total
+    assert stats.mcnemar(lost, won) == pytest.approx(min(1, 2 * tail))
+
+
+def test_accuracy_is_tested_by_mcnemar_on_the_rows_that_differ():
+    first = [1.0] * 50 + [0.0] * 14 + [1.0] * 3 + [0.0] * 33
+    second = [1.0] * 50 + [1.0] * 14 + [0.0] * 3 + [0.0] * 33
+    found = stats.compare("accuracy", first, second)
+    assert found["test"] == "McNemar"
+    assert found["p"] == pytest.approx(stats.mcnemar(3, 14))
+
+
+def test_the_p_of_the_paired_bootstrap_is_that_of_the_normal_tail():
+    generator = np.random.default_rng(2)
+    first = generator.normal(0.5, 0.1, 400)
+    second = first + generator.normal(0.013, 0.08, 400)
+    gains = second - first
+    z = gains.mean() / (gains.std() / 20)
+    expected = math.erfc(abs(z) / math.sqrt(2))
+    found = stats.compare("token_f1", list(first), list(second))
+    assert found["test"] == "paired bootstrap"
+    assert 0.001 < expected < 0.2
+    assert found["p"] == pytest.approx(expected, rel=0.25)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_bootstrap_p_below_5_percent_is_an_interval_without_zero(seed):
+    expected, first = answers(seed, 150, right=0.6)
+    second = answers(seed + 100, 150, right=0.7)[1]
+    one, two = (values("f1_weighted", expected, side) for side in (first, second))
+    found = stats.compare("f1_weighted", one, two)
+    outside = found["low"] > 0 or found["high"] < 0
+    assert outside == (found["p"] < 0.05)
+
+
+def test_alike_models_are_told_apart_no_more_often_than_the_level_says():
+    """Type I error: the share of p < 0.05 where there is no difference, over 400 comparisons."""
+    chance = random.Random(1)
+    rejected = 0
+    for _ in range(400):
+        lost = sum(chance.random() < 0.5 for _ in range(40))
+        rejected += stats.mcnemar(lost, 40 - lost) < 0.05
+    assert rejected / 400 <= 0.05 + 2 * (0.05 * 0.95 / 400) ** 0.5
+
+
+def test_holms_correction_is_that_of_every_closed_subset():
+    """Closed testing: a hypothesis falls if Bonferroni rejects every subset that it is in."""
+    ps = [0.01, 0.04, 0.03, 0.005, 0.6]
+    for index, p in enumerate(stats.holm(ps)):
+        subsets = (
+            subset
+            for size in range(1, 6)
+            for subset in itertools.combinations(range(5), size)
+            if index in subset
+        )
+        closed = max(min(1, len(s) * min(ps[n] for n in s)) for s in subsets)
+        assert p == pytest.approx(closed)
+    assert stats.holm(ps) == pytest.approx([0.04, 0.09, 0.09, 0.025, 0.6])
+    assert stats.holm([]) == [] and stats.holm([0.2]) == [0.2]
+    # The false discovery rate asks for less: Holm's p is never below Benjamini-Hochberg's.
+    assert all(np.array(stats.holm(ps)) >= false_discovery_control(ps) - 1e-12)
+
+
+def test_a_published_score_is_tested_by_the_exact_binomial():
+    found = stats.against("finlora_accuracy", [1.0] * 90 + [0.0] * 10, 0.8)
+    tail = 1 - binom.cdf(89, 100, 0.8)
+    assert found["value"] == pytest.approx(0.1)
+    assert tail < found["p"] < 2.5 * tail
+    assert found["low"] == pytest.approx(0.1 - 0.06, abs=0.01)
+
+
+def test_a_published_f1_is_compared_by_the_interval_alone():
+    rows = values("f1_weighted", *answers(9, 300))
+    found = stats.against("finlora_f1_weighted", rows, 0.99)
+    assert found["p"] is None and found["high"] < 0
+    assert stats.verdict(found, None, 0, 300).startswith("worse by ")
+
+
+# ---- in words
 
 
 @pytest.mark.parametrize(
-    ("key", "answer", "pair", "right"),
+    ("gain", "corrected", "rows", "words"),
     [
-        ("neutral", "neutral", ("neutral", "neutral"), 1.0),
-        ("Yes", " yes\n", ("yes", "yes"), 1.0),
-        ("strong negative", "Strong  Negative", ("strong negative", "strong negative"), 1.0),
-        ("neutral", "", ("neutral", ""), 0.0),
-        ("negative", "negatively", ("negative", "negatively"), 0.0),
+        (
+            (0.439, 0.382, 0.495),
+            1e-30,
+            312,
+            "better by 43.9 points; unlikely by chance: p < 0.0001",
+        ),
+        ((-0.05, -0.08, -0.02), 0.004, 312, "worse by 5.0 points; unlikely by chance: p = 0.004"),
+        ((0.012, -0.03, 0.05), 0.56, 312, "no difference shown: +1.2 points, -3.0 to +5.0"),
+        ((0.1, 0.01, 0.19), 0.06, 312, "no difference shown: +10.0 points"),
     ],
 )
-def test_an_answer_is_right_but_for_case_and_spaces(key, answer, pair, right):
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": key}]
-    scored = utils.label({"messages": turns}, [answer])
-    assert scored == {"accuracy": right, "f1_weighted": pair, "f1_macro": pair}
+def test_a_difference_is_put_into_words(gain, corrected, rows, words):
+    found = dict(zip(("value", "low", "high"), gain, strict=True)) | {"test": "McNemar"}
+    text = stats.verdict(found, corrected, 5, rows)
+    assert text.startswith(words)
+    assert text.endswith("(McNemar, Holm over 5 datasets)")
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_the_f1_of_the_task_files_is_the_f1_with_the_interval(seed):
-    expected, answered = answers(seed, 50 + seed)
-    pairs = list(zip(expected, answered, strict=True))
-    for score, function in (("f1_weighted", utils.f1_weighted), ("f1_macro", utils.f1_macro)):
-        assert function(pairs) == pytest.approx(stats.estimate(score, expected, answered)["value"])
+def test_a_small_set_says_that_it_is_small():
+    found = {"value": 0.1, "low": -0.1, "high": 0.3, "test": "McNemar"}
+    assert stats.verdict(found, 0.5, 1, 43).endswith("Small: only 43 rows, 2.3 points each")
+    assert "Small" not in stats.verdict(found, 0.5, 1, 100)
+
+
+def test_the_f1_of_the_task_files_is_the_f1_with_the_interval():
+    for seed in range(4):
+        rows = values("f1_weighted", *answers(seed, 50 + seed))
+        for metric, function in (("f1_weighted", utils.f1_weighted), ("f1_macro", utils.f1_macro)):
+            assert function(rows) == pytest.approx(stats.estimate(metric, rows)["value"])
+    assert utils.share(tagged(1, 50)) == pytest.approx(
+        stats.estimate("accuracy", tagged(1, 50))["value"]
+    )

@@ -169,6 +169,15 @@ def trainable(model: Model, setup: Setup) -> int:
     return model.layers * sum(setup.rank * (a + b) + (b if setup.dora else 0) for a, b in shapes)
 
 
+def pageable(model: Model, setup: Setup) -> float:
+    """The share of the optimizer's states that bitsandbytes pages: of tensors from 100,000 on."""
+    if not setup.rank:
+        return 1.0
+    sizes = [setup.rank * side for name in setup.modules for side in model.shapes[name]]
+    large = model.layers * sum(size for size in sizes if size >= 100_000)
+    return large / trainable(model, setup)
+
+
 def linear_bytes(shape: tuple[int, int], bits: int, double_quant: bool = True) -> tuple[int, int]:
     """Bytes of one linear layer's weights and of its quantization constants, as bitsandbytes has.
 
@@ -261,7 +270,7 @@ def memory(model: Model, setup: Setup) -> Memory:
         cuda_context=CONTEXT,
         activations_without_checkpointing=activation_bytes(model, setup, False),
         loading=before // share[2] + CONTEXT,
-        paged=optimizer if "paged" in setup.optimizer else 0,
+        paged=int(optimizer * pageable(model, setup)) if "paged" in setup.optimizer else 0,
     )
 
 

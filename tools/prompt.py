@@ -7,6 +7,10 @@ same. `tests/test_train.py` and `tests/test_catalogue.py` compare the two to the
 
 from typing import Any
 
+# How a row's prompt is put to the model. `chat` is the base's chat template. FinLoRA's adapters
+# were trained on `finlora`; `bare` is what it evaluates them on.
+FORMATS = {"chat": "", "finlora": "[INST] {} [/INST]", "bare": "{}"}
+
 
 def render(
     tokenizer: Any, messages: list[dict[str, str]], options: dict[str, Any] | None = None

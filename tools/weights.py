@@ -59,8 +59,35 @@ def keep_8bit_scales() -> None:
     Linear8bitLt.init_8bit_state = keeping_scales
 
 
+# What a config says of a base at each precision that one can ask for; `dtype` is not Axolotl's.
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "nf4": {
+        "load_in_4bit": True,
+        "bnb_config_kwargs": {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    },
+    "int8": {"load_in_8bit": True},
+    "bf16": {"dtype": "bfloat16"},
+    "fp16": {"dtype": "float16"},
+    "fp32": {"dtype": "float32"},
+}
+
+
+def at(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """A config with its base at another precision; as it is where it has that one."""
+    if name == precision(config):
+        return config
+    other = {key for row in PRECISIONS.values() for key in row}
+    return {key: value for key, value in config.items() if key not in other} | PRECISIONS[name]
+
+
 def precision(config: dict[str, Any]) -> str:
-    """`nf4`, `fp4`, `int8` or `full`: the precision of the base's linear layers in a recipe."""
+    """`nf4`, `fp4`, `int8`, `bf16`, `fp16`, `fp32`, or `full`: of the base's linear layers.
+
+    `full` is the precision in which the device computes, bfloat16 on a GPU and float32 on a CPU.
+    """
+    for name, row in PRECISIONS.items():
+        if config.get("dtype") and config["dtype"] == row.get("dtype"):
+            return name
     if config.get("load_in_4bit"):
         return str((config.get("bnb_config_kwargs") or {}).get("bnb_4bit_quant_type", "nf4"))
     return "int8" if config.get("load_in_8bit") else "full"
@@ -70,13 +97,14 @@ def load(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, Any]
     """Loads (model, tokenizer) of a recipe's merged config, ready to generate.
 
     The base is quantized as Axolotl quantizes it for training; compute runs in bfloat16 on a GPU
-    and in float32 on a CPU. `adapter` is a PEFT folder; without it the base alone is returned.
+    and in float32 on a CPU, or in `dtype` where the config has one (see `at`). `adapter` is a PEFT
+    folder; without it the base alone is returned.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     on_gpu = torch.cuda.is_available()
-    dtype = torch.bfloat16 if on_gpu else torch.float32
+    dtype = getattr(torch, config.get("dtype") or ("bfloat16" if on_gpu else "float32"))
     kwargs: dict[str, Any] = {"dtype": dtype, "device_map": {"": 0 if on_gpu else "cpu"}}
     if config.get("load_in_4bit"):
         four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}

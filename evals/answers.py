@@ -1,0 +1,113 @@
+"""What goes to a model and what comes back: prompts that fit, and answers that are kept.
+
+Both work with any of lm-eval's models. A prompt is rendered in the format that the model was
+trained on, and one that is too long loses tokens out of its middle. Answers are written to a file
+batch by batch, so that scoring that is cut off goes on from there.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tools import prompt
+from tools.cli import WrongInput, json_lines
+from tools.prompt import FORMATS
+
+GAP = "\n[…]\n"  # stands where a prompt was cut
+
+
+class Prompts:
+    """Renders prompts, and counts in `cut` the tokens that each lost: {prompt: tokens}."""
+
+    def __init__(self, form: str, options: dict[str, Any] | None = None):
+        self.form, self.options = form, options
+        self.cut: dict[str, int] = {}
+
+    def text(self, tokenizer: Any, content: str) -> str:
+        if form := FORMATS[self.form]:
+            return form.format(content)
+        return prompt.render(tokenizer, [{"role": "user", "content": content}], self.options)
+
+    def attach(self, lm: Any, budget: int) -> None:
+        """Makes an lm-eval model render with this, leaving room for `budget` new tokens.
+
+        A model without a tokenizer here (behind an endpoint) keeps its own chat format.
+        """
+        tokenizer = getattr(lm, "tokenizer", None)
+        if tokenizer is None and self.form == "chat":
+            return
+
+        def template(history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            content = history[-1]["content"]
+            if tokenizer is None:
+                return self.text(None, content)
+            return self.fitting(tokenizer, content, lm.max_length - budget)
+
+        lm.apply_chat_template = template
+
+    def fitting(self, tokenizer: Any, content: str, room: int) -> str:
+        """The prompt of `content` in `room` tokens at the most.
+
+        What is asked stands at the beginning or at the end of FinLoRA's prompts, so where one is
+        too long it is the middle that goes, and not, as lm-eval does it, the beginning.
+        """
+        text = self.text(tokenizer, content)
+        if len(text.encode()) <= room:  # a token is a byte at least
+            return text
+        tokens = tokenizer.encode(content, add_special_tokens=False)
+        keep = len(tokens)
+        while (over := len(tokenizer.encode(text)) - room) > 0:
+            keep -= over
+            if keep < 2:
+                raise WrongInput(f"a model of {room} tokens has no room for a prompt")
+            parts = (tokens[: (keep + 1) // 2], tokens[len(tokens) - keep // 2 :])
+            text = self.text(tokenizer, GAP.join(map(tokenizer.decode, parts)))
+        if keep < len(tokens):
+            self.cut[text] = len(tokens) - keep
+        return text
+
+
+class Answers:
+    """Answers by prompt: those that `known` has, and those in `file` if they are of `identity`."""
+
+    def __init__(self, file: Path, identity: Any, known: dict[str, str] | None = None):
+        self.file, self.known = file, {} if known is None else known
+        lines = json_lines(file)
+        kept = lines[1:] if lines and lines[0] == identity else []
+        self.known |= {line["prompt"]: line["answer"] for line in kept}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Written anew: a torn last line is gone, and answers of another identity are.
+        with open(file, "w", encoding="utf-8") as out:
+            for line in [identity, *kept]:
+                out.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def add_partial(self, kind: str, request: Any, answer: str) -> None:
+        """lm-eval calls this, its cache hook, with every answer of a batch that is done."""
+        key = _key(request[0])
+        self.known[key] = answer
+        with open(self.file, "a", encoding="utf-8") as out:
+            out.write(json.dumps({"prompt": key, "answer": answer}, ensure_ascii=False) + "\n")
+
+    def attach(self, lm: Any, told: Callable[[str], None] = lambda text: None) -> None:
+        """Makes an lm-eval model answer only what is not known yet, and keep what it answers."""
+        plain = lm.generate_until
+        lm.set_cache_hook(self)
+
+        def generate_until(requests: list[Any], **options: Any) -> list[str]:
+            keys = [_key(request.args[0]) for request in requests]
+            asked = dict(zip(keys, requests, strict=True))
+            left = [request for key, request in asked.items() if key not in self.known]
+            if len(left) < len(asked):
+                told(f"{len(asked) - len(left)} of {len(asked)} prompts are answered already")
+            lm.rows = len(left)  # for the progress line
+            if left:
+                plain(left, **options)
+            return [self.known[key] for key in keys]
+
+        lm.generate_until = generate_until
+
+
+def _key(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,90 @@
+"""Serves an adapter behind an OpenAI-compatible endpoint, at the precision that it was trained on.
+
+    python -m tools.serve smollm2-135m/sentiment_r4 --port 8000
+
+    curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \
+         -d '{"model": "…", "messages": [{"role": "user", "content": "…"}], "temperature": 0}'
+
+With vLLM and a GPU the base stays quantized and the adapter is a LoRA module beside it. vLLM has no
+DoRA, and no 8-bit base that it quantizes itself: there, and without a GPU, the adapter is merged
+into the base as training saw it (`tools/merge.py`); on a CPU `transformers serve` serves that.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from tools import merge, subject, weights
+from tools.cli import WrongInput, command, shown
+
+RANKS = (8, 16, 32, 64, 128, 256)  # that vLLM takes for --max-lora-rank
+
+
+def on_vllm(who: subject.Subject, name: str, address: list[str]) -> list[str]:
+    """The command that serves a base and its adapter with vLLM."""
+    folder = who.adapter or who.folder
+    told = json.loads((folder / "adapter_config.json").read_text())
+    options: dict[str, Any] = who.options or {}
+    given: list[str] = []
+    if options:
+        # vLLM takes a template and no options for it, so they are written into it.
+        template = (folder / "chat_template.jinja").read_text()
+        fixed = "".join(f"{{%- set {k} = {json.dumps(v)} -%}}" for k, v in options.items())
+        path = folder / "chat_template_fixed.jinja"
+        path.write_text(fixed + template)
+        given = ["--chat-template", str(path)]
+    if told.get("use_dora") or weights.precision(who.config) == "int8":
+        return ["vllm", "serve", str(merge.merge(who.config, folder)), *address, *given]
+    rank = next(rank for rank in RANKS if rank >= told["r"])
+    quantized = ["--quantization", "bitsandbytes"] if who.config.get("load_in_4bit") else []
+    return [
+        *("vllm", "serve", who.config["base_model"], *address, *quantized),
+        *("--enable-lora", "--max-lora-rank", str(rank)),
+        *("--lora-modules", f"{name}={folder}", *given),
+    ]
+
+
+def on_transformers(who: subject.Subject, address: list[str]) -> list[str]:
+    """The command that serves the merged model with `transformers serve`."""
+    merged = merge.merge(who.config, who.adapter or who.folder)
+    options = ["--chat-template-kwargs", json.dumps(who.options)] if who.options else []
+    scripts = Path(sys.executable).parent
+    return [
+        *(str(scripts / "transformers"), "serve", shown(merged), *address),
+        *("--device", "auto", "--dtype", "float32", *options),
+    ]
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description="serve an adapter, OpenAI-compatible")
+    parser.add_argument("recipe", nargs="?", default="")
+    parser.add_argument("--adapter", default="", help="a PEFT folder instead of a recipe's run")
+    parser.add_argument("--host", default="")
+    parser.add_argument("--port", default="")
+    given = parser.parse_args()
+    if given.port and not (given.port.isdigit() and 0 < int(given.port) < 65536):
+        raise WrongInput(f'PORT must be a number from 1 to 65535, not "{given.port}"')
+    who = subject.find(given.recipe, given.adapter)
+    host, port = given.host or "localhost", given.port or "8000"
+    address = ["--host", host, "--port", port]
+    if shutil.which("nvidia-smi") and importlib.util.find_spec("vllm"):
+        name = who.name.replace("/", "-")
+        line = on_vllm(who, name, address)
+    else:
+        if shutil.which("nvidia-smi"):
+            print("serve      vLLM is not installed (`pip install vllm`); transformers serves")
+        line = on_transformers(who, address)
+        name = line[2]
+    print(f'serve      http://{host}:{port}/v1, model "{name}": {" ".join(line)}', flush=True)
+    # The server takes this process's place, so that Ctrl-C reaches it.
+    os.execvpe(line[0], line, os.environ | {"HF_HUB_OFFLINE": "1"})
+
+
+if __name__ == "__main__":
+    main()

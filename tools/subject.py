@@ -1,0 +1,202 @@
+"""What is scored, served, merged or talked to: a base and an adapter, its precision and prompt.
+
+    subject.find("smollm2-135m/sentiment_r4")             a finished run of a recipe
+    subject.find("", "runs/hub/someone/some-adapter")     any PEFT folder
+
+An adapter meets the base at the precision that it was trained on, with the prompt that it was
+trained on. Where neither is told, it is asked for and not guessed.
+"""
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tools import convert, recipes, weights
+from tools.cli import ROOT, WrongInput, shown
+from tools.prompt import FORMATS
+
+RUNS = ROOT / "runs"
+
+# The name of an adapter that FinLoRA published, `<task>_<model>_<bits>_r<rank>…`. Its precision
+# stands nowhere else. They were trained on FinLoRA's prompt and not on a chat template.
+FINLORA = re.compile(
+    r"(?P<task>[a-z0-9_]+?)_(?:llama|mistral|qwen)_\w*?(?P<bits>4bits|8bits|fp16)_r\d+(?:_\w+)?"
+)
+BITS = {"4bits": weights.PRECISIONS["nf4"], "8bits": weights.PRECISIONS["int8"], "fp16": {}}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A base, or a base and its adapter. `config` is Axolotl's, with the precision to score at."""
+
+    name: str
+    config: dict[str, Any]
+    adapter: Path | None  # a PEFT folder
+    folder: Path  # its scores lie here
+    base_folder: Path
+    task: str | None  # what it was trained for
+    prompt_format: str
+    suffix: str = ""  # of the adapter's score files, at another precision than its own
+
+    @property
+    def sides(self) -> list[str]:
+        return ["base", "adapter"] if self.adapter else ["base"]
+
+    def file(self, side: str, dataset: str, limit: int | None) -> Path:
+        place = self.folder if side == "adapter" else self.base_folder
+        parts = [dataset, self.suffix if side == "adapter" else ""]
+        parts += [self.prompt_format if self.prompt_format != "chat" else ""]
+        parts += [f"sample{limit}" if limit else ""]
+        return place / "evals" / ("_".join(filter(None, parts)) + ".json")
+
+    @property
+    def options(self) -> dict[str, Any] | None:
+        return self.config.get("chat_template_kwargs")
+
+
+def of_recipe(recipe: recipes.Recipe, base_only: bool, precision: str, form: str) -> Subject:
+    config = recipe.config if base_only else recipe.trained()
+    adapter = None if base_only else recipe.run
+    place = recipe.run.parent
+    form = form or (_told(recipe.run).get("prompt_format", "") if adapter else "")
+    return _subject(recipe.name, config, adapter, recipe.run, place, recipe.task, precision, form)
+
+
+def of_folder(folder: Path, recipe: recipes.Recipe | None, precision: str, form: str) -> Subject:
+    """Any PEFT adapter. Its base and precision are those of the recipe that is named with it, of
+    the config that `make train` left beside it, or of its name where FinLoRA published it.
+    """
+    told = folder / "adapter_config.json"
+    if not told.is_file():
+        raise WrongInput(f"ADAPTER={folder} has no adapter_config.json; a PEFT folder is needed")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise WrongInput(f"ADAPTER={folder} has no adapter_model.safetensors; nothing else is read")
+    folder = folder.resolve()
+    published = _published(folder)
+    trained = folder / "config.yaml"
+    if recipe:
+        config = recipe.config
+    elif trained.is_file():
+        config = yaml.load(trained.read_bytes(), yaml.CSafeLoader)
+    else:
+        base = str(json.loads(told.read_text()).get("base_model_name_or_path") or "")
+        rows = recipes.matrix()["models"].values()
+        local = [row for row in rows if base in (row["hub"], row.get("base_model"))]
+        config = {"base_model": local[0].get("base_model", base) if local else base}
+        config |= (local[0].get("settings") or {}) if local else {}
+        if not base:
+            raise WrongInput(f"{shown(told)} names no base; RECIPE=… with the same base does")
+        if published:
+            config |= BITS[published["bits"]]
+        elif not precision:
+            known = ", ".join(weights.PRECISIONS)
+            raise WrongInput(
+                f"ADAPTER={folder} does not say at which precision it was trained; PRECISION= is "
+                f"one of {known}"
+            )
+    data = Path((config.get("datasets") or [{}])[0].get("path", "")).name
+    task = data.removesuffix("_train.jsonl") if data.endswith("_train.jsonl") else None
+    if published and not recipe and published["task"] in convert.sources()["tasks"]:
+        task = published["task"]
+    form = form or _told(folder).get("prompt_format", "")
+    form = form or ("finlora" if published and not trained.is_file() else "chat")
+    model = next(
+        (
+            name
+            for name, row in recipes.matrix()["models"].items()
+            if config["base_model"] in (row["hub"], row.get("base_model"))
+        ),
+        re.sub(r"\W+", "-", str(config["base_model"])).strip("-"),
+    )
+    inside = folder.is_relative_to(RUNS)
+    name = str(folder.relative_to(RUNS)) if inside else (published or [folder.name])[0]
+    place = RUNS / model
+    own = folder if inside else place / f"adapter_{name}"
+    return _subject(name, config, folder, own, place, task, precision, form)
+
+
+def _told(run: Path) -> dict[str, Any]:
+    """The run.json of a run; empty without one."""
+    path = run / "run.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _published(folder: Path) -> re.Match[str] | None:
+    """FinLoRA's name of an adapter: its folder's, or of a repository in the Hub's cache."""
+    names = (part.rpartition("--")[2] for part in reversed(folder.parts))
+    return next((found for name in names if (found := FINLORA.fullmatch(name))), None)
+
+
+def _subject(
+    name: str,
+    config: dict[str, Any],
+    adapter: Path | None,
+    folder: Path,
+    place: Path,
+    task: str | None,
+    precision: str,
+    form: str,
+) -> Subject:
+    if precision and precision not in weights.PRECISIONS:
+        known = ", ".join(weights.PRECISIONS)
+        raise WrongInput(f'unknown PRECISION "{precision}"; there are {known}')
+    if form and form not in FORMATS:
+        raise WrongInput(f'unknown PROMPT_FORMAT "{form}"; there are {", ".join(FORMATS)}')
+    own = weights.precision(config)
+    config = weights.at(config, precision) if precision else config
+    suffix = precision if precision and precision != own else ""
+    base_folder = place / f"base_{weights.precision(config)}"
+    return Subject(name, config, adapter, folder, base_folder, task, form or "chat", suffix)
+
+
+def finished() -> list[Path]:
+    """The folders of all finished runs, and of pulled ones."""
+    found = [*RUNS.glob("*/*/run.json"), *RUNS.glob("hub/*/*/run.json")]
+    # `.name…` is in the making; `name.previous` was moved aside.
+    folders = (path.parent for path in found if ".previous" not in path.parent.name)
+    return sorted(folder for folder in folders if not folder.name.startswith("."))
+
+
+def of_run(folder: Path, precision: str, form: str) -> Subject:
+    """A finished run: of its recipe where that is known, else as an adapter."""
+    try:
+        recipe = recipes.find(str(_told(folder).get("recipe") or ""))
+    except WrongInput:
+        return of_folder(folder, None, precision, form)
+    if recipe.run != folder.resolve():
+        return of_folder(folder, None, precision, form)
+    return of_recipe(recipe, False, precision, form)
+
+
+def find(
+    recipe: str, adapter: str = "", precision: str = "", form: str = "", base_only: bool = False
+) -> Subject:
+    """The base and adapter of a recipe, of an adapter's folder, or of both together."""
+    if adapter:
+        named = recipes.find(recipe) if recipe else None
+        folder = Path(adapter).expanduser()
+        pulled = RUNS / "hub" / adapter  # where `make pull` puts owner/name
+        if not folder.is_dir() and not pulled.is_dir():
+            raise WrongInput(
+                f"ADAPTER={adapter} is no folder here; `make pull ADAPTER=owner/name` brings one"
+            )
+        return of_folder(folder if folder.is_dir() else pulled, named, precision, form)
+    return of_recipe(recipes.find(recipe), base_only, precision, form)
+
+
+def all_finished(precision: str, form: str) -> list[Subject]:
+    """Every finished run that can be scored; the others are named on stderr."""
+    if not finished():
+        raise WrongInput("no run is finished; `make train RECIPE=…` makes one")
+    found = []
+    for folder in finished():
+        try:
+            found.append(of_run(folder, precision, form))
+        except WrongInput as error:
+            print(f"eval       {shown(folder)} left out: {error}", file=sys.stderr)
+    return found
