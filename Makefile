@@ -7,7 +7,7 @@ MAKEFLAGS += --no-print-directory --no-builtin-rules
 
 VARIABLES := RECIPE TASKS PROFILE LIMIT PROMPT FORCE FINLORA_DATA GPU NPROC PRICE TASK MODEL METHOD JSON DATA CONFIG \
   FINLORA_BASE_URL ADAPTER PORT ON_ERROR NAMESPACE PUBLIC REVISION DRY_RUN \
-  BASE PRECISION PROMPT_FORMAT
+  BASE PRECISION PROMPT_FORMAT RECIPES TRACKER NNODES NODE_RANK RDZV RUN
 $(foreach v,$(VARIABLES),$(eval override $(v) := $$(value $(v))))
 export $(VARIABLES)
 
@@ -16,7 +16,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: help setup demo fetch data audit model train eval chat merge serve push pull adapters recipes show plan new import render test test-all check clean
+.PHONY: help setup demo fetch data audit model train profile status sweep reproduce eval chat merge serve push pull adapters recipes show plan new import render test test-all check clean
 
 help: ## List the jobs
 	@printf 'Jobs (make JOB RECIPE=… TASKS=… …):\n'
@@ -49,8 +49,22 @@ audit: $(READY) ## What is wrong with the rows at hand: TASKS=sentiment,formula 
 model: $(READY) ## Write SmolLM2-135M-Instruct to models/ (train does it where it is needed)
 	@$(PY) -m tools.export
 
-train: $(READY) ## Train a recipe: RECIPE=smollm2-135m/sentiment_r4 [PROFILE=cpu|gpu] [FORCE=1]
-	@$(PY) -m tools.train "$$RECIPE" --profile "$$PROFILE" --force "$$FORCE"
+train: $(READY) ## Train a recipe: RECIPE=… [PROFILE=cpu|gpu|multi_gpu,zero2] [NPROC=2] [TRACKER=tensorboard] [FORCE=1]
+	@$(PY) -m tools.train "$$RECIPE" --profile "$$PROFILE" --force "$$FORCE" --nproc "$$NPROC" \
+	  --tracker "$$TRACKER" --nnodes "$$NNODES" --node-rank "$$NODE_RANK" --rendezvous "$$RDZV"
+
+profile: $(READY) ## What was found here, what will be used, and why: [RECIPE=…] [PROFILE=…] [NPROC=2]
+	@$(PY) -m tools.profiles "$$RECIPE" --profile "$$PROFILE" --nproc "$$NPROC"
+
+status: $(READY) ## What trains, what is done, what was interrupted
+	@$(PY) -m tools.status
+
+sweep: $(READY) ## Train several recipes and end with one table: RECIPES="sentiment_r4 headline_*" [PROFILE=…]
+	@$(PY) -m tools.sweep "$$RECIPES" --profile "$$PROFILE" --nproc "$$NPROC" \
+	  --tracker "$$TRACKER" --force "$$FORCE"
+
+reproduce: $(READY) ## Train a finished run again and compare the adapters: RUN=runs/smollm2-135m/sentiment_r4
+	@$(PY) -m tools.reproduce "$$RUN"
 
 eval: $(READY) ## Score base and adapter: [RECIPE=…] [TASKS=fpb,fiqa] [LIMIT=200] [BASE=1] [PRECISION=nf4] [ADAPTER=…] [FORCE=1]
 	@$(PY) -m evals.run "$$RECIPE" --tasks "$$TASKS" --limit "$$LIMIT" --force "$$FORCE" \
@@ -106,6 +120,7 @@ check: $(READY) ## Lint, format, types, drift of rendered files, every recipe ag
 	@$(PY) -m mypy
 	@$(PY) data/sample/make.py --check
 	@$(PY) -m tools.audit --card --check
+	@$(PY) -m tools.scale --check
 	@$(PY) -m tools.catalogue check
 
 clean: ## Remove .venv, SmolLM2, converted data and caches; trained runs stay

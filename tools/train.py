@@ -1,21 +1,25 @@
 """Trains a recipe with Axolotl and leaves a run that says exactly what was done.
 
-    python -m tools.train smollm2-135m/sentiment_r4 [--profile cpu] [--force]
+    python -m tools.train smollm2-135m/sentiment_r4 [--profile cpu] [--nproc 2] [--force 1]
 
 The recipe and the profile are merged into `config.yaml` in the run folder and given to
 `axolotl train`, unchanged. The run goes on from its last sound checkpoint where one was
 interrupted, is left alone where it is finished, and starts afresh (the old one is kept beside it,
 as `<run>.previous`) where the recipe or the data changed. `run.json` is written last: a folder
 that holds it is a finished run.
+
+On several machines the same command runs on each, with --nnodes, --node-rank and --rendezvous
+(host:port of the first machine, whose folder the run is kept in).
 """
 
 import argparse
+import ctypes
 import fcntl
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -24,12 +28,13 @@ import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tools import convert, export, recipes
+from tools import convert, export, plan, profiles, recipes
 from tools.cli import (
     ROOT,
     SECRET,
@@ -44,60 +49,91 @@ from tools.cli import (
 )
 
 PACKAGES = ["torch", "transformers", "peft", "bitsandbytes", "axolotl", "accelerate", "datasets"]
-LARGEST_ON_CPU = 1e9  # parameters; a step of an 8B model takes minutes on a desktop CPU
 DISK = 2e9  # bytes that must be free: checkpoints, prepared data, log
+FULL = 1e6  # bytes under which a disk is full
+
+# What a log says when a training fails, and what that means. The first that is found counts.
+CAUSES = {
+    r"tools\.plugin\.Stopped: (.+)": "{0}",
+    r"OutOfMemoryError|CUDA out of memory|allocate memory|MemoryError|bad_alloc": "{memory}",
+    r"No space left on device|os error 28": "no space left on the disk; {free} are free",
+    r"(PermissionError|Read-only file system).*": "{0}: the run folder cannot be written to",
+}
+# Lines by which torchrun tells that some process failed, and not why.
+ECHOES = ("ChildFailedError", "torch.distributed.elastic", "error_file", "CalledProcessError")
 
 
-def hardware() -> dict[str, Any]:
-    """What this machine has: `gpus` [(name, bytes)], `cores`, `memory` in bytes."""
-    import psutil
-    import torch
+@dataclass(frozen=True)
+class Machines:
+    """How many processes train, and on which of how many machines this is."""
 
-    gpus = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        gpus.append((properties.name, properties.total_memory))
-    return {"gpus": gpus, "cores": os.cpu_count(), "memory": psutil.virtual_memory().total}
+    nproc: int = 1
+    nnodes: int = 1
+    rank: int = 0
+    rendezvous: str = ""
+
+    @property
+    def processes(self) -> int:
+        return self.nproc * self.nnodes
+
+    def launcher(self) -> list[str]:
+        """Axolotl's arguments: one process needs no launcher, more are started by torchrun."""
+        if self.processes == 1:
+            return ["--launcher", "python"]
+        where = ["--standalone"]
+        if self.nnodes > 1:
+            # Ranks by machine, as they are numbered: rank 0, which writes the run, is on machine 0.
+            host, _, port = self.rendezvous.rpartition(":")
+            where = [f"--nnodes={self.nnodes}", f"--node_rank={self.rank}"]
+            where += [f"--master_addr={host}", f"--master_port={port}"]
+        return ["--launcher", "torchrun", "--", f"--nproc_per_node={self.nproc}", *where]
+
+    def environment(self, config: dict[str, Any]) -> dict[str, str]:
+        """Axolotl finds `accelerate` on PATH and the plugin on PYTHONPATH."""
+        folders = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        found = os.environ | {"PATH": folders, "PYTHONPATH": str(ROOT)}
+        if self.processes > 1 and not profiles.hardware()["gpus"]:
+            # Without it each process trains apart and nothing says so; with it accelerate leaves
+            # DeepSpeed out, and nothing says so either (tools/plugin.py sees both).
+            cpu = "DS_ACCELERATOR" if config.get("deepspeed") else "ACCELERATE_USE_CPU"
+            found[cpu] = "cpu" if config.get("deepspeed") else "true"
+            found["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.nproc))
+        if config.get("use_wandb"):
+            found["WANDB_MODE"] = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+            found["WANDB_DIR"] = str(ROOT / config["output_dir"])
+        if config.get("use_trackio"):
+            found.pop("TRACKIO_DISABLED", None)
+            found["TRACKIO_DIR"] = str(ROOT / config["output_dir"] / "trackio")
+        return found
 
 
-def fits(recipe: recipes.Recipe, here: dict[str, Any]) -> None:
+def fits(recipe: recipes.Recipe, here: dict[str, Any], profile: str = "") -> None:
     """Raises WrongInput, before any download, where a catalogue recipe cannot run here."""
     if recipe.name not in recipes.names():
         return
-    model, task, method = recipes.parts(recipe.name)
-    row = recipes.matrix()["models"][model]
-    need = row["memory_gib"][recipes.matrix()["methods"][method]["bits"]]
+    _, task, method = recipes.parts(recipe.name)
+
+    def small(model: str) -> bool:
+        base = recipes.config(f"{model}/{task}_{method}")["base_model"]
+        return plan.find_model(base).parameters <= profiles.LARGEST_ON_CPU
+
     if here["gpus"]:
-        name, memory = here["gpus"][0]
-        if memory / 2**30 >= need:
+        content = recipe.config | profiles.layers(profile)
+        # The planner knows ZeRO, and not how FSDP divides a base.
+        if (
+            content.get("fsdp_config")
+            or profiles.fits(content, here, len(here["gpus"])) is not False
+        ):
             return
-        found = f"{name} with {memory / 2**30:.0f} GiB"
-    elif row["parameters"] <= LARGEST_ON_CPU:
+    elif small(recipes.parts(recipe.name)[0]):
         return
-    else:
-        found = f"{here['cores']} CPU cores with {here['memory'] / 2**30:.0f} GiB and no GPU"
-    small = [
-        f"{name}/{task}_{method}"
-        for name, other in recipes.matrix()["models"].items()
-        if other["parameters"] <= LARGEST_ON_CPU
-    ]
+    need = plan.plan(recipe.config, data=ROOT / recipe.config["datasets"][0]["path"])["memory"]
+    runs = [f"{model}/{task}_{method}" for model in recipes.matrix()["models"] if small(model)]
+    what = f"What runs here: make train RECIPE={runs[0]} (" if runs else "("
     raise WrongInput(
-        f"{recipe.name} needs a CUDA GPU with {need:.0f} GiB; here: {found}. "
-        f"What runs here: make train RECIPE={small[0]} (FORCE=1 tries all the same)"
+        f"{recipe.name} needs a CUDA GPU with {need['peak'] / 2**30:.0f} GiB; "
+        f"here: {profiles.found(here)}. {what}FORCE=1 tries all the same)"
     )
-
-
-def merged(recipe: recipes.Recipe, profile: str) -> dict[str, Any]:
-    """The config that Axolotl gets: the recipe, the profile over it, and the reporting plugin."""
-    content = recipe.config | recipes.profile(profile)
-    if profile == "gpu" and importlib.util.find_spec("flash_attn"):
-        content["flash_attention"] = True
-    content["plugins"] = [*content.get("plugins", []), "tools.plugin.RunPlugin"]
-    # Axolotl knows prepared data by its config and not by its content: a run keeps its own.
-    content["dataset_prepared_path"] = str(Path(content["output_dir"]) / "prepared")
-    content["include_tkps"] = True
-    content["auto_resume_from_checkpoints"] = True
-    return content
 
 
 def data_of(recipe: recipes.Recipe) -> list[dict[str, Any]]:
@@ -128,8 +164,14 @@ def only_one(run: Path) -> Iterator[int]:
 
     The training process inherits the descriptor, so the lock lives exactly as long as either.
     """
-    run.parent.mkdir(parents=True, exist_ok=True)
-    with open(run.with_name(f".{run.name}.lock"), "w") as file:
+    try:
+        run.parent.mkdir(parents=True, exist_ok=True)
+        file = open(run.with_name(f".{run.name}.lock"), "w")  # noqa: SIM115
+    except OSError as error:
+        raise JobFailed(
+            f"{shown(run)}, the output_dir, cannot be written to: {error.strerror}"
+        ) from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -138,16 +180,25 @@ def only_one(run: Path) -> Iterator[int]:
 
 
 def sound(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written whole: its state parses, its tensors and archives open."""
+    """Whether a checkpoint is what was written: by its digests, and no weight is NaN.
+
+    Where it has none (plain `axolotl train` wrote it), its tensors and archives must open.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
+        seal = checkpoint / "checkpoint.json"
+        if seal.is_file():
+            told = json.loads(seal.read_text())
+            if any(digest(checkpoint / name) != value for name, value in told.items()):
+                return False
         state = json.loads((checkpoint / "trainer_state.json").read_text())
         with safe_open(checkpoint / "adapter_model.safetensors", "pt") as tensors:
-            named = bool(list(tensors.keys()))
+            names = list(tensors.keys())
+            finite = all(tensors.get_tensor(name).isfinite().all() for name in names)
         archives = [checkpoint / name for name in ("optimizer.pt", "scheduler.pt")]
-        whole = all(zipfile.ZipFile(archive).testzip() is None for archive in archives)
-        return whole and named and state["global_step"] == step_of(checkpoint)
+        whole = seal.is_file() or all(zipfile.ZipFile(a).testzip() is None for a in archives)
+        return whole and finite and bool(names) and state["global_step"] == step_of(checkpoint)
     except (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile):
         return False
 
@@ -163,8 +214,24 @@ def last_checkpoint(run: Path) -> int:
         if sound(folder):
             return step_of(folder)
         print(f"train      {shown(folder)} is damaged and left out")
-        os.replace(folder, folder.with_name(f"damaged-{folder.name}"))
+        aside = folder.with_name(f"damaged-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
     return 0
+
+
+def changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What of a run's identity is not what it was, in words."""
+    old, new = before["config"], now["config"]
+    keys = sorted(key for key in old | new if old.get(key) != new.get(key))
+    if before["data"] != now["data"]:
+        paths = ", ".join(str(entry["path"]) for entry in new["datasets"])
+        return f"the data changed ({paths})" + (f", and {', '.join(keys)}" if keys else "")
+    values = [
+        key if isinstance(new.get(key), list | dict) else f"{key} {old.get(key)} → {new.get(key)}"
+        for key in keys
+    ]
+    return f"the recipe or the profile changed ({', '.join(values)})"
 
 
 def prepare(recipe: recipes.Recipe, identity: dict[str, Any], force: bool) -> bool:
@@ -172,12 +239,14 @@ def prepare(recipe: recipes.Recipe, identity: dict[str, Any], force: bool) -> bo
     run = recipe.run
     written = run / "identity.json"
     done = (run / "run.json").is_file()
-    same = written.is_file() and json.loads(written.read_text()) == identity
+    before = json.loads(written.read_text()) if written.is_file() else None
+    same = before == identity
     # An adapter that something else wrote over is not what run.json tells of.
     same = same and not (done and not recipe.intact())
     if same and not (force and done):
         if done:
             return False
+        shutil.rmtree(run / ".writing", ignore_errors=True)
         if step := last_checkpoint(run):
             print(f"train      goes on from step {step}")
         return True
@@ -191,17 +260,15 @@ def prepare(recipe: recipes.Recipe, identity: dict[str, Any], force: bool) -> bo
             number += 1
             aside = run.with_name(f"{run.name}.previous-{number}")
         os.replace(run, aside)
-        why = "FORCE=1" if same else "the recipe, the profile or the data changed"
+        why = "FORCE=1"
+        if before != identity:
+            why = changed(before, identity) if before else "it was not begun by `make train`"
+        elif done and not recipe.intact():
+            why = "the adapter is not the one that run.json tells of"
         print(f"train      starts afresh: {why}; what was there is in {shown(aside)}")
     run.mkdir(parents=True, exist_ok=True)
     write_json(written, identity)
     return True
-
-
-def environment() -> dict[str, str]:
-    """Axolotl finds `accelerate` on PATH and the plugin on PYTHONPATH."""
-    folders = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return os.environ | {"PATH": folders, "PYTHONPATH": str(ROOT)}
 
 
 def follow(process: subprocess.Popen[bytes], run: Path) -> None:
@@ -233,8 +300,9 @@ def follow(process: subprocess.Popen[bytes], run: Path) -> None:
                 last = losses[-1]
                 seen = last["step"]
                 speed = last["total_tokens"] / max(last["seconds"], 1e-9)
-                text = f"loss {last['loss']:.3f}  {speed:.0f} tokens/s  "
-                text += f"{last['memory'] / 1e9:.1f} GB"
+                text = (
+                    f"loss {last['loss']:.3f}  {speed:.0f} tokens/s  {last['memory'] / 1e9:.1f} GB"
+                )
                 bar.update(job, total=last["steps"], completed=seen, description=text)
                 if not console.is_terminal and (time.monotonic() - said > 20 or ended):
                     print(f"train      step {seen}/{last['steps']}  {text}", flush=True)
@@ -244,24 +312,75 @@ def follow(process: subprocess.Popen[bytes], run: Path) -> None:
             time.sleep(0.3)
 
 
-def cause(log: Path, start: int, status: int) -> str:
-    """The last exception in a log from byte `start` on, or the signal that ended it."""
+def memory_advice(config: dict[str, Any], processes: int) -> str:
+    """What the planner would change first, where memory ran out."""
+    try:
+        made = plan.plan(config, gpus=processes)
+        least = f"{made['memory']['peak'] / 2**30 * 0.8 / plan.USABLE:.1f}GB"
+        first = plan.plan(config, least, processes)["changes"]
+    except WrongInput:
+        first = []
+    return "out of memory; the plan's next step: " + (
+        first[0][0] if first else "a smaller sequence_len or a smaller model (`make plan`)"
+    )
+
+
+def cause(log: Path, start: int, status: int, config: dict[str, Any], processes: int) -> str:
+    """Why a training ended, from its log from byte `start` on, or from the signal that ended it."""
+    text = log.read_bytes()[start:].decode(errors="replace")
+    facts = {"free": f"{shutil.disk_usage(log.parent).free / 1e9:.1f} GB"}
+    for pattern, meaning in CAUSES.items():
+        if match := re.search(pattern, text):
+            if "{memory}" in meaning:
+                facts["memory"] = memory_advice(config, processes)
+            said = match.groups() or (match[0],)
+            return SECRET.sub("***", meaning.format(*said, **facts).strip()[:400])
+    if shutil.disk_usage(log.parent).free < FULL:  # a full disk takes no log of it
+        return CAUSES[r"No space left on device|os error 28"].format(**facts)
+    if status == -signal.SIGKILL:
+        return f"it was killed, most often for memory: {memory_advice(config, processes)}"
     if status < 0:
         return f"it was ended by {signal.Signals(-status).name}"
-    if status == 0:  # Axolotl's own handler of Ctrl-C ends it with success
-        return "it was interrupted, and the same command goes on from the last checkpoint"
-    lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
-    names = ("Error:", "Exception:", "Killed", "No space left")
-    telling = [line.strip() for line in lines if any(name in line for name in names)]
+    if status == 0:  # it was told to stop, and saved
+        return "it was interrupted"
+    names = ("Error:", "Exception:", "Killed")
+    telling = [line.strip() for line in text.splitlines() if any(name in line for name in names)]
+    telling = [line for line in telling if not any(echo in line for echo in ECHOES)]
     return SECRET.sub("***", telling[-1][:300]) if telling else "it ended without a word"
 
 
-def axolotl(run: Path, lock: int) -> None:
-    """Runs `axolotl train` on the run's config; raises JobFailed where it does not finish."""
-    # One process needs no launcher; without this, Axolotl starts a second Python for accelerate.
-    arguments = ["train", shown(run / "config.yaml"), "--launcher", "python"]
+def with_parent() -> None:
+    """Run in the child: where this process dies, the training is told to save and stop."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Tells every training process to save a checkpoint and end; a second Ctrl-C ends them."""
+    import psutil
+
+    print("train      stopping: the step is finished and saved (again to stop at once)", flush=True)
+    try:
+        family = [psutil.Process(process.pid)]
+        family += family[0].children(recursive=True)
+        # torchrun would wait 30 seconds and kill; what it started is told directly.
+        ranks = [p for p in family if "TORCHELASTIC_RUN_ID" in p.environ()] or family[:1]
+        for rank in ranks:
+            rank.send_signal(signal.SIGTERM)
+    except psutil.Error:
+        pass  # it is ending by itself
+    try:
+        process.wait()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def axolotl(run: Path, place: Path, config: dict[str, Any], machines: Machines, lock: int) -> None:
+    """Runs `axolotl train` on the config in `place`; raises JobFailed where it does not finish."""
+    arguments = ["train", shown(place / "config.yaml"), *machines.launcher()]
     print(f"train      axolotl {' '.join(arguments)}", flush=True)
-    log = run / "train.log"
+    log = place / "train.log"
     start = log.stat().st_size if log.is_file() else 0
     with open(log, "ab") as output:
         process = subprocess.Popen(
@@ -270,18 +389,27 @@ def axolotl(run: Path, lock: int) -> None:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             cwd=ROOT,
-            env=environment(),
+            env=machines.environment(config),
             pass_fds=[lock],
+            process_group=0,  # Ctrl-C reaches this process alone, which then tells the others
+            preexec_fn=with_parent,
         )
         try:
             follow(process, run)
         except BaseException:
-            # Ctrl-C reaches the child too; what else stops this process must stop the child.
-            process.send_signal(signal.SIGINT)
-            process.wait()
+            stop(process)
+            if not (run / "stats.json").is_file():
+                step = last_checkpoint(run)
+                after = f"from step {step}" if step else "from the start"
+                print(f"train      stopped; the same command goes on {after}", flush=True)
             raise
-    if not (run / "stats.json").is_file():
-        why = cause(log, start, process.returncode)
+    if machines.rank == 0 and not (run / "stats.json").is_file():
+        why = cause(log, start, process.returncode, config, machines.processes)
+        step = last_checkpoint(run)
+        on = f"; the same command goes on from step {step}" if step else ""
+        raise JobFailed(f"training stopped: {why}{on}; all of it is in {shown(log)}")
+    if process.returncode:
+        why = cause(log, start, process.returncode, config, machines.processes)
         raise JobFailed(f"training stopped: {why}; all of it is in {shown(log)}")
 
 
@@ -308,42 +436,75 @@ def finish(recipe: recipes.Recipe, profile: str, data: list[dict[str, Any]]) -> 
     return content
 
 
-def train(recipe: recipes.Recipe, profile: str, force: bool = False) -> dict[str, Any]:
+def train(
+    recipe: recipes.Recipe,
+    profile: str,
+    force: bool = False,
+    machines: Machines = Machines(),  # noqa: B008
+    tracker: str = "",
+    here: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Trains a recipe unless its run is finished; returns the run's `run.json`."""
-    content = merged(recipe, profile)
+    content = profiles.merged(recipe, profile, machines.processes, tracker, here)
+    return execute(recipe, content, profile, force, machines)
+
+
+def execute(
+    recipe: recipes.Recipe,
+    content: dict[str, Any],
+    profile: str,
+    force: bool,
+    machines: Machines,
+) -> dict[str, Any]:
+    """Trains a merged config into the recipe's run; returns `run.json`, {} on other machines."""
     data = data_of(recipe)
-    # How attention is computed is not what is learned: installing flash-attn changes no run.
-    kept = {key: value for key, value in content.items() if key != "flash_attention"}
-    identity = {"config": kept, "data": [entry["sha256"] for entry in data]}
-    with only_one(recipe.run) as lock:
-        if not prepare(recipe, identity, force):
-            print(f"train      {shown(recipe.run)} is finished (FORCE=1 trains it again)")
-            return json.loads((recipe.run / "run.json").read_text())
-        with atomic(recipe.run / "config.yaml") as file:
+    # json: a run's identity is compared with the one that was written.
+    identity = {"config": profiles.kept(content), "data": [entry["sha256"] for entry in data]}
+    identity = json.loads(json.dumps(identity))
+    run = place = recipe.run
+    if machines.rank:  # beside the run, which machine 0 makes where they share a disk
+        place = run.with_name(f".{run.name}.node{machines.rank}")
+    with only_one(place) as lock:
+        if machines.rank:
+            place.mkdir(parents=True, exist_ok=True)
+        elif not prepare(recipe, identity, force):
+            print(f"train      {shown(run)} is finished (FORCE=1 trains it again)")
+            return json.loads((run / "run.json").read_text())
+        with atomic(place / "config.yaml") as file:
             file.write(yaml.safe_dump(content, sort_keys=False).encode())
-        if not (recipe.run / "stats.json").is_file():
-            axolotl(recipe.run, lock)
-        return finish(recipe, profile, data)
+        if machines.rank or not (run / "stats.json").is_file():
+            axolotl(run, place, content, machines, lock)
+        return {} if machines.rank else finish(recipe, profile, data)
 
 
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description="train a recipe with Axolotl")
     parser.add_argument("recipe")
-    parser.add_argument("--profile", default="")
+    parser.add_argument("--profile", default="", help="one of recipes/profiles/, or several: a,b")
     parser.add_argument("--force", default="", help="1: train a finished run again")
-    arguments = parser.parse_args()
+    parser.add_argument("--nproc", default="", help="processes on this machine, one a GPU")
+    parser.add_argument("--tracker", default="", help=", ".join(profiles.TRACKERS))
+    parser.add_argument("--nnodes", default="", help="machines")
+    parser.add_argument("--node-rank", default="", help="which of them this is, from 0 on")
+    parser.add_argument("--rendezvous", default="", help="host:port of machine 0")
+    given = parser.parse_args()
     # A stop by a scheduler (SIGTERM) is treated as Ctrl-C is.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    recipe = recipes.find(arguments.recipe)
+    recipe = recipes.find(given.recipe)
     data_of(recipe)
-    if arguments.profile:
-        recipes.profile(arguments.profile)
-    here = hardware()
-    profile = arguments.profile or ("gpu" if here["gpus"] else "cpu")
-    force = arguments.force not in ("", "0")
+    profiles.layers(given.profile)
+    nnodes = int(plan.number("NNODES", given.nnodes, least=1) or 1)
+    rank = int(plan.number("NODE_RANK", given.node_rank, least=0) or 0)
+    address = re.fullmatch(r".+:\d+", given.rendezvous)
+    if nnodes > 1 and (not address or rank >= nnodes):
+        raise WrongInput("NNODES needs RDZV=host:port of machine 0, and NODE_RANK below NNODES")
+    here = profiles.hardware()
+    profile, nproc, why = profiles.choose(here, given.profile, given.nproc, nnodes)
+    machines = Machines(nproc, nnodes, rank, given.rendezvous)
+    force = given.force not in ("", "0")
     if not force and not (recipe.run / "identity.json").is_file():
-        fits(recipe, here)
+        fits(recipe, here, profile)
     recipes.validate(recipe.config, shown(recipe.path))
     if recipe.config.get("adapter") not in ("lora", "qlora"):
         raise WrongInput(f"{shown(recipe.path)}: adapter must be lora or qlora")
@@ -354,8 +515,12 @@ def main() -> None:
         raise JobFailed(f"{free / 1e9:.1f} GB are free on this disk and a training needs 2")
     export.ensure(recipe.config["base_model"])
     rows = sum(entry["rows"] for entry in data_of(recipe))
-    print(f"train      {recipe.name} on {rows} rows, profile {profile}")
-    run = train(recipe, profile, force)
+    share = f", {machines.processes} processes" if machines.processes > 1 else ""
+    print(f"train      {recipe.name} on {rows} rows, profile {profile} ({why}){share}")
+    run = train(recipe, profile, force, machines, given.tracker, here)
+    if not run:
+        print(f"train      done; the run is on {given.rendezvous}")
+        return
     minutes, loss = run["seconds"] / 60, run.get("last_loss")
     print(
         f"train      done: {run['steps']} steps in {minutes:.1f} min, "

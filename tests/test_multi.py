@@ -1,0 +1,321 @@
+"""Several processes train what one does: DDP and DeepSpeed over gloo, and two hosts on a wire."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests.conftest import losses, run, write_recipe
+from tools import cli, profiles, recipes, train
+
+# Without dropout, whose random numbers each process draws for itself. 94 rows in batches of 8 are
+# 11 whole steps of an epoch; the twelfth is filled up among several processes.
+EXACT = {"lora_dropout": 0.0, "max_steps": 11, "eval_steps": 11, "save_steps": 6}
+
+
+@pytest.fixture(scope="module")
+def one(tiny, chat_rows, tmp_path_factory) -> Path:
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("one")
+    result = run("tools.train", write_recipe(folder, "r4", tiny, chat_rows, **EXACT))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder / "r4"
+
+
+def agrees(folder: Path, one: Path) -> dict:
+    """Two processes had the losses of one, and the adapter; returns their run.json."""
+    from safetensors.torch import load_file
+
+    told = json.loads((folder / "run.json").read_text())
+    assert told["processes"] == 2
+    assert losses(folder) == pytest.approx(losses(one), abs=1e-4)
+    ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (folder, one))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].allclose(theirs[name], atol=1e-4) for name in ours)
+    alone = json.loads((one / "run.json").read_text())
+    assert told["trained_tokens"] == alone["trained_tokens"]
+    assert told["real_tokens"] == alone["real_tokens"]
+    return told
+
+
+@pytest.mark.parametrize(("micro", "accumulation"), [(4, 2), (8, 1)])
+def test_two_processes_share_the_batches_of_one(
+    one, tiny, chat_rows, tmp_path, micro, accumulation
+):
+    """By halving the accumulation, or where there is none to halve, the micro-batch."""
+    batch = {"micro_batch_size": micro, "gradient_accumulation_steps": accumulation}
+    recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, **EXACT, **batch)
+    result = run("tools.train", recipe, "--nproc", 2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    config = yaml.safe_load((tmp_path / "r4" / "config.yaml").read_text())
+    assert (config["micro_batch_size"], config["gradient_accumulation_steps"]) == (4, 1)
+    told = json.loads((tmp_path / "r4" / "run.json").read_text())
+    first, second = told["weights_of_processes"]
+    assert first == second and len(first) == 64
+    if accumulation == 1:
+        agrees(tmp_path / "r4", one)
+    else:  # the mean over each micro-batch of 4 and then over both: what one process does, too
+        (tmp_path / "alone").mkdir()
+        alone = write_recipe(tmp_path / "alone", "r4", tiny, chat_rows, **EXACT, **batch)
+        assert run("tools.train", alone).returncode == 0
+        agrees(tmp_path / "r4", tmp_path / "alone" / "r4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_trains_what_one_process_does(one, tiny, chat_rows, tmp_path, stage):
+    recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, **EXACT)
+    result = run("tools.train", recipe, "--nproc", 2, "--profile", f"cpu,zero{stage}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    told = agrees(tmp_path / "r4", one)
+    # It was DeepSpeed, with its states apart; ZeRO-3 divides the weights, so none are compared.
+    shards = tmp_path / "r4" / "checkpoint-6" / "global_step6"
+    assert len(list(shards.glob("*zero_pp_rank_*_optim_states.pt"))) == 2
+    assert len(set(told["weights_of_processes"])) == 1
+    assert (told["weights_of_processes"][0] is None) == (stage == 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", ["cpu", "cpu,zero1"])
+def test_two_processes_killed_in_the_second_epoch_go_on(tiny, chat_rows, tmp_path, profile):
+    """With dropout, and rows in an order of their own in each epoch."""
+    changes = {"max_steps": 20, "eval_steps": 20, "save_steps": 3}
+    (tmp_path / "once").mkdir(), (tmp_path / "killed").mkdir()
+    once = write_recipe(tmp_path / "once", "r4", tiny, chat_rows, **changes)
+    options = ("--nproc", "2", "--profile", profile)
+    assert run("tools.train", once, *options).returncode == 0
+    recipe = write_recipe(tmp_path / "killed", "r4", tiny, chat_rows, **changes)
+    folder = tmp_path / "killed" / "r4"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools.train", recipe, *options], cwd=cli.ROOT
+    )
+    while not (folder / "checkpoint-15").is_dir():
+        assert process.poll() is None
+        time.sleep(0.01)
+    for member in [*psutil.Process(process.pid).children(recursive=True), process]:
+        member.kill()
+    process.wait()
+    result = run("tools.train", recipe, *options)
+    assert result.returncode == 0 and "goes on from step" in result.stdout, result.stderr
+    assert losses(folder) == losses(tmp_path / "once" / "r4")
+
+
+def test_two_processes_told_to_stop_save_together(tiny, chat_rows, tmp_path):
+    recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, max_steps=200, save_steps=200)
+    folder = tmp_path / "r4"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools.train", recipe, "--nproc", "2"],
+        cwd=cli.ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    while not ((folder / "progress.jsonl").exists() and losses(folder)):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate()
+    saved = train.last_checkpoint(folder)
+    assert process.returncode == 130 and saved > 0 and f"goes on from step {saved}" in said
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(os.listdir(folder / f"checkpoint-{saved}"))
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_with_what_can():
+    config = {"micro_batch_size": 8, "gradient_accumulation_steps": 2}
+    for processes, micro, steps, parts in [(1, 8, 2, 1), (2, 8, 1, 1), (4, 4, 1, 2), (16, 1, 1, 8)]:
+        shared = profiles.divided(config, processes)
+        assert shared == {
+            "processes": processes,
+            "micro_batch_size": micro,
+            "gradient_accumulation_steps": steps,
+            "micro_batch_parts": parts,
+        }
+        assert processes * micro * steps == 16
+    with pytest.raises(
+        cli.WrongInput, match=r"3 processes .* 16 rows .*NPROC may be 1, 2, 4, 8, 16"
+    ):
+        profiles.divided(config, 3)
+
+
+@pytest.mark.parametrize(
+    ("profile", "told"), [("cpu", "they would train apart"), ("cpu,zero1", "trains without it")]
+)
+def test_training_apart_is_refused(tiny, chat_rows, tmp_path, profile, told):
+    """Plain `torchrun` without, and with, the variable that accelerate wants on a CPU."""
+    recipe = recipes.find(str(write_recipe(tmp_path, "r4", tiny, chat_rows, **EXACT)))
+    recipe.run.mkdir()
+    content = profiles.merged(recipe, profile, 2)
+    (recipe.run / "config.yaml").write_text(yaml.safe_dump(content))
+    machines = train.Machines(nproc=2)
+    environment = machines.environment({"output_dir": "."})
+    if profile == "cpu":
+        del environment["ACCELERATE_USE_CPU"]
+    done = subprocess.run(
+        [Path(sys.executable).parent / "axolotl", "train", recipe.run / "config.yaml"]
+        + machines.launcher(),
+        cwd=cli.ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0 and told in done.stderr
+    assert not list(recipe.run.glob("adapter_model*"))
+
+
+def test_different_data_on_two_processes_is_refused(tmp_path):
+    """The watch over a training, alone, in two real processes over gloo."""
+    script = tmp_path / "apart.py"
+    script.write_text(
+        "import os, sys, types, torch, torch.distributed as dist\n"
+        "from tools.plugin import Stopped, Watch\n"
+        "dist.init_process_group('gloo')\n"
+        "rank = dist.get_rank()\n"
+        f"path = f'{tmp_path}/data-{{rank}}.jsonl'\n"
+        "open(path, 'w').write(str(rank if sys.argv[1] == 'data' else 0))\n"
+        "model = torch.nn.Linear(2, 2)\n"
+        "torch.nn.init.constant_(model.weight, rank); torch.nn.init.zeros_(model.bias)\n"
+        "state = types.SimpleNamespace(global_step=1)\n"
+        "trainer = types.SimpleNamespace(model=model, state=state)\n"
+        "cfg = types.SimpleNamespace(output_dir='.', datasets=[{'path': path}])\n"
+        "watch = Watch(cfg, trainer, None)\n"
+        "watch.same_data()\n"
+        "watch.same_weights()\n"
+    )
+    for what, told in (("data", "different data"), ("weights", "different weights at step 1")):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        done = subprocess.run(
+            [*torchrun, "--nproc_per_node=2", script, what],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(cli.ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode != 0 and told in done.stderr
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces with a wire between them: their names, and the first one's address."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may make network namespaces")
+    names = [f"finlora{os.getpid()}{side}" for side in "ab"]
+    steps = [f"netns add {name}" for name in names]
+    steps += [f"link add vethf netns {names[0]} type veth peer vethfx netns {names[1]}"]
+    for name, device, address in zip(names, ("vethf", "vethfx"), (1, 2), strict=True):
+        steps += [f"-n {name} addr add 10.77.0.{address}/24 dev {device}"]
+        steps += [f"-n {name} link set {device} up", f"-n {name} link set lo up"]
+    try:
+        for step in steps:
+            done = subprocess.run(["ip", *step.split()], capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"this machine makes no network namespaces: {done.stderr.strip()}")
+        yield names, "10.77.0.1"
+    except FileNotFoundError:
+        pytest.skip("`ip` of iproute2 is not installed")
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@pytest.mark.slow
+def test_two_hosts_train_over_the_wire_what_one_process_does(hosts, one, tiny, chat_rows, tmp_path):
+    names, address = hosts
+    recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, **EXACT)
+    options = ["--profile", "cpu", "--nnodes", "2", "--rendezvous", f"{address}:29411"]
+    both = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", name, sys.executable, "-m", "tools.train", recipe, *options]
+            + ["--node-rank", str(rank)],
+            cwd=cli.ROOT,
+            env=os.environ | {"GLOO_SOCKET_IFNAME": device},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, (name, device) in enumerate(zip(names, ("vethf", "vethfx"), strict=True))
+    ]
+    said = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    agrees(tmp_path / "r4", one)
+
+
+def test_every_profile_is_valid_for_axolotl():
+    for name in ("gpu", "multi_gpu", "multi_node", "multi_gpu,zero1", "multi_gpu,zero2"):
+        for recipe in ("sentiment_r4", "sentiment_r8", "sentiment_r8_dora", "sentiment_r8_fp16"):
+            valid(recipe, name)
+    for name in ("multi_gpu,zero3", "multi_node,zero3", "multi_gpu,fsdp"):
+        valid("sentiment_r4", name)
+        with pytest.raises(cli.WrongInput, match="8-bit weights cannot be divided"):
+            profiles.merged(recipes.find("sentiment_r8"), name, 2)
+
+
+def test_axolotl_knows_the_ray_options_of_the_scale_document():
+    ray = {"use_ray": True, "ray_num_workers": 4, "resources_per_worker": {"GPU": 1}}
+    recipes.validate(recipes.find("sentiment_r4").config | ray, "sentiment_r4 with Ray Train")
+
+
+def valid(name: str, profile: str) -> None:
+    from axolotl.integrations.liger.args import LigerArgs
+
+    content = recipes.find(name).config | profiles.layers(profile)
+    liger = {key: content.pop(key) for key in list(content) if key.startswith("liger_")}
+    assert liger and set(liger) <= set(LigerArgs.model_fields)
+    content.pop("plugins")
+    recipes.validate(content, f"{name} with {profile}")
+
+
+def test_the_70b_qlora_fits_two_cards_of_24_gb_by_fsdp():
+    """The config as Axolotl's schema takes it; two cards hold 40 GB of weights in half each."""
+    from tools import plan
+
+    recipe = recipes.find("sentiment_r4")
+    base = {"base_model": "meta-llama/Llama-3.1-70B-Instruct"}
+    large = recipes.Recipe("70b", recipe.path, recipe.config | base, "0")
+    content = profiles.merged(large, "multi_gpu,fsdp", 2)
+    assert content["fsdp_version"] == 2 and content["load_in_4bit"]
+    assert content["fsdp_config"]["transformer_layer_cls_to_wrap"] == "LlamaDecoderLayer"
+    assert plan.plan(large.config)["weight_bytes"] == pytest.approx(40e9, rel=0.06)
+
+
+def test_a_profile_is_chosen_by_what_is_there():
+    cards = {"gpus": [("A5000", 24 << 30)] * 4, "cores": 8, "memory": 64 << 30}
+    none = cards | {"gpus": []}
+    assert profiles.choose(none, "", "", 1)[:2] == ("cpu", 1)
+    assert profiles.choose(none, "", "2", 1)[:2] == ("cpu", 2)
+    assert profiles.choose(cards, "", "", 1)[:2] == ("gpu", 1)
+    assert profiles.choose(cards, "", "4", 1)[:2] == ("multi_gpu", 4)
+    assert profiles.choose(cards, "multi_gpu,zero2", "", 1)[:2] == ("multi_gpu,zero2", 4)
+    assert profiles.choose(cards, "", "4", 2)[:2] == ("multi_node", 4)
+    with pytest.raises(cli.WrongInput, match="4 GPUs"):
+        profiles.choose(cards, "", "8", 1)
+    with pytest.raises(cli.WrongInput, match='NPROC "two"'):
+        profiles.choose(cards, "", "two", 1)
+
+
+def test_checkpoints_of_activations_are_on_only_where_the_plan_needs_them(tmp_path):
+    recipe = recipes.find("sentiment_r4")
+    config = recipe.config | {"sequence_len": 256}
+    config |= {"datasets": [{"path": str(tmp_path / "rows of 256 tokens are planned for")}]}
+    short = recipes.Recipe(recipe.name, recipe.path, config, recipe.version)
+    for gib, needed in ((16, True), (80, False)):
+        here = {"gpus": [("a card", gib << 30)], "cores": 8, "memory": 64 << 30}
+        content = profiles.merged(short, "gpu", here=here)
+        assert content["gradient_checkpointing"] == needed
+        assert profiles.fits(content, here, 1)
+
+
+def test_make_profile_says_what_is_used_and_why():
+    done = run("tools.profiles", "smollm2-135m/sentiment_r4", "--nproc", 2)
+    assert done.returncode == 0, done.stderr
+    for text in ("no GPU", "cpu (no CUDA GPU was found)", "2, DDP", "2 x 4 rows x 1 steps = 8"):
+        assert text in done.stdout
+    done = run("tools.profiles", "smollm2-135m/sentiment_r4", "--nproc", 3)
+    assert done.returncode == 2 and "NPROC may be 1, 2, 4, 8" in done.stderr
+    done = run("tools.profiles", "--profile", "gpus")
+    assert done.returncode == 2 and 'unknown PROFILE "gpus"' in done.stderr

@@ -1,0 +1,313 @@
+"""Nothing is lost when a training dies, and what stops it is told in one line."""
+
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests.conftest import losses, run, write_recipe
+from tools import cli, plugin, reproduce, status, train
+
+# 94 rows in batches of 8 are 12 steps an epoch; the batches are drawn by length.
+LONG = {"max_steps": 30, "save_steps": 4, "eval_steps": 15}
+
+
+def start(recipe: Path, *options: str, **kwargs) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tools.train", recipe, *options],
+        cwd=cli.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **kwargs,
+    )
+
+
+def wait_for(process: subprocess.Popen, condition) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+
+
+def steps(folder: Path) -> int:
+    return max(losses(folder), default=0) if (folder / "progress.jsonl").exists() else 0
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to the command and to all that it started, at once."""
+    family = [psutil.Process(process.pid)]
+    family += family[0].children(recursive=True)
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family[1:])
+    process.communicate()
+
+
+def same_as(folder: Path, other: Path) -> None:
+    """Two runs have the same losses and the same adapter, to the bit."""
+    assert losses(folder) == losses(other)
+    one, two = (cli.digest(f / "adapter_model.safetensors") for f in (folder, other))
+    assert one == two
+
+
+def failed(result: subprocess.CompletedProcess) -> str:
+    """The one line of a job that failed."""
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stdout + result.stderr
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, chat_rows, tmp_path_factory) -> Path:
+    """The run that the others are compared with: 30 steps in two and a half epochs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    result = run("tools.train", write_recipe(folder, "r4", tiny, chat_rows, **LONG))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder / "r4"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_a_training_told_to_stop_saves_and_goes_on(undisturbed, tiny, chat_rows, tmp_path, number):
+    recipe, folder = write_recipe(tmp_path, "r4", tiny, chat_rows, **LONG), tmp_path / "r4"
+    process = start(recipe)
+    wait_for(process, lambda: steps(folder) >= 13)  # in the second epoch
+    process.send_signal(number)
+    said, error = process.communicate()
+    assert process.returncode == 130 and "interrupted" in error
+    saved = train.last_checkpoint(folder)
+    assert saved >= 13 and f"goes on from step {saved}" in said
+    assert (
+        not (folder / "run.json").exists() and not (folder / "adapter_model.safetensors").exists()
+    )
+    assert status.status(folder)["note"] == f"goes on from step {saved}"
+
+    result = run("tools.train", recipe)
+    assert f"goes on from step {saved}" in result.stdout
+    same_as(folder, undisturbed)
+
+
+def test_a_training_whose_command_is_killed_saves_and_ends(undisturbed, tiny, chat_rows, tmp_path):
+    recipe, folder = write_recipe(tmp_path, "r4", tiny, chat_rows, **LONG), tmp_path / "r4"
+    process = start(recipe)
+    wait_for(process, lambda: steps(folder) >= 2)
+    (child,) = psutil.Process(process.pid).children()
+    process.kill()
+    psutil.wait_procs([child])
+    process.communicate()
+    assert train.last_checkpoint(folder) >= 2
+    assert not (folder / "run.json").exists() and not status.training(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tiny, chat_rows, tmp_path):
+    """21 times: after a random number of steps, and in the middle of writing a checkpoint."""
+    content = {"max_steps": 80, "save_steps": 2, "eval_steps": 80}
+    (tmp_path / "once").mkdir(), (tmp_path / "killed").mkdir()
+    once = write_recipe(tmp_path / "once", "r4", tiny, chat_rows, **content)
+    assert run("tools.train", once).returncode == 0
+    recipe = write_recipe(tmp_path / "killed", "r4", tiny, chat_rows, **content)
+    folder, dice, torn = tmp_path / "killed" / "r4", random.Random(0), 0
+    for life in range(21):
+        process, begun = start(recipe), steps(folder)
+        after = begun + dice.randint(1, 3)
+        if life % 3:
+            wait_for(process, lambda after=after: steps(folder) >= after)
+        else:
+            wait_for(process, lambda begun=begun: steps(folder) > begun + 1)
+            wait_for(process, lambda: any((folder / ".writing").glob("checkpoint-*/*")))
+        time.sleep(dice.random() / 20)
+        kill(process)
+        torn += any((folder / ".writing").glob("checkpoint-*"))
+        assert not (folder / "run.json").exists()
+    assert torn, "no kill met a checkpoint in the writing"
+    result = run("tools.train", recipe)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert not list(folder.glob("damaged-*"))  # what is there under its name is whole
+    same_as(folder, tmp_path / "once" / "r4")
+
+
+def test_a_checkpoint_is_verified_before_it_is_used(undisturbed, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(undisturbed, tmp_path / "run")
+    newest, before = tmp_path / "run" / "checkpoint-30", tmp_path / "run" / "checkpoint-28"
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {
+        newest.name,
+        before.name,
+    }  # as many as the recipe says
+    told = json.loads((newest / "checkpoint.json").read_text())
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= set(told)
+    flipped = bytearray((newest / "optimizer.pt").read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    (newest / "optimizer.pt").write_bytes(flipped)
+    assert train.last_checkpoint(tmp_path / "run") == 28
+    assert "checkpoint-30 is damaged and left out" in capsys.readouterr().out
+
+    weights = load_file(before / "adapter_model.safetensors")
+    next(iter(weights.values())).view(-1)[0] = math.nan
+    save_file(weights, before / "adapter_model.safetensors")
+    plugin.seal(before)
+    assert train.last_checkpoint(tmp_path / "run") == 0
+
+
+def test_data_that_changed_under_a_half_done_run_is_told(undisturbed, tmp_path, capsys):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()
+    before = json.loads((tmp_path / "run" / "identity.json").read_text())
+    recipe = train.recipes.load(undisturbed.parent / "r4.yaml", "r4")
+    moved = train.recipes.Recipe(
+        "r4", recipe.path, recipe.config | {"output_dir": str(tmp_path / "run")}, "1"
+    )
+    path = recipe.config["datasets"][0]["path"]
+    assert train.prepare(moved, before | {"data": ["another"]}, force=False)
+    said = capsys.readouterr().out
+    assert f"starts afresh: the data changed ({path})" in said and "run.previous" in said
+    assert train.last_checkpoint(tmp_path / "run") == 0
+    assert (tmp_path / "run.previous" / "checkpoint-28").is_dir()
+
+    other = before | {"config": before["config"] | {"lora_r": 8}}
+    assert "changed (lora_r 4 → 8)" in train.changed(before, other)
+
+
+def test_data_that_changes_while_it_is_read_stops_the_training(tiny, chat_rows, tmp_path):
+    data = tmp_path / "sentiment_train.jsonl"
+    shutil.copy(chat_rows, data)
+    recipe, folder = write_recipe(tmp_path, "r4", tiny, data), tmp_path / "r4"
+    process = start(recipe)
+    wait_for(process, (folder / "config.yaml").exists)
+    data.write_text(data.read_text().splitlines()[0] + "\n" + data.read_text())
+    _, error = process.communicate()
+    assert process.returncode == 1
+    assert "changed while the training was starting" in error and error.count("\n") == 1
+    assert not (folder / "run.json").exists() and not list(folder.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("rate", "told"), [(1e30, "is not a number at step"), (50.0, "the loss diverges: ")]
+)
+def test_a_loss_that_is_lost_stops_the_training(tiny, chat_rows, tmp_path, rate, told):
+    changes = LONG | {"learning_rate": rate, "warmup_steps": 2, "save_steps": 1}
+    recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, **changes)
+    error = failed(run("tools.train", recipe))
+    assert told in error
+    folder = tmp_path / "r4"
+    assert (
+        not (folder / "run.json").exists() and not (folder / "adapter_model.safetensors").exists()
+    )
+    at = int(re.search(r"step (\d+)", error)[1])
+    assert train.last_checkpoint(folder) < at  # nothing of the lost step is kept
+
+
+def test_a_loss_diverges_where_it_doubles_or_its_gradient_explodes():
+    def told(losses, norms):
+        return plugin.diverging(
+            [{"loss": a, "grad_norm": b} for a, b in zip(losses, norms, strict=True)]
+        )
+
+    falling = [3 - 0.1 * step for step in range(20)]
+    assert told(falling, [1.0] * 20) is None
+    assert told([3.0] * 10 + [5.9] * 10, [1.0] * 20) is None
+    assert told([0.01] * 10 + [0.5] * 10, [1.0] * 20) is None  # a lucky start is no divergence
+    assert told([3.0] * 10 + [6.1] * 10, [1.0] * 20) == (
+        "3.00 at first, 6.10 (gradient norm 1) over 10 steps"
+    )
+    assert told([11.0] * 20, [1.0] * 10 + [1001.0] * 10)
+    assert told(falling, [1.0] * 10 + [1001.0] * 10) is None
+    assert told([3.0] * 10 + [9.0] * 9, [1.0] * 19) is None
+
+
+def test_out_of_memory_says_what_the_planner_suggests(tiny, chat_rows, tmp_path):
+    changes = {"micro_batch_size": 64, "dequantize_once": None}
+    recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, **changes)
+
+    def little_memory() -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (900 << 20, 900 << 20))
+
+    process = start(recipe, preexec_fn=little_memory)
+    _, error = process.communicate()
+    assert process.returncode == 1 and "out of memory" in error, error
+    assert not (tmp_path / "r4" / "run.json").exists()
+
+    config = yaml.safe_load(recipe.read_text()) | {"base_model": "meta-llama/Llama-3.1-8B-Instruct"}
+    advice = train.memory_advice(config, 1)
+    assert "micro_batch_size: 32, gradient_accumulation_steps: 2" in advice
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
+def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(tiny, chat_rows, tmp_path):
+    disk = tmp_path / "r4"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=11m", "tmpfs", disk]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this machine does not let a small disk be mounted")
+    try:
+        recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, save_total_limit=12, save_steps=1)
+        error = failed(run("tools.train", recipe))
+        assert "no space left on the disk" in error
+        assert not (disk / "run.json").exists()
+        kept = train.last_checkpoint(disk)
+        assert f"goes on from step {kept}" in error
+        subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
+        result = run("tools.train", recipe)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert f"goes on from step {kept}" in result.stdout
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(tiny, chat_rows):
+    place = Path("/proc/finlora")  # not even root may write there
+    recipe_folder = tiny.parent
+    recipe = write_recipe(recipe_folder, "r4", tiny, chat_rows, output_dir=str(place / "r4"))
+    error = failed(run("tools.train", recipe))
+    assert f"{place}" in error and "cannot be written" in error
+
+
+def test_a_run_is_reproduced_to_the_bit(undisturbed):
+    result = run("tools.reproduce", undisturbed)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "the same to the bit" in result.stdout
+    same_as(undisturbed.with_name("r4.reproduced"), undisturbed)
+    with pytest.raises(cli.WrongInput, match="no finished run"):
+        reproduce.again(undisturbed.parent)
+
+
+def test_a_tracker_writes_only_where_it_is_asked_for(undisturbed, tiny, chat_rows, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert not list(undisturbed.rglob("events.out.tfevents*"))
+    recipe = write_recipe(tmp_path, "r4", tiny, chat_rows)
+    assert run("tools.train", recipe, "--tracker", "tensorboard").returncode == 0
+    (events,) = (tmp_path / "r4").rglob("events.out.tfevents*")
+    told = EventAccumulator(str(events.parent))
+    told.Reload()
+    seen = {event.step: event.value for event in told.Scalars("train/loss")}
+    assert seen == pytest.approx(losses(tmp_path / "r4"))
+
+    # It is no other run by it.
+    result = run("tools.train", recipe)
+    assert "is finished" in result.stdout
+    result = run("tools.train", recipe, "--tracker", "tensorbord")
+    assert (
+        result.returncode == 2 and "there are tensorboard, wandb, mlflow, trackio" in result.stderr
+    )
+
+
+def test_status_tells_what_trains_and_what_is_done(undisturbed, monkeypatch):
+    monkeypatch.setattr(status, "RUNS", undisturbed.parent)
+    rows = {row["run"]: row for row in status.all_runs()}
+    assert (rows["r4"]["state"], rows["r4"]["step"]) == ("finished", 30)
+    with train.only_one(undisturbed):
+        assert status.all_runs()[0]["state"] == "training"

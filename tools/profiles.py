@@ -1,0 +1,221 @@
+"""Where a recipe runs: what this machine has, the profiles that suit it, and the merged config.
+
+    python -m tools.profiles [RECIPE] [--profile multi_gpu,zero2] [--nproc 4]
+
+A profile is a YAML file of Axolotl options in recipes/profiles/; several, parted by commas, are
+laid over each other. What is learned stays the recipe's: more processes take their share of the
+same batches, and a number of processes that cannot is refused.
+"""
+
+import argparse
+import importlib.util
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tools import plan, recipes
+from tools.cli import ROOT, WrongInput, command
+
+LARGEST_ON_CPU = 1e9  # parameters; a step of an 8B model takes minutes on a desktop CPU
+DRIVERS = ("nvidia-smi", "rocm-smi")  # a machine without either has no GPU that torch can use
+# Chosen by what a machine has, and the same numbers either way: not part of what a run is.
+CHOSEN = {"attn_implementation", "gradient_checkpointing"}
+# Axolotl's options for the trackers; what each writes stays in the run folder or on this machine.
+TRACKERS: dict[str, dict[str, Any]] = {
+    "tensorboard": {"use_tensorboard": True},
+    "wandb": {"use_wandb": True, "wandb_project": "finlora-recipes"},
+    "mlflow": {"use_mlflow": True, "mlflow_experiment_name": "finlora-recipes"},
+    "trackio": {"use_trackio": True, "trackio_project_name": "finlora-recipes"},
+}
+
+
+def hardware() -> dict[str, Any]:
+    """What this machine has: `gpus` [(name, bytes)], `cores`, `memory` in bytes."""
+    import psutil
+
+    gpus = []
+    if any(map(shutil.which, DRIVERS)):  # importing torch takes seconds
+        import torch
+
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            gpus.append((properties.name, properties.total_memory))
+    cores = len(os.sched_getaffinity(0))
+    return {"gpus": gpus, "cores": cores, "memory": psutil.virtual_memory().total}
+
+
+def found(here: dict[str, Any]) -> str:
+    """The hardware in words."""
+    if here["gpus"]:
+        name, memory = here["gpus"][0]
+        return f"{len(here['gpus'])} x {name} with {memory / 2**30:.0f} GiB"
+    return f"{here['cores']} CPU cores with {here['memory'] / 2**30:.0f} GiB and no GPU"
+
+
+def choose(here: dict[str, Any], profile: str, nproc: str, nnodes: int) -> tuple[str, int, str]:
+    """(profile, processes on this machine, why) from what is asked for and what is there."""
+    gpus = len(here["gpus"])
+    if nproc and not (nproc.isdigit() and int(nproc)):
+        raise WrongInput(f'NPROC "{nproc}": a number of processes, from 1 on, is needed')
+    count = int(nproc) if nproc else 1
+    if not nproc and profile.split(",")[0] in ("multi_gpu", "multi_node"):
+        count = max(gpus, 1)
+    if gpus and count > gpus and "cpu" not in profile.split(","):
+        raise WrongInput(f"NPROC={count}: this machine has {gpus} GPUs")
+    if profile:
+        return profile, count, "PROFILE"
+    if not gpus:
+        return "cpu", count, "no CUDA GPU was found"
+    if nnodes > 1:
+        return "multi_node", count, f"{nnodes} machines"
+    if count > 1:
+        return "multi_gpu", count, f"NPROC={count}"
+    spare = f"; NPROC={gpus} takes all {gpus}" if gpus > 1 else ""
+    return "gpu", 1, f"a CUDA GPU was found{spare}"
+
+
+def layers(profile: str) -> dict[str, Any]:
+    """The options of one profile or of several, `multi_gpu,zero2`, the later over the earlier."""
+    content: dict[str, Any] = {}
+    for name in profile.replace(",", " ").split():
+        content |= recipes.profile(name)
+    return content
+
+
+def divided(config: dict[str, Any], processes: int) -> dict[str, Any]:
+    """The options that let `processes` share the recipe's batches; raises WrongInput where they
+    cannot.
+
+    Gradient accumulation is divided first. Where that is not enough, a micro-batch is divided among
+    `micro_batch_parts` processes, whose losses tools/plugin.py weighs by their tokens.
+    """
+    micro = config.get("micro_batch_size") or 1
+    steps = config.get("gradient_accumulation_steps") or 1
+    parts = processes // math.gcd(steps, processes)
+    if micro % parts:
+        fits = [n for n in range(1, micro * steps + 1) if micro % (n // math.gcd(steps, n)) == 0]
+        raise WrongInput(
+            f"{processes} processes cannot share the recipe's batch of {micro * steps} rows "
+            f"(micro_batch_size {micro}, gradient_accumulation_steps {steps}); "
+            f"NPROC may be {', '.join(map(str, fits))}"
+        )
+    return {
+        "processes": processes,
+        "micro_batch_size": micro // parts,
+        "gradient_accumulation_steps": steps * parts // processes,
+        "micro_batch_parts": parts,
+    }
+
+
+def fits(config: dict[str, Any], here: dict[str, Any], processes: int) -> bool | None:
+    """Whether the plan of a config fits this machine's GPUs; None where it cannot be planned."""
+    try:
+        size = f"{here['gpus'][0][1] / 2**30:.1f}GB"
+        data = ROOT / config["datasets"][0]["path"]
+        return bool(plan.plan(config, size, processes, data=data)["fits"])
+    except WrongInput:
+        return None
+
+
+def merged(
+    recipe: recipes.Recipe,
+    profile: str,
+    processes: int = 1,
+    tracker: str = "",
+    here: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The config that Axolotl gets: the recipe, the profiles over it, and tools/plugin.py."""
+    run = Path(recipe.config["output_dir"])
+    content = recipe.config | layers(profile)
+    if processes > 1:
+        content |= divided(content, processes)
+    if content.get("load_in_8bit") and (content.get("fsdp_config") or "zero3" in profile):
+        raise WrongInput(
+            f"{recipe.name}: bitsandbytes' 8-bit weights cannot be divided by {profile}"
+        )
+    if content.get("load_in_4bit") and "zero3" in profile and content.get("bf16") is False:
+        # ZeRO-3 gathers packed weights with the others, in one dtype; the bits stay as they are.
+        content["bnb_config_kwargs"] = {
+            **(content.get("bnb_config_kwargs") or {}),
+            "bnb_4bit_quant_storage": "float32",
+        }
+    flash = importlib.util.find_spec("flash_attn")
+    if content.get("attn_implementation") == "flash_attention_2" and not flash:
+        content["attn_implementation"] = "sdpa"  # and `batch_flattening: auto` is off
+    if content.get("gradient_checkpointing") and here and here["gpus"]:
+        # Recomputing costs a third of the time: only where the plan does not fit without.
+        without = content | {"gradient_checkpointing": False}
+        content["gradient_checkpointing"] = not fits(without, here, processes)
+    if tracker:
+        if tracker not in TRACKERS:
+            raise WrongInput(f'unknown TRACKER "{tracker}"; there are {", ".join(TRACKERS)}')
+        if not importlib.util.find_spec(tracker):
+            raise WrongInput(f"TRACKER={tracker} needs a package: .venv/bin/pip install {tracker}")
+        content |= TRACKERS[tracker]
+        if tracker == "mlflow":
+            content["mlflow_tracking_uri"] = str((ROOT / run / "mlruns").as_uri())
+    content["plugins"] = [*content.get("plugins", []), "tools.plugin.RunPlugin"]
+    # Axolotl knows prepared data by its config and not by its content: a run keeps its own.
+    content["dataset_prepared_path"] = str(run / "prepared")
+    content["include_tkps"] = True
+    content["auto_resume_from_checkpoints"] = True
+    return content
+
+
+def kept(content: dict[str, Any]) -> dict[str, Any]:
+    """What of a merged config makes another run of it where it changes."""
+    aside = CHOSEN | {key for options in TRACKERS.values() for key in options}
+    return {
+        key: value for key, value in content.items() if key not in {*aside, "mlflow_tracking_uri"}
+    }
+
+
+def reasons(content: dict[str, Any], here: dict[str, Any], processes: int) -> dict[str, str]:
+    """What is used, and why, in words; for `make profile`."""
+    flash = content.get("attn_implementation") == "flash_attention_2"
+    checkpointing = "on" if content.get("gradient_checkpointing") else "off"
+    if here["gpus"]:
+        attention = "flash-attn, it imports" if flash else "SDPA, flash-attn does not import"
+        verdict = fits(content | {"gradient_checkpointing": False}, here, processes)
+        known = {True: "it fits without", False: "it does not fit without", None: "no plan"}
+        checkpointing += f", {known[verdict]}"
+    else:
+        attention = "SDPA, flash-attn needs CUDA"
+    precision = {True: "bf16", "auto": "bf16 where the GPU has it, else fp16", False: "float32"}
+    sharing = content.get("deepspeed") or ("FSDP" if content.get("fsdp_config") else None)
+    micro, steps = content["micro_batch_size"], content["gradient_accumulation_steps"]
+    batch = f"{processes} x {micro} rows x {steps} steps = {processes * micro * steps}"
+    if content.get("micro_batch_parts", 1) > 1:
+        batch += f"; {content['micro_batch_parts']} processes share a micro-batch of the recipe"
+    return {
+        "compute": precision.get(content.get("bf16"), str(content.get("bf16"))),
+        "attention": attention,
+        "optimizer": str(content.get("optimizer")),
+        "checkpointing": checkpointing,
+        "processes": f"{processes}" + (f", {sharing or 'DDP'}" if processes > 1 else ""),
+        "effective batch": batch,
+    }
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description="what was found, what will be used, and why")
+    parser.add_argument("recipe", nargs="?", default="")
+    parser.add_argument("--profile", default="")
+    parser.add_argument("--nproc", default="")
+    given = parser.parse_args()
+    here = hardware()
+    profile, processes, why = choose(here, given.profile, given.nproc, 1)
+    layers(profile)
+    rows = {"found": found(here), "profile": f"{profile} ({why})"}
+    recipe = recipes.find(given.recipe or "smollm2-135m/sentiment_r4")
+    content = merged(recipe, profile, processes, here=here)
+    rows |= {"recipe": recipe.name} | reasons(content, here, processes)
+    for name, text in rows.items():
+        print(f"{name:<16} {text}")
+
+
+if __name__ == "__main__":
+    main()
