@@ -852,7 +852,7 @@ def verified(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def card(facts: dict[str, dict[str, Any]]) -> str:
     """The data card of data/sources.yaml and of what audits found in the published files."""
-    table = convert.sources()
+    table = convert.published()
     whole = table["collection"]
     out = [
         "# Data card",

@@ -59,10 +59,20 @@ LOCAL = ROOT / "recipes" / "local"  # tasks of the user's own, see tools/local.p
 UNCOUNTED = "not counted: no recipe was named (make data RECIPE=… counts with its tokenizer)"
 
 
-@cache
-def sources() -> dict[str, Any]:
+def published() -> dict[str, Any]:
     """The tables of data/sources.yaml; a multi-task set gets the datasets of its parts."""
     content = yaml.load((ROOT / "data" / "sources.yaml").read_bytes(), yaml.CSafeLoader)
+    tasks = content["tasks"]
+    for spec in tasks.values():
+        if parts := spec.get("parts"):
+            spec["eval"] = [name for part in parts for name in tasks[part]["eval"]]
+    return content
+
+
+@cache
+def sources() -> dict[str, Any]:
+    """The published tables and the user's own rows of recipes/local/*.yaml."""
+    content = published()
     for path in sorted(LOCAL.glob("*.yaml")):
         own = yaml.load(path.read_bytes(), yaml.CSafeLoader).get("sources", {})
         for table, rows in own.items():
@@ -70,10 +80,6 @@ def sources() -> dict[str, Any]:
                 for key in {"file", "train"} & entry.keys():
                     entry[key] = str(ROOT / entry[key])  # not below FinLoRA's data/
             content[table] |= rows
-    tasks = content["tasks"]
-    for spec in tasks.values():
-        if parts := spec.get("parts"):
-            spec["eval"] = [name for part in parts for name in tasks[part]["eval"]]
     return content
 
 
@@ -550,9 +556,11 @@ def main() -> None:
     for name in dict.fromkeys(part for t in tasks for part in [*known[t].get("parts", ()), t]):
         folder = source_folder(name)
         joined = "parts" in known[name] and not (folder / known[name]["train"]).is_file()
-        if folder != said and not joined:
-            print(f"data       from {shown(folder)}" + (" (examples)" if folder == SAMPLE else ""))
-            said = folder
+        own = Path(known[name]["train"])
+        place = own.parent if own.is_absolute() else folder
+        if place != said and not joined:
+            print(f"data       from {shown(place)}" + (" (examples)" if place == SAMPLE else ""))
+            said = place
         convert_task(name, folder, how)
 
 

@@ -131,6 +131,8 @@ def version(name: str) -> str:
 def finlora_name(name: str) -> str | None:
     """FinLoRA's name of a catalogue recipe, `<task>_<model>_<bits>_r<rank>…`, if it has one."""
     model, task, method = parts(name)
+    if matrix()["tasks"][task].get("local"):
+        return None
     of_model = matrix()["models"][model].get("finlora")
     of_method = matrix()["methods"][method].get("finlora")
     return f"{task}_{of_model}_{of_method}" if of_model and of_method else None
