@@ -16,7 +16,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: help setup demo fetch data audit model train profile status sweep reproduce eval chat merge serve push pull adapters recipes show plan new import render test test-all check clean
+.PHONY: help setup demo fetch data audit model train profile status sweep reproduce eval report chat merge serve push pull adapters recipes show plan new import render test test-all check clean
 
 help: ## List the jobs
 	@printf 'Jobs (make JOB RECIPE=… TASKS=… …):\n'
@@ -69,6 +69,9 @@ reproduce: $(READY) ## Train a finished run again and compare the adapters: RUN=
 eval: $(READY) ## Score base and adapter: [RECIPE=…] [TASKS=fpb,fiqa] [LIMIT=200] [BASE=1] [PRECISION=nf4] [ADAPTER=…] [FORCE=1]
 	@$(PY) -m evals.run "$$RECIPE" --tasks "$$TASKS" --limit "$$LIMIT" --force "$$FORCE" \
 	  --base "$$BASE" --precision "$$PRECISION" --adapter "$$ADAPTER" --prompt-format "$$PROMPT_FORMAT"
+
+report: $(READY) ## A page of all scores, runs/report/index.html, and its figures as PNGs: [PRICE=0.26] [GPU="A5000 24GB"]
+	@$(PY) -m evals.html --gpu "$$GPU" --price "$$PRICE"
 
 chat: $(READY) ## Base and adapter answer PROMPT="…"; a conversation without it: RECIPE=… or ADAPTER=…
 	@$(PY) -m tools.chat "$$RECIPE" "$$PROMPT" --adapter "$$ADAPTER"

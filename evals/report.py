@@ -135,18 +135,19 @@ def method(name: str) -> tuple[str, str] | None:
     return (str(names[0]), str(names[1])) if all(names) else None
 
 
+def share(value: Any) -> float:
+    """How much of a row is right, 0 to 1: of pairs (expected, answered), or of a number."""
+    if isinstance(value, list):
+        return sum(e == a for e, a in value) / len(value)
+    return float(value)
+
+
 def differing(content: Content) -> int | None:
     """On how many rows FinLoRA's rule finds another share of right answers than ours."""
-
-    def right(value: Any) -> float:
-        if isinstance(value, list):
-            return sum(e == a for e, a in value) / len(value)
-        return float(value)
-
     pairs = [row["values"] for row in content["predictions"]]
     if not all({"accuracy", "finlora_accuracy"} <= row.keys() for row in pairs):
         return None
-    return sum(right(row["accuracy"]) != right(row["finlora_accuracy"]) for row in pairs)
+    return sum(share(row["accuracy"]) != share(row["finlora_accuracy"]) for row in pairs)
 
 
 def sentences(gains: dict[str, dict[str, dict[str, Any]]], contents: dict[str, Content]) -> Any:

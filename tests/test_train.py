@@ -270,3 +270,27 @@ def test_a_run_cut_off_after_training_is_finished_without_training_again(runs, t
     cli.write_json(copy / "stats.json", {"steps": content["steps"], "seconds": 1.0})
     assert train.train(moved, "cpu")["adapter_sha256"] == content["adapter_sha256"]
     assert (copy / "run.json").is_file() and not (copy / "stats.json").exists()
+
+
+def test_a_finished_run_moves_aside_where_it_is_trained_again(tmp_path, capsys):
+    run = tmp_path / "run"
+    recipe = recipes.Recipe("x", tmp_path / "x.yaml", {"output_dir": str(run)}, "1.0.0")
+    identity = {"config": {"lora_r": 4}, "data": ["a"]}
+    assert train.prepare(recipe, identity, force=False)
+
+    def finish() -> None:
+        (run / "adapter_config.json").write_text("{}")
+        (run / "adapter_model.safetensors").write_bytes(b"weights")
+        sha = cli.digest(run / "adapter_model.safetensors")
+        cli.write_json(run / "run.json", {"adapter_sha256": sha})
+
+    finish()
+    assert not train.prepare(recipe, identity, force=False)
+    assert train.prepare(recipe, identity, force=True)
+    assert "starts afresh: FORCE=1" in capsys.readouterr().out
+    finish()
+    (run / "adapter_model.safetensors").write_bytes(b"other")
+    assert train.prepare(recipe, identity, force=False)
+    assert "the adapter is not the one that run.json tells of" in capsys.readouterr().out
+    kept = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    assert kept == ["run", "run.previous", "run.previous-2"]

@@ -240,10 +240,9 @@ def prepare(recipe: recipes.Recipe, identity: dict[str, Any], force: bool) -> bo
     written = run / "identity.json"
     done = (run / "run.json").is_file()
     before = json.loads(written.read_text()) if written.is_file() else None
-    same = before == identity
     # An adapter that something else wrote over is not what run.json tells of.
-    same = same and not (done and not recipe.intact())
-    if same and not (force and done):
+    damaged = done and not recipe.intact()
+    if before == identity and not damaged and not (force and done):
         if done:
             return False
         shutil.rmtree(run / ".writing", ignore_errors=True)
@@ -263,7 +262,7 @@ def prepare(recipe: recipes.Recipe, identity: dict[str, Any], force: bool) -> bo
         why = "FORCE=1"
         if before != identity:
             why = changed(before, identity) if before else "it was not begun by `make train`"
-        elif done and not recipe.intact():
+        elif damaged:
             why = "the adapter is not the one that run.json tells of"
         print(f"train      starts afresh: {why}; what was there is in {shown(aside)}")
     run.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,573 @@
+"""Makes a page of all scores: runs/report/index.html, one file that asks nothing of a network.
+
+    python -m evals.html [--gpu "A100 80GB"] [--price 1.19]
+
+It reads the score files of every run and base, what was planned and the losses, and scores nothing.
+Its figures lie beside it as PNGs. Prompts and answers are hostile input: all text is escaped, and
+what steers a page or a terminal is spelled out.
+"""
+
+import argparse
+import base64
+import hashlib
+import json
+import math
+import sys
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evals import report, stats
+from evals import run as evaluation
+from tools import convert, plan, recipes, subject
+from tools.cli import ROOT, WrongInput, atomic, command, json_lines, shown
+
+TEMPLATE = ROOT / "evals" / "page.html"
+WRONG = 25  # wrong answers shown of each model and dataset
+TEXT = 3000  # characters shown of each prompt and answer
+LABELS = 12  # classes up to which a confusion matrix can be read
+INK = "#59626d"  # of figures: grey in a PNG, the page's own colour in the page
+COLOURS = ("#3b74c4", "#c8553d", "#3f8f5b", "#8a5fb0", "#a8790b", "#2a8c97")
+MARKERS = "osD^vP"
+Content = report.Content
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What was scored: a base or an adapter, at one precision, prompt format and limit."""
+
+    folder: Path
+    model: str
+    method: str
+    setting: str
+    adapter: bool
+    contents: dict[str, Content]  # dataset → its score file
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}/{self.method}, {self.setting}"
+
+    @property
+    def recipe(self) -> str:
+        return str(self.told.get("recipe") or "")
+
+    @property
+    def told(self) -> dict[str, Any]:
+        path = self.folder / "run.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+
+# ---- what was scored
+
+
+def read(file: Path) -> Content:
+    """A score file; WrongInput where it is damaged, of another version or of another adapter."""
+    try:
+        content: Content = json.loads(file.read_text())
+        told, rows = content["evaluated"], content["predictions"]
+        first = next(iter(content["metrics"]))
+        complete = all(first in row["values"] for row in rows)
+        complete = complete and {"data_sha256", "precision", "limit", "data_from"} <= told.keys()
+    except (OSError, ValueError, KeyError, StopIteration, TypeError):
+        complete = False
+    if not complete:
+        raise WrongInput("no score file of this version; `make eval` scores again")
+    run = file.parent.parent / "run.json"
+    now = json.loads(run.read_text()).get("adapter_sha256") if run.is_file() else None
+    if now and told.get("adapter_sha256") not in (None, now):
+        raise WrongInput("of an adapter that was trained again; `make eval` scores it")
+    return content
+
+
+def everything() -> list[Scored]:
+    """All that was scored, bases before their adapters; files that cannot count are named."""
+    found: dict[tuple[Path, str], dict[str, Content]] = {}
+    for file in sorted(subject.RUNS.glob("**/evals/*.json")):
+        parts = file.relative_to(subject.RUNS).parts
+        if any(part.startswith(".") or ".previous" in part for part in parts):
+            continue
+        try:
+            content = read(file)
+        except WrongInput as error:
+            print(f"report     {shown(file)} left out: {error}", file=sys.stderr)
+            continue
+        dataset = str(content["evaluated"]["dataset"])
+        suffix = file.stem.removeprefix(dataset)
+        found.setdefault((file.parent.parent, suffix), {})[dataset] = content
+    order = list(convert.sources()["datasets"])
+    made = []
+    for (folder, _), contents in found.items():
+        told = next(iter(contents.values()))["evaluated"]
+        form = told.get("prompt_format", "chat")
+        limit = f"{told['limit']} rows" if told["limit"] else ""
+        setting = [told["precision"], form if form != "chat" else "", limit]
+        adapter = bool(told.get("adapter_sha256"))
+        model = str(told.get("base_model") or folder.parent.name).rsplit("/", 1)[-1]
+        method = folder.name if adapter or not folder.name.startswith("base_") else "base"
+        names = sorted(contents, key=lambda n: (order.index(n) if n in order else len(order), n))
+        ordered = {name: contents[name] for name in names}
+        kept = ", ".join(str(part) for part in setting if part)
+        made.append(Scored(folder, model, method, kept, adapter, ordered))
+    return sorted(made, key=lambda one: (one.model, one.adapter, one.method, one.setting))
+
+
+def comparable(one: Content, other: Content) -> bool:
+    """Whether nothing but the adapter differs between two scores."""
+    both = ({**content["evaluated"], "adapter_sha256": None} for content in (one, other))
+    return next(both) == next(both)
+
+
+def base_of(scored: Scored, all_scored: list[Scored]) -> dict[str, Content]:
+    """The base's scores that an adapter's can be compared with, by dataset."""
+    return {
+        dataset: base.contents[dataset]
+        for base in all_scored
+        if not base.adapter
+        for dataset, content in scored.contents.items()
+        if dataset in base.contents and comparable(base.contents[dataset], content)
+    }
+
+
+# ---- tables
+
+
+def numbers(value: dict[str, Any] | None, signed: bool = False) -> dict[str, Any] | None:
+    """A value with an interval for the page: text in %, and the number to sort by."""
+    if not value:
+        return None
+    plus = "+" if signed else ""
+    point, low, high = (f"{100 * value[key]:{plus}.1f}" for key in ("value", "low", "high"))
+    return {"point": point, "range": f"{low} … {high}", "sort": value["value"]}
+
+
+def published(scored: Scored) -> dict[str, dict[str, float]]:
+    """FinLoRA's scores of the same method on Llama 3.1 8B, by dataset; {} where it has none."""
+    if not scored.adapter:
+        return report.published()["base"] if scored.method == "base" else {}
+    try:
+        method = recipes.parts(recipes.find(scored.recipe).name)[2]
+        theirs = str(recipes.matrix()["methods"][method].get("finlora"))
+    except WrongInput:
+        named = report.method(scored.folder.name)
+        theirs = named[1] if named else ""
+    return report.published().get(theirs, {})
+
+
+def table(scored: Scored, gains: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A row for each dataset and metric of what was scored."""
+    rows, theirs = [], published(scored)
+    for dataset, content in scored.contents.items():
+        own = content["evaluated"]["data_from"] == "data/sample"
+        for place, (metric, value) in enumerate(content["metrics"].items()):
+            gain = gains.get(dataset, {}).get(metric)
+            score = theirs.get(dataset, {}).get(metric)
+            rows.append(
+                {
+                    "dataset": dataset,
+                    "note": "examples" if own else content["evaluated"].get("data_selected"),
+                    "model": scored.model,
+                    "method": scored.method,
+                    "setting": scored.setting,
+                    "metric": report.title(metric),
+                    "main": place == 0,
+                    "score": numbers(value),
+                    "gain": numbers(gain, signed=True),
+                    "p": gain["corrected"] if gain else None,
+                    "published": score,
+                    "rows": content["examples"],
+                }
+            )
+    return rows
+
+
+def verdicts(scored: Scored, gains: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    """What the differences from the base and from FinLoRA's published scores mean, in sentences."""
+    said = [
+        f"{dataset}, {report.title(metric)}: {told}."
+        for dataset, metric, told in report.sentences(gains, scored.contents)
+    ]
+    llama = recipes.matrix()["models"]["llama-3.1-8b"]
+    theirs = report.method(scored.recipe or scored.folder.name)
+    told_base = next(iter(scored.contents.values()))["evaluated"].get("base_model")
+    if scored.adapter:
+        method = theirs[1] if theirs and theirs[0] == llama["finlora"] else ""
+    else:
+        method = "base" if told_base == llama["hub"] else ""
+    against = report.against_published(scored.contents, method)
+    for dataset, metric, told in report.sentences(against, scored.contents):
+        score = 100 * against[dataset][metric]["published"]
+        text = (
+            f"{dataset}, {report.title(metric)}: against FinLoRA's published {score:.1f}: {told}."
+        )
+        said.append(text)
+    for dataset, content in scored.contents.items():
+        if count := report.differing(content):
+            said.append(f"{dataset}: FinLoRA's rule scores {count} rows otherwise.")
+        left = content.get("left_out", {})
+        said += [f"{dataset}: {report.title(metric)} {why}." for metric, why in left.items()]
+        if content.get("cut_prompts"):
+            said.append(f"{dataset}: {content['cut_prompts']} prompts were cut to fit.")
+    return said
+
+
+def between(adapters: list[Scored]) -> list[str]:
+    """Adapters against each other, where they have the same base at the same precision."""
+    said = []
+    for one, other in combinations(adapters, 2):
+        same = {
+            dataset: content
+            for dataset, content in one.contents.items()
+            if dataset in other.contents and comparable(content, other.contents[dataset])
+        }
+        gains = report.differences(same, other.contents)
+        said += [
+            f"{other.name} against {one.name}: {dataset}, {report.title(metric)}: {told}."
+            for dataset, metric, told in report.sentences(gains, same)
+        ]
+    return said
+
+
+def confusion(content: Content) -> dict[str, Any] | None:
+    """How often each label was answered for each that was expected; None where there are none.
+
+    {"labels", "rows": [(expected, [(count, share of the row)…])]}; the last count of a row is of
+    answers that are no label.
+    """
+    pairs = [row["values"].get("f1_weighted") or [] for row in content["predictions"]]
+    if not all(len(each) == 1 for each in pairs):
+        return None
+    labels = sorted({each[0][0] for each in pairs})
+    if len(labels) > LABELS:
+        return None
+    counts = {label: dict.fromkeys([*labels, None], 0) for label in labels}
+    for ((expected, answered),) in pairs:
+        counts[expected][answered if answered in counts else None] += 1
+    rows = []
+    for label, row in counts.items():
+        total = sum(row.values())
+        rows.append((label, [(count, count / total) for count in row.values()]))
+    return {"labels": labels, "rows": rows}
+
+
+@cache
+def prompts(dataset: str, sha256: str) -> list[str] | str:
+    """The prompts that a dataset was scored on, in their order, or why they are not at hand."""
+    if dataset not in evaluation.tasks():
+        return "its task is not there any more"
+    path = evaluation.test_path(dataset)
+    try:
+        manifest = convert.manifest(path)
+    except WrongInput as error:
+        return str(error)
+    if manifest["sha256"] != sha256:
+        return f"{shown(path)} is not the data that was scored"
+    return [row["messages"][0]["content"] for row in json_lines(path)]
+
+
+def clip(text: str) -> str:
+    left_out = len(text) - TEXT
+    if left_out <= 0:
+        return text
+    return f"{text[: TEXT // 2]}\n… {left_out:,} characters left out …\n{text[-TEXT // 2 :]}"
+
+
+def wrong(scored: Scored) -> list[dict[str, Any]]:
+    """For each dataset, the rows whose first metric is not full, the worst first: WRONG of them."""
+    found = []
+    for dataset, content in scored.contents.items():
+        metric = next(iter(content["metrics"]))
+        shares = [(report.share(row["values"][metric]), row) for row in content["predictions"]]
+        missed = sorted(
+            ((share, row) for share, row in shares if share < 1),
+            key=lambda each: (each[0], each[1]["row"]),
+        )
+        known = prompts(dataset, content["evaluated"]["data_sha256"])
+        rows = []
+        for share, row in missed[:WRONG]:
+            here = not isinstance(known, str) and row["row"] < len(known)
+            rows.append(
+                {
+                    "number": row["row"],
+                    "share": share,
+                    "prompt": clip(known[row["row"]]) if here else f"(not at hand: {known})",
+                    "expected": clip(row["expected"]),
+                    "answered": clip(row["answered"]),
+                    "answer": clip(row["answer"]),
+                }
+            )
+        if rows:
+            told = {"dataset": dataset, "name": scored.name, "metric": report.title(metric)}
+            found.append(told | {"total": len(missed), "rows": rows})
+    return found
+
+
+# ---- figures
+
+
+def planned(scored: Scored, gpu: str, price: float | None) -> dict[str, Any]:
+    """The plan of the training that made an adapter; {} where it cannot be planned."""
+    path = scored.folder / "config.yaml"
+    try:
+        if scored.recipe:
+            config = recipes.find(scored.recipe).config
+        else:
+            config = yaml.load(path.read_bytes(), yaml.CSafeLoader)
+        data = (scored.told.get("data") or [{}])[0]
+        file = convert.CHAT / Path(config["datasets"][0]["path"]).name
+        return plan.plan(config, gpu, price=price, rows=data.get("rows"), data=file)
+    except (WrongInput, OSError, KeyError):
+        return {}
+
+
+def limited(scored: Scored) -> bool:
+    """Whether only some rows of the datasets were scored."""
+    return any(content["evaluated"]["limit"] for content in scored.contents.values())
+
+
+def mean_scores(adapters: list[Scored]) -> tuple[list[str], list[dict[str, float]]]:
+    """The datasets that all adapters were scored on, and the mean of each over their first metrics.
+
+    The half-widths of intervals of different datasets add in quadrature.
+    """
+    common = [
+        dataset
+        for dataset, content in (adapters[0].contents if adapters else {}).items()
+        if all(
+            dataset in one.contents
+            and one.contents[dataset]["evaluated"]["data_sha256"]
+            == content["evaluated"]["data_sha256"]
+            for one in adapters
+        )
+    ]
+    means = []
+    for one in adapters if common else []:
+        first = [next(iter(one.contents[dataset]["metrics"].values())) for dataset in common]
+        low, high = (
+            math.sqrt(sum((each["value"] - each[end]) ** 2 for each in first)) / len(first)
+            for end in ("low", "high")
+        )
+        mean = sum(each["value"] for each in first) / len(first)
+        means.append({"value": mean, "low": mean - low, "high": mean + high})
+    return common, means
+
+
+def bars(axes: Any, x: float, y: float, value: dict[str, float], place: int, **more: Any) -> None:
+    """A point and its interval, in %; upright where `upright`."""
+    point, low, high = (100 * value[key] for key in ("value", "low", "high"))
+    upright = more.pop("upright", False)
+    reach = [[point - low], [high - point]]
+    where = {"x": x, "y": point, "yerr": reach} if upright else {"x": point, "y": y, "xerr": reach}
+    colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+    axes.errorbar(**where, color=colour, marker=marker, ls="", ms=6, capsize=3, **more)
+
+
+def figures(
+    adapters: list[Scored],
+    gains: list[dict[str, dict[str, dict[str, Any]]]],
+    gpu: str,
+    price: float | None,
+) -> dict[str, dict[str, Any]]:
+    """The figures that can be drawn: {name: {"figure", "caption"}}."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    settings: dict[Any, Any] = {
+        "text.parse_math": False,  # names are not formulas
+        "svg.fonttype": "none",
+        "font.size": 11,
+        "legend.frameon": False,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        **dict.fromkeys(
+            ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
+        ),
+    }
+    mpl.rcParams.update(settings)
+    found: dict[str, dict[str, Any]] = {}
+
+    def new(name: str, height: float, caption: str) -> Any:
+        figure = Figure(figsize=(5.4, height), layout="constrained")
+        found[name] = {"figure": figure, "caption": caption}
+        return figure.add_subplot()
+
+    names = list(dict.fromkeys(dataset for gain in gains for dataset in gain))
+    with_gain = [(place, gain) for place, gain in enumerate(gains) if gain]
+    if names:
+        caption = "Gain over the base by dataset, in points of its first metric, 95 % intervals."
+        height = 1.6 + 0.16 * len(names) * (1 + len(with_gain)) + 0.2 * len(with_gain)
+        axes = new("gain", height, caption)
+        axes.axvline(0, color=INK, lw=1)
+        for order, (place, gain) in enumerate(with_gain):
+            for number, (dataset, of_dataset) in enumerate(gain.items()):
+                aside = (order - (len(with_gain) - 1) / 2) * 0.7 / len(with_gain)
+                label = adapters[place].name if not number else None
+                bars(
+                    axes,
+                    0,
+                    names.index(dataset) + aside,
+                    next(iter(of_dataset.values())),
+                    place,
+                    label=label,
+                )
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_xlabel("points")
+    full = [place for place, one in enumerate(adapters) if not limited(one)]
+    full = full or list(range(len(adapters)))
+    common, scores = mean_scores([adapters[place] for place in full])
+    means = dict(zip(full, scores, strict=False))
+    plans = {place: planned(adapters[place], gpu, price) for place in means}
+    over = common[0] if len(common) == 1 else f"mean of {len(common)} datasets"
+    for name, key, label in (
+        ("memory", "peak", "peak memory, GiB"),
+        ("cost", "hours", "GPU hours") if price is None else ("cost", "usd", "cost, USD"),
+    ):
+        points = [
+            (made["memory"]["peak"] / plan.GIB if key == "peak" else made[key], place)
+            for place, made in plans.items()
+            if made and (key == "peak" or made[key] is not None)
+        ]
+        if points:
+            what = label.partition(",")[0]
+            on = "" if key == "peak" else f" on one {plans[points[0][1]]['gpu']['name']}"
+            caption = f"Score against the planned {what} of the training{on}."
+            drawn = [place for _, place in points]
+            missing = [adapters[place].name for place in plans if place not in drawn]
+            caption += f" Not planned: {'; '.join(missing)}." if missing else ""
+            axes = new(name, 3.4 + 0.2 * len(points), caption)
+            for x, place in points:
+                bars(axes, x, 0, means[place], place, upright=True, label=adapters[place].name)
+            axes.set_xlabel(f"planned {label}")
+            axes.set_ylabel(f"%, {over}")
+            axes.margins(x=0.2)
+    runs = {one.folder: place for place, one in reversed(list(enumerate(adapters)))}
+    curves = [(json_lines(folder / "progress.jsonl"), place) for folder, place in runs.items()]
+    curves = [(lines, place) for lines, place in curves if any("loss" in line for line in lines)]
+    if curves:
+        caption = "Loss in training (lines) and on the validation split (points)."
+        axes = new("loss", 3.4 + 0.2 * len(curves), caption)
+        for lines, place in sorted(curves, key=lambda each: each[1]):
+            run: str | None = f"{adapters[place].model}/{adapters[place].method}"
+            look: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "lw": 1.2}
+            for key, style in (("loss", "-"), ("eval_loss", "o")):
+                at = [(line["step"], line[key]) for line in lines if key in line]
+                if at:
+                    axes.plot(*zip(*at, strict=True), style, label=run, **look)
+                run = None
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss")
+        axes.set_ylim(bottom=0)
+    for each in found.values():
+        axes = each["figure"].axes[0]
+        axes.grid(alpha=0.25)
+        axes.locator_params(axis="x", nbins=5)
+        axes.set_axisbelow(True)
+        each["figure"].legend(loc="outside lower left", fontsize=10)
+    return found
+
+
+def svg(figure: Any, name: str) -> str:
+    """A figure as SVG to stand in a page, with its colours."""
+    import io
+
+    import matplotlib as mpl
+
+    file = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": name}):  # ids that no other figure of the page has
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    text = file.getvalue()
+    return text[text.index("<svg") :].replace(INK, "currentColor")
+
+
+# ---- the page
+
+
+def visible(value: Any) -> Any:
+    """A text with what cannot be seen spelled out: controls, separators, changes of direction."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in value)
+
+
+def page(content: dict[str, Any]) -> str:
+    """The page as one HTML text. Its script is allowed by its digest, and no other one is."""
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    text = TEMPLATE.read_text()
+    script = text.partition("<script>")[2].partition("</script>")[0]
+    sha = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    template = Environment(autoescape=True, finalize=visible).from_string(text)
+    drawn = {
+        name: each | {"svg": Markup(svg(each["figure"], name))}  # noqa: S704 (matplotlib escapes)
+        for name, each in content["figures"].items()
+    }
+    return template.render(content | {"figures": drawn, "script_sha": sha, "each": WRONG})
+
+
+def build(out: Path, gpu: str = "", price: float | None = None) -> list[Path]:
+    """Writes the page and its PNGs into a folder; WrongInput where nothing is scored."""
+    scored = everything()
+    if not scored:
+        raise WrongInput(f"nothing is scored in {shown(subject.RUNS)}; `make eval RECIPE=…` does")
+    adapters = [one for one in scored if one.adapter]
+    gains = [report.differences(base_of(one, scored), one.contents) for one in adapters]
+    of = {id(one): gain for one, gain in zip(adapters, gains, strict=True)}
+    drawn = figures(adapters, gains, gpu or plan.DEFAULT_GPU, price)
+    matrices = [
+        {"dataset": dataset, "name": one.name, "matrix": found}
+        for one in scored
+        for dataset, content in one.contents.items()
+        if (found := confusion(content))
+    ]
+    files = []
+    for name in ("gain", "memory", "cost", "loss"):
+        file = out / f"{name}.png"
+        if name not in drawn:
+            file.unlink(missing_ok=True)
+            continue
+        with atomic(file) as target:
+            drawn[name]["figure"].savefig(target, format="png", dpi=200, facecolor="white")
+        files.append(file)
+    # The models of a dataset and metric stand under each other.
+    rows = [row for one in scored for row in table(one, of.get(id(one), {}))]
+    keys = [(row["dataset"], row["metric"]) for row in rows]
+    datasets = list(dict.fromkeys(dataset for dataset, _ in keys))
+    keys = sorted(dict.fromkeys(keys), key=lambda key: datasets.index(key[0]))
+    places = {key: place for place, key in enumerate(keys)}
+    text = page(
+        {
+            "table": sorted(rows, key=lambda row: places[row["dataset"], row["metric"]]),
+            "said": [(one.name, verdicts(one, of.get(id(one), {}))) for one in scored],
+            "between": between(adapters),
+            "figures": drawn,
+            "matrices": sorted(matrices, key=lambda each: str(each["dataset"])),
+            "wrong": [each for one in scored for each in wrong(one)],
+            "small": stats.SMALL,
+        }
+    )
+    with atomic(out / "index.html") as target:
+        target.write(text.encode())
+    return [out / "index.html", *files]
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description="a page of all scores")
+    parser.add_argument("--gpu", default="", help="that hours are planned for")
+    parser.add_argument("--price", default="", help="USD for one GPU and hour; hours without it")
+    given = parser.parse_args()
+    price = plan.number("PRICE", given.price, least=0)
+    if given.gpu:
+        plan.find_gpu(given.gpu)
+    files = build(subject.RUNS / "report", given.gpu, price)
+    print(f"report     {', '.join(map(shown, files))}")
+
+
+if __name__ == "__main__":
+    main()
