@@ -7,6 +7,7 @@ transformers dequantizes it. They are therefore a little coarser than those on t
 export is written beside the target and moved into place whole.
 """
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -62,9 +63,14 @@ def export(folder: Path) -> None:
 def ensure(base_model: str) -> None:
     """Writes the model where a recipe names its folder and it is not there yet."""
     folder = (ROOT / base_model).resolve()
-    if folder == FOLDER and not (folder / "model.safetensors").is_file():
-        print(f"model      writing SmolLM2-135M-Instruct to {shown(folder)} (half a minute)")
-        export(folder)
+    if folder != FOLDER or (folder / "model.safetensors").is_file():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two jobs may need it at once; the second one waits
+        if not (folder / "model.safetensors").is_file():
+            print(f"model      writing SmolLM2-135M-Instruct to {shown(folder)} (half a minute)")
+            export(folder)
 
 
 @command
