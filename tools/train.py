@@ -361,9 +361,11 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     try:
         family = [psutil.Process(process.pid)]
         family += family[0].children(recursive=True)
-        # torchrun would wait 30 seconds and kill; what it started is told directly.
-        ranks = [p for p in family if "TORCHELASTIC_RUN_ID" in p.environ()] or family[:1]
-        for rank in ranks:
+        # torchrun would wait 30 seconds and kill; what it started is told directly. What that
+        # started in turn (workers that load data) must live until the step is finished.
+        inside = {p.pid for p in family if "TORCHELASTIC_RUN_ID" in p.environ()}
+        ranks = [p for p in family if p.pid in inside and p.ppid() not in inside]
+        for rank in ranks or family[:1]:
             rank.send_signal(signal.SIGTERM)
     except psutil.Error:
         pass  # it is ending by itself
