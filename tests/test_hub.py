@@ -281,6 +281,7 @@ STEPS = ["create", "validate", "preupload", "batch", "upload", "verify", "commit
 MOMENTS = [(step, "at") for step in (*STEPS, "settings")] + [("commit", "after"), ("tag", "after")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "moment"), MOMENTS)
 def test_a_push_killed_at_any_step_publishes_nothing_and_the_next_one_all(me, server, step, moment):
     hold = Hold()

@@ -174,6 +174,7 @@ def test_an_array_that_is_too_long_is_one_line(slurm, tmp_path):
     assert done.returncode == 2 and "--array goes to 1, and 1 recipes are named" in log.read_text()
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_after_a_failure_and_ends_with_a_table(tiny, chat_rows, tmp_path):
     folders = [tmp_path / name for name in ("first", "broken", "second")]
     for folder in folders:

@@ -45,7 +45,9 @@ def agrees(folder: Path, one: Path) -> dict:
     return told
 
 
-@pytest.mark.parametrize(("micro", "accumulation"), [(4, 2), (8, 1)])
+@pytest.mark.parametrize(
+    ("micro", "accumulation"), [pytest.param(4, 2, marks=pytest.mark.slow), (8, 1)]
+)
 def test_two_processes_share_the_batches_of_one(
     one, tiny, chat_rows, tmp_path, micro, accumulation
 ):
