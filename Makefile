@@ -111,11 +111,13 @@ import: $(READY) ## Recipes from a FinLoRA config file: CONFIG=finetune_configs.
 render: $(READY) ## Write every recipe from recipes/matrix.yaml
 	@$(PY) -m tools.catalogue render
 
+# By files, since tests of one file share runs; those that train longest come first (conftest.py).
+PARALLEL = -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: $(READY) ## Tests, without the long ones
-	@$(PY) -m pytest -m "not slow"
+	@$(PY) -m pytest $(PARALLEL) -m "not slow"
 
 test-all: $(READY) ## All tests, with the real training of SmolLM2
-	@$(PY) -m pytest
+	@$(PY) -m pytest $(PARALLEL)
 
 check: $(READY) ## Lint, format, types, drift of rendered files, every recipe against Axolotl's schema
 	@$(PY) -m ruff check .

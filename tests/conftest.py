@@ -12,9 +12,19 @@ import yaml
 from tools import cli, convert, export, recipes
 
 cli.quiet()
+# Several workers share the cores: one thread each, for what they start too.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+# Files that take longest, which start first, so that no worker is left alone with one at the end.
+LONGEST = ["test_survival", "test_train", "test_eval", "test_multi", "test_hub", "test_serve"]
 # Some tests work in another folder.
 if os.environ.get("FINLORA_DATA"):
     os.environ["FINLORA_DATA"] = os.path.abspath(os.environ["FINLORA_DATA"])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(scope="session")

@@ -146,7 +146,11 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_what_can():
 
 
 @pytest.mark.parametrize(
-    ("profile", "told"), [("cpu", "they would train apart"), ("cpu,zero1", "trains without it")]
+    ("profile", "told"),
+    [
+        ("cpu", "they would train apart"),
+        pytest.param("cpu,zero1", "trains without it", marks=pytest.mark.slow),
+    ],
 )
 def test_training_apart_is_refused(tiny, chat_rows, tmp_path, profile, told):
     """Plain `torchrun` without, and with, the variable that accelerate wants on a CPU."""

@@ -332,11 +332,13 @@ def below(p: float) -> str:
     return f"= {p:.0e}" if p > 1e-300 else "< 1e-300"
 
 
-@cache
 def tokenizer() -> Any:
-    """SmolLM2's tokenizer, or None where the model is not there."""
-    if not TOKENIZER.is_file():
-        return None
+    """SmolLM2's tokenizer, or None where the model is not there (yet)."""
+    return read_tokenizer() if TOKENIZER.is_file() else None
+
+
+@cache
+def read_tokenizer() -> Any:
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(TOKENIZER))

@@ -55,7 +55,9 @@ FULL = 1e6  # bytes under which a disk is full
 # What a log says when a training fails, and what that means. The first that is found counts.
 CAUSES = {
     r"tools\.plugin\.Stopped: (.+)": "{0}",
-    r"OutOfMemoryError|CUDA out of memory|allocate memory|MemoryError|bad_alloc": "{memory}",
+    # The last is Rust's (tokenizers), which aborts.
+    r"OutOfMemoryError|CUDA out of memory|allocate memory|MemoryError|bad_alloc"
+    r"|memory allocation of \d+ bytes failed": "{memory}",
     r"No space left on device|os error 28": "no space left on the disk; {free} are free",
     r"(PermissionError|Read-only file system).*": "{0}: the run folder cannot be written to",
 }
