@@ -7,7 +7,7 @@ MAKEFLAGS += --no-print-directory --no-builtin-rules
 
 VARIABLES := RECIPE TASKS PROFILE LIMIT PROMPT FORCE FINLORA_DATA GPU NPROC PRICE TASK MODEL METHOD JSON DATA CONFIG \
   FINLORA_BASE_URL ADAPTER PORT ON_ERROR NAMESPACE PUBLIC REVISION DRY_RUN \
-  BASE PRECISION PROMPT_FORMAT RECIPES TRACKER NNODES NODE_RANK RDZV RUN
+  BASE PRECISION PROMPT_FORMAT BACKEND BASE_URL MODEL_NAME RECIPES TRACKER NNODES NODE_RANK RDZV RUN
 $(foreach v,$(VARIABLES),$(eval override $(v) := $$(value $(v))))
 export $(VARIABLES)
 
@@ -66,9 +66,10 @@ sweep: $(READY) ## Train several recipes and end with one table: RECIPES="sentim
 reproduce: $(READY) ## Train a finished run again and compare the adapters: RUN=runs/smollm2-135m/sentiment_r4
 	@$(PY) -m tools.reproduce "$$RUN"
 
-eval: $(READY) ## Score base and adapter: [RECIPE=…] [TASKS=fpb,fiqa] [LIMIT=200] [BASE=1] [PRECISION=nf4] [ADAPTER=…] [FORCE=1]
+eval: $(READY) ## Score base and adapter: [RECIPE=…] [TASKS=fpb,fiqa] [LIMIT=200] [BASE=1] [PRECISION=nf4] [ADAPTER=…] [BACKEND=vllm|openai] [FORCE=1]
 	@$(PY) -m evals.run "$$RECIPE" --tasks "$$TASKS" --limit "$$LIMIT" --force "$$FORCE" \
-	  --base "$$BASE" --precision "$$PRECISION" --adapter "$$ADAPTER" --prompt-format "$$PROMPT_FORMAT"
+	  --base "$$BASE" --precision "$$PRECISION" --adapter "$$ADAPTER" --prompt-format "$$PROMPT_FORMAT" \
+	  --backend "$$BACKEND" --base-url "$$BASE_URL" --model-name "$$MODEL_NAME"
 
 report: $(READY) ## A page of all scores, runs/report/index.html, and its figures as PNGs: [PRICE=0.26] [GPU="A5000 24GB"]
 	@$(PY) -m evals.html --gpu "$$GPU" --price "$$PRICE"

@@ -7,6 +7,8 @@ batch by batch, so that scoring that is cut off goes on from there.
 
 import hashlib
 import json
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,14 +71,36 @@ class Prompts:
         return text
 
 
-class Answers:
-    """Answers by prompt: those that `known` has, and those in `file` if they are of `identity`."""
+class Progress:
+    """For an lm-eval model: a line that tells how many of `rows` answers are there."""
 
-    def __init__(self, file: Path, identity: Any, known: dict[str, str] | None = None):
+    def expect(self, label: str, rows: int) -> None:
+        self.label, self.rows, self.done, self.start = label, rows, 0, time.monotonic()
+
+    def progress(self, rows: int) -> None:
+        self.done += rows
+        seconds = time.monotonic() - self.start
+        text = f"eval       {self.label} {self.done}/{self.rows} rows, {self.done / seconds:.1f}/s"
+        last = self.done >= self.rows
+        if sys.stdout.isatty():
+            print(f"\r{text:<70}", end="\n" if last else "", flush=True)
+        elif last or self.done // 160 != (self.done - rows) // 160:
+            print(text, flush=True)
+
+
+class Answers:
+    """Answers by prompt: those that `known` has, and those in `file` if they are of `identity`.
+
+    An answer is {"prompt": SHA-256, "answer"}, with {"probabilities": {label: share}} where the
+    model tells them.
+    """
+
+    def __init__(self, file: Path, identity: Any, known: dict[str, dict[str, Any]] | None = None):
         self.file, self.known = file, {} if known is None else known
         lines = json_lines(file)
         kept = lines[1:] if lines and lines[0] == identity else []
-        self.known |= {line["prompt"]: line["answer"] for line in kept}
+        self.known |= {line["prompt"]: line for line in kept}
+        self.probabilities: list[Any] = []
         file.parent.mkdir(parents=True, exist_ok=True)
         # Written anew: a torn last line is gone, and answers of another identity are.
         with open(file, "w", encoding="utf-8") as out:
@@ -85,15 +109,23 @@ class Answers:
 
     def add_partial(self, kind: str, request: Any, answer: str) -> None:
         """lm-eval calls this, its cache hook, with every answer of a batch that is done."""
-        key = _key(request[0])
-        self.known[key] = answer
+        line: dict[str, Any] = {"prompt": _key(request[0]), "answer": answer}
+        if self.probabilities:
+            line["probabilities"] = self.probabilities.pop(0)
+        self.known[line["prompt"]] = line
         with open(self.file, "a", encoding="utf-8") as out:
-            out.write(json.dumps({"prompt": key, "answer": answer}, ensure_ascii=False) + "\n")
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def likely(self, text: str) -> dict[str, float] | None:
+        """The probabilities of the labels as the answer to a prompt, where the model gave them."""
+        found: dict[str, float] | None = self.known[_key(text)].get("probabilities")
+        return found
 
     def attach(self, lm: Any, told: Callable[[str], None] = lambda text: None) -> None:
         """Makes an lm-eval model answer only what is not known yet, and keep what it answers."""
         plain = lm.generate_until
         lm.set_cache_hook(self)
+        self.probabilities = getattr(lm, "probabilities", [])
 
         def generate_until(requests: list[Any], **options: Any) -> list[str]:
             keys = [_key(request.args[0]) for request in requests]
@@ -104,7 +136,7 @@ class Answers:
             lm.rows = len(left)  # for the progress line
             if left:
                 plain(left, **options)
-            return [self.known[key] for key in keys]
+            return [self.known[key]["answer"] for key in keys]
 
         lm.generate_until = generate_until
 

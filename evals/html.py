@@ -176,6 +176,7 @@ def table(scored: Scored, gains: dict[str, dict[str, dict[str, Any]]]) -> list[d
                     "main": place == 0,
                     "score": numbers(value),
                     "gain": numbers(gain, signed=True),
+                    "better": gain and (gain["value"] > 0) != (metric in stats.LOWER_IS_BETTER),
                     "p": gain["corrected"] if gain else None,
                     "published": score,
                     "rows": content["examples"],

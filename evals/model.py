@@ -1,41 +1,91 @@
-"""lm-eval's transformers model with this project's prompt, progress line and shared prefix."""
+"""lm-eval's transformers model, with batches filled to a number of tokens and the prefix shared.
+
+It also keeps what lm-eval throws away: how likely each label was as the answer's first token.
+"""
 
 import copy
-import sys
-import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from transformers import LogitsProcessor, LogitsProcessorList
 
+from evals.answers import Progress
 from tools import prompt
 
 SHORTEST_PREFIX = 16  # tokens; computing a shorter one apart saves nothing
+# Tokens of a batch, prompts and answers: enough to keep two cores, or a GPU, busy. More would only
+# put rows of more different lengths together, and pad them.
+TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
-def common_prefix(context: torch.Tensor, mask: torch.Tensor) -> int:
-    """How many leading tokens all rows share, one less than the shortest row at most.
+def common_prefix(rows: list[list[int]]) -> int:
+    """How many leading tokens all rows share, one less than the shortest row at most."""
+    first, last = min(rows), max(rows)  # what these share, all between them share
+    longest = min(map(len, rows)) - 1
+    return next((at for at in range(longest) if first[at] != last[at]), longest)
 
-    context, mask: (rows, length) int64, padded on the left.
+
+def first_tokens(tokenizer: Any, labels: Sequence[str]) -> dict[str, list[int]]:
+    """The tokens that an answer with each label can begin with; {} where two labels share one.
+
+    A label may be written as it is or with a capital, and follow a space.
     """
-    lengths = mask.sum(1)
-    shortest = int(lengths.min())
-    starts = context.shape[1] - lengths
-    heads = torch.stack(
-        [row[start:][:shortest] for row, start in zip(context, starts, strict=True)]
-    )
-    same = (heads == heads[:1]).all(0).long().cumprod(0)
-    return min(int(same.sum()), shortest - 1)
+    found = {
+        label: sorted(
+            {
+                tokenizer.encode(space + written, add_special_tokens=False)[0]
+                for space in ("", " ")
+                for written in (label, label[:1].upper() + label[1:])
+            }
+        )
+        for label in labels
+    }
+    every = [token for tokens in found.values() for token in tokens]
+    return found if len(found) > 1 and len(every) == len(set(every)) else {}
 
 
-class Model(HFLM):
-    """Scores a loaded model. `rows` is how many answers are to come, for the progress line."""
+class _First(LogitsProcessor):  # type: ignore[misc]
+    """Keeps the probabilities of labels at the first new token, as shares of one, by row."""
 
-    def __init__(self, model: Any, tokenizer: Any, batch: int, label: str, rows: int):
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch)
-        self.label, self.rows, self.done, self.start = label, rows, 0, time.monotonic()
+    def __init__(self, tokens: dict[str, list[int]]):
+        self.tokens = tokens
+        self.found: list[dict[str, float]] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not self.found:
+            logs = scores.float().log_softmax(-1)
+            each = [logs[:, tokens].logsumexp(-1) for tokens in self.tokens.values()]
+            shares = torch.stack(each, 1).softmax(1).tolist()
+            self.found = [dict(zip(self.tokens, row, strict=True)) for row in shares]
+        return scores
+
+
+class Model(Progress, HFLM):
+    """Scores a loaded model. `rows` is how many answers are to come, for the progress line.
+
+    Where `labels` are set, `probabilities` has those of each answer, in the order in which the
+    cache hook gets the answers.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, label: str, rows: int):
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
+        self.expect(label, rows)
         kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
         self.share = kinds == {"full_attention"}
+        head = model.get_output_embeddings()
+        if not head._forward_pre_hooks:
+            # Every row's last token is a slice, of which torch makes a product for each row.
+            head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
+        self.tokens = TOKENS["cuda" if self.device.type == "cuda" else "cpu"]
+        self.labels: Sequence[str] = ()
+        self.probabilities: list[dict[str, float]] = []
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -43,41 +93,62 @@ class Model(HFLM):
         return prompt.render(self.tokenizer, chat_history)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        return super().generate_until(requests, disable_tqdm=True)
+        """The answers to requests of one task, which share their settings.
 
-    def _model_generate(
-        self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any
-    ) -> torch.Tensor:
-        """Answers for (rows, length) prompts padded on the left: (rows, length + new tokens).
-
-        What all prompts begin with (the system turn, the instruction) goes through the model once:
-        its keys and values are repeated for every row, and each row's padding moves behind it.
+        What all prompts begin with (the system turn, the instruction) goes through the model once;
+        its keys and values stand before every row.
         """
-        mask = kwargs["attention_mask"]
-        shared = common_prefix(context, mask) if self.share and len(context) > 1 else 0
-        if shared >= SHORTEST_PREFIX:
-            moved, moved_mask = context.clone(), mask.clone()
-            for row, length in enumerate(mask.sum(1).tolist()):
-                pad = context.shape[1] - length
-                moved[row, :shared] = context[row, pad : pad + shared]
-                moved[row, shared : shared + pad] = self.tokenizer.pad_token_id
-                moved_mask[row, :shared], moved_mask[row, shared : shared + pad] = 1, 0
-            with torch.inference_mode():
-                cache = self.model(input_ids=moved[:1, :shared], use_cache=True).past_key_values
-            cache = copy.deepcopy(cache)
-            cache.batch_repeat_interleave(len(context))
-            kwargs |= {"attention_mask": moved_mask, "past_key_values": cache}
-            context = moved
-        answers = super()._model_generate(context, max_length, stop, **kwargs)
-        self._progress(len(context))
+        settings = requests[0].args[1]
+        rest = normalize_gen_kwargs(settings, self.max_gen_toks)
+        end = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        stop = handle_stop_sequences(rest.pop("until", None), eos=end)
+        budget = rest.pop("max_gen_toks")
+        labels = first_tokens(self.tokenizer, self.labels)
+        texts = [request.args[0] for request in requests]
+        prompts = [self.tok_encode(text)[-(self.max_length - budget) :] for text in texts]
+        prefix = self._prefix(prompts)
+        shared = prefix.get_seq_length() if prefix else 0
+        order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+        answers = [""] * len(prompts)
+        while order:
+            size = max(1, self.tokens // (len(prompts[order[0]]) - shared + budget))
+            batch, order = order[:size], order[size:]
+            context, mask = self._padded([prompts[row] for row in batch], shared)
+            first = _First(labels)
+            if prefix:
+                rest["past_key_values"] = copy.deepcopy(prefix)
+                rest["past_key_values"].batch_repeat_interleave(len(batch))
+            told = self._model_generate(
+                context=context,
+                attention_mask=mask,
+                max_length=context.shape[1] + budget,
+                stop=stop,
+                logits_processor=LogitsProcessorList([first] if labels else []),
+                **rest,
+            )
+            self.probabilities += first.found
+            new = told[:, context.shape[1] :].tolist()
+            for row, answer in zip(batch, map(self.tok_decode, new), strict=True):
+                answers[row] = postprocess_generated_text(answer, stop, None)
+                self.cache_hook.add_partial("generate_until", (texts[row], settings), answers[row])
+            self.progress(len(batch))
         return answers
 
-    def _progress(self, rows: int) -> None:
-        self.done += rows
-        seconds = time.monotonic() - self.start
-        text = f"eval       {self.label} {self.done}/{self.rows} rows, {self.done / seconds:.1f}/s"
-        last = self.done >= self.rows
-        if sys.stdout.isatty():
-            print(f"\r{text:<70}", end="\n" if last else "", flush=True)
-        elif last or self.done // 160 != (self.done - rows) // 160:
-            print(text, flush=True)
+    def _prefix(self, prompts: list[list[int]]) -> Any:
+        """The keys and values of what all prompts begin with; None where that is not worth it."""
+        shared = common_prefix(prompts) if self.share and len(prompts) > 1 else 0
+        if shared < SHORTEST_PREFIX:
+            return None
+        ids = torch.tensor([prompts[0][:shared]], device=self.device)
+        with torch.inference_mode():
+            return self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+
+    def _padded(self, rows: list[list[int]], shared: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, length) int64 prompts and their mask, with the padding behind `shared` tokens."""
+        longest = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        ids = [row[:shared] + [pad] * (longest - len(row)) + row[shared:] for row in rows]
+        mask = torch.ones((len(rows), longest), dtype=torch.long)
+        for number, row in enumerate(rows):
+            mask[number, shared : shared + longest - len(row)] = 0
+        return torch.tensor(ids, device=self.device), mask.to(self.device)

@@ -26,6 +26,7 @@ TITLES = {
     "bertscore": "BERTScore F1",
     "rouge_l": "ROUGE-L",
     "token_f1": "token F1",
+    "ece": "ECE, lower is better",
 }
 Content = dict[str, Any]  # of a score file
 

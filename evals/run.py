@@ -4,7 +4,8 @@
     python -m evals.run                                   every finished run, and its base
     python -m evals.run sentiment_r4 --base 1             the base alone; nothing has to be trained
     python -m evals.run --adapter path/to/adapter         any PEFT adapter
-    … --precision int8 --prompt-format finlora
+    … --precision int8 --prompt-format finlora --backend vllm
+    python -m evals.run --backend openai --base-url https://host/v1 --model-name gpt-4o
 
 Scores lie in `<run>/evals/<dataset>.json`, those of the base in `base_<precision>/evals/` beside
 the run: metric values with 95 % intervals, every answer with what each metric made of it, and what
@@ -17,15 +18,15 @@ import argparse
 import json
 import random
 import sys
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from evals import report, stats
+from evals import backends, report, stats
 from evals.answers import Answers, Prompts
+from evals.backends import BACKENDS, Endpoint
 from tools import convert, export, weights
 from tools import subject as subjects
 from tools.cli import (
@@ -42,7 +43,6 @@ from tools.prompt import FORMATS
 from tools.subject import Subject
 
 TASKS = ROOT / "evals" / "tasks"
-BATCH = 16  # rows; lm-eval sorts them by length first
 
 # ---- tasks
 
@@ -121,16 +121,36 @@ def _digest(file: Path) -> str:
     return digest(file)  # of gigabytes, and asked for with every dataset
 
 
-def evaluated(subject: Subject, side: str, dataset: str, limit: int | None) -> dict[str, Any]:
+def evaluated(
+    subject: Subject | Endpoint,
+    side: str,
+    dataset: str,
+    limit: int | None,
+    backend: str = "transformers",
+) -> dict[str, Any]:
     """What a score depends on; where it is the same, the score stands."""
-    config, (content, files) = subject.config, read(tasks()[dataset])
-    base = ROOT / config["base_model"]
-    keys = ("load_in_4bit", "load_in_8bit", "bnb_config_kwargs", "dtype")
-    adapter = subject.adapter if side == "adapter" else None
+    content, files = read(tasks()[dataset])
     manifest = convert.manifest(test_path(dataset))
+    told = subject.identity() if isinstance(subject, Endpoint) else _identity_of(subject, side)
     return {
         "dataset": dataset,
         "task_version": content["metadata"]["version"],
+        **told,
+        # A score of before there were others has none.
+        **({"backend": backend} if backend != "transformers" else {}),
+        "data_sha256": manifest["sha256"],
+        "data_from": manifest.get("from"),
+        "data_selected": manifest.get("selected"),
+        "task_files": {path.name: digest(path)[:12] for path in [*files, TASKS / "utils.py"]},
+        "limit": limit,
+    }
+
+
+def _identity_of(subject: Subject, side: str) -> dict[str, Any]:
+    config, base = subject.config, ROOT / subject.config["base_model"]
+    keys = ("load_in_4bit", "load_in_8bit", "bnb_config_kwargs", "dtype")
+    adapter = subject.adapter if side == "adapter" else None
+    return {
         "base_model": config["base_model"],
         "base_revision": revision(config["base_model"]),
         "base_files": {file.name: _digest(file) for file in sorted(base.glob("*.safetensors"))},
@@ -139,11 +159,6 @@ def evaluated(subject: Subject, side: str, dataset: str, limit: int | None) -> d
         "adapter_sha256": digest(adapter / "adapter_model.safetensors") if adapter else None,
         "prompt_format": subject.prompt_format,
         "chat_template_kwargs": subject.options,
-        "data_sha256": manifest["sha256"],
-        "data_from": manifest.get("from"),
-        "data_selected": manifest.get("selected"),
-        "task_files": {path.name: digest(path)[:12] for path in [*files, TASKS / "utils.py"]},
-        "limit": limit,
     }
 
 
@@ -165,6 +180,8 @@ def measure(
     content, _ = read(tasks()[dataset])
     name = content["task"]
     prompts.attach(lm, content["generation_kwargs"]["max_gen_toks"])
+    if content["process_results"].endswith("utils.label"):
+        lm.labels = list(convert.manifest(test_path(dataset)).get("labels") or [])
     if answers:
         answers.attach(lm, lambda text: print(f"eval       {dataset}: {text}", flush=True))
     task = get_task_dict([name], TaskManager(include_path=str(TASKS), include_defaults=False))
@@ -192,7 +209,15 @@ def measure(
         pairs = values.get("f1_weighted") or [(sample["target"], answer.strip())]
         row["expected"], row["answered"] = (", ".join(side) for side in zip(*pairs, strict=True))
         row |= {"answer": answer} | ({"cut": prompts.cut[text]} if text in prompts.cut else {})
+        if answers and (shares := answers.likely(text)) and sample["target"] in shares:
+            likeliest = max(shares, key=lambda label: shares[label])
+            right = float(likeliest == sample["target"])
+            row |= {"probabilities": shares, "calibration": [(shares[likeliest], right)]}
     ordered, left_out = [rows[number] for number in sorted(rows)], {}
+    calibrations = [row.pop("calibration", None) for row in ordered]
+    if all(calibrations):
+        for row, one in zip(ordered, calibrations, strict=True):
+            row["values"]["ece"] = one
     for metric, function in utils.CORPUS.items():
         if metric in metrics:
             try:
@@ -212,28 +237,33 @@ def score(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     }
 
 
-def run(subject: Subject, named: str, limit: int | None, force: bool) -> dict[str, dict[str, Path]]:
+def run(
+    subject: Subject | Endpoint,
+    named: str,
+    limit: int | None,
+    force: bool,
+    backend: str = "transformers",
+) -> dict[str, dict[str, Path]]:
     """Scores what has no score yet; returns the score files: dataset → side → file."""
     names = datasets(subject.task, named)
-    export.ensure(subject.config["base_model"])
+    if isinstance(subject, Subject):
+        export.ensure(subject.config["base_model"])
     files = {
         name: {side: subject.file(side, name, limit) for side in subject.sides} for name in names
     }
     todo = []
     for side in subject.sides:
         for name in names:
-            identity = evaluated(subject, side, name, limit)
-            if force or _identity(files[name][side]) != identity:
+            identity = evaluated(subject, side, name, limit, backend)
+            if force or _kept(files[name][side]) != identity:
                 todo.append((side, name, identity))
     if not todo:
         return files
     print(f"eval       {subject.name} on {', '.join(names)}", flush=True)
     quiet()
-    from evals.model import Model
-
-    model, tokenizer = weights.load(subject.config, subject.adapter)
+    models = BACKENDS[backend](subject)
     # Datasets that share prompts (other labels, other classes) share the answers.
-    known: dict[str, dict[str, str]] = {}
+    known: dict[str, dict[str, Any]] = {}
     for side, name, identity in todo:
         file = files[name][side]
         label = f"{name}, {side}:"
@@ -243,13 +273,11 @@ def run(subject: Subject, named: str, limit: int | None, force: bool) -> dict[st
             kept.unlink(missing_ok=True)
         answers = Answers(kept, identity, known.setdefault(side + budget, {}))
         prompts = Prompts(subject.prompt_format, subject.options)
-        adapted = side == "adapter" or not subject.adapter
-        with nullcontext() if adapted else model.disable_adapter():
-            lm = Model(model, tokenizer, BATCH, label, len(picked(name, limit)))
+        with models(side, label, len(picked(name, limit))) as lm:
             rows, left_out = measure(lm, name, limit, prompts, answers)
         content = {
             "evaluated": identity,
-            "device": str(model.device),
+            "device": str(getattr(lm, "device", backend)),
             "examples": len(rows),
             "metrics": score(rows),
             "left_out": left_out,
@@ -261,7 +289,7 @@ def run(subject: Subject, named: str, limit: int | None, force: bool) -> dict[st
     return files
 
 
-def _identity(file: Path) -> Any:
+def _kept(file: Path) -> Any:
     try:
         return json.loads(file.read_text())["evaluated"]
     except (OSError, ValueError, KeyError):
@@ -279,12 +307,26 @@ def main() -> None:
     parser.add_argument("--precision", default="", help=", ".join(weights.PRECISIONS))
     parser.add_argument("--adapter", default="", help="a PEFT folder")
     parser.add_argument("--prompt-format", default="", help=", ".join(FORMATS))
+    parser.add_argument("--backend", default="", help=", ".join(BACKENDS))
+    parser.add_argument("--base-url", default="", help="of an OpenAI-compatible endpoint")
+    parser.add_argument("--model-name", default="", help="the endpoint's model")
     arguments = parser.parse_args()
+    backend = arguments.backend or "transformers"
+    if backend not in BACKENDS:
+        raise WrongInput(f'unknown BACKEND "{backend}"; there are {", ".join(BACKENDS)}')
+    if backend != "openai" and (arguments.base_url or arguments.model_name):
+        raise WrongInput("BASE_URL and MODEL_NAME go with BACKEND=openai")
     if arguments.limit and not (arguments.limit.isdigit() and int(arguments.limit) > 0):
         raise WrongInput(f'LIMIT must be a number of rows, not "{arguments.limit}"')
     limit = int(arguments.limit) if arguments.limit else None
     how = (arguments.precision, arguments.prompt_format)
-    if arguments.recipe or arguments.adapter:
+    chosen: list[Any]
+    if backend == "openai":
+        if arguments.recipe or arguments.adapter or arguments.precision:
+            raise WrongInput("RECIPE, ADAPTER and PRECISION do not go with BACKEND=openai")
+        where = (arguments.base_url, arguments.model_name, arguments.prompt_format)
+        chosen = [backends.endpoint(*where)]
+    elif arguments.recipe or arguments.adapter:
         base_only = arguments.base not in ("", "0")
         chosen = [subjects.find(arguments.recipe, arguments.adapter, *how, base_only=base_only)]
     else:
@@ -292,7 +334,7 @@ def main() -> None:
     scored = {}
     for subject in chosen:
         try:
-            files = run(subject, arguments.tasks, limit, arguments.force not in ("", "0"))
+            files = run(subject, arguments.tasks, limit, arguments.force not in ("", "0"), backend)
         except WrongInput as error:
             if len(chosen) == 1:
                 raise

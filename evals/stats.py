@@ -6,10 +6,11 @@ A metric is a function of what its rows add up to, so one bootstrap serves all (
     a number          its sum and how many there are: a mean
     a list of pairs   (expected, answered): how many agree, and for F1 the hits, the answers and the
                       rows of every label. The pairs of a row stay together in every resample.
+    [(share, right)]  the likeliest label's probability, and whether it is right: ECE
 
-Which it is, the metric's name says: `f1_weighted` and `f1_macro` in it, else a mean, and of numbers
-that are 0 or 1 where it ends in `accuracy` or `exact_match`. Rows that are alike are one cell, and
-a resample is how often each cell was drawn.
+Which it is, the metric's name says: `ece`, or `f1_weighted` and `f1_macro` in it, else a mean, and
+of numbers that are 0 or 1 where it ends in `accuracy` or `exact_match`. Rows that are alike are one
+cell, and a resample is how often each cell was drawn.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ LEVEL = 0.05
 # With fewer rows than this, the interval of a rate near one half is wider than ±10 points.
 SMALL = 100
 CHUNK = 500  # resamples at a time
+LOWER_IS_BETTER = ("ece",)
+BINS = 15  # of equal width, for ECE
 FEW = 200  # cells up to which drawing their counts is faster than drawing rows
 
 Array = np.ndarray[Any, Any]
@@ -59,10 +62,16 @@ def parts(metric: str, values: Sequence[Any]) -> Any:
     """What each of k values adds to the sums that its metric is made from: sparse (k, sums).
 
     Two columns for a mean; for F1 hits, expected + answered, and expected, of every label that is
-    expected somewhere.
+    expected somewhere; for ECE, how far confidence goes beyond what is right in each bin, and rows.
     """
     from scipy.sparse import csr_matrix
 
+    if metric == "ece":
+        dense = np.zeros((len(values), BINS + 1))
+        for row, ((share, right),) in enumerate(values):
+            dense[row, min(int(share * BINS), BINS - 1)] = share - right
+        dense[:, BINS] = 1
+        return csr_matrix(dense)
     if "f1_weighted" not in metric and "f1_macro" not in metric:
         right = [sum(e == a for e, a in v) if isinstance(v, tuple) else v for v in values]
         count = [len(v) if isinstance(v, tuple) else 1 for v in values]
@@ -86,7 +95,11 @@ def score(metric: str, sums: Array) -> Array:
 
     F1 of a label = 2·TP / (2·TP + FP + FN), and 0 where that is 0/0, as scikit-learn has it;
     averaged by how often a label is expected, or evenly over the labels expected in all rows.
+    ECE = Σ over bins of |Σ (confidence - right)| / rows (Guo et al. 2017, equation 3): how far
+    probabilities are off. Resampling adds noise to every bin, so its interval leans upwards.
     """
+    if metric == "ece":
+        return np.asarray(np.abs(sums[:, :BINS]).sum(1) / sums[:, BINS])
     if "f1_weighted" not in metric and "f1_macro" not in metric:
         return np.asarray(sums[:, 0] / sums[:, 1])
     hits, both, expected = np.split(sums, 3, axis=1)

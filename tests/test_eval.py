@@ -241,7 +241,8 @@ def test_the_scorer_answers_as_a_plain_generate_loop_does(base, workplace, reque
     from evals.model import Model
 
     model, tokenizer = weights.load({"base_model": str(request.getfixturevalue(base))} | NF4)
-    lm = Model(model, tokenizer, 4, "fpb", 16)
+    lm = Model(model, tokenizer, "fpb", 16)
+    lm.tokens = 500  # a few rows a batch
     scored, _ = evaluation.measure(lm, "fpb", 16, Prompts("chat"))
     rows = [json.loads(line) for line in convert.test_path("fpb").open()]
     assert len({row["row"] for row in scored}) == 16
@@ -249,6 +250,52 @@ def test_the_scorer_answers_as_a_plain_generate_loop_does(base, workplace, reque
     plain = [generated(model, tokenizer, row["messages"][0]["content"], 10) for row in rows]
     assert [row["answer"].strip() for row in scored] == plain
     assert [row["expected"] for row in scored] == [key(row) for row in rows]
+
+
+def test_the_probabilities_of_labels_are_those_of_a_plain_forward_pass(tiny, workplace, tmp_path):
+    import torch
+
+    from evals.model import Model, first_tokens
+
+    model, tokenizer = weights.load({"base_model": str(tiny)} | NF4)
+    lm = Model(model, tokenizer, "fpb", 16)
+    lm.tokens = 500
+    answers = Answers(tmp_path / "kept.jsonl", {})
+    scored, _ = evaluation.measure(lm, "fpb", 16, Prompts("chat"), answers)
+    rows = [json.loads(line) for line in convert.test_path("fpb").open()]
+    labels = ["negative", "neutral", "positive"]
+    ids = first_tokens(tokenizer, labels)
+    for row in scored:
+        turn = [{"role": "user", "content": rows[row["row"]]["messages"][0]["content"]}]
+        prompt_ids = tokenizer.encode(prompt.render(tokenizer, turn), add_special_tokens=False)
+        with torch.inference_mode():
+            shares = model(torch.tensor([prompt_ids])).logits[0, -1].softmax(-1)
+        expected = {label: float(shares[ids[label]].sum()) for label in labels}
+        total = sum(expected.values())
+        likeliest = max(expected, key=expected.get)
+        assert row["probabilities"] == pytest.approx(
+            {label: share / total for label, share in expected.items()}, abs=1e-5
+        )
+        ((share, right),) = row["values"]["ece"]
+        assert share == row["probabilities"][likeliest]
+        assert right == (likeliest == row["expected"])
+    # They are kept with the answers.
+    silent = Model(model, tokenizer, "fpb", 16)
+    silent._model_generate = None
+    answers = Answers(tmp_path / "kept.jsonl", {})
+    again, _ = evaluation.measure(silent, "fpb", 16, Prompts("chat"), answers)
+    assert [row["values"] for row in again] == [row["values"] for row in scored]
+
+
+def test_labels_that_begin_alike_have_no_probabilities(smollm2):
+    from transformers import AutoTokenizer
+
+    from evals.model import first_tokens
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    assert len(first_tokens(tokenizer, ["negative", "neutral", "positive"])) == 3
+    assert first_tokens(tokenizer, ["moderately negative", "moderately positive"]) == {}
+    assert first_tokens(tokenizer, ["positive"]) == first_tokens(tokenizer, []) == {}
 
 
 def test_the_prompt_is_the_models_chat_template(smollm2):

@@ -317,3 +317,46 @@ def test_the_f1_of_the_task_files_is_the_f1_with_the_interval():
     assert utils.share(tagged(1, 50)) == pytest.approx(
         stats.estimate("accuracy", tagged(1, 50))["value"]
     )
+
+
+# ---- calibration
+
+
+def by_definition(rows):
+    """ECE by its definition, bin by bin: weight · |accuracy - mean confidence|."""
+    total = 0.0
+    for number in range(15):
+        inside = [
+            (share, right)
+            for share, right in rows
+            if number / 15 <= share < (number + 1) / 15 or (number == 14 and share == 1)
+        ]
+        if inside:
+            confidence, accuracy = (
+                sum(column) / len(inside) for column in zip(*inside, strict=True)
+            )
+            total += len(inside) / len(rows) * abs(accuracy - confidence)
+    return total
+
+
+@pytest.mark.parametrize("rows", [1, 40, 700])
+def test_ece_is_its_definition_and_its_interval_a_plain_bootstraps(rows):
+    chance = random.Random(rows)
+    shares = [chance.choice([1.0, chance.uniform(1 / 3, 1)]) for _ in range(rows)]
+    column = [(share, float(chance.random() < share**2)) for share in shares]
+    found = stats.estimate("ece", [[one] for one in column])
+    assert found["value"] == pytest.approx(by_definition(column), abs=1e-12)
+    if rows == 40:
+        plain = [by_definition(chance.choices(column, k=rows)) for _ in range(3000)]
+        low, high = np.percentile(plain, [2.5, 97.5])
+        assert (found["low"], found["high"]) == pytest.approx((low, high), abs=0.015)
+
+
+def test_a_model_that_knows_its_chances_has_no_calibration_error():
+    sure = [[(1.0, 1.0)]] * 10
+    three_of_four = [[(0.75, 1.0)]] * 3 + [[(0.75, 0.0)]]
+    assert stats.estimate("ece", sure)["value"] == 0
+    assert stats.estimate("ece", three_of_four)["value"] == 0
+    assert stats.estimate("ece", [[(1.0, 0.0)]] * 5)["value"] == 1
+    better = stats.compare("ece", [[(1.0, 0.0)]] * 50, sure * 5)
+    assert (better["value"], better["test"]) == (-1, "paired bootstrap")
