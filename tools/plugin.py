@@ -399,8 +399,13 @@ class RunPlugin(BasePlugin):
     def register(self, cfg: Any) -> None:
         import torch
 
-        if cfg.get("deepspeed") and local("WORLD_SIZE") > 1 and not torch.cuda.is_available():
-            deepspeed_on_cpu()
+        if local("WORLD_SIZE") > 1 and not torch.cuda.is_available():
+            # Each process's device is cpu:N, to which torch.load knows no way for an optimizer.
+            torch.serialization.register_package(
+                0, lambda storage: None, lambda storage, to: storage if to[:4] == "cpu:" else None
+            )
+            if cfg.get("deepspeed"):
+                deepspeed_on_cpu()
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         import torch
