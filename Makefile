@@ -16,7 +16,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: help setup demo fetch data audit model train profile status sweep reproduce eval report chat merge serve push pull adapters recipes show plan new import render test test-all check clean
+.PHONY: help setup demo fetch data audit model train profile status sweep reproduce parity eval report chat merge serve push pull adapters recipes show plan new import render test test-all check clean
 
 help: ## List the jobs
 	@printf 'Jobs (make JOB RECIPE=… TASKS=… …):\n'
@@ -65,6 +65,9 @@ sweep: $(READY) ## Train several recipes and end with one table: RECIPES="sentim
 
 reproduce: $(READY) ## Train a finished run again and compare the adapters: RUN=runs/smollm2-135m/sentiment_r4
 	@$(PY) -m tools.reproduce "$$RUN"
+
+parity: $(READY) ## QLoRA against LoRA at 8 bits and full precision, ranks, alpha, targets: hours; goes on where it stopped
+	@$(PY) -m bench.parity
 
 eval: $(READY) ## Score base and adapter: [RECIPE=…] [TASKS=fpb,fiqa] [LIMIT=200] [BASE=1] [PRECISION=nf4] [ADAPTER=…] [BACKEND=vllm|openai] [FORCE=1]
 	@$(PY) -m evals.run "$$RECIPE" --tasks "$$TASKS" --limit "$$LIMIT" --force "$$FORCE" \
@@ -127,6 +130,7 @@ check: $(READY) ## Lint, format, types, drift of rendered files, every recipe ag
 	@$(PY) data/sample/make.py --check
 	@$(PY) -m tools.audit --card --check
 	@$(PY) -m tools.scale --check
+	@$(PY) -m bench.parity --check
 	@$(PY) -m tools.catalogue check
 
 clean: ## Remove .venv, SmolLM2, converted data and caches; trained runs stay

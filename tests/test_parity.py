@@ -1,0 +1,133 @@
+"""The parity experiment: its statistics against closed forms, its jobs, and its page."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import yaml
+from scipy.stats import norm
+
+from bench import parity
+from tools import recipes, weights
+
+SPEC = yaml.safe_load(parity.SPEC.read_text())
+
+
+def test_the_interval_is_that_of_the_closed_form():
+    """One seed: the bootstrap of a mean over rows is the normal one. Alike rows: over seeds."""
+    differences = np.random.default_rng(1).choice([-1.0, 0.0, 1.0], (900, 1), p=[0.1, 0.7, 0.2])
+    found = parity.compared(differences, np.zeros_like(differences), 0.05)
+    error = differences.std() / 30
+    assert found["value"] == pytest.approx(differences.mean())
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * error, rel=0.03)
+    assert found["high90"] - found["low90"] == pytest.approx(2 * 1.645 * error, rel=0.03)
+    beyond = 1 - norm.cdf(0.05, differences.mean(), error)
+    assert found["p_margin"] == pytest.approx(beyond, abs=0.02)
+
+    by_seed = np.tile(np.linspace(0, 1, 30), (5, 1))
+    found = parity.compared(by_seed, np.zeros_like(by_seed), None)
+    error = by_seed[0].std() / np.sqrt(30)
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * error, rel=0.05)
+    assert "p_margin" not in found
+
+
+def test_seeds_that_disagree_widen_an_interval():
+    rows = np.random.default_rng(2).normal(0, 0.3, (400, 1))
+    alike = parity.compared(rows + [[0, 0, 0]], np.zeros((400, 3)), 0.05)
+    apart = parity.compared(rows + [[-0.1, 0, 0.1]], np.zeros((400, 3)), 0.05)
+    assert apart["value"] == pytest.approx(alike["value"])
+    assert apart["high"] - apart["low"] > 2 * (alike["high"] - alike["low"])
+    assert alike["p_margin"] < 0.05 < apart["p_margin"]
+
+
+def test_no_difference_and_equivalence_are_two_things():
+    chance = np.random.default_rng(3)
+    few, many = chance.normal(0, 1, (20, 3)), chance.normal(0, 0.2, (2000, 3))
+    for values, equivalent in ((few, False), (many, True)):
+        found = parity.compared(values, np.zeros_like(values), 0.05)
+        said = parity.verdict(found, {"margin": 0.05})
+        assert ("equivalent within ±5.0 points" in said) == equivalent
+        assert ("equivalence not shown" in said) != equivalent
+    worse = parity.compared(many - 0.2, np.zeros_like(many), 0.05)
+    said = parity.verdict(worse, {"margin": 0.05})
+    assert "equivalence not shown" in said and "a difference, p" in said
+
+
+def test_every_variant_is_a_recipe_that_axolotl_takes():
+    wanted = parity.jobs(SPEC, [])
+    assert len({one.name for one in wanted.values()}) < len(wanted)  # parts share trainings
+    for (part, task, name, seed), one in wanted.items():
+        paths = {"output_dir": "runs/x", "dataset_prepared_path": "runs/x/prepared"}
+        if seed == SPEC["seeds"][0]:
+            recipes.validate(one.config | paths, f"{part}, {name}")
+        variant = SPEC["parts"][part]["variants"][name]
+        assert weights.precision(one.config) == variant["precision"]
+        assert (one.config["seed"], one.task) == (seed, task)
+        assert one.config["max_steps"] == SPEC["settings"]["max_steps"]
+        for key in variant.keys() - {"precision"}:
+            assert one.config[key] == variant[key]
+
+
+def test_variants_of_a_part_differ_in_what_the_part_is_about_alone():
+    about = {
+        "precision": {"load_in_4bit", "load_in_8bit", "bnb_config_kwargs", "adapter"},
+        "rank": {"lora_r", "lora_alpha"},
+        "alpha": {"lora_alpha"},
+        "targets": {"lora_target_modules"},
+    }
+    for (part, task, _, seed), one in (wanted := parity.jobs(SPEC, [])).items():
+        other = wanted[part, task, SPEC["parts"][part]["against"], seed]
+        keys = one.config.keys() | other.config.keys()
+        differing = {key for key in keys if one.config.get(key) != other.config.get(key)}
+        assert differing <= about[part]
+        if part == "rank":
+            assert one.config["lora_alpha"] == 2 * one.config["lora_r"]
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """A small experiment whose scores are written by hand: 40 rows, two seeds."""
+    monkeypatch.setattr(parity, "RUNS", tmp_path)
+    spec = SPEC | {"seeds": [1, 2]}
+    spec["parts"] = {"precision": SPEC["parts"]["precision"] | {"tasks": ["sentiment"]}}
+    wanted = parity.jobs(spec, [])
+    right = {"nf4": 30, "int8": 32, "full": 32}
+    for (_, _, name, seed), one in wanted.items():
+        rows = [{"values": {"accuracy": float(n < right[name] + seed)}} for n in range(40)]
+        content = {
+            "predictions": rows,
+            "metrics": {"accuracy": {"value": 0.25}},
+            "evaluated": {"data_sha256": "0"},
+        }
+        for side in ("adapter", "base"):
+            file = parity.scores(spec, one, side)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(content))
+        run = {"loss": 0.5, "seconds": 60.0, "trainable_parameters": 1000}
+        (one.folder / "run.json").write_text(json.dumps(run))
+    return spec, parity.results(spec, wanted) | {"spec": spec, "machine": "2 cores"}
+
+
+def test_results_are_what_the_score_files_hold(measured):
+    _, content = measured
+    entry = content["parts"]["precision"]["sentiment"]
+    assert entry["rows"] == 40
+    assert entry["variants"]["nf4"]["scores"] == [31 / 40, 32 / 40]
+    assert entry["variants"]["nf4"]["against"]["value"] == pytest.approx(-2 / 40)
+    assert entry["variants"]["int8"]["against"]["value"] == 0
+    raw = [entry["variants"][name]["against"]["p_margin"] for name in ("nf4", "int8")]
+    assert raw[0] > 0.4 and raw[1] < 0.001
+    assert "against" not in entry["variants"]["full"]
+    json.dumps(content)
+
+
+def test_the_page_holds_the_table_and_the_figure_is_drawn(measured, tmp_path):
+    _, content = measured
+    page = parity.written(f"before\n{parity.BEGIN}old\n{parity.END}after\n", content)
+    assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
+    assert re.search(r"\| nf4 \| 78\.8 \(77\.5, 80\.0\) \| -5\.0 \(", page)
+    assert "int8 against full: +0.0 points, equivalent within ±5.0 points" in page
+    assert parity.written(page, content) == page
+    parity.draw(content, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
