@@ -4,7 +4,7 @@
     python -m bench.parity --workers 2 --only precision
     python -m bench.parity --check               fails where docs/qlora.md is not bench/parity.json
 
-What is trained and scored stays in runs/parity/ and is not done again, so the command can be
+What is trained and scored stays in runs/.parity/ and is not done again, so the command can be
 interrupted and repeated. Results go to bench/parity.json, from there a table into docs/qlora.md and
 a figure beside it.
 
@@ -40,7 +40,7 @@ SPEC = ROOT / "bench" / "parity.yaml"
 RESULTS = ROOT / "bench" / "parity.json"
 DOC = ROOT / "docs" / "qlora.md"
 FIGURE = ROOT / "docs" / "parity.png"
-RUNS = ROOT / "runs" / "parity"
+RUNS = ROOT / "runs" / ".parity"  # hidden from `make report`, `eval` and `status`
 BEGIN, END = "<!-- parity: begin -->\n", "<!-- parity: end -->\n"
 RESAMPLES = 10_000
 SEED = 20231107

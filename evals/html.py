@@ -108,6 +108,8 @@ def everything() -> list[Scored]:
         adapter = bool(told.get("adapter_sha256"))
         model = str(told.get("base_model") or folder.parent.name).rsplit("/", 1)[-1]
         method = folder.name if adapter or not folder.name.startswith("base_") else "base"
+        if folder.parent == subject.RUNS / "endpoint":
+            method = "endpoint"
         names = sorted(contents, key=lambda n: (order.index(n) if n in order else len(order), n))
         ordered = {name: contents[name] for name in names}
         kept = ", ".join(str(part) for part in setting if part)
