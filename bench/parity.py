@@ -2,6 +2,7 @@
 
     python -m bench.parity                       bench/parity.yaml: everything, or what is missing
     python -m bench.parity --workers 2 --only precision
+    python -m bench.parity --finished            trains nothing, publishes what parts are finished
     python -m bench.parity --check               fails where docs/qlora.md is not bench/parity.json
 
 What is trained and scored stays in runs/.parity/ and is not done again, so the command can be
@@ -80,7 +81,7 @@ def job(spec: dict[str, Any], task: str, variant: dict[str, Any], seed: int) -> 
     config |= weights.PRECISIONS[precision] if precision != "full" else {}
     config["adapter"] = "qlora" if precision == "nf4" else "lora"
     del config["output_dir"], config["dataset_prepared_path"]
-    return Job(task, seed, config)
+    return Job(task, seed, {key: value for key, value in config.items() if value is not None})
 
 
 def jobs(spec: dict[str, Any], only: list[str]) -> dict[tuple[str, str, str, int], Job]:
@@ -89,7 +90,7 @@ def jobs(spec: dict[str, Any], only: list[str]) -> dict[tuple[str, str, str, int
         (part, task, name, seed): job(spec, task, variant, seed)
         for part, content in spec["parts"].items()
         if not only or part in only
-        for seed in spec["seeds"]
+        for seed in content.get("seeds", spec["seeds"])
         for task in content["tasks"]
         for name, variant in content["variants"].items()
     }
@@ -236,7 +237,8 @@ def of_part(spec: dict[str, Any], part: str, task: str, wanted: dict[Any, Job]) 
     variants: dict[str, Any] = {}
     columns: dict[str, Array] = {}
     for name in told["variants"]:
-        each = [wanted[part, task, name, seed] for seed in spec["seeds"]]
+        seeds = told.get("seeds", spec["seeds"])
+        each = [wanted[part, task, name, seed] for seed in seeds]
         files = [json.loads(scores(spec, one).read_text()) for one in each]
         columns[name] = np.array(
             [[row["values"][metric] for row in file["predictions"]] for file in files], float
@@ -329,9 +331,9 @@ def verdict(found: dict[str, Any], told: dict[str, Any]) -> str:
 
 
 def block(content: dict[str, Any]) -> str:
-    spec = content["spec"]
+    told = content["spec"]["settings"]
     head = (
-        f"SmolLM2-135M, {spec['settings']['max_steps']} steps, {len(spec['seeds'])} seeds, "
+        f"SmolLM2-135M, {told['max_steps']} steps of {told['micro_batch_size']} rows, "
         f"{content['machine']}: `make parity`, from [bench/parity.yaml](../bench/parity.yaml) to "
         "[bench/parity.json](../bench/parity.json). Intervals are of 95 %, over rows and seeds; "
         "p is corrected over a part.\n"
@@ -388,6 +390,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="QLoRA against LoRA, by training both")
     parser.add_argument("--only", default="", help="parts of bench/parity.yaml")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--finished", action="store_true", help="train nothing; publish what is")
     parser.add_argument("--check", action="store_true", help="fail where the page is old")
     given = parser.parse_args()
     text = DOC.read_text(encoding="utf-8")
@@ -400,7 +403,13 @@ def main() -> None:
     if unknown := [part for part in only if part not in spec["parts"]]:
         raise WrongInput(f"unknown part {unknown[0]}; there are {', '.join(spec['parts'])}")
     wanted = jobs(spec, only)
-    run(spec, wanted, max(1, given.workers))
+    if given.finished:
+        missing = {key[0] for key, one in wanted.items() if not scores(spec, one).is_file()}
+        wanted = {key: one for key, one in wanted.items() if key[0] not in missing}
+        if not wanted:
+            raise WrongInput("no part is finished; `make parity` trains them")
+    else:
+        run(spec, wanted, max(1, given.workers))
     content = results(spec, wanted) | {"spec": spec, "machine": machine()}
     if not only:
         write_json(RESULTS, content)

@@ -75,6 +75,7 @@ def test_variants_of_a_part_differ_in_what_the_part_is_about_alone():
         "rank": {"lora_r", "lora_alpha"},
         "alpha": {"lora_alpha"},
         "targets": {"lora_target_modules"},
+        "method": {"peft_use_dora", "peft_use_rslora"},
     }
     for (part, task, _, seed), one in (wanted := parity.jobs(SPEC, [])).items():
         other = wanted[part, task, SPEC["parts"][part]["against"], seed]

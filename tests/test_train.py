@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -191,18 +192,19 @@ def test_a_training_that_fails_says_why_and_is_no_finished_run(tiny, chat_rows, 
     assert not (tmp_path / "r4" / "run.json").exists()
 
 
-@pytest.mark.parametrize("lever", ["dequantize_once", "answer_logits_only"])
-def test_a_cpu_lever_changes_no_number(tiny, lever):
+@pytest.mark.parametrize(
+    ("lever", "bits"), [("dequantize_once", 4), ("dequantize_once", 8), ("answer_logits_only", 4)]
+)
+def test_a_cpu_lever_changes_no_number(tiny, lever, bits):
     import torch
     from peft import LoraConfig, get_peft_model
 
     from tools import plugin, weights
 
-    def loss_and_gradients(with_lever: bool):
-        config = {"base_model": str(tiny), "load_in_4bit": True}
-        calls = []
+    def results(with_lever: bool):
+        config = {"base_model": str(tiny), f"load_in_{bits}bit": True}
         undo = weights.dequantize_once
-        weights.dequantize_once = lambda model: calls.append(model) or 0
+        weights.dequantize_once = lambda model: 0
         try:
             model, tokenizer = weights.load(config)
         finally:
@@ -210,20 +212,35 @@ def test_a_cpu_lever_changes_no_number(tiny, lever):
         torch.manual_seed(0)
         wanted = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         model = get_peft_model(model, wanted).train()
-        if with_lever:
-            apply = {"dequantize_once": undo, "answer_logits_only": plugin.answer_logits_only}
-            assert apply[lever](model) != 0
+        if with_lever and lever == "dequantize_once":
+            assert undo(model, training=True) != 0
+        elif with_lever:
+            plugin.answer_logits_only(model)
         ids = torch.randint(5, 40000, (4, 30), generator=torch.Generator().manual_seed(1))
         labels = torch.full_like(ids, -100)
         labels[:, -4:-1] = ids[:, -4:-1]
         labels[0, -6] = ids[0, -6]
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
-        return loss, [p.grad for p in model.parameters() if p.requires_grad]
+        scored = model.eval()(input_ids=ids).logits if bits == 8 else torch.zeros(())
+        return loss, [p.grad for p in model.parameters() if p.requires_grad], scored.detach()
 
-    plain, with_lever = loss_and_gradients(False), loss_and_gradients(True)
+    plain, with_lever = results(False), results(True)
     torch.testing.assert_close(with_lever[0], plain[0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(with_lever[1], plain[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(with_lever[2], plain[2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("bf16", "dtype"), [(False, "float32"), (True, "float16")])
+def test_an_8bit_base_computes_in_the_dtype_that_the_profile_names(bf16, dtype):
+    import torch
+
+    from tools.plugin import RunPlugin
+
+    cfg = SimpleNamespace(load_in_8bit=True, bf16=bf16, fp16=False, torch_dtype=torch.float16)
+    RunPlugin().pre_model_load(cfg)
+    expected = torch.float16 if torch.cuda.is_available() else getattr(torch, dtype)
+    assert cfg.torch_dtype == expected
 
 
 @pytest.mark.slow

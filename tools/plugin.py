@@ -414,8 +414,13 @@ class RunPlugin(BasePlugin):
             cfg.device_map = {"": "cpu"}  # Axolotl maps to accelerator 0 from two processes on
 
     def pre_model_load(self, cfg: Any) -> None:
+        import torch
+
         if cfg.load_in_8bit:
             keep_8bit_scales()
+            if not torch.cuda.is_available() and not cfg.bf16 and not cfg.fp16:
+                # Axolotl takes float16 for 8-bit bases: slow on a CPU, and not what scoring runs in
+                cfg.torch_dtype = torch.float32
 
     def pre_lora_load(self, cfg: Any, model: Any) -> None:
         # Axolotl seeds when it makes the trainer, which is after the adapter's random A: without
@@ -425,7 +430,7 @@ class RunPlugin(BasePlugin):
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
         if cfg.dequantize_once:
-            dequantize_once(model)
+            dequantize_once(model, training=True)
         if cfg.answer_logits_only:
             answer_logits_only(model)
 

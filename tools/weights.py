@@ -7,30 +7,41 @@ from pathlib import Path
 from typing import Any
 
 
-def dequantize_once(model: Any) -> int:
-    """Keeps a dense copy of every 4-bit weight of a model on the CPU; returns their bytes.
+def dequantize_once(model: Any, training: bool = False) -> int:
+    """Keeps a dense copy of every quantized weight of a model on the CPU; returns their bytes.
 
-    bitsandbytes dequantizes a 4-bit weight in every forward and backward pass. On a CPU that costs
-    more than the product itself for small batches, and a small model has room for the dense
-    copy. The copy comes from bitsandbytes' own `dequantize_4bit` and the packed weight stays in
-    place, so the numbers and what is saved are the same. Where the copies would take more than
+    bitsandbytes dequantizes a weight in every forward and backward pass. On a CPU that costs more
+    than the product itself for small batches, and a small model has room for the dense copy.
+    A 4-bit copy comes from bitsandbytes' own `dequantize_4bit`; an 8-bit one is CB * SCB / 127, as
+    in its `MatMul8bitFp`, which it uses on a CPU in training only: in scoring it rounds activations
+    to 8 bits, so 8-bit weights are copied for `training` alone. The quantized weight stays in
+    place, and the numbers and what is saved are the same. Where the copies would take more than
     half of the free memory, or the model is on a GPU, nothing changes and 0 is returned.
     """
     import bitsandbytes as bnb
     import psutil
     import torch
 
-    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt) if training else bnb.nn.Linear4bit
+    layers = [m for m in model.modules() if isinstance(m, kinds)]
     layers = [m for m in layers if m.weight.device.type == "cpu"]
     size = sum(4 * m.in_features * m.out_features for m in layers)
     if size > psutil.virtual_memory().available / 2:
         return 0
     for layer in layers:
-        dense = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        dtype = layer.compute_dtype or dense.dtype
-        dense = dense.to(dtype)
+        if isinstance(layer, bnb.nn.Linear4bit):
+            dense = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            dense = dense.to(layer.compute_dtype or dense.dtype)
+        else:
+            if layer.weight.CB is not None:
+                layer.init_8bit_state()
+            dense = layer.state.CB.float() * (layer.state.SCB.float().unsqueeze(1) / 127)
 
-        def forward(x: Any, dense: Any = dense, layer: Any = layer) -> Any:
+        def forward(
+            x: Any, dense: Any = dense, layer: Any = layer, original: Any = layer.forward
+        ) -> Any:
+            if not layer.training and isinstance(layer, bnb.nn.Linear8bitLt):
+                return original(x)
             bias = None if layer.bias is None else layer.bias.to(dense.dtype)
             return torch.nn.functional.linear(x.to(dense.dtype), dense, bias).to(x.dtype)
 
