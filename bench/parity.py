@@ -248,7 +248,7 @@ def of_part(spec: dict[str, Any], part: str, task: str, wanted: dict[Any, Job]) 
         variants[name] = {
             "scores": [round(float(one), 4) for one in columns[name].mean(0)],
             "base": round(base["metrics"][metric]["value"], 4),
-            "loss": [round(one["loss"], 4) for one in ran],
+            "loss": [round(one["train_loss"], 4) for one in ran],
             "seconds": [round(one["seconds"]) for one in ran],
             "trainable_parameters": ran[0]["trainable_parameters"],
         }

@@ -105,7 +105,7 @@ def measured(tmp_path, monkeypatch):
             file = parity.scores(spec, one, side)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(content))
-        run = {"loss": 0.5, "seconds": 60.0, "trainable_parameters": 1000}
+        run = {"train_loss": 0.5, "seconds": 60.0, "trainable_parameters": 1000}
         (one.folder / "run.json").write_text(json.dumps(run))
     return spec, parity.results(spec, wanted) | {"spec": spec, "machine": "2 cores"}
 
