@@ -286,9 +286,9 @@ def table(content: dict[str, Any]) -> str:
         for task, entry in tasks.items():
             title = report.title(entry["metric"])
             lines += [
-                f"| {part}, {task} | {title}, % (each seed) | against {told['against']}, points | "
-                "training loss | adapter's parameters |",
-                "| --- | --- | --- | --- | --- |",
+                f"| {part}, {task} | base | {title}, % (each seed) | against {told['against']}, "
+                "points | training loss | adapter's parameters |",
+                "| --- | ---: | ---: | ---: | ---: | ---: |",
             ]
             for name, variant in entry["variants"].items():
                 seeds = ", ".join(points(one) for one in variant["scores"])
@@ -300,7 +300,10 @@ def table(content: dict[str, Any]) -> str:
                     gain += f"{points(found['high'], True)})"
                 loss = sum(variant["loss"]) / len(variant["loss"])
                 count = f"{variant['trainable_parameters']:,}"
-                lines.append(f"| {name} | {mean} ({seeds}) | {gain} | {loss:.3f} | {count} |")
+                base = points(variant["base"])
+                lines.append(
+                    f"| {name} | {base} | {mean} ({seeds}) | {gain} | {loss:.3f} | {count} |"
+                )
             lines.append("")
     return "\n".join(lines)
 

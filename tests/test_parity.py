@@ -127,7 +127,7 @@ def test_the_page_holds_the_table_and_the_figure_is_drawn(measured, tmp_path):
     _, content = measured
     page = parity.written(f"before\n{parity.BEGIN}old\n{parity.END}after\n", content)
     assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
-    assert re.search(r"\| nf4 \| 78\.8 \(77\.5, 80\.0\) \| -5\.0 \(", page)
+    assert re.search(r"\| nf4 \| 25\.0 \| 78\.8 \(77\.5, 80\.0\) \| -5\.0 \(", page)
     assert "int8 against full: +0.0 points, equivalent within ±5.0 points" in page
     assert parity.written(page, content) == page
     parity.draw(content, tmp_path / "figure.png")
