@@ -5,7 +5,8 @@
 Training rows are divided once, seeded, into those that train and those that judge. Test rows are
 not read. What is trained stays in runs/.beyond/, so the command can be interrupted and repeated;
 results go to bench/beyond.json. Candidates that run side by side share the cores alike, so their
-seconds compare.
+seconds compare. Where the recipe that came of it and the one that it is to beat are trained and
+scored in runs/, their test scores are compared as well.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 import yaml
 
 from bench.parity import called, machine
+from evals import stats
 from tools import recipes
 from tools.cli import ROOT, JobFailed, WrongInput, atomic, command, shown, write_json
 
@@ -83,6 +85,60 @@ def results(spec: dict[str, Any], configs: dict[str, dict[str, Any]]) -> dict[st
     }
 
 
+def scores(recipe: str, dataset: str, limit: int, side: str = "") -> dict[str, Any]:
+    """A score file of a run, or of its base."""
+    run = ROOT / "runs" / recipe
+    folder = run.parent / "base_nf4" if side == "base" else run
+    name = f"{dataset}_sample{limit}" if limit else dataset
+    content: dict[str, Any] = json.loads((folder / "evals" / f"{name}.json").read_text())
+    return content
+
+
+def confirmed(spec: dict[str, Any]) -> dict[str, Any]:
+    """Accuracy of both recipes on each test set and on all rows, and their paired difference.
+
+    Raises FileNotFoundError where a run or a score is missing.
+    """
+    pair = (spec["recipe"], spec["confirm"]["recipe"])
+    found: dict[str, Any] = {}
+    values: dict[str, list[list[float]]] = {}
+    for dataset, limit in spec["confirm"]["sets"].items():
+        files = [scores(recipe, dataset, limit) for recipe in pair]
+        values[dataset] = [[row["values"]["accuracy"] for row in f["predictions"]] for f in files]
+        base = scores(pair[0], dataset, limit, "base")["metrics"]["accuracy"]["value"]
+        found[dataset] = {"base": round(base, 4)}
+    values["all"] = [sum((columns[side] for columns in values.values()), []) for side in (0, 1)]
+    for dataset, (first, second) in values.items():
+        one = stats.compare("accuracy", first, second)
+        means = [round(sum(column) / len(column), 4) for column in (first, second)]
+        told = {name: round(one[name], 6) for name in ("value", "low", "high", "p")}
+        found.setdefault(dataset, {}).update(rows=len(first), accuracy=means, difference=told)
+    sets = [one["difference"] for name, one in found.items() if name != "all"]
+    for one, p in zip(sets, stats.holm([one["p"] for one in sets]), strict=True):
+        one["p"] = round(p, 6)
+    runs = [json.loads((ROOT / "runs" / recipe / "run.json").read_text()) for recipe in pair]
+    return {"sets": found, "seconds": [round(run["seconds"]) for run in runs]}
+
+
+def confirmation(content: dict[str, Any]) -> str:
+    """Markdown of what `confirmed` found."""
+    names = [content["spec"]["recipe"], content["spec"]["confirm"]["recipe"]]
+    first, second = (name.rpartition("/")[2] for name in names)
+    lines = [
+        f"| test rows | base | {first} | {second} | difference, points | p |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, one in content["confirmed"]["sets"].items():
+        base = f"{100 * one['base']:.1f}" if "base" in one else ""
+        gain, low, high = (100 * one["difference"][key] for key in ("value", "low", "high"))
+        means = " | ".join(f"{100 * mean:.1f}" for mean in one["accuracy"])
+        lines.append(
+            f"| {name}, {one['rows']} | {base} | {means} | {gain:+.1f} ({low:+.1f} … {high:+.1f}) "
+            f"| {one['difference']['p']:.2g} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def table(content: dict[str, Any]) -> str:
     """Markdown, the best first."""
     found = content["candidates"]
@@ -124,8 +180,14 @@ def main() -> None:
     finally:
         pool.shutdown(cancel_futures=True)
     content = results(spec, configs)
+    try:
+        content["confirmed"] = confirmed(spec)
+    except FileNotFoundError as error:
+        print(f"beyond     not compared on test rows: {shown(Path(error.filename))} is missing")
     write_json(RESULTS, content)
     print(table(content))
+    if "confirmed" in content:
+        print(confirmation(content))
 
 
 if __name__ == "__main__":

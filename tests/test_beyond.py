@@ -42,6 +42,30 @@ def test_every_candidate_is_a_recipe_that_axolotl_takes(files, name):
     assert judged[0].endswith("validation.jsonl") and trained[0].endswith("train.jsonl")
 
 
+def test_test_scores_are_paired_by_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(beyond, "ROOT", tmp_path)
+    spec = {"recipe": "m/old", "confirm": {"recipe": "m/new", "sets": {"a": 0, "b": 40}}}
+    with pytest.raises(FileNotFoundError):
+        beyond.confirmed(spec)
+    right = {"base_nf4": 10, "old": 20, "new": 30}
+    for run, number in right.items():
+        for name in ("a", "b_sample40"):
+            rows = [{"values": {"accuracy": float(at < number)}} for at in range(40)]
+            content = {"predictions": rows, "metrics": {"accuracy": {"value": number / 40}}}
+            file = tmp_path / "runs/m" / run / "evals" / f"{name}.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(content))
+        (file.parent.parent / "run.json").write_text(json.dumps({"seconds": 60.4}))
+    found = beyond.confirmed(spec)
+    assert found["seconds"] == [60, 60]
+    assert found["sets"]["a"]["base"] == 0.25 and found["sets"]["a"]["accuracy"] == [0.5, 0.75]
+    assert found["sets"]["a"]["difference"]["p"] == pytest.approx(2 * 2 / 2**10, abs=1e-5)  # Holm
+    assert found["sets"]["all"]["rows"] == 80
+    assert found["sets"]["all"]["difference"]["p"] == pytest.approx(2 / 2**20, abs=1e-5)
+    text = beyond.confirmation({"spec": spec, "confirmed": found})
+    assert "| a, 40 | 25.0 | 50.0 | 75.0 | +25.0 (" in text
+
+
 def test_figures_are_those_of_the_log(tmp_path):
     log = [
         {"step": 0, "seconds": 10.0, "eval_loss": 3.0},

@@ -21,13 +21,15 @@ def test_every_model_has_every_task_by_every_method():
     tasks += ["financebench", "cfa", "general_multi", "reporting_multi", "analysis_multi"]
     methods = ["r4", "r8", "r8_dora", "r8_dora_a32", "r8_rslora", "r8_fp16", "qlora_all"]
     expected = [f"{m}/{t}_{method}" for m in MODELS for t in tasks for method in methods]
-    assert catalogue.ours() == expected
+    found = catalogue.ours()
+    found.remove("smollm2-135m/sentiment_r4_all")  # the one method that is not for all
+    assert found == expected
     assert all((ROOT / "recipes" / f"{name}.yaml").is_file() for name in expected)
 
 
 def test_every_file_is_what_the_tables_give_and_valid_for_axolotl_with_every_profile(capsys):
     catalogue.check()
-    assert capsys.readouterr().out.startswith("756 recipes: current, and valid for Axolotl with")
+    assert capsys.readouterr().out.startswith("757 recipes: current, and valid for Axolotl with")
 
 
 def test_a_recipe_tells_how_to_run_it_what_it_needs_and_what_it_learns():
@@ -235,7 +237,8 @@ def ran(*arguments):
 def test_the_list_shows_every_recipe_and_loads_no_heavy_library():
     lines = ran("list").splitlines()
     heads = lines[0].split()[1:]
-    shown = {line.split()[0] + head for line in lines[1 : 1 + 9 * 12] for head in heads}
+    rows = [[cell for cell in line.split() if cell != "*"] for line in lines[1 : 1 + 9 * 12]]
+    shown = {row[0] + head for row in rows for head, _ in zip(heads, row[1:], strict=False)}
     assert shown == {name.removeprefix("llama-3.1-8b/") for name in catalogue.ours()}
 
 

@@ -102,7 +102,8 @@ def names() -> list[str]:
         f"{model}/{task}_{method}"
         for model in table["models"]
         for task in table["tasks"]
-        for method in table["methods"]
+        for method, row in table["methods"].items()
+        if fnmatchcase(f"{model}/{task}", row.get("only", "*"))
     ]
 
 
