@@ -128,7 +128,7 @@ check: $(READY) ## Lint, format, types, drift of rendered files, every recipe ag
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 	@$(PY) data/sample/make.py --check
-	@$(PY) -m tools.audit --card --check
+	@$(PY) -m tools.datacard --check
 	@$(PY) -m tools.scale --check
 	@$(PY) -m bench.parity --check
 	@$(PY) -m tools.catalogue check

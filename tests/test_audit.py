@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import audit, convert, finance
+from tools import audit, convert, datacard, finance
 from tools.cli import ROOT, JobFailed
 
 FINLORA = os.environ.get("FINLORA_DATA")
@@ -505,12 +505,11 @@ def test_the_examples_have_no_errors(task, monkeypatch):
 
 
 def test_the_card_is_what_sources_yaml_gives():
-    done = command("--card", "--check")
-    assert (done.returncode, done.stderr) == (0, "")
+    datacard.write(check=True)
 
 
 def test_every_dataset_is_in_the_card():
-    card = audit.CARD.read_text()
+    card = datacard.CARD.read_text()
     for name, row in convert.sources()["datasets"].items():
         assert f"### {name}\n" in card
         assert f"`{row['file']}`" in card
@@ -519,20 +518,20 @@ def test_every_dataset_is_in_the_card():
 
 
 def test_a_card_that_differs_fails_the_check(tmp_path, monkeypatch):
-    monkeypatch.setattr(audit, "CARD", tmp_path / "README.md")
-    with pytest.raises(JobFailed, match="--card"):
-        audit.write_card(check=True)
+    monkeypatch.setattr(datacard, "CARD", tmp_path / "README.md")
+    with pytest.raises(JobFailed, match="tools.datacard"):
+        datacard.write(check=True)
     text = (ROOT / "data" / "README.md").read_text()
-    audit.CARD.write_text(text.replace("MIT", "MTI", 1))
-    with pytest.raises(JobFailed, match="--card"):
-        audit.write_card(check=True)
-    audit.CARD.write_text(text)
-    audit.write_card(check=True)
+    datacard.CARD.write_text(text.replace("MIT", "MTI", 1))
+    with pytest.raises(JobFailed, match="tools.datacard"):
+        datacard.write(check=True)
+    datacard.CARD.write_text(text)
+    datacard.write(check=True)
 
 
 def test_a_file_that_is_not_the_published_one_does_not_enter_the_card(write):
     write("test/fiqa_test.jsonl", plenty(30))
-    assert audit.verified(audit.audit(["sentiment"])) == {}
+    assert datacard.verified(audit.audit(["sentiment"])) == {}
 
 
 # ---- FinLoRA's own files
@@ -586,9 +585,9 @@ def test_the_published_npv_without_its_outlay_is_found_and_computed(published):
 
 @needs_finlora
 def test_the_card_holds_the_counts_of_the_files_and_none_of_their_rows(published):
-    card = audit.CARD.read_text()
-    facts = audit.kept_facts()
-    for file, measured in audit.verified(published).items():
+    card = datacard.CARD.read_text()
+    facts = datacard.kept_facts()
+    for file, measured in datacard.verified(published).items():
         # Leaks and likeness depend on which other files are there; this does not.
         for key in ("rows", "labels", "fit", "formulas"):
             assert facts[file][key] == measured[key]

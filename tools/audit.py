@@ -2,7 +2,6 @@
 
     python -m tools.audit                       every task whose files are at hand
     python -m tools.audit "sentiment,formula"   two of them; --json prints the report as JSON
-    python -m tools.audit --card                writes data/README.md; --card --check compares it
 
 It leaves runs/audit/audit.json and runs/audit/index.html. A finding has a severity (an `error`
 changes scores, a `warning` may, a `note` is worth knowing), a confidence, a count and examples:
@@ -36,7 +35,6 @@ import yaml
 from tools import convert, finance
 from tools.cli import (
     ROOT,
-    JobFailed,
     WrongInput,
     atomic,
     command,
@@ -47,7 +45,7 @@ from tools.cli import (
 )
 
 OUT = ROOT / "runs" / "audit"
-CARD = ROOT / "data" / "README.md"
+PAGE = ROOT / "tools" / "audit.html"
 TOKENIZER = ROOT / "models" / "smollm2-135m" / "tokenizer.json"
 
 EXAMPLES = 3  # of each finding
@@ -658,6 +656,13 @@ def known_repairs(task: str, part: Part) -> list[str]:
     return found if part.report["as_published"] else []
 
 
+def repairs(row: dict[str, Any]) -> list[str]:
+    """What the repairs of a task or dataset are for, with their evidence."""
+    found = row.get("repairs", [row["repair"]] if "repair" in row else [])
+    texts = ["; ".join(str(each[k]) for k in ("reason", "evidence") if k in each) for each in found]
+    return [" ".join(text.split()).removesuffix(".") for text in texts]
+
+
 def print_tables(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.markup import escape
@@ -697,79 +702,6 @@ def print_tables(report: dict[str, Any]) -> None:
             console.print(
                 f"\n`make data` repairs {each['file']}: {escape(repair)}", highlight=False
             )
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Audit of {{ tasks | join(", ") }}</title>
-<style>
-:root { color-scheme: light dark; --ink: #1c2024; --soft: #5b6570; --paper: #fff; --card: #f4f6f8;
-  --bar: #3b74c4; --ghost: #aab7c6; --error: #b3261e; --warning: #8a5a00; --note: #2f5fa8; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e7eaee; --soft: #a3adb8; --paper: #14171a;
-  --card: #1f2428; --bar: #76a9ee; --ghost: #55606c; --error: #ff8a80; --warning: #f0bf60;
-  --note: #8fb8f5; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 64rem; font: 16px/1.5 system-ui, sans-serif;
-  color: var(--ink); background: var(--paper); overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
-p, ul { margin: .4rem 0; } .soft, dt { color: var(--soft); }
-article { background: var(--card); border-radius: .5rem; padding: .8rem 1rem; margin: .8rem 0; }
-article > h3 { margin: 0 0 .3rem; font-size: 1rem; }
-.error { color: var(--error); } .warning { color: var(--warning); } .note { color: var(--note); }
-summary { cursor: pointer; color: var(--soft); padding: .4rem 0; }
-pre { white-space: pre-wrap; margin: .2rem 0 .8rem; padding: .5rem .7rem; border-radius: .3rem;
-  background: var(--paper); font: .85rem/1.45 ui-monospace, monospace; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: 1rem; }
-figure { margin: 0; max-width: 32rem; } figcaption { color: var(--soft); font-size: .9rem; }
-svg { width: 100%; height: auto; display: block; } svg text { fill: var(--ink); font-size: 14px; }
-.bar { fill: var(--bar); } .ghost { fill: none; stroke: var(--ink); stroke-dasharray: 3 2; }
-svg .axis { fill: var(--soft); } .line { stroke: var(--ghost); }
-</style>
-<h1>Audit of {{ tasks | join(", ") }}</h1>
-<p class="soft">{{ files | length }} files, {{ "{:,}".format(files | sum("rows")) }} rows.
-{{ counts }}.
-{% if not tokenizer %}Tokens were not counted: models/smollm2-135m is not there.{% endif %}</p>
-<h2>Findings</h2>
-{% for finding in findings %}
-<article>
-<h3><b class="{{ finding.severity }}">{{ finding.severity }}</b> {{ finding.file }}</h3>
-<p>{{ finding.text }}</p>
-<p class="soft">{{ finding.check }}; confidence: {{ finding.confidence }}</p>
-{% if finding.examples %}
-<details{% if loop.first %} open{% endif %}>
-<summary>Examples ({{ finding.examples | length }})</summary>
-{% for example in finding.examples %}
-<div class="soft">line {{ example.line }} of {{ example.file }}
-{%- if example.note %}: {{ example.note }}{% endif %}</div>
-<pre>{{ example.text }}{% if example.answer %} → {{ example.answer }}{% endif %}</pre>
-{% endfor %}
-</details>
-{% endif %}
-</article>
-{% else %}<p>None.</p>
-{% endfor %}
-<h2>Files</h2>
-{% for file in files %}
-<article>
-<h3>{{ file.file }}</h3>
-<p class="soft">{{ "{:,}".format(file.rows) }} rows from {{ file.from }}, for
-{{ file.datasets | join(", ") }};
-{{ file.templates.distinct }} prompt template{{ "" if file.templates.distinct == 1 else "s" }}
-{%- if file.formulas %}; {{ file.formulas.agree }} of {{ file.formulas.checked }} keys that could be
-computed are what their formula gives{% endif %}</p>
-{% for repair in file.repairs %}<p>Repaired by <code>make data</code>: {{ repair }}</p>{% endfor %}
-<div class="plots">{{ file.plots }}</div>
-<details><summary>Prompt templates</summary>
-{% for each in file.templates.most_common %}
-<div class="soft">{{ each.rows }} rows</div><pre>{{ each.text }}</pre>
-{% endfor %}
-</details>
-</article>
-{% endfor %}
-</html>
-"""
 
 
 def bars(classes: dict[str, int], published: dict[str, Any]) -> str:
@@ -824,152 +756,8 @@ def page(report: dict[str, Any]) -> str:
         files.append(each | {"plots": Markup(plots)})  # noqa: S704 (built above, labels escaped)
     found = Counter(each["severity"] for each in report["findings"])
     counts = ", ".join(f"{found[s]} {s}{'' if found[s] == 1 else 's'}" for s in SEVERITIES)
-    template = Environment(autoescape=True).from_string(PAGE)
+    template = Environment(autoescape=True).from_string(PAGE.read_text(encoding="utf-8"))
     return template.render(report | {"files": files, "counts": counts})
-
-
-# ---- The data card
-
-
-def verified(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the card keeps of an audit: of the published files alone, and nothing of their rows."""
-    return {
-        each["file"]: {
-            "checksum": checksum(each["file"]),
-            "rows": each["rows"],
-            "labels": {k: n for k, n in each["labels"].items() if k in labels(each["datasets"])},
-            "fit": float(f"{each.get('source', {}).get('p', 0):.2g}"),
-            "tokens": [each["tokens"]["median"], each["tokens"]["max"]] if "tokens" in each else [],
-            "formulas": each.get("formulas"),
-            "defects": [
-                f"{finding['severity']}: {finding['text']} (confidence: {finding['confidence']})"
-                for finding in report["findings"]
-                if finding["file"] == each["file"]
-            ],
-        }
-        for each in report["files"]
-        if each["as_published"]
-    }
-
-
-def card(facts: dict[str, dict[str, Any]]) -> str:
-    """The data card of data/sources.yaml and of what audits found in the published files."""
-    table = convert.published()
-    whole = table["collection"]
-    out = [
-        "# Data card",
-        "",
-        "<!-- Written by `python -m tools.audit --card` from data/sources.yaml and an audit. -->",
-        "",
-        f"The datasets are those of [{whole['name']}]({table['repository']}) at commit",
-        f"`{table['commit']}`, published under {whole['licence']};",
-        f"{whole['note']}.",
-        "This project holds none of their rows; `data/sample/` has examples that were written for",
-        'it. A row is one JSON object on a line, `{"context": prompt, "target": answer}`.',
-        "",
-        "Counts, lengths (tokens of SmolLM2, prompt and answer) and defects were measured by",
-        "`make audit` on the published files, byte for byte; a file that was not at hand when this",
-        "card was written says so. An *error* changes scores, a *warning* may, a *note* is worth",
-        "knowing.",
-        "",
-        "## Licences",
-        "",
-        "| source | by | licence | commercial use | remark |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    may = {True: "yes", False: "**no**", None: "not stated"}
-    for each in table["origins"].values():
-        cells = [
-            f"[{each['name']}]({each['url']})",
-            each["attribution"],
-            each["licence"] or "none stated",
-            may[each["commercial"]],
-            each.get("note", ""),
-        ]
-        out.append(f"| {' | '.join(cells)} |")
-    for task, spec in table["tasks"].items():
-        out += ["", f"## {task}", ""]
-        out += [f"Trained on {measured(spec['train'], facts)}", ""]
-        out += [*listed(spec["train"], spec, facts), ""]
-        if "parts" in spec:
-            out.append(f"A mixture of {', '.join(spec['parts'])}, scored on their datasets.")
-            continue
-        described: dict[str, str] = {}  # the first dataset of each file
-        for name in spec["eval"]:
-            row = table["datasets"][name]
-            sources = [
-                table["origins"][key]["name"] for key in table["files"][row["file"]]["origins"]
-            ]
-            shape = table["audit"].get(name, {}).get("shape", "")
-            out += [f"### {name}", "", f"{shape} Source: {', '.join(sources)}.", ""]
-            if described.setdefault(row["file"], name) != name:
-                out += [f"Tested on `{row['file']}`, the file of {described[row['file']]}.", ""]
-                continue
-            out += [f"Tested on {measured(row['file'], facts)}", ""]
-            out += [*listed(row["file"], row, facts), ""]
-    lines = [f'"{file}": {json.dumps(kept)}' for file, kept in sorted(facts.items())]
-    text = re.sub(r"\n{3,}", "\n\n", "\n".join(out)).rstrip()
-    # What a later card starts from where the files are not at hand; a comment holds no "--".
-    kept = ",\n".join(lines).replace("--", "-\\u002d")
-    return f"{text}\n\n<!-- measured:\n{{{kept}}}\n-->\n"
-
-
-def measured(file: str, facts: dict[str, dict[str, Any]]) -> str:
-    """A file in a sentence: its rows, answers and lengths, or why they are not known."""
-    if convert.sources()["files"][file].get("published") is False:
-        return f"`{file}`: not published, bring your own."
-    if file not in facts:
-        return f"`{file}`: not at hand."
-    kept = facts[file]
-    answers = ", ".join(f"{count:,} {label}" for label, count in kept["labels"].items())
-    text = f"`{file}`: {kept['rows']:,} rows"
-    if answers:
-        text += f" ({answers})"
-    if kept["fit"] > 0.01:
-        text += f", as in the source (chi-square, p = {kept['fit']:.2g})"
-    if kept["tokens"]:
-        text += ", {:,} tokens in the median, {:,} at most".format(*kept["tokens"])
-    if kept["formulas"]:
-        keys = kept["formulas"]
-        text += f"; {keys['checked']} keys ({keys['share']:.0%}) could be computed"
-        text += f", {keys['agree']} agree"
-    return text + "."
-
-
-def listed(file: str, row: dict[str, Any], facts: dict[str, dict[str, Any]]) -> list[str]:
-    """The defects of a file and the repairs of its task or dataset, as list items."""
-    found = [f"- {text}" for text in facts.get(file, {}).get("defects", [])]
-    return found + [f"- **repaired**: {text}" for text in repairs(row)]
-
-
-def repairs(row: dict[str, Any]) -> list[str]:
-    """What the repairs of a task or dataset are for, with their evidence."""
-    found = row.get("repairs", [row["repair"]] if "repair" in row else [])
-    texts = ["; ".join(str(each[k]) for k in ("reason", "evidence") if k in each) for each in found]
-    return [" ".join(text.split()).removesuffix(".") for text in texts]
-
-
-def kept_facts() -> dict[str, dict[str, Any]]:
-    """What the last card knows of the files that data/sources.yaml still names."""
-    text = CARD.read_text() if CARD.is_file() else ""
-    found = re.search(r"<!-- measured:\n(\{.*\})\n-->", text, re.S)
-    facts = json.loads(found[1]) if found else {}
-    return {file: kept for file, kept in facts.items() if kept["checksum"] == checksum(file)}
-
-
-def write_card(check: bool) -> None:
-    facts = kept_facts()
-    if check:
-        if not CARD.is_file() or card(facts) != CARD.read_text():
-            raise JobFailed(
-                f"{shown(CARD)} is not what data/sources.yaml gives; "
-                "`python -m tools.audit --card` writes it"
-            )
-        return
-    facts |= verified(audit(at_hand()))
-    with atomic(CARD) as file:
-        file.write(card(facts).encode())
-    print(f"card       {shown(CARD)}: {len(facts)} files measured")
 
 
 @command
@@ -979,11 +767,7 @@ def main() -> None:
         "tasks", nargs="?", default="", help="tasks, comma-separated; all at hand if empty"
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("--card", action="store_true", help="write data/README.md")
-    parser.add_argument("--check", action="store_true", help="with --card: compare, write nothing")
     arguments = parser.parse_args()
-    if arguments.card:
-        return write_card(arguments.check)
     known = convert.sources()["tasks"]
     tasks = arguments.tasks.replace(",", " ").split() or at_hand()
     for task in tasks:
