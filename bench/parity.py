@@ -72,11 +72,10 @@ class Job:
         return RUNS / f"{self.name}.yaml"
 
 
-def job(spec: dict[str, Any], task: str, variant: dict[str, Any], seed: int) -> Job:
-    changes = dict(variant)
-    precision = changes.pop("precision")
+def job(spec: dict[str, Any], task: str, changes: dict[str, Any], seed: int) -> Job:
     config = recipes.config(f"{spec['model']}/{task}_{spec['method']}")
     config = config | spec["settings"] | changes | {"seed": seed}
+    precision = config.pop("precision")
     config = {k: v for k, v in config.items() if not k.startswith(("load_in_", "bnb_"))}
     config |= weights.PRECISIONS[precision] if precision != "full" else {}
     config["adapter"] = "qlora" if precision == "nf4" else "lora"
@@ -87,7 +86,7 @@ def job(spec: dict[str, Any], task: str, variant: dict[str, Any], seed: int) -> 
 def jobs(spec: dict[str, Any], only: list[str]) -> dict[tuple[str, str, str, int], Job]:
     """(part, task, variant, seed) → job, the seeds of a part one after the other."""
     return {
-        (part, task, name, seed): job(spec, task, variant, seed)
+        (part, task, name, seed): job(spec, task, content.get("settings", {}) | variant, seed)
         for part, content in spec["parts"].items()
         if not only or part in only
         for seed in content.get("seeds", spec["seeds"])
