@@ -11,9 +11,13 @@ a figure beside it.
 
 A difference is that of a metric's mean over rows and seeds, on the same rows, with the same seeds.
 Both are resampled, independently of each other, so that its interval covers another choice of rows
-and of seeds (Owen 2007, "The pigeonhole bootstrap"). Two variants are equivalent within a margin
-where the 90 % interval lies inside of it: two one-sided tests at 5 % (Schuirmann 1987), their p
-corrected over the comparisons of a part (Holm). No difference found would not say that.
+and of seeds (Owen 2007, "The pigeonhole bootstrap"). In simulated experiments it covers the truth
+in 95 % of them with three seeds whose differences lie 2 points apart (standard deviation), in 87 %
+at 5 points, and in 83 % there with two seeds: where seeds lie far apart, it is too narrow.
+
+Two variants are equivalent within a margin where the 90 % interval lies inside of it: two one-sided
+tests at 5 % (Schuirmann 1987), their p corrected over the comparisons of a part (Holm). No
+difference found would not say that.
 """
 
 import argparse
@@ -315,7 +319,8 @@ def verdicts(content: dict[str, Any]) -> list[str]:
         for task, entry in tasks.items():
             for name, variant in entry["variants"].items():
                 if found := variant.get("against"):
-                    said.append(f"{task}, {name} against {told['against']}: {verdict(found, told)}")
+                    pair = f"{name} against {told['against']}"
+                    said.append(f"{part}, {task}: {pair}: {verdict(found, told)}")
     return said
 
 
@@ -358,10 +363,16 @@ def draw(content: dict[str, Any], file: Path) -> None:
     from matplotlib import pyplot as plt
 
     panels = [(p, t, e) for p, tasks in content["parts"].items() for t, e in tasks.items()]
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(2.6 * len(panels), 3.2), squeeze=False, layout="constrained"
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, grid = plt.subplots(
+        lines, columns, figsize=(2.6 * columns, 3 * lines), squeeze=False, layout="constrained"
     )
-    for axis, (part, task, entry) in zip(axes[0], panels, strict=True):
+    first: dict[str, Any] = {}  # panels of one metric have one scale
+    for axis in grid.flat[len(panels) :]:
+        axis.remove()
+    for axis, (part, task, entry) in zip(grid.flat, panels, strict=False):
+        axis.sharey(first.setdefault(entry["metric"], axis))
         for place, variant in enumerate(entry["variants"].values()):
             scores_ = [100 * one for one in variant["scores"]]
             axis.scatter([place] * len(scores_), scores_, s=18, color="#1f6f8b", alpha=0.7)
