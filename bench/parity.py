@@ -141,10 +141,14 @@ def called(*arguments: Any) -> None:
 
 def run(spec: dict[str, Any], wanted: dict[Any, Job], workers: int) -> None:
     """Does all jobs, `workers` at a time; goes on after a failure, and raises JobFailed then."""
-    for task in {one.task for one in wanted.values()}:
+    missing = []
+    for task in dict.fromkeys(one.task for one in wanted.values()):
         path = convert.train_path(task)
         if not path.is_file() or convert.manifest(path).get("from") == "data/sample":
-            raise WrongInput(f"{shown(path)} is needed: `make fetch data TASKS={task}`")
+            missing.append(task)
+    if missing:
+        tasks = ",".join(missing)
+        raise WrongInput(f"FinLoRA's rows of {tasks} are needed: `make fetch data TASKS={tasks}`")
     unique = list({one.name: one for one in wanted.values()}.values())
     left = [one for one in unique if not scores(spec, one).is_file()]
     print(f"parity     {len(unique)} trainings, {len(left)} to do, {workers} at a time", flush=True)
