@@ -7,16 +7,19 @@ MAKEFLAGS += --no-print-directory --no-builtin-rules
 
 VARIABLES := RECIPE TASKS PROFILE LIMIT PROMPT FORCE FINLORA_DATA GPU NPROC PRICE TASK MODEL METHOD JSON DATA CONFIG \
   FINLORA_BASE_URL ADAPTER PORT ON_ERROR NAMESPACE PUBLIC REVISION DRY_RUN \
-  BASE PRECISION PROMPT_FORMAT BACKEND BASE_URL MODEL_NAME RECIPES TRACKER NNODES NODE_RANK RDZV RUN
+  BASE PRECISION PROMPT_FORMAT BACKEND BASE_URL MODEL_NAME RECIPES TRACKER NNODES NODE_RANK RDZV RUN \
+  PYTHON TORCH WHEELHOUSE
 $(foreach v,$(VARIABLES),$(eval override $(v) := $$(value $(v))))
 export $(VARIABLES)
 
 DEMO := smollm2-135m/sentiment_r4
-PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
+# Runs on any Python 3 and finds the best one for .venv itself; PYTHON= names another.
+SETUP := $$(command -v python3 || command -v "$$PYTHON" || echo python3) -m tools.setup \
+  --python "$$PYTHON" --torch "$$TORCH" --wheelhouse "$$WHEELHOUSE"
 
-.PHONY: help setup demo fetch data audit model train profile status sweep reproduce parity eval report chat merge serve push pull adapters recipes show plan new import render test test-all check clean
+.PHONY: help setup wheelhouse lock demo fetch data audit model train profile status sweep reproduce parity eval report chat merge serve push pull adapters recipes show plan new import render test test-all check clean
 
 help: ## List the jobs
 	@printf 'Jobs (make JOB RECIPE=… TASKS=… …):\n'
@@ -27,15 +30,18 @@ demo: $(READY) ## Everything once: convert, train a QLoRA adapter of SmolLM2-135
 	@$(PY) -m tools.train $(DEMO)
 	@$(PY) -m evals.run $(DEMO) --tasks fpb
 
-setup: ## Make .venv from requirements.txt (does nothing where it is up to date)
-	@$(PYTHON) -m tools.setup
+setup: ## Make .venv (does nothing where it is up to date): [PYTHON=python3.12] [TORCH=cpu|cuda] [WHEELHOUSE=dir]
+	@$(SETUP)
 
 # Every other job needs the environment, and looks at file times only, to start at once.
-$(READY): requirements.txt requirements.lock requirements-model.txt $(PY)
-	@$(PYTHON) -m tools.setup
+$(READY): requirements.txt $(wildcard requirements/*.txt) $(PY)
+	@$(SETUP)
 
 $(PY):
-	@$(PYTHON) -m tools.setup
+	@$(SETUP)
+
+wheelhouse: $(READY) ## Every package as a file, for a machine without a package index: [WHEELHOUSE=dir] [TORCH=cpu|cuda]
+	@$(PY) -m tools.setup --make-wheelhouse "$${WHEELHOUSE:-wheelhouse}" --torch "$$TORCH"
 
 fetch: $(READY) ## Download and verify FinLoRA's files to data/raw/: TASKS=sentiment,ner [FINLORA_BASE_URL=…]
 	@$(PY) -m tools.fetch "$$TASKS"
@@ -132,6 +138,9 @@ check: $(READY) ## Lint, format, types, drift of rendered files, every recipe ag
 	@$(PY) -m tools.scale --check
 	@$(PY) -m bench.parity --check
 	@$(PY) -m tools.catalogue check
+
+lock: $(READY) ## Resolve requirements.txt anew for every supported Python: requirements/python-3.*.txt
+	@$(PY) -m tools.setup --lock
 
 clean: ## Remove .venv, SmolLM2, converted data and caches; trained runs stay
 	rm -rf .venv models/smollm2-135m data/chat .pytest_cache .mypy_cache .ruff_cache

