@@ -19,7 +19,7 @@ READY := .venv/.ready
 SETUP := $$(command -v python3 || command -v "$$PYTHON" || echo python3) -m tools.setup \
   --python "$$PYTHON" --torch "$$TORCH" --wheelhouse "$$WHEELHOUSE"
 
-.PHONY: help setup wheelhouse lock demo fetch data audit model train profile status sweep reproduce parity eval report chat merge serve push pull adapters recipes show plan new import render test test-all check clean
+.PHONY: help setup wheelhouse lock demo fetch data audit model train smoke profile status sweep reproduce parity eval report chat merge serve push pull adapters recipes show plan new import render test test-all check clean
 
 help: ## List the jobs
 	@printf 'Jobs (make JOB RECIPE=… TASKS=… …):\n'
@@ -58,6 +58,9 @@ model: $(READY) ## Write SmolLM2-135M-Instruct to models/ (train does it where i
 train: $(READY) ## Train a recipe: RECIPE=… [PROFILE=cpu|gpu|multi_gpu,zero2] [NPROC=2] [TRACKER=tensorboard] [FORCE=1]
 	@$(PY) -m tools.train "$$RECIPE" --profile "$$PROFILE" --force "$$FORCE" --nproc "$$NPROC" \
 	  --tracker "$$TRACKER" --nnodes "$$NNODES" --node-rank "$$NODE_RANK" --rendezvous "$$RDZV"
+
+smoke: $(READY) ## Try a recipe for two minutes before hours are spent: RECIPE=… [PROFILE=…]
+	@$(PY) -m tools.smoke "$$RECIPE" --profile "$$PROFILE"
 
 profile: $(READY) ## What was found here, what will be used, and why: [RECIPE=…] [PROFILE=…] [NPROC=2]
 	@$(PY) -m tools.profiles "$$RECIPE" --profile "$$PROFILE" --nproc "$$NPROC"

