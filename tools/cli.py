@@ -26,6 +26,7 @@ QUIET = {
     "AXOLOTL_DO_NOT_TRACK": "1",
     "DO_NOT_TRACK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # datasets counts every load of a local file at its host
     "WANDB_MODE": "disabled",
     "TRACKIO_DISABLED": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -50,6 +51,8 @@ def quiet() -> None:
     for name in ("torchao", "torch.utils._pytree", "lm_eval", "DeepSpeed", "transformers", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch|transformers|peft|bitsandbytes|torchao")
+    # Packages are compiled when they are first imported, and some have invalid escape sequences.
+    warnings.filterwarnings("ignore", category=SyntaxWarning)
     from datasets import disable_progress_bars as no_data_bars
     from huggingface_hub.utils import disable_progress_bars as no_hub_bars
     from transformers.utils import logging as transformers_logging

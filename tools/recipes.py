@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from tools.cli import ROOT, WrongInput, digest, nearest, shown
+from tools.cli import ROOT, WrongInput, digest, nearest, quiet, shown
 
 FOLDER = ROOT / "recipes"
 DEFAULT_MODEL = "llama-3.1-8b"
@@ -304,6 +304,7 @@ def unknown_keys(config: dict[str, Any], model: Any, where: str = "") -> list[st
 
 def validate(content: dict[str, Any], where: str) -> None:
     """Checks a config against Axolotl's own schema, and that Axolotl knows each of its keys."""
+    quiet()
     from axolotl.utils.schemas.config import AxolotlInputConfig
     from pydantic import ValidationError
 

@@ -93,7 +93,8 @@ class Machines:
     def environment(self, config: dict[str, Any]) -> dict[str, str]:
         """Axolotl finds `accelerate` on PATH and the plugin on PYTHONPATH."""
         folders = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        found = os.environ | {"PATH": folders, "PYTHONPATH": str(ROOT)}
+        modules = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        found = os.environ | {"PATH": folders, "PYTHONPATH": modules}
         if self.processes > 1 and not profiles.hardware()["gpus"]:
             # Without it each process trains apart and nothing says so; with it accelerate leaves
             # DeepSpeed out, and nothing says so either (tools/plugin.py sees both).
