@@ -22,6 +22,7 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 from transformers import TrainerCallback, set_seed
 
+from tools import versions
 from tools.cli import ROOT, atomic, digest, json_lines, write_json
 from tools.weights import dequantize_once, keep_8bit_scales
 
@@ -400,6 +401,7 @@ class RunPlugin(BasePlugin):
         import torch
 
         if local("WORLD_SIZE") > 1 and not torch.cuda.is_available():
+            versions.skip_peer_check()
             # Each process's device is cpu:N, to which torch.load knows no way for an optimizer.
             torch.serialization.register_package(
                 0, lambda storage: None, lambda storage, to: storage if to[:4] == "cpu:" else None

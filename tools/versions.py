@@ -33,3 +33,14 @@ def without_quantizer(model: Any) -> Any:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model
+
+
+def skip_peer_check() -> None:
+    """Lets several processes train on a machine without a GPU where torch is its CUDA build.
+
+    Axolotl asks whether GPUs reach each other. torch's CPU build answers with the AssertionError
+    that Axolotl expects there, its CUDA build with a RuntimeError. For Axolotl 0.19 and 0.21.
+    """
+    from axolotl.utils import environment
+
+    environment.check_cuda_p2p_support = lambda: True
