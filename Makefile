@@ -136,6 +136,7 @@ check: $(READY) ## Lint, format, types, drift of rendered files, every recipe ag
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+	@.venv/bin/hadolint docker/Dockerfile
 	@$(PY) data/sample/make.py --check
 	@$(PY) -m tools.datacard --check
 	@$(PY) -m tools.scale --check

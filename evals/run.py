@@ -15,6 +15,7 @@ answer budget are those of the task file; nothing here knows a dataset.
 """
 
 import argparse
+import importlib.metadata
 import json
 import random
 import sys
@@ -43,6 +44,8 @@ from tools.prompt import FORMATS
 from tools.subject import Subject
 
 TASKS = ROOT / "evals" / "tasks"
+# What answers depend on beside the model; torch's builds for CPU and CUDA count as one.
+LIBRARIES = ["torch", "transformers", "peft", "bitsandbytes", "lm_eval"]
 
 # ---- tasks
 
@@ -156,6 +159,7 @@ def _identity_of(subject: Subject, side: str) -> dict[str, Any]:
         "base_files": {file.name: _digest(file) for file in sorted(base.glob("*.safetensors"))},
         "quantization": {key: config[key] for key in keys if key in config},
         "precision": weights.precision(config),
+        "libraries": {name: importlib.metadata.version(name).split("+")[0] for name in LIBRARIES},
         "adapter_sha256": digest(adapter / "adapter_model.safetensors") if adapter else None,
         "prompt_format": subject.prompt_format,
         "chat_template_kwargs": subject.options,

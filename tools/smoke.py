@@ -254,11 +254,19 @@ def here_name(here: dict[str, Any]) -> str:
     return "GPU" if here["gpus"] else "CPU"
 
 
+def count_parameters(base: str) -> int:
+    """Parameters of a base; 0 where its architecture is not known."""
+    try:
+        return plan.find_model(base).parameters
+    except WrongInput:
+        return 0
+
+
 def check_disk(config: dict[str, Any]) -> str:
     """Free space against what base, checkpoints and adapter take, in words."""
     needed = train.DISK
     if not (ROOT / config["base_model"]).is_dir():
-        needed += 2 * plan.find_model(config["base_model"]).parameters
+        needed += 2 * count_parameters(config["base_model"])
     free = shutil.disk_usage(ROOT).free
     text = f"{free / 1e9:.0f} GB free, about {needed / 1e9:.0f} GB needed"
     return text if free > needed else f"NOT READY: {text}"
@@ -278,7 +286,7 @@ def try_recipe(recipe: recipes.Recipe, profile: str) -> list[str]:
     profile, _, why = profiles.choose(here, profile, "1", 1)
     (entry, *_) = train.data_of(recipe)
     base = str(recipe.config["base_model"])
-    large = not here["gpus"] and plan.find_model(base).parameters > profiles.LARGEST_ON_CPU
+    large = not here["gpus"] and count_parameters(base) > profiles.LARGEST_ON_CPU
     with smoke_folder():
         twin = FOLDER / "twin" if large else None
         if twin:
@@ -335,16 +343,17 @@ def report_sizes(
     on_gpu: bool,
 ) -> None:
     """Prints memory, speed and hours; a twin's would say nothing of the base."""
-    planned = plan.plan(recipe.config, row=batch.longest, rows=batch.total_rows)
-    peak = planned["memory"]["peak"] / plan.GIB
+    try:
+        planned = plan.plan(recipe.config, row=batch.longest, rows=batch.total_rows)
+        peak = f"{planned['memory']['peak'] / plan.GIB:.1f} GiB planned for a GPU"
+    except WrongInput as error:
+        peak = f"no plan: {error}"
     if is_twin:
-        say("plan", f"{peak:.1f} GiB on a GPU for these rows; `make plan` says more")
+        say("plan", f"{peak} on these rows; `make plan` says more")
         return
     measured = run["peak_memory_bytes"] / plan.GIB
-    where = (
-        "planned" if on_gpu else "planned for a GPU; on a CPU Python and its libraries count too"
-    )
-    say("peak memory", f"{measured:.1f} GiB ({peak:.1f} GiB {where})")
+    note = "" if on_gpu else "; on a CPU Python and its libraries count too"
+    say("peak memory", f"{measured:.1f} GiB ({peak}{note})")
     say("speed", f"{tokens_per_second:,.0f} tokens/s on the longest rows")
     say("whole run", whole_run(recipe, batch, tokens_per_second))
 
