@@ -30,6 +30,13 @@ RUNS = ROOT / "runs" / ".beyond"
 SEED = 20231107
 
 
+def question(line: bytes) -> bytes:
+    """What tells the prompts of chat rows apart: all of a row but its answer."""
+    row = json.loads(line)
+    turns = row.pop("messages", [])[:-1]
+    return convert.fingerprint(json.dumps([row, turns]))
+
+
 def divide(rows: Path, validation: int) -> dict[str, Path]:
     """Writes train.jsonl and validation.jsonl from a file of chat rows; the same every time.
 
@@ -40,7 +47,7 @@ def divide(rows: Path, validation: int) -> dict[str, Path]:
     lines = rows.read_bytes().splitlines(keepends=True)
     if not 0 < validation < len(lines):
         raise WrongInput(f"validation: {validation} of the {len(lines)} rows in {shown(rows)}")
-    prompts = [convert.fingerprint(json.loads(line)["messages"][0]["content"]) for line in lines]
+    prompts = list(map(question, lines))
     drawn = random.Random(SEED).sample(range(len(lines)), validation)
     judging = {prompts[at] for at in drawn}
     files = {"train": RUNS / "train.jsonl", "validation": RUNS / "validation.jsonl"}

@@ -280,8 +280,12 @@ def write(
     first, copies = None, Counter[bytes]()
     target.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as files:
-        place = TemporaryFile(dir=target.parent) if how.validation else atomic(target)
-        out, aside = files.enter_context(place), None
+        out: IO[bytes]
+        if how.validation:
+            out = files.enter_context(TemporaryFile(dir=target.parent))
+        else:
+            out = files.enter_context(atomic(target))
+        aside = None
         for batch in found:
             counts["rows_in"] += batch.read
             if rows is not None:

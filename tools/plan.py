@@ -314,8 +314,8 @@ def changes(model: Model, setup: Setup, limit: float, unpacked: int) -> list[tup
 def steps_of(rows: int, row: int, config: dict[str, Any], gpus: int) -> tuple[int, int]:
     """(optimizer steps, tokens) of a training on `rows` rows of `row` tokens each.
 
-    Rows that `val_set_size` splits off are not trained on; packing fills each row up to sequence_len.
-    Padding is not counted.
+    Rows that `val_set_size` splits off are not trained on; packing fills each row up to
+    sequence_len. Padding is not counted.
     """
     share = config.get("val_set_size") or 0
     rows -= math.ceil(rows * share) if share < 1 else int(share)

@@ -3,8 +3,8 @@
 FinLoRA's sentiment training file joins four sources. The script that builds it swaps two labels of
 one of them (TFNS); the file that it replaced does not. Which one a file is, its rows tell:
 
-1. Rows of TFNS and of FiQA share an instruction ("tweet"). A row of TFNS stands twice in the file, a
-   row of FiQA 21 times, so the copies of a prompt with its answer tell them apart. 42 copies fit
+1. Rows of TFNS and of FiQA share an instruction ("tweet"). A row of TFNS stands twice in the file,
+   a row of FiQA 21 times, so the copies of a prompt with its answer tell them apart. 42 copies fit
    both; they are taken for two equal rows of FiQA, since a tweet would have to stand in TFNS 21
    times, and keep their answer.
 2. The class shares of TFNS's rows are compared with those of the source. The distance is half the
