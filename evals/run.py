@@ -162,6 +162,17 @@ def _identity_of(subject: Subject, side: str) -> dict[str, Any]:
     }
 
 
+def label_checks(subject: Subject | Endpoint, side: str, dataset: str) -> dict[str, str]:
+    """What was decided on swapped labels: of the test rows, and of those that the adapter saw."""
+    check = convert.manifest(test_path(dataset)).get("label_check") or {}
+    found = {"test": check.get("text")}
+    if side == "adapter" and isinstance(subject, Subject) and subject.adapter:
+        told = subject.adapter / "run.json"
+        data = json.loads(told.read_text()).get("data") or [] if told.is_file() else []
+        found["training"] = next((e["label_check"] for e in data if e.get("label_check")), None)
+    return {part: str(text) for part, text in found.items() if text}
+
+
 # ---- scoring
 
 
@@ -282,6 +293,7 @@ def run(
             "metrics": score(rows),
             "left_out": left_out,
             "cut_prompts": sum("cut" in row for row in rows),
+            "label_checks": label_checks(subject, side, name),
             "predictions": rows,
         }
         write_json(file, content)

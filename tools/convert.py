@@ -99,7 +99,7 @@ def rules(dataset: str, source: Path, how: "How | None" = None) -> Rules:
     rule = Rules(frozenset(spec.get("labels", ())))
     repair = spec.get("repair")
     if repair and git_blob(source) == repair["blob"]:
-        text = "repaired: the published file, whose labels are known to be swapped"
+        text = f"repaired: {repair['reason'].strip().removesuffix('.')}"
         check = {"outcome": "repaired", "text": text}
         return replace(rule, relabel=repair["relabel"], reason=repair["reason"], label_check=check)
     if repair or Path(spec["file"]).is_absolute():
