@@ -208,7 +208,7 @@ def verdicts(scored: Scored, gains: dict[str, dict[str, dict[str, Any]]]) -> lis
         )
         said.append(text)
     for dataset, content in scored.contents.items():
-        if published(scored).get(dataset) and (why := report.incomparable(dataset)):
+        if published(scored) and (why := report.incomparable(dataset)):
             said.append(f"{dataset}: compared with no published score: {why}.")
         for part, text in content.get("label_checks", {}).items():
             said.append(f"{dataset}: labels of the {part} rows: {text}.")

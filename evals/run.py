@@ -168,8 +168,10 @@ def label_checks(subject: Subject | Endpoint, side: str, dataset: str) -> dict[s
     found = {"test": check.get("text")}
     if side == "adapter" and isinstance(subject, Subject) and subject.adapter:
         told = subject.adapter / "run.json"
-        data = json.loads(told.read_text()).get("data") or [] if told.is_file() else []
-        found["training"] = next((e["label_check"] for e in data if e.get("label_check")), None)
+        data = json.loads(told.read_text()).get("data") if told.is_file() else None
+        entries = data if isinstance(data, list) else []  # a pulled run.json may hold anything
+        checks = (entry.get("label_check") for entry in entries if isinstance(entry, dict))
+        found["training"] = next(filter(None, checks), None)
     return {part: str(text) for part, text in found.items() if text}
 
 

@@ -9,9 +9,12 @@ from collections import Counter
 
 import pytest
 
+from evals import report
+from evals import run as evaluation
 from tests.conftest import run
-from tools import convert, swap
-from tools.cli import ROOT, WrongInput
+from tools import card, convert, recipes, swap, train
+from tools.cli import ROOT, WrongInput, write_json
+from tools.subject import Subject
 
 PUBLISHED = ROOT.parent / "shared" / "finlora" / "data" / "test"
 SWAP = {"neutral": "positive", "positive": "neutral"}
@@ -321,6 +324,44 @@ def test_a_test_file_whose_rows_do_not_tell_stops(folder):
     arguments = ("--dataset", "tfns", source, folder / "out.jsonl", "--repair", "1")
     assert run("tools.convert", *arguments).returncode == 0
     assert stripped(chat(folder / "out.jsonl")) == stripped(swapped(half))
+
+
+def test_scores_on_tfns_are_compared_with_no_published_ones():
+    rows = [{"row": n, "values": {"finlora_accuracy": float(n % 4 > 0)}} for n in range(400)]
+    content = {
+        "evaluated": {"limit": None, "data_selected": None, "data_from": "data/raw"},
+        "metrics": {"finlora_accuracy": {"value": 0.75}},
+        "predictions": rows,
+        "examples": 400,
+    }
+    names = ["fpb", "tfns", "tfns_as_published"]
+    compared = report.against_published(dict.fromkeys(names, content), "4bits_r4")
+    assert list(compared) == ["fpb"]
+    for name in names[1:]:
+        assert "it is not known on which labels" in report.incomparable(name)
+
+
+def test_score_files_and_cards_say_what_was_decided(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "CHAT", tmp_path / "chat")
+    parts = made_up()
+    write(tmp_path, construct(parts, swapped(parts["tfns"])))
+    write(tmp_path, parts["tfns"], "test/tfns_test.jsonl")
+    convert.convert_task("sentiment", tmp_path)
+    config = recipes.config("smollm2-135m/sentiment_r4")
+    config["datasets"][0]["path"] = str(convert.train_path("sentiment"))
+    config["test_datasets"][0]["path"] = str(convert.val_path("sentiment"))
+    data = train.data_of(recipes.Recipe("mine", tmp_path / "mine.yaml", config, "1"))
+    assert {entry["label_check"] for entry in data} == {check_of()["text"]}
+    write_json(tmp_path / "run.json", {"data": data})
+    subject = Subject("mine", config, tmp_path, tmp_path, tmp_path, "sentiment", "chat")
+    checks = evaluation.label_checks(subject, "adapter", "tfns")
+    assert checks["training"] == check_of()["text"]
+    assert checks["test"].startswith("unchanged, shares as the source's")
+    assert evaluation.label_checks(subject, "base", "tfns") == {"test": checks["test"]}
+    pair = {"adapter": {"label_checks": checks}}
+    assert card.repair("tfns", pair) == ""
+    said = card.label_checks(data, {"tfns": pair}, {})
+    assert said == {"tfns": checks["test"], "training": checks["training"]}
 
 
 def test_the_distance_allows_for_chance_on_few_rows():

@@ -537,8 +537,8 @@ def main() -> None:
         sum(entry["rows"] for entry in data if entry["split"] == split)
         for split in ("train", "validation")
     )
-    if why := convert.without_missing_validation(recipe.config)[1]:
-        print(f"train      no rows validate: {why}")
+    if reason := convert.without_missing_validation(recipe.config)[1]:
+        print(f"train      no rows validate: {reason}")
     validated = f", validated on {held}" if held else ""
     share = f", {machines.processes} processes" if machines.processes > 1 else ""
     print(f"train      {recipe.name} on {rows} rows{validated}, profile {profile} ({why}){share}")
