@@ -222,6 +222,15 @@ def test_a_validation_file_that_is_not_the_one_held_out_is_refused(recipe, damag
         train.data_of(recipe)
 
 
+def test_the_file_that_changed_is_named(recipe):
+    data = [entry["sha256"] for entry in train.data_of(recipe)]
+    config = recipe.config
+    said = train.changed(
+        {"config": config, "data": data}, {"config": config, "data": [data[0], "x"]}
+    )
+    assert said == f"the data changed ({convert.val_path('formula')})"
+
+
 def test_a_set_too_small_to_validate_trains_without(recipe, folder):
     write(folder / "train" / "formula_train.jsonl", [("Question?", "1"), ("Another?", "2")])
     convert.convert_task("formula", folder)

@@ -242,7 +242,10 @@ def changed(before: dict[str, Any], now: dict[str, Any]) -> str:
     old, new = before["config"], now["config"]
     keys = sorted(key for key in old | new if old.get(key) != new.get(key))
     if before["data"] != now["data"]:
-        paths = ", ".join(str(entry["path"]) for entry in new["datasets"])
+        entries = [*new["datasets"], *(new.get("test_datasets") or ())]
+        files = zip(entries, now["data"], before["data"] + [None] * len(entries), strict=False)
+        other = [entry for entry, sha, was in files if sha != was] or new["datasets"]
+        paths = ", ".join(str(entry["path"]) for entry in other)
         return f"the data changed ({paths})" + (f", and {', '.join(keys)}" if keys else "")
     values = [
         key if isinstance(new.get(key), list | dict) else f"{key} {old.get(key)} → {new.get(key)}"
