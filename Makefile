@@ -7,8 +7,8 @@ MAKEFLAGS += --no-print-directory --no-builtin-rules
 
 VARIABLES := RECIPE TASKS PROFILE LIMIT PROMPT FORCE FINLORA_DATA GPU NPROC PRICE TASK MODEL METHOD JSON DATA CONFIG \
   FINLORA_BASE_URL ADAPTER PORT ON_ERROR NAMESPACE PUBLIC REVISION DRY_RUN \
-  BASE PRECISION PROMPT_FORMAT BACKEND BASE_URL MODEL_NAME RECIPES TRACKER NNODES NODE_RANK RDZV RUN \
-  PYTHON TORCH WHEELHOUSE
+  BASE PRECISION PROMPT_FORMAT BACKEND BASE_URL MODEL_NAME REPAIR RECIPES TRACKER NNODES NODE_RANK RDZV \
+  RUN PYTHON TORCH WHEELHOUSE
 $(foreach v,$(VARIABLES),$(eval override $(v) := $$(value $(v))))
 export $(VARIABLES)
 
@@ -46,8 +46,8 @@ wheelhouse: $(READY) ## Every package as a file, for a machine without a package
 fetch: $(READY) ## Download and verify FinLoRA's files to data/raw/: TASKS=sentiment,ner [FINLORA_BASE_URL=…]
 	@$(PY) -m tools.fetch "$$TASKS"
 
-data: $(READY) ## FinLoRA rows to chat rows: [TASKS=sentiment,ner] [RECIPE=… counts tokens] [ON_ERROR=quarantine]
-	@$(PY) -m tools.convert "$$TASKS" --recipe "$$RECIPE" --on-error "$$ON_ERROR"
+data: $(READY) ## FinLoRA rows to chat rows: [TASKS=sentiment,ner] [RECIPE=… counts tokens] [ON_ERROR=quarantine] [REPAIR=0|1]
+	@$(PY) -m tools.convert "$$TASKS" --recipe "$$RECIPE" --on-error "$$ON_ERROR" --repair "$$REPAIR"
 
 audit: $(READY) ## What is wrong with the rows at hand: TASKS=sentiment,formula (all at hand without TASKS)
 	@$(PY) -m tools.audit "$$TASKS"

@@ -21,7 +21,7 @@ import yaml
 
 from bench.parity import called, machine
 from evals import stats
-from tools import recipes
+from tools import convert, recipes
 from tools.cli import ROOT, JobFailed, WrongInput, atomic, command, shown, write_json
 
 SPEC = ROOT / "bench" / "beyond.yaml"
@@ -30,20 +30,33 @@ RUNS = ROOT / "runs" / ".beyond"
 SEED = 20231107
 
 
+def question(line: bytes) -> bytes:
+    """What tells the prompts of chat rows apart: all of a row but its answer."""
+    row = json.loads(line)
+    turns = row.pop("messages", [])[:-1]
+    return convert.fingerprint(json.dumps([row, turns]))
+
+
 def divide(rows: Path, validation: int) -> dict[str, Path]:
-    """Writes train.jsonl and validation.jsonl from a file of chat rows; the same every time."""
+    """Writes train.jsonl and validation.jsonl from a file of chat rows; the same every time.
+
+    All copies of a prompt go to one side, so there may be a few more than `validation` rows.
+    """
     if not rows.is_file():
         raise WrongInput(f"{shown(rows)} is needed: `make fetch data`")
     lines = rows.read_bytes().splitlines(keepends=True)
     if not 0 < validation < len(lines):
         raise WrongInput(f"validation: {validation} of the {len(lines)} rows in {shown(rows)}")
-    judging = set(random.Random(SEED).sample(range(len(lines)), validation))
+    prompts = list(map(question, lines))
+    drawn = random.Random(SEED).sample(range(len(lines)), validation)
+    judging = {prompts[at] for at in drawn}
     files = {"train": RUNS / "train.jsonl", "validation": RUNS / "validation.jsonl"}
     RUNS.mkdir(parents=True, exist_ok=True)
     for name, path in files.items():
         with atomic(path) as file:
             wanted = name == "validation"
-            file.writelines(line for at, line in enumerate(lines) if (at in judging) == wanted)
+            sides = zip(lines, prompts, strict=True)
+            file.writelines(line for line, prompt in sides if (prompt in judging) == wanted)
     return files
 
 

@@ -109,7 +109,8 @@ def bench(recipe: recipes.Recipe, profile: str, steps: int, here: dict[str, Any]
         shutil.rmtree(run, ignore_errors=True)
         content |= {"output_dir": shown(run), "dataset_prepared_path": shown(run / "prepared")}
         content |= {"max_steps": steps, "val_set_size": 0, "save_strategy": "no"}
-        for key in ("eval_steps", "evals_per_epoch", "save_steps", "saves_per_epoch"):
+        evaluation = ("test_datasets", "eval_steps", "evals_per_epoch")
+        for key in (*evaluation, "save_steps", "saves_per_epoch"):
             content.pop(key, None)
         print(f"bench      {name}", flush=True)
         trial = recipes.Recipe(recipe.name, recipe.path, content, recipe.version)

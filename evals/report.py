@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evals import stats
-from tools import recipes
+from tools import convert, recipes
 from tools.cli import ROOT, shown
 
 PUBLISHED = ROOT / "evals" / "published.tsv"
@@ -103,12 +103,12 @@ def against_published(
     """Scores against FinLoRA's of the same method (`4bits_r4`, or `base`), on its own data.
 
     {dataset: {metric: what `stats.against` gives, "published", "corrected", "family"}}. Only whole
-    datasets count, and not the project's examples.
+    datasets count, not the project's examples, and no dataset that is `incomparable`.
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for dataset, theirs in published().get(method, {}).items():
         content = contents.get(dataset)
-        if not content:
+        if not content or incomparable(dataset):
             continue
         told = content["evaluated"]
         if told["limit"] or told["data_selected"] or told["data_from"] == "data/sample":
@@ -122,6 +122,12 @@ def against_published(
         for gain, corrected in zip(family, stats.holm([g["p"] for g in family]), strict=True):
             gain |= {"corrected": corrected, "family": len(family)}
     return found
+
+
+def incomparable(dataset: str) -> str:
+    """Why a score on a dataset is compared with no published one; empty where it may be."""
+    row = convert.sources()["datasets"].get(dataset, {})
+    return str(row.get("incomparable", ""))
 
 
 def method(name: str) -> tuple[str, str] | None:
@@ -215,8 +221,14 @@ def show(name: str, files: dict[str, dict[str, Path]]) -> None:
                 soft_wrap=True,
             )
     for dataset, both in scored.items():
+        if theirs and theirs[0] == known and (why := incomparable(dataset)):
+            console.print(
+                f"{dataset}: compared with no published score: {why}.", soft_wrap=True, markup=False
+            )
         for side, content in both.items():
             notes = []
+            for part, text in content.get("label_checks", {}).items():
+                notes.append(f"labels of the {part} rows: {text}")
             if differing(content):
                 notes.append(f"FinLoRA's rule scores {differing(content)} rows otherwise")
             notes += [f"{title(metric)} {why}" for metric, why in content["left_out"].items()]

@@ -166,6 +166,19 @@ def _identity_of(subject: Subject, side: str) -> dict[str, Any]:
     }
 
 
+def label_checks(subject: Subject | Endpoint, side: str, dataset: str) -> dict[str, str]:
+    """What was decided on swapped labels: of the test rows, and of those that the adapter saw."""
+    check = convert.manifest(test_path(dataset)).get("label_check") or {}
+    found = {"test": check.get("text")}
+    if side == "adapter" and isinstance(subject, Subject) and subject.adapter:
+        told = subject.adapter / "run.json"
+        data = json.loads(told.read_text()).get("data") if told.is_file() else None
+        entries = data if isinstance(data, list) else []  # a pulled run.json may hold anything
+        checks = (entry.get("label_check") for entry in entries if isinstance(entry, dict))
+        found["training"] = next(filter(None, checks), None)
+    return {part: str(text) for part, text in found.items() if text}
+
+
 # ---- scoring
 
 
@@ -286,6 +299,7 @@ def run(
             "metrics": score(rows),
             "left_out": left_out,
             "cut_prompts": sum("cut" in row for row in rows),
+            "label_checks": label_checks(subject, side, name),
             "predictions": rows,
         }
         write_json(file, content)

@@ -61,10 +61,11 @@ def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def chat_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sample's first 96 sentiment rows as chat data."""
+    """The sample's first 96 sentiment rows as chat data: 94 train, 2 validate."""
     target = tmp_path_factory.mktemp("chat") / "sentiment_train.jsonl"
     source = convert.SAMPLE / "train" / "finlora_sentiment_train.jsonl"
-    convert.convert(source, target, convert.Rules(), frozenset(range(96)))
+    how = convert.How(validation=target.with_name("sentiment_val.jsonl"))
+    convert.convert(source, target, convert.Rules(), frozenset(range(96)), how)
     return target
 
 
@@ -74,6 +75,12 @@ def write_recipe(folder: Path, method: str, base: Path, data: Path, **changes: o
     content |= {"base_model": str(base), "output_dir": str(folder / method)}
     content |= {"dataset_prepared_path": str(folder / method / "prepared")}
     content["datasets"][0]["path"] = str(data)
+    if data.name.endswith("_train.jsonl"):
+        val = data.with_name(data.name.replace("_train.jsonl", "_val.jsonl"))
+        content["test_datasets"][0]["path"] = str(val)
+    else:
+        del content["test_datasets"]
+        content["val_set_size"] = 0.02
     content |= {"max_steps": 12, "save_steps": 4, "eval_steps": 12, "warmup_steps": 1} | changes
     path = folder / f"{method}.yaml"
     path.write_text(yaml.safe_dump(content))

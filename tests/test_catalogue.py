@@ -37,7 +37,7 @@ def test_a_recipe_tells_how_to_run_it_what_it_needs_and_what_it_learns():
         text = (ROOT / "recipes" / f"{name}.yaml").read_text()
         found = recipes.find(text.split("make train RECIPE=")[1].split()[0])
         assert (found.name, found.run) == (name, ROOT / "runs" / name)
-        assert f"# Version: 1.0.0 ({found.digest[:12]})\n" in text
+        assert f"# Version: 1.1.0 ({found.digest[:12]})\n" in text
         row = recipes.matrix()["models"][name.split("/")[0]]
         assert (f"https://huggingface.co/{row['hub']}," in text) == row["gated"]
         assert yaml.safe_load(text) == recipes.config(name)
@@ -183,19 +183,19 @@ def test_what_a_recipe_learns_cannot_change_under_the_same_version(copy, capsys)
         ):
             verb()
         said = capsys.readouterr().err
-        assert "llama-3.1-8b/sentiment_r4 1.0.0:\n    -lora_r: 4\n    +lora_r: 5\n" in said
+        assert "llama-3.1-8b/sentiment_r4 1.1.0:\n    -lora_r: 4\n    +lora_r: 5\n" in said
     assert {path: path.read_bytes() for path in folder.rglob("*.yaml")} == before
 
 
 def test_with_a_new_version_it_can(copy):
     folder, table, write = copy
     table["methods"]["r4"]["settings"]["lora_r"] = 5
-    table["versions"]["*_r4"] = "1.1.0"
+    table["versions"]["*_r4"] = "1.2.0"
     write(table)
     catalogue.render()
-    assert recipes.find("sentiment_r4").version == "1.1.0"
+    assert recipes.find("sentiment_r4").version == "1.2.0"
     assert recipes.find("sentiment_r4").config["lora_r"] == 5
-    assert recipes.find("sentiment_r8").version == "1.0.0"
+    assert recipes.find("sentiment_r8").version == "1.1.0"
     catalogue.check()
 
 
@@ -246,7 +246,7 @@ def test_the_list_is_filtered_and_has_a_form_for_machines():
     rows = json.loads(ran("list", "--task", "ner", "--method", "r4", "--json", "1"))
     assert [row["recipe"] for row in rows] == [f"{model}/ner_r4" for model in MODELS]
     assert rows[0]["finlora"] == "ner_llama_3_1_8b_4bits_r4"
-    assert rows[0]["version"] == "1.0.0"
+    assert rows[0]["version"] == "1.1.0"
     assert rows[0]["planned_gpu_bytes"] > rows[2]["planned_gpu_bytes"] > 2**30
     (row,) = json.loads(
         ran("list", "--task", "ner", "--method", "r4", "--model", "qwen3-4b", "--json=1")
@@ -271,10 +271,10 @@ def test_an_unknown_filter_is_answered_with_what_there_is(asked, said):
 def test_show_prints_the_file_the_plan_and_what_a_run_took(tmp_path, capsys):
     config = recipes.find("smollm2-135m/sentiment_r4").config | {"output_dir": str(tmp_path)}
     path = tmp_path / "mine.yaml"
-    path.write_text("# Version: 1.0.0 (x)\n" + yaml.safe_dump(config))
+    path.write_text("# Version: 1.1.0 (x)\n" + yaml.safe_dump(config))
     told = {"trainable_parameters": 322_560, "steps": 110, "seconds": 360.0}
     told |= {"peak_memory_bytes": 2**32, "tokens_per_second": 222.8, "train_loss": 0.231}
-    told |= {"recipe_version": "1.0.0", "processes": 1, "device": "cpu", "finished": "then"}
+    told |= {"recipe_version": "1.1.0", "processes": 1, "device": "cpu", "finished": "then"}
     (tmp_path / "run.json").write_text(json.dumps(told))
     catalogue.show(recipes.find(str(path)))
     out = capsys.readouterr().out

@@ -244,7 +244,7 @@ def test_a_chat_file_of_ones_own_needs_no_manifest_but_must_be_there(target):
 def test_a_task_without_its_source_leaves_no_older_rows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(convert, "CHAT", tmp_path / "chat")
     convert.convert_task("ner", convert.SAMPLE)
-    assert len(content(tmp_path / "chat")) == 4
+    assert len(content(tmp_path / "chat")) == 6
     convert.convert_task("ner", tmp_path)
     assert content(tmp_path / "chat") == {}
     assert capsys.readouterr().out.count("left out") == 2
@@ -265,7 +265,9 @@ def test_a_prompt_that_stands_twice_is_not_both_trained_on_and_tested(tmp_path, 
     monkeypatch.setattr(convert, "CHAT", tmp_path / "chat")
     convert.convert_task("sentiment", asked_twice(tmp_path, 600))
     train, test = turns(convert.train_path("sentiment")), turns(convert.test_path("fpb"))
-    assert len(train) == 900 and len(test) > 0
+    assert len(train) == 882 and len(test) > 0
+    train += turns(convert.val_path("sentiment"))
+    assert len(train) == 900
     assert not set(train) & set(test)
     assert {int(prompt.split()[1]) for prompt, _ in train + test} == set(range(600))
 
@@ -279,7 +281,7 @@ def test_a_bad_row_does_not_keep_a_set_from_being_split_where_such_rows_are_kept
     with pytest.raises(WrongInput, match="fpb_test.jsonl, line 1201"):
         convert.convert_task("sentiment", folder)
     convert.convert_task("sentiment", folder, convert.How(quarantine=True))
-    assert convert.manifest(convert.train_path("sentiment"))["rows"] == 900
+    assert convert.manifest(convert.train_path("sentiment"))["rows"] == 882
     assert convert.manifest(convert.test_path("fpb"))["refused"] == 1
 
 
@@ -504,7 +506,8 @@ def test_fifteen_published_rows_leave_the_training_set_of_xbrl_terms(chat):
     folder = convert.source_folder("xbrl_term")
     convert.convert_task("xbrl_term", folder)
     manifest = convert.manifest(convert.train_path("xbrl_term"))
-    assert (manifest["rows_in"], manifest["rows"]) == (5856, 5841)
+    assert (manifest["rows_in"], manifest["rows"]) == (5856, 5724)
+    assert manifest["validation"]["rows"] == 117
     assert [entry["rows"] for entry in manifest["removed"]] == [2, 11, 1, 1]
     train, test = turns(convert.train_path("xbrl_term")), turns(convert.test_path("xbrl_term"))
     assert len(test) == 651 and len({prompt for prompt, _ in train}) == len(train)
@@ -539,6 +542,7 @@ def test_a_task_is_taken_from_the_first_folder_that_has_any_of_its_files(
         "ner_test.jsonl": "FINLORA_DATA",
         "headline_train.jsonl": "data/raw",
         "formula_train.jsonl": "data/sample",
+        "formula_val.jsonl": "data/sample",
         "financial_math_test.jsonl": "data/sample",
     }
 

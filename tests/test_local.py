@@ -46,11 +46,11 @@ def test_rows_become_a_task_with_data_recipes_and_an_evaluation(mine, capsys):
     convert.sources.cache_clear()
     convert.convert_task("late_filing", mine)
     kept = {}
-    for side in ("train", "test"):
+    for side in ("train", "val", "test"):
         path = convert.CHAT / f"late_filing_{side}.jsonl"
         rows = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
         kept |= {user["content"]: assistant["content"] for user, assistant in rows}
-        assert len(rows) == {"train": 48, "test": 12}[side]
+        assert len(rows) == {"train": 47, "val": 1, "test": 12}[side]
     assert kept == {row["prompt"].strip(): row["completion"] for row in TONES}
 
     recipe = recipes.find("qwen3-4b/late_filing_r8_dora")
@@ -78,10 +78,12 @@ def test_render_leaves_what_is_ones_own_as_it_is(mine, capsys):
 
 
 def test_one_prompt_is_never_on_both_sides():
-    rows = [(f"prompt {n % 20}", f"answer {n}") for n in range(100)]
+    spelt = ("prompt {}", "Prompt  {}", "PROMPT {}\n")
+    rows = [(spelt[n % 3].format(n % 20), f"answer {n}") for n in range(100)]
     train, test = local.split(rows)
     assert sorted(train + test) == list(range(100))
-    assert not {rows[n][0] for n in train} & {rows[n][0] for n in test}
+    sides = ({convert.fingerprint(rows[n][0]) for n in side} for side in (train, test))
+    assert not set.intersection(*sides)
     assert len(test) == 20
 
 

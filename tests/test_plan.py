@@ -298,10 +298,18 @@ def test_packed_rows_are_as_long_as_the_sequence_and_unpacking_is_offered():
 
 
 def test_steps_follow_rows_epochs_batch_and_gpus():
-    config = recipes.find("sentiment_r4").config  # 8 x 2 rows a step and GPU, 4 epochs, 2 % apart
-    assert plan.steps_of(1000, 50, config, 1) == (4 * 62, 4 * 980 * 50)
-    assert plan.steps_of(1000, 50, config, 4) == (4 * 16, 4 * 980 * 50)
-    assert plan.steps_of(1000, 50, config | {"max_steps": 10}, 1) == (10, 10 * 16 * 50)
+    config = recipes.find("sentiment_r4").config  # 8 x 2 rows a step and GPU, 4 epochs
+    assert plan.steps_of(980, 50, config, 1) == (4 * 62, 4 * 980 * 50)
+    assert plan.steps_of(980, 50, config, 4) == (4 * 16, 4 * 980 * 50)
+    assert plan.steps_of(980, 50, config | {"max_steps": 10}, 1) == (10, 10 * 16 * 50)
+
+
+def test_rows_that_validate_are_not_counted_as_steps():
+    config = recipes.find("sentiment_r4").config
+    assert plan.rows_that_train(config, 76772) == 75236
+    own = {key: value for key, value in config.items() if key != "test_datasets"}
+    assert plan.rows_that_train(own, 1000) == 1000
+    assert plan.steps_of(1000, 50, own | {"val_set_size": 0.02}, 1) == (4 * 62, 4 * 980 * 50)
 
 
 def test_hours_are_operations_over_peak_and_utilisation():

@@ -17,7 +17,6 @@ FINLORA = {
     "warmup_steps": 10,
     "lora_dropout": 0.05,
     "lora_target_modules": ["q_proj", "k_proj", "v_proj"],
-    "val_set_size": 0.02,
     "sequence_len": 4096,
     "sample_packing": False,
     "gradient_checkpointing": True,
@@ -70,7 +69,10 @@ def test_a_llama_recipe_has_finloras_numbers(task, method):
     assert {key: recipe.config.get(key) for key in expected} == expected
     of_method = {key: value for key, value in recipe.config.items() if key in OF_METHODS}
     assert of_method == METHODS[method]
-    assert recipe.config["datasets"][0]["path"] == f"data/chat/{task}_train.jsonl"
+    (train,), (val,) = recipe.config["datasets"], recipe.config["test_datasets"]
+    assert train["path"] == f"data/chat/{task}_train.jsonl"
+    assert val == train | {"path": f"data/chat/{task}_val.jsonl"}
+    assert "val_set_size" not in recipe.config
 
 
 @pytest.mark.parametrize(
@@ -172,6 +174,9 @@ def test_the_digest_changes_with_what_is_learned(changed):
 
 def test_the_digest_knows_how_rows_are_read_but_not_where_they_lie():
     (dataset,) = recipes.find("sentiment_r4").config["datasets"]
+    held = dataset | {"path": "/else/where/sentiment_val.jsonl"}
+    assert digest(test_datasets=[held]) == digest()
+    assert digest(test_datasets=[dataset | {"path": "data/chat/ner_val.jsonl"}]) != digest()
     assert digest(datasets=[dataset | {"path": "/else/where/sentiment_train.jsonl"}]) == digest()
     assert digest(datasets=[dataset | {"path": "data/chat/ner_train.jsonl"}]) != digest()
     assert digest(datasets=[dataset | {"train_on_eos": "all"}]) != digest()

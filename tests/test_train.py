@@ -58,7 +58,12 @@ def test_a_run_says_what_was_done(runs, method, chat_rows):
     config = yaml.safe_load((runs[method] / "config.yaml").read_text())
     assert content["steps"] == 12
     assert content["data"][0]["sha256"] == cli.digest(chat_rows)
-    assert content["data"][0]["rows"] == 96
+    assert [entry["rows"] for entry in content["data"]] == [94, 2]
+    assert content["data"][1]["split"] == "validation"
+    assert content["last_eval_loss"] > 0
+    identity = json.loads((runs[method] / "identity.json").read_text())
+    val = chat_rows.with_name("sentiment_val.jsonl")
+    assert identity["data"] == [cli.digest(chat_rows), cli.digest(val)]
     assert content["adapter_sha256"] == cli.digest(runs[method] / "adapter_model.safetensors")
     assert content["seconds"] > 0 and content["tokens_per_second"] > 0
     assert content["packages"]["torch"].startswith("2.")

@@ -29,7 +29,7 @@ GROUPS = {
         *("adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
         *("peft_use_dora", "peft_use_rslora"),
     ],
-    "Data": ["datasets", "val_set_size", "sequence_len"],
+    "Data": ["datasets", "test_datasets", "sequence_len"],
     "Tokens and template": ["special_tokens", "chat_template_kwargs"],
     "Training": [
         *("num_epochs", "max_steps", "micro_batch_size", "gradient_accumulation_steps"),

@@ -13,10 +13,14 @@ The prompt loses its outer white space and nothing else; rows stay in the order 
 Beside OUT stands OUT.manifest.json: source, digests, row counts, labels, repairs and tokens. A row
 that breaks a rule is named by file and line. It stops the conversion, and nothing is then written;
 with ON_ERROR=quarantine it is kept in OUT.refused.jsonl and the conversion goes on.
+
+A task's training set is split by prompt: `<task>_train.jsonl` and `<task>_val.jsonl`. Where labels
+may be swapped, tools/swap.py decides from the file; REPAIR=0 or REPAIR=1 decides by hand.
 """
 
 import argparse
 import hashlib
+import math
 import os
 import queue
 import random
@@ -24,13 +28,14 @@ import re
 import threading
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryFile
+from typing import IO, TYPE_CHECKING, Any
 
 import orjson
 import yaml
@@ -86,14 +91,31 @@ def sources() -> dict[str, Any]:
 # ---- The rules of a dataset and of a task's training set
 
 
-def rules(dataset: str, source: Path) -> Rules:
-    """The rules of one dataset; its repair applies to the published file alone."""
+def rules(dataset: str, source: Path, how: "How | None" = None) -> Rules:
+    """The rules of one dataset. Its repair applies to the published file; in another file of the
+    dataset, and in a test file of the user's own, the rows decide.
+    """
     spec = sources()["datasets"][dataset]
-    labels = frozenset(spec.get("labels", ()))
+    rule = Rules(frozenset(spec.get("labels", ())))
     repair = spec.get("repair")
     if repair and git_blob(source) == repair["blob"]:
-        return Rules(labels, repair["relabel"], repair["reason"])
-    return Rules(labels)
+        text = f"repaired: {repair['reason'].strip().removesuffix('.')}"
+        check = {"outcome": "repaired", "text": text}
+        return replace(rule, relabel=repair["relabel"], reason=repair["reason"], label_check=check)
+    if repair or Path(spec["file"]).is_absolute():
+        return checked(source, rule, how or DEFAULT, mixed=not repair)
+    return rule
+
+
+def checked(source: Path, rule: Rules, how: "How", mixed: bool) -> Rules:
+    """A file's rules with the repair that its rows call for, see tools/swap.py."""
+    relabel = sources()["swap"]["relabel"]
+    ours = source.resolve().is_relative_to(SAMPLE.resolve())  # the examples follow no source
+    if ours or rule.labels and not relabel.keys() <= rule.labels:
+        return rule
+    from tools import swap
+
+    return swap.check(source, rule, how.repair, how.quarantine, mixed)
 
 
 def train_rules(task: str, folder: Path) -> Rules:
@@ -200,11 +222,15 @@ class How:
 
     `lengths` counts tokens, or says why none are counted. Where it has a sequence length, a longer
     row breaks a rule if rows are to be `bounded`: training rows are, test rows are not.
+    `validation` names the file that takes the prompts which are held out, where any are. `repair`
+    decides by hand whether labels are swapped; None leaves it to tools/swap.py.
     """
 
     quarantine: bool = False
     lengths: "Lengths | str" = UNCOUNTED
     bounded: bool = True
+    validation: Path | None = None
+    repair: bool | None = None
 
 
 DEFAULT = How()
@@ -251,9 +277,15 @@ def write(
     sha, labels, counts, removed = hashlib.sha256(), Counter[str](), Counter[str](), Counter[str]()
     tests = [(removal, removal.start()) for removal in rule.removals]
     tally = None if isinstance(how.lengths, str) else how.lengths.fresh()
-    first = None
+    first, copies = None, Counter[bytes]()
+    target.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as files:
-        out, aside = files.enter_context(atomic(target)), None
+        out: IO[bytes]
+        if how.validation:
+            out = files.enter_context(TemporaryFile(dir=target.parent))
+        else:
+            out = files.enter_context(atomic(target))
+        aside = None
         for batch in found:
             counts["rows_in"] += batch.read
             if rows is not None:
@@ -278,9 +310,12 @@ def write(
                 for refusal in batch.refused:
                     aside.write(refused_row(batch.source, *refusal))
             chat = b"".join(batch.chat)
-            update(sha, chat)
             out.write(chat)
             counts["rows"] += len(batch.chat)
+            if how.validation:
+                copies.update(map(fingerprint, batch.prompts))
+                continue
+            update(sha, chat)
             if rule.labels:
                 labels.update(batch.answers)
         if counts["rows"] == 0:
@@ -292,8 +327,26 @@ def write(
                 f"{shown(source)}: {counts['rows_in']} rows were read, {counts['rows']} written "
                 f"and {gone} left out; that does not add up, and nothing is written"
             )
+        held: dict[str, Any] | None = None
+        if how.validation:
+            marks = held_out(copies)
+            sides = [files.enter_context(atomic(target)), None]
+            if marks:
+                sides[1] = files.enter_context(atomic(how.validation))
+            (sha, labels), (held_sha, held_labels) = divide(out, marks, sides, bool(rule.labels))
+            held_rows = sum(copies[mark] for mark in marks)
+            counts["rows"] -= held_rows
+            held = {"rows": held_rows, "prompts": len(marks)}
+            if marks:
+                held |= {"file": how.validation.name, "sha256": held_sha.hexdigest()}
+                held |= {"labels": dict(sorted(held_labels.items()))}
+            else:
+                least = sources()["validation"]["least"]
+                held["reason"] = f"{len(copies)} prompts are too few: {least} are needed"
     if not aside:
         refused_path(target).unlink(missing_ok=True)
+    if how.validation and held and not held["rows"]:
+        remove(how.validation)
     return {
         "sha256": sha,
         **{name: counts[name] for name in ("rows_in", "rows", "refused", "not_selected")},
@@ -305,8 +358,54 @@ def write(
         "labels": dict(sorted(labels.items())),
         "selected": None if rows is None else f"{len(rows)} chosen rows",
         "repair": rule.reason or None,
+        "label_check": rule.label_check,
+        "validation": held,
         "tokens": tally.summary() if tally else how.lengths,
     }
+
+
+def held_out(copies: Counter[bytes]) -> set[bytes]:
+    """The prompts that validate, of the number of rows of each prompt; all rows of one go along.
+
+    They are drawn in an order that only the seed and the prompt decide, so a shuffled file gives
+    the same ones, and fill the share of the rows to the row, as Axolotl's own split does. A prompt
+    with more copies than there is room for is passed over, so on few rows the prompts with many
+    copies train. At least one prompt is held out, and none where there are fewer than `least`.
+    """
+    spec = sources()["validation"]
+    if len(copies) < spec["least"]:
+        return set()
+    key = str(spec["seed"]).encode()
+    order = sorted(copies, key=lambda mark: hashlib.blake2b(mark, key=key).digest())
+    room, held = math.ceil(spec["share"] * copies.total()), set[bytes]()
+    for mark in order:
+        if copies[mark] <= room:
+            held.add(mark)
+            room -= copies[mark]
+        if not room:
+            break
+    return held or {min(order, key=copies.__getitem__)}
+
+
+def divide(
+    rows: IO[bytes], held: set[bytes], sides: Sequence[IO[bytes] | None], labelled: bool
+) -> list[tuple[Any, Counter[str]]]:
+    """Writes chat rows to the two sides, those of `held` prompts to the second.
+
+    Returns the SHA-256 and the labels of each side.
+    """
+    facts = [(hashlib.sha256(), Counter[str]()) for _ in sides]
+    rows.seek(0)
+    for line in rows:
+        prompt, answer = (turn["content"] for turn in orjson.loads(line)["messages"])
+        side = bool(held) and fingerprint(prompt) in held
+        file, (sha, labels) = sides[side], facts[side]
+        assert file
+        file.write(line)
+        sha.update(line)
+        if labelled:
+            labels[answer] += 1
+    return facts
 
 
 def refused_row(source: Path, number: int, reason: str, line: bytes) -> bytes:
@@ -325,6 +424,13 @@ def refused_row(source: Path, number: int, reason: str, line: bytes) -> bytes:
 def finish(target: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Writes the manifest of a converted file and returns it."""
     content["sha256"] = content["sha256"].hexdigest()
+    held = content.get("validation")
+    if held and held["rows"]:
+        about = {key: content[key] for key in ("source", "from", "repair", "label_check")}
+        write_json(
+            manifest_path(target.with_name(held["file"])),
+            {"held_out_of": target.name, **about, **held},
+        )
     write_json(manifest_path(target), content)
     return content
 
@@ -333,6 +439,7 @@ def join(task: str, how: How) -> dict[str, Any] | str:
     """Builds a multi-task training set from its parts' chat rows; a text says why it cannot.
 
     With the key `equal`, each part gives as many rows as the smallest has, drawn with that seed.
+    The parts' validation rows join in the same way, and a prompt of theirs never trains.
     """
     spec, target = sources()["tasks"][task], train_path(task)
     told = {
@@ -343,23 +450,64 @@ def join(task: str, how: How) -> dict[str, Any] | str:
         return f"without a training set: {', '.join(missing)}"
     if len(set(whence.values())) > 1:
         return ", ".join(f"{part} is from {folder}" for part, folder in whence.items())
-    smallest = min(content["rows"] for content in told.values())
-    chosen, first = set[int](), 0
-    for content in told.values():
-        draw = random.Random(spec.get("equal"))
-        chosen.update(first + n for n in draw.sample(range(content["rows"]), smallest))
-        first += content["rows"]
-    rows = frozenset(chosen) if "equal" in spec else None
-    found = chain.from_iterable(chat_batches(train_path(part)) for part in told)
-    rule = replace(train_rules(task, CHAT), removals=())  # the parts have had theirs
-    with hashing() as update:
-        counts = write(found, target, target, rule, rows, how, update)
-    known = {
-        "source": ", ".join(train_path(part).name for part in told),
-        "from": whence[spec["parts"][0]],
+    checks = [content.get("label_check") for content in told.values()]
+    rule = replace(
+        train_rules(task, CHAT),
+        removals=(),  # the parts have had theirs
+        reason="; ".join(filter(None, (content.get("repair") for content in told.values()))),
+        label_check=next(filter(None, checks), None),
+    )
+    held = {
+        val_path(part): manifest(val_path(part))
+        for part, content in told.items()
+        if (content.get("validation") or {}).get("rows")
+    }
+    shared = {"from": whence[spec["parts"][0]]}
+    validation: dict[str, Any] = {"rows": 0, "reason": "no part has validation rows"}
+    if held:
+        path = val_path(task)
+        known = {"held_out_of": target.name, "source": ", ".join(p.name for p in held)}
+        counts = joined(held, path, rule, spec.get("equal"), replace(how, validation=None))
+        content = finish(path, known | shared | counts)
+        validation = {"file": path.name, "rows": content["rows"], "sha256": content["sha256"]}
+        tested = {
+            fingerprint(prompt) for p in held for b in chat_batches(p) for prompt in b.prompts
+        }
+        reason = "prompts of another part's validation rows"
+        test: Test = lambda prompt, answer: fingerprint(prompt) in tested  # noqa: E731
+        rule = replace(rule, removals=(Removal("validation", reason, lambda: test),))
+    else:
+        remove(val_path(task))
+    files = {train_path(part): content for part, content in told.items()}
+    counts = joined(files, target, rule, spec.get("equal"), replace(how, validation=None))
+    about = {
+        "source": ", ".join(path.name for path in files),
         "source_sha256": {part: content["sha256"] for part, content in told.items()},
     }
-    return finish(target, known | counts)
+    content = about | shared | counts
+    content["sha256"] = content["sha256"].hexdigest()
+    content["validation"] = validation
+    write_json(manifest_path(target), content)
+    return content
+
+
+def joined(
+    files: dict[Path, dict[str, Any]], target: Path, rule: Rules, equal: int | None, how: How
+) -> dict[str, Any]:
+    """Writes the rows of converted files one after the other, `equal` of each if it is a seed.
+
+    `files`: their manifests. Returns what `write` does.
+    """
+    smallest = min(content["rows"] for content in files.values())
+    chosen, first = set[int](), 0
+    for content in files.values():
+        draw = random.Random(equal)
+        chosen.update(first + n for n in draw.sample(range(content["rows"]), smallest))
+        first += content["rows"]
+    rows = None if equal is None else frozenset(chosen)
+    found = chain.from_iterable(map(chat_batches, files))
+    with hashing() as update:
+        return write(found, target, target, rule, rows, how, update)
 
 
 def chat_batches(chat: Path) -> Iterator[Batch]:
@@ -399,6 +547,31 @@ def manifest(chat: Path) -> dict[str, Any]:
 
 def train_path(task: str) -> Path:
     return CHAT / f"{task}_train.jsonl"
+
+
+def val_path(task: str) -> Path:
+    return CHAT / f"{task}_val.jsonl"
+
+
+def without_missing_validation(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """An Axolotl config without the validation set of a task that has none, and why it has none.
+
+    `make data` holds no rows out of a small set. A validation file that it made and that is gone
+    stays in the config, and so does any other file.
+    """
+    train = (ROOT / config["datasets"][0]["path"]).resolve()
+    for entry in config.get("test_datasets") or ():
+        path = (ROOT / str(entry.get("path"))).resolve()
+        if path.is_file() or not path.name.endswith("_val.jsonl") or not train.is_file():
+            continue
+        held = manifest(train).get("validation") or {}
+        if held.get("rows"):
+            continue
+        dropped = {"test_datasets", "eval_steps", "evals_per_epoch"}
+        kept = {key: value for key, value in config.items() if key not in dropped}
+        why = held.get("reason") or f"{shown(train)} was made without validation rows"
+        return kept, why
+    return config, ""
 
 
 def test_path(dataset: str) -> Path:
@@ -450,19 +623,22 @@ def convert_task(task: str, folder: Path, how: How = DEFAULT) -> None:
     spec = sources()["tasks"][task]
     train, split = folder / spec["train"], spec.get("without_train")
     left: dict[str, frozenset[int]] = {}
+    trains = replace(how, validation=val_path(task))
     if train.is_file():
-        content = convert(train, train_path(task), train_rules(task, folder), how=how)
+        rule = checked(train, train_rules(task, folder), how, mixed=True)
+        content = convert(train, train_path(task), rule, how=trains)
         report(content, train_path(task))
     elif split and (source := folder / sources()["datasets"][split["split"]]["file"]).is_file():
         picked, left[split["split"]] = halves(source, train.name, **split)
-        content = convert(source, train_path(task), rules(split["split"], source), picked, how)
+        rule = rules(split["split"], source, how)
+        content = convert(source, train_path(task), rule, picked, trains)
         report(content, train_path(task))
     elif "parts" not in spec:
         absent(train_path(task), train.name)
-    elif isinstance(joined := join(task, how), str):
-        absent(train_path(task), train.name, joined)
+    elif isinstance(result := join(task, how), str):
+        absent(train_path(task), train.name, result)
     else:
-        report(joined, train_path(task))
+        report(result, train_path(task))
     if "parts" in spec:
         return
     tests = replace(how, bounded=False)
@@ -470,7 +646,8 @@ def convert_task(task: str, folder: Path, how: How = DEFAULT) -> None:
         source = folder / sources()["datasets"][name]["file"]
         if source.is_file():
             target = test_path(name)
-            report(convert(source, target, rules(name, source), left.get(name), tests), target)
+            rule = rules(name, source, how)
+            report(convert(source, target, rule, left.get(name), tests), target)
         else:
             absent(test_path(name), source.name)
 
@@ -496,10 +673,17 @@ def halves(
 
 def absent(target: Path, file: str, why: str = "") -> None:
     """Removes what an earlier conversion from other data left, so that two are never mixed."""
-    for path in (target, manifest_path(target), refused_path(target)):
-        path.unlink(missing_ok=True)
+    remove(target)
+    if target.name.endswith("_train.jsonl"):
+        remove(target.with_name(target.name.removesuffix("_train.jsonl") + "_val.jsonl"))
     also = f", nor can its parts be joined: {why}" if why else ""
     print(f"data       {target.name:<32} left out: {file} is not at hand{also}")
+
+
+def remove(target: Path) -> None:
+    """Removes a converted file and what stands beside it."""
+    for path in (target, manifest_path(target), refused_path(target)):
+        path.unlink(missing_ok=True)
 
 
 def report(manifest: dict[str, Any], target: Path) -> None:
@@ -511,6 +695,13 @@ def report(manifest: dict[str, Any], target: Path) -> None:
         notes.append(f"{manifest['refused']} refused: {shown(refused_path(target))}")
     told = "; ".join(filter(None, [labels[:70], *notes]))
     print(f"data       {target.name:<32} {manifest['rows']:>6} rows  {told}".rstrip())
+    if held := manifest.get("validation"):
+        if held["rows"]:
+            print(f"           validation, other prompts: {held['rows']:,} rows in {held['file']}")
+        else:
+            print(f"           no validation rows: {held['reason']}")
+    if check := manifest.get("label_check"):
+        print(f"           {check['text']}")
     if isinstance(tokens := manifest["tokens"], dict):
         parts = []
         for name in ("prompt", "answer"):
@@ -527,16 +718,20 @@ def main() -> None:
     parser.add_argument("tasks", nargs="?", default="", help="tasks, comma-separated; all if empty")
     parser.add_argument("--dataset", nargs=3, metavar=("DATASET", "IN", "OUT"))
     parser.add_argument("--on-error", default=os.environ.get("ON_ERROR", ""), metavar="quarantine")
+    parser.add_argument("--repair", default=os.environ.get("REPAIR", ""), metavar="0|1")
     parser.add_argument("--recipe", default="", help="counts tokens as this recipe's training does")
     parser.add_argument("--tokenizer", default="", help="counts tokens with the one in this folder")
     parser.add_argument("--sequence-len", default="", help="longest row in tokens")
     arguments = parser.parse_args()
     if arguments.on_error not in ("", "stop", "quarantine"):
         raise WrongInput(f'ON_ERROR is stop or quarantine, not "{arguments.on_error}"')
+    if arguments.repair not in ("", "0", "1"):
+        raise WrongInput(f'REPAIR is 0 or 1, not "{arguments.repair}"')
     lengths, task = lengths_of(arguments.recipe, arguments.tokenizer, arguments.sequence_len)
     if arguments.recipe and isinstance(lengths, str):
         print(f"data       tokens are {lengths}")
-    how = How(arguments.on_error == "quarantine", lengths)
+    repair = None if arguments.repair == "" else arguments.repair == "1"
+    how = How(arguments.on_error == "quarantine", lengths, repair=repair)
     if arguments.dataset:
         name, source, target = arguments.dataset
         if name not in sources()["datasets"]:
@@ -544,7 +739,7 @@ def main() -> None:
             raise WrongInput(f'unknown dataset "{name}"{nearest(name, known)}')
         if not Path(source).is_file():
             raise WrongInput(f"{source} is not there")
-        rule = rules(name, Path(source))
+        rule = rules(name, Path(source), how)
         report(convert(Path(source), Path(target), rule, how=how), Path(target))
         return
     known = sources()["tasks"]

@@ -13,7 +13,7 @@ import re
 from typing import Any
 
 from tools import audit, convert
-from tools.cli import ROOT, JobFailed, atomic, command, shown
+from tools.cli import ROOT, JobFailed, WrongInput, atomic, command, shown
 
 CARD = ROOT / "data" / "README.md"
 
@@ -30,6 +30,7 @@ def verified(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
             "fit": float(f"{each.get('source', {}).get('p', 0):.2g}"),
             "tokens": [each["tokens"]["median"], each["tokens"]["max"]] if "tokens" in each else [],
             "formulas": each.get("formulas"),
+            **label_check(each["file"]),
             "defects": [
                 f"{finding['severity']}: {finding['text']} (confidence: {finding['confidence']})"
                 for finding in report["findings"]
@@ -39,6 +40,33 @@ def verified(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
         for each in report["files"]
         if each["as_published"]
     }
+
+
+def label_check(file: str) -> dict[str, str]:
+    """What the rows of a training file say on swapped labels; {} where nothing is to be said."""
+    for task, spec in convert.published()["tasks"].items():
+        if spec["train"] == file:
+            folder = convert.source_folder(task)
+            rule = convert.train_rules(task, folder)
+            try:
+                rule = convert.checked(folder / file, rule, convert.DEFAULT, mixed=True)
+            except WrongInput as error:
+                return {"label_check": f"not decided: {error}"}
+            if rule.label_check:
+                return {"label_check": rule.label_check["text"]}
+    return {}
+
+
+def swapped_labels(task: str, facts: dict[str, dict[str, Any]]) -> list[str]:
+    """What is known of swapped labels in a task's training file, as list items."""
+    table = convert.published()
+    spec, swap = table["tasks"][task], table["swap"]
+    if text := facts.get(spec["train"], {}).get("label_check"):
+        return [f"- **labels**: {text}"]
+    if swap["dataset"] not in spec["eval"] or "parts" in spec:
+        return []
+    kinds = {"seen": "seen of it", "concluded": "concluded", "unknown": "not known"}
+    return [f"- **{title}**: {swap[key]}" for key, title in kinds.items()]
 
 
 def card(facts: dict[str, dict[str, Any]]) -> str:
@@ -79,7 +107,7 @@ def card(facts: dict[str, dict[str, Any]]) -> str:
     for task, spec in table["tasks"].items():
         out += ["", f"## {task}", ""]
         out += [f"Trained on {measured(spec['train'], facts)}", ""]
-        out += [*listed(spec["train"], spec, facts), ""]
+        out += [*listed(spec["train"], spec, facts), *swapped_labels(task, facts), ""]
         if "parts" in spec:
             out.append(f"A mixture of {', '.join(spec['parts'])}, scored on their datasets.")
             continue
@@ -128,7 +156,10 @@ def measured(file: str, facts: dict[str, dict[str, Any]]) -> str:
 def listed(file: str, row: dict[str, Any], facts: dict[str, dict[str, Any]]) -> list[str]:
     """The defects of a file and the repairs of its task or dataset, as list items."""
     found = [f"- {text}" for text in facts.get(file, {}).get("defects", [])]
-    return found + [f"- **repaired**: {text}" for text in audit.repairs(row)]
+    found += [f"- **repaired**: {text}" for text in audit.repairs(row)]
+    if why := row.get("incomparable"):
+        found.append(f"- **compared with no published score**: {why}")
+    return found
 
 
 def kept_facts() -> dict[str, dict[str, Any]]:

@@ -77,12 +77,13 @@ def rows_of(source: Path) -> list[tuple[str, str]]:
 
 def split(rows: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
     """Row numbers to train and to test on; a prompt that occurs twice stays on one side."""
-    prompts = list(dict.fromkeys(prompt for prompt, _ in rows))
+    marks = [convert.fingerprint(prompt) for prompt, _ in rows]
+    prompts = list(dict.fromkeys(marks))
     count = max(1, min(MOST, round(SHARE * len(prompts))))
     held = set(random.Random(SEED).sample(prompts, count))
     sides: tuple[list[int], list[int]] = ([], [])
-    for number, (prompt, _) in enumerate(rows):
-        sides[prompt in held].append(number)
+    for number, mark in enumerate(marks):
+        sides[mark in held].append(number)
     return sides
 
 
@@ -127,7 +128,7 @@ def new(task: str, source: Path) -> None:
     if not source.is_file():
         raise WrongInput(f"DATA={source} is not there; a JSONL file is needed")
     rows = rows_of(source)
-    if len({prompt for prompt, _ in rows}) < LEAST:
+    if len({convert.fingerprint(prompt) for prompt, _ in rows}) < LEAST:
         raise WrongInput(f"{shown(source)}: {len(rows)} rows; at least {LEAST} prompts are needed")
     labels = labels_of([answer for _, answer in rows])
     sides = split(rows)

@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tools import recipes
+from tools import convert, recipes
 from tools.cli import ROOT, WrongInput, command, nearest, shown
 
 MODELS = ROOT / "recipes" / "models"
@@ -314,8 +314,8 @@ def changes(model: Model, setup: Setup, limit: float, unpacked: int) -> list[tup
 def steps_of(rows: int, row: int, config: dict[str, Any], gpus: int) -> tuple[int, int]:
     """(optimizer steps, tokens) of a training on `rows` rows of `row` tokens each.
 
-    Rows of the validation split are not trained on; packing fills each row up to sequence_len.
-    Padding is not counted.
+    Rows that `val_set_size` splits off are not trained on; packing fills each row up to
+    sequence_len. Padding is not counted.
     """
     share = config.get("val_set_size") or 0
     rows -= math.ceil(rows * share) if share < 1 else int(share)
@@ -328,6 +328,12 @@ def steps_of(rows: int, row: int, config: dict[str, Any], gpus: int) -> tuple[in
     if most < steps:
         return most, most * batch * row
     return steps, int(rows * config.get("num_epochs", 1)) * row
+
+
+def rows_that_train(config: dict[str, Any], rows: int) -> int:
+    """Rows of a task's file that train: without those that `make data` holds out."""
+    held = convert.sources()["validation"]["share"] if config.get("test_datasets") else 0
+    return rows - math.ceil(rows * held)
 
 
 def flops_per_token(model: Model, setup: Setup) -> int:
@@ -624,12 +630,13 @@ def main() -> None:
     )
     recipe = recipes.find(given.recipe)
     data = ROOT / recipe.config["datasets"][0]["path"]
+    rows = rows_that_train(recipe.config, int(rows)) if rows else None
     made = plan(
         recipe.config,
         given.gpu or DEFAULT_GPU,
         int(nproc or 1),
         price,
-        int(rows) if rows else None,
+        rows,
         int(per_row) if per_row else None,
         data,
     )

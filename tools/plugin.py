@@ -293,7 +293,8 @@ class Watch(TrainerCallback):
         """The data is still what the run began with, and the same for every process."""
         written = Path(self.cfg.output_dir) / "identity.json"
         begun = json.loads(written.read_text())["data"] if written.is_file() else []
-        files = [path for entry in self.cfg.datasets if (path := ROOT / entry["path"]).is_file()]
+        entries = [*self.cfg.datasets, *(self.cfg.test_datasets or [])]
+        files = [path for entry in entries if (path := ROOT / entry["path"]).is_file()]
         now = [digest(path) for path in files]
         if begun and now != begun:
             raise Stopped(f"{', '.join(map(str, files))} changed while the training was starting")

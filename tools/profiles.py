@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tools import plan, recipes
+from tools import convert, plan, recipes
 from tools.cli import ROOT, WrongInput, command
 
 LARGEST_ON_CPU = 1e9  # parameters; a step of an 8B model takes minutes on a desktop CPU
@@ -128,7 +128,7 @@ def merged(
 ) -> dict[str, Any]:
     """The config that Axolotl gets: the recipe, the profiles over it, and tools/plugin.py."""
     run = Path(recipe.config["output_dir"])
-    content = recipe.config | layers(profile)
+    content = convert.without_missing_validation(recipe.config)[0] | layers(profile)
     if processes > 1:
         content |= divided(content, processes)
     if content.get("load_in_8bit") and (content.get("fsdp_config") or "zero3" in profile):

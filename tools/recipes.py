@@ -80,7 +80,9 @@ class Recipe:
 def learned(config: dict[str, Any]) -> dict[str, Any]:
     """What of a config is learned: all but where it runs, its output, and the data's folder."""
     kept = {key: value for key, value in config.items() if key not in {*RUNNING, *OUTPUT}}
-    kept["datasets"] = [e | {"path": Path(e["path"]).name} for e in config["datasets"]]
+    for key in ("datasets", "test_datasets"):
+        if entries := config.get(key):
+            kept[key] = [e | {"path": Path(e["path"]).name} for e in entries]
     return kept
 
 
@@ -234,16 +236,18 @@ def compose(
     else:
         content |= {"load_in_8bit": True} if bits == 8 else {}
         content["adapter"] = "lora"
-    content["datasets"] = [
-        {
-            "path": f"data/chat/{task}_train.jsonl",
-            "type": "chat_template",
-            "chat_template": "tokenizer_default",
-            "field_messages": "messages",
-            "roles_to_train": ["assistant"],
-            "train_on_eos": "turn",
-        }
-    ]
+    # Not `val_set_size`: it draws rows, and a row's copies would both train and validate.
+    for key, part in {"datasets": "train", "test_datasets": "val"}.items():
+        content[key] = [
+            {
+                "path": f"data/chat/{task}_{part}.jsonl",
+                "type": "chat_template",
+                "chat_template": "tokenizer_default",
+                "field_messages": "messages",
+                "roles_to_train": ["assistant"],
+                "train_on_eos": "turn",
+            }
+        ]
     content |= {
         "dataset_prepared_path": f"runs/{run}/prepared",
         "output_dir": f"runs/{run}",

@@ -34,8 +34,16 @@ class Rules:
     labels: frozenset[str] = frozenset()
     relabel: dict[str, str] = field(default_factory=dict)
     reason: str = ""
+    where: Test | None = None  # the rows to relabel; all of them without it
+    label_check: dict[str, Any] | None = None  # what tools/swap.py saw, for the manifest
     removals: tuple["Removal", ...] = ()  # training sets only
     cut: bool = False  # whether a prompt that is too long loses its middle
+
+    def repair(self, prompt: str, answer: str) -> str:
+        """The answer as the repair has it."""
+        if answer in self.relabel and (self.where is None or self.where(prompt, answer)):
+            return self.relabel[answer]
+        return answer
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,7 @@ def at_once(
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
     if rule.relabel:
-        answers = [rule.relabel.get(answer, answer) for answer in answers]
+        answers = list(map(rule.repair, prompts, answers))
     if not all(prompts) or not all(answers):
         return None
     if rule.labels and not rule.labels.issuperset(answers):
@@ -202,7 +210,7 @@ def row(line: bytes, rule: Rules) -> tuple[str, str]:
             raise ValueError(f'"{key}" is empty')
         values.append(value)
     prompt, answer = values
-    answer = rule.relabel.get(answer, answer)
+    answer = rule.repair(prompt, answer)
     if rule.labels and answer not in rule.labels:
         raise ValueError(f'the answer "{answer[:60]}" is none of {", ".join(sorted(rule.labels))}')
     return prompt, answer

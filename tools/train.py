@@ -140,9 +140,12 @@ def fits(recipe: recipes.Recipe, here: dict[str, Any], profile: str = "") -> Non
 
 
 def data_of(recipe: recipes.Recipe) -> list[dict[str, Any]]:
-    """Path, SHA-256 and row count of each file that the recipe trains on."""
+    """What is to be known of each file that the recipe trains on or is validated with."""
     found = []
-    for entry in recipe.config["datasets"]:
+    config, _ = convert.without_missing_validation(recipe.config)
+    entries = [(entry, "train") for entry in config["datasets"]]
+    entries += [(entry, "validation") for entry in config.get("test_datasets") or ()]
+    for entry, split in entries:
         path = (ROOT / entry["path"]).resolve()
         if not path.exists() and path.suffix != ".jsonl":
             continue  # a dataset of the Hub: Axolotl finds it
@@ -156,8 +159,20 @@ def data_of(recipe: recipes.Recipe) -> list[dict[str, Any]]:
         if rows is None:
             with open(path, "rb") as file:
                 rows = sum(1 for line in file if not line.isspace())
-        where = {"path": entry["path"], "sha256": content["sha256"], "rows": rows}
-        found.append(where | {"from": content.get("from"), "source": content["source"]})
+        where = {"path": entry["path"], "split": split, "sha256": content["sha256"], "rows": rows}
+        check = (content.get("label_check") or {}).get("text")
+        where |= {"from": content.get("from"), "source": content["source"], "label_check": check}
+        found.append(where)
+        held = content.get("validation") or {}
+        for other in config.get("test_datasets") or ():
+            beside = (ROOT / other["path"]).resolve()
+            if (held.get("file"), path.parent) != (beside.name, beside.parent):
+                continue
+            if not beside.is_file() or digest(beside) != held["sha256"]:
+                raise WrongInput(
+                    f"{shown(beside)} is not what was held out of {shown(path)}; "
+                    "`make data` makes both"
+                )
     return found
 
 
@@ -228,7 +243,10 @@ def changed(before: dict[str, Any], now: dict[str, Any]) -> str:
     old, new = before["config"], now["config"]
     keys = sorted(key for key in old | new if old.get(key) != new.get(key))
     if before["data"] != now["data"]:
-        paths = ", ".join(str(entry["path"]) for entry in new["datasets"])
+        entries = [*new["datasets"], *(new.get("test_datasets") or ())]
+        files = zip(entries, now["data"], before["data"] + [None] * len(entries), strict=False)
+        other = [entry for entry, sha, was in files if sha != was] or new["datasets"]
+        paths = ", ".join(str(entry["path"]) for entry in other)
         return f"the data changed ({paths})" + (f", and {', '.join(keys)}" if keys else "")
     values = [
         key if isinstance(new.get(key), list | dict) else f"{key} {old.get(key)} → {new.get(key)}"
@@ -518,9 +536,16 @@ def main() -> None:
     if free < DISK:
         raise JobFailed(f"{free / 1e9:.1f} GB are free on this disk and a training needs 2")
     export.ensure(recipe.config["base_model"])
-    rows = sum(entry["rows"] for entry in data_of(recipe))
+    data = data_of(recipe)
+    rows, held = (
+        sum(entry["rows"] for entry in data if entry["split"] == split)
+        for split in ("train", "validation")
+    )
+    if reason := convert.without_missing_validation(recipe.config)[1]:
+        print(f"train      no rows validate: {reason}")
+    validated = f", validated on {held}" if held else ""
     share = f", {machines.processes} processes" if machines.processes > 1 else ""
-    print(f"train      {recipe.name} on {rows} rows, profile {profile} ({why}){share}")
+    print(f"train      {recipe.name} on {rows} rows{validated}, profile {profile} ({why}){share}")
     run = train(recipe, profile, force, machines, given.tracker, here)
     if not run:
         print(f"train      done; the run is on {given.rendezvous}")

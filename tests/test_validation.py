@@ -1,0 +1,251 @@
+"""Validation rows are held out by prompt: no prompt both trains and validates, in any task."""
+
+import json
+import math
+import random
+import shutil
+from collections import Counter
+
+import pytest
+
+from tools import convert, local, profiles, recipes, train
+from tools.cli import ROOT, WrongInput, digest
+
+TASKS = convert.sources()["tasks"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "CHAT", tmp_path / "chat")
+    return tmp_path
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps({"context": prompt, "target": answer}) for prompt, answer in rows)
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def prompts(path):
+    rows = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
+    return Counter(convert.fingerprint(user["content"]) for user, _ in rows)
+
+
+def sides(task):
+    return prompts(convert.train_path(task)), prompts(convert.val_path(task))
+
+
+def copied(count=300):
+    """Rows like FinLoRA's: prompts in 1 to 21 copies, some spelt otherwise."""
+    rows = []
+    for n in range(count):
+        copies = (1, 2, 6, 21)[n % 4]
+        rows += [(f"Question {n}?", f"{n}")] * (copies - 1) + [(f"QUESTION  {n}? ", f"{n}")]
+    return rows
+
+
+@pytest.mark.parametrize("task", [name for name, spec in TASKS.items() if "parts" not in spec])
+def test_no_prompt_is_on_two_sides(task, folder):
+    convert.convert_task(task, convert.SAMPLE)
+    trains, validates = sides(task)
+    assert trains and validates and not trains.keys() & validates.keys()
+    for dataset in TASKS[task]["eval"]:
+        assert not prompts(convert.test_path(dataset)).keys() & (trains + validates).keys()
+    manifest = convert.manifest(convert.train_path(task))
+    rows = trains.total() + validates.total()
+    assert (manifest["rows"], manifest["validation"]["rows"]) == (
+        trains.total(),
+        validates.total(),
+    )
+    assert validates.total() == math.ceil(0.02 * rows)  # what Axolotl's own split takes
+    held = convert.manifest(convert.val_path(task))
+    assert held["held_out_of"] == f"{task}_train.jsonl"
+    assert held["sha256"] == manifest["validation"]["sha256"] == digest(convert.val_path(task))
+
+
+@pytest.mark.parametrize("task", ["xbrl_term", "formula", "financebench", "sentiment"])
+def test_no_prompt_of_finloras_files_is_on_two_sides(task, folder, monkeypatch):
+    finlora = ROOT.parent / "shared" / "finlora"
+    if not finlora.is_dir():
+        pytest.skip("FinLoRA's files are not beside the repository, in ../shared/finlora")
+    monkeypatch.setenv("FINLORA_DATA", str(finlora))
+    convert.convert_task(task, convert.source_folder(task))
+    trains, validates = sides(task)
+    assert trains and validates and not trains.keys() & validates.keys()
+    if task in ("xbrl_term", "sentiment"):
+        tested = prompts(convert.test_path(TASKS[task]["eval"][0]))
+        assert not tested.keys() & (trains + validates).keys()
+
+
+def test_all_copies_of_a_prompt_go_together_and_the_share_is_kept_to_the_row(folder):
+    rows = copied()
+    write(folder / "train" / "formula_train.jsonl", rows)
+    convert.convert_task("formula", folder)
+    trains, validates = sides("formula")
+    assert not trains.keys() & validates.keys()
+    assert len(trains) + len(validates) == 300
+    assert validates.total() == math.ceil(0.02 * len(rows))
+    assert trains.total() + validates.total() == len(rows)
+
+
+def test_the_same_prompts_validate_in_whatever_order_the_rows_stand(folder):
+    rows, seen = copied(), []
+    for seed in range(2):
+        random.Random(seed).shuffle(rows)
+        write(folder / "train" / "formula_train.jsonl", rows)
+        convert.convert_task("formula", folder)
+        seen.append(sides("formula"))
+    assert seen[0] == seen[1]
+
+
+def test_where_every_prompt_has_more_copies_than_the_share_one_prompt_validates(folder):
+    write(
+        folder / "train" / "formula_train.jsonl", [(f"Question {n}?", "1") for n in range(20)] * 9
+    )
+    convert.convert_task("formula", folder)
+    assert list(map(len, sides("formula"))) == [19, 1]
+
+
+def test_of_few_prompts_none_validates_and_an_older_file_goes(folder, capsys):
+    path = folder / "train" / "formula_train.jsonl"
+    write(path, [(f"Question {n}?", "1") for n in range(20)])
+    convert.convert_task("formula", folder)
+    assert convert.val_path("formula").is_file()
+    write(path, [(f"Question {n}?", "1") for n in range(19)] * 5)
+    convert.convert_task("formula", folder)
+    assert not list(convert.CHAT.glob("formula_val*"))
+    assert prompts(convert.train_path("formula")).total() == 95
+    held = convert.manifest(convert.train_path("formula"))["validation"]
+    assert held["reason"] == "19 prompts are too few: 20 are needed"
+    assert "no validation rows: 19 prompts are too few" in capsys.readouterr().out
+
+
+def test_a_task_without_its_source_leaves_no_validation_rows(folder):
+    convert.convert_task("ner", convert.SAMPLE)
+    convert.convert_task("ner", folder)
+    assert list(convert.CHAT.glob("*")) == []
+
+
+@pytest.mark.parametrize("task", [name for name, spec in TASKS.items() if "parts" in spec])
+def test_the_validation_rows_of_the_parts_join_and_never_train(task, folder):
+    for part in TASKS[task]["parts"]:
+        convert.convert_task(part, convert.SAMPLE)
+    convert.convert_task(task, convert.SAMPLE)
+    trains, validates = sides(task)
+    assert trains and validates and not trains.keys() & validates.keys()
+    of_parts = [prompts(convert.val_path(part)) for part in TASKS[task]["parts"]]
+    if "equal" in TASKS[task]:
+        least = min(each.total() for each in of_parts)
+        assert validates.total() == least * len(of_parts)
+    else:
+        assert validates == sum(of_parts, Counter())
+    assert not trains.keys() & sum(of_parts, Counter()).keys()
+
+
+def test_a_prompt_that_two_parts_share_does_not_train_where_one_validates_with_it(folder):
+    for task in ("financebench", "xbrl_extract", "formula"):
+        rows = [(f"Question {n} of {task}?", "1") for n in range(100)]
+        write(folder / "train" / f"{task}_train.jsonl", rows)
+        convert.convert_task(task, folder)
+    held = json.loads(convert.val_path("formula").read_text().splitlines()[0])
+    shared = (held["messages"][0]["content"], "1")
+    rows = [(f"Question {n} of financebench?", "1") for n in range(100)] + [shared]
+    write(folder / "train" / "financebench_train.jsonl", rows)
+    convert.convert_task("financebench", folder)
+    assert convert.fingerprint(shared[0]) in sides("financebench")[0]
+    convert.convert_task("analysis_multi", folder)
+    trains, validates = sides("analysis_multi")
+    assert not trains.keys() & validates.keys()
+    removed = convert.manifest(convert.train_path("analysis_multi"))["removed"]
+    assert [entry["rows"] for entry in removed] == [1]
+
+
+def test_rows_of_ones_own_are_split_by_prompt_too(folder, monkeypatch):
+    for module, name in ((local, "DATA"), (local, "TASKS"), (recipes, "LOCAL"), (convert, "LOCAL")):
+        monkeypatch.setattr(module, name, folder / name.lower())
+    rows = copied(200)
+    source = write(folder / "mine.jsonl", rows)
+    try:
+        convert.sources.cache_clear()
+        local.new("house", source)
+        convert.sources.cache_clear()
+        convert.convert_task("house", folder)
+        (entry,) = recipes.find("smollm2-135m/house_r4").config["test_datasets"]
+        assert entry["path"] == "data/chat/house_val.jsonl"
+        found = [*sides("house"), prompts(convert.test_path("house"))]
+        assert all(found) and sum(map(len, found)) == len(set().union(*found)) == 200
+    finally:
+        convert.sources.cache_clear()
+        recipes.forget()
+
+
+# ---- What a training makes of it
+
+
+@pytest.fixture
+def recipe(folder):
+    config = recipes.config("smollm2-135m/formula_r4")
+    for key, path in (("datasets", convert.train_path), ("test_datasets", convert.val_path)):
+        config[key][0]["path"] = str(path("formula"))
+    write(folder / "train" / "formula_train.jsonl", copied())
+    convert.convert_task("formula", folder)
+    return recipes.Recipe("mine", folder / "mine.yaml", config, "1")
+
+
+def test_a_runs_identity_holds_the_validation_file(recipe):
+    data = train.data_of(recipe)
+    assert [entry["split"] for entry in data] == ["train", "validation"]
+    paths = (convert.train_path("formula"), convert.val_path("formula"))
+    assert [entry["sha256"] for entry in data] == list(map(digest, paths))
+    assert profiles.merged(recipe, "cpu")["test_datasets"] == recipe.config["test_datasets"]
+
+
+@pytest.mark.parametrize("damage", ["gone", "changed", "of another split"])
+def test_a_validation_file_that_is_not_the_one_held_out_is_refused(recipe, damage, folder):
+    path = convert.val_path("formula")
+    if damage == "gone":
+        path.unlink()
+    elif damage == "changed":
+        path.write_bytes(path.read_bytes() * 2)
+    else:  # a whole file, but of other rows
+        place, convert.CHAT = convert.CHAT, folder / "other"
+        write(folder / "train" / "formula_train.jsonl", copied(400))
+        convert.convert_task("formula", folder)
+        for file in (
+            convert.val_path("formula"),
+            convert.manifest_path(convert.val_path("formula")),
+        ):
+            shutil.copy(file, place)
+        convert.CHAT = place
+    with pytest.raises(WrongInput, match=r"formula_val\.jsonl .*`make data` makes both"):
+        train.data_of(recipe)
+
+
+def test_the_file_that_changed_is_named(recipe):
+    data = [entry["sha256"] for entry in train.data_of(recipe)]
+    config = recipe.config
+    said = train.changed(
+        {"config": config, "data": data}, {"config": config, "data": [data[0], "x"]}
+    )
+    assert said == f"the data changed ({convert.val_path('formula')})"
+
+
+def test_a_set_too_small_to_validate_trains_without(recipe, folder):
+    write(folder / "train" / "formula_train.jsonl", [("Question?", "1"), ("Another?", "2")])
+    convert.convert_task("formula", folder)
+    content = profiles.merged(recipe, "cpu")
+    assert not {"test_datasets", "eval_steps", "evals_per_epoch"} & content.keys()
+    recipes.validate(content, "mine")
+    assert [entry["split"] for entry in train.data_of(recipe)] == ["train"]
+    why = convert.without_missing_validation(recipe.config)[1]
+    assert why == "2 prompts are too few: 20 are needed"
+
+
+def test_ones_own_yaml_with_val_set_size_is_left_alone(recipe):
+    del recipe.config["test_datasets"]
+    recipe.config["val_set_size"] = 0.1
+    content = profiles.merged(recipe, "cpu")
+    assert content["val_set_size"] == 0.1 and "test_datasets" not in content
+    recipes.validate(content, "mine")
+    assert len(train.data_of(recipe)) == 1
