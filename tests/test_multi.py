@@ -125,6 +125,7 @@ def test_two_processes_told_to_stop_save_together(tiny, chat_rows, tmp_path):
     said, _ = process.communicate()
     saved = train.last_checkpoint(folder)
     assert process.returncode == 130 and saved > 0 and f"goes on from step {saved}" in said
+    assert not (folder / "stats.json").exists()  # it would make the run a finished one
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(os.listdir(folder / f"checkpoint-{saved}"))
 
 

@@ -266,7 +266,7 @@ class Watch(TrainerCallback):
 
     def __init__(self, cfg: Any, trainer: Any, progress: "Progress"):
         self.cfg, self.trainer, self.progress = cfg, trainer, progress
-        self.should_stop = self.stopping = False
+        self.should_stop = self.stopping = self.ended = False
         self.same: list[Any] = []  # the digests of the weights, by rank
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -331,6 +331,7 @@ class Watch(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.same_weights()
+        self.ended = True
 
 
 def mean(values: list[float]) -> float | None:
@@ -395,6 +396,8 @@ class Progress(TrainerCallback):
 
 
 class RunPlugin(BasePlugin):
+    watch: Watch | None = None  # until there is a trainer
+
     def get_input_args(self) -> str:
         return "tools.plugin.Args"
 
@@ -448,9 +451,12 @@ class RunPlugin(BasePlugin):
         return [self.progress, self.watch]
 
     def post_train_unload(self, cfg: Any) -> None:
-        # The last hook of all: `post_train` is called before the adapter is saved, too.
+        # The last hook of all: `post_train` is called before the adapter is saved, too. Axolotl 0.21
+        # calls it for a training that was stopped or failed, as well, on the way out.
         import torch
 
+        if self.watch is None or not self.watch.ended or sys.exc_info()[0] is not None:
+            return
         if not self.trainer.is_world_process_zero():
             return
         state = self.trainer.state
