@@ -451,8 +451,8 @@ class RunPlugin(BasePlugin):
         return [self.progress, self.watch]
 
     def post_train_unload(self, cfg: Any) -> None:
-        # The last hook of all: `post_train` is called before the adapter is saved, too. Axolotl 0.21
-        # calls it for a training that was stopped or failed, as well, on the way out.
+        # The last hook of all: `post_train` is called before the adapter is saved, too. Axolotl
+        # 0.21 also calls it on the way out of a training that was stopped or failed.
         import torch
 
         if self.watch is None or not self.watch.ended or sys.exc_info()[0] is not None:
