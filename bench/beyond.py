@@ -30,7 +30,7 @@ RUNS = ROOT / "runs" / ".beyond"
 SEED = 20231107
 
 
-def question(line: bytes) -> bytes:
+def hash_question(line: bytes) -> bytes:
     """What tells the prompts of chat rows apart: all of a row but its answer."""
     row = json.loads(line)
     turns = row.pop("messages", [])[:-1]
@@ -47,7 +47,7 @@ def divide(rows: Path, validation: int) -> dict[str, Path]:
     lines = rows.read_bytes().splitlines(keepends=True)
     if not 0 < validation < len(lines):
         raise WrongInput(f"validation: {validation} of the {len(lines)} rows in {shown(rows)}")
-    prompts = list(map(question, lines))
+    prompts = list(map(hash_question, lines))
     drawn = random.Random(SEED).sample(range(len(lines)), validation)
     judging = {prompts[at] for at in drawn}
     files = {"train": RUNS / "train.jsonl", "validation": RUNS / "validation.jsonl"}

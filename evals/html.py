@@ -166,7 +166,11 @@ def table(scored: Scored, gains: dict[str, dict[str, dict[str, Any]]]) -> list[d
         own = content["evaluated"]["data_from"] == "data/sample"
         for place, (metric, value) in enumerate(content["metrics"].items()):
             gain = gains.get(dataset, {}).get(metric)
-            score = None if report.incomparable(dataset) else theirs.get(dataset, {}).get(metric)
+            score = (
+                None
+                if report.explain_incomparable(dataset)
+                else theirs.get(dataset, {}).get(metric)
+            )
             rows.append(
                 {
                     "dataset": dataset,
@@ -208,7 +212,7 @@ def verdicts(scored: Scored, gains: dict[str, dict[str, dict[str, Any]]]) -> lis
         )
         said.append(text)
     for dataset, content in scored.contents.items():
-        if published(scored) and (why := report.incomparable(dataset)):
+        if published(scored) and (why := report.explain_incomparable(dataset)):
             said.append(f"{dataset}: compared with no published score: {why}.")
         for part, text in content.get("label_checks", {}).items():
             said.append(f"{dataset}: labels of the {part} rows: {text}.")

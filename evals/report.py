@@ -108,7 +108,7 @@ def against_published(
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for dataset, theirs in published().get(method, {}).items():
         content = contents.get(dataset)
-        if not content or incomparable(dataset):
+        if not content or explain_incomparable(dataset):
             continue
         told = content["evaluated"]
         if told["limit"] or told["data_selected"] or told["data_from"] == "data/sample":
@@ -124,7 +124,7 @@ def against_published(
     return found
 
 
-def incomparable(dataset: str) -> str:
+def explain_incomparable(dataset: str) -> str:
     """Why a score on a dataset is compared with no published one; empty where it may be."""
     row = convert.sources()["datasets"].get(dataset, {})
     return str(row.get("incomparable", ""))
@@ -221,7 +221,7 @@ def show(name: str, files: dict[str, dict[str, Path]]) -> None:
                 soft_wrap=True,
             )
     for dataset, both in scored.items():
-        if theirs and theirs[0] == known and (why := incomparable(dataset)):
+        if theirs and theirs[0] == known and (why := explain_incomparable(dataset)):
             console.print(
                 f"{dataset}: compared with no published score: {why}.", soft_wrap=True, markup=False
             )

@@ -166,7 +166,7 @@ def _identity_of(subject: Subject, side: str) -> dict[str, Any]:
     }
 
 
-def label_checks(subject: Subject | Endpoint, side: str, dataset: str) -> dict[str, str]:
+def collect_label_checks(subject: Subject | Endpoint, side: str, dataset: str) -> dict[str, str]:
     """What was decided on swapped labels: of the test rows, and of those that the adapter saw."""
     check = convert.manifest(test_path(dataset)).get("label_check") or {}
     found = {"test": check.get("text")}
@@ -299,7 +299,7 @@ def run(
             "metrics": score(rows),
             "left_out": left_out,
             "cut_prompts": sum("cut" in row for row in rows),
-            "label_checks": label_checks(subject, side, name),
+            "label_checks": collect_label_checks(subject, side, name),
             "predictions": rows,
         }
         write_json(file, content)

@@ -306,9 +306,9 @@ def test_steps_follow_rows_epochs_batch_and_gpus():
 
 def test_rows_that_validate_are_not_counted_as_steps():
     config = recipes.find("sentiment_r4").config
-    assert plan.rows_that_train(config, 76772) == 75236
+    assert plan.count_training_rows(config, 76772) == 75236
     own = {key: value for key, value in config.items() if key != "test_datasets"}
-    assert plan.rows_that_train(own, 1000) == 1000
+    assert plan.count_training_rows(own, 1000) == 1000
     assert plan.steps_of(1000, 50, own | {"val_set_size": 0.02}, 1) == (4 * 62, 4 * 980 * 50)
 
 

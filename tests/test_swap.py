@@ -40,13 +40,13 @@ def at_hand():
     """The same of FinLoRA's own test files; the swap in that of TFNS is undone."""
     if not (PUBLISHED / "tfns_test.jsonl").is_file():
         pytest.skip("FinLoRA's test files are not beside the repository, in ../shared/finlora")
-    found = {}
+    parts: dict = {}
     for name in ("tfns", "fiqa", "fpb"):
         lines = (PUBLISHED / f"{name}_test.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
-        found[name] = [(row["context"], row["target"]) for row in rows]
-    found["tfns"] = [(prompt, SWAP.get(answer, answer)) for prompt, answer in found["tfns"]]
-    return found
+        parts[name] = [(row["context"], row["target"]) for row in rows]
+    parts["tfns"] = [(prompt, SWAP.get(answer, answer)) for prompt, answer in parts["tfns"]]
+    return parts
 
 
 @pytest.fixture(params=["made up", "published"])
@@ -338,7 +338,7 @@ def test_scores_on_tfns_are_compared_with_no_published_ones():
     compared = report.against_published(dict.fromkeys(names, content), "4bits_r4")
     assert list(compared) == ["fpb"]
     for name in names[1:]:
-        assert "it is not known on which labels" in report.incomparable(name)
+        assert "it is not known on which labels" in report.explain_incomparable(name)
 
 
 def test_score_files_and_cards_say_what_was_decided(tmp_path, monkeypatch):
@@ -354,19 +354,23 @@ def test_score_files_and_cards_say_what_was_decided(tmp_path, monkeypatch):
     assert {entry["label_check"] for entry in data} == {check_of()["text"]}
     write_json(tmp_path / "run.json", {"data": data})
     subject = Subject("mine", config, tmp_path, tmp_path, tmp_path, "sentiment", "chat")
-    checks = evaluation.label_checks(subject, "adapter", "tfns")
+    checks = evaluation.collect_label_checks(subject, "adapter", "tfns")
     assert checks["training"] == check_of()["text"]
     assert checks["test"].startswith("unchanged, shares as the source's")
-    assert evaluation.label_checks(subject, "base", "tfns") == {"test": checks["test"]}
+    assert evaluation.collect_label_checks(subject, "base", "tfns") == {"test": checks["test"]}
     pair = {"adapter": {"label_checks": checks}}
-    assert card.repair("tfns", pair) == ""
-    said = card.label_checks(data, {"tfns": pair}, {})
+    assert card.describe_repair("tfns", pair) == ""
+    said = card.collect_label_checks(data, {"tfns": pair}, {})
     assert said == {"tfns": checks["test"], "training": checks["training"]}
 
 
 def test_the_distance_allows_for_chance_on_few_rows():
     few, many = (swap.Seen(Counter({"neutral": n}), n, frozenset()) for n in (50, 50_000))
-    assert swap.allowed(few, SOURCE) > 2 * swap.allowed(many, SOURCE) > 2 * swap.SLACK
+    assert (
+        swap.compute_allowance(few, SOURCE)
+        > 2 * swap.compute_allowance(many, SOURCE)
+        > 2 * swap.SLACK
+    )
     draw = random.Random(0)
     names = list(SOURCE.elements())
     for size in (200, 2000):  # 400 honest samples: never taken for swapped, rarely for unclear

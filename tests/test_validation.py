@@ -173,8 +173,8 @@ def test_rows_of_ones_own_are_split_by_prompt_too(folder, monkeypatch):
         convert.convert_task("house", folder)
         (entry,) = recipes.find("smollm2-135m/house_r4").config["test_datasets"]
         assert entry["path"] == "data/chat/house_val.jsonl"
-        found = [*sides("house"), prompts(convert.test_path("house"))]
-        assert all(found) and sum(map(len, found)) == len(set().union(*found)) == 200
+        three = [*sides("house"), prompts(convert.test_path("house"))]
+        assert all(three) and sum(map(len, three)) == len(set().union(*three)) == 200
     finally:
         convert.sources.cache_clear()
         recipes.forget()
@@ -238,7 +238,7 @@ def test_a_set_too_small_to_validate_trains_without(recipe, folder):
     assert not {"test_datasets", "eval_steps", "evals_per_epoch"} & content.keys()
     recipes.validate(content, "mine")
     assert [entry["split"] for entry in train.data_of(recipe)] == ["train"]
-    why = convert.without_missing_validation(recipe.config)[1]
+    why = convert.drop_missing_validation(recipe.config)[1]
     assert why == "2 prompts are too few: 20 are needed"
 
 

@@ -217,7 +217,7 @@ def example(task: str | None) -> str:
     return "What is the sentiment of this news? Sales rose by 8 % in the third quarter.\nAnswer:"
 
 
-def repair(dataset: str, pair: dict[str, Any]) -> str:
+def describe_repair(dataset: str, pair: dict[str, Any]) -> str:
     """How the labels of a scored dataset were repaired; empty where they were not.
 
     Score files without `label_checks` are of a time when only the published file was repaired.
@@ -225,20 +225,20 @@ def repair(dataset: str, pair: dict[str, Any]) -> str:
     reason = convert.sources()["datasets"].get(dataset, {}).get("repair", {}).get("reason", "")
     if "label_checks" not in pair["adapter"]:
         return str(reason).strip()
-    text = label_check(pair)
+    text = read_label_check(pair)
     return text if text.startswith(("repaired", "REPAIR=1")) else ""
 
 
-def label_checks(
+def collect_label_checks(
     data: list[dict[str, Any]], scores: dict[str, dict[str, Any]], repairs: dict[str, str]
 ) -> dict[str, str]:
     """What was decided on swapped labels, of the training rows and of each unrepaired test set."""
-    checks = {name: label_check(pair) for name, pair in scores.items() if name not in repairs}
+    checks = {name: read_label_check(pair) for name, pair in scores.items() if name not in repairs}
     checks["training"] = next((e["label_check"] for e in data if e.get("label_check")), "")
     return {rows: text for rows, text in checks.items() if text}
 
 
-def label_check(pair: dict[str, Any]) -> str:
+def read_label_check(pair: dict[str, Any]) -> str:
     """What was decided on swapped labels of the rows that an adapter was scored on."""
     return str(pair["adapter"].get("label_checks", {}).get("test", ""))
 
@@ -273,7 +273,7 @@ def make(
     names = titles(recipe)
     tests = convert.sources()["datasets"]
     labels = [tests.get(name, {}).get("labels") for name in scores]
-    repairs = {name: text for name, pair in scores.items() if (text := repair(name, pair))}
+    repairs = {name: text for name, pair in scores.items() if (text := describe_repair(name, pair))}
     sample = any(entry.get("from") == "data/sample" for entry in data)
     sample = sample or any(
         pair["adapter"]["evaluated"].get("data_from") == "data/sample" for pair in scores.values()
@@ -313,8 +313,8 @@ def make(
         small=[n for n, pair in scores.items() if pair["adapter"]["examples"] < stats.SMALL],
         answers=next((row for row in labels if row), None),
         repairs=repairs,
-        label_checks=label_checks(data, scores, repairs),
-        incomparable={name: why for name in scores if (why := report.incomparable(name))},
+        label_checks=collect_label_checks(data, scores, repairs),
+        incomparable={name: why for name in scores if (why := report.explain_incomparable(name))},
         sample=sample,
         prompt=example(recipe.task),
         template_kwargs=config.get("chat_template_kwargs") or {},

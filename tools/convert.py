@@ -103,11 +103,11 @@ def rules(dataset: str, source: Path, how: "How | None" = None) -> Rules:
         check = {"outcome": "repaired", "text": text}
         return replace(rule, relabel=repair["relabel"], reason=repair["reason"], label_check=check)
     if repair or Path(spec["file"]).is_absolute():
-        return checked(source, rule, how or DEFAULT, mixed=not repair)
+        return check_labels(source, rule, how or DEFAULT, mixed=not repair)
     return rule
 
 
-def checked(source: Path, rule: Rules, how: "How", mixed: bool) -> Rules:
+def check_labels(source: Path, rule: Rules, how: "How", mixed: bool) -> Rules:
     """A file's rules with the repair that its rows call for, see tools/swap.py."""
     relabel = sources()["swap"]["relabel"]
     ours = source.resolve().is_relative_to(SAMPLE.resolve())  # the examples follow no source
@@ -329,7 +329,7 @@ def write(
             )
         held: dict[str, Any] | None = None
         if how.validation:
-            marks = held_out(copies)
+            marks = draw_validation(copies)
             sides = [files.enter_context(atomic(target)), None]
             if marks:
                 sides[1] = files.enter_context(atomic(how.validation))
@@ -364,7 +364,7 @@ def write(
     }
 
 
-def held_out(copies: Counter[bytes]) -> set[bytes]:
+def draw_validation(copies: Counter[bytes]) -> set[bytes]:
     """The prompts that validate, of the number of rows of each prompt; all rows of one go along.
 
     They are drawn in an order that only the seed and the prompt decide, so a shuffled file gives
@@ -467,7 +467,7 @@ def join(task: str, how: How) -> dict[str, Any] | str:
     if held:
         path = val_path(task)
         known = {"held_out_of": target.name, "source": ", ".join(p.name for p in held)}
-        counts = joined(held, path, rule, spec.get("equal"), replace(how, validation=None))
+        counts = write_joined(held, path, rule, spec.get("equal"), replace(how, validation=None))
         content = finish(path, known | shared | counts)
         validation = {"file": path.name, "rows": content["rows"], "sha256": content["sha256"]}
         tested = {
@@ -479,7 +479,7 @@ def join(task: str, how: How) -> dict[str, Any] | str:
     else:
         remove(val_path(task))
     files = {train_path(part): content for part, content in told.items()}
-    counts = joined(files, target, rule, spec.get("equal"), replace(how, validation=None))
+    counts = write_joined(files, target, rule, spec.get("equal"), replace(how, validation=None))
     about = {
         "source": ", ".join(path.name for path in files),
         "source_sha256": {part: content["sha256"] for part, content in told.items()},
@@ -491,7 +491,7 @@ def join(task: str, how: How) -> dict[str, Any] | str:
     return content
 
 
-def joined(
+def write_joined(
     files: dict[Path, dict[str, Any]], target: Path, rule: Rules, equal: int | None, how: How
 ) -> dict[str, Any]:
     """Writes the rows of converted files one after the other, `equal` of each if it is a seed.
@@ -553,7 +553,7 @@ def val_path(task: str) -> Path:
     return CHAT / f"{task}_val.jsonl"
 
 
-def without_missing_validation(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def drop_missing_validation(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """An Axolotl config without the validation set of a task that has none, and why it has none.
 
     `make data` holds no rows out of a small set. A validation file that it made and that is gone
@@ -625,7 +625,7 @@ def convert_task(task: str, folder: Path, how: How = DEFAULT) -> None:
     left: dict[str, frozenset[int]] = {}
     trains = replace(how, validation=val_path(task))
     if train.is_file():
-        rule = checked(train, train_rules(task, folder), how, mixed=True)
+        rule = check_labels(train, train_rules(task, folder), how, mixed=True)
         content = convert(train, train_path(task), rule, how=trains)
         report(content, train_path(task))
     elif split and (source := folder / sources()["datasets"][split["split"]]["file"]).is_file():

@@ -30,7 +30,7 @@ def verified(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
             "fit": float(f"{each.get('source', {}).get('p', 0):.2g}"),
             "tokens": [each["tokens"]["median"], each["tokens"]["max"]] if "tokens" in each else [],
             "formulas": each.get("formulas"),
-            **label_check(each["file"]),
+            **check_training_labels(each["file"]),
             "defects": [
                 f"{finding['severity']}: {finding['text']} (confidence: {finding['confidence']})"
                 for finding in report["findings"]
@@ -42,14 +42,14 @@ def verified(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def label_check(file: str) -> dict[str, str]:
+def check_training_labels(file: str) -> dict[str, str]:
     """What the rows of a training file say on swapped labels; {} where nothing is to be said."""
     for task, spec in convert.published()["tasks"].items():
         if spec["train"] == file:
             folder = convert.source_folder(task)
             rule = convert.train_rules(task, folder)
             try:
-                rule = convert.checked(folder / file, rule, convert.DEFAULT, mixed=True)
+                rule = convert.check_labels(folder / file, rule, convert.DEFAULT, mixed=True)
             except WrongInput as error:
                 return {"label_check": f"not decided: {error}"}
             if rule.label_check:
@@ -57,7 +57,7 @@ def label_check(file: str) -> dict[str, str]:
     return {}
 
 
-def swapped_labels(task: str, facts: dict[str, dict[str, Any]]) -> list[str]:
+def describe_swap(task: str, facts: dict[str, dict[str, Any]]) -> list[str]:
     """What is known of swapped labels in a task's training file, as list items."""
     table = convert.published()
     spec, swap = table["tasks"][task], table["swap"]
@@ -107,7 +107,7 @@ def card(facts: dict[str, dict[str, Any]]) -> str:
     for task, spec in table["tasks"].items():
         out += ["", f"## {task}", ""]
         out += [f"Trained on {measured(spec['train'], facts)}", ""]
-        out += [*listed(spec["train"], spec, facts), *swapped_labels(task, facts), ""]
+        out += [*listed(spec["train"], spec, facts), *describe_swap(task, facts), ""]
         if "parts" in spec:
             out.append(f"A mixture of {', '.join(spec['parts'])}, scored on their datasets.")
             continue

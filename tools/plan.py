@@ -330,7 +330,7 @@ def steps_of(rows: int, row: int, config: dict[str, Any], gpus: int) -> tuple[in
     return steps, int(rows * config.get("num_epochs", 1)) * row
 
 
-def rows_that_train(config: dict[str, Any], rows: int) -> int:
+def count_training_rows(config: dict[str, Any], rows: int) -> int:
     """Rows of a task's file that train: without those that `make data` holds out."""
     held = convert.sources()["validation"]["share"] if config.get("test_datasets") else 0
     return rows - math.ceil(rows * held)
@@ -630,7 +630,7 @@ def main() -> None:
     )
     recipe = recipes.find(given.recipe)
     data = ROOT / recipe.config["datasets"][0]["path"]
-    rows = rows_that_train(recipe.config, int(rows)) if rows else None
+    rows = count_training_rows(recipe.config, int(rows)) if rows else None
     made = plan(
         recipe.config,
         given.gpu or DEFAULT_GPU,

@@ -128,7 +128,7 @@ def merged(
 ) -> dict[str, Any]:
     """The config that Axolotl gets: the recipe, the profiles over it, and tools/plugin.py."""
     run = Path(recipe.config["output_dir"])
-    content = convert.without_missing_validation(recipe.config)[0] | layers(profile)
+    content = convert.drop_missing_validation(recipe.config)[0] | layers(profile)
     if processes > 1:
         content |= divided(content, processes)
     if content.get("load_in_8bit") and (content.get("fsdp_config") or "zero3" in profile):

@@ -46,7 +46,7 @@ def planned(name: str) -> dict[str, Any] | None:
     _, task, _ = recipes.parts(name)
     rows, tokens, _ = TASKS[task]
     config = recipes.config(name)
-    rows = plan.rows_that_train(config, rows)
+    rows = plan.count_training_rows(config, rows)
     longest = recipes.matrix()["tasks"][task]["longest"]
     for card, gpus, price in CARDS:
         made = plan.plan(config, card, gpus, price, rows, longest)

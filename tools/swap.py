@@ -51,7 +51,7 @@ class Seen:
     mixed: bool = False  # the copies tell nothing: rows of both sources are among them
 
 
-def mark(prompt: str, answer: str) -> bytes:
+def hash_row(prompt: str, answer: str) -> bytes:
     return hashlib.blake2b(f"{answer}\0{prompt}".encode(), digest_size=16).digest()
 
 
@@ -69,7 +69,7 @@ def see(source: Path, rule: Rules, quarantine: bool, mixed: bool) -> Seen | None
             batch.stop_at_first()
         for prompt, answer in zip(batch.prompts, batch.answers, strict=True):
             if spec["instruction"] in prompt:
-                key = mark(prompt, answer)
+                key = hash_row(prompt, answer)
                 copies[key] += 1
                 answer_of[key] = answer
     if not copies:
@@ -108,14 +108,14 @@ def see(source: Path, rule: Rules, quarantine: bool, mixed: bool) -> Seen | None
     )
 
 
-def distance(seen: Counter[str], expected: dict[str, int]) -> float:
+def measure_distance(seen: Counter[str], expected: dict[str, int]) -> float:
     """Total variation between two sets of class counts, 0 to 1."""
     names = seen.keys() | expected.keys()
     total, of = seen.total(), sum(expected.values())
     return sum(abs(seen[name] / total - expected.get(name, 0) / of) for name in names) / 2
 
 
-def allowed(seen: Seen, expected: dict[str, int]) -> float:
+def compute_allowance(seen: Seen, expected: dict[str, int]) -> float:
     """The distance up to which shares count as equal."""
     of = sum(expected.values())
     spread = sum(count / of * (1 - count / of) for count in expected.values())
@@ -123,7 +123,7 @@ def allowed(seen: Seen, expected: dict[str, int]) -> float:
     return (SLACK_OF_MIXED if seen.mixed else SLACK) + STANDARD_ERRORS * error
 
 
-def shares(classes: dict[str, int]) -> str:
+def format_shares(classes: dict[str, int]) -> str:
     total = sum(classes.values())
     return ", ".join(f"{name} {100 * classes[name] / total:.1f} %" for name in sorted(classes))
 
@@ -133,8 +133,8 @@ def judge(seen: Seen) -> tuple[str, dict[str, Any]]:
     spec = convert.sources()["swap"]
     right = convert.sources()["audit"][spec["dataset"]]["published_classes"]
     swapped = {spec["relabel"].get(name, name): count for name, count in right.items()}
-    limit = allowed(seen, right)
-    from_right, from_swapped = (distance(seen.classes, each) for each in (right, swapped))
+    limit = compute_allowance(seen, right)
+    from_right, from_swapped = (measure_distance(seen.classes, each) for each in (right, swapped))
     numbers = {
         "seen": dict(sorted(seen.classes.items())),
         "source": right,
@@ -164,34 +164,37 @@ def check(source: Path, rule: Rules, repair: bool | None, quarantine: bool, mixe
     facts: dict[str, Any] = numbers | {"rows": seen.rows}
     facts |= {"fit_both_sources": seen.both, "fit_neither_source": seen.neither}
     facts |= {"copies_tell_sources_apart": not seen.mixed}
-    told = (
-        f"{seen.classes.total():,} {name} rows have {shares(seen.classes)}; the source has "
-        f"{shares(numbers['source'])}; {100 * numbers['distance_from_source']:.1f} points from it, "
+    evidence = (
+        f"{seen.classes.total():,} {name} rows have {format_shares(seen.classes)}; "
+        f"the source has {format_shares(numbers['source'])}; "
+        f"{100 * numbers['distance_from_source']:.1f} points from it, "
         f"{100 * numbers['distance_from_swapped']:.1f} from its shares with {pair} swapped, "
         f"{100 * numbers['allowed']:.1f} allowed"
     )
     if seen.mixed:
-        told = told.replace(f"{name} rows", f"prompts of {name} or FiQA", 1)
-        told += (
+        evidence = evidence.replace(f"{name} rows", f"prompts of {name} or FiQA", 1)
+        evidence += (
             f"; {seen.neither:,} prompts have copies of neither, so copies do not tell them apart"
         )
     elif seen.neither:
-        told += f"; {seen.neither:,} prompts have copies of neither source and keep their answers"
+        evidence += (
+            f"; {seen.neither:,} prompts have copies of neither source and keep their answers"
+        )
     if seen.both:
-        told += f"; {seen.both:,} prompts have copies that fit both sources and count as FiQA's"
+        evidence += f"; {seen.both:,} prompts have copies that fit both sources and count as FiQA's"
     if repair is not None:
         outcome = "forced"
         what = f"{pair} swapped in {seen.rows:,} rows" if repair else "unchanged"
-        text = f"REPAIR={int(repair)}, by hand: {what}; {told}"
+        text = f"REPAIR={int(repair)}, by hand: {what}; {evidence}"
     elif verdict == "right":
-        outcome, text = "unchanged", f"unchanged, shares as the source's: {told}"
+        outcome, text = "unchanged", f"unchanged, shares as the source's: {evidence}"
     elif verdict == "swapped" and not seen.mixed:
         outcome, repair = "repaired", True
-        text = f"repaired, {pair} were swapped in {seen.rows:,} rows: {told}"
+        text = f"repaired, {pair} were swapped in {seen.rows:,} rows: {evidence}"
     else:
         why = "which rows are swapped" if verdict == "swapped" else f"whether {pair} are swapped"
         raise WrongInput(
-            f"{shown(source)}: its rows do not tell {why}: {told}. REPAIR=1 swaps them in the "
+            f"{shown(source)}: its rows do not tell {why}: {evidence}. REPAIR=1 swaps them in the "
             f"{seen.rows:,} rows that may be {name}'s, REPAIR=0 leaves the file as it is"
         )
     facts = {"outcome": outcome, "text": text, **facts}
@@ -201,7 +204,7 @@ def check(source: Path, rule: Rules, repair: bool | None, quarantine: bool, mixe
     return replace(
         rule,
         relabel=spec["relabel"],
-        where=lambda prompt, answer: mark(prompt, answer) in marks,
+        where=lambda prompt, answer: hash_row(prompt, answer) in marks,
         reason=text,
         label_check=facts,
     )

@@ -142,7 +142,7 @@ def fits(recipe: recipes.Recipe, here: dict[str, Any], profile: str = "") -> Non
 def data_of(recipe: recipes.Recipe) -> list[dict[str, Any]]:
     """What is to be known of each file that the recipe trains on or is validated with."""
     found = []
-    config, _ = convert.without_missing_validation(recipe.config)
+    config, _ = convert.drop_missing_validation(recipe.config)
     entries = [(entry, "train") for entry in config["datasets"]]
     entries += [(entry, "validation") for entry in config.get("test_datasets") or ()]
     for entry, split in entries:
@@ -541,7 +541,7 @@ def main() -> None:
         sum(entry["rows"] for entry in data if entry["split"] == split)
         for split in ("train", "validation")
     )
-    if reason := convert.without_missing_validation(recipe.config)[1]:
+    if reason := convert.drop_missing_validation(recipe.config)[1]:
         print(f"train      no rows validate: {reason}")
     validated = f", validated on {held}" if held else ""
     share = f", {machines.processes} processes" if machines.processes > 1 else ""
