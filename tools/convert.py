@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
-import yaml
 
 from tools.cli import (
     ROOT,
@@ -43,6 +42,7 @@ from tools.cli import (
     command,
     digest,
     nearest,
+    read_yaml,
     shown,
     write_json,
 )
@@ -61,7 +61,7 @@ UNCOUNTED = "not counted: no recipe was named (make data RECIPE=… counts with 
 
 def published() -> dict[str, Any]:
     """The tables of data/sources.yaml; a multi-task set gets the datasets of its parts."""
-    content = yaml.load((ROOT / "data" / "sources.yaml").read_bytes(), yaml.CSafeLoader)
+    content = read_yaml(ROOT / "data" / "sources.yaml")
     tasks = content["tasks"]
     for spec in tasks.values():
         if parts := spec.get("parts"):
@@ -74,7 +74,7 @@ def sources() -> dict[str, Any]:
     """The published tables and the user's own rows of recipes/local/*.yaml."""
     content = published()
     for path in sorted(LOCAL.glob("*.yaml")):
-        own = yaml.load(path.read_bytes(), yaml.CSafeLoader).get("sources", {})
+        own = read_yaml(path).get("sources", {})
         for table, rows in own.items():
             for entry in rows.values():
                 for key in {"file", "train"} & entry.keys():
