@@ -9,7 +9,6 @@ same batches, and a number of processes that cannot is refused.
 
 import argparse
 import importlib.util
-import math
 import os
 import shutil
 from pathlib import Path
@@ -85,31 +84,6 @@ def layers(profile: str) -> dict[str, Any]:
     return content
 
 
-def divided(config: dict[str, Any], processes: int) -> dict[str, Any]:
-    """The options that let `processes` share the recipe's batches; raises WrongInput where they
-    cannot.
-
-    Gradient accumulation is divided first. Where that is not enough, a micro-batch is divided among
-    `micro_batch_parts` processes, whose losses tools/plugin.py weighs by their tokens.
-    """
-    micro = config.get("micro_batch_size") or 1
-    steps = config.get("gradient_accumulation_steps") or 1
-    parts = processes // math.gcd(steps, processes)
-    if micro % parts:
-        fits = [n for n in range(1, micro * steps + 1) if micro % (n // math.gcd(steps, n)) == 0]
-        raise WrongInput(
-            f"{processes} processes cannot share the recipe's batch of {micro * steps} rows "
-            f"(micro_batch_size {micro}, gradient_accumulation_steps {steps}); "
-            f"NPROC may be {', '.join(map(str, fits))}"
-        )
-    return {
-        "processes": processes,
-        "micro_batch_size": micro // parts,
-        "gradient_accumulation_steps": steps * parts // processes,
-        "micro_batch_parts": parts,
-    }
-
-
 # The AdamW of several programs: the same algorithm, with states in other places or at 8 bits.
 ADAMW = {
     *("adamw_hf", "adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "adamw_8bit"),
@@ -142,9 +116,7 @@ def laid_over(own: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     optimizer = str(own.get("optimizer") or "")
     if "optimizer" in options and optimizer and optimizer not in ADAMW:
         # Its states may be paged or not, as the profile's are.
-        plain = {"paged_ademamix_32bit": "ademamix"}.get(
-            optimizer, optimizer.removeprefix("paged_")
-        )
+        plain = optimizer.removeprefix("paged_").replace("ademamix_32bit", "ademamix")
         options["optimizer"] = optimizer if "paged" in options["optimizer"] else plain
     if own.get("fp16") and options.get("bf16"):
         options.pop("bf16")
@@ -212,7 +184,7 @@ def merged(
         raise WrongInput(f'GRADIENT_CHECKPOINTING "{checkpointing}": 1 or 0 is needed')
     content = with_template(laid_over(recipe.config, layers(profile)))
     if processes > 1:
-        content |= divided(content, processes)
+        content |= plan.divided(content, processes)
     if content.get("load_in_8bit") and (content.get("fsdp_config") or "zero3" in profile):
         raise WrongInput(
             f"{recipe.name}: bitsandbytes' 8-bit weights cannot be divided by {profile}"

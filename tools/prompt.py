@@ -2,7 +2,8 @@
 
 Axolotl renders with the tokenizer's chat template, or with the one that a config names, and with
 the config's `chat_template_kwargs`. A run's saved tokenizer carries the template it was trained on
-(`with_template` sees to that), so `render` calls the same template with the same options. `tests/test_train.py` and `tests/test_catalogue.py` compare the two to the token.
+(`with_template` sees to that), so `render` calls the same template with the same options.
+`tests/test_train.py` and `tests/test_catalogue.py` compare the two to the token.
 """
 
 from typing import Any

@@ -109,11 +109,8 @@ def precision(config: dict[str, Any]) -> str:
 
 def vocabulary(tokenizer: Any, config: dict[str, Any]) -> int:
     """Rows of the embedding that Axolotl trains a tokenizer with."""
-    return (
-        -(-len(tokenizer) // 32) * 32
-        if config.get("resize_token_embeddings_to_32x")
-        else len(tokenizer)
-    )
+    step = 32 if config.get("resize_token_embeddings_to_32x") else 1
+    return -(-len(tokenizer) // step) * step
 
 
 def load_tokenizer(config: dict[str, Any], adapter: Path | None = None) -> Any:
