@@ -238,16 +238,18 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+published = cache(convert.published)  # FinLoRA's tasks and files, without the user's own
+LFS = re.compile(rb"version https://git-lfs.*?oid sha256:(\w+)", re.S)
+
+
 @cache
 def identify(file: Path) -> str | None:
     """The task that a training file of FinLoRA's is for, by its content; None for other files."""
     with open(file, "rb") as content:
-        pointer = re.search(
-            rb"\Aversion https://git-lfs.*?oid sha256:(\w+)", content.read(300), re.S
-        )
+        pointer = LFS.match(content.read(300))
     sums = {pointer[1].decode()} if pointer else {digest(file), convert.git_blob(file)}
-    for task, row in convert.published()["tasks"].items():
-        facts = convert.sources()["files"][row["train"]]
+    for task, row in published()["tasks"].items():
+        facts = published()["files"][row["train"]]
         if {facts.get("sha256"), facts.get("blob")} & sums:
             return str(task)
     if pointer:
@@ -261,19 +263,18 @@ def find_data(run: dict[str, Any], source: Path) -> tuple[str, Path | None]:
     A file that is there is known by its content. One that is not can only be FinLoRA's, by name.
     """
     file = (source.parent / run["dataset_path"]).resolve()
-    published = convert.published()
     if not file.is_file():
-        for task, row in published["tasks"].items():
+        for task, row in published()["tasks"].items():
             if Path(row["train"]).name == file.name:
                 return task, None
         raise ValueError(
-            f"dataset_path: {run['dataset_path']} is no file that FinLoRA publishes, nor is it there"
+            f"dataset_path: {run['dataset_path']} is not there, and no file of FinLoRA's"
         )
     if task := identify(file):
         return task, None
     stem = re.sub(r"\W+", "_", file.stem.removesuffix("_train")).strip("_").lower() or "data"
     stem = stem if stem[0].isalpha() else f"data_{stem}"
-    taken = {*published["tasks"], *published["datasets"], *recipes.matrix()["models"]}
+    taken = published()["tasks"].keys() | published()["datasets"].keys()
     row = {"train": str(file), "eval": []}
     for task in (stem, f"{stem}_{digest(file)[:8]}"):
         mine = recipes.LOCAL / f"{task}.yaml"
@@ -345,7 +346,7 @@ def import_(source: Path) -> None:
     if not isinstance(runs, dict) or not runs:
         raise WrongInput(f"{shown(source)}: an object of run names and settings is needed")
     identify.cache_clear()  # a file may have changed since
-    problems, texts, same = dict[str, str](), dict[Path, str](), 0
+    problems, same = dict[str, str](), 0
     for name, run in runs.items():
         faults = wrong(run)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}", name):
@@ -375,23 +376,20 @@ def import_(source: Path) -> None:
             f"Version: 1.0.0 ({recipes.Recipe(name, path, content, '1.0.0').digest[:12]})",
             "Yours to change: `make render` leaves it alone.",
         ]
-        text = catalogue.text(header, content, name)
-        if path.exists() and path.read_text() != text:
-            problems[name] = f"{shown(path)} is another recipe; delete it to import the run anew"
+        if path.exists() and read_yaml(path) != content:
+            problems[name] = f"{shown(path)} says something else; delete it to import the run anew"
             continue
-        texts[path] = text
-        if file:
+        mine = recipes.LOCAL / f"{task}.yaml"
+        if file and not mine.exists():
             head = f"# Yours, from {source.name}; `make render` leaves it alone.\n"
             row = {"train": str(file), "eval": []}
-            mine = recipes.LOCAL / f"{task}.yaml"
-            if not mine.exists():
-                texts[mine] = head + dumped({"sources": {"tasks": {task: row}}})
+            store(mine, head + dumped({"sources": {"tasks": {task: row}}}))
+        if not path.exists():
+            store(path, catalogue.text(header, content, name))
         apart = (
             f"differs from {near} in {changes}" if near else "nothing in the catalogue is like it"
         )
         print(f"local      {name}: {shown(path)}; {apart}")
-    for path, text in texts.items():
-        store(path, text)
     recipes.forget()
     for name, reason in problems.items():
         print(f"left out   {name}: {reason}")

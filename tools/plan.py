@@ -54,7 +54,7 @@ UTILISATION = 0.30
 # rows) have 3.0 (financebench) to 5.0 characters a token of SmolLM2's tokenizer, and no row has
 # fewer than 1.85: hours are for the least of the files, the peak is for the least of the rows.
 # SmolLM2's chat template adds 32 tokens.
-CHARACTERS_PER_TOKEN, LEAST_CHARACTERS_PER_TOKEN, TEMPLATE_TOKENS = 3.0, 1.8, 40
+CHARACTERS_PER_TOKEN, LEAST_CHARACTERS_PER_TOKEN, TEMPLATE_TOKENS = 2.9, 1.8, 40
 SAMPLED, LONGEST = 1000, 64  # rows whose tokens are counted: from all over the file; the longest
 
 # Optimizer state in bytes per trainable parameter: two moments in float32 (Kingma & Ba, 2015), or
