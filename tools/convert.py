@@ -571,12 +571,17 @@ def lengths_of(recipe: str, tokenizer: str, sequence_len: str) -> "tuple[Lengths
     if not recipe and not tokenizer:
         return UNCOUNTED, ""
     from tools import lengths, recipes
+    from tools.prompt import changes_tokenizer
 
     found = recipes.find(recipe) if recipe else None
     config = found.config if found else {}
     base = tokenizer or config.get("tokenizer_config") or config["base_model"]
     limit = int(sequence_len) if sequence_len else config.get("sequence_len")
     counts: Lengths | str | None = lengths.load(base, limit)
+    if found and isinstance(counts, lengths.Lengths) and changes_tokenizer(config):
+        from tools.weights import load_tokenizer
+
+        counts.tokenizer = load_tokenizer(config)
     if tokenizer and not counts:
         raise WrongInput(f"{tokenizer} holds no tokenizer")
     counts = counts or f"not counted: the tokenizer of {base} is not at hand"

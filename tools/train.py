@@ -483,19 +483,6 @@ def finish(recipe: recipes.Recipe, profile: str, data: list[dict[str, Any]]) -> 
     return content
 
 
-def train(
-    recipe: recipes.Recipe,
-    profile: str,
-    force: bool = False,
-    machines: Machines = Machines(),  # noqa: B008
-    tracker: str = "",
-    here: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Trains a recipe unless its run is finished; returns the run's `run.json`."""
-    content = profiles.merged(recipe, profile, machines.processes, tracker, here)
-    return execute(recipe, content, profile, force, machines)
-
-
 def execute(
     recipe: recipes.Recipe,
     content: dict[str, Any],
