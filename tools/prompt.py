@@ -30,7 +30,7 @@ def templates(config: dict[str, Any]) -> list[tuple[str, str | None]]:
         return options.get("chat_template") or ("jinja" if jinja else DEFAULT), jinja
 
     top = choice(config)
-    rows = [choice(e) for e in config["datasets"] if e.get("type") == "chat_template"]
+    rows = [choice(e) for e in config.get("datasets") or () if e.get("type") == "chat_template"]
     # Axolotl gives the top-level template to the tokenizer, whose default it then is.
     return list(dict.fromkeys(top if own[0] == DEFAULT else own for own in rows))
 
@@ -55,7 +55,9 @@ def changes_tokenizer(config: dict[str, Any]) -> bool:
 
 def explain_unscorable(config: dict[str, Any]) -> str:
     """Why no one chat template renders the prompts of a config's rows; "" where one does."""
-    kinds = [e.get("type") for e in config["datasets"] if e.get("type") != "chat_template"]
+    kinds = [
+        e.get("type") for e in config.get("datasets") or () if e.get("type") != "chat_template"
+    ]
     if kinds:
         kind = kinds[0] if isinstance(kinds[0], str) else "custom" if kinds[0] else "pretokenized"
         return f'it trains rows of type "{kind}", whose prompt is not a chat template\'s'

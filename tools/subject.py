@@ -145,7 +145,7 @@ def _subject(
         raise WrongInput(f'unknown PRECISION "{precision}"; there are {known}')
     if form and form not in FORMATS:
         raise WrongInput(f'unknown PROMPT_FORMAT "{form}"; there are {", ".join(FORMATS)}')
-    if not form and config.get("datasets") and (why := explain_unscorable(config)):
+    if not form and (why := explain_unscorable(config)):
         raise WrongInput(
             f"{name}: {why}; PROMPT_FORMAT=bare scores it on prompts without a template"
         )
