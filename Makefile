@@ -7,8 +7,8 @@ MAKEFLAGS += --no-print-directory --no-builtin-rules
 
 VARIABLES := RECIPE TASKS PROFILE LIMIT PROMPT FORCE FINLORA_DATA GPU NPROC PRICE TASK MODEL METHOD JSON DATA CONFIG \
   FINLORA_BASE_URL ADAPTER PORT ON_ERROR NAMESPACE PUBLIC REVISION DRY_RUN \
-  BASE PRECISION PROMPT_FORMAT BACKEND BASE_URL MODEL_NAME REPAIR RECIPES TRACKER NNODES NODE_RANK RDZV \
-  RUN PYTHON TORCH WHEELHOUSE
+  BASE PRECISION PROMPT_FORMAT GRADIENT_CHECKPOINTING BACKEND BASE_URL MODEL_NAME REPAIR RECIPES \
+  TRACKER NNODES NODE_RANK RDZV RUN PYTHON TORCH WHEELHOUSE
 $(foreach v,$(VARIABLES),$(eval override $(v) := $$(value $(v))))
 export $(VARIABLES)
 
@@ -55,15 +55,16 @@ audit: $(READY) ## What is wrong with the rows at hand: TASKS=sentiment,formula 
 model: $(READY) ## Write SmolLM2-135M-Instruct to models/ (train does it where it is needed)
 	@$(PY) -m tools.export
 
-train: $(READY) ## Train a recipe: RECIPE=… [PROFILE=cpu|gpu|multi_gpu,zero2] [NPROC=2] [TRACKER=tensorboard] [FORCE=1]
+train: $(READY) ## Train a recipe: RECIPE=… [PROFILE=cpu|gpu|multi_gpu,zero2] [NPROC=2] [TRACKER=tensorboard] [GRADIENT_CHECKPOINTING=1|0] [FORCE=1]
 	@$(PY) -m tools.train "$$RECIPE" --profile "$$PROFILE" --force "$$FORCE" --nproc "$$NPROC" \
-	  --tracker "$$TRACKER" --nnodes "$$NNODES" --node-rank "$$NODE_RANK" --rendezvous "$$RDZV"
+	  --tracker "$$TRACKER" --gradient-checkpointing "$$GRADIENT_CHECKPOINTING" --nnodes "$$NNODES" --node-rank "$$NODE_RANK" --rendezvous "$$RDZV"
 
 smoke: $(READY) ## Try a recipe for two minutes before hours are spent: RECIPE=… [PROFILE=…]
 	@$(PY) -m tools.smoke "$$RECIPE" --profile "$$PROFILE"
 
-profile: $(READY) ## What was found here, what will be used, and why: [RECIPE=…] [PROFILE=…] [NPROC=2]
-	@$(PY) -m tools.profiles "$$RECIPE" --profile "$$PROFILE" --nproc "$$NPROC"
+profile: $(READY) ## What was found here, what will be used, and why: [RECIPE=…] [PROFILE=…] [NPROC=2] [GRADIENT_CHECKPOINTING=1|0]
+	@$(PY) -m tools.profiles "$$RECIPE" --profile "$$PROFILE" --nproc "$$NPROC" \
+	  --gradient-checkpointing "$$GRADIENT_CHECKPOINTING"
 
 status: $(READY) ## What trains, what is done, what was interrupted
 	@$(PY) -m tools.status

@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 from tools import subject as subjects
 from tools import weights
 from tools.cli import ROOT, JobFailed, WrongInput
-from tools.prompt import FORMATS
+from tools.prompt import FORMATS, changes_tokenizer
 from tools.serve import RANKS
 from tools.subject import Subject
 
@@ -85,6 +85,12 @@ def vllm_arguments(subject: Subject) -> dict[str, Any]:
         told = json.loads((subject.adapter / "adapter_config.json").read_text())
         if told.get("use_dora"):
             raise WrongInput("vLLM has no DoRA; BACKEND=transformers scores this adapter")
+        if told.get("modules_to_save") or config.get("tokens"):
+            raise WrongInput(
+                "vLLM has no trained embeddings; BACKEND=transformers scores this adapter"
+            )
+        if changes_tokenizer(config):
+            arguments["tokenizer"] = str(subject.adapter)
         rank = next((rank for rank in RANKS if rank >= told["r"]), None)
         if rank is None:
             raise WrongInput(

@@ -19,12 +19,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from evals import report, stats
 from evals import run as evaluation
 from tools import convert, plan, recipes, subject
-from tools.cli import ROOT, WrongInput, atomic, command, json_lines, shown
+from tools.cli import ROOT, WrongInput, atomic, command, json_lines, read_yaml, shown
 
 TEMPLATE = ROOT / "evals" / "page.html"
 WRONG = 25  # wrong answers shown of each model and dataset
@@ -323,10 +321,7 @@ def planned(scored: Scored, gpu: str, price: float | None) -> dict[str, Any]:
     """The plan of the training that made an adapter; {} where it cannot be planned."""
     path = scored.folder / "config.yaml"
     try:
-        if scored.recipe:
-            config = recipes.find(scored.recipe).config
-        else:
-            config = yaml.load(path.read_bytes(), yaml.CSafeLoader)
+        config = recipes.find(scored.recipe).config if scored.recipe else read_yaml(path)
         data = (scored.told.get("data") or [{}])[0]
         file = convert.CHAT / Path(config["datasets"][0]["path"]).name
         return plan.plan(config, gpu, price=price, rows=data.get("rows"), data=file)

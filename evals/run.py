@@ -40,7 +40,7 @@ from tools.cli import (
     quiet,
     write_json,
 )
-from tools.prompt import FORMATS
+from tools.prompt import FORMATS, TOKENIZER, with_template
 from tools.subject import Subject
 
 TASKS = ROOT / "evals" / "tasks"
@@ -152,6 +152,7 @@ def evaluated(
 def _identity_of(subject: Subject, side: str) -> dict[str, Any]:
     config, base = subject.config, ROOT / subject.config["base_model"]
     keys = ("load_in_4bit", "load_in_8bit", "bnb_config_kwargs", "dtype")
+    tokenizer = {k: v for k, v in with_template(config).items() if k in TOKENIZER}
     adapter = subject.adapter if side == "adapter" else None
     return {
         "base_model": config["base_model"],
@@ -163,6 +164,7 @@ def _identity_of(subject: Subject, side: str) -> dict[str, Any]:
         "adapter_sha256": digest(adapter / "adapter_model.safetensors") if adapter else None,
         "prompt_format": subject.prompt_format,
         "chat_template_kwargs": subject.options,
+        **({"tokenizer": tokenizer} if tokenizer else {}),
     }
 
 

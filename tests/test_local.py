@@ -1,13 +1,14 @@
 """Rows and configs of one's own become tasks and recipes, and stay one's own."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.conftest import run
 from tools import catalogue, convert, local, recipes
-from tools.cli import ROOT, WrongInput
+from tools.cli import ROOT, JobFailed, WrongInput
 
 
 @pytest.fixture
@@ -219,19 +220,88 @@ BROKEN = {
     "truth": ({"num_epochs": True}, "num_epochs: true is not int"),
     "zero": ({"batch_size": 0}, "batch_size: 0 is empty or not above 0"),
     "no data": ({"dataset_path": None}, "dataset_path: null is not str"),
-    "data not there": ({"dataset_path": "nowhere.jsonl"}, "dataset_path: nowhere.jsonl is no file"),
+    "data not there": (
+        {"dataset_path": "nowhere.jsonl"},
+        "dataset_path: nowhere.jsonl is not there, and no file of FinLoRA's",
+    ),
 }
 
 
 @pytest.mark.parametrize(("changed", "said"), BROKEN.values(), ids=BROKEN)
-def test_a_wrong_run_is_named_with_its_key_and_nothing_is_written(mine, changed, said):
+def test_a_wrong_run_is_named_with_its_key_and_the_others_are_imported(mine, changed, said, capsys):
     good = RUN | {"learning_rate": 5e-4}
-    source = config(mine / "c.json", good=good, bad=RUN | changed)
-    before = files(mine)
-    with pytest.raises(WrongInput) as error:
+    source = config(mine / "c.json", bad=RUN | changed, good=good)
+    with pytest.raises(JobFailed) as error:
         local.import_(source)
-    assert f"1 of 2 runs are wrong, nothing is written; the first: bad: {said}" in str(error.value)
-    assert files(mine) == before
+    assert f"1 of 2 runs are not imported; the first: bad: {said}" in str(error.value)
+    assert recipes.find("imported/good").config["learning_rate"] == 5e-4
+    assert "left out   bad: " in capsys.readouterr().out
+    assert not (recipes.LOCAL / "imported" / "bad.yaml").exists()
+
+
+def test_a_config_like_finloras_is_imported_but_for_the_run_without_a_file(mine, capsys):
+    bases = ("meta-llama/Llama-3.1-8B-Instruct", "tiiuae/Falcon3-7B-Instruct")
+    names = [Path(row["train"]).name for row in convert.published()["tasks"].values()]
+    runs = {
+        f"{Path(file).stem}_{number}": RUN
+        | {"base_model": base, "dataset_path": f"../data/train/{file}"}
+        for file in names
+        for number, base in enumerate(bases)
+    }
+    runs["lost"] = RUN | {"dataset_path": "../data/train/never_published_train.jsonl"}
+    source = config(mine / "finetune_configs.json", **runs)
+    written = []
+    for _ in range(2):  # the second time nothing changes
+        with pytest.raises(JobFailed, match="the first: lost: dataset_path: .*never_published"):
+            local.import_(source)
+        assert f"{len(runs)} runs: " in (said := capsys.readouterr().out)
+        assert ", 1 left out" in said
+        written.append(files(recipes.LOCAL))
+    assert written[0] == written[1] and len(written[0]) >= len(names)  # one base is not ours
+
+
+def test_a_training_file_is_known_by_its_content_and_not_by_its_name(mine, capsys):
+    own = jsonl(mine / "ner_train.jsonl", [{"context": "q", "target": "a"}])
+    local.import_(config(mine / "c.json", house=RUN | {"dataset_path": own.name}))
+    recipes.forget()
+    data = recipes.find("imported/house").config["datasets"][0]["path"]
+    assert data.startswith("data/chat/ner_") and data != "data/chat/ner_train.jsonl"
+    assert "nothing in the catalogue is like it" in capsys.readouterr().out
+    # Under another name, a pointer to FinLoRA's file in Git LFS is FinLoRA's file.
+    sha = convert.published()["files"]["train/xbrl_extract_train.jsonl"]["sha256"]
+    for name, oid in (("pointer", sha), ("other", "0" * 64)):
+        (mine / f"{name}.jsonl").write_text(
+            f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize 137747639\n"
+        )
+    local.import_(config(mine / "d.json", x=RUN | {"dataset_path": "pointer.jsonl"}))
+    assert (
+        "data/chat/xbrl_extract_train.jsonl" in (recipes.LOCAL / "imported" / "x.yaml").read_text()
+    )
+    with pytest.raises(JobFailed, match="other.jsonl is a Git LFS pointer; `git lfs pull`"):
+        local.import_(config(mine / "e.json", y=RUN | {"dataset_path": "other.jsonl"}))
+
+
+def test_importing_overwrites_no_task_and_no_recipe_of_ones_own(mine, capsys):
+    local.new("house", jsonl(mine / "house.jsonl", TONES))
+    for folder in ("a", "b"):
+        (mine / folder).mkdir()
+        jsonl(mine / folder / "house_train.jsonl", [{"context": "q", "target": folder}])
+    convert.sources.cache_clear()
+    recipes.forget()
+    runs = {name: RUN | {"dataset_path": f"{name}/house_train.jsonl"} for name in ("a", "b")}
+    before = files(mine / "recipes")
+    local.import_(config(mine / "c.json", **runs))
+    after = files(mine / "recipes")
+    assert after == after | before
+    paths = {recipes.find(f"imported/{n}").config["datasets"][0]["path"] for n in ("a", "b")}
+    assert len(paths) == 2 and "data/chat/house_train.jsonl" not in paths
+    local.import_(config(mine / "renamed.json", **runs))
+    assert files(mine / "recipes") == after
+    edited = recipes.LOCAL / "imported" / "a.yaml"
+    edited.write_text(edited.read_text().replace("lora_r: 8", "lora_r: 9"))
+    with pytest.raises(JobFailed, match="a.yaml says something else; delete it"):
+        local.import_(mine / "c.json")
+    assert "lora_r: 9" in edited.read_text()
 
 
 @pytest.mark.parametrize(
@@ -240,7 +310,6 @@ def test_a_wrong_run_is_named_with_its_key_and_nothing_is_written(mine, changed,
         ("{", "not JSON"),
         ("[]", "an object of run names"),
         ('{"a": {}, "a": {}}', '"a" occurs twice'),
-        ('{"../x": 1}', "the first: ../x: an object is needed"),
     ],
 )
 def test_a_config_file_of_another_shape_is_refused(mine, text, said):

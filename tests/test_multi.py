@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.conftest import losses, run, write_recipe
-from tools import cli, profiles, recipes, train
+from tools import cli, plan, profiles, recipes, train
 
 # Without dropout, whose random numbers each process draws for itself. 94 rows in batches of 8 are
 # 11 whole steps of an epoch; the twelfth is filled up among several processes.
@@ -132,7 +132,7 @@ def test_two_processes_told_to_stop_save_together(tiny, chat_rows, tmp_path):
 def test_a_batch_that_cannot_be_shared_is_refused_with_what_can():
     config = {"micro_batch_size": 8, "gradient_accumulation_steps": 2}
     for processes, micro, steps, parts in [(1, 8, 2, 1), (2, 8, 1, 1), (4, 4, 1, 2), (16, 1, 1, 8)]:
-        shared = profiles.divided(config, processes)
+        shared = plan.divided(config, processes)
         assert shared == {
             "processes": processes,
             "micro_batch_size": micro,
@@ -143,7 +143,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_what_can():
     with pytest.raises(
         cli.WrongInput, match=r"3 processes .* 16 rows .*NPROC may be 1, 2, 4, 8, 16"
     ):
-        profiles.divided(config, 3)
+        plan.divided(config, 3)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,12 @@
 import json
 import subprocess
 import sys
-import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from tests.conftest import run
+from tests.conftest import run, write_recipe
 from tools import plan, recipes
 from tools.cli import ROOT, WrongInput
 from tools.plan import GIB, Setup
@@ -297,11 +297,10 @@ def test_packed_rows_are_as_long_as_the_sequence_and_unpacking_is_offered():
     assert [text for text, _ in made["changes"]] == ["sample_packing: false"]
 
 
-def test_steps_follow_rows_epochs_batch_and_gpus():
-    config = recipes.find("sentiment_r4").config  # 8 x 2 rows a step and GPU, 4 epochs
-    assert plan.steps_of(980, 50, config, 1) == (4 * 62, 4 * 980 * 50)
-    assert plan.steps_of(980, 50, config, 4) == (4 * 16, 4 * 980 * 50)
-    assert plan.steps_of(980, 50, config | {"max_steps": 10}, 1) == (10, 10 * 16 * 50)
+def test_steps_follow_rows_epochs_and_batch():
+    config = recipes.find("sentiment_r4").config  # 8 x 2 rows a step, 4 epochs
+    assert plan.steps_of(980, 50, config) == (4 * 62, 4 * 980 * 50)
+    assert plan.steps_of(980, 50, config | {"max_steps": 10}) == (10, 10 * 16 * 50)
 
 
 def test_rows_that_validate_are_not_counted_as_steps():
@@ -309,7 +308,120 @@ def test_rows_that_validate_are_not_counted_as_steps():
     assert plan.count_training_rows(config, 76772) == 75236
     own = {key: value for key, value in config.items() if key != "test_datasets"}
     assert plan.count_training_rows(own, 1000) == 1000
-    assert plan.steps_of(1000, 50, own | {"val_set_size": 0.02}, 1) == (4 * 62, 4 * 980 * 50)
+    assert plan.steps_of(1000, 50, own | {"val_set_size": 0.02}) == (4 * 62, 4 * 980 * 50)
+
+
+def test_several_gpus_share_the_batch_and_take_as_many_steps():
+    config = recipes.find("sentiment_r4").config
+    one, four = (plan.plan(config, gpus=gpus, rows=1000, row=60) for gpus in (1, 4))
+    assert four["steps"] == one["steps"]
+    assert four["hours"] == pytest.approx(one["hours"] / 4)
+    assert (four["setup"]["micro_batch"], four["setup"]["accumulation"]) == (4, 1)
+    with pytest.raises(WrongInput, match="3 processes cannot share the recipe's batch"):
+        plan.plan(config, gpus=3, rows=1000, row=60)
+
+
+ADAPTED = {
+    "layers": {"peft_layers_to_transform": [1]},
+    "no layer": {"peft_layers_to_transform": [0], "lora_rank_pattern": {"layers.1.*": 16}},
+    "rank by name": {"lora_rank_pattern": {"q_proj": 16}},
+    "rank by layer": {"lora_rank_pattern": {r"model.layers.1.self_attn.\w+": 2, "v_proj": 8}},
+    "modules": {"lora_modules_to_save": ["embed_tokens", "lm_head"]},
+    "tokens": {"lora_modules_to_save": ["embed_tokens", "lm_head"], "tokens": ["<a>", "<b>"]},
+    "a layer": {"lora_modules_to_save": ["down_proj"], "peft_use_dora": True},
+}
+
+
+@pytest.mark.parametrize("changed", ADAPTED.values(), ids=ADAPTED)
+def test_what_a_config_adapts_and_saves_is_what_peft_trains(changed, tiny):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = recipes.config("smollm2-135m/sentiment_r4") | {"base_model": str(tiny)} | changed
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny))
+        if tokens := config.get("tokens"):
+            base.resize_token_embeddings(base.config.vocab_size + len(tokens), mean_resizing=False)
+        wrapped = get_peft_model(
+            base,
+            LoraConfig(
+                r=config["lora_r"],
+                target_modules=config["lora_target_modules"],
+                layers_to_transform=config.get("peft_layers_to_transform"),
+                rank_pattern=config.get("lora_rank_pattern", {}),
+                modules_to_save=config.get("lora_modules_to_save"),
+                use_dora=config.get("peft_use_dora", False),
+                task_type="CAUSAL_LM",
+            ),
+        )
+    planned = plan.plan(config, row=64)
+    assert planned["trainable_parameters"] == wrapped.get_nb_trainable_parameters()[0]
+
+
+def test_a_module_to_save_that_cannot_be_planned_is_named():
+    config = recipes.config("smollm2-135m/sentiment_r4") | {"lora_modules_to_save": ["score"]}
+    with pytest.raises(WrongInput, match='lora_modules_to_save: "score" cannot be planned'):
+        plan.plan(config, row=64)
+
+
+def test_a_base_is_planned_from_its_own_config_in_a_folder_and_in_the_hubs_cache(
+    tiny, tiny_model, tmp_path
+):
+    assert replace(plan.find_model(str(tiny)), source="tiny") == tiny_model
+    snapshot = tmp_path / "models--someone--small" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0" * 40)
+    (snapshot / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    recipe = write_recipe(tmp_path, "r4", Path("someone/small"), tmp_path / "none.jsonl")
+    done = run("tools.plan", recipe, "--json", HF_HUB_CACHE=str(tmp_path))
+    assert json.loads(done.stdout)["parameters"] == tiny_model.parameters, done.stderr
+    (snapshot / "config.json").write_text(json.dumps({"num_local_experts": 8}))
+    done = run("tools.plan", recipe, HF_HUB_CACHE=str(tmp_path))
+    assert done.returncode == 2 and "a mixture of experts cannot be planned" in done.stderr
+
+
+def test_tokens_are_counted_by_the_tokenizer_and_otherwise_not_underestimated(
+    tiny, chat_rows, tmp_path
+):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    rows = [json.loads(line)["messages"] for line in chat_rows.read_text().splitlines()]
+    real = [len(tokenizer.encode(tokenizer.apply_chat_template(r, tokenize=False))) for r in rows]
+    counted = plan.measure(chat_rows, str(tiny))
+    assert counted.rows == len(rows) and counted.tokenizer.endswith("tokenizer.json")
+    assert counted.mean == pytest.approx(sum(real) / len(real), abs=12)
+    assert max(real) <= counted.longest < max(real) + 16
+    guessed = plan.measure(chat_rows, "nobody/none")
+    assert guessed.tokenizer is None
+    assert guessed.mean >= counted.mean and guessed.longest >= counted.longest
+    (tmp_path / "broken.jsonl").write_text("{")
+    assert plan.measure(tmp_path / "broken.jsonl", str(tiny)) is None
+
+
+def test_finloras_rows_are_not_underestimated_without_a_tokenizer(tiny):
+    folder = ROOT.parent / "shared" / "finlora" / "data"
+    if not folder.is_dir():
+        pytest.skip("FinLoRA's rows are not at hand")
+    for path in sorted(folder.glob("*/*.jsonl")):
+        counted, guessed = plan.measure(path, str(tiny)), plan.measure(path, "nobody/none")
+        assert guessed.mean >= 0.99 * counted.mean, path.name
+        assert guessed.longest >= counted.longest, path.name
+
+
+def test_hours_name_the_rows_they_are_for_and_finloras_whole_file_beside(tmp_path):
+    rows = tmp_path / "sentiment_train.jsonl"
+    text = {"messages": [{"role": "user", "content": "up " * 60}]}
+    rows.write_text((json.dumps(text) + "\n") * 900)
+    config = recipes.config("llama-3.1-8b/sentiment_r4")
+    config["datasets"][0]["path"] = str(rows)
+    made = plan.plan(config, price=0.26, data=rows)
+    assert (made["rows"], made["published"]["rows"]) == (900, 72_824)
+    trained = plan.count_training_rows(config, 72_824)
+    assert made["published"]["usd"] == pytest.approx(made["usd"] * trained / 900, rel=0.01)
+    assert "published" in made and plan.plan(config, rows=72_824, row=60)["published"] is None
 
 
 def test_hours_are_operations_over_peak_and_utilisation():
@@ -367,16 +479,14 @@ def test_the_command_prints_a_table_or_json_or_one_line():
         assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
 
 
-def test_the_plan_is_quick_and_loads_no_heavy_library():
+def test_the_plan_loads_no_heavy_library():
     code = (
         "import sys; from tools import plan; sys.argv = ['plan', 'sentiment_r4', '--json'];"
-        "plan.main(); heavy = {'torch', 'transformers', 'axolotl', 'peft', 'rich'};"
+        "plan.main(); heavy = {'torch', 'transformers', 'axolotl', 'peft'};"
         "print(*(heavy & set(sys.modules)), file=sys.stderr)"
     )
-    start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr.strip()) == (0, "")
-    assert time.monotonic() - start < 2  # 0.15 s on an idle machine
 
 
 def test_only_large_states_are_paged_to_the_host():

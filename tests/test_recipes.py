@@ -128,7 +128,6 @@ BROKEN = {
     "empty": ("", "a mapping of Axolotl options is needed"),
     "no base": ({**SMALL, "base_model": None}, 'the key "base_model" is missing'),
     "no data": ({**SMALL, "datasets": []}, 'the key "datasets" is missing'),
-    "no output": ({k: SMALL[k] for k in ("base_model", "datasets")}, 'key "output_dir" is missing'),
 }
 
 

@@ -298,7 +298,9 @@ def test_a_run_cut_off_after_training_is_finished_without_training_again(runs, t
     )
     (copy / "run.json").unlink()
     cli.write_json(copy / "stats.json", {"steps": content["steps"], "seconds": 1.0})
-    assert train.train(moved, "cpu")["adapter_sha256"] == content["adapter_sha256"]
+    merged = profiles.merged(moved, "cpu")
+    again = train.execute(moved, merged, "cpu", False, train.Machines())
+    assert again["adapter_sha256"] == content["adapter_sha256"]
     assert (copy / "run.json").is_file() and not (copy / "stats.json").exists()
 
 

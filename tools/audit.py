@@ -30,8 +30,6 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tools import convert, finance
 from tools.cli import (
     ROOT,
@@ -40,6 +38,7 @@ from tools.cli import (
     command,
     digest,
     nearest,
+    read_yaml,
     shown,
     write_json,
 )
@@ -344,7 +343,7 @@ def read_tokenizer() -> Any:
 
 def sequence_length(task: str) -> int:
     """Tokens that the task's recipes train on at most."""
-    matrix = yaml.load((ROOT / "recipes" / "matrix.yaml").read_bytes(), yaml.CSafeLoader)
+    matrix = read_yaml(ROOT / "recipes" / "matrix.yaml")
     settings = (matrix["tasks"].get(task) or {}).get("settings", {})
     return int(settings.get("sequence_len", matrix["common"]["sequence_len"]))
 

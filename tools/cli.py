@@ -145,6 +145,64 @@ def json_lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
+def parse_yaml(text: str | bytes, where: str) -> Any:
+    """The content of a YAML text; raises WrongInput that names `where`, the line, and the fault.
+
+    YAML forbids a key that stands twice in one mapping, and PyYAML takes the last of the two.
+    """
+    import yaml
+
+    if isinstance(text, bytes):
+        try:
+            text = text.decode()
+        except UnicodeDecodeError as error:
+            raise WrongInput(f"{where}: not UTF-8 at byte {error.start + 1}") from None
+    loader = yaml.CSafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        _refuse_repeated_keys(root, where)
+        return None if root is None else loader.construct_document(root)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise WrongInput(f"{where}{line}: not YAML") from None
+    finally:
+        loader.dispose()
+
+
+def _refuse_repeated_keys(root: Any, where: str) -> None:
+    """Raises WrongInput where a mapping of a YAML tree has a key twice."""
+    import yaml
+
+    nodes, visited = [root], set[int]()
+    while nodes:
+        node = nodes.pop()
+        if not isinstance(node, yaml.CollectionNode) or id(node) in visited:
+            continue
+        visited.add(id(node))  # an alias is the node of its anchor
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+            continue
+        lines: dict[Any, int] = {}
+        for key, value in node.value:
+            nodes += [key, value]
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if (key.tag, key.value) in lines:
+                first = lines[key.tag, key.value]
+                raise WrongInput(
+                    f'{where}, line {line}: the key "{key.value}" stands in line {first} already; '
+                    "keep one of the two"
+                )
+            lines[key.tag, key.value] = line
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file; raises WrongInput that names the file, the line and the fault."""
+    return parse_yaml(path.read_bytes(), shown(path))
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:

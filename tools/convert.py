@@ -38,7 +38,6 @@ from tempfile import TemporaryFile
 from typing import IO, TYPE_CHECKING, Any
 
 import orjson
-import yaml
 
 from tools.cli import (
     ROOT,
@@ -48,6 +47,7 @@ from tools.cli import (
     command,
     digest,
     nearest,
+    read_yaml,
     shown,
     write_json,
 )
@@ -66,7 +66,7 @@ UNCOUNTED = "not counted: no recipe was named (make data RECIPE=… counts with 
 
 def published() -> dict[str, Any]:
     """The tables of data/sources.yaml; a multi-task set gets the datasets of its parts."""
-    content = yaml.load((ROOT / "data" / "sources.yaml").read_bytes(), yaml.CSafeLoader)
+    content = read_yaml(ROOT / "data" / "sources.yaml")
     tasks = content["tasks"]
     for spec in tasks.values():
         if parts := spec.get("parts"):
@@ -79,7 +79,7 @@ def sources() -> dict[str, Any]:
     """The published tables and the user's own rows of recipes/local/*.yaml."""
     content = published()
     for path in sorted(LOCAL.glob("*.yaml")):
-        own = yaml.load(path.read_bytes(), yaml.CSafeLoader).get("sources", {})
+        own = read_yaml(path).get("sources", {})
         for table, rows in own.items():
             for entry in rows.values():
                 for key in {"file", "train"} & entry.keys():
@@ -766,12 +766,17 @@ def lengths_of(recipe: str, tokenizer: str, sequence_len: str) -> "tuple[Lengths
     if not recipe and not tokenizer:
         return UNCOUNTED, ""
     from tools import lengths, recipes
+    from tools.prompt import changes_tokenizer
 
     found = recipes.find(recipe) if recipe else None
     config = found.config if found else {}
     base = tokenizer or config.get("tokenizer_config") or config["base_model"]
     limit = int(sequence_len) if sequence_len else config.get("sequence_len")
     counts: Lengths | str | None = lengths.load(base, limit)
+    if found and isinstance(counts, lengths.Lengths) and changes_tokenizer(config):
+        from tools.weights import load_tokenizer
+
+        counts.tokenizer = load_tokenizer(config)
     if tokenizer and not counts:
         raise WrongInput(f"{tokenizer} holds no tokenizer")
     counts = counts or f"not counted: the tokenizer of {base} is not at hand"

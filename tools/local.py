@@ -6,7 +6,7 @@
 Both write into recipes/local/, which `make render` leaves alone. `new` also splits the rows into
 data/local/ and writes an lm-eval task to evals/tasks/local/. Rows may be FinLoRA's (context and
 target), prompt and completion, question and answer, instruction and output, or chat messages.
-Nothing is written where anything is wrong.
+`new` writes nothing where anything is wrong; `import` leaves out the runs that are, and says why.
 """
 
 import argparse
@@ -22,7 +22,17 @@ import orjson
 import yaml
 
 from tools import catalogue, convert, plan, recipes
-from tools.cli import ROOT, WrongInput, atomic, command, nearest, shown
+from tools.cli import (
+    ROOT,
+    JobFailed,
+    WrongInput,
+    atomic,
+    command,
+    digest,
+    nearest,
+    read_yaml,
+    shown,
+)
 
 # Keys of a row that hold prompt and answer; the first pair that a row has is taken.
 PAIRS = [
@@ -229,8 +239,54 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def content_of(name: str, run: dict[str, Any], tasks: dict[str, str]) -> dict[str, Any]:
-    """The Axolotl config of a run. `tasks`: the task of each file name that trains one."""
+published = cache(convert.published)  # FinLoRA's tasks and files, without the user's own
+LFS = re.compile(rb"version https://git-lfs.*?oid sha256:(\w+)", re.S)
+
+
+@cache
+def identify(file: Path) -> str | None:
+    """The task that a training file of FinLoRA's is for, by its content; None for other files."""
+    with open(file, "rb") as content:
+        pointer = LFS.match(content.read(300))
+    sums = {pointer[1].decode()} if pointer else {digest(file), convert.git_blob(file)}
+    for task, row in published()["tasks"].items():
+        facts = published()["files"][row["train"]]
+        if {facts.get("sha256"), facts.get("blob")} & sums:
+            return str(task)
+    if pointer:
+        raise ValueError(f"{shown(file)} is a Git LFS pointer; `git lfs pull` brings the file")
+    return None
+
+
+def find_data(run: dict[str, Any], source: Path) -> tuple[str, Path | None]:
+    """(task, file) that a run trains on; no file where it is FinLoRA's. Raises ValueError.
+
+    A file that is there is known by its content. One that is not can only be FinLoRA's, by name.
+    """
+    file = (source.parent / run["dataset_path"]).resolve()
+    if not file.is_file():
+        for task, row in published()["tasks"].items():
+            if Path(row["train"]).name == file.name:
+                return task, None
+        raise ValueError(
+            f"dataset_path: {run['dataset_path']} is not there, and no file of FinLoRA's"
+        )
+    if task := identify(file):
+        return task, None
+    stem = re.sub(r"\W+", "_", file.stem.removesuffix("_train")).strip("_").lower() or "data"
+    stem = stem if stem[0].isalpha() else f"data_{stem}"
+    taken = published()["tasks"].keys() | published()["datasets"].keys()
+    row = {"train": str(file), "eval": []}
+    for task in (stem, f"{stem}_{digest(file)[:8]}"):
+        mine = recipes.LOCAL / f"{task}.yaml"
+        free = not mine.exists() or read_yaml(mine) == {"sources": {"tasks": {task: row}}}
+        if task not in taken and free:
+            return task, file
+    raise ValueError(f"dataset_path: {shown(mine)} is another task's; delete it to import the run")
+
+
+def content_of(name: str, run: dict[str, Any], task: str) -> dict[str, Any]:
+    """The Axolotl config of a run that trains on a task's rows."""
     bases = recipes.matrix()["models"].values()
     known = (row for row in bases if run["base_model"] in (row["hub"], row.get("base_model")))
     base = next(known, {"hub": run["base_model"], "settings": {}})
@@ -245,8 +301,6 @@ def content_of(name: str, run: dict[str, Any], tasks: dict[str, str]) -> dict[st
         "optimizer": "paged_adamw_8bit" if run["quant_bits"] == 4 else "adamw_bnb_8bit",
     }
     layer |= {key: True for key in ("peft_use_dora", "peft_use_rslora") if run.get(key)}
-    file = Path(run["dataset_path"])
-    task = tasks.get(file.name, file.stem.removesuffix("_train"))
     return recipes.compose(
         f"imported/{name}", base, task, run["quant_bits"], base["settings"], layer
     )
@@ -292,39 +346,26 @@ def import_(source: Path) -> None:
         raise WrongInput(f"{shown(source)}: not JSON: {error}") from None
     if not isinstance(runs, dict) or not runs:
         raise WrongInput(f"{shown(source)}: an object of run names and settings is needed")
-    tasks = {Path(row["train"]).name: name for name, row in convert.sources()["tasks"].items()}
-    problems = {}
+    identify.cache_clear()  # a file may have changed since
+    problems, same = dict[str, str](), 0
     for name, run in runs.items():
-        found = wrong(run)
+        faults = wrong(run)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}", name):
-            found.append("its name: letters, digits, . _ and - are needed")
-        file = source.parent / str(run.get("dataset_path")) if isinstance(run, dict) else source
-        if not found and file.name not in tasks and not file.is_file():
-            found.append(f"dataset_path: {run['dataset_path']} is no file of FinLoRA's, nor there")
-        if found:
-            problems[name] = found
-    if problems:
-        for name, found in problems.items():
-            print(f"wrong      {name}: {'; '.join(found)}")
-        first, said = next(iter(problems.items()))
-        raise WrongInput(
-            f"{shown(source)}: {len(problems)} of {len(runs)} runs are wrong, nothing is written; "
-            f"the first: {first}: {said[0]}"
-        )
-    texts, rows = {}, dict[str, dict[str, str]]()
-    for name, run in runs.items():
-        content = content_of(name, run, tasks)
-        equal, near, differ = same_as(content)
+            faults.append("its name: letters, digits, . _ and - are needed")
+        try:
+            task, file = find_data(run, source) if not faults else ("", None)
+        except ValueError as error:
+            faults.append(str(error))
+        if faults:
+            problems[name] = "; ".join(faults)
+            continue
+        content = content_of(name, run, task)
+        equal, near, differ = same_as(content) if file is None else (None, None, {})
         if equal:
             print(f"catalogue  {name} is {equal}")
+            same += 1
             continue
         path = recipes.LOCAL / "imported" / f"{name}.yaml"
-        if path.exists():
-            raise WrongInput(f"{shown(path)} is there already; delete it to import {name} anew")
-        file = Path(run["dataset_path"])
-        if file.name not in tasks:
-            place = (source.parent / file).resolve()
-            rows[file.stem.removesuffix("_train")] = {"train": str(place), "eval": []}  # type: ignore[dict-item]
         changes = ", ".join(f"{k} {a} (there {b})" for k, (a, b) in differ.items())
         header = [
             f"Imported from {source.name}: {name}",
@@ -336,18 +377,32 @@ def import_(source: Path) -> None:
             f"Version: 1.0.0 ({recipes.Recipe(name, path, content, '1.0.0').digest[:12]})",
             "Yours to change: `make render` leaves it alone.",
         ]
-        texts[path] = catalogue.text(header, content, name)
+        if path.exists() and read_yaml(path) != content:
+            problems[name] = f"{shown(path)} says something else; delete it to import the run anew"
+            continue
+        mine = recipes.LOCAL / f"{task}.yaml"
+        if file and not mine.exists():
+            head = f"# Yours, from {source.name}; `make render` leaves it alone.\n"
+            row = {"train": str(file), "eval": []}
+            store(mine, head + dumped({"sources": {"tasks": {task: row}}}))
+        if not path.exists():
+            store(path, catalogue.text(header, content, name))
         apart = (
             f"differs from {near} in {changes}" if near else "nothing in the catalogue is like it"
         )
         print(f"local      {name}: {shown(path)}; {apart}")
-    for task, row in rows.items():
-        head = f"# Yours, from {source.name}; `make render` leaves it alone.\n"
-        store(recipes.LOCAL / f"{task}.yaml", head + dumped({"sources": {"tasks": {task: row}}}))
-    for path, body in texts.items():
-        store(path, body)
-    same = len(runs) - len(texts)
-    print(f"import     {len(runs)} runs: {same} in the catalogue, {len(texts)} local")
+    recipes.forget()
+    for name, reason in problems.items():
+        print(f"left out   {name}: {reason}")
+    made = len(runs) - same - len(problems)
+    left = f", {len(problems)} left out" if problems else ""
+    print(f"import     {len(runs)} runs: {same} in the catalogue, {made} local{left}")
+    if problems:
+        name, reason = next(iter(problems.items()))
+        raise JobFailed(
+            f"{shown(source)}: {len(problems)} of {len(runs)} runs are not imported; "
+            f"the first: {name}: {reason}"
+        )
 
 
 @command

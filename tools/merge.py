@@ -46,7 +46,9 @@ def logits(model: Any, tokenizer: Any, options: dict[str, Any] | None) -> list[A
 
     found = []
     for text in TEXTS:
-        ids = prompt.tokens(tokenizer, [{"role": "user", "content": text}], options)
+        ids = tokenizer.encode(text)
+        if tokenizer.chat_template:
+            ids = prompt.tokens(tokenizer, [{"role": "user", "content": text}], options)
         with torch.inference_mode():
             given = torch.tensor([ids], device=model.device)
             found.append(model(input_ids=given).logits[0].float().cpu())
@@ -122,6 +124,7 @@ def merge(config: dict[str, Any], adapter: Path) -> Path:
 def _axolotl(config: dict[str, Any], adapter: Path, work: Path) -> None:
     """Runs `axolotl merge-lora` on the base in work/base; it writes work/merged."""
     of_base = {"load_in_4bit", "load_in_8bit", "bnb_config_kwargs", "deepspeed", "fsdp_config"}
+    of_base |= {*prompt.TOKENIZER, "special_tokens", "base_model_config"}  # work/base has them
     content = {key: value for key, value in config.items() if key not in of_base}
     # Axolotl loads no plugin for a merge, and knows no keys of tools/plugin.py.
     for key in ("plugins", "dequantize_once", "answer_logits_only", "dtype"):
@@ -149,7 +152,8 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", default="")
     parser.add_argument("--adapter", default="", help="a PEFT folder instead of a recipe's run")
     given = parser.parse_args()
-    who = subject.find(given.recipe, given.adapter)
+    # The prompt's format does not matter for a merge.
+    who = subject.find(given.recipe, given.adapter, form="bare")
     print(f"merge      {who.name} into {who.config['base_model']}", flush=True)
     target = merge(who.config, who.adapter or who.folder)
     told = yaml.safe_load((target / "merge.json").read_text())

@@ -9,7 +9,6 @@ same batches, and a number of processes that cannot is refused.
 
 import argparse
 import importlib.util
-import math
 import os
 import shutil
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from tools import convert, plan, recipes
 from tools.cli import ROOT, WrongInput, command
+from tools.prompt import with_template
 
 LARGEST_ON_CPU = 1e9  # parameters; a step of an 8B model takes minutes on a desktop CPU
 DRIVERS = ("nvidia-smi", "rocm-smi")  # a machine without either has no GPU that torch can use
@@ -84,29 +84,77 @@ def layers(profile: str) -> dict[str, Any]:
     return content
 
 
-def divided(config: dict[str, Any], processes: int) -> dict[str, Any]:
-    """The options that let `processes` share the recipe's batches; raises WrongInput where they
-    cannot.
+# The AdamW of several programs: the same algorithm, with states in other places or at 8 bits.
+ADAMW = {
+    *("adamw_hf", "adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "adamw_8bit"),
+    *("adamw_bnb_8bit", "paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit"),
+}
+# Ways to ask Axolotl for a kind of attention; the last is today's.
+ATTENTION = [
+    *("flash_attention", "sdp_attention", "xformers_attention", "flex_attention"),
+    *("sage_attention", "eager_attention", "s2_attention", "attn_implementation"),
+]
+# Keys by which a run differs from its recipe on purpose: what is kept where, and counted.
+BOOKKEEPING = {"dataset_prepared_path", "include_tkps", "auto_resume_from_checkpoints"}
 
-    Gradient accumulation is divided first. Where that is not enough, a micro-batch is divided among
-    `micro_batch_parts` processes, whose losses tools/plugin.py weighs by their tokens.
+
+def laid_over(own: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """A config with a profile's options over it, but for those that change what it learns.
+
+    Packing, the family of the optimizer and 16-bit floats are the user's where the config names
+    them, as are its attention and its own choices for the profile's plugins.
     """
-    micro = config.get("micro_batch_size") or 1
-    steps = config.get("gradient_accumulation_steps") or 1
-    parts = processes // math.gcd(steps, processes)
-    if micro % parts:
-        fits = [n for n in range(1, micro * steps + 1) if micro % (n // math.gcd(steps, n)) == 0]
-        raise WrongInput(
-            f"{processes} processes cannot share the recipe's batch of {micro * steps} rows "
-            f"(micro_batch_size {micro}, gradient_accumulation_steps {steps}); "
-            f"NPROC may be {', '.join(map(str, fits))}"
-        )
-    return {
-        "processes": processes,
-        "micro_batch_size": micro // parts,
-        "gradient_accumulation_steps": steps * parts // processes,
-        "micro_batch_parts": parts,
+    options = dict(options)
+    for key in ("sample_packing", "batch_flattening", *(k for k in options if k[:6] == "liger_")):
+        if key in own:
+            options.pop(key, None)
+    if own.get("sample_packing"):
+        # The rows that packing joins are not joined again, and are padded as the user has it.
+        options.pop("batch_flattening", None)
+        if "pad_to_sequence_len" in own:
+            options.pop("pad_to_sequence_len", None)
+    optimizer = str(own.get("optimizer") or "")
+    if "optimizer" in options and optimizer and optimizer not in ADAMW:
+        # Its states may be paged or not, as the profile's are.
+        plain = optimizer.removeprefix("paged_").replace("ademamix_32bit", "ademamix")
+        options["optimizer"] = optimizer if "paged" in options["optimizer"] else plain
+    if own.get("fp16") and options.get("bf16"):
+        options.pop("bf16")
+    if any(key in own for key in ATTENTION):
+        options.pop("attn_implementation", None)
+    plugins = own.get("plugins") or []
+    if own.get("cut_cross_entropy") or any("CutCrossEntropy" in name for name in plugins):
+        options.pop("liger_fused_linear_cross_entropy", None)  # there can be one fused loss only
+    return own | options | {"plugins": [*plugins, *(options.get("plugins") or [])]}
+
+
+def changed(recipe: recipes.Recipe, content: dict[str, Any]) -> list[str]:
+    """What a merged config changes of a user's own YAML, a line each; none for the catalogue's."""
+    if recipe.name in recipes.names():
+        return []
+    own, lines = recipe.config, []
+    reasons = {
+        "optimizer": "the same algorithm; its states lie elsewhere or have other bits",
+        "bf16": "what this machine computes in",
+        "fp16": "what this machine computes in",
+        "attn_implementation": "flash-attn does not import",
+        "flash_attention": "flash-attn does not import",
+        "gradient_checkpointing": "the same numbers; GRADIENT_CHECKPOINTING=1 or 0 sets it",
+        "micro_batch_size": "the processes share the batch",
+        "gradient_accumulation_steps": "the processes share the batch",
+        "bnb_config_kwargs": "ZeRO-3 gathers all weights in one type",
     }
+    for key in own:
+        if key in BOOKKEEPING or own[key] == content.get(key):
+            continue
+        if key == "plugins":
+            more = [name for name in content[key] if name not in own[key]]
+            lines.append(f"plugins: {', '.join(more)} added")
+            continue
+        reason = reasons.get(key, "the profile; the same is learned")
+        now = content.get(key, "left out")
+        lines.append(f"{key}: {own[key]} → {now} ({reason})")
+    return lines
 
 
 def fits(config: dict[str, Any], here: dict[str, Any], processes: int) -> bool | None:
@@ -125,12 +173,19 @@ def merged(
     processes: int = 1,
     tracker: str = "",
     here: dict[str, Any] | None = None,
+    checkpointing: str = "",
 ) -> dict[str, Any]:
-    """The config that Axolotl gets: the recipe, the profiles over it, and tools/plugin.py."""
+    """The config that Axolotl gets: the recipe, the profiles over it, and tools/plugin.py.
+
+    `checkpointing`: "1" or "0" turns gradient checkpointing on or off, "" chooses.
+    """
     run = Path(recipe.config["output_dir"])
-    content = convert.drop_missing_validation(recipe.config)[0] | layers(profile)
+    if checkpointing not in ("", "0", "1"):
+        raise WrongInput(f'GRADIENT_CHECKPOINTING "{checkpointing}": 1 or 0 is needed')
+    config, _ = convert.drop_missing_validation(recipe.config)
+    content = with_template(laid_over(config, layers(profile)))
     if processes > 1:
-        content |= divided(content, processes)
+        content |= plan.divided(content, processes)
     if content.get("load_in_8bit") and (content.get("fsdp_config") or "zero3" in profile):
         raise WrongInput(
             f"{recipe.name}: bitsandbytes' 8-bit weights cannot be divided by {profile}"
@@ -144,7 +199,12 @@ def merged(
     flash = importlib.util.find_spec("flash_attn")
     if content.get("attn_implementation") == "flash_attention_2" and not flash:
         content["attn_implementation"] = "sdpa"  # and `batch_flattening: auto` is off
-    if content.get("gradient_checkpointing") and here and here["gpus"]:
+    if content.get("flash_attention") and not flash:
+        del content["flash_attention"]
+        content["attn_implementation"] = "sdpa"
+    if checkpointing:
+        content["gradient_checkpointing"] = checkpointing == "1"
+    elif content.get("gradient_checkpointing") and here and here["gpus"]:
         # Recomputing costs a third of the time: only where the plan does not fit without.
         without = content | {"gradient_checkpointing": False}
         content["gradient_checkpointing"] = not fits(without, here, processes)
@@ -156,7 +216,8 @@ def merged(
         content |= TRACKERS[tracker]
         if tracker == "mlflow":
             content["mlflow_tracking_uri"] = str((ROOT / run / "mlruns").as_uri())
-    content["plugins"] = [*content.get("plugins", []), "tools.plugin.RunPlugin"]
+    plugins = [*(content.get("plugins") or []), "tools.plugin.RunPlugin"]
+    content["plugins"] = list(dict.fromkeys(plugins))
     # Axolotl knows prepared data by its config and not by its content: a run keeps its own.
     content["dataset_prepared_path"] = str(run / "prepared")
     content["include_tkps"] = True
@@ -185,7 +246,8 @@ def reasons(content: dict[str, Any], here: dict[str, Any], processes: int) -> di
         attention = "SDPA, flash-attn needs CUDA"
     precision = {True: "bf16", "auto": "bf16 where the GPU has it, else fp16", False: "float32"}
     sharing = content.get("deepspeed") or ("FSDP" if content.get("fsdp_config") else None)
-    micro, steps = content["micro_batch_size"], content["gradient_accumulation_steps"]
+    micro = content.get("micro_batch_size") or 1
+    steps = content.get("gradient_accumulation_steps") or 1
     batch = f"{processes} x {micro} rows x {steps} steps = {processes * micro * steps}"
     if content.get("micro_batch_parts", 1) > 1:
         batch += f"; {content['micro_batch_parts']} processes share a micro-batch of the recipe"
@@ -205,16 +267,21 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", default="")
     parser.add_argument("--profile", default="")
     parser.add_argument("--nproc", default="")
+    parser.add_argument("--gradient-checkpointing", default="")
     given = parser.parse_args()
     here = hardware()
     profile, processes, why = choose(here, given.profile, given.nproc, 1)
     layers(profile)
     rows = {"found": found(here), "profile": f"{profile} ({why})"}
     recipe = recipes.find(given.recipe or "smollm2-135m/sentiment_r4")
-    content = merged(recipe, profile, processes, here=here)
+    content = merged(
+        recipe, profile, processes, here=here, checkpointing=given.gradient_checkpointing
+    )
     rows |= {"recipe": recipe.name} | reasons(content, here, processes)
     for name, text in rows.items():
         print(f"{name:<16} {text}")
+    for line in changed(recipe, content):
+        print(f"{'changed':<16} {line}")
 
 
 if __name__ == "__main__":

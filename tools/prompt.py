@@ -1,8 +1,9 @@
 """The one place where a conversation becomes text: training, scoring, chat and serving agree on it.
 
-Axolotl renders with the tokenizer's chat template (`chat_template: tokenizer_default`) and a
-recipe's `chat_template_kwargs`; `render` calls the same template of the same tokenizer with the
-same. `tests/test_train.py` and `tests/test_catalogue.py` compare the two to the token.
+Axolotl renders with the tokenizer's chat template, or with the one that a config names, and with
+the config's `chat_template_kwargs`. A run's saved tokenizer carries the template it was trained on
+(`with_template` sees to that), so `render` calls the same template with the same options.
+`tests/test_train.py` and `tests/test_catalogue.py` compare the two to the token.
 """
 
 from typing import Any
@@ -10,6 +11,58 @@ from typing import Any
 # How a row's prompt is put to the model. `chat` is the base's chat template. FinLoRA's adapters
 # were trained on `finlora`; `bare` is what it evaluates them on.
 FORMATS = {"chat": "", "finlora": "[INST] {} [/INST]", "bare": "{}"}
+
+
+# What makes a run's tokenizer another one than its base's.
+TOKENIZER = {
+    *("tokens", "added_tokens_overrides", "chat_template", "chat_template_jinja"),
+    *("default_system_message", "tokenizer_config", "tokenizer_type", "tokenizer_legacy"),
+    *("tokenizer_use_fast", "tokenizer_use_mistral_common"),
+}
+DEFAULT = "tokenizer_default"
+
+
+def templates(config: dict[str, Any]) -> list[tuple[str, str | None]]:
+    """The distinct (`chat_template`, `chat_template_jinja`) that an Axolotl config's rows use."""
+
+    def choice(options: dict[str, Any]) -> tuple[str, str | None]:
+        jinja = options.get("chat_template_jinja")
+        return options.get("chat_template") or ("jinja" if jinja else DEFAULT), jinja
+
+    top = choice(config)
+    rows = [choice(e) for e in config.get("datasets") or () if e.get("type") == "chat_template"]
+    # Axolotl gives the top-level template to the tokenizer, whose default it then is.
+    return list(dict.fromkeys(top if own[0] == DEFAULT else own for own in rows))
+
+
+def with_template(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with its datasets' own chat template at the top level as well.
+
+    Nothing else is trained by it, and Axolotl saves the template with the run's tokenizer.
+    """
+    choices = templates(config)
+    if len(choices) != 1 or choices[0][0] == DEFAULT:
+        return config
+    name, jinja = choices[0]
+    return config | {"chat_template": name} | ({"chat_template_jinja": jinja} if jinja else {})
+
+
+def changes_tokenizer(config: dict[str, Any]) -> bool:
+    """Whether a config trains with another tokenizer or chat template than its base's."""
+    tokens = (config.get("special_tokens") or {}).keys() - {"pad_token"}
+    return bool(tokens or TOKENIZER & with_template(config).keys())
+
+
+def explain_unscorable(config: dict[str, Any]) -> str:
+    """Why no one chat template renders the prompts of a config's rows; "" where one does."""
+    kinds = [
+        e.get("type") for e in config.get("datasets") or () if e.get("type") != "chat_template"
+    ]
+    if kinds:
+        kind = kinds[0] if isinstance(kinds[0], str) else "custom" if kinds[0] else "pretokenized"
+        return f'it trains rows of type "{kind}", whose prompt is not a chat template\'s'
+    names = [name for name, _ in templates(config)]
+    return f"its datasets have several chat templates: {', '.join(names)}" if names[1:] else ""
 
 
 def render(

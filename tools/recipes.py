@@ -6,15 +6,14 @@ and scoring have in common.
 
 import hashlib
 import json
+from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from tools.cli import ROOT, WrongInput, digest, nearest, quiet, shown
+from tools.cli import ROOT, WrongInput, digest, nearest, parse_yaml, quiet, read_yaml, shown
 
 FOLDER = ROOT / "recipes"
 DEFAULT_MODEL = "llama-3.1-8b"
@@ -29,6 +28,13 @@ OUTPUT = [
     *("output_dir", "dataset_prepared_path", "logging_steps", "eval_steps", "evals_per_epoch"),
     *("save_steps", "saves_per_epoch", "save_total_limit"),
 ]
+
+
+# Keys that this project computes with, and that must be numbers before Axolotl's schema sees them.
+NUMBERS = {
+    *("learning_rate", "lora_alpha", "lora_r", "num_epochs", "max_steps", "sequence_len"),
+    *("micro_batch_size", "gradient_accumulation_steps", "val_set_size", "weight_decay"),
+}
 
 
 @dataclass(frozen=True)
@@ -59,11 +65,7 @@ class Recipe:
             raise WrongInput(
                 f"{shown(self.run)}: its adapter is not the one that run.json tells of"
             )
-        if any(
-            entry.get("chat_template") != "tokenizer_default" for entry in self.config["datasets"]
-        ):
-            raise WrongInput(f"{self.name}: only chat_template tokenizer_default can be scored")
-        return yaml.load((self.run / "config.yaml").read_bytes(), yaml.CSafeLoader)
+        return read_yaml(self.run / "config.yaml")
 
     @property
     def task(self) -> str | None:
@@ -89,9 +91,9 @@ def learned(config: dict[str, Any]) -> dict[str, Any]:
 @cache
 def matrix() -> dict[str, Any]:
     """The tables of recipes/matrix.yaml, and the user's own tasks of recipes/local/*.yaml."""
-    table = yaml.load((FOLDER / "matrix.yaml").read_bytes(), yaml.CSafeLoader)
+    table = read_yaml(FOLDER / "matrix.yaml")
     for path in sorted(LOCAL.glob("*.yaml")):
-        own = yaml.load(path.read_bytes(), yaml.CSafeLoader).get("tasks", {})
+        own = read_yaml(path).get("tasks", {})
         table["tasks"] |= {name: row | {"local": True} for name, row in own.items()}
     return table
 
@@ -186,28 +188,38 @@ def load(path: Path, name: str) -> Recipe:
     """Reads a recipe file; raises WrongInput where it is no mapping or lacks what all need."""
     if not path.is_file():
         raise WrongInput(f"{shown(path)} is not there; `make render` writes the catalogue's")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise WrongInput(f"{shown(path)}: not UTF-8 at byte {error.start + 1}") from None
-    try:
-        config = yaml.load(text, yaml.CSafeLoader)
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f", line {where.line + 1}" if where else ""
-        raise WrongInput(f"{shown(path)}{line}: not YAML") from None
+    content = path.read_bytes()
+    config = parse_yaml(content, shown(path))
     if not isinstance(config, dict):
         raise WrongInput(f"{shown(path)}: a mapping of Axolotl options is needed")
-    for key in ("base_model", "datasets", "output_dir"):
+    for key in ("base_model", "datasets"):
         if not config.get(key):
             raise WrongInput(f'{shown(path)}: the key "{key}" is missing')
+    config["output_dir"] = config.get("output_dir") or "model-out"  # Axolotl's own default
+    for key in NUMBERS & config.keys():
+        config[key] = read_number(config[key])
     entries = config["datasets"]
     if not isinstance(entries, list) or not all(
         isinstance(e, dict) and "path" in e for e in entries
     ):
         raise WrongInput(f'{shown(path)}: "datasets" must be a list of mappings with a "path"')
-    header = (line.split() for line in text.splitlines() if line.startswith("# Version:"))
+    header = (
+        line.split() for line in content.decode().splitlines() if line.startswith("# Version:")
+    )
     return Recipe(name, path, config, next((words[2] for words in header if words[2:]), "0"))
+
+
+def read_number(value: Any) -> Any:
+    """The number of a text such as "1e-4", which YAML 1.1 reads as a text and Axolotl's schema as a
+    number; everything else as it is.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    return int(number) if number.is_integer() and "e" not in value.lower() else number
 
 
 def config(name: str) -> dict[str, Any]:
@@ -270,7 +282,7 @@ def profile(name: str) -> dict[str, Any]:
     known = sorted(path.stem for path in PROFILES.glob("*.yaml"))
     if name not in known:
         raise WrongInput(f'unknown PROFILE "{name}"; there are {", ".join(known)}')
-    return yaml.load((PROFILES / f"{name}.yaml").read_bytes(), yaml.CSafeLoader)
+    return read_yaml(PROFILES / f"{name}.yaml")
 
 
 def unknown_keys(config: dict[str, Any], model: Any, where: str = "") -> list[str]:
@@ -313,7 +325,8 @@ def validate(content: dict[str, Any], where: str) -> None:
     from pydantic import ValidationError
 
     own = {"plugins", "dequantize_once", "answer_logits_only"}  # tools/plugin.py adds these
-    plain = {key: value for key, value in content.items() if key not in own}
+    # A copy, down to the last list: the schema's validators write into what they are given.
+    plain = deepcopy({key: value for key, value in content.items() if key not in own})
     # A plugin of Axolotl's brings keys of its own.
     unknown = [] if content.get("plugins") else unknown_keys(plain, AxolotlInputConfig)
     if unknown:

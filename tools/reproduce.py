@@ -12,10 +12,8 @@ import importlib.metadata
 import json
 from pathlib import Path
 
-import yaml
-
 from tools import export, profiles, recipes, train
-from tools.cli import ROOT, JobFailed, WrongInput, command, shown
+from tools.cli import ROOT, JobFailed, WrongInput, command, read_yaml, shown
 
 
 def again(run: Path) -> tuple[recipes.Recipe, train.Machines]:
@@ -23,7 +21,7 @@ def again(run: Path) -> tuple[recipes.Recipe, train.Machines]:
     if not (run / "run.json").is_file():
         raise WrongInput(f"{shown(run)} is no finished run: it has no run.json")
     told = json.loads((run / "run.json").read_text())
-    config = yaml.load((run / "config.yaml").read_bytes(), yaml.CSafeLoader)
+    config = read_yaml(run / "config.yaml")
     beside = run.with_name(f"{run.name}.reproduced")
     config["output_dir"] = shown(beside)
     config["dataset_prepared_path"] = shown(beside / "prepared")

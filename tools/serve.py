@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tools import merge, subject, weights
+from tools import merge, prompt, subject, weights
 from tools.cli import WrongInput, command, shown
 
 RANKS = (8, 16, 32, 64, 128, 256)  # that vLLM takes for --max-lora-rank
@@ -31,6 +31,8 @@ def on_vllm(who: subject.Subject, name: str, address: list[str]) -> list[str]:
     told = json.loads((folder / "adapter_config.json").read_text())
     options: dict[str, Any] = who.options or {}
     given: list[str] = []
+    if prompt.changes_tokenizer(who.config):
+        given = ["--chat-template", str(folder / "chat_template.jinja")]
     if options:
         # vLLM takes a template and no options for it, so they are written into it.
         template = (folder / "chat_template.jinja").read_text()
@@ -38,7 +40,9 @@ def on_vllm(who: subject.Subject, name: str, address: list[str]) -> list[str]:
         path = folder / "chat_template_fixed.jinja"
         path.write_text(fixed + template)
         given = ["--chat-template", str(path)]
-    if told.get("use_dora") or weights.precision(who.config) == "int8":
+    # vLLM has no DoRA, no trained embeddings, and no 8-bit base that it quantizes itself.
+    apart = told.get("use_dora") or told.get("modules_to_save") or who.config.get("tokens")
+    if apart or weights.precision(who.config) == "int8":
         return ["vllm", "serve", str(merge.merge(who.config, folder)), *address, *given]
     rank = next(rank for rank in RANKS if rank >= told["r"])
     quantized = ["--quantization", "bitsandbytes"] if who.config.get("load_in_4bit") else []

@@ -274,7 +274,7 @@ def check_disk(config: dict[str, Any]) -> str:
 
 def whole_run(recipe: recipes.Recipe, batch: Batch, tokens_per_second: float) -> str:
     """Steps and hours of the whole recipe at the speed that was seen, in words."""
-    steps, tokens = plan.steps_of(batch.total_rows, math.ceil(batch.mean), recipe.config, 1)
+    steps, tokens = plan.steps_of(batch.total_rows, math.ceil(batch.mean), recipe.config)
     hours = tokens / tokens_per_second / 3600
     time = f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.0f} minutes"
     return f"{steps:,} steps on {batch.total_rows:,} rows, about {time} without evaluation"
@@ -307,7 +307,8 @@ def try_recipe(recipe: recipes.Recipe, profile: str) -> list[str]:
         if batch.too_long:
             say("", f"{batch.too_long} rows are over sequence_len; Axolotl drops them")
         trial = replace(recipe, config=smoke_config(recipe, batch, twin))
-        run = train.train(trial, profile, force=True, here=here)
+        content = profiles.merged(trial, profile, here=here)
+        run = train.execute(trial, content, profile, True, train.Machines())
         first, *_, last = [e for e in json_lines(FOLDER / "run/progress.jsonl") if "loss" in e]
         say("trains", f"{STEPS} steps, loss {first['loss']:.3f} to {last['loss']:.3f}")
         if run.get("last_eval_loss") is not None:

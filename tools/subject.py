@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tools import convert, recipes, weights
-from tools.cli import ROOT, WrongInput, shown
-from tools.prompt import FORMATS
+from tools.cli import ROOT, WrongInput, read_yaml, shown
+from tools.prompt import FORMATS, explain_unscorable
 
 RUNS = ROOT / "runs"
 
@@ -82,7 +80,7 @@ def of_folder(folder: Path, recipe: recipes.Recipe | None, precision: str, form:
     if recipe:
         config = recipe.config
     elif trained.is_file():
-        config = yaml.load(trained.read_bytes(), yaml.CSafeLoader)
+        config = read_yaml(trained)
     else:
         base = str(json.loads(told.read_text()).get("base_model_name_or_path") or "")
         rows = recipes.matrix()["models"].values()
@@ -104,7 +102,7 @@ def of_folder(folder: Path, recipe: recipes.Recipe | None, precision: str, form:
     if published and not recipe and published["task"] in convert.sources()["tasks"]:
         task = published["task"]
     form = form or _told(folder).get("prompt_format", "")
-    form = form or ("finlora" if published and not trained.is_file() else "chat")
+    form = form or ("finlora" if published and not trained.is_file() else "")
     model = next(
         (
             name
@@ -147,6 +145,10 @@ def _subject(
         raise WrongInput(f'unknown PRECISION "{precision}"; there are {known}')
     if form and form not in FORMATS:
         raise WrongInput(f'unknown PROMPT_FORMAT "{form}"; there are {", ".join(FORMATS)}')
+    if not form and (why := explain_unscorable(config)):
+        raise WrongInput(
+            f"{name}: {why}; PROMPT_FORMAT=bare scores it on prompts without a template"
+        )
     own = weights.precision(config)
     config = weights.at(config, precision) if precision else config
     suffix = precision if precision and precision != own else ""

@@ -47,6 +47,7 @@ from tools.cli import (
     shown,
     write_json,
 )
+from tools.prompt import explain_unscorable
 
 PACKAGES = ["torch", "transformers", "peft", "bitsandbytes", "axolotl", "accelerate", "datasets"]
 DISK = 2e9  # bytes that must be free: checkpoints, prepared data, log
@@ -61,6 +62,8 @@ CAUSES = {
     r"No space left on device|os error 28": "no space left on the disk; {free} are free",
     r"(PermissionError|Read-only file system).*": "{0}: the run folder cannot be written to",
 }
+# Endings of data files that Axolotl reads; another path that does not exist is a name on the Hub.
+DATA_FILES = {".jsonl", ".json", ".csv", ".parquet", ".txt", ".arrow"}
 # Lines by which torchrun tells that some process failed, and not why.
 ECHOES = ("ChildFailedError", "torch.distributed.elastic", "error_file", "CalledProcessError")
 
@@ -147,11 +150,17 @@ def data_of(recipe: recipes.Recipe) -> list[dict[str, Any]]:
     entries += [(entry, "validation") for entry in config.get("test_datasets") or ()]
     for entry, split in entries:
         path = (ROOT / entry["path"]).resolve()
-        if not path.exists() and path.suffix != ".jsonl":
+        if not path.exists() and path.suffix not in DATA_FILES:
             continue  # a dataset of the Hub: Axolotl finds it
         if path.is_dir():
             raise WrongInput(f"{shown(path)} is a folder; name a file of chat rows")
         if not path.is_file():
+            beside = (recipe.path.parent / entry["path"]).resolve()
+            if beside.is_file():
+                raise WrongInput(
+                    f"{shown(path)} is not there: paths in a recipe start at {ROOT}; "
+                    f"for the file beside the recipe write {beside}"
+                )
             task = f" TASKS={recipe.task}" if recipe.task else ""
             raise WrongInput(f"{shown(path)} is not there; `make data{task}` makes it")
         content = convert.manifest(path)
@@ -174,6 +183,41 @@ def data_of(recipe: recipes.Recipe) -> list[dict[str, Any]]:
                     "`make data` makes both"
                 )
     return found
+
+
+def refuse_unusable(recipe: recipes.Recipe) -> None:
+    """Raises WrongInput, before anything is loaded, for a config whose run could not be used."""
+    config, where = recipe.config, shown(recipe.path)
+    reasons = {
+        key: "a run is an adapter that supervised fine-tuning made"
+        for key in ("rl", "reward_model", "process_reward_model", "relora", "pretraining_dataset")
+    }
+    reasons["tokenizer_use_mistral_common"] = "scoring loads tokenizers with transformers alone"
+    for key, reason in reasons.items():
+        if config.get(key):
+            raise WrongInput(f"{where}: {key} is not supported: {reason}; `axolotl train` takes it")
+    if config.get("adapter") not in ("lora", "qlora"):
+        raise WrongInput(
+            f"{where}: adapter must be lora or qlora, not {config.get('adapter')}: a run is an "
+            "adapter and its base; `axolotl train` trains without one"
+        )
+    if config["adapter"] == "lora" and config.get("load_in_4bit"):
+        raise WrongInput(
+            f"{where}: with adapter: lora Axolotl leaves a load_in_4bit base unquantized; "
+            "write adapter: qlora, or load_in_4bit: false"
+        )
+    start = config.get("peft_init_lora_weights", True)
+    loftq = ((config.get("peft") or {}).get("loftq_config") or {}).get("loftq_bits")
+    if loftq or (isinstance(start, str) and start not in ("gaussian", "orthogonal")):
+        raise WrongInput(
+            f"{where}: {'loftq_config' if loftq else f'peft_init_lora_weights: {start}'} changes "
+            "the base's weights, which a run does not keep; leave it out, or use gaussian"
+        )
+    if config.get("tokens") and not config.get("lora_modules_to_save"):
+        raise WrongInput(
+            f"{where}: the embeddings of new tokens must be trained and saved; "
+            "add lora_modules_to_save: [embed_tokens, lm_head]"
+        )
 
 
 @contextmanager
@@ -458,19 +502,6 @@ def finish(recipe: recipes.Recipe, profile: str, data: list[dict[str, Any]]) -> 
     return content
 
 
-def train(
-    recipe: recipes.Recipe,
-    profile: str,
-    force: bool = False,
-    machines: Machines = Machines(),  # noqa: B008
-    tracker: str = "",
-    here: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Trains a recipe unless its run is finished; returns the run's `run.json`."""
-    content = profiles.merged(recipe, profile, machines.processes, tracker, here)
-    return execute(recipe, content, profile, force, machines)
-
-
 def execute(
     recipe: recipes.Recipe,
     content: dict[str, Any],
@@ -507,6 +538,7 @@ def main() -> None:
     parser.add_argument("--force", default="", help="1: train a finished run again")
     parser.add_argument("--nproc", default="", help="processes on this machine, one a GPU")
     parser.add_argument("--tracker", default="", help=", ".join(profiles.TRACKERS))
+    parser.add_argument("--gradient-checkpointing", default="", help="1 or 0; chosen without it")
     parser.add_argument("--nnodes", default="", help="machines")
     parser.add_argument("--node-rank", default="", help="which of them this is, from 0 on")
     parser.add_argument("--rendezvous", default="", help="host:port of machine 0")
@@ -527,9 +559,8 @@ def main() -> None:
     force = given.force not in ("", "0")
     if not force and not (recipe.run / "identity.json").is_file():
         fits(recipe, here, profile)
+    refuse_unusable(recipe)
     recipes.validate(recipe.config, shown(recipe.path))
-    if recipe.config.get("adapter") not in ("lora", "qlora"):
-        raise WrongInput(f"{shown(recipe.path)}: adapter must be lora or qlora")
     if recipe.run in (ROOT, ROOT / "runs", *ROOT.parents):
         raise WrongInput(f"{shown(recipe.path)}: output_dir must be a folder of its own")
     free = shutil.disk_usage(ROOT).free
@@ -543,10 +574,22 @@ def main() -> None:
     )
     if reason := convert.drop_missing_validation(recipe.config)[1]:
         print(f"train      no rows validate: {reason}")
+    names = [e["path"] for e in recipe.config["datasets"] if not (ROOT / e["path"]).exists()]
+    what = " and ".join([f"{rows} rows"] * bool(rows) + [f"{name} of the Hub" for name in names])
     validated = f", validated on {held}" if held else ""
     share = f", {machines.processes} processes" if machines.processes > 1 else ""
-    print(f"train      {recipe.name} on {rows} rows{validated}, profile {profile} ({why}){share}")
-    run = train(recipe, profile, force, machines, given.tracker, here)
+    print(f"train      {recipe.name} on {what}{validated}, profile {profile} ({why}){share}")
+    content = profiles.merged(
+        recipe, profile, machines.processes, given.tracker, here, given.gradient_checkpointing
+    )
+    for line in profiles.changed(recipe, content):
+        print(f"train      {line}")
+    if reason := explain_unscorable(recipe.config):
+        print(
+            f"train      note: {reason}; `make eval` needs PROMPT_FORMAT=bare, and chat and serve "
+            "are not possible"
+        )
+    run = execute(recipe, content, profile, force, machines)
     if not run:
         print(f"train      done; the run is on {given.rendezvous}")
         return

@@ -4,7 +4,10 @@ Used by scoring and chat, so that an adapter always meets the base that it was t
 """
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from tools import prompt
 
 
 def dequantize_once(model: Any, training: bool = False) -> int:
@@ -104,6 +107,34 @@ def precision(config: dict[str, Any]) -> str:
     return "int8" if config.get("load_in_8bit") else "full"
 
 
+def vocabulary(tokenizer: Any, config: dict[str, Any]) -> int:
+    """Rows of the embedding that Axolotl trains a tokenizer with."""
+    step = 32 if config.get("resize_token_embeddings_to_32x") else 1
+    return -(-len(tokenizer) // step) * step
+
+
+def load_tokenizer(config: dict[str, Any], adapter: Path | None = None) -> Any:
+    """The tokenizer that a config trains with: the run's own where `adapter` is a run."""
+    from transformers import AutoTokenizer
+
+    if adapter and (adapter / "tokenizer.json").is_file() and (adapter / "config.yaml").is_file():
+        return AutoTokenizer.from_pretrained(adapter)
+    if prompt.changes_tokenizer(config):
+        from axolotl.loaders import load_tokenizer as load_as_trained
+        from axolotl.utils.dict import DictDefault
+
+        base = config["base_model"]
+        with TemporaryDirectory() as folder:  # where overridden tokens are written
+            content = prompt.with_template(config) | {"output_dir": folder}
+            for key in ("base_model_config", "tokenizer_config"):
+                content[key] = config.get(key) or base
+            return load_as_trained(DictDefault(content))
+    tokenizer = AutoTokenizer.from_pretrained(config["base_model"])
+    for name, token in (config.get("special_tokens") or {}).items():
+        setattr(tokenizer, name, token)
+    return tokenizer
+
+
 def load(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, Any]:
     """Loads (model, tokenizer) of a recipe's merged config, ready to generate.
 
@@ -112,25 +143,26 @@ def load(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, Any]
     folder; without it the base alone is returned.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     on_gpu = torch.cuda.is_available()
     dtype = getattr(torch, config.get("dtype") or ("bfloat16" if on_gpu else "float32"))
     kwargs: dict[str, Any] = {"dtype": dtype, "device_map": {"": 0 if on_gpu else "cpu"}}
     if config.get("load_in_4bit"):
         four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        four |= config.get("bnb_config_kwargs") or {}
-        kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **four
-        )
+        four |= {"bnb_4bit_compute_dtype": dtype} | (config.get("bnb_config_kwargs") or {})
+        kwargs["quantization_config"] = BitsAndBytesConfig(**{"load_in_4bit": True} | four)
     elif config.get("load_in_8bit"):
         keep_8bit_scales()
         kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    tokenizer = AutoTokenizer.from_pretrained(config["base_model"])
+    tokenizer = load_tokenizer(config, adapter)
     tokenizer.padding_side = "left"
-    for name, token in (config.get("special_tokens") or {}).items():
-        setattr(tokenizer, name, token)
     model = AutoModelForCausalLM.from_pretrained(config["base_model"], **kwargs)
+    rows = vocabulary(tokenizer, config)
+    if model.get_input_embeddings().num_embeddings < rows:
+        # As Axolotl does. The adapter's file holds all rows; a base alone has random new ones.
+        torch.manual_seed(config.get("seed") or 42)
+        model.resize_token_embeddings(rows, mean_resizing=False)
     if adapter is not None:
         from peft import PeftModel
 

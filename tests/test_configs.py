@@ -1,0 +1,362 @@
+"""Axolotl configs from elsewhere train, and what they trained can be used; or they are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from evals import run as scoring
+from tests.conftest import run
+from tools import convert, merge, profiles, prompt, recipes, serve, subject, train, weights
+from tools.cli import ROOT, WrongInput, parse_yaml
+
+ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"Is the tone of note {n} good? <fin_a>"},
+            {"role": "assistant", "content": "yes" if n % 2 else "no"},
+        ]
+    }
+    for n in range(32)
+]
+CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>\n{% endfor %}<assistant>"
+TYPE = "chat_template"
+# What each config has beside the commonest form of an Axolotl example.
+CONFIGS = {
+    "minimal": {},
+    "tokens": {
+        "load_in_4bit": True,
+        "adapter": "qlora",
+        "tokens": ["<fin_a>", "<fin_b>"],
+        "lora_modules_to_save": ["embed_tokens", "lm_head"],
+    },
+    "added": {
+        "special_tokens": {"pad_token": "<pad>", "additional_special_tokens": ["<fin_a>"]},
+    },
+    "overridden": {"added_tokens_overrides": {5: "<fin_a>"}},
+    "compute_dtype": {
+        "load_in_4bit": True,
+        "adapter": "qlora",
+        "bnb_config_kwargs": {"bnb_4bit_compute_dtype": "float32", "bnb_4bit_quant_type": "nf4"},
+    },
+    "named_template": {"chat_template": "phi_3"},
+    "template_of_rows": {"datasets": [{"type": TYPE, "chat_template": "alpaca"}]},
+    "jinja": {"datasets": [{"type": TYPE, "chat_template_jinja": CHATML}]},
+    "packed": {"sample_packing": True, "pad_to_sequence_len": True, "lora_target_linear": True},
+    "dora": {"peft_use_dora": True, "tokenizer_config": "BASE", "base_model_config": "BASE"},
+}
+LONG = {"overridden", "dora", "packed", "named_template"}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("own") / "chat.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def write(folder: Path, base: Path, data: Path, **changes: object) -> Path:
+    """A config in the commonest form of Axolotl's examples, with changes; None leaves a key out."""
+    content: dict = {
+        "base_model": str(base),
+        "adapter": "lora",
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "datasets": [{"path": str(data), "type": TYPE}],
+        "sequence_len": 256,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 3,
+        "num_epochs": 1,
+        "optimizer": "adamw_torch",
+        "learning_rate": 0.01,
+        "special_tokens": {"pad_token": "<|endoftext|>"},
+        "output_dir": str(folder / "run"),
+    } | changes
+    for entry in content["datasets"] or []:
+        entry.setdefault("path", str(data))
+    content = {k: str(base) if v == "BASE" else v for k, v in content.items() if v is not None}
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, rows, tmp_path_factory):
+    """Finished runs of CONFIGS: name → the config's path; each trains when asked for."""
+
+    class Trained(dict[str, Path]):
+        def __missing__(self, name: str) -> Path:
+            path = write(tmp_path_factory.mktemp(name), tiny, rows, **CONFIGS[name])
+            done = run("tools.train", path)
+            assert done.returncode == 0, done.stdout + done.stderr
+            self[name] = path
+            return path
+
+    return Trained()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in CONFIGS],
+)
+def test_what_a_config_trained_is_rendered_loaded_merged_and_served_as_it_was_trained(
+    trained, name
+):
+    import torch
+    from datasets import load_from_disk
+    from safetensors.torch import load_file
+
+    who = subject.find(str(trained[name]))
+    model, tokenizer = weights.load(who.config, who.adapter)
+
+    # The prompts are those of the training, to the token.
+    (folder,) = [path for path in (who.adapter / "prepared").iterdir() if path.is_dir()]
+    trained_on = {
+        tuple(row["input_ids"][: next(i for i, v in enumerate(row["labels"]) if v != -100)])
+        for row in load_from_disk(str(folder))
+    }
+    fed = {tuple(prompt.tokens(tokenizer, row["messages"][:1])) for row in ROWS}
+    if not who.config.get("sample_packing"):
+        assert fed == trained_on
+    if name in ("tokens", "added", "overridden"):
+        assert all(tokenizer.convert_tokens_to_ids("<fin_a>") in row for row in fed)
+
+    # Every weight of the file is in the model.
+    values = dict(model.named_parameters()) | dict(model.named_buffers())
+    for key, tensor in load_file(who.adapter / "adapter_model.safetensors").items():
+        place = key.replace("lora_A.w", "lora_A.default.w").replace("lora_B.w", "lora_B.default.w")
+        place = place.replace("modules_to_save.w", "modules_to_save.default.w")
+        if place in values:
+            assert torch.equal(values[place].float().cpu(), tensor.float()), key
+    with torch.inference_mode():
+        ids = torch.tensor([prompt.tokens(tokenizer, ROWS[0]["messages"][:1])])
+        assert model(input_ids=ids).logits.isfinite().all()
+    if name == "compute_dtype":
+        layer = model.base_model.model.model.layers[0].self_attn.k_proj
+        assert layer.compute_dtype == torch.float32
+
+    target = merge.merge(who.config, who.adapter)
+    again, alike = weights.load({"base_model": str(target), "dtype": "float32"})
+    assert prompt.render(alike, ROWS[0]["messages"][:1]) == prompt.render(
+        tokenizer, ROWS[0]["messages"][:1]
+    )
+    assert again.get_input_embeddings().num_embeddings >= len(tokenizer)
+    line = serve.on_vllm(who, "mine", [])
+    if who.config.get("lora_modules_to_save"):
+        assert line[2] == str(target)
+    if (
+        prompt.changes_tokenizer(recipes.find(str(trained[name])).config)
+        and "merged" not in line[2]
+    ):
+        assert "--chat-template" in line
+
+
+@pytest.mark.parametrize("name", ["tokens", "template_of_rows", "compute_dtype"])
+def test_what_a_config_trained_is_scored_and_chatted_with(trained, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "CHAT", tmp_path / "data" / "chat")
+    convert.convert_task("sentiment", convert.SAMPLE)
+    monkeypatch.chdir(tmp_path)  # lm-eval finds data/chat from here
+    files = scoring.run(subject.find(str(trained[name])), "fpb", 4, False)
+    for side in ("base", "adapter"):
+        assert json.loads(files["fpb"][side].read_text())["examples"] == 4
+    done = run("tools.chat", trained[name], "Is <fin_a> good?")
+    assert done.returncode == 0 and "adapter" in done.stdout, done.stderr
+
+
+def test_a_base_alone_is_loaded_with_the_tokenizer_that_a_config_would_train(tiny, rows, tmp_path):
+    path = write(tmp_path, tiny, rows, **CONFIGS["tokens"], chat_template="chatml")
+    who = subject.find(str(path), base_only=True)
+    model, tokenizer = weights.load(who.config)
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer)
+    assert tokenizer.tokenize("<fin_b>") == ["<fin_b>"]
+    assert (
+        tokenizer.chat_template
+        == weights.load_tokenizer(
+            {"base_model": str(tiny), "datasets": [], "chat_template": "chatml"}
+        ).chat_template
+    )
+
+
+# ---- refused before anything is loaded
+
+REFUSED = {
+    "dpo": ({"rl": "dpo"}, "rl is not supported: a run is an adapter"),
+    "reward": ({"reward_model": True}, "reward_model is not supported"),
+    "full": ({"adapter": None}, "adapter must be lora or qlora, not None: a run is an adapter"),
+    "16 bits": ({"load_in_4bit": True}, "with adapter: lora Axolotl leaves a load_in_4bit base"),
+    "pissa": ({"peft_init_lora_weights": "pissa"}, "pissa changes the base's weights"),
+    "loftq": ({"peft": {"loftq_config": {"loftq_bits": 4}}}, "loftq_config changes the base's"),
+    "tokens": ({"tokens": ["<a>"]}, "the embeddings of new tokens must be trained and saved"),
+}
+
+
+@pytest.mark.parametrize(("changed", "said"), REFUSED.values(), ids=REFUSED)
+def test_a_config_whose_run_could_not_be_used_is_refused_with_the_reason(
+    changed, said, tiny, rows, tmp_path
+):
+    with pytest.raises(WrongInput) as error:
+        train.refuse_unusable(recipes.find(str(write(tmp_path, tiny, rows, **changed))))
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_full_fine_tuning_is_refused_in_one_line(tiny, rows, tmp_path):
+    done = run("tools.train", write(tmp_path, tiny, rows, adapter=None))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert not (tmp_path / "run").exists()
+
+
+OTHER_ROWS = {
+    "alpaca": [{"type": "alpaca"}],
+    "completion": [{"type": "completion"}],
+    "custom": [{"type": {"field_instruction": "q", "field_output": "a"}}],
+    "pretokenized": [{}],
+    "mixed": [{"type": TYPE}, {"type": "alpaca"}],
+    "several templates": [
+        {"type": TYPE, "chat_template": "chatml"},
+        {"type": TYPE, "chat_template": "alpaca"},
+    ],
+}
+
+
+@pytest.mark.parametrize("entries", OTHER_ROWS.values(), ids=OTHER_ROWS)
+def test_rows_without_one_chat_template_need_a_prompt_format(entries, tiny, rows, tmp_path):
+    path = str(write(tmp_path, tiny, rows, datasets=[dict(entry) for entry in entries]))
+    with pytest.raises(WrongInput, match="PROMPT_FORMAT=bare scores it"):
+        subject.find(path, base_only=True)
+    assert subject.find(path, base_only=True, form="bare").prompt_format == "bare"
+
+
+def test_rows_of_another_type_train_with_a_note_and_are_merged(tiny, tmp_path):
+    rows = tmp_path / "alpaca.jsonl"
+    row = {"instruction": "Is it good?", "input": "", "output": "yes"}
+    rows.write_text((json.dumps(row) + "\n") * 16)
+    path = write(tmp_path, tiny, rows, datasets=[{"type": "alpaca"}])
+    done = run("tools.train", path)
+    assert done.returncode == 0, done.stderr
+    assert 'note: it trains rows of type "alpaca"' in done.stdout
+    done = run("tools.chat", path, "hello")
+    assert done.returncode == 2 and "PROMPT_FORMAT=bare" in done.stderr
+    done = run("tools.merge", path)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- where things are
+
+
+def test_a_config_without_an_output_dir_has_axolotls(tiny, rows, tmp_path):
+    path = write(tmp_path, tiny, rows, output_dir=None)
+    assert recipes.find(str(path)).run == ROOT / "model-out"
+
+
+def test_a_relative_path_that_lies_beside_the_config_is_explained(tiny, rows, tmp_path):
+    (tmp_path / "chat.jsonl").write_bytes(rows.read_bytes())
+    path = write(tmp_path, tiny, Path("chat.jsonl"))
+    with pytest.raises(WrongInput) as error:
+        train.data_of(recipes.find(str(path)))
+    assert f"paths in a recipe start at {ROOT}" in str(error.value)
+    assert str(tmp_path / "chat.jsonl") in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["chat.json", "chat.csv", "chat.parquet"])
+def test_a_data_file_that_is_not_there_is_no_dataset_of_the_hub(name, tiny, tmp_path):
+    with pytest.raises(WrongInput, match=f"{name} is not there"):
+        train.data_of(recipes.find(str(write(tmp_path, tiny, tmp_path / name))))
+
+
+def test_a_dataset_of_the_hub_is_left_to_axolotl(tiny, tmp_path):
+    path = write(tmp_path, tiny, Path("someone/some-data"))
+    assert train.data_of(recipes.find(str(path))) == []
+
+
+# ---- what Axolotl's schema makes of a config
+
+
+def test_validation_leaves_a_config_as_it_is(tiny, rows, tmp_path):
+    config = recipes.find(str(write(tmp_path, tiny, rows, chat_template_jinja="x"))).config
+    before = yaml.safe_dump(config)
+    recipes.validate(config, "mine.yaml")
+    assert yaml.safe_dump(config) == before
+
+
+def test_a_number_in_the_way_of_yaml_1_2_is_a_number_as_it_is_for_axolotl(tiny, rows, tmp_path):
+    path = write(tmp_path, tiny, rows)
+    text = path.read_text().replace("learning_rate: 0.01", "learning_rate: 1e-2")
+    path.write_text(text.replace("lora_r: 4", "lora_r: '4'") + "val_set_size: 5e-2\n")
+    config = recipes.find(str(path)).config
+    assert (config["learning_rate"], config["val_set_size"], config["lora_r"]) == (0.01, 0.05, 4)
+
+
+TWICE = {
+    "top": ("a: 1\nb: 2\na: 3\n", 'x.yaml, line 3: the key "a" stands in line 1 already'),
+    "nested": ("a:\n- b: 1\n  b: 1\n", 'x.yaml, line 3: the key "b" stands in line 2'),
+    "flow": ("a: {b: 1, b: 2}\n", 'the key "b"'),
+}
+
+
+@pytest.mark.parametrize(("text", "said"), TWICE.values(), ids=TWICE)
+def test_a_key_that_stands_twice_is_named_with_its_lines(text, said):
+    with pytest.raises(WrongInput) as error:
+        parse_yaml(text, "x.yaml")
+    assert said in str(error.value)
+
+
+def test_merged_mappings_and_anchors_may_repeat_keys():
+    text = "a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {<<: *b, y: 4}\nd: [*a, *a]\n"
+    assert parse_yaml(text, "x.yaml")["c"] == {"x": 3, "y": 4}
+    with pytest.raises(WrongInput, match="x.yaml, line 2: not YAML"):
+        parse_yaml("a: [", "x.yaml")
+
+
+# ---- profiles
+
+
+@pytest.mark.parametrize("profile", ["cpu", "gpu", "multi_gpu,fsdp", "multi_node"])
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"sample_packing": True, "pad_to_sequence_len": True},
+        {"optimizer": "lion_8bit", "sample_packing": False},
+        {"optimizer": "adafactor", "plugins": ["axolotl.integrations.liger.LigerPlugin"]},
+        {"plugins": ["my.Plugin", "tools.plugin.RunPlugin"], "liger_rope": False},
+        {"fp16": True, "attn_implementation": "eager"},
+    ],
+    ids=str,
+)
+def test_no_profile_changes_what_a_config_of_ones_own_learns(own, profile, tiny, rows, tmp_path):
+    recipe = recipes.find(str(write(tmp_path, tiny, rows, **own)))
+    content = profiles.merged(recipe, profile)
+    for key in ("sample_packing", "pad_to_sequence_len", "liger_rope", "attn_implementation"):
+        if key in own:
+            assert content[key] == own[key]
+    if "optimizer" in own:
+        assert content["optimizer"] == own["optimizer"]
+    names = content["plugins"]
+    assert names.count("tools.plugin.RunPlugin") == 1 and len(names) == len(set(names))
+    assert names[: len(own.get("plugins", []))] == own.get("plugins", [])
+
+
+def test_what_a_profile_changes_of_ones_own_keys_is_said(tiny, rows, tmp_path):
+    own = {"optimizer": "paged_adamw_8bit", "bf16": "auto", "plugins": ["my.Plugin"]}
+    recipe = recipes.find(str(write(tmp_path, tiny, rows, **own, flash_attention=True)))
+    lines = profiles.changed(recipe, profiles.merged(recipe, "cpu"))
+    for said in (
+        "optimizer: paged_adamw_8bit → adamw_torch (the same algorithm",
+        "bf16: auto → False",
+        "plugins: tools.plugin.RunPlugin added",
+        "flash_attention: True → left out",
+    ):
+        assert any(line.startswith(said) for line in lines), (said, lines)
+    catalogue = recipes.find("sentiment_r4")
+    assert profiles.changed(catalogue, profiles.merged(catalogue, "cpu")) == []
+
+
+def test_gradient_checkpointing_is_turned_on_and_off(tiny, rows, tmp_path):
+    path = write(tmp_path, tiny, rows, gradient_checkpointing=True)
+    for value, state in (("1", "on"), ("0", "off"), ("", "off")):
+        done = run("tools.profiles", path, "--gradient-checkpointing", value, "--profile", "cpu")
+        assert f"checkpointing    {state}" in done.stdout, done.stderr
+    done = run("tools.train", path, "--gradient-checkpointing", "yes")
+    assert done.returncode == 2 and 'GRADIENT_CHECKPOINTING "yes": 1 or 0' in done.stderr
