@@ -230,9 +230,7 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def content_of(name: str, run: dict[str, Any], tasks: dict[str, str]) -> dict[str, Any]:
     """The Axolotl config of a run. `tasks`: the task of each file name that trains one."""
-    bases = recipes.matrix()["models"].values()
-    known = (row for row in bases if run["base_model"] in (row["hub"], row.get("base_model")))
-    base = next(known, {"hub": run["base_model"], "settings": {}})
+    base = recipes.base_model(run["base_model"])[1] or {"hub": run["base_model"], "settings": {}}
     layer = {
         "lora_r": run["lora_r"],
         "lora_alpha": run.get("lora_alpha", recipes.matrix()["common"]["lora_alpha"]),

@@ -354,7 +354,7 @@ def models() -> dict[str, Model]:
 
 def find_model(base: str) -> Model:
     """The architecture of a base model, from the JSON that names it; WrongInput without one."""
-    if model := models().get(base.lower()):
+    if model := models().get(recipes.canonical(base).lower()):
         return model
     hint = nearest(base, [name for m in models().values() for name in (m.source, *m.also)])
     raise WrongInput(f'{shown(MODELS)} has no JSON for the base "{base}"{hint}')
