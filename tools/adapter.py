@@ -47,6 +47,9 @@ HARMLESS = {
 }
 LORA_TENSORS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 EMBEDDING_TENSORS = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+# Where tokens were added, PEFT writes each module that was saved whole twice more: as it was before
+# training, and under the name that it has in memory.
+COPIES = ("original_module", "modules_to_save")
 LFS = b"version https://git-lfs.github.com/spec/"
 
 
@@ -261,7 +264,7 @@ def largest(model: plan.Model, plain: Plain, where: str) -> int:
     if not most:
         raise _adapts_nothing(plain, model.source, where)
     # Embedding and head may be in the file, too, with added tokens (see `_check_saved`).
-    embeddings = 2 * 4 * (model.vocab + MOST_ADDED_TOKENS) * model.hidden
+    embeddings = (6 if plain.saved else 2) * 4 * (model.vocab + MOST_ADDED_TOKENS) * model.hidden
     embedded = plain.saved or any("embed" in t or "lm_head" in t for t in plain.targets)
     return most + 65536 + (embeddings if embedded else 0)
 
@@ -366,6 +369,7 @@ class Checked:
     modules: Modules
     adapted: dict[str, tuple[int, float]]  # module: (rank, alpha)
     saved: tuple[str, ...]  # modules whose whole weights are in the file
+    copies: frozenset[str]  # names of tensors in the file that are not loaded (see COPIES)
     rows: int | None  # of embedding and head, where tokens were added to the vocabulary
     parameters: int
 
@@ -465,7 +469,8 @@ def check_modules(folder: Path, modules: Modules, base: str) -> Checked:
     wanted = lora_tensors(modules, plain, adapted)
     saved, rows, whole = _check_saved(folder, plain, modules, adapted, tensors)
     wanted |= whole
-    for name in sorted(tensors.keys() ^ wanted.keys()):
+    copies = {f"base_model.model.{name}.{copy}.weight" for name in saved for copy in COPIES}
+    for name in sorted((tensors.keys() - copies) ^ wanted.keys()):
         verb, clause = (
             ("lacks", "which its config asks for")
             if name in wanted
@@ -481,7 +486,7 @@ def check_modules(folder: Path, modules: Modules, base: str) -> Checked:
         if not finite(folder / WEIGHTS, dtype, begin, end):
             raise WrongInput(f"{path}: {name} holds NaN or infinity")
     parameters = sum(math.prod(s) for n, s in wanted.items() if not n.endswith("base_layer.weight"))
-    return Checked(plain, modules, adapted, saved, rows, parameters)
+    return Checked(plain, modules, adapted, saved, frozenset(copies), rows, parameters)
 
 
 def _check_saved(

@@ -93,7 +93,7 @@ def rendered(name: str) -> str:
 
 
 def published(name: str, content: dict[str, Any]) -> str:
-    """What FinLoRA's adapter of this name was trained with, where it is not what the recipe says."""
+    """What FinLoRA trained its adapter of this name with, where the recipe says something else."""
     settings = recipes.published(name) or {}
     if all(content[key] == value for key, value in settings.items()):
         return ""

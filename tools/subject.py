@@ -25,8 +25,8 @@ from tools.prompt import FORMATS
 RUNS = ROOT / "runs"
 
 # The name of an adapter that FinLoRA published, `<task>_<model>_<bits>_r<rank>…`; one begins with
-# its training file. The precision stands nowhere else. They were trained on FinLoRA's prompt, not on
-# a chat template.
+# its training file. The precision stands nowhere else. They were trained on FinLoRA's prompt and on
+# no chat template.
 FINLORA = re.compile(
     r"(?P<task>[a-z0-9_]+?)(?:_train\.jsonl)?[_-](?:meta-)?(?:llama|mistral|qwen)[\w.-]*?[_-]"
     r"(?P<bits>4bits|8bits|fp16)[_-]r\d+(?:[_-][a-z0-9]+)*",
