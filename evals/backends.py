@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from tools import adapter as adapters
 from tools import card, weights
 from tools import subject as subjects
 from tools.cli import ROOT, JobFailed, WrongInput
@@ -80,17 +81,16 @@ def vllm_arguments(subject: Subject) -> dict[str, Any]:
     if precision == "nf4":  # bitsandbytes in vLLM: NF4 with double quantization
         arguments["quantization"] = "bitsandbytes"
     if subject.adapter:
-        checked = weights.check_adapter(config, subject.adapter)
-        if checked.unusual:
-            raise WrongInput(
-                f"vLLM has no {checked.unusual}; BACKEND=transformers scores this adapter"
-            )
-        rank = card.vllm_rank(checked.plain.rank)
+        plain, _ = adapters.read(subject.adapter)
+        rank = card.vllm_rank(plain.rank)
         if rank is None:
             raise WrongInput(
-                f"vLLM takes no rank over {card.RANKS[-1]}, and the adapter has "
-                f"{checked.plain.rank}; BACKEND=transformers scores it"
+                f"vLLM takes no rank over {card.RANKS[-1]}, and the adapter has {plain.rank}; "
+                "BACKEND=transformers scores it"
             )
+        unusual = "DoRA" if plain.dora else weights.check_adapter(config, subject.adapter).unusual
+        if unusual:
+            raise WrongInput(f"vLLM has no {unusual}; BACKEND=transformers scores this adapter")
         arguments |= {"lora_local_path": str(subject.adapter), "max_lora_rank": rank}
     return arguments
 

@@ -137,7 +137,9 @@ def write_merged(base: Any, config: dict[str, Any], adapter: Path, folder: Path)
         base.config.get_text_config().tie_word_embeddings = base.config.tie_word_embeddings = False
         base._tied_weights_keys = None
     merged = weights.attach(base, adapter, checked).merge_and_unload(safe_merge=True)
-    merged.save_pretrained(folder)
+    # transformers would turn the names back into those of the quantized file, which it cannot.
+    published = weights.published_precision(str(config["base_model"]))
+    merged.save_pretrained(folder, save_original_format=not published)
 
 
 @command
