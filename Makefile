@@ -87,22 +87,25 @@ eval: $(READY) ## Score base and adapter: [RECIPE=…] [TASKS=fpb,fiqa] [LIMIT=2
 report: $(READY) ## A page of all scores, runs/report/index.html, and its figures as PNGs: [PRICE=0.26] [GPU="A5000 24GB"]
 	@$(PY) -m evals.html --gpu "$$GPU" --price "$$PRICE"
 
-chat: $(READY) ## Base and adapter answer PROMPT="…"; a conversation without it: RECIPE=… or ADAPTER=…
-	@$(PY) -m tools.chat "$$RECIPE" "$$PROMPT" --adapter "$$ADAPTER"
+chat: $(READY) ## Base and adapter answer PROMPT="…"; a conversation without it: RECIPE=… or ADAPTER=… [PRECISION=nf4] [PROMPT_FORMAT=finlora]
+	@$(PY) -m tools.chat "$$RECIPE" "$$PROMPT" --adapter "$$ADAPTER" --precision "$$PRECISION" \
+	  --prompt-format "$$PROMPT_FORMAT"
 
-merge: $(READY) ## Merge an adapter into its base, and compare the two: RECIPE=… or ADAPTER=…
-	@$(PY) -m tools.merge "$$RECIPE" --adapter "$$ADAPTER"
+merge: $(READY) ## Merge an adapter into its base, and compare the two: RECIPE=… or ADAPTER=… [PRECISION=nf4] [PROMPT_FORMAT=finlora]
+	@$(PY) -m tools.merge "$$RECIPE" --adapter "$$ADAPTER" --precision "$$PRECISION" \
+	  --prompt-format "$$PROMPT_FORMAT"
 
-serve: $(READY) ## An OpenAI-compatible endpoint (vLLM on a GPU): RECIPE=… or ADAPTER=… [PORT=8000]
-	@$(PY) -m tools.serve "$$RECIPE" --adapter "$$ADAPTER" --port "$$PORT"
+serve: $(READY) ## An OpenAI-compatible endpoint (vLLM on a GPU): RECIPE=… or ADAPTER=… [PORT=8000] [PRECISION=nf4] [PROMPT_FORMAT=finlora]
+	@$(PY) -m tools.serve "$$RECIPE" --adapter "$$ADAPTER" --port "$$PORT" \
+	  --precision "$$PRECISION" --prompt-format "$$PROMPT_FORMAT"
 
 push: $(READY) ## Publish a run on the Hub, privately: RECIPE=… NAMESPACE=me [PUBLIC=1] [DRY_RUN=1] [PRICE=0.26] [FORCE=1]
 	@$(PY) -m tools.push "$$RECIPE" --namespace "$$NAMESPACE" --public "$$PUBLIC" \
 	  --dry-run "$$DRY_RUN" --price "$$PRICE" --force "$$FORCE"
 
-pull: $(READY) ## Bring a published adapter here: RECIPE=… [NAMESPACE=…] or ADAPTER=owner/name [REVISION=v1.0.0]
+pull: $(READY) ## Bring a published adapter here: RECIPE=… [NAMESPACE=…] or ADAPTER=owner/name[/folder] [PRECISION=nf4] [REVISION=v1.0.0]
 	@$(PY) -m tools.pull "$$RECIPE" --namespace "$$NAMESPACE" --adapter "$$ADAPTER" \
-	  --revision "$$REVISION" --force "$$FORCE"
+	  --revision "$$REVISION" --precision "$$PRECISION" --force "$$FORCE"
 
 adapters: $(READY) ## List the runs here and, with NAMESPACE=me, those on the Hub
 	@$(PY) -m tools.hub --namespace "$$NAMESPACE"

@@ -28,9 +28,10 @@ class Prompts:
         self.cut: dict[str, int] = {}
 
     def text(self, tokenizer: Any, content: str) -> str:
-        if form := FORMATS[self.form]:
-            return form.format(content)
-        return prompt.render(tokenizer, [{"role": "user", "content": content}], self.options)
+        if tokenizer is None:  # an endpoint's, which starts a completion with its own first token
+            return FORMATS[self.form].format(content)
+        messages = [{"role": "user", "content": content}]
+        return prompt.render(tokenizer, messages, self.options, self.form)
 
     def attach(self, lm: Any, budget: int) -> None:
         """Makes an lm-eval model render with this, leaving room for `budget` new tokens.

@@ -16,7 +16,6 @@ an answer that did not end, is asked for again, and where that does not help, th
 import asyncio
 import copy
 import importlib.util
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -26,11 +25,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from tools import adapter as adapters
+from tools import card, weights
 from tools import subject as subjects
-from tools import weights
 from tools.cli import ROOT, JobFailed, WrongInput
 from tools.prompt import FORMATS, changes_tokenizer
-from tools.serve import RANKS
 from tools.subject import Subject
 
 KEPT = 256  # rows that vLLM answers before they are kept
@@ -82,20 +81,18 @@ def vllm_arguments(subject: Subject) -> dict[str, Any]:
     if precision == "nf4":  # bitsandbytes in vLLM: NF4 with double quantization
         arguments["quantization"] = "bitsandbytes"
     if subject.adapter:
-        told = json.loads((subject.adapter / "adapter_config.json").read_text())
-        if told.get("use_dora"):
-            raise WrongInput("vLLM has no DoRA; BACKEND=transformers scores this adapter")
-        if told.get("modules_to_save") or config.get("tokens"):
-            raise WrongInput(
-                "vLLM has no trained embeddings; BACKEND=transformers scores this adapter"
-            )
+        plain, _ = adapters.read(subject.adapter)
         if changes_tokenizer(config):
             arguments["tokenizer"] = str(subject.adapter)
-        rank = next((rank for rank in RANKS if rank >= told["r"]), None)
+        rank = card.vllm_rank(plain.rank)
         if rank is None:
             raise WrongInput(
-                f"vLLM takes no rank over {RANKS[-1]}, and the adapter has {told['r']}"
+                f"vLLM takes no rank over {card.RANKS[-1]}, and the adapter has {plain.rank}; "
+                "BACKEND=transformers scores it"
             )
+        unusual = "DoRA" if plain.dora else weights.check_adapter(config, subject.adapter).unusual
+        if unusual:
+            raise WrongInput(f"vLLM has no {unusual}; BACKEND=transformers scores this adapter")
         arguments |= {"lora_local_path": str(subject.adapter), "max_lora_rank": rank}
     return arguments
 

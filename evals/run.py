@@ -40,7 +40,7 @@ from tools.cli import (
     quiet,
     write_json,
 )
-from tools.prompt import FORMATS, TOKENIZER, with_template
+from tools.prompt import TOKENIZER, with_template
 from tools.subject import Subject
 
 TASKS = ROOT / "evals" / "tasks"
@@ -107,16 +107,8 @@ def picked(task: str, limit: int | None) -> list[int]:
 
 def revision(base: str) -> str | None:
     """The commit of a base in the Hub's cache; None for a folder, and before it is downloaded."""
-    if (ROOT / base).is_dir():
-        return None
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(base, "config.json")
-    except HFValidationError:
-        return None
-    return Path(found).parent.name if isinstance(found, str) else None
+    folder = weights.base_folder(base)
+    return folder.name if folder and not (ROOT / base).is_dir() else None
 
 
 @cache
@@ -324,9 +316,8 @@ def main() -> None:
     parser.add_argument("--limit", default="", help="rows of each dataset")
     parser.add_argument("--force", default="", help="1: score again")
     parser.add_argument("--base", default="", help="1: the base alone")
-    parser.add_argument("--precision", default="", help=", ".join(weights.PRECISIONS))
     parser.add_argument("--adapter", default="", help="a PEFT folder")
-    parser.add_argument("--prompt-format", default="", help=", ".join(FORMATS))
+    subjects.add_options(parser)
     parser.add_argument("--backend", default="", help=", ".join(BACKENDS))
     parser.add_argument("--base-url", default="", help="of an OpenAI-compatible endpoint")
     parser.add_argument("--model-name", default="", help="the endpoint's model")

@@ -424,6 +424,23 @@ def test_a_secret_in_any_file_is_refused_and_never_shown(me, server, secret):
     assert secret not in result.stdout + result.stderr and server.requests == []
 
 
+def test_a_score_is_never_paired_with_another_models(me):
+    beside = me.made.with_name("base_nf4") / "evals" / "fpb.json"
+    content = json.loads(beside.read_text())
+    assert "| 50.0 (" in good(me.push("--dry-run", "1"))
+    for key, value in (
+        ("base_model", "meta-llama/Llama-3.1-8B-Instruct"),
+        ("base_revision", "0" * 40),
+        ("base_files", {"model.safetensors": "0" * 64}),
+        ("precision", "fp32"),
+        ("chat_template_kwargs", {"enable_thinking": False}),
+    ):
+        about = content["evaluated"] | {key: value}
+        cli.write_json(beside, content | {"evaluated": about})
+        said = good(me.push("--dry-run", "1"))
+        assert "not scored" in said and "| 50.0 (" not in said, key
+
+
 def test_data_whose_licence_forbids_it_is_never_made_public(me, server):
     told = json.loads((me.made / "run.json").read_text())
     entry = told["data"][0] | {"source": "train/headline_train.jsonl"}
@@ -732,6 +749,7 @@ def lora(model: plan.Model, rank: int = 4, modules=QKV, kind=np.float16, **chang
 
 SMOLLM2 = plan.find_model("HuggingFaceTB/SmolLM2-135M-Instruct")
 THEIRS = "stranger/adapter"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 12\n"
 
 
 def files_of(config, tensors, **more: bytes) -> dict[str, bytes]:
@@ -784,6 +802,40 @@ def test_an_adapter_for_a_base_that_only_the_hub_knows_is_held_against_its_confi
     run = bob.root / "runs" / "hub" / THEIRS
     assert yaml.safe_load((run / "config.yaml").read_text())["peft_use_dora"] is True
     assert "stranger/adapter at " in good(bob.run("hub"))
+    # Nothing says at which precision it was trained, so that is asked for.
+    assert json.loads((run / "run.json").read_text())["precision"] == "unknown"
+    refused(bob.run("chat", "", "x", "--adapter", THEIRS), "PRECISION= is one of")
+    good(bob.run("pull", "--adapter", THEIRS, "--precision", "nf4"))
+    assert yaml.safe_load((run / "config.yaml").read_text())["load_in_4bit"] is True
+
+
+def test_an_adapter_in_a_folder_of_a_repository_comes_by_its_path(place, server):
+    llama = plan.find_model("meta-llama/Llama-3.1-8B-Instruct")
+    mirror = "NousResearch/Meta-Llama-3.1-8B-Instruct"
+    config, tensors = lora(llama, rank=8, base_model_name_or_path=mirror)
+    folder = "8bits_r8/finer_llama_3_1_8b_8bits_r8"
+    files = {f"{folder}/{name}": content for name, content in files_of(config, tensors).items()}
+    server.put("lab/adapters", files | {"8bits_r8/other/adapter_model.bin": b"\x80\x04"})
+    bob = place("bob")
+    good(bob.run("pull", "--adapter", f"lab/adapters/{folder}"))
+    run = bob.root / "runs" / "hub" / "lab" / "adapters" / folder
+    told, made = (
+        json.loads((run / "run.json").read_text()),
+        yaml.safe_load((run / "config.yaml").read_text()),
+    )
+    assert (told["prompt_format"], made["load_in_8bit"]) == ("finlora", True)
+    assert made["base_model"] == "meta-llama/Llama-3.1-8B-Instruct"  # what the mirror is a copy of
+    said = good(bob.run("pull", "--adapter", f"lab/adapters/{folder}"))
+    assert "is there already" in said
+    refused(bob.run("pull", "--adapter", "lab/adapters/8bits_r8"), "adapter_config.json is missing")
+
+
+def test_a_nested_alternation_is_pulled_in_bounded_time(place, server):
+    """It means the same modules as a list of names, and would never end where it does not match."""
+    nested = "".join(f"({c}|({c}))" for c in "l" + "a" * 2000)
+    config, tensors = lora(SMOLLM2, target_modules=rf"{nested}|.*\.(q_proj|k_proj|v_proj)")
+    server.put(THEIRS, files_of(config, tensors))
+    good(place("bob").run("pull", "--adapter", THEIRS, "--precision", "nf4"))
 
 
 def header_of(entries: dict, data: bytes = b"") -> bytes:
@@ -872,12 +924,17 @@ def hostile() -> dict[str, tuple[dict[str, bytes], str]]:
             "auto_mapping",
         ),
         "another method": (changed(peft_type="PROMPT_TUNING"), "LORA is needed"),
-        "whole modules": (changed(modules_to_save=["lm_head"]), "modules_to_save"),
+        "whole modules": (changed(modules_to_save=["up_proj"]), "modules_to_save"),
+        "a head that is not there": (changed(modules_to_save=["lm_head"]), "lacks .*lm_head"),
+        "a rewritten base": (changed(init_lora_weights="pissa"), "init_lora_weights"),
+        "a pointer": (weights(POINTER), "Git LFS pointer"),
+        "a config that is a pointer": (plain | {adapter.CONFIG: POINTER}, "Git LFS pointer"),
+        "a file that is cut off": (weights(plain[adapter.WEIGHTS][:-9]), "cut off"),
         "a regular expression without end": (
-            changed(target_modules="(a+)+$"),
-            "simpler expression",
+            changed(target_modules="(.*)*(.*)*(.*)*(.*)*(.*)*x"),
+            "takes too long; a simpler expression",
         ),
-        "a module that is none": (changed(target_modules=["lm_head"]), "is no linear layer of"),
+        "a module that is none": (changed(target_modules=["nothing"]), "is no linear layer of"),
         "a config that is no object": (plain | {adapter.CONFIG: b"[]"}, "an object is needed"),
         "a large config": (plain | {adapter.CONFIG: b" " * (2**20 + 1)}, "is the most"),
         "another run.json": (plain | {"run.json": run}, "tells of another adapter"),

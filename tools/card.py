@@ -40,7 +40,7 @@ OWN = {
 }
 # What the Hub calls a metric; others keep their names.
 METRICS = {"f1_weighted": "f1", "f1_macro": "f1", "token_f1": "f1", "rouge_l": "rouge"}
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512, 1024)  # that vLLM takes as its largest
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes for its largest
 
 
 def origins(data: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -86,7 +86,8 @@ def licence(base: str, data: list[dict[str, Any]]) -> dict[str, Any]:
     Where base and data both have terms of their own, or those of the data are unknown, it is
     `other`, with a name and where to read more.
     """
-    of_base, link = next((v for k, v in BASES.items() if base.startswith(k)), ("unknown", None))
+    name = recipes.canonical(base)
+    of_base, link = next((v for k, v in BASES.items() if name.startswith(k)), ("unknown", None))
     rows = origins(data)
     strict = min(rows, key=strictness, default=OWN)
     of_data = str(strict["licence"]).lower() if strictness(strict) < len(STRICT) else ""
@@ -97,10 +98,9 @@ def licence(base: str, data: list[dict[str, Any]]) -> dict[str, Any]:
         return {"license": of_base} | ({"license_link": link} if link else {})
     if of_data.startswith("cc-") and plain:
         return {"license": of_data}
-    name = "-and-".join(filter(None, [of_base, of_data]))
     return {
         "license": "other",
-        "license_name": name,
+        "license_name": "-and-".join(filter(None, [of_base, of_data])),
         "license_link": link or f"https://huggingface.co/{base}",
     }
 
@@ -243,6 +243,11 @@ def read_label_check(pair: dict[str, Any]) -> str:
     return str(pair["adapter"].get("label_checks", {}).get("test", ""))
 
 
+def vllm_rank(rank: int) -> int | None:
+    """What vLLM is told of an adapter's rank; None for one that it does not serve unmerged."""
+    return next((most for most in RANKS if most >= rank), None)
+
+
 def hours(told: dict[str, Any]) -> float | None:
     seconds = told.get("seconds")
     return seconds * told.get("processes", 1) / 3600 if seconds else None
@@ -318,9 +323,7 @@ def make(
         sample=sample,
         prompt=example(recipe.task),
         template_kwargs=config.get("chat_template_kwargs") or {},
-        lora_rank=next(
-            r for r in (8, 16, 32, 64, 128, 256, 320, 512, 1024) if r >= config["lora_r"]
-        ),
+        lora_rank=vllm_rank(config["lora_r"]),
         hours=spent,
         cost=None if spent is None or price is None else spent * price,
         price=price,

@@ -76,7 +76,7 @@ def rendered(name: str) -> str:
         "",
     ]
     if theirs := recipes.finlora_name(name):
-        header.append(f"FinLoRA's name: {theirs}")
+        header.append(f"FinLoRA's name: {theirs}{published(theirs, content)}")
     header.append(
         f"Planned GPU memory: {gib(memory(name))} (rows of up to {longest} tokens; `make plan`)"
     )
@@ -90,6 +90,15 @@ def rendered(name: str) -> str:
         else "Rendered from recipes/matrix.yaml by `make render`."
     )
     return text(header, content, name)
+
+
+def published(name: str, content: dict[str, Any]) -> str:
+    """What FinLoRA trained its adapter of this name with, where the recipe says something else."""
+    settings = recipes.published(name) or {}
+    if all(content[key] == value for key, value in settings.items()):
+        return ""
+    values = ", ".join(f"{key.removeprefix('lora_')} {value}" for key, value in settings.items())
+    return f"; its published adapter: {values}"
 
 
 def text(header: list[str], content: dict[str, Any], name: str) -> str:

@@ -2,9 +2,10 @@
 
     python -m tools.chat smollm2-135m/sentiment_r4 "What is the sentiment of …"
     python -m tools.chat smollm2-135m/sentiment_r4          a conversation; an empty line ends it
-    python -m tools.chat --adapter runs/hub/someone/some-adapter "…"
+    python -m tools.chat "" "…" --adapter runs/hub/someone/some-adapter --precision nf4
 
-Answers are greedy, on the base at the precision that the adapter was trained on.
+Answers are greedy, on the base at the precision that the adapter was trained on, to prompts in the
+format that it was trained on.
 """
 
 import argparse
@@ -24,11 +25,12 @@ def answer(
     messages: list[dict[str, str]],
     options: dict[str, Any] | None = None,
     streamer: Any = None,
+    form: str = "chat",
 ) -> str:
     """The model's greedy answer to a conversation, without its end token."""
     import torch
 
-    ids = prompt.tokens(tokenizer, messages, options)
+    ids = prompt.tokens(tokenizer, messages, options, form)
     inputs = torch.tensor([ids], device=model.device)
     with torch.inference_mode():
         output = model.generate(
@@ -57,7 +59,8 @@ def side_by_side(model: Any, tokenizer: Any, who: subject.Subject, text: str) ->
     sides = [("base", model.disable_adapter()), ("adapter", nullcontext())]
     for name, context in sides:
         with context:
-            said = answer(model, tokenizer, [{"role": "user", "content": text}], who.options)
+            messages = [{"role": "user", "content": text}]
+            said = answer(model, tokenizer, messages, who.options, form=who.prompt_format)
         cells.append(escape(harmless(said)))
         table.add_column(f"{name}, {weights.precision(who.config)}", ratio=1)
     table.add_row(*cells)
@@ -83,7 +86,7 @@ def conversation(model: Any, tokenizer: Any, who: subject.Subject) -> None:
             return
         messages.append({"role": "user", "content": text})
         streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        said = answer(model, tokenizer, messages, who.options, streamer)
+        said = answer(model, tokenizer, messages, who.options, streamer, who.prompt_format)
         messages.append({"role": "assistant", "content": said})
 
 
@@ -93,8 +96,9 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", default="")
     parser.add_argument("prompt", nargs="?", default="")
     parser.add_argument("--adapter", default="", help="a PEFT folder instead of a recipe's run")
+    subject.add_options(parser)
     given = parser.parse_args()
-    who = subject.find(given.recipe, given.adapter)
+    who = subject.find(given.recipe, given.adapter, given.precision, given.prompt_format)
     export.ensure(who.config["base_model"])
     quiet()
     model, tokenizer = weights.load(who.config, who.adapter)

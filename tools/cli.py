@@ -36,8 +36,16 @@ QUIET = {
 for _name, _value in QUIET.items():
     os.environ.setdefault(_name, _value)
 
-# A token in a message (a URL with a password, a Hub or cloud key) is never printed.
-SECRET = re.compile(r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
+# A token in a message (a URL with a password, a Hub or cloud key) is never printed. Prose has
+# "sk-", too ("risk-adjusted-return"): a key starts at a word, and has digits or is one long run.
+SECRET = re.compile(
+    r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}"
+    r"|(?<![A-Za-z0-9_-])sk-(?=[A-Za-z0-9_-]*(?:[0-9]|[A-Za-z]{24}))"
+    r"(?=[A-Za-z0-9_-]*[A-Za-z0-9]{12})[A-Za-z0-9_-]{20,}"
+    r"|(?<![A-Za-z0-9])(?:AKIA|ASIA)[0-9A-Z]{16}(?![A-Za-z0-9])"
+    r"|(?<![A-Za-z0-9])gh[pousr]_[A-Za-z0-9]{36}|(?<![A-Za-z0-9])github_pat_[A-Za-z0-9_]{22,}"
+    r"|(?<=://)[^/@\s]+:[^/@\s]+(?=@)"
+)
 
 
 def quiet() -> None:

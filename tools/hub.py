@@ -157,18 +157,12 @@ def repository(recipe: recipes.Recipe, namespace: str) -> str:
     return f"{namespace or FINLORA}/{name}"
 
 
-def base_row(base: str) -> dict[str, Any]:
-    """The row of recipes/matrix.yaml for a base's name on the Hub or its local folder."""
-    rows = recipes.matrix()["models"].values()
-    return next((r for r in rows if base in (r.get("hub"), r.get("base_model"))), {})
-
-
 def hub_name(base: str) -> str:
     """A base's name on the Hub; raises WrongInput for a folder whose name there is not known."""
-    if name := base_row(base).get("hub"):
+    if name := recipes.base_model(base)[1].get("hub"):
         return str(name)
     if not (base.startswith(("/", ".", "~")) or (ROOT / base).is_dir()):
-        return base
+        return recipes.canonical(base)
     if model := plan.models().get(base.lower()):
         return model.source
     raise WrongInput(
@@ -178,9 +172,8 @@ def hub_name(base: str) -> str:
 
 
 def same_base(one: str, other: str) -> bool:
-    """Whether two names on the Hub are one model; Meta's were once called Meta-Llama-…"""
-    first, second = (n.lower().replace("meta-llama/meta-", "meta-llama/") for n in (one, other))
-    return first == second
+    """Whether two names on the Hub are one model: the same, or a mirror of recipes/matrix.yaml."""
+    return recipes.canonical(one).lower() == recipes.canonical(other).lower()
 
 
 def base_revision(base: str, config: dict[str, Any]) -> str:
@@ -194,7 +187,7 @@ def base_revision(base: str, config: dict[str, Any]) -> str:
     cached = try_to_load_from_cache(base, "config.json") if config["base_model"] == base else None
     if isinstance(cached, str):
         return Path(cached).parent.name
-    return str(base_row(base).get("revision", "main"))
+    return str(recipes.base_model(base)[1].get("revision", "main"))
 
 
 def origin(target: Path) -> dict[str, Any]:
@@ -217,7 +210,7 @@ def local_runs() -> list[tuple[str, str, str, str]]:
     from evals import report
 
     rows = []
-    for path in sorted([*RUNS.glob("*/*/run.json"), *RUNS.glob("hub/*/*/run.json")]):
+    for path in sorted([*RUNS.glob("*/*/run.json"), *RUNS.glob("hub/*/*/**/run.json")]):
         run, told = path.parent, json.loads(path.read_text())
         if ".previous" in run.name:
             continue

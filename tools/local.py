@@ -287,9 +287,7 @@ def find_data(run: dict[str, Any], source: Path) -> tuple[str, Path | None]:
 
 def content_of(name: str, run: dict[str, Any], task: str) -> dict[str, Any]:
     """The Axolotl config of a run that trains on a task's rows."""
-    bases = recipes.matrix()["models"].values()
-    known = (row for row in bases if run["base_model"] in (row["hub"], row.get("base_model")))
-    base = next(known, {"hub": run["base_model"], "settings": {}})
+    base = recipes.base_model(run["base_model"])[1] or {"hub": run["base_model"], "settings": {}}
     layer = {
         "lora_r": run["lora_r"],
         "lora_alpha": run.get("lora_alpha", recipes.matrix()["common"]["lora_alpha"]),

@@ -1,31 +1,30 @@
 """Merges an adapter into its base, so that any program can load the result without PEFT.
 
     python -m tools.merge smollm2-135m/sentiment_r4
-    python -m tools.merge --adapter runs/hub/someone/some-adapter
+    python -m tools.merge --adapter runs/hub/someone/some-adapter [--precision nf4]
 
-The base is first written as the adapter saw it in training: the linear layers quantized and
-dequantized, everything else as it is. Axolotl's merge-lora then adds the adapter's product. (Left
-to itself it merges a QLoRA adapter into a base whose embedding is quantized too, which training
-never does; on SmolLM2 that moves a logit by up to 10.) The result lies in `<run>/merged`.
+The base is first what the adapter saw in training: its linear layers quantized and dequantized,
+everything else as it is. PEFT then adds the adapter's product to that. (`axolotl merge-lora` merges
+a QLoRA adapter into a base whose embedding is quantized, too, which training never does; on SmolLM2
+that moves a logit by up to 10. And it takes a base for an MPT model where its path has an "mpt" in
+it.) The result lies in `<run>/merged`; its tokenizer carries the chat template that renders prompts
+as the adapter was trained on them.
 
-Afterwards the merged model is compared with base + adapter: `merged/merge.json` holds the largest
-difference of a logit, and what quantizing the merged weights anew would change.
+The merged model is compared with base + adapter: `merged/merge.json` holds the largest difference
+of a logit, and what quantizing the merged weights anew would change.
 """
 
 import argparse
 import gc
+import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tools import export, prompt, subject, weights
-from tools.cli import JobFailed, command, digest, quiet, shown, write_json
+from tools.cli import JobFailed, WrongInput, command, digest, quiet, shown, write_json
 
 # Largest difference of a logit, merged against base + adapter, both computing in float32. They add
 # the same products in another order; in bfloat16 the sums themselves are rounded to 3 digits, and
@@ -40,19 +39,19 @@ TEXTS = [
 ]
 
 
-def logits(model: Any, tokenizer: Any, options: dict[str, Any] | None) -> list[Any]:
+def logits(
+    model: Any, tokenizer: Any, options: dict[str, Any] | None, form: str = "chat"
+) -> list[Any]:
     """The logits of a model after each token of each text: (tokens, vocabulary), float32."""
     import torch
 
-    found = []
+    outputs = []
     for text in TEXTS:
-        ids = tokenizer.encode(text)
-        if tokenizer.chat_template:
-            ids = prompt.tokens(tokenizer, [{"role": "user", "content": text}], options)
+        ids = prompt.tokens(tokenizer, [{"role": "user", "content": text}], options, form)
         with torch.inference_mode():
-            given = torch.tensor([ids], device=model.device)
-            found.append(model(input_ids=given).logits[0].float().cpu())
-    return found
+            inputs = torch.tensor([ids], device=model.device)
+            outputs.append(model(input_ids=inputs).logits[0].float().cpu())
+    return outputs
 
 
 def difference(these: list[Any], those: list[Any]) -> dict[str, float]:
@@ -63,87 +62,84 @@ def difference(these: list[Any], those: list[Any]) -> dict[str, float]:
     return {"largest_logit_difference": largest, "same_next_token": sum(same) / len(same)}
 
 
-def merge(config: dict[str, Any], adapter: Path) -> Path:
+def merge(config: dict[str, Any], adapter: Path, form: str = "chat") -> Path:
     """Merges a PEFT folder into the base of an Axolotl config; returns the folder of the model.
 
-    Does nothing where `merged/` was made of this adapter. Raises JobFailed where the merged model
-    is not base + adapter within TOLERANCE.
+    form: the prompt format that the adapter was trained on. Does nothing where `merged/` was made
+    of all this. Raises JobFailed where the merged model is not base + adapter within TOLERANCE.
     """
-    target, sha = adapter / "merged", digest(adapter / "adapter_model.safetensors")
+    target, precision = adapter / "merged", weights.precision(config)
+    origin = {
+        "adapter_sha256": digest(adapter / "adapter_model.safetensors"),
+        "base_model": config["base_model"],
+        "precision": precision,
+        "prompt_format": form,
+    }
     if (target / "merge.json").is_file():
-        told = yaml.safe_load((target / "merge.json").read_text())
-        if told.get("adapter_sha256") == sha:
+        made = json.loads((target / "merge.json").read_bytes())
+        if all(made.get(key) == value for key, value in origin.items()):
             return target
     export.ensure(config["base_model"])
     quiet()
     options = config.get("chat_template_kwargs")
-    dtype = "float32"
     with tempfile.TemporaryDirectory(dir=adapter, prefix=".merging-") as name:
         work = Path(name)
         model, tokenizer = weights.load(config, adapter)
         dtype = str(model.dtype).removeprefix("torch.")
-        expected = logits(model, tokenizer, options)
+        if custom := prompt.template(tokenizer, form):
+            tokenizer.chat_template = custom
+        # A base without a chat template is merged all the same; the texts are then bare.
+        shape = "chat" if tokenizer.chat_template else "bare"
+        expected = logits(model, tokenizer, options, shape)
         base = model.unload()
         del model
-        if weights.precision(config) in ("nf4", "fp4", "int8"):
-            base = base.dequantize()
-        base.save_pretrained(work / "base")
-        tokenizer.save_pretrained(work / "base")
+        write_merged(base, config, adapter, work)
         del base
         gc.collect()
-        _axolotl(config, adapter, work)
-        merged, _ = weights.load({"base_model": str(work / "merged"), "dtype": dtype})
-        found = difference(expected, logits(merged, tokenizer, options))
-        del merged
-        precision = weights.precision(config)
-        told = {
-            "adapter_sha256": sha,
-            "base_model": config["base_model"],
-            "precision": precision,
+        tokenizer.save_pretrained(work)
+        merged, _ = weights.load({"base_model": str(work), "dtype": dtype})
+        made = {
+            **origin,
             "computed_in": dtype,
             "tolerance": TOLERANCE.get("int8" if precision == "int8" else dtype, 1.0),
-            **found,
+            **difference(expected, logits(merged, tokenizer, options, shape)),
         }
-        if weights.precision(config) == "nf4":
-            again, _ = weights.load(weights.at({"base_model": str(work / "merged")}, "nf4"))
-            told["quantized_again"] = difference(expected, logits(again, tokenizer, options))
+        del merged
+        if precision == "nf4":
+            again, _ = weights.load(weights.at({"base_model": str(work)}, "nf4"))
+            made["quantized_again"] = difference(expected, logits(again, tokenizer, options, shape))
             del again
-        if told["largest_logit_difference"] > told["tolerance"]:
+        if made["largest_logit_difference"] > made["tolerance"]:
             raise JobFailed(
                 f"the merged model is not base + adapter: a logit differs by "
-                f"{told['largest_logit_difference']:.3g}, more than {told['tolerance']:g}; "
+                f"{made['largest_logit_difference']:.3g}, more than {made['tolerance']:g}; "
                 "nothing is kept"
             )
-        tokenizer.save_pretrained(work / "merged")
-        write_json(work / "merged" / "merge.json", told)
+        write_json(work / "merge.json", made)
         shutil.rmtree(target, ignore_errors=True)
-        os.rename(work / "merged", target)
+        work.chmod(adapter.stat().st_mode)
+        os.rename(work, target)
+        work.mkdir()  # which the temporary directory removes
     return target
 
 
-def _axolotl(config: dict[str, Any], adapter: Path, work: Path) -> None:
-    """Runs `axolotl merge-lora` on the base in work/base; it writes work/merged."""
-    of_base = {"load_in_4bit", "load_in_8bit", "bnb_config_kwargs", "deepspeed", "fsdp_config"}
-    of_base |= {*prompt.TOKENIZER, "special_tokens", "base_model_config"}  # work/base has them
-    content = {key: value for key, value in config.items() if key not in of_base}
-    # Axolotl loads no plugin for a merge, and knows no keys of tools/plugin.py.
-    for key in ("plugins", "dequantize_once", "answer_logits_only", "dtype"):
-        content.pop(key, None)
-    content |= {"base_model": str(work / "base"), "adapter": "lora", "output_dir": str(work)}
-    content |= {"lora_model_dir": str(adapter), "dataset_prepared_path": str(work / "prepared")}
-    path = work / "config.yaml"
-    path.write_text(yaml.safe_dump(content))
-    scripts = Path(sys.executable).parent
-    environment = os.environ | {"PATH": f"{scripts}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        [str(scripts / "axolotl"), "merge-lora", str(path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode or not (work / "merged").is_dir():
-        last = (done.stderr.strip() or done.stdout.strip() or "no word of why").splitlines()[-1]
-        raise JobFailed(f"axolotl merge-lora failed: {last}")
+def write_merged(base: Any, config: dict[str, Any], adapter: Path, folder: Path) -> None:
+    """Writes a base with an adapter's product added to `folder`; changes the loaded `base`."""
+    import torch
+
+    if weights.precision(config) in ("nf4", "fp4", "int8"):
+        base = base.dequantize()
+    checked = weights.check_adapter(config, adapter)
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if checked.touches_embeddings and head.weight is embedding.weight:
+        # An adapter of one of them leaves the other as it is.
+        head.weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+        base.config.get_text_config().tie_word_embeddings = base.config.tie_word_embeddings = False
+        base._tied_weights_keys = None
+    merged = weights.attach(base, adapter, checked).merge_and_unload(safe_merge=True)
+    # transformers would turn the names back into those of the quantized file, which it cannot.
+    published = weights.published_precision(str(config["base_model"]))
+    merged.save_pretrained(folder, save_original_format=not published)
 
 
 @command
@@ -151,17 +147,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="merge an adapter into its base")
     parser.add_argument("recipe", nargs="?", default="")
     parser.add_argument("--adapter", default="", help="a PEFT folder instead of a recipe's run")
-    given = parser.parse_args()
-    # The prompt's format does not matter for a merge.
-    who = subject.find(given.recipe, given.adapter, form="bare")
+    subject.add_options(parser)
+    arguments = parser.parse_args()
+    who = subject.find(
+        arguments.recipe, arguments.adapter, arguments.precision, arguments.prompt_format
+    )
+    if not who.adapter:
+        raise WrongInput(f"{who.name} has no adapter to merge")
     print(f"merge      {who.name} into {who.config['base_model']}", flush=True)
-    target = merge(who.config, who.adapter or who.folder)
-    told = yaml.safe_load((target / "merge.json").read_text())
+    target = merge(who.config, who.adapter, who.prompt_format)
+    made = json.loads((target / "merge.json").read_bytes())
     print(
         f"merge      {shown(target)}: logits differ from base + adapter by at most "
-        f"{told['largest_logit_difference']:.2g} (tolerance {told['tolerance']:g})"
+        f"{made['largest_logit_difference']:.2g} (tolerance {made['tolerance']:g})"
     )
-    if again := told.get("quantized_again"):
+    if again := made.get("quantized_again"):
         print(
             f"merge      quantized to 4 bits anew it would differ by up to "
             f"{again['largest_logit_difference']:.2g}, with the same next token on "

@@ -469,7 +469,7 @@ def find_model(base: str) -> Model:
     """The architecture of a base, from the JSON that names it or from the base's own config.json;
     WrongInput without either.
     """
-    if model := models().get(base.lower()):
+    if model := models().get(recipes.canonical(base).lower()):
         return model
     if path := find_file(base, "config.json"):
         from tools import adapter  # which computes with this module's Model

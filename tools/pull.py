@@ -3,26 +3,28 @@
     python -m tools.pull sentiment_r4                          FinLoRA's own adapter
     python -m tools.pull sentiment_r4 --namespace me --revision v1.0.0
     python -m tools.pull --adapter owner/name                  any LoRA adapter, to runs/hub/
+    python -m tools.pull --adapter owner/name/folder --precision nf4
 
 It is taken at one commit, which `hub.json` records beside the digests of its files, and checked as
 bytes (tools/adapter.py) before it is put in its place. What was cut off goes on where it stopped.
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
-from tools import adapter, plan, recipes
+from tools import adapter, plan, recipes, subject, weights
 from tools.cli import ROOT, JobFailed, WrongInput, atomic, command, digest, shown, write_json
 from tools.hub import (
     CONFIG,
-    FINLORA,
     LIMITS,
     MIB,
     ORIGIN,
@@ -30,7 +32,6 @@ from tools.hub import (
     RUNS,
     SCORES,
     SCORES_LIMIT,
-    base_row,
     hub,
     hub_name,
     matches,
@@ -42,8 +43,26 @@ from tools.hub import (
 )
 
 
-def listed(api: Any, repo: str, commit: str) -> dict[str, tuple[int, str]]:
-    """The files of a repository at a commit; without a network, those that the cache holds."""
+@dataclass(frozen=True)
+class Source:
+    """Where an adapter lies on the Hub: a repository, or a folder of one."""
+
+    repo: str
+    folder: str = ""  # ends with a slash where there is one
+
+    def __str__(self) -> str:
+        return f"{self.repo}/{self.folder}".rstrip("/")
+
+    @property
+    def name(self) -> str:
+        return str(self).rsplit("/", 1)[-1]
+
+
+def listed(api: Any, repo: str, commit: str, config: str) -> dict[str, tuple[int, str]]:
+    """The files of a repository at a commit; without a network, those that the cache holds.
+
+    config: the path of the adapter's config inside the repository.
+    """
     import httpx
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import OfflineModeIsEnabled
@@ -51,11 +70,11 @@ def listed(api: Any, repo: str, commit: str) -> dict[str, tuple[int, str]]:
     try:
         return tree(api, repo, commit)
     except (httpx.TransportError, OfflineModeIsEnabled):
-        found = try_to_load_from_cache(repo, adapter.CONFIG, revision=commit)
+        found = try_to_load_from_cache(repo, config, revision=commit)
         if not isinstance(found, str):
             raise
     print(f"pull       the Hub cannot be reached; {repo} comes from the cache")
-    folder = Path(found).parent
+    folder = Path(found).parents[config.count("/")]
     paths = [path for path in folder.rglob("*") if path.is_file()]
     # The cache names a file's content by the digest that the Hub told.
     return {
@@ -83,13 +102,13 @@ def wanted(repo: str, there: dict[str, tuple[int, str]]) -> list[str]:
     return names
 
 
-def fetch(api: Any, repo: str, name: str, revision: str, told: str) -> Path:
+def fetch(api: Any, source: Source, name: str, revision: str, told: str) -> Path:
     """Downloads a file into the Hub's cache, or finds it there; what does not match is removed."""
-    path = Path(api.hf_hub_download(repo, name, revision=revision))
+    path = Path(api.hf_hub_download(source.repo, source.folder + name, revision=revision))
     if not matches(path, told):
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)
-        raise JobFailed(f"{repo}: {name} is damaged (its digest is another); run it again")
+        raise JobFailed(f"{source}: {name} is damaged (its digest is another); run it again")
     return path
 
 
@@ -123,35 +142,46 @@ def score_file(content: bytes, where: str) -> None:
         raise WrongInput(f"{where}: no name of a dataset")
 
 
-def described(
-    repo: str, folder: Path, target: Path, recipe: recipes.Recipe | None, base: str, count: int
+def describe(
+    source: Source,
+    folder: Path,
+    target: Path,
+    recipe: recipes.Recipe | None,
+    base: str,
+    count: int,
+    precision: str,
 ) -> None:
     """Writes what a run folder needs and a repository did not bring: run.json and config.yaml.
 
     A config that came along is kept to the byte, unless base or output lie elsewhere here.
     """
     settings = adapter.read_json((folder / adapter.CONFIG).read_bytes(), adapter.CONFIG)
-    local = recipe.config["base_model"] if recipe else base_row(base).get("base_model", base)
+    row = recipes.base_model(base)[1]
+    local = recipe.config["base_model"] if recipe else row.get("base_model") or row.get("hub", base)
     sha, run = digest(folder / adapter.WEIGHTS), folder / RUN
+    published = subject.FINLORA.fullmatch(source.name)
     if run.is_file():
-        told = adapter.read_json(run.read_bytes(), f"{repo}/{RUN}")
+        told = adapter.read_json(run.read_bytes(), f"{source}/{RUN}")
         if told.get("adapter_sha256") != sha:
-            raise WrongInput(f"{repo}: {RUN} tells of another adapter")
+            raise WrongInput(f"{source}: {RUN} tells of another adapter")
     else:
         told = {
-            "recipe": recipe.name if recipe else repo,
+            "recipe": recipe.name if recipe else str(source),
             "base_model": local,
             "data": [],
             "adapter_sha256": sha,
             "trainable_parameters": count,
         }
         # FinLoRA trained on [INST] … [/INST] and not on the chat template.
-        told |= {"prompt_format": "finlora"} if repo.startswith(f"{FINLORA}/") else {}
+        told |= {"prompt_format": "finlora"} if published else {}
+        if not (recipe or published or precision or (folder / CONFIG).is_file()):
+            told |= {"precision": subject.UNKNOWN}
         write_json(run, told)
     if (folder / CONFIG).is_file():
-        config = safe_config((folder / CONFIG).read_bytes(), f"{repo}/{CONFIG}")
+        config = safe_config((folder / CONFIG).read_bytes(), f"{source}/{CONFIG}")
     else:
-        config = dict(recipe.config if recipe else generic(repo, local))
+        config = dict(recipe.config if recipe else generic(source.name, local))
+        config = weights.at(config, precision) if precision else config
         config |= {
             "lora_r": settings["r"],
             "lora_alpha": settings["lora_alpha"],
@@ -168,21 +198,32 @@ def described(
             file.write(yaml.safe_dump(config | here, sort_keys=False).encode())
 
 
-def generic(repo: str, base: str) -> dict[str, Any]:
+def generic(name: str, base: str) -> dict[str, Any]:
     """An Axolotl config for an adapter of which nothing but itself is known.
 
-    FinLoRA's names tell the recipe. Of others the precision is not known: the base stays whole.
+    FinLoRA's names tell the recipe or, where the catalogue has none, the precision. Others tell
+    none: run.json says so, and PRECISION= is asked for where the adapter is used.
     """
     try:
-        return recipes.find(repo.rsplit("/", 1)[-1]).config
+        return recipes.find(name).config
     except WrongInput:
         entry = {"path": "unknown", "type": "chat_template", "chat_template": "tokenizer_default"}
-        return {"base_model": base, "adapter": "lora", "datasets": [entry]}
+        config = {"base_model": base, "adapter": "lora", "datasets": [entry]}
+        config |= recipes.base_model(base)[1].get("settings") or {}
+        published = subject.FINLORA.fullmatch(name)
+        return config | (subject.BITS[published["bits"].lower()] if published else {})
+
+
+def check_precision(base: str, precision: str) -> None:
+    """Raises WrongInput where a base was published quantized and `precision` is another one."""
+    own = weights.published_precision(base)
+    if own and precision not in ("", own):
+        raise WrongInput(f"PRECISION={precision}: the base {base} was published quantized to {own}")
 
 
 def architecture(api: Any, base: str) -> plan.Model:
     """The base's architecture, from recipes/models/ or from its own config.json on the Hub."""
-    if model := plan.models().get(base.lower()):
+    if model := plan.models().get(recipes.canonical(base).lower()):
         return model
     with plainly(f"the base {base}"):
         if api.hf_hub_download(base, "config.json", dry_run=True).file_size > MIB:
@@ -210,40 +251,56 @@ def aside(target: Path) -> Path:
 
 
 def bring(
-    api: Any, repo: str, revision: str, target: Path, recipe: recipes.Recipe | None
+    api: Any,
+    source: Source,
+    revision: str,
+    target: Path,
+    recipe: recipes.Recipe | None,
+    precision: str = "",
 ) -> str | None:
     """Downloads, checks and places an adapter; returns its commit, None where it is there."""
-    with plainly(f"{repo} at {revision}" if revision != "main" else repo):
-        first = api.hf_hub_download(repo, adapter.CONFIG, revision=revision, dry_run=True)
+    repo = source.repo
+    with plainly(f"{source} at {revision}" if revision != "main" else str(source)):
+        config = source.folder + adapter.CONFIG
+        first = api.hf_hub_download(repo, config, revision=revision, dry_run=True)
         commit = str(first.commit_hash)
         if not re.fullmatch("[0-9a-f]{40}", commit):
             raise JobFailed(f"{repo}: the Hub names no commit")
         told = origin(target)
-        if (told.get("repo"), told.get("commit")) == (repo, commit) and unchanged(target):
+        same = (told.get("repo"), told.get("folder", ""), told.get("commit"))
+        same_precision = precision in ("", told.get("precision", ""))
+        if same == (repo, source.folder, commit) and same_precision and unchanged(target):
             return None
-        there = listed(api, repo, commit)
-        names = wanted(repo, there)
+        all_files = listed(api, repo, commit, config)
+        there = {
+            name.removeprefix(source.folder): facts
+            for name, facts in all_files.items()
+            if name.startswith(source.folder)
+        }
+        names = wanted(str(source), there)
         # By the revision's name, so that the cache knows it without a network, too.
-        path = fetch(api, repo, adapter.CONFIG, revision, there[adapter.CONFIG][1])
-        if path.parent.name != commit:
+        path = fetch(api, source, adapter.CONFIG, revision, there[adapter.CONFIG][1])
+        if path.parents[config.count("/")].name != commit:
             raise JobFailed(f"{repo}: {revision} moved meanwhile; run it again")
-        settings = adapter.read_json(path.read_bytes(), f"{repo}/{adapter.CONFIG}")
-        plain = adapter.settings(settings, f"{repo}/{adapter.CONFIG}")
+        settings = adapter.read_json(path.read_bytes(), f"{source}/{adapter.CONFIG}")
+        plain = adapter.settings(settings, f"{source}/{adapter.CONFIG}")
         base = str(settings.get("base_model_name_or_path") or "")
         need = hub_name(recipe.config["base_model"]) if recipe else base
         if not same_base(base, need):
             raise WrongInput(
-                f"{repo} is an adapter for {base[:80] or 'an unknown base'}; "
+                f"{source} is an adapter for {base[:80] or 'an unknown base'}; "
                 f"{recipe.name if recipe else 'it'} needs one for {need}"
             )
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", base) or (ROOT / base).is_dir():
-            raise WrongInput(f"{repo}: its base {base[:80]!r} is no name on the Hub")
+            raise WrongInput(f"{source}: its base {base[:80]!r} is no name on the Hub")
         model = architecture(api, base)
-        most = adapter.largest(model, plain, f"{repo}/{adapter.CONFIG}")
+        check_precision(base, precision)
+        most = adapter.largest(model, plain, f"{source}/{adapter.CONFIG}")
         size = there[adapter.WEIGHTS][0]
         if size > most:
             raise WrongInput(
-                f"{repo}: {adapter.WEIGHTS} has {size:,} bytes; its config implies {most:,} at most"
+                f"{source}: {adapter.WEIGHTS} has {size:,} bytes; its config implies {most:,} at "
+                "most"
             )
         for left in target.parent.glob(f".{target.name}.*.part"):
             shutil.rmtree(left)  # of a pull that was killed; this one holds the lock
@@ -252,14 +309,16 @@ def bring(
             for name in names:
                 where = part / name
                 where.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(fetch(api, repo, name, commit, there[name][1]), where)
+                shutil.copyfile(fetch(api, source, name, commit, there[name][1]), where)
             count = adapter.check(part, model)
             for name in filter(SCORES.fullmatch, names):
-                score_file((part / name).read_bytes(), f"{repo}/{name}")
-            described(repo, part, target, recipe, need, count)
+                score_file((part / name).read_bytes(), f"{source}/{name}")
+            describe(source, part, target, recipe, need, count, precision)
             local = {n: digest(part / n) for n in (*names, RUN, CONFIG) if (part / n).is_file()}
             content = {
                 "repo": repo,
+                **({"folder": source.folder} if source.folder else {}),
+                **({"precision": precision} if precision else {}),
                 "revision": revision,
                 "commit": commit,
                 "base": base,
@@ -280,30 +339,48 @@ def bring(
 
 
 def pull(
-    name: str, namespace: str = "", named: str = "", revision: str = "", force: bool = False
+    name: str,
+    namespace: str = "",
+    named: str = "",
+    revision: str = "",
+    force: bool = False,
+    precision: str = "",
 ) -> Path:
     """Brings an adapter into its run folder, which it returns."""
     from tools.train import only_one
 
     if bool(name) == bool(named):
         raise WrongInput("RECIPE=… or ADAPTER=owner/name is needed, one of them")
+    if precision and precision not in weights.PRECISIONS:
+        known = ", ".join(weights.PRECISIONS)
+        raise WrongInput(f'unknown PRECISION "{precision}"; there are {known}')
     recipe = recipes.find(name) if name else None
+    if recipe and precision:
+        raise WrongInput("PRECISION= goes with ADAPTER=…; a recipe has its own")
     if recipe:
-        repo, target = repository(recipe, namespace), recipe.run
+        source, target = Source(repository(recipe, namespace)), recipe.run
     else:
-        repo = named.strip().removeprefix("https://huggingface.co/").strip("/")
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo) or ".." in repo:
-            raise WrongInput(f'ADAPTER "{named}" is no name on the Hub: owner/name')
-        target = RUNS / "hub" / repo
+        place = named.strip().removeprefix("https://huggingface.co/").strip("/")
+        owner, _, rest = place.replace("/tree/main", "").partition("/")
+        repo, _, folder = rest.partition("/")
+        if not re.fullmatch(r"([A-Za-z0-9][\w.-]*/)+[A-Za-z0-9][\w.-]*", place) or ".." in place:
+            raise WrongInput(
+                f'ADAPTER "{named}" is no name on the Hub: owner/name, or owner/name/folder'
+            )
+        source = Source(f"{owner}/{repo}", f"{folder}/" if folder else "")
+        target = RUNS / "hub" / str(source)
+    repo = str(source)
     if target.is_dir() and any(target.iterdir()) and not (origin(target) or force):
         raise WrongInput(f"{shown(target)} was made here; FORCE=1 moves it aside and pulls {repo}")
     with only_one(target):
-        commit = bring(hub(), repo, revision or "main", target, recipe)
+        commit = bring(hub(), source, revision or "main", target, recipe, precision)
     told = origin(target)
     if commit is None:
         print(f"pull       {repo} at {told['commit'][:12]} is there already: {shown(target)}")
     else:
         print(f"pull       {repo} at {commit[:12]}: {shown(target)}")
+    if json.loads((target / RUN).read_text()).get("precision") == subject.UNKNOWN:
+        print("pull       its precision is not known: say PRECISION=… where the adapter is used")
     return target
 
 
@@ -312,12 +389,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="bring a published adapter here")
     parser.add_argument("recipe", nargs="?", default="")
     parser.add_argument("--namespace", default="", help="whose; FinLoRA's own without it")
-    parser.add_argument("--adapter", default="", help="owner/name on the Hub, in place of a recipe")
+    parser.add_argument("--adapter", default="", help="owner/name[/folder] on the Hub")
     parser.add_argument("--revision", default="", help="a tag, branch or commit")
+    parser.add_argument("--precision", default="", help="that an adapter was trained at")
     parser.add_argument("--force", default="", help="1: move aside a run that was trained here")
     given = parser.parse_args()
     force = given.force not in ("", "0")
-    pull(given.recipe, given.namespace.strip(), given.adapter, given.revision.strip(), force)
+    named = (given.namespace.strip(), given.adapter, given.revision.strip())
+    pull(given.recipe, *named, force, given.precision)
 
 
 if __name__ == "__main__":

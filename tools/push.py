@@ -40,8 +40,8 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json
 LATER = 5  # times that a push looks again after somebody else's
 # What must not be published, besides what tools/cli.py masks in messages.
 KEYS = re.compile(
-    rb"AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{22,}|xox[abprs]-[\w-]{10,}"
-    rb"|AIza[\w-]{35}|-----BEGIN [A-Z ]*PRIVATE KEY-----|" + SECRET.pattern.encode()
+    rb"(?<![A-Za-z0-9])xox[abprs]-[\w-]{10,}|(?<![A-Za-z0-9])AIza[\w-]{35}"
+    rb"|-----BEGIN [A-Z ]*PRIVATE KEY-----|" + SECRET.pattern.encode()
 )
 ANSWERS = {
     "expected",
@@ -49,6 +49,13 @@ ANSWERS = {
     "answer",
     "values",
 }  # of a prediction: texts that may be published
+# What must be the same of two scores for their difference to be the adapter's: all that a score
+# depends on, but for the adapter itself and the machine's copies of the task's files.
+PAIRED = (
+    *("dataset", "task_version", "data_sha256", "limit", "base_model", "base_revision"),
+    *("base_files", "quantization", "precision", "prompt_format", "chat_template_kwargs"),
+    "backend",
+)
 LONGEST = 200  # characters of such a text
 
 
@@ -67,11 +74,10 @@ def finished(recipe: recipes.Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{recipe.name} {recipe.version} is not what {shown(recipe.run)} was trained with; "
             f"`make train RECIPE={recipe.name}` trains it"
         )
-    path = recipe.run / adapter.WEIGHTS
-    tensors, start = adapter.header(path)
-    for name, (dtype, _, begin, end) in tensors.items():
-        if not adapter.finite(path, dtype, start + begin, start + end):
-            raise WrongInput(f"{shown(path)}: {name} holds NaN or infinity; it is not published")
+    adapter.inspect(recipe.run)
+    base = recipes.canonical(hub_name(str(config["base_model"])))
+    if model := plan.models().get(base.lower()):
+        adapter.check(recipe.run, model)
     return told, config
 
 
@@ -99,8 +105,7 @@ def scores(
         pair = {"adapter": content}
         for other in (beside / path.name, path.parent / "base" / f"{dataset}.json"):
             base = json.loads(other.read_text()) if other.is_file() else {"evaluated": {}}
-            keys = ("data_sha256", "limit", "prompt_format")
-            if other.is_file() and all(base["evaluated"].get(k) == about.get(k) for k in keys):
+            if other.is_file() and all(base["evaluated"].get(k) == about.get(k) for k in PAIRED):
                 pair["base"] = base
                 break
         found[dataset] = rank, pair

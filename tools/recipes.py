@@ -98,6 +98,24 @@ def matrix() -> dict[str, Any]:
     return table
 
 
+def canonical(base: str) -> str:
+    """The name on the Hub of what a base is a copy of: itself, unless it is a mirror."""
+    mirrors = {name.lower(): hub for hub, names in matrix()["mirrors"].items() for name in names}
+    return mirrors.get(base.lower(), base)
+
+
+def base_model(base: str) -> tuple[str | None, dict[str, Any]]:
+    """(name, row) in the catalogue of a base, by its name on the Hub, a mirror's or its folder."""
+    name = canonical(base)
+    for model, row in matrix()["models"].items():
+        folder = row.get("base_model")
+        if name.lower() == row["hub"].lower():
+            return model, row
+        if folder and (ROOT / base).resolve() == (ROOT / folder).resolve():
+            return model, row
+    return None, {}
+
+
 @cache
 def names() -> list[str]:
     """`<model>/<task>_<method>` of the whole catalogue."""
@@ -143,6 +161,14 @@ def finlora_name(name: str) -> str | None:
     return f"{task}_{of_model}_{of_method}" if of_model and of_method else None
 
 
+def published(name: str) -> dict[str, Any] | None:
+    """What the adapter that FinLoRA published under `name` was trained with: alpha and dropout."""
+    for row in matrix()["published"]:
+        if name.lower() in map(str.lower, row["adapters"]):
+            return {key: value for key, value in row.items() if key != "adapters"}
+    return None
+
+
 @cache
 def places() -> dict[str, Path]:
     """The file of every name that a recipe has."""
@@ -178,6 +204,7 @@ def find(name: str) -> Recipe:
                 return load(path, inside)
         return load(Path(name), name)
     known = places()
+    name = name if name in known else name.lower()  # some of FinLoRA's names have an 8B
     if name not in known:
         hint = nearest(name, list(known)) or "; `make recipes` lists what there is"
         raise WrongInput(f'unknown recipe "{name}"{hint}')
@@ -331,6 +358,17 @@ def validate(content: dict[str, Any], where: str) -> None:
     unknown = [] if content.get("plugins") else unknown_keys(plain, AxolotlInputConfig)
     if unknown:
         raise WrongInput(f"{where}: Axolotl has no key {unknown[0]}")
+    # Axolotl takes a base for a model of another kind where its path has that kind's name in it.
+    base = str(content.get("base_model"))
+    for word, key in (("mpt", "gradient_checkpointing"), ("falcon", "fsdp"), ("pixtral", None)):
+        folder = ROOT / base
+        if word in base.lower() and folder.is_dir() and (key is None or content.get(key)):
+            config = json.loads((folder / "config.json").read_bytes())
+            if word not in str(config.get("model_type")):
+                raise WrongInput(
+                    f"{where}: Axolotl takes the base {base} for another kind of model, since it "
+                    f'has "{word}" in its path; rename the folder, or name it by a link'
+                )
     try:
         AxolotlInputConfig.model_validate(plain)
     except ValidationError as error:

@@ -6,8 +6,9 @@
          -d '{"model": "…", "messages": [{"role": "user", "content": "…"}], "temperature": 0}'
 
 With vLLM and a GPU the base stays quantized and the adapter is a LoRA module beside it. vLLM has no
-DoRA, and no 8-bit base that it quantizes itself: there, and without a GPU, the adapter is merged
-into the base as training saw it (`tools/merge.py`); on a CPU `transformers serve` serves that.
+DoRA, no ranks over 512 or different ones, no trained embeddings, and no 8-bit base that it
+quantizes itself: there, and without a GPU, the adapter is merged into the base as training saw it
+(`tools/merge.py`); on a CPU `transformers serve` serves that.
 """
 
 import argparse
@@ -19,43 +20,54 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tools import merge, prompt, subject, weights
-from tools.cli import WrongInput, command, shown
-
-RANKS = (8, 16, 32, 64, 128, 256)  # that vLLM takes for --max-lora-rank
+from tools import card, merge, prompt, subject, weights
+from tools.cli import WrongInput, atomic, command, shown
 
 
 def on_vllm(who: subject.Subject, name: str, address: list[str]) -> list[str]:
     """The command that serves a base and its adapter with vLLM."""
     folder = who.adapter or who.folder
-    told = json.loads((folder / "adapter_config.json").read_text())
-    options: dict[str, Any] = who.options or {}
-    given: list[str] = []
-    if prompt.changes_tokenizer(who.config):
-        given = ["--chat-template", str(folder / "chat_template.jinja")]
-    if options:
-        # vLLM takes a template and no options for it, so they are written into it.
-        template = (folder / "chat_template.jinja").read_text()
-        fixed = "".join(f"{{%- set {k} = {json.dumps(v)} -%}}" for k, v in options.items())
-        path = folder / "chat_template_fixed.jinja"
-        path.write_text(fixed + template)
-        given = ["--chat-template", str(path)]
-    # vLLM has no DoRA, no trained embeddings, and no 8-bit base that it quantizes itself.
-    apart = told.get("use_dora") or told.get("modules_to_save") or who.config.get("tokens")
-    if apart or weights.precision(who.config) == "int8":
-        return ["vllm", "serve", str(merge.merge(who.config, folder)), *address, *given]
-    rank = next(rank for rank in RANKS if rank >= told["r"])
-    quantized = ["--quantization", "bitsandbytes"] if who.config.get("load_in_4bit") else []
+    checked = weights.check_adapter(who.config, folder)
+    template = vllm_template(who, folder)
+    options = ["--chat-template", str(template)] if template else []
+    rank = card.vllm_rank(checked.plain.rank)
+    if rank is None or checked.unusual or weights.precision(who.config) in ("int8", "fp4"):
+        merged = merge.merge(who.config, folder, who.prompt_format)
+        return ["vllm", "serve", str(merged), *address, *options]
+    dtype = ["--dtype", who.config["dtype"]] if who.config.get("dtype") else []
+    quantized = weights.precision(who.config) == "nf4"
     return [
-        *("vllm", "serve", who.config["base_model"], *address, *quantized),
+        *("vllm", "serve", who.config["base_model"], *address),
+        *(("--quantization", "bitsandbytes") if quantized else dtype),
         *("--enable-lora", "--max-lora-rank", str(rank)),
-        *("--lora-modules", f"{name}={folder}", *given),
+        *("--lora-modules", f"{name}={folder}", *options),
     ]
+
+
+def vllm_template(who: subject.Subject, folder: Path) -> Path | None:
+    """The file of the chat template that renders as the adapter was trained; None for the base's.
+
+    vLLM takes a template and no options for it, so they are written into it.
+    """
+    own_template = prompt.changes_tokenizer(who.config)
+    if not who.options and who.prompt_format == "chat" and not own_template:
+        return None
+    from transformers import AutoTokenizer
+
+    own = (folder / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(str(folder) if own else who.config["base_model"])
+    text = prompt.template(tokenizer, who.prompt_format) or tokenizer.chat_template
+    options: dict[str, Any] = who.options or {}
+    fixed = "".join(f"{{%- set {key} = {json.dumps(v)} -%}}" for key, v in options.items())
+    path = folder / "chat_template_fixed.jinja"
+    with atomic(path) as file:
+        file.write((fixed + text).encode())
+    return path
 
 
 def on_transformers(who: subject.Subject, address: list[str]) -> list[str]:
     """The command that serves the merged model with `transformers serve`."""
-    merged = merge.merge(who.config, who.adapter or who.folder)
+    merged = merge.merge(who.config, who.adapter or who.folder, who.prompt_format)
     options = ["--chat-template-kwargs", json.dumps(who.options)] if who.options else []
     scripts = Path(sys.executable).parent
     return [
@@ -71,10 +83,11 @@ def main() -> None:
     parser.add_argument("--adapter", default="", help="a PEFT folder instead of a recipe's run")
     parser.add_argument("--host", default="")
     parser.add_argument("--port", default="")
+    subject.add_options(parser)
     given = parser.parse_args()
     if given.port and not (given.port.isdigit() and 0 < int(given.port) < 65536):
         raise WrongInput(f'PORT must be a number from 1 to 65535, not "{given.port}"')
-    who = subject.find(given.recipe, given.adapter)
+    who = subject.find(given.recipe, given.adapter, given.precision, given.prompt_format)
     host, port = given.host or "localhost", given.port or "8000"
     address = ["--host", host, "--port", port]
     if shutil.which("nvidia-smi") and importlib.util.find_spec("vllm"):

@@ -7,6 +7,7 @@ An adapter meets the base at the precision that it was trained on, with the prom
 trained on. Where neither is told, it is asked for and not guessed.
 """
 
+import argparse
 import json
 import re
 import sys
@@ -14,18 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tools import adapter as adapters
 from tools import convert, recipes, weights
 from tools.cli import ROOT, WrongInput, read_yaml, shown
 from tools.prompt import FORMATS, explain_unscorable
 
 RUNS = ROOT / "runs"
 
-# The name of an adapter that FinLoRA published, `<task>_<model>_<bits>_r<rank>…`. Its precision
-# stands nowhere else. They were trained on FinLoRA's prompt and not on a chat template.
+# The name of an adapter that FinLoRA published, `<task>_<model>_<bits>_r<rank>…`; one begins with
+# its training file. The precision stands nowhere else. They were trained on FinLoRA's prompt and on
+# no chat template.
 FINLORA = re.compile(
-    r"(?P<task>[a-z0-9_]+?)_(?:llama|mistral|qwen)_\w*?(?P<bits>4bits|8bits|fp16)_r\d+(?:_\w+)?"
+    r"(?P<task>[a-z0-9_]+?)(?:_train\.jsonl)?[_-](?:meta-)?(?:llama|mistral|qwen)[\w.-]*?[_-]"
+    r"(?P<bits>4bits|8bits|fp16)[_-]r\d+(?:[_-][a-z0-9]+)*",
+    re.IGNORECASE,
 )
 BITS = {"4bits": weights.PRECISIONS["nf4"], "8bits": weights.PRECISIONS["int8"], "fp16": {}}
+UNKNOWN = "unknown"  # in run.json: the precision of an adapter that was pulled without one
 
 
 @dataclass(frozen=True)
@@ -69,53 +75,60 @@ def of_folder(folder: Path, recipe: recipes.Recipe | None, precision: str, form:
     """Any PEFT adapter. Its base and precision are those of the recipe that is named with it, of
     the config that `make train` left beside it, or of its name where FinLoRA published it.
     """
-    told = folder / "adapter_config.json"
-    if not told.is_file():
-        raise WrongInput(f"ADAPTER={folder} has no adapter_config.json; a PEFT folder is needed")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise WrongInput(f"ADAPTER={folder} has no adapter_model.safetensors; nothing else is read")
+    _check_folder(folder)
     folder = folder.resolve()
-    published = _published(folder)
+    published, run_info = published_name(folder), _told(folder)
     trained = folder / "config.yaml"
+    unknown = run_info.get("precision") == UNKNOWN
     if recipe:
         config = recipe.config
     elif trained.is_file():
         config = read_yaml(trained)
     else:
-        base = str(json.loads(told.read_text()).get("base_model_name_or_path") or "")
-        rows = recipes.matrix()["models"].values()
-        local = [row for row in rows if base in (row["hub"], row.get("base_model"))]
-        config = {"base_model": local[0].get("base_model", base) if local else base}
-        config |= (local[0].get("settings") or {}) if local else {}
+        path = folder / adapters.CONFIG
+        settings = adapters.read_json(path.read_bytes(), shown(path))
+        base = str(settings.get("base_model_name_or_path") or "")
         if not base:
-            raise WrongInput(f"{shown(told)} names no base; RECIPE=… with the same base does")
-        if published:
-            config |= BITS[published["bits"]]
-        elif not precision:
-            known = ", ".join(weights.PRECISIONS)
-            raise WrongInput(
-                f"ADAPTER={folder} does not say at which precision it was trained; PRECISION= is "
-                f"one of {known}"
-            )
+            raise WrongInput(f"{shown(path)} names no base; RECIPE=… with the same base does")
+        row = recipes.base_model(base)[1]
+        config = {"base_model": row.get("base_model") or row.get("hub") or base}
+        config |= row.get("settings") or {}
+        config |= BITS[published["bits"].lower()] if published else {}
+        unknown = not published
+    unknown = unknown and not recipe and not weights.published_precision(str(config["base_model"]))
+    if unknown and not precision:
+        raise WrongInput(
+            f"ADAPTER={folder} does not say at which precision it was trained; PRECISION= is "
+            f"one of {', '.join(weights.PRECISIONS)}"
+        )
     data = Path((config.get("datasets") or [{}])[0].get("path", "")).name
     task = data.removesuffix("_train.jsonl") if data.endswith("_train.jsonl") else None
-    if published and not recipe and published["task"] in convert.sources()["tasks"]:
-        task = published["task"]
-    form = form or _told(folder).get("prompt_format", "")
+    if published and not recipe and published["task"].lower() in convert.sources()["tasks"]:
+        task = published["task"].lower()
+    form = form or run_info.get("prompt_format", "")
     form = form or ("finlora" if published and not trained.is_file() else "")
-    model = next(
-        (
-            name
-            for name, row in recipes.matrix()["models"].items()
-            if config["base_model"] in (row["hub"], row.get("base_model"))
-        ),
-        re.sub(r"\W+", "-", str(config["base_model"])).strip("-"),
-    )
+    base = str(config["base_model"])
+    model = recipes.base_model(base)[0] or re.sub(r"\W+", "-", base).strip("-")
     inside = folder.is_relative_to(RUNS)
     name = str(folder.relative_to(RUNS)) if inside else (published or [folder.name])[0]
     place = RUNS / model
     own = folder if inside else place / f"adapter_{name}"
+    if unknown and precision in weights.PRECISIONS:  # what is asked for is its own precision
+        config = weights.at(config, precision)
     return _subject(name, config, folder, own, place, task, precision, form)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises WrongInput unless a folder holds an adapter that PEFT could load onto some base."""
+    if not (folder / adapters.CONFIG).is_file():
+        inside = sorted(path.parent for path in folder.glob(f"*/{adapters.CONFIG}"))
+        hint = f"; {shown(inside[0])} is one" if inside else ""
+        raise WrongInput(
+            f"ADAPTER={folder} has no {adapters.CONFIG}; a PEFT folder is needed{hint}"
+        )
+    if not (folder / adapters.WEIGHTS).is_file():
+        raise WrongInput(f"ADAPTER={folder} has no {adapters.WEIGHTS}; nothing else is read")
+    adapters.inspect(folder)
 
 
 def _told(run: Path) -> dict[str, Any]:
@@ -124,10 +137,10 @@ def _told(run: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _published(folder: Path) -> re.Match[str] | None:
+def published_name(folder: Path) -> re.Match[str] | None:
     """FinLoRA's name of an adapter: its folder's, or of a repository in the Hub's cache."""
     names = (part.rpartition("--")[2] for part in reversed(folder.parts))
-    return next((found for name in names if (found := FINLORA.fullmatch(name))), None)
+    return next((match for name in names if (match := FINLORA.fullmatch(name))), None)
 
 
 def _subject(
@@ -158,7 +171,7 @@ def _subject(
 
 def finished() -> list[Path]:
     """The folders of all finished runs, and of pulled ones."""
-    found = [*RUNS.glob("*/*/run.json"), *RUNS.glob("hub/*/*/run.json")]
+    found = [*RUNS.glob("*/*/run.json"), *RUNS.glob("hub/*/*/**/run.json")]
     # `.name…` is in the making; `name.previous` was moved aside.
     folders = (path.parent for path in found if ".previous" not in path.parent.name)
     return sorted(folder for folder in folders if not folder.name.startswith("."))
@@ -183,12 +196,20 @@ def find(
         named = recipes.find(recipe) if recipe else None
         folder = Path(adapter).expanduser()
         pulled = RUNS / "hub" / adapter  # where `make pull` puts owner/name
+        if folder.is_file():
+            raise WrongInput(f"ADAPTER={adapter} is a file; a PEFT folder is needed")
         if not folder.is_dir() and not pulled.is_dir():
             raise WrongInput(
                 f"ADAPTER={adapter} is no folder here; `make pull ADAPTER=owner/name` brings one"
             )
         return of_folder(folder if folder.is_dir() else pulled, named, precision, form)
     return of_recipe(recipes.find(recipe), base_only, precision, form)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a command by which `find` is told what an adapter does not say itself."""
+    parser.add_argument("--precision", default="", help=", ".join(weights.PRECISIONS))
+    parser.add_argument("--prompt-format", default="", help=", ".join(FORMATS))
 
 
 def all_finished(precision: str, form: str) -> list[Subject]:

@@ -1,13 +1,19 @@
 """Loads a base at the precision that a recipe trains it on, with or without its adapter.
 
-Used by scoring and chat, so that an adapter always meets the base that it was trained on.
+Used by scoring, chat and merge, so that an adapter always meets the base that it was trained on. An
+adapter is checked against the base's modules before any weight is loaded, and afterwards that every
+tensor of it was set and that the base's own weights are what they were.
 """
 
+import re
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from tools import adapter as adapters
 from tools import prompt
+from tools.cli import ROOT, WrongInput, shown
 
 
 def dequantize_once(model: Any, training: bool = False) -> int:
@@ -88,8 +94,14 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 
 def at(config: dict[str, Any], name: str) -> dict[str, Any]:
     """A config with its base at another precision; as it is where it has that one."""
-    if name == precision(config):
+    own = precision(config)
+    if name == own:
         return config
+    if published_precision(base := str(config.get("base_model") or "")):
+        raise WrongInput(
+            f"PRECISION={name}: the base {base} was published quantized to {own}, "
+            "and has no other precision"
+        )
     other = {key for row in PRECISIONS.values() for key in row}
     return {key: value for key, value in config.items() if key not in other} | PRECISIONS[name]
 
@@ -99,6 +111,8 @@ def precision(config: dict[str, Any]) -> str:
 
     `full` is the precision in which the device computes, bfloat16 on a GPU and float32 on a CPU.
     """
+    if quantized := published_precision(str(config.get("base_model") or "")):
+        return quantized
     for name, row in PRECISIONS.items():
         if config.get("dtype") and config["dtype"] == row.get("dtype"):
             return name
@@ -107,7 +121,7 @@ def precision(config: dict[str, Any]) -> str:
     return "int8" if config.get("load_in_8bit") else "full"
 
 
-def vocabulary(tokenizer: Any, config: dict[str, Any]) -> int:
+def count_rows(tokenizer: Any, config: dict[str, Any]) -> int:
     """Rows of the embedding that Axolotl trains a tokenizer with."""
     step = 32 if config.get("resize_token_embeddings_to_32x") else 1
     return -(-len(tokenizer) // step) * step
@@ -135,6 +149,95 @@ def load_tokenizer(config: dict[str, Any], adapter: Path | None = None) -> Any:
     return tokenizer
 
 
+def base_folder(base: str) -> Path | None:
+    """Where the files of a base lie: a folder of this machine or the Hub's cache."""
+    if (ROOT / base).is_dir():
+        return ROOT / base
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(base, "config.json")
+    except HFValidationError:
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+@cache
+def published_precision(base: str) -> str | None:
+    """The precision of a base that was published quantized; None of any other.
+
+    Its config.json says it, and before that is here, its name. Raises WrongInput for a method that
+    bitsandbytes does not compute.
+    """
+    folder = base_folder(base)
+    path = folder / "config.json" if folder else None
+    if path and path.is_file():
+        config = adapters.read_json(path.read_bytes(), shown(path))
+        told = config.get("quantization_config")
+        if not isinstance(told, dict):
+            return None
+        if told.get("load_in_4bit") or told.get("_load_in_4bit"):
+            return str(told.get("bnb_4bit_quant_type", "fp4"))
+        if told.get("load_in_8bit") or told.get("_load_in_8bit"):
+            return "int8"
+        method = str(told.get("quant_method") or "another method")
+    elif name := re.search(r"-(bnb-4bit|bnb-8bit|gptq|awq|gguf|fp8|hqq|aqlm)\b", base, re.I):
+        method = name[1].lower()
+        if method.startswith("bnb"):
+            return "nf4" if method == "bnb-4bit" else "int8"
+    else:
+        return None
+    raise WrongInput(
+        f"the base {base} was published quantized with {method}, which is not supported here; "
+        "RECIPE=… names a recipe on the base that was not quantized"
+    )
+
+
+def check_base(base: str) -> None:
+    """Raises WrongInput where a file of a base is not there, cut off, or something else."""
+    folder = base_folder(base)
+    if folder is None:
+        if base.startswith(("/", "./", "../", "~")):
+            raise WrongInput(f"the base {base} is no folder")
+        return
+    if not (folder / "config.json").is_file():
+        raise WrongInput(f"the base {shown(folder)} has no config.json")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            adapters.read_json((folder / name).read_bytes(), shown(folder / name))
+    for path in sorted(folder.glob("*.safetensors")):
+        adapters.entries(path, largest_header=2**27)
+
+
+def base_modules(base: str) -> adapters.Modules:
+    """The modules of a base that can have an adapter, without loading any weight."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    head = model.get_output_embeddings()
+    modules: adapters.Modules = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            kind = "head" if module is head else "linear"
+            modules[name] = adapters.Module(kind, module.in_features, module.out_features)
+        elif isinstance(module, Conv1D):
+            modules[name] = adapters.Module("linear", module.nx, module.nf)
+        elif module is model.get_input_embeddings():
+            size = (module.num_embeddings, module.embedding_dim)
+            modules[name] = adapters.Module("embedding", *size)
+    return modules
+
+
+def check_adapter(config: dict[str, Any], adapter: Path) -> adapters.Checked:
+    """The adapter in a PEFT folder; raises WrongInput unless it fits the config's base."""
+    base = str(config["base_model"])
+    return adapters.check_modules(adapter, base_modules(base), base)
+
+
 def load(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, Any]:
     """Loads (model, tokenizer) of a recipe's merged config, ready to generate.
 
@@ -142,31 +245,117 @@ def load(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, Any]
     and in float32 on a CPU, or in `dtype` where the config has one (see `at`). `adapter` is a PEFT
     folder; without it the base alone is returned.
     """
+    base = str(config["base_model"])
+    check_base(base)
+    checked = check_adapter(config, adapter) if adapter is not None else None
+    model, tokenizer = load_base(config, adapter)
+    if adapter is not None and checked is not None:
+        if checked.rows:
+            tokenizer = resize(model, tokenizer, adapter, checked.rows)
+        model = attach(model, adapter, checked)
+    model.eval()
+    dequantize_once(model)
+    return model, tokenizer
+
+
+def load_base(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer) of a config's base alone; the tokenizer is that of `adapter`, if it is a
+    run. Without an adapter the base has a row for each token that the config adds.
+    """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     on_gpu = torch.cuda.is_available()
     dtype = getattr(torch, config.get("dtype") or ("bfloat16" if on_gpu else "float32"))
     kwargs: dict[str, Any] = {"dtype": dtype, "device_map": {"": 0 if on_gpu else "cpu"}}
-    if config.get("load_in_4bit"):
+    if precision(config) == "int8":
+        keep_8bit_scales()
+    if published_precision(str(config["base_model"])):
+        pass  # its own config.json says how it is quantized
+    elif config.get("load_in_4bit"):
         four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         four |= {"bnb_4bit_compute_dtype": dtype} | (config.get("bnb_config_kwargs") or {})
         kwargs["quantization_config"] = BitsAndBytesConfig(**{"load_in_4bit": True} | four)
     elif config.get("load_in_8bit"):
-        keep_8bit_scales()
         kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     tokenizer = load_tokenizer(config, adapter)
     tokenizer.padding_side = "left"
     model = AutoModelForCausalLM.from_pretrained(config["base_model"], **kwargs)
-    rows = vocabulary(tokenizer, config)
-    if model.get_input_embeddings().num_embeddings < rows:
-        # As Axolotl does. The adapter's file holds all rows; a base alone has random new ones.
-        torch.manual_seed(config.get("seed") or 42)
-        model.resize_token_embeddings(rows, mean_resizing=False)
-    if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(adapter))
-    model.eval()
-    dequantize_once(model)
+    if adapter is None:
+        add_rows(model, count_rows(tokenizer, config))
     return model, tokenizer
+
+
+def add_rows(model: Any, rows: int) -> None:
+    """Gives the embeddings of a base `rows` rows where they have fewer, for the tokens added.
+
+    The new rows are copies of the first one: without an adapter a new token is never likelier than
+    the first token, so the base answers as it did.
+    """
+    import torch
+
+    before = model.get_input_embeddings().weight.shape[0]
+    if before >= rows:
+        return
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.weight[before:] = layer.weight[0]
+
+
+def resize(model: Any, tokenizer: Any, adapter: Path, rows: int) -> Any:
+    """Makes room in a base for the tokens that an adapter adds; returns the adapter's tokenizer."""
+    from transformers import AutoTokenizer
+
+    extended = AutoTokenizer.from_pretrained(str(adapter))
+    if len(extended) > rows:
+        raise WrongInput(
+            f"{shown(adapter)}: its tokenizer has {len(extended):,} tokens and its weights {rows:,}"
+        )
+    extended.padding_side = tokenizer.padding_side
+    if extended.pad_token is None:
+        extended.pad_token = tokenizer.pad_token
+    add_rows(model, rows)
+    return extended
+
+
+def attach(model: Any, adapter: Path, checked: adapters.Checked) -> Any:
+    """`model` with an adapter; raises WrongInput unless all of it was set and nothing else."""
+    from peft import LoraConfig, PeftModelForCausalLM, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    before = fingerprints(model)
+    adapted = PeftModelForCausalLM(model, LoraConfig(**checked.peft_config))
+    tensors = load_file(adapter / adapters.WEIGHTS)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in checked.copies}
+    result = set_peft_model_state_dict(adapted, tensors)
+    path = shown(adapter / adapters.WEIGHTS)
+    # The base's own weights are "missing", too.
+    own = re.compile(r"\.(lora_\w+|modules_to_save)\.default\b")
+    if keys := sorted(filter(own.search, result.missing_keys)):
+        raise WrongInput(f"{path} lacks {len(keys)} tensors, {keys[0][:120]!r} first")
+    if keys := sorted(result.unexpected_keys):
+        raise WrongInput(
+            f"{path} holds {len(keys)} that PEFT does not use, {keys[0][:120]!r} first"
+        )
+    changed = [name for name, (weight, sums) in before.items() if byte_sum(weight) != sums]
+    if changed:
+        raise WrongInput(
+            f"{path}: loading it changes the base's own weights ({changed[0]}), so that the base "
+            "could not be scored beside it; it was made on another base"
+        )
+    return adapted
+
+
+def byte_sum(weight: Any) -> int:
+    """A sum over the bytes of a tensor, which any change of its numbers changes but by chance."""
+    import torch
+
+    flat = weight.detach().contiguous().flatten().view(torch.uint8)
+    wide = flat.view(torch.int32) if flat.numel() % 4 == 0 else flat
+    return int(wide.sum(dtype=torch.int64))
+
+
+def fingerprints(model: Any) -> dict[str, tuple[Any, int]]:
+    """{name: (weight, its byte_sum)} of a model."""
+    return {name: (weight, byte_sum(weight)) for name, weight in model.named_parameters()}
