@@ -167,6 +167,8 @@ def load(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, Any]
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(adapter))
+        # lm-eval ties a model's weights anew; an adapter may bring a head of its own.
+        model.tie_weights = lambda *_, **__: None
     model.eval()
     dequantize_once(model)
     return model, tokenizer
