@@ -149,9 +149,11 @@ def main() -> None:
     parser.add_argument("--adapter", default="", help="a PEFT folder instead of a recipe's run")
     subject.add_options(parser)
     arguments = parser.parse_args()
-    who = subject.find(
-        arguments.recipe, arguments.adapter, arguments.precision, arguments.prompt_format
-    )
+    named = (arguments.recipe, arguments.adapter, arguments.precision)
+    try:
+        who = subject.find(*named, arguments.prompt_format)
+    except subject.NotRenderable:  # the weights merge all the same, and the base's template stays
+        who = subject.find(*named, "chat")
     if not who.adapter:
         raise WrongInput(f"{who.name} has no adapter to merge")
     print(f"merge      {who.name} into {who.config['base_model']}", flush=True)

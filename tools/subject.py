@@ -34,6 +34,10 @@ BITS = {"4bits": weights.PRECISIONS["nf4"], "8bits": weights.PRECISIONS["int8"],
 UNKNOWN = "unknown"  # in run.json: the precision of an adapter that was pulled without one
 
 
+class NotRenderable(WrongInput):
+    """No chat template renders the prompts that an adapter was trained on."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """A base, or a base and its adapter. `config` is Axolotl's, with the precision to score at."""
@@ -159,7 +163,7 @@ def _subject(
     if form and form not in FORMATS:
         raise WrongInput(f'unknown PROMPT_FORMAT "{form}"; there are {", ".join(FORMATS)}')
     if not form and (why := explain_unscorable(config)):
-        raise WrongInput(
+        raise NotRenderable(
             f"{name}: {why}; PROMPT_FORMAT=bare scores it on prompts without a template"
         )
     own = weights.precision(config)
