@@ -90,7 +90,7 @@ push: $(READY) ## Publish a run on the Hub, privately: RECIPE=… NAMESPACE=me [
 	@$(PY) -m tools.push "$$RECIPE" --namespace "$$NAMESPACE" --public "$$PUBLIC" \
 	  --dry-run "$$DRY_RUN" --price "$$PRICE" --force "$$FORCE"
 
-pull: $(READY) ## Bring a published adapter here: RECIPE=… [NAMESPACE=…] or ADAPTER=owner/name [REVISION=v1.0.0]
+pull: $(READY) ## Bring a published adapter here: RECIPE=… [NAMESPACE=…] or ADAPTER=owner/name [REVISION=v1.1.0]
 	@$(PY) -m tools.pull "$$RECIPE" --namespace "$$NAMESPACE" --adapter "$$ADAPTER" \
 	  --revision "$$REVISION" --force "$$FORCE"
 
