@@ -103,7 +103,7 @@ push: $(READY) ## Publish a run on the Hub, privately: RECIPE=… NAMESPACE=me [
 	@$(PY) -m tools.push "$$RECIPE" --namespace "$$NAMESPACE" --public "$$PUBLIC" \
 	  --dry-run "$$DRY_RUN" --price "$$PRICE" --force "$$FORCE"
 
-pull: $(READY) ## Bring a published adapter here: RECIPE=… [NAMESPACE=…] or ADAPTER=owner/name[/folder] [PRECISION=nf4] [REVISION=v1.0.0]
+pull: $(READY) ## Bring a published adapter here: RECIPE=… [NAMESPACE=…] or ADAPTER=owner/name[/folder] [PRECISION=nf4] [REVISION=v1.1.0]
 	@$(PY) -m tools.pull "$$RECIPE" --namespace "$$NAMESPACE" --adapter "$$ADAPTER" \
 	  --revision "$$REVISION" --precision "$$PRECISION" --force "$$FORCE"
 

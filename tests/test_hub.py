@@ -230,8 +230,8 @@ def test_a_push_is_one_private_tagged_commit_with_the_evidence(me, server):
     said = good(me.push())
     repo = server.repos[REPO]
     assert repo.private and len(repo.commits) == 2  # the Hub makes the first one itself
-    assert repo.tags == {"v1.0.0": repo.head} and repo.head[:12] in said
-    files = server.files(REPO, "v1.0.0")
+    assert repo.tags == {"v1.1.0": repo.head} and repo.head[:12] in said
+    files = server.files(REPO, "v1.1.0")
     assert set(files) == {
         *("README.md", "adapter_config.json", "adapter_model.safetensors", "config.yaml"),
         *("evals/base/fpb.json", "evals/fpb.json", "run.json"),
@@ -260,21 +260,21 @@ def test_the_same_content_again_sends_nothing(me, server):
 
 def test_other_content_under_the_same_version_is_refused_and_another_version_is_not(me, server):
     good(me.push())
-    first = server.files(REPO, "v1.0.0")
+    first = server.files(REPO, "v1.1.0")
     path = me.made / "evals" / "fpb.json"
     sha = json.loads((me.made / "run.json").read_text())["adapter_sha256"]
     cli.write_json(path, scored(sha, "fpb", ["positive"] * 40))
     server.requests.clear()
-    refused(me.push(), r"v1\.0\.0 with another README.md, evals/fpb.json")
+    refused(me.push(), r"v1\.1\.0 with another README.md, evals/fpb.json")
     assert server.files(REPO) == first and server.sent("commit") == 0
 
     source = me.root / "recipes" / f"{RECIPE}.yaml"
-    source.write_text(source.read_text().replace("# Version: 1.0.0", "# Version: 1.1.0"))
+    source.write_text(source.read_text().replace("# Version: 1.1.0", "# Version: 1.2.0"))
     told = json.loads((me.made / "run.json").read_text())
-    cli.write_json(me.made / "run.json", told | {"recipe_version": "1.1.0"})
+    cli.write_json(me.made / "run.json", told | {"recipe_version": "1.2.0"})
     good(me.push())
-    assert set(server.repos[REPO].tags) == {"v1.0.0", "v1.1.0"}
-    assert server.files(REPO, "v1.0.0") == first != server.files(REPO, "v1.1.0")
+    assert set(server.repos[REPO].tags) == {"v1.1.0", "v1.2.0"}
+    assert server.files(REPO, "v1.1.0") == first != server.files(REPO, "v1.2.0")
 
 
 STEPS = ["create", "validate", "preupload", "batch", "upload", "verify", "commit", "tag"]
@@ -303,8 +303,8 @@ def test_a_push_killed_at_any_step_publishes_nothing_and_the_next_one_all(me, se
 
     good(me.push("--public", "1"))
     repo = server.repos[REPO]
-    assert len(repo.commits) == 2 and repo.tags == {"v1.0.0": repo.head} and not repo.private
-    files = server.files(REPO, "v1.0.0")
+    assert len(repo.commits) == 2 and repo.tags == {"v1.1.0": repo.head} and not repo.private
+    files = server.files(REPO, "v1.1.0")
     assert len(files) == 7
     assert files[adapter.WEIGHTS] == (me.made / adapter.WEIGHTS).read_bytes()
 
@@ -315,7 +315,7 @@ def test_a_connection_that_breaks_is_one_line_and_the_same_command_repairs_it(me
     refused(me.push(), "connection to the Hub broke.*run it again", status=1)
     assert not (server.repos[REPO].tags if REPO in server.repos else {})
     good(me.push())
-    assert server.repos[REPO].tags == {"v1.0.0": server.repos[REPO].head}
+    assert server.repos[REPO].tags == {"v1.1.0": server.repos[REPO].head}
 
 
 def test_a_hub_that_is_overloaded_for_a_moment_is_asked_again(me, server):
@@ -333,7 +333,7 @@ def test_two_pushes_of_the_same_run_at_once_make_one_commit(me, server):
     results = [me.end(process) for process in processes]
     assert [result.returncode for result in results] == [0, 0], results
     assert server.sent("commit") == 2 and len(server.repos[REPO].commits) == 2
-    assert server.repos[REPO].tags == {"v1.0.0": server.repos[REPO].head}
+    assert server.repos[REPO].tags == {"v1.1.0": server.repos[REPO].head}
 
 
 def test_of_two_different_pushes_of_a_version_at_once_one_is_refused(me, place, server):
@@ -349,9 +349,9 @@ def test_of_two_different_pushes_of_a_version_at_once_one_is_refused(me, place, 
     results = [p.end(process) for p, process in zip(places, processes, strict=True)]
     assert sorted(result.returncode for result in results) == [0, 2], results
     loser = results[0] if results[0].returncode else results[1]
-    refused(loser, r"v1\.0\.0")
+    refused(loser, r"v1\.1\.0")
     repo = server.repos[REPO]
-    assert len(repo.commits) == 2 and repo.tags == {"v1.0.0": repo.head}
+    assert len(repo.commits) == 2 and repo.tags == {"v1.1.0": repo.head}
 
 
 @pytest.mark.parametrize(
@@ -474,9 +474,9 @@ def test_public_is_only_what_was_asked_to_be(me, place, server):
     good(me.push("--public", "1"))
     good(stranger.run("pull", RECIPE, "--namespace", "me"))
     source = me.root / "recipes" / f"{RECIPE}.yaml"
-    source.write_text(source.read_text().replace("# Version: 1.0.0", "# Version: 1.1.0"))
+    source.write_text(source.read_text().replace("# Version: 1.1.0", "# Version: 1.2.0"))
     told = json.loads((me.made / "run.json").read_text())
-    cli.write_json(me.made / "run.json", told | {"recipe_version": "1.1.0"})
+    cli.write_json(me.made / "run.json", told | {"recipe_version": "1.2.0"})
     refused(me.push(), "is public already; PUBLIC=1")
 
 
@@ -484,10 +484,10 @@ def test_a_repository_that_holds_something_else_is_left_alone(me, server):
     server.put(REPO, {"model.safetensors": b"mine"}, private=True)
     refused(me.push(), "holds something else")
     assert server.files(REPO) == {"model.safetensors": b"mine"}
-    server.put(REPO, {"run.json": b'{"recipe_version": "1.0.0"}'})
-    refused(me.push(), r"another v1\.0\.0 without its tag.*FORCE=1")
+    server.put(REPO, {"run.json": b'{"recipe_version": "1.1.0"}'})
+    refused(me.push(), r"another v1\.1\.0 without its tag.*FORCE=1")
     good(me.push("--force", "1"))
-    assert set(server.repos[REPO].tags) == {"v1.0.0"}
+    assert set(server.repos[REPO].tags) == {"v1.1.0"}
 
 
 def test_paths_of_this_machine_do_not_leave_it(me, server, tmp_path):
@@ -587,7 +587,7 @@ def test_the_cards_code_runs_as_it_stands(me, server, tiny, tmp_path):
         "output_dir": "runs/local/tiny",
     }
     recipe = me.root / "tiny.yaml"
-    recipe.write_text("# Version: 1.0.0\n" + yaml.safe_dump(content))
+    recipe.write_text("# Version: 1.1.0\n" + yaml.safe_dump(content))
     torch.manual_seed(0)
     wanted = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj"])
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), wanted)
@@ -621,11 +621,11 @@ def test_what_was_pulled_at_a_tag_gives_the_same_logits_to_the_bit(me, place, se
     commit = server.repos[REPO].head
     server.put(REPO, {"README.md": b"later"})  # main goes on; the tag does not
     bob = place("bob", me.token)
-    said = good(bob.run("pull", RECIPE, "--namespace", "me", "--revision", "v1.0.0"))
+    said = good(bob.run("pull", RECIPE, "--namespace", "me", "--revision", "v1.1.0"))
     assert commit[:12] in said and "runs/smollm2-135m/sentiment_r4" in said
     told = json.loads((bob.made / "hub.json").read_text())
-    assert (told["repo"], told["commit"], told["revision"]) == (REPO, commit, "v1.0.0")
-    for name, content in server.files(REPO, "v1.0.0").items():
+    assert (told["repo"], told["commit"], told["revision"]) == (REPO, commit, "v1.1.0")
+    for name, content in server.files(REPO, "v1.1.0").items():
         assert (bob.made / name).read_bytes() == content
     before, after = logits(me.made, base), logits(bob.made, base)
     assert torch.equal(before, after)
@@ -657,14 +657,14 @@ def test_a_second_pull_downloads_nothing_and_a_new_version_moves_the_old_aside(m
 def test_without_a_network_the_cache_is_enough(me, place, server):
     good(me.push())
     bob = place("bob", me.token)
-    good(bob.run("pull", RECIPE, "--namespace", "me", "--revision", "v1.0.0"))
+    good(bob.run("pull", RECIPE, "--namespace", "me", "--revision", "v1.1.0"))
     for number, (url, env) in enumerate(
         [(server.url, {"HF_HUB_OFFLINE": "1"}), ("http://127.0.0.1:9", {})]
     ):
         carol = place(f"carol{number}", me.token)
         carol.home, carol.url = bob.home, url
         server.requests.clear()
-        arguments = ("pull", RECIPE, "--namespace", "me", "--revision", "v1.0.0")
+        arguments = ("pull", RECIPE, "--namespace", "me", "--revision", "v1.1.0")
         assert "from the cache" in good(carol.run(*arguments, **env))
         assert server.requests == []
         assert (carol.made / adapter.WEIGHTS).read_bytes() == (
@@ -1017,7 +1017,7 @@ def test_adapters_lists_the_runs_here_and_what_a_namespace_holds(me, server):
     said = good(me.run("hub", "--namespace", "me"))
     here, there = said.split("me on ")
     assert RECIPE in here and "fpb accuracy 75.0" in here and "trained here" in here
-    assert REPO in there and "v1.0.0" in there and "fpb accuracy 75.0" in there
+    assert REPO in there and "v1.1.0" in there and "fpb accuracy 75.0" in there
     assert "private" in there
     me.token = ""
     assert "0 adapters" in good(me.run("hub", "--namespace", "me"))
