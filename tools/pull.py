@@ -1,7 +1,7 @@
 """Brings a published adapter here, checked, as a run folder that scoring and chat use.
 
     python -m tools.pull sentiment_r4                          FinLoRA's own adapter
-    python -m tools.pull sentiment_r4 --namespace me --revision v1.0.0
+    python -m tools.pull sentiment_r4 --namespace me --revision v1.1.0
     python -m tools.pull --adapter owner/name                  any LoRA adapter, to runs/hub/
     python -m tools.pull --adapter owner/name/folder --precision nf4
 
