@@ -115,6 +115,8 @@ def test_what_peft_loads_is_loaded_merged_and_leaves_the_base_as_it_is(tiny, tmp
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from evals.model import Model
+
     folder = make(tiny, tmp_path / "adapter", **KINDS[kind])
     who = subject.find("", str(folder), "fp32")
     model, tokenizer = weights.load(who.config, who.adapter)
@@ -132,6 +134,9 @@ def test_what_peft_loads_is_loaded_merged_and_leaves_the_base_as_it_is(tiny, tmp
         without = [text[:, :size] for text in logits(model, tokenizer)]
     assert largest(without, base_logits) < 1e-5
     assert largest([text[:, :size] for text in ours], base_logits) > 1e-2
+
+    Model(model, tokenizer, "as it is scored", 1)
+    assert largest(logits(model, tokenizer), ours) == 0
 
     target = merge.merge(who.config, folder, who.prompt_format)
     merged, merged_tokenizer = weights.load({"base_model": str(target), "dtype": "float32"})

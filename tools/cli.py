@@ -56,7 +56,8 @@ def quiet() -> None:
     os.environ["TQDM_DISABLE"] = "1"
     if not shutil.which("nvidia-smi"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns that it finds no other
-    for name in ("torchao", "torch.utils._pytree", "lm_eval", "DeepSpeed", "transformers", "peft"):
+    names = ("torchao", "torch.utils._pytree", "lm_eval", "DeepSpeed", "transformers", "peft")
+    for name in (*names, "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch|transformers|peft|bitsandbytes|torchao")
     # Packages are compiled when they are first imported, and some have invalid escape sequences.

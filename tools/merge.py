@@ -134,8 +134,6 @@ def write_merged(base: Any, config: dict[str, Any], adapter: Path, folder: Path)
     if checked.touches_embeddings and head.weight is embedding.weight:
         # An adapter of one of them leaves the other as it is.
         head.weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
-        base.config.get_text_config().tie_word_embeddings = base.config.tie_word_embeddings = False
-        base._tied_weights_keys = None
     merged = weights.attach(base, adapter, checked).merge_and_unload(safe_merge=True)
     # transformers would turn the names back into those of the quantized file, which it cannot.
     published = weights.published_precision(str(config["base_model"]))

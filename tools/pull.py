@@ -370,7 +370,9 @@ def pull(
         source = Source(f"{owner}/{repo}", f"{folder}/" if folder else "")
         target = RUNS / "hub" / str(source)
     repo = str(source)
-    if target.is_dir() and any(target.iterdir()) and not (origin(target) or force):
+    # Folders of the same repository that were pulled before may lie inside, with their locks.
+    inside = [path for path in target.glob("[!.]*") if not any(path.glob(f"**/{ORIGIN}"))]
+    if inside and not (origin(target) or force):
         raise WrongInput(f"{shown(target)} was made here; FORCE=1 moves it aside and pulls {repo}")
     with only_one(target):
         commit = bring(hub(), source, revision or "main", target, recipe, precision)

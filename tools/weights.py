@@ -326,6 +326,11 @@ def attach(model: Any, adapter: Path, checked: adapters.Checked) -> Any:
     from peft import LoraConfig, PeftModelForCausalLM, set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    if checked.touches_embeddings:
+        # lm-eval ties weights again, which would undo what was trained of one of them.
+        model.config.get_text_config().tie_word_embeddings = False
+        model.config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {}
     before = fingerprints(model)
     adapted = PeftModelForCausalLM(model, LoraConfig(**checked.peft_config))
     tensors = load_file(adapter / adapters.WEIGHTS)
