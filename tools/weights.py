@@ -253,8 +253,6 @@ def load(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, Any]
         if checked.rows:
             tokenizer = resize(model, tokenizer, adapter, checked.rows)
         model = attach(model, adapter, checked)
-        # lm-eval ties a model's weights anew, and an adapter may bring a head of its own.
-        model.tie_weights = lambda *_, **__: None
     model.eval()
     dequantize_once(model)
     return model, tokenizer
