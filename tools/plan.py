@@ -13,6 +13,7 @@ Bytes are bytes; a GPU of "24 GB" has 24 GiB of memory, as its driver counts it.
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from collections import Counter
@@ -447,13 +448,13 @@ def find_file(base: str, name: str) -> Path | None:
     if (ROOT / base).is_dir():
         path = ROOT / base / name
         return path if path.is_file() else None
+    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
+    if not (cache / f"models--{base.replace('/', '--')}").is_dir():
+        return None  # without the Hub's library, which takes longer to load than a plan takes
     from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
 
-    try:
-        cached = try_to_load_from_cache(base, name)
-    except HFValidationError:
-        return None
+    cached = try_to_load_from_cache(base, name)
     return Path(cached) if isinstance(cached, str) else None
 
 
