@@ -771,13 +771,14 @@ def test_tfns_is_repaired_only_under_its_repaired_name(target, dataset, counts):
 
 
 @needs_finlora
-def test_a_changed_tfns_file_is_not_repaired(tmp_path, target):
+def test_a_changed_tfns_file_is_repaired_where_its_rows_show_the_swap(tmp_path, target):
     published = convert.source_folder() / "test" / "tfns_test.jsonl"
     changed = tmp_path / "tfns_test.jsonl"
     changed.write_bytes(published.read_bytes() + GOOD)
     manifest = convert.convert(changed, target, convert.rules("tfns", changed))
-    assert manifest["labels"] == {"negative": 347, "neutral": 476, "positive": 1566}
-    assert manifest["repair"] is None
+    # The row that was added has not TFNS's instruction, so it keeps its label.
+    assert manifest["labels"] == {"negative": 347, "neutral": 1567, "positive": 475}
+    assert manifest["label_check"]["outcome"] == "repaired"
 
 
 @needs_finlora
@@ -788,6 +789,7 @@ def test_sentiment_trains_on_900_rows_whose_prompts_are_not_tested(tmp_path, mon
     monkeypatch.setattr(convert, "CHAT", tmp_path)
     convert.convert_task("sentiment", folder)
     train, test = turns(tmp_path / "sentiment_train.jsonl"), turns(tmp_path / "fpb_test.jsonl")
+    train += turns(tmp_path / "sentiment_val.jsonl")
     assert len(train) == 900 and len(test) in (311, 312)
     assert not {prompt for prompt, _ in train} & {prompt for prompt, _ in test}
     source = lines(folder / "test" / "fpb_test.jsonl")

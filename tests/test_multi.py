@@ -190,6 +190,7 @@ def test_different_data_on_two_processes_is_refused(tmp_path):
         "state = types.SimpleNamespace(global_step=1)\n"
         "trainer = types.SimpleNamespace(model=model, state=state)\n"
         "cfg = types.SimpleNamespace(output_dir='.', datasets=[{'path': path}])\n"
+        "cfg.test_datasets = None\n"
         "watch = Watch(cfg, trainer, None)\n"
         "watch.same_data()\n"
         "watch.same_weights()\n"

@@ -177,7 +177,8 @@ def test_training_scoring_and_chat_without_a_network_try_no_connection(tiny, cha
 
 def test_the_watch_of_these_tests_sees_a_connection(tmp_path):
     connections = tmp_path / "connections"
-    code = tmp_path / "asks.py"
+    code = tmp_path / "watch" / "asks.py"
+    code.parent.mkdir()
     code.write_text(
         "import urllib.request\ntry:\n    urllib.request.urlopen('http://hub.example')\n"
         "except OSError:\n    pass\n"
@@ -185,5 +186,5 @@ def test_the_watch_of_these_tests_sees_a_connection(tmp_path):
     probe = subprocess.run(["unshare", "--net", "--map-root-user", "true"], capture_output=True)
     if probe.returncode:
         pytest.skip("this machine gives no network namespaces")
-    isolated("runpy", code, connections=connections)
+    isolated("asks", connections=connections)
     assert "hub.example" in connections.read_text()

@@ -204,11 +204,12 @@ def find(name: str) -> Recipe:
                 return load(path, inside)
         return load(Path(name), name)
     known = places()
-    name = name if name in known else name.lower()  # some of FinLoRA's names have an 8B
-    if name not in known:
+    entry = name if name in known else name.lower()  # some of FinLoRA's names have an 8B
+    if entry not in known:
         hint = nearest(name, list(known)) or "; `make recipes` lists what there is"
         raise WrongInput(f'unknown recipe "{name}"{hint}')
-    return load(known[name], f"{known[name].parent.name}/{known[name].stem}")
+    path = known[entry]
+    return load(path, f"{path.parent.name}/{path.stem}")
 
 
 def load(path: Path, name: str) -> Recipe:
