@@ -9,7 +9,11 @@ VARIABLES := RECIPE TASKS PROFILE LIMIT PROMPT FORCE FINLORA_DATA GPU NPROC PRIC
   FINLORA_BASE_URL ADAPTER PORT ON_ERROR NAMESPACE PUBLIC REVISION DRY_RUN \
   BASE PRECISION PROMPT_FORMAT GRADIENT_CHECKPOINTING BACKEND BASE_URL MODEL_NAME REPAIR RECIPES \
   TRACKER NNODES NODE_RANK RDZV RUN PYTHON TORCH WHEELHOUSE
-$(foreach v,$(VARIABLES),$(eval override $(v) := $$(value $(v))))
+# A shell may hold a MODEL or a FORCE of somebody else: a variable counts where it stands on make's
+# command line. Only these count from the environment, too (docs/networks.md):
+FROM_ENVIRONMENT := FINLORA_DATA FINLORA_BASE_URL WHEELHOUSE
+counts = $(findstring command line,$(origin $(1)))$(filter $(1),$(FROM_ENVIRONMENT))
+$(foreach v,$(VARIABLES),$(eval override $(v) := $(if $(call counts,$(v)),$$(value $(v)))))
 export $(VARIABLES)
 
 DEMO := smollm2-135m/sentiment_r4

@@ -431,14 +431,14 @@ def test_refused_rows_are_kept_beside_the_output_and_every_row_is_accounted_for(
 
 def test_the_command_keeps_refused_rows_only_where_it_is_told_to(source, target):
     source.write_bytes(GOOD + REFUSED["null"][0])
-    for told in (["--on-error", "quarantine"], []):
-        done = command("--dataset", "fpb", source, target, *told, ON_ERROR="quarantine")
-        assert done.returncode == 0, done.stderr
-        assert f"1 refused: {convert.refused_path(target)}" in done.stdout
-    for variable in ("", "stop"):
-        told = refusal(command("--dataset", "fpb", source, target, ON_ERROR=variable))
-        assert f"{source}, line 2: " in told
-    told = refusal(command("--dataset", "fpb", source, target, ON_ERROR="skip"))
+    convert_it = ("--dataset", "fpb", source, target)
+    done = command(*convert_it, "--on-error", "quarantine")
+    assert done.returncode == 0, done.stderr
+    assert f"1 refused: {convert.refused_path(target)}" in done.stdout
+    for option in ([], ["--on-error", ""], ["--on-error", "stop"]):
+        message = refusal(command(*convert_it, *option, ON_ERROR="quarantine"))
+        assert f"{source}, line 2: " in message
+    told = refusal(command(*convert_it, "--on-error", "skip"))
     assert 'ON_ERROR is stop or quarantine, not "skip"' in told
 
 

@@ -22,6 +22,7 @@ HOSTILE = {
 # Every variable that a job of the Makefile reads.
 MAKEFILE = (ROOT / "Makefile").read_text()
 VARIABLES = sorted(set(re.findall(r'"\$\$([A-Z_]+)"', MAKEFILE)))
+FROM_ENVIRONMENT = re.search(r"^FROM_ENVIRONMENT := (.*)$", MAKEFILE, re.M).group(1).split()
 hostile = pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)
 how = pytest.mark.parametrize("how", ["argument", "environment"])
 
@@ -81,42 +82,53 @@ def test_make_alone_lists_every_job():
 def test_a_value_reaches_a_program_as_it_was_typed(name, value, how):
     probe = f'--eval=probe: ; @printf %s "$${name}"'
     done = make(probe, "probe", how=how, **{name: value})
-    assert (done.returncode, done.stdout) == (0, value), done.stderr
+    counts = how == "argument" or name in FROM_ENVIRONMENT
+    assert (done.returncode, done.stdout) == (0, value if counts else ""), done.stderr
+
+
+def test_the_variables_that_count_from_the_environment_are_documented():
+    page = (ROOT / "docs/networks.md").read_text()
+    assert all(f"`{name}`" in page for name in FROM_ENVIRONMENT)
+
+
+def test_variables_of_somebodys_shell_change_nothing(ready):
+    shell = {"FORCE": "1", "PUBLIC": "1", "MODEL": "nosuch", "TASK": "nosuch", "JSON": "1"}
+    done = make("recipes", how="environment", **shell)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == make("recipes").stdout
+    (line,) = errors(make("recipes", "MODEL=nosuch"))
+    assert "nosuch" in line
 
 
 @hostile
-@how
 @pytest.mark.parametrize(
     ("job", "values"),
     [("new", ("TASK", "DATA")), ("import", ("CONFIG",)), ("recipes", ("MODEL", "METHOD", "TASK"))],
 )
-def test_a_hostile_value_of_another_job_is_not_run(ready, job, values, value, how):
-    (line,) = errors(make(job, how=how, **dict.fromkeys(values, value)))
+def test_a_hostile_value_of_another_job_is_not_run(ready, job, values, value):
+    (line,) = errors(make(job, **dict.fromkeys(values, value)))
     assert line.startswith("error: ")
 
 
 @hostile
-@how
 @pytest.mark.parametrize("job", ["show", "train"])
-def test_a_hostile_recipe_is_quoted_in_one_line_and_not_run(ready, job, value, how):
-    (line,) = errors(make(job, how=how, RECIPE=value))
+def test_a_hostile_recipe_is_quoted_in_one_line_and_not_run(ready, job, value):
+    (line,) = errors(make(job, RECIPE=value))
     assert line.startswith("error: unknown recipe ")
     assert value.split("\n")[0] in line
 
 
 @hostile
-@how
-def test_a_hostile_task_is_quoted_in_one_line_and_not_run(ready, value, how):
-    (line,) = errors(make("data", how=how, TASKS=value))
+def test_a_hostile_task_is_quoted_in_one_line_and_not_run(ready, value):
+    (line,) = errors(make("data", TASKS=value))
     assert line.startswith("error: unknown task ")
     assert value.split()[0] in line
 
 
 @hostile
-@how
 @pytest.mark.parametrize("job", ["show", "train", "data"])
-def test_a_hostile_prompt_is_not_run_by_any_job(ready, job, value, how):
-    (line,) = errors(make(job, how=how, PROMPT=value, RECIPE="nosuch", TASKS="nosuch"))
+def test_a_hostile_prompt_is_not_run_by_any_job(ready, job, value):
+    (line,) = errors(make(job, PROMPT=value, RECIPE="nosuch", TASKS="nosuch"))
     assert "nosuch" in line
 
 

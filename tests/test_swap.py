@@ -161,14 +161,14 @@ def test_the_command_decides_stops_and_is_overruled(folder):
     place = convert.CHAT
     script = (
         "import sys; from pathlib import Path; from tools import convert; "
-        f"convert.CHAT = Path({str(place)!r}); sys.argv = ['convert', 'sentiment']; convert.main()"
+        f"convert.CHAT = Path({str(place)!r}); sys.argv[1:1] = ['sentiment']; convert.main()"
     )
 
-    def command(**environment):
+    def command(repair=""):
         return subprocess.run(
-            [sys.executable, "-c", script],
+            [sys.executable, "-c", script, "--repair", repair],
             cwd=ROOT,
-            env=os.environ | {"FINLORA_DATA": str(data.parent)} | environment,
+            env=os.environ | {"FINLORA_DATA": str(data.parent), "REPAIR": "1"},
             capture_output=True,
             text=True,
         )
@@ -177,9 +177,9 @@ def test_the_command_decides_stops_and_is_overruled(folder):
     assert done.returncode == 0, done.stderr
     assert "repaired, neutral and positive were swapped" in done.stdout
     assert check_of()["outcome"] == "repaired"
-    done = command(REPAIR="0")
+    done = command("0")
     assert "REPAIR=0, by hand: unchanged" in done.stdout and check_of()["outcome"] == "forced"
-    done = command(REPAIR="yes")
+    done = command("yes")
     assert (done.returncode, done.stderr) == (2, 'error: REPAIR is 0 or 1, not "yes"\n')
     half = swapped(parts["tfns"][::2]) + parts["tfns"][1::2]
     write(data, construct(parts, half))
