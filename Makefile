@@ -30,8 +30,8 @@ help: ## List the jobs
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
 demo: $(READY) ## Everything once: convert, train a QLoRA adapter of SmolLM2-135M, score it, show the table
-	@$(PY) -m tools.convert sentiment
-	@$(PY) -m tools.train $(DEMO)
+	@$(PY) -m tools.data.convert sentiment
+	@$(PY) -m tools.train.launch $(DEMO)
 	@$(PY) -m evals.run $(DEMO) --tasks fpb
 
 setup: ## Make .venv (does nothing where it is up to date): [PYTHON=python3.12] [TORCH=cpu|cuda] [WHEELHOUSE=dir]
@@ -48,37 +48,37 @@ wheelhouse: $(READY) ## Every package as a file, for a machine without a package
 	@$(PY) -m tools.setup --make-wheelhouse "$${WHEELHOUSE:-wheelhouse}" --torch "$$TORCH"
 
 fetch: $(READY) ## Download and verify FinLoRA's files to data/raw/: TASKS=sentiment,ner [FINLORA_BASE_URL=…]
-	@$(PY) -m tools.fetch "$$TASKS"
+	@$(PY) -m tools.data.fetch "$$TASKS"
 
 data: $(READY) ## FinLoRA rows to chat rows: [TASKS=sentiment,ner] [RECIPE=… counts tokens] [ON_ERROR=quarantine] [REPAIR=0|1]
-	@$(PY) -m tools.convert "$$TASKS" --recipe "$$RECIPE" --on-error "$$ON_ERROR" --repair "$$REPAIR"
+	@$(PY) -m tools.data.convert "$$TASKS" --recipe "$$RECIPE" --on-error "$$ON_ERROR" --repair "$$REPAIR"
 
 audit: $(READY) ## What is wrong with the rows at hand: TASKS=sentiment,formula (all at hand without TASKS)
-	@$(PY) -m tools.audit "$$TASKS"
+	@$(PY) -m tools.data.audit "$$TASKS"
 
 model: $(READY) ## Write SmolLM2-135M-Instruct to models/ (train does it where it is needed)
-	@$(PY) -m tools.export
+	@$(PY) -m tools.smollm2
 
 train: $(READY) ## Train a recipe: RECIPE=… [PROFILE=cpu|gpu|multi_gpu,zero2] [NPROC=2] [TRACKER=tensorboard] [GRADIENT_CHECKPOINTING=1|0] [FORCE=1]
-	@$(PY) -m tools.train "$$RECIPE" --profile "$$PROFILE" --force "$$FORCE" --nproc "$$NPROC" \
+	@$(PY) -m tools.train.launch "$$RECIPE" --profile "$$PROFILE" --force "$$FORCE" --nproc "$$NPROC" \
 	  --tracker "$$TRACKER" --gradient-checkpointing "$$GRADIENT_CHECKPOINTING" --nnodes "$$NNODES" --node-rank "$$NODE_RANK" --rendezvous "$$RDZV"
 
 smoke: $(READY) ## Try a recipe for two minutes before hours are spent: RECIPE=… [PROFILE=…]
-	@$(PY) -m tools.smoke "$$RECIPE" --profile "$$PROFILE"
+	@$(PY) -m tools.train.smoke "$$RECIPE" --profile "$$PROFILE"
 
 profile: $(READY) ## What was found here, what will be used, and why: [RECIPE=…] [PROFILE=…] [NPROC=2] [GRADIENT_CHECKPOINTING=1|0]
-	@$(PY) -m tools.profiles "$$RECIPE" --profile "$$PROFILE" --nproc "$$NPROC" \
+	@$(PY) -m tools.train.profiles "$$RECIPE" --profile "$$PROFILE" --nproc "$$NPROC" \
 	  --gradient-checkpointing "$$GRADIENT_CHECKPOINTING"
 
 status: $(READY) ## What trains, what is done, what was interrupted
-	@$(PY) -m tools.status
+	@$(PY) -m tools.train.status
 
 sweep: $(READY) ## Train several recipes and end with one table: RECIPES="sentiment_r4 headline_*" [PROFILE=…]
-	@$(PY) -m tools.sweep "$$RECIPES" --profile "$$PROFILE" --nproc "$$NPROC" \
+	@$(PY) -m tools.train.sweep "$$RECIPES" --profile "$$PROFILE" --nproc "$$NPROC" \
 	  --tracker "$$TRACKER" --force "$$FORCE"
 
 reproduce: $(READY) ## Train a finished run again and compare the adapters: RUN=runs/smollm2-135m/sentiment_r4
-	@$(PY) -m tools.reproduce "$$RUN"
+	@$(PY) -m tools.train.reproduce "$$RUN"
 
 parity: $(READY) ## QLoRA against LoRA at 8 bits and full precision, ranks, alpha, targets: hours; goes on where it stopped
 	@$(PY) -m bench.parity
@@ -92,27 +92,27 @@ report: $(READY) ## A page of all scores, runs/report/index.html, and its figure
 	@$(PY) -m evals.html --gpu "$$GPU" --price "$$PRICE"
 
 chat: $(READY) ## Base and adapter answer PROMPT="…"; a conversation without it: RECIPE=… or ADAPTER=… [PRECISION=nf4] [PROMPT_FORMAT=finlora]
-	@$(PY) -m tools.chat "$$RECIPE" "$$PROMPT" --adapter "$$ADAPTER" --precision "$$PRECISION" \
+	@$(PY) -m tools.use.chat "$$RECIPE" "$$PROMPT" --adapter "$$ADAPTER" --precision "$$PRECISION" \
 	  --prompt-format "$$PROMPT_FORMAT"
 
 merge: $(READY) ## Merge an adapter into its base, and compare the two: RECIPE=… or ADAPTER=… [PRECISION=nf4] [PROMPT_FORMAT=finlora]
-	@$(PY) -m tools.merge "$$RECIPE" --adapter "$$ADAPTER" --precision "$$PRECISION" \
+	@$(PY) -m tools.use.merge "$$RECIPE" --adapter "$$ADAPTER" --precision "$$PRECISION" \
 	  --prompt-format "$$PROMPT_FORMAT"
 
 serve: $(READY) ## An OpenAI-compatible endpoint (vLLM on a GPU): RECIPE=… or ADAPTER=… [PORT=8000] [PRECISION=nf4] [PROMPT_FORMAT=finlora]
-	@$(PY) -m tools.serve "$$RECIPE" --adapter "$$ADAPTER" --port "$$PORT" \
+	@$(PY) -m tools.use.serve "$$RECIPE" --adapter "$$ADAPTER" --port "$$PORT" \
 	  --precision "$$PRECISION" --prompt-format "$$PROMPT_FORMAT"
 
 push: $(READY) ## Publish a run on the Hub, privately: RECIPE=… NAMESPACE=me [PUBLIC=1] [DRY_RUN=1] [PRICE=0.26] [FORCE=1]
-	@$(PY) -m tools.push "$$RECIPE" --namespace "$$NAMESPACE" --public "$$PUBLIC" \
+	@$(PY) -m tools.hub.push "$$RECIPE" --namespace "$$NAMESPACE" --public "$$PUBLIC" \
 	  --dry-run "$$DRY_RUN" --price "$$PRICE" --force "$$FORCE"
 
 pull: $(READY) ## Bring a published adapter here: RECIPE=… [NAMESPACE=…] or ADAPTER=owner/name[/folder] [PRECISION=nf4] [REVISION=v1.1.0]
-	@$(PY) -m tools.pull "$$RECIPE" --namespace "$$NAMESPACE" --adapter "$$ADAPTER" \
+	@$(PY) -m tools.hub.pull "$$RECIPE" --namespace "$$NAMESPACE" --adapter "$$ADAPTER" \
 	  --revision "$$REVISION" --precision "$$PRECISION" --force "$$FORCE"
 
 adapters: $(READY) ## List the runs here and, with NAMESPACE=me, those on the Hub
-	@$(PY) -m tools.hub --namespace "$$NAMESPACE"
+	@$(PY) -m tools.hub.client --namespace "$$NAMESPACE"
 
 recipes: $(READY) ## List the catalogue: [TASK=sentiment] [MODEL=qwen3-8b] [METHOD=r4] [JSON=1]
 	@$(PY) -m tools.catalogue list --task "$$TASK" --model "$$MODEL" --method "$$METHOD" --json "$$JSON"
@@ -121,13 +121,13 @@ show: $(READY) ## Print a recipe, its plan, and what its run took: RECIPE=sentim
 	@$(PY) -m tools.catalogue show "$$RECIPE"
 
 plan: $(READY) ## What a recipe takes before a GPU is rented: RECIPE=… [GPU="A5000 24GB"] [NPROC=4] [PRICE=0.26] [JSON=1]
-	@$(PY) -m tools.plan "$$RECIPE" --gpu "$$GPU" --nproc "$$NPROC" --price "$$PRICE" --json "$$JSON"
+	@$(PY) -m tools.train.plan "$$RECIPE" --gpu "$$GPU" --nproc "$$NPROC" --price "$$PRICE" --json "$$JSON"
 
 new: $(READY) ## A task of your own, with recipes and an evaluation: TASK=my_task DATA=my.jsonl
-	@$(PY) -m tools.local new "$$TASK" "$$DATA"
+	@$(PY) -m tools.custom new "$$TASK" "$$DATA"
 
 import: $(READY) ## Recipes from a FinLoRA config file: CONFIG=finetune_configs.json
-	@$(PY) -m tools.local import "$$CONFIG"
+	@$(PY) -m tools.custom import "$$CONFIG"
 
 render: $(READY) ## Write every recipe from recipes/matrix.yaml
 	@$(PY) -m tools.catalogue render
@@ -146,8 +146,8 @@ check: $(READY) ## Lint, format, types, drift of rendered files, every recipe ag
 	@$(PY) -m mypy
 	@.venv/bin/hadolint docker/Dockerfile
 	@$(PY) data/sample/make.py --check
-	@$(PY) -m tools.datacard --check
-	@$(PY) -m tools.scale --check
+	@$(PY) -m tools.data.card --check
+	@$(PY) -m tools.train.scale --check
 	@$(PY) -m bench.parity --check
 	@$(PY) -m tools.catalogue check
 

@@ -21,8 +21,9 @@ import yaml
 
 from bench.parity import called, machine
 from evals import stats
-from tools import convert, recipes
-from tools.cli import ROOT, JobFailed, WrongInput, atomic, command, shown, write_json
+from tools import recipes
+from tools.common import ROOT, JobFailed, WrongInput, atomic, command, shown, write_json
+from tools.data import convert
 
 SPEC = ROOT / "bench" / "beyond.yaml"
 RESULTS = ROOT / "bench" / "beyond.json"
@@ -180,7 +181,7 @@ def main() -> None:
         recipe = RUNS / f"{Path(content['output_dir']).name}.yaml"
         with atomic(recipe) as file:
             file.write(yaml.safe_dump(content, sort_keys=False).encode())
-        called("tools.train", recipe)
+        called("tools.train.launch", recipe)
         one = measured(content)
         loss, seconds = one["validation_loss"], one["seconds"]
         print(f"beyond     {name}: validation loss {loss:.4f}, {seconds} s", flush=True)

@@ -25,8 +25,8 @@ from typing import Any
 
 from evals import run
 from evals.answers import Prompts
-from tools import export, recipes, weights
-from tools.cli import JobFailed, WrongInput, command, quiet
+from tools import models, recipes, smollm2
+from tools.common import JobFailed, WrongInput, command, quiet
 
 FINLORAS_BATCH = 8
 BATCH = 16
@@ -34,15 +34,15 @@ BATCH = 16
 
 def load(recipe: recipes.Recipe, base: bool = False) -> tuple[Any, Any, str]:
     """The recipe's base with its adapter, the tokenizer, and which adapter it is."""
-    export.ensure(recipe.config["base_model"])
+    smollm2.ensure(recipe.config["base_model"])
     if base:
-        return *weights.load(recipe.config), "no adapter"
+        return *models.load(recipe.config), "no adapter"
     if (recipe.run / "adapter_model.safetensors").is_file():
-        return *weights.load(recipe.config, recipe.run), "its adapter"
+        return *models.load(recipe.config, recipe.run), "its adapter"
     import torch
     from peft import LoraConfig, get_peft_model
 
-    model, tokenizer = weights.load(recipe.config)
+    model, tokenizer = models.load(recipe.config)
     torch.manual_seed(0)
     modules = recipe.config["lora_target_modules"]
     shape = LoraConfig(
@@ -151,7 +151,7 @@ def main() -> None:
     quiet()
     recipe = recipes.find(given.recipe)
     model, tokenizer, which = load(recipe, given.base)
-    precision = weights.precision(recipe.config)
+    precision = models.precision(recipe.config)
     rows = len(run.picked(given.dataset, given.limit))
     print(f"{recipe.name} with {which}, {precision}, {rows} rows of {given.dataset}")
     best: dict[str, float] = {}

@@ -2,7 +2,7 @@
 
     python -m bench.memory [--rows 8] [--tokens 147] [--json FILE]
 
-Beside each figure stands what `tools/plan.py` computes. Every precision gets a process of its own.
+Beside each figure stands what `tools/train/plan.py` computes. Every precision gets a process of its own.
 
 base   bytes of all tensors that the loaded model holds, with the quantization's constants.
 peak   the most bytes of tensors alive at once in a training step of a rank-4 adapter on q, k, v,
@@ -23,8 +23,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tools import export, plan, recipes
-from tools.cli import WrongInput, command, quiet, write_json
+from tools import recipes, smollm2
+from tools.common import WrongInput, command, quiet, write_json
+from tools.train import plan
 
 RECIPE = "smollm2-135m/sentiment_r4"
 # Name: bits of the linear layers, double quantization.
@@ -124,7 +125,7 @@ def measure(folder: str, bits: int, double: bool, rows: int, tokens: int) -> dic
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from tools.plugin import peak_memory
+    from tools.train.plugin import peak_memory
 
     config = recipes.config(RECIPE)
     model = load(folder, bits, double)
@@ -170,7 +171,7 @@ def measure(folder: str, bits: int, double: bool, rows: int, tokens: int) -> dic
 
 
 def planned(folder: str, bits: int, double: bool, rows: int, tokens: int) -> dict[str, int]:
-    """The same from tools/plan.py, without the CUDA context."""
+    """The same from tools/train/plan.py, without the CUDA context."""
     import torch
 
     config = recipes.config(RECIPE)
@@ -202,12 +203,12 @@ def main() -> None:
     given = parser.parse_args()
     if given.rows < 1 or given.tokens < 2:
         raise WrongInput("--rows must be at least 1 and --tokens at least 2")
-    export.ensure(str(export.FOLDER))
+    smollm2.ensure(str(smollm2.FOLDER))
     spawn = multiprocessing.get_context("spawn")
     results = {}
     for name, (bits, double) in PRECISIONS.items():
         print(f"memory     {name}", file=sys.stderr, flush=True)
-        setting = (str(export.FOLDER), bits, double, given.rows, given.tokens)
+        setting = (str(smollm2.FOLDER), bits, double, given.rows, given.tokens)
         with ProcessPoolExecutor(1, spawn) as pool:
             measured = pool.submit(measure, *setting).result()
         results[name] = {"measured": measured, "planned": planned(*setting)}

@@ -38,8 +38,9 @@ import numpy as np
 import yaml
 
 from evals import report, stats
-from tools import convert, recipes, weights
-from tools.cli import ROOT, JobFailed, WrongInput, atomic, command, shown, write_json
+from tools import models, recipes
+from tools.common import ROOT, JobFailed, WrongInput, atomic, command, shown, write_json
+from tools.data import convert
 
 SPEC = ROOT / "bench" / "parity.yaml"
 RESULTS = ROOT / "bench" / "parity.json"
@@ -81,7 +82,7 @@ def job(spec: dict[str, Any], task: str, changes: dict[str, Any], seed: int) -> 
     config = config | spec["settings"] | changes | {"seed": seed}
     precision = config.pop("precision")
     config = {k: v for k, v in config.items() if not k.startswith(("load_in_", "bnb_"))}
-    config |= weights.PRECISIONS[precision] if precision != "full" else {}
+    config |= models.PRECISIONS[precision] if precision != "full" else {}
     config["adapter"] = "qlora" if precision == "nf4" else "lora"
     del config["output_dir"], config["dataset_prepared_path"]
     return Job(task, seed, {key: value for key, value in config.items() if value is not None})
@@ -110,7 +111,7 @@ def scores(spec: dict[str, Any], one: Job, side: str = "adapter") -> Path:
 
 
 def base_folder(one: Job) -> Path:
-    return one.folder.parent / f"base_{weights.precision(one.config)}"
+    return one.folder.parent / f"base_{models.precision(one.config)}"
 
 
 def do(spec: dict[str, Any], one: Job, lock: Lock) -> None:
@@ -122,7 +123,7 @@ def do(spec: dict[str, Any], one: Job, lock: Lock) -> None:
         file.write(yaml.safe_dump(config, sort_keys=False).encode())
     told = spec["tasks"][one.task]
     limit = ["--limit", str(told["limit"])] if "limit" in told else []
-    called("tools.train", one.recipe)
+    called("tools.train.launch", one.recipe)
     arguments = ["evals.run", one.recipe, "--tasks", told["dataset"], *limit]
     if scores(spec, one, "base").is_file():
         called(*arguments)
@@ -159,7 +160,7 @@ def run(spec: dict[str, Any], wanted: dict[Any, Job], workers: int) -> None:
     def work(one: Job) -> None:
         nonlocal done
         try:
-            do(spec, one, locks[one.task, weights.precision(one.config)])
+            do(spec, one, locks[one.task, models.precision(one.config)])
         except JobFailed as error:
             failed.append(f"{one.name}: {error}")
             print(f"parity     {failed[-1]}", file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tools.cli import ROOT
+from tools.common import ROOT
 
 FILES = ["requirements.txt", "requirements", "tools/__init__.py", "tools/setup.py"]
 

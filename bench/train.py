@@ -18,8 +18,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tools import export, plan, profiles, recipes, train
-from tools.cli import ROOT, WrongInput, command, quiet, shown, write_json
+from tools import recipes, smollm2
+from tools.common import ROOT, WrongInput, command, quiet, shown, write_json
+from tools.train import launch, plan, profiles
 
 FOLDER = ROOT / "runs" / "bench"
 WARM = 4  # steps that are not timed
@@ -41,7 +42,11 @@ ON_CPU = ("bf16", "fp16", "tf32", "optimizer")
 def settings(recipe: recipes.Recipe, profile: str, here: dict[str, Any]) -> dict[str, Any]:
     """The two merged configs to compare, by name."""
     ours = profiles.merged(recipe, profile, here=here)
-    theirs = recipe.config | FINLORA | {"plugins": ["tools.plugin.RunPlugin"], "include_tkps": True}
+    theirs = (
+        recipe.config
+        | FINLORA
+        | {"plugins": ["tools.train.plugin.RunPlugin"], "include_tkps": True}
+    )
     if not here["gpus"]:
         theirs |= {key: ours[key] for key in ON_CPU}
     return {"FinLoRA's settings": theirs, f"profile {profile}": ours}
@@ -53,8 +58,8 @@ def stand_in(base: str, folder: Path) -> None:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     shape = plan.find_model(base)
-    export.ensure(str(export.FOLDER))
-    tokenizer = AutoTokenizer.from_pretrained(export.FOLDER)
+    smollm2.ensure(str(smollm2.FOLDER))
+    tokenizer = AutoTokenizer.from_pretrained(smollm2.FOLDER)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=shape.vocab,
@@ -114,7 +119,7 @@ def bench(recipe: recipes.Recipe, profile: str, steps: int, here: dict[str, Any]
             content.pop(key, None)
         print(f"bench      {name}", flush=True)
         trial = recipes.Recipe(recipe.name, recipe.path, content, recipe.version)
-        train.execute(trial, content, profile, False, train.Machines())
+        launch.execute(trial, content, profile, False, launch.Machines())
         lines = (run / "progress.jsonl").read_text().splitlines()
         found[name] = measured([json.loads(line) for line in lines])
     return found
@@ -158,7 +163,7 @@ def main() -> None:
     name = "sentiment_r4" if here["gpus"] else "smollm2-135m/sentiment_r4"
     recipe = recipes.find(given.recipe or name)
     base = recipe.config["base_model"]
-    export.ensure(base)
+    smollm2.ensure(base)
     if not at_hand(base):
         folder = FOLDER / f"shape-of-{Path(base).name}"
         if not here["gpus"]:
@@ -170,7 +175,7 @@ def main() -> None:
         if not (folder / "config.json").is_file():
             stand_in(base, folder)
         config = recipe.config | {"base_model": shown(folder)}
-        config["special_tokens"] = {"pad_token": export.PAD}
+        config["special_tokens"] = {"pad_token": smollm2.PAD}
         recipe = recipes.Recipe(recipe.name, recipe.path, config, recipe.version)
     found = bench(recipe, profile, steps, here)
     where = profiles.found(here)

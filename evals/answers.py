@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tools import prompt
-from tools.cli import WrongInput, json_lines
-from tools.prompt import FORMATS
+from tools import prompts
+from tools.common import WrongInput, json_lines
+from tools.prompts import FORMATS
 
 GAP = "\n[…]\n"  # stands where a prompt was cut
 
@@ -31,7 +31,7 @@ class Prompts:
         if tokenizer is None:  # an endpoint's, which starts a completion with its own first token
             return FORMATS[self.form].format(content)
         messages = [{"role": "user", "content": content}]
-        return prompt.render(tokenizer, messages, self.options, self.form)
+        return prompts.render(tokenizer, messages, self.options, self.form)
 
     def attach(self, lm: Any, budget: int) -> None:
         """Makes an lm-eval model render with this, leaving room for `budget` new tokens.

@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tools import adapter as adapters
-from tools import card, weights
-from tools import subject as subjects
-from tools.cli import ROOT, JobFailed, WrongInput
-from tools.prompt import FORMATS, changes_tokenizer
-from tools.subject import Subject
+from tools import adapters, models
+from tools import runs as subjects
+from tools.common import ROOT, JobFailed, WrongInput
+from tools.hub import card
+from tools.prompts import FORMATS, changes_tokenizer
+from tools.runs import Subject
 
 KEPT = 256  # rows that vLLM answers before they are kept
 LONGEST = 16384  # tokens that vLLM makes room for
@@ -48,7 +48,7 @@ Models = Callable[[str, str, int], Any]  # (side, label, rows) → context manag
 def transformers(subject: Subject) -> Models:
     from evals.model import Model
 
-    model, tokenizer = weights.load(subject.config, subject.adapter)
+    model, tokenizer = models.load(subject.config, subject.adapter)
 
     @contextmanager
     def of_side(side: str, label: str, rows: int) -> Iterator[Any]:
@@ -66,7 +66,7 @@ def vllm_arguments(subject: Subject) -> dict[str, Any]:
     """What lm-eval's vLLM class is made with: the quantized base and the adapter as LoRA module."""
     from transformers import AutoConfig
 
-    config, precision = subject.config, weights.precision(subject.config)
+    config, precision = subject.config, models.precision(subject.config)
     if precision in ("int8", "fp4"):
         raise WrongInput(f"vLLM quantizes no base to {precision}; BACKEND=transformers scores it")
     base = config["base_model"]
@@ -90,7 +90,7 @@ def vllm_arguments(subject: Subject) -> dict[str, Any]:
                 f"vLLM takes no rank over {card.RANKS[-1]}, and the adapter has {plain.rank}; "
                 "BACKEND=transformers scores it"
             )
-        unusual = "DoRA" if plain.dora else weights.check_adapter(config, subject.adapter).unusual
+        unusual = "DoRA" if plain.dora else models.check_adapter(config, subject.adapter).unusual
         if unusual:
             raise WrongInput(f"vLLM has no {unusual}; BACKEND=transformers scores this adapter")
         arguments |= {"lora_local_path": str(subject.adapter), "max_lora_rank": rank}

@@ -21,8 +21,11 @@ from typing import Any
 
 from evals import report, stats
 from evals import run as evaluation
-from tools import convert, plan, recipes, subject
-from tools.cli import ROOT, WrongInput, atomic, command, json_lines, read_yaml, shown
+from tools import recipes
+from tools import runs as subject
+from tools.common import ROOT, WrongInput, atomic, command, json_lines, read_yaml, shown
+from tools.data import convert
+from tools.train import plan
 
 TEMPLATE = ROOT / "evals" / "page.html"
 WRONG = 25  # wrong answers shown of each model and dataset

@@ -17,7 +17,7 @@ from lm_eval.models.utils import (
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from evals.answers import Progress
-from tools import prompt
+from tools import prompts as prompt
 
 SHORTEST_PREFIX = 16  # tokens; computing a shorter one apart saves nothing
 # Tokens of a batch, prompts and answers: enough to keep two cores, or a GPU, busy. More would only

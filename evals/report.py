@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from evals import stats
-from tools import convert, recipes
-from tools.cli import ROOT, shown
+from tools import recipes
+from tools.common import ROOT, shown
+from tools.data import convert
 
 PUBLISHED = ROOT / "evals" / "published.tsv"
 TITLES = {

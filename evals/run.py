@@ -28,9 +28,10 @@ import yaml
 from evals import backends, report, stats
 from evals.answers import Answers, Prompts
 from evals.backends import BACKENDS, Endpoint
-from tools import convert, export, weights
-from tools import subject as subjects
-from tools.cli import (
+from tools import models as weights
+from tools import runs as subjects
+from tools import smollm2
+from tools.common import (
     ROOT,
     JobFailed,
     WrongInput,
@@ -40,8 +41,9 @@ from tools.cli import (
     quiet,
     write_json,
 )
-from tools.prompt import TOKENIZER, with_template
-from tools.subject import Subject
+from tools.data import convert
+from tools.prompts import TOKENIZER, with_template
+from tools.runs import Subject
 
 TASKS = ROOT / "evals" / "tasks"
 # What answers depend on beside the model; torch's builds for CPU and CUDA count as one.
@@ -258,7 +260,7 @@ def run(
     """Scores what has no score yet; returns the score files: dataset → side → file."""
     names = datasets(subject.task, named)
     if isinstance(subject, Subject):
-        export.ensure(subject.config["base_model"])
+        smollm2.ensure(subject.config["base_model"])
     files = {
         name: {side: subject.file(side, name, limit) for side in subject.sides} for name in names
     }

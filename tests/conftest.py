@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tools import cli, convert, export, recipes
+from tools import common, recipes
+from tools import smollm2 as export
+from tools.data import convert
 
-cli.quiet()
+common.quiet()
 # Several workers share the cores: one thread each, for what they start too.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -91,7 +93,7 @@ def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[s
     """Runs `python -m …` in the project as a user would."""
     return subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],
-        cwd=cli.ROOT,
+        cwd=common.ROOT,
         env=os.environ | environment,
         capture_output=True,
         text=True,

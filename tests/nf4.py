@@ -149,7 +149,7 @@ def texts(tokenizer: Any) -> list[Tensor]:
     """
     from pydoc_data.topics import topics
 
-    from tools.cli import ROOT
+    from tools.common import ROOT
 
     prose = "\n".join(topics[name] for name in sorted(topics))[:20_000]
     rows = [
@@ -163,14 +163,14 @@ def texts(tokenizer: Any) -> list[Tensor]:
 
 
 def main() -> None:
-    from tools import cli, export
+    from tools import common, smollm2
 
-    cli.quiet()
-    export.ensure(str(export.FOLDER))
+    common.quiet()
+    smollm2.ensure(str(smollm2.FOLDER))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(export.FOLDER, dtype=torch.float32)
-    both = texts(AutoTokenizer.from_pretrained(export.FOLDER))
+    model = AutoModelForCausalLM.from_pretrained(smollm2.FOLDER, dtype=torch.float32)
+    both = texts(AutoTokenizer.from_pretrained(smollm2.FOLDER))
     layers = list(linear(model))
     weights = [layer.weight.data.clone() for layer in layers]
     normal = [torch.randn(1024, 4096, generator=torch.Generator().manual_seed(0))]

@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import run
-from tools import adapter, chat, cli, merge, patterns, prompt, recipes, serve, subject, weights
-from tools.cli import ROOT, WrongInput
+from tools import adapters, common, models, patterns, prompts, recipes, runs
+from tools.common import ROOT, WrongInput
+from tools.use import chat, merge, serve
 
 QKV = ["q_proj", "k_proj", "v_proj"]
 ADAPTERS = ROOT.parent / "shared" / "finlora" / "adapters.tsv"
@@ -47,15 +48,15 @@ def make(base: Path, folder: Path, **settings) -> Path:
 
 
 def change(folder: Path, **settings) -> Path:
-    path = folder / adapter.CONFIG
+    path = folder / adapters.CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     return folder
 
 
 def rename(folder: Path, pattern: str, replacement: str) -> Path:
-    tensors = load_file(folder / adapter.WEIGHTS)
+    tensors = load_file(folder / adapters.WEIGHTS)
     renamed = {re.sub(pattern, replacement, name): t for name, t in tensors.items()}
-    save_file(renamed, folder / adapter.WEIGHTS)
+    save_file(renamed, folder / adapters.WEIGHTS)
     return folder
 
 
@@ -118,8 +119,8 @@ def test_what_peft_loads_is_loaded_merged_and_leaves_the_base_as_it_is(tiny, tmp
     from evals.model import Model
 
     folder = make(tiny, tmp_path / "adapter", **KINDS[kind])
-    who = subject.find("", str(folder), "fp32")
-    model, tokenizer = weights.load(who.config, who.adapter)
+    who = runs.find("", str(folder), "fp32")
+    model, tokenizer = models.load(who.config, who.adapter)
 
     plain_base = AutoModelForCausalLM.from_pretrained(tiny, dtype="float32")
     base_logits = logits(plain_base, AutoTokenizer.from_pretrained(tiny))
@@ -139,7 +140,7 @@ def test_what_peft_loads_is_loaded_merged_and_leaves_the_base_as_it_is(tiny, tmp
     assert largest(logits(model, tokenizer), ours) == 0
 
     target = merge.merge(who.config, folder, who.prompt_format)
-    merged, merged_tokenizer = weights.load({"base_model": str(target), "dtype": "float32"})
+    merged, merged_tokenizer = models.load({"base_model": str(target), "dtype": "float32"})
     assert largest(ours, logits(merged, merged_tokenizer)) < 1e-3
 
 
@@ -148,8 +149,8 @@ def test_the_tensors_that_a_config_gives_are_those_that_peft_writes(tiny, tmp_pa
     """On the architecture as `make pull` knows it, without torch."""
     folder = make(tiny, tmp_path / "adapter", **KINDS[kind])
     shape = json.loads((tiny / "config.json").read_text())
-    count = adapter.check(folder, adapter.architecture("x/tiny", shape))
-    with safe_open(folder / adapter.WEIGHTS, "pt") as file:
+    count = adapters.check(folder, adapters.architecture("x/tiny", shape))
+    with safe_open(folder / adapters.WEIGHTS, "pt") as file:
         names = [name for name in file.keys() if not FROZEN.search(name)]  # noqa: SIM118
         assert count == sum(file.get_tensor(name).numel() for name in names)
 
@@ -175,8 +176,8 @@ HARMLESS = {
 @pytest.mark.parametrize("key", HARMLESS)
 def test_settings_without_effect_on_loading_are_accepted(tiny, copy, key):
     change(copy, **{key: HARMLESS[key]})
-    who = subject.find("", str(copy), "fp32")
-    model, tokenizer = weights.load(who.config, who.adapter)
+    who = runs.find("", str(copy), "fp32")
+    model, tokenizer = models.load(who.config, who.adapter)
     with model.disable_adapter():
         base = logits(model, tokenizer)
     assert largest(logits(model, tokenizer), base) > 1e-2
@@ -204,7 +205,9 @@ REFUSED = {
 INITIALIZATIONS = ["olora", "pissa_niter_16", "loftq", "corda", "lora_ga", "a_new_one", 1, "PISSA"]
 
 
-@pytest.mark.parametrize("door", ["tools.chat", "tools.merge", "tools.serve", "evals.run"])
+@pytest.mark.parametrize(
+    "door", ["tools.use.chat", "tools.use.merge", "tools.use.serve", "evals.run"]
+)
 def test_every_door_refuses_in_one_line_before_it_loads_anything(copy, door):
     change(copy, init_lora_weights="pissa", base_model_name_or_path="nobody/has-this")
     done = run(door, "--adapter", str(copy), "--precision", "nf4")
@@ -216,14 +219,14 @@ def test_every_door_refuses_in_one_line_before_it_loads_anything(copy, door):
 def test_settings_that_would_not_be_loaded_faithfully_are_refused_by_name(copy, key):
     value, why = REFUSED[key]
     with pytest.raises(WrongInput, match=why) as refusal:
-        subject.find("", str(change(copy, **{key: value})), "fp32")
+        runs.find("", str(change(copy, **{key: value})), "fp32")
     assert key in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("value", INITIALIZATIONS)
 def test_initializations_that_rewrite_the_base_are_refused(copy, value):
     with pytest.raises(WrongInput, match="init_lora_weights"):
-        subject.find("", str(change(copy, init_lora_weights=value)), "fp32")
+        runs.find("", str(change(copy, init_lora_weights=value)), "fp32")
 
 
 def test_a_converted_pissa_adapter_is_plain_lora(tiny, tmp_path):
@@ -233,7 +236,7 @@ def test_a_converted_pissa_adapter_is_plain_lora(tiny, tmp_path):
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(tiny)
-    before = [text.clone() for text in logits(base, weights.load({"base_model": str(tiny)})[1])]
+    before = [text.clone() for text in logits(base, models.load({"base_model": str(tiny)})[1])]
     config = LoraConfig(r=4, target_modules=QKV, init_lora_weights="pissa", task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
     model.peft_config["default"].init_lora_weights = True
@@ -245,9 +248,9 @@ def test_a_converted_pissa_adapter_is_plain_lora(tiny, tmp_path):
     model.save_pretrained(
         tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start")
     )
-    expected = logits(model.eval(), weights.load({"base_model": str(tiny)})[1])
-    who = subject.find("", str(tmp_path / "converted"), "fp32")
-    loaded, tokenizer = weights.load(who.config, who.adapter)
+    expected = logits(model.eval(), models.load({"base_model": str(tiny)})[1])
+    who = runs.find("", str(tmp_path / "converted"), "fp32")
+    loaded, tokenizer = models.load(who.config, who.adapter)
     assert largest(logits(loaded, tokenizer), expected) < 1e-3
     with loaded.disable_adapter():
         assert largest(logits(loaded, tokenizer), before) < 1e-5
@@ -267,53 +270,53 @@ BROKEN_NAMES = {
 def test_tensors_that_peft_would_leave_out_are_refused(copy, case):
     pattern, replacement, why = BROKEN_NAMES[case]
     with pytest.raises(WrongInput, match=why):
-        who = subject.find("", str(rename(copy, pattern, replacement)), "fp32")
-        weights.load(who.config, who.adapter)
+        who = runs.find("", str(rename(copy, pattern, replacement)), "fp32")
+        models.load(who.config, who.adapter)
 
 
 def test_an_adapter_without_tensors_or_with_some_of_them_is_refused(copy):
-    tensors = load_file(copy / adapter.WEIGHTS)
-    save_file({k: v for k, v in tensors.items() if ".1." not in k}, copy / adapter.WEIGHTS)
-    who = subject.find("", str(copy), "fp32")
+    tensors = load_file(copy / adapters.WEIGHTS)
+    save_file({k: v for k, v in tensors.items() if ".1." not in k}, copy / adapters.WEIGHTS)
+    who = runs.find("", str(copy), "fp32")
     with pytest.raises(WrongInput, match="lacks the tensor 'base_model.model.model.layers.1"):
-        weights.load(who.config, who.adapter)
-    save_file({}, copy / adapter.WEIGHTS)
+        models.load(who.config, who.adapter)
+    save_file({}, copy / adapters.WEIGHTS)
     with pytest.raises(WrongInput, match="holds no tensors"):
-        subject.find("", str(copy), "fp32")
+        runs.find("", str(copy), "fp32")
 
 
 def test_pefts_own_result_of_a_load_decides(tiny, copy):
     """Whatever the checker said: what was not set, or set in the base, is an error."""
-    base, _ = weights.load_base({"base_model": str(tiny)})
-    checked = weights.check_adapter({"base_model": str(tiny)}, copy)
+    base, _ = models.load_base({"base_model": str(tiny)})
+    checked = models.check_adapter({"base_model": str(tiny)}, copy)
     rename(copy, r"(layers\.1\..*lora_[AB])\.weight", r"\1.default.weight")
     with pytest.raises(WrongInput, match="lacks 6 tensors"):
-        weights.attach(base, copy, checked)
+        models.attach(base, copy, checked)
 
 
 def test_an_embedding_that_is_not_the_bases_is_refused(tiny, tmp_path):
     """PEFT saves the base's own embedding beside LoRA on it, and would write it into this base."""
     folder = make(tiny, tmp_path / "adapter", target_modules=["embed_tokens"])
-    tensors = load_file(folder / adapter.WEIGHTS)
+    tensors = load_file(folder / adapters.WEIGHTS)
     name = next(name for name in tensors if "base_layer" in name)
     tensors[name] = tensors[name] + 0.01
-    save_file(tensors, folder / adapter.WEIGHTS)
-    who = subject.find("", str(folder), "fp32")
+    save_file(tensors, folder / adapters.WEIGHTS)
+    who = runs.find("", str(folder), "fp32")
     with pytest.raises(WrongInput, match="changes the base's own weights"):
-        weights.load(who.config, who.adapter)
+        models.load(who.config, who.adapter)
 
 
 def test_added_tokens_without_their_tokenizer_or_their_weights_are_refused(tiny, tmp_path):
     both = {"modules_to_save": ["embed_tokens", "lm_head"]}
     folder = make(tiny, tmp_path / "adapter", tokens=["<bull>"], **both)
-    tensors = load_file(folder / adapter.WEIGHTS)
+    tensors = load_file(folder / adapters.WEIGHTS)
     shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     with pytest.raises(WrongInput, match="the tokenizer that it was trained with"):
-        weights.check_adapter({"base_model": str(tiny)}, tmp_path / "bare")
+        models.check_adapter({"base_model": str(tiny)}, tmp_path / "bare")
     change(folder, modules_to_save=["embed_tokens"])
-    save_file({k: v for k, v in tensors.items() if "lm_head" not in k}, folder / adapter.WEIGHTS)
+    save_file({k: v for k, v in tensors.items() if "lm_head" not in k}, folder / adapters.WEIGHTS)
     with pytest.raises(WrongInput, match="lm_head are not in the file"):
-        weights.check_adapter({"base_model": str(tiny)}, folder)
+        models.check_adapter({"base_model": str(tiny)}, folder)
 
 
 NESTED = "".join(f"({c}|({c}))" for c in "model.layers.0.self_attn.q_projX".replace(".", "_"))
@@ -326,18 +329,18 @@ def test_untrusted_expressions_end_in_bounded_time(tiny, copy, expression, key):
     change(copy, **{key: {expression: 8} if key == "rank_pattern" else expression})
     start = time.monotonic()
     with pytest.raises(WrongInput, match=f"{key} is malformed or takes too long"):
-        weights.check_adapter({"base_model": str(tiny)}, copy)
+        models.check_adapter({"base_model": str(tiny)}, copy)
     assert time.monotonic() - start < 3 * patterns.SECONDS
 
 
 def test_a_nested_alternation_is_tried_and_adapts_nothing(tiny, copy):
     with pytest.raises(WrongInput, match="is no linear layer"):
-        weights.check_adapter({"base_model": str(tiny)}, change(copy, target_modules=NESTED))
+        models.check_adapter({"base_model": str(tiny)}, change(copy, target_modules=NESTED))
 
 
 def test_peft_is_handed_names_and_no_expression(tiny, tmp_path):
     folder = make(tiny, tmp_path / "adapter", **KINDS["ranks and alphas"])
-    checked = weights.check_adapter({"base_model": str(tiny)}, folder)
+    checked = models.check_adapter({"base_model": str(tiny)}, folder)
     assert all(patterns.NAME.fullmatch(name) for name in checked.peft_config["target_modules"])
     assert checked.adapted["model.layers.0.self_attn.q_proj"] == (7, 16)
     assert checked.adapted["model.layers.1.self_attn.k_proj"] == (2, 16)
@@ -353,22 +356,22 @@ OTHER_FILES = {
 }
 
 
-@pytest.mark.parametrize("name", [adapter.WEIGHTS, adapter.CONFIG])
+@pytest.mark.parametrize("name", [adapters.WEIGHTS, adapters.CONFIG])
 @pytest.mark.parametrize("case", OTHER_FILES)
 def test_other_content_in_place_of_a_file_is_called_what_it_is(copy, name, case):
     content, why = OTHER_FILES[case]
     (copy / name).write_bytes(content)
     with pytest.raises(WrongInput, match=f"{name}: .*{why}"):
-        subject.find("", str(copy), "fp32")
+        runs.find("", str(copy), "fp32")
 
 
 @pytest.mark.parametrize("keep", [7, 300, 0.5, -1])
 def test_a_file_that_is_cut_off_is_called_so(copy, keep):
-    content = (copy / adapter.WEIGHTS).read_bytes()
+    content = (copy / adapters.WEIGHTS).read_bytes()
     end = int(len(content) * keep) if isinstance(keep, float) else keep
-    (copy / adapter.WEIGHTS).write_bytes(content[:end])
+    (copy / adapters.WEIGHTS).write_bytes(content[:end])
     with pytest.raises(WrongInput, match="cut off|no safetensors"):
-        subject.find("", str(copy), "fp32")
+        runs.find("", str(copy), "fp32")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
@@ -378,11 +381,11 @@ def test_a_bases_files_are_called_what_they_are(tiny, tmp_path, name, case):
     base = Path(shutil.copytree(tiny, tmp_path / "base"))
     (base / name).write_bytes(content)
     with pytest.raises(WrongInput, match=f"{name}: .*{why}"):
-        weights.load({"base_model": str(base)})
+        models.load({"base_model": str(base)})
     if name == "model.safetensors":
         (base / name).write_bytes((tiny / name).read_bytes()[:-5])
         with pytest.raises(WrongInput, match="cut off"):
-            weights.load({"base_model": str(base)})
+            models.load({"base_model": str(base)})
 
 
 # --- Precision and prompt format ---
@@ -402,9 +405,9 @@ def stand_in(folder: Path, base: str, rank: int, **settings) -> Path:
     folder.mkdir(parents=True)
     content = {"peft_type": "LORA", "base_model_name_or_path": base, "r": rank, "lora_alpha": 16}
     content |= {"target_modules": QKV, "task_type": "CAUSAL_LM"} | settings
-    (folder / adapter.CONFIG).write_text(json.dumps(content))
+    (folder / adapters.CONFIG).write_text(json.dumps(content))
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    save_file({name: torch.zeros(rank, 8)}, folder / adapter.WEIGHTS)
+    save_file({name: torch.zeros(rank, 8)}, folder / adapters.WEIGHTS)
     return folder
 
 
@@ -415,47 +418,48 @@ def test_finloras_adapters_have_their_precision_and_prompt_format(tmp_path, row)
     numbers = {"lora_alpha": int(row["alpha"]), "lora_dropout": float(row["dropout"])}
     flags = {"use_dora": row["dora"] == "True", "use_rslora": row["rslora"] == "True"}
     folder = stand_in(tmp_path / row["folder"], row["base"], int(row["rank"]), **numbers, **flags)
-    who = subject.find("", str(folder))
+    who = runs.find("", str(folder))
     bits = re.search("4bits|8bits|fp16", row["folder"])[0]
     expected = {"4bits": "nf4", "8bits": "int8", "fp16": "full"}[bits]
-    assert (weights.precision(who.config), who.prompt_format) == (expected, "finlora")
+    assert (models.precision(who.config), who.prompt_format) == (expected, "finlora")
     model = "llama-3.1-70b" if "70b" in row["folder"] else "llama-3.1-8b"
     assert who.config["base_model"] == recipes.matrix()["models"][model]["hub"]
     assert who.base_folder.name == f"base_{expected}" and who.base_folder.parent.name == model
     assert recipes.published(folder.name) == numbers
 
-    from tools import pull
+    from tools.hub import pull
 
     config = pull.generic(folder.name, row["base"])
-    assert weights.precision(config) == expected
+    assert models.precision(config) == expected
 
 
 def test_a_mirror_is_its_base_and_other_names_are_themselves():
-    from tools import hub, plan
+    from tools.hub import client
+    from tools.train import plan
 
     llama = "meta-llama/Llama-3.1-8B-Instruct"
     mirror = "NousResearch/Meta-Llama-3.1-8B-Instruct"
     assert recipes.canonical(mirror) == recipes.canonical(mirror.lower()) == llama
-    assert hub.same_base(mirror, llama) and hub.hub_name(mirror) == llama
+    assert client.same_base(mirror, llama) and client.hub_name(mirror) == llama
     assert plan.find_model(mirror) == plan.find_model(llama)
-    assert not hub.same_base(mirror, "meta-llama/Llama-3.1-70B-Instruct")
+    assert not client.same_base(mirror, "meta-llama/Llama-3.1-70B-Instruct")
     assert recipes.canonical("me/mine") == "me/mine"
     for hub_id in recipes.matrix()["mirrors"]:
         assert recipes.base_model(hub_id)[0], hub_id
 
 
 def test_a_precision_is_asked_for_and_taken_at_every_door(copy):
-    for door in ("tools.chat", "tools.merge", "tools.serve", "evals.run"):
+    for door in ("tools.use.chat", "tools.use.merge", "tools.use.serve", "evals.run"):
         done = run(door, "--adapter", str(copy))
         assert done.returncode == 2 and "PRECISION= is one of" in done.stderr, done.stderr
         done = run(door, "--adapter", str(copy), "--precision", "int3")
         assert 'unknown PRECISION "int3"' in done.stderr
-    done = run("tools.merge", "--adapter", str(copy), "--precision", "nf4")
+    done = run("tools.use.merge", "--adapter", str(copy), "--precision", "nf4")
     assert done.returncode == 0, done.stderr
     assert json.loads((copy / "merged" / "merge.json").read_text())["precision"] == "nf4"
-    done = run("tools.merge", "--adapter", str(copy), "--precision", "fp32")
+    done = run("tools.use.merge", "--adapter", str(copy), "--precision", "fp32")
     assert json.loads((copy / "merged" / "merge.json").read_text())["precision"] == "fp32"
-    done = run("tools.chat", "", "Good?", "--adapter", str(copy), "--precision", "int8")
+    done = run("tools.use.chat", "", "Good?", "--adapter", str(copy), "--precision", "int8")
     assert done.returncode == 0 and "adapter, int8" in done.stdout, done.stderr
 
 
@@ -473,11 +477,11 @@ def test_a_base_that_was_published_quantized_is_known_as_such(tiny, tmp_path, bi
     model.save_pretrained(base)
     AutoTokenizer.from_pretrained(tiny).save_pretrained(base)
     folder = change(make(tiny, tmp_path / "adapter"), base_model_name_or_path=str(base))
-    who = subject.find("", str(folder))  # nothing has to be asked
+    who = runs.find("", str(folder))  # nothing has to be asked
     own = "nf4" if bits == 4 else "int8"
-    assert weights.precision(who.config) == own and who.base_folder.name == f"base_{own}"
+    assert models.precision(who.config) == own and who.base_folder.name == f"base_{own}"
     with pytest.raises(WrongInput, match=f"published quantized to {own}"):
-        subject.find("", str(folder), "fp32")
+        runs.find("", str(folder), "fp32")
     target = merge.merge(who.config, folder)
     assert json.loads((target / "merge.json").read_text())["precision"] == own
     assert "quantization_config" not in json.loads((target / "config.json").read_text())
@@ -485,10 +489,10 @@ def test_a_base_that_was_published_quantized_is_known_as_such(tiny, tmp_path, bi
 
 def test_a_bases_name_says_that_it_is_quantized_before_it_is_here(tmp_path):
     base = "unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit"
-    who = subject.find("", str(stand_in(tmp_path / "a", base, 4)))
-    assert weights.precision(who.config) == "nf4"
+    who = runs.find("", str(stand_in(tmp_path / "a", base, 4)))
+    assert models.precision(who.config) == "nf4"
     with pytest.raises(WrongInput, match="quantized with gptq"):
-        subject.find("", str(stand_in(tmp_path / "b", "x/Llama-3-GPTQ", 4)))
+        runs.find("", str(stand_in(tmp_path / "b", "x/Llama-3-GPTQ", 4)))
 
 
 def test_the_prompt_format_is_the_same_in_scoring_chat_merge_and_serve(tiny, tmp_path):
@@ -497,11 +501,11 @@ def test_the_prompt_format_is_the_same_in_scoring_chat_merge_and_serve(tiny, tmp
     from evals.answers import Prompts
 
     folder = make(tiny, tmp_path / "ner_llama_3_1_8b_4bits_r4")
-    who = subject.find("", str(folder))
+    who = runs.find("", str(folder))
     assert who.prompt_format == "finlora"
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     turn = [{"role": "user", "content": "Is it good?"}]
-    text = prompt.render(tokenizer, turn, None, "finlora")
+    text = prompts.render(tokenizer, turn, None, "finlora")
     assert text == "[INST] Is it good? [/INST]"
     assert Prompts("finlora").text(tokenizer, "Is it good?") == text
 
@@ -512,10 +516,10 @@ def test_the_prompt_format_is_the_same_in_scoring_chat_merge_and_serve(tiny, tmp
     template = Path(line[line.index("--chat-template") + 1]).read_text()
     assert tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False) == text
 
-    model, tokenizer = weights.load(who.config, who.adapter)
+    model, tokenizer = models.load(who.config, who.adapter)
     said = chat.answer(model, tokenizer, turn, form="finlora")
     assert said != chat.answer(model, tokenizer, turn)
-    assert run("tools.chat", "", "Is it good?", "--adapter", str(folder)).returncode == 0
+    assert run("tools.use.chat", "", "Is it good?", "--adapter", str(folder)).returncode == 0
 
 
 def test_a_format_starts_with_the_token_that_the_tokenizer_puts_before_a_text(tiny):
@@ -527,13 +531,13 @@ def test_a_format_starts_with_the_token_that_the_tokenizer_puts_before_a_text(ti
     turns = [("user", "a"), ("assistant", "b"), ("user", "c")]
     messages = [{"role": role, "content": text} for role, text in turns]
     end = tokenizer.eos_token
-    assert prompt.render(tokenizer, messages, None, "bare") == f"a b{end}c"
+    assert prompts.render(tokenizer, messages, None, "bare") == f"a b{end}c"
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
     )
-    text = prompt.render(tokenizer, messages, None, "finlora")
+    text = prompts.render(tokenizer, messages, None, "finlora")
     assert text == f"<|endoftext|>[INST] a [/INST] b{end}[INST] c [/INST]"
-    ids = prompt.tokens(tokenizer, messages[:1], None, "finlora")
+    ids = prompts.tokens(tokenizer, messages[:1], None, "finlora")
     assert ids == tokenizer.encode("[INST] a [/INST]")
 
 
@@ -541,7 +545,7 @@ def test_a_format_starts_with_the_token_that_the_tokenizer_puts_before_a_text(ti
 def test_merging_does_not_care_about_words_in_a_path(tiny, tmp_path, name):
     base = Path(shutil.copytree(tiny, tmp_path / name / "base"))
     folder = make(base, tmp_path / name / "adapter")
-    merge.merge(subject.find("", str(folder), "fp32").config, folder)
+    merge.merge(runs.find("", str(folder), "fp32").config, folder)
 
 
 def test_a_base_without_a_chat_template_is_merged_and_other_doors_say_what_is_needed(
@@ -550,18 +554,18 @@ def test_a_base_without_a_chat_template_is_merged_and_other_doors_say_what_is_ne
     base = Path(shutil.copytree(tiny, tmp_path / "base"))
     (base / "chat_template.jinja").unlink()
     folder = make(base, tmp_path / "adapter")
-    done = run("tools.merge", "--adapter", str(folder), "--precision", "fp32")
+    done = run("tools.use.merge", "--adapter", str(folder), "--precision", "fp32")
     assert done.returncode == 0, done.stderr
     arguments = ("", "Good?", "--adapter", str(folder), "--precision", "fp32")
-    done = run("tools.chat", *arguments)
+    done = run("tools.use.chat", *arguments)
     assert done.returncode == 2 and "no chat template; PROMPT_FORMAT=" in done.stderr
-    assert run("tools.chat", *arguments, "--prompt-format", "bare").returncode == 0
+    assert run("tools.use.chat", *arguments, "--prompt-format", "bare").returncode == 0
 
 
 @pytest.mark.parametrize("rank", [4, 320, 512, 1024])
 def test_an_adapter_of_any_rank_is_served(tiny, tmp_path, rank):
     folder = make(tiny, tmp_path / "adapter", r=rank)
-    who = subject.find("", str(folder), "nf4")
+    who = runs.find("", str(folder), "nf4")
     line = serve.on_vllm(who, "mine", [])
     if rank > 512:
         assert line[2] == str(folder / "merged")
@@ -574,7 +578,7 @@ def test_vllm_gets_merged_what_it_would_serve_otherwise_than_trained(tiny, tmp_p
 
     for kind in ("ranks and alphas", "head saved whole", "DoRA"):
         folder = make(tiny, tmp_path / kind, **KINDS[kind])
-        who = subject.find("", str(folder), "fp32")
+        who = runs.find("", str(folder), "fp32")
         assert serve.on_vllm(who, "mine", [])[2] == str(folder / "merged"), kind
         with pytest.raises(WrongInput, match="vLLM has no"):
             backends.vllm_arguments(who)
@@ -601,19 +605,19 @@ PROSE = [
 
 @pytest.mark.parametrize("key", KEYS)
 def test_real_keys_are_masked_and_not_published(key):
-    from tools import push
+    from tools.hub import push
 
     for text in (key, f"token={key}", f'"{key}"', f"Bearer {key}."):
-        assert key not in cli.SECRET.sub("***", text)
+        assert key not in common.SECRET.sub("***", text)
         with pytest.raises(WrongInput, match="looks like a secret"):
             push.secrets({"README.md": text.encode()})
 
 
 @pytest.mark.parametrize("text", PROSE)
 def test_ordinary_prose_is_no_secret(text):
-    from tools import push
+    from tools.hub import push
 
-    assert cli.SECRET.sub("***", text) == text
+    assert common.SECRET.sub("***", text) == text
     push.secrets({"README.md": text.encode()})
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tools import audit, convert, datacard, finance
-from tools.cli import ROOT, JobFailed
+from tools.common import ROOT, JobFailed
+from tools.data import audit, convert
+from tools.data import card as datacard
+from tools.data import formulas as finance
 
 FINLORA = os.environ.get("FINLORA_DATA")
 needs_finlora = pytest.mark.skipif(not FINLORA, reason="FINLORA_DATA is unset: no FinLoRA data")
@@ -65,7 +67,7 @@ def found(*tasks):
 
 def command(*arguments, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "tools.audit", *map(str, arguments)],
+        [sys.executable, "-m", "tools.data.audit", *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -474,7 +476,7 @@ def test_an_unknown_task_is_one_line():
 
 
 def test_help_answers_without_loading_a_model_library():
-    code = "import sys; import tools.audit; print(*sys.modules)"
+    code = "import sys; import tools.data.audit; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert not {"torch", "transformers", "scipy", "datasketch", "rich"} & set(done.stdout.split())
 
@@ -519,11 +521,11 @@ def test_every_dataset_is_in_the_card():
 
 def test_a_card_that_differs_fails_the_check(tmp_path, monkeypatch):
     monkeypatch.setattr(datacard, "CARD", tmp_path / "README.md")
-    with pytest.raises(JobFailed, match="tools.datacard"):
+    with pytest.raises(JobFailed, match="tools.data.card"):
         datacard.write(check=True)
     text = (ROOT / "data" / "README.md").read_text()
     datacard.CARD.write_text(text.replace("MIT", "MTI", 1))
-    with pytest.raises(JobFailed, match="tools.datacard"):
+    with pytest.raises(JobFailed, match="tools.data.card"):
         datacard.write(check=True)
     datacard.CARD.write_text(text)
     datacard.write(check=True)

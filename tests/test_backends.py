@@ -12,8 +12,9 @@ import pytest
 
 from evals import backends, html
 from tests.test_eval import NF4, evaluate, trained, workplace  # noqa: F401
-from tools import cli, convert
-from tools import subject as subject_of
+from tools import common
+from tools import runs as subject_of
+from tools.data import convert
 
 KEY = "a-key-that-no-pattern-knows-0123"
 KIND = ("application/json", "text/html")
@@ -376,13 +377,13 @@ def test_vllm_gets_the_quantized_base_and_the_adapter_as_a_module(trained, tiny)
 
 def test_what_vllm_cannot_do_is_told(trained):  # noqa: F811
     path, folder = trained()
-    with pytest.raises(cli.WrongInput, match="int8"):
+    with pytest.raises(common.WrongInput, match="int8"):
         backends.vllm_arguments(subject_of.find(str(path), precision="int8"))
     file = folder / "adapter_config.json"
     plain = json.loads(file.read_text())
     for change, word in (({"use_dora": True}, "DoRA"), ({"r": 1000}, "rank")):
         file.write_text(json.dumps(plain | change))
-        with pytest.raises(cli.WrongInput, match=word):
+        with pytest.raises(common.WrongInput, match=word):
             backends.vllm_arguments(subject_of.find(str(path)))
 
 

@@ -7,7 +7,7 @@ import yaml
 
 from bench import beyond
 from tools import recipes
-from tools.cli import WrongInput
+from tools.common import WrongInput
 
 SPEC = yaml.safe_load(beyond.SPEC.read_text())
 

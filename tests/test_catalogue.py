@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tools import catalogue, plan, prompt, recipes
-from tools.cli import ROOT, JobFailed, WrongInput
+from tools import catalogue, prompts, recipes
+from tools.common import ROOT, JobFailed, WrongInput
+from tools.train import plan
 
 MODELS = ["llama-3.1-8b", "llama-3.1-70b", "llama-3.2-1b", "llama-3.2-3b", "qwen3-8b", "qwen3-4b"]
 MODELS += ["mistral-7b-v0.3", "gemma-3-4b", "smollm2-135m"]
@@ -135,18 +136,18 @@ def test_what_axolotl_trains_on_begins_with_the_prompt_that_is_scored(model, smo
     (dataset,) = settings.datasets
     loader = StrategyLoader()(tokenizer, settings, DictDefault(dataset))
     row = loader.tokenize_prompt({"messages": [*messages, answer]})
-    fed = prompt.tokens(tokenizer, messages, config.get("chat_template_kwargs"))
+    fed = prompts.tokens(tokenizer, messages, config.get("chat_template_kwargs"))
     trained = [token for token in row["labels"] if token != -100]
     assert row["input_ids"][: len(fed)] == fed
     assert tokenizer.decode(trained).strip() == f"positive{tokenizer.eos_token}"
     assert row["labels"][: len(fed)] == [-100] * len(fed)
-    text = prompt.render(tokenizer, messages, config.get("chat_template_kwargs"))
+    text = prompts.render(tokenizer, messages, config.get("chat_template_kwargs"))
     if model == "qwen3-8b":
         assert text.endswith("<think>\n\n</think>\n\n")
     if model == "llama-3.2-1b":
         assert "26 Jul 2024" in text
         # Without the recipe's date the prompt would be another one every day.
-        assert "26 Jul 2024" not in prompt.render(tokenizer, messages)
+        assert "26 Jul 2024" not in prompts.render(tokenizer, messages)
 
 
 # ---- versions

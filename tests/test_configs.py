@@ -8,8 +8,11 @@ import yaml
 
 from evals import run as scoring
 from tests.conftest import run
-from tools import convert, merge, profiles, prompt, recipes, serve, subject, train, weights
-from tools.cli import ROOT, WrongInput, parse_yaml
+from tools import models, prompts, recipes, runs
+from tools.common import ROOT, WrongInput, parse_yaml
+from tools.data import convert
+from tools.train import launch, profiles
+from tools.use import merge, serve
 
 ROWS = [
     {
@@ -90,7 +93,7 @@ def trained(tiny, rows, tmp_path_factory):
     class Trained(dict[str, Path]):
         def __missing__(self, name: str) -> Path:
             path = write(tmp_path_factory.mktemp(name), tiny, rows, **CONFIGS[name])
-            done = run("tools.train", path)
+            done = run("tools.train.launch", path)
             assert done.returncode == 0, done.stdout + done.stderr
             self[name] = path
             return path
@@ -110,8 +113,8 @@ def test_what_a_config_trained_is_rendered_loaded_merged_and_served_as_it_was_tr
     from safetensors.torch import load_file
     from transformers import AutoConfig
 
-    who = subject.find(str(trained[name]))
-    model, tokenizer = weights.load(who.config, who.adapter)
+    who = runs.find(str(trained[name]))
+    model, tokenizer = models.load(who.config, who.adapter)
 
     # The prompts are those of the training, to the token.
     (folder,) = [path for path in (who.adapter / "prepared").iterdir() if path.is_dir()]
@@ -119,7 +122,7 @@ def test_what_a_config_trained_is_rendered_loaded_merged_and_served_as_it_was_tr
         tuple(row["input_ids"][: next(i for i, v in enumerate(row["labels"]) if v != -100)])
         for row in load_from_disk(str(folder))
     }
-    fed = {tuple(prompt.tokens(tokenizer, row["messages"][:1])) for row in ROWS}
+    fed = {tuple(prompts.tokens(tokenizer, row["messages"][:1])) for row in ROWS}
     if not who.config.get("sample_packing"):
         assert fed == trained_on
     if name in ("tokens", "added", "overridden"):
@@ -136,15 +139,15 @@ def test_what_a_config_trained_is_rendered_loaded_merged_and_served_as_it_was_tr
             own = base_rows if "original_module" in key else len(tensor)
             assert torch.equal(values[place][:own].float().cpu(), tensor[:own].float()), key
     with torch.inference_mode():
-        ids = torch.tensor([prompt.tokens(tokenizer, ROWS[0]["messages"][:1])])
+        ids = torch.tensor([prompts.tokens(tokenizer, ROWS[0]["messages"][:1])])
         assert model(input_ids=ids).logits.isfinite().all()
     if name == "compute_dtype":
         layer = model.base_model.model.model.layers[0].self_attn.k_proj
         assert layer.compute_dtype == torch.float32
 
     target = merge.merge(who.config, who.adapter)
-    again, alike = weights.load({"base_model": str(target), "dtype": "float32"})
-    assert prompt.render(alike, ROWS[0]["messages"][:1]) == prompt.render(
+    again, alike = models.load({"base_model": str(target), "dtype": "float32"})
+    assert prompts.render(alike, ROWS[0]["messages"][:1]) == prompts.render(
         tokenizer, ROWS[0]["messages"][:1]
     )
     assert again.get_input_embeddings().num_embeddings >= len(tokenizer)
@@ -152,7 +155,7 @@ def test_what_a_config_trained_is_rendered_loaded_merged_and_served_as_it_was_tr
     if who.config.get("lora_modules_to_save"):
         assert line[2] == str(target)
     if (
-        prompt.changes_tokenizer(recipes.find(str(trained[name])).config)
+        prompts.changes_tokenizer(recipes.find(str(trained[name])).config)
         and "merged" not in line[2]
     ):
         assert "--chat-template" in line
@@ -163,22 +166,22 @@ def test_what_a_config_trained_is_scored_and_chatted_with(trained, name, tmp_pat
     monkeypatch.setattr(convert, "CHAT", tmp_path / "data" / "chat")
     convert.convert_task("sentiment", convert.SAMPLE)
     monkeypatch.chdir(tmp_path)  # lm-eval finds data/chat from here
-    files = scoring.run(subject.find(str(trained[name])), "fpb", 4, False)
+    files = scoring.run(runs.find(str(trained[name])), "fpb", 4, False)
     for side in ("base", "adapter"):
         assert json.loads(files["fpb"][side].read_text())["examples"] == 4
-    done = run("tools.chat", trained[name], "Is <fin_a> good?")
+    done = run("tools.use.chat", trained[name], "Is <fin_a> good?")
     assert done.returncode == 0 and "adapter" in done.stdout, done.stderr
 
 
 def test_a_base_alone_is_loaded_with_the_tokenizer_that_a_config_would_train(tiny, rows, tmp_path):
     path = write(tmp_path, tiny, rows, **CONFIGS["tokens"], chat_template="chatml")
-    who = subject.find(str(path), base_only=True)
-    model, tokenizer = weights.load(who.config)
+    who = runs.find(str(path), base_only=True)
+    model, tokenizer = models.load(who.config)
     assert model.get_input_embeddings().num_embeddings == len(tokenizer)
     assert tokenizer.tokenize("<fin_b>") == ["<fin_b>"]
     assert (
         tokenizer.chat_template
-        == weights.load_tokenizer(
+        == models.load_tokenizer(
             {"base_model": str(tiny), "datasets": [], "chat_template": "chatml"}
         ).chat_template
     )
@@ -202,12 +205,12 @@ def test_a_config_whose_run_could_not_be_used_is_refused_with_the_reason(
     changed, said, tiny, rows, tmp_path
 ):
     with pytest.raises(WrongInput) as error:
-        train.refuse_unusable(recipes.find(str(write(tmp_path, tiny, rows, **changed))))
+        launch.refuse_unusable(recipes.find(str(write(tmp_path, tiny, rows, **changed))))
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_full_fine_tuning_is_refused_in_one_line(tiny, rows, tmp_path):
-    done = run("tools.train", write(tmp_path, tiny, rows, adapter=None))
+    done = run("tools.train.launch", write(tmp_path, tiny, rows, adapter=None))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert not (tmp_path / "run").exists()
 
@@ -229,8 +232,8 @@ OTHER_ROWS = {
 def test_rows_without_one_chat_template_need_a_prompt_format(entries, tiny, rows, tmp_path):
     path = str(write(tmp_path, tiny, rows, datasets=[dict(entry) for entry in entries]))
     with pytest.raises(WrongInput, match="PROMPT_FORMAT=bare scores it"):
-        subject.find(path, base_only=True)
-    assert subject.find(path, base_only=True, form="bare").prompt_format == "bare"
+        runs.find(path, base_only=True)
+    assert runs.find(path, base_only=True, form="bare").prompt_format == "bare"
 
 
 def test_rows_of_another_type_train_with_a_note_and_are_merged(tiny, tmp_path):
@@ -238,12 +241,12 @@ def test_rows_of_another_type_train_with_a_note_and_are_merged(tiny, tmp_path):
     row = {"instruction": "Is it good?", "input": "", "output": "yes"}
     rows.write_text((json.dumps(row) + "\n") * 16)
     path = write(tmp_path, tiny, rows, datasets=[{"type": "alpaca"}])
-    done = run("tools.train", path)
+    done = run("tools.train.launch", path)
     assert done.returncode == 0, done.stderr
     assert 'note: it trains rows of type "alpaca"' in done.stdout
-    done = run("tools.chat", path, "hello")
+    done = run("tools.use.chat", path, "hello")
     assert done.returncode == 2 and "PROMPT_FORMAT=bare" in done.stderr
-    done = run("tools.merge", path)
+    done = run("tools.use.merge", path)
     assert done.returncode == 0, done.stderr
 
 
@@ -259,7 +262,7 @@ def test_a_relative_path_that_lies_beside_the_config_is_explained(tiny, rows, tm
     (tmp_path / "chat.jsonl").write_bytes(rows.read_bytes())
     path = write(tmp_path, tiny, Path("chat.jsonl"))
     with pytest.raises(WrongInput) as error:
-        train.data_of(recipes.find(str(path)))
+        launch.data_of(recipes.find(str(path)))
     assert f"paths in a recipe start at {ROOT}" in str(error.value)
     assert str(tmp_path / "chat.jsonl") in str(error.value)
 
@@ -267,12 +270,12 @@ def test_a_relative_path_that_lies_beside_the_config_is_explained(tiny, rows, tm
 @pytest.mark.parametrize("name", ["chat.json", "chat.csv", "chat.parquet"])
 def test_a_data_file_that_is_not_there_is_no_dataset_of_the_hub(name, tiny, tmp_path):
     with pytest.raises(WrongInput, match=f"{name} is not there"):
-        train.data_of(recipes.find(str(write(tmp_path, tiny, tmp_path / name))))
+        launch.data_of(recipes.find(str(write(tmp_path, tiny, tmp_path / name))))
 
 
 def test_a_dataset_of_the_hub_is_left_to_axolotl(tiny, tmp_path):
     path = write(tmp_path, tiny, Path("someone/some-data"))
-    assert train.data_of(recipes.find(str(path))) == []
+    assert launch.data_of(recipes.find(str(path))) == []
 
 
 # ---- what Axolotl's schema makes of a config
@@ -324,7 +327,7 @@ def test_merged_mappings_and_anchors_may_repeat_keys():
         {"sample_packing": True, "pad_to_sequence_len": True},
         {"optimizer": "lion_8bit", "sample_packing": False},
         {"optimizer": "adafactor", "plugins": ["axolotl.integrations.liger.LigerPlugin"]},
-        {"plugins": ["my.Plugin", "tools.plugin.RunPlugin"], "liger_rope": False},
+        {"plugins": ["my.Plugin", "tools.train.plugin.RunPlugin"], "liger_rope": False},
         {"fp16": True, "attn_implementation": "eager"},
     ],
     ids=str,
@@ -338,7 +341,7 @@ def test_no_profile_changes_what_a_config_of_ones_own_learns(own, profile, tiny,
     if "optimizer" in own:
         assert content["optimizer"] == own["optimizer"]
     names = content["plugins"]
-    assert names.count("tools.plugin.RunPlugin") == 1 and len(names) == len(set(names))
+    assert names.count("tools.train.plugin.RunPlugin") == 1 and len(names) == len(set(names))
     assert names[: len(own.get("plugins", []))] == own.get("plugins", [])
 
 
@@ -349,7 +352,7 @@ def test_what_a_profile_changes_of_ones_own_keys_is_said(tiny, rows, tmp_path):
     for said in (
         "optimizer: paged_adamw_8bit → adamw_torch (the same algorithm",
         "bf16: auto → False",
-        "plugins: tools.plugin.RunPlugin added",
+        "plugins: tools.train.plugin.RunPlugin added",
         "flash_attention: True → left out",
     ):
         assert any(line.startswith(said) for line in lines), (said, lines)
@@ -360,7 +363,9 @@ def test_what_a_profile_changes_of_ones_own_keys_is_said(tiny, rows, tmp_path):
 def test_gradient_checkpointing_is_turned_on_and_off(tiny, rows, tmp_path):
     path = write(tmp_path, tiny, rows, gradient_checkpointing=True)
     for value, state in (("1", "on"), ("0", "off"), ("", "off")):
-        done = run("tools.profiles", path, "--gradient-checkpointing", value, "--profile", "cpu")
+        done = run(
+            "tools.train.profiles", path, "--gradient-checkpointing", value, "--profile", "cpu"
+        )
         assert f"checkpointing    {state}" in done.stdout, done.stderr
-    done = run("tools.train", path, "--gradient-checkpointing", "yes")
+    done = run("tools.train.launch", path, "--gradient-checkpointing", "yes")
     assert done.returncode == 2 and 'GRADIENT_CHECKPOINTING "yes": 1 or 0' in done.stderr

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tools import convert, lengths, rows
-from tools.cli import ROOT, WrongInput
+from tools.common import ROOT, WrongInput
+from tools.data import convert, lengths, rows
 
 GOOD = b'{"context": "How is it? Answer: ", "target": "neutral"}\n'
 FREE, SENTIMENT = convert.Rules(), convert.Rules(frozenset({"negative", "neutral", "positive"}))
@@ -35,7 +35,7 @@ def content(folder):
 
 def command(*arguments, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "tools.convert", *map(str, arguments)],
+        [sys.executable, "-m", "tools.data.convert", *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -824,7 +824,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
         pytest.skip("this machine does not let a small disk be mounted")
     try:
         source = convert.SAMPLE / "train" / "finlora_sentiment_train.jsonl"
-        arguments = ["tools.convert", "--dataset", "fpb", source, disk / "out.jsonl"]
+        arguments = ["tools.data.convert", "--dataset", "fpb", source, disk / "out.jsonl"]
         done = subprocess.run(
             [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True
         )

@@ -9,8 +9,8 @@ import torch
 import yaml
 
 from bench import memory
-from tools import prompt, recipes
-from tools.cli import ROOT
+from tools import prompts, recipes
+from tools.common import ROOT
 
 PAGES = ["qlora", "lora", "dora", "rslora"]
 
@@ -47,7 +47,7 @@ def adapter(smollm2, tmp_path_factory) -> Path:
         r=4, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM"
     )
     model = get_peft_model(memory.load(str(smollm2), 4, True, torch.float32), wanted).train()
-    asked = prompt.tokens(tokenizer, [{"role": "user", "content": question()}])
+    asked = prompts.tokens(tokenizer, [{"role": "user", "content": question()}])
     answer = tokenizer.encode("positive") + [tokenizer.eos_token_id]
     ids = torch.tensor([asked + answer], device=model.device)
     labels = ids.clone()

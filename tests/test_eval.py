@@ -17,8 +17,10 @@ from evals import run as evaluation
 from evals.answers import Answers, Prompts
 from tests.conftest import run as command
 from tests.conftest import write_recipe
-from tools import cli, convert, prompt, recipes, weights
-from tools import subject as subject_of
+from tools import common, models, recipes
+from tools import prompts as prompt
+from tools import runs as subject_of
+from tools.data import convert
 
 NF4 = {
     "load_in_4bit": True,
@@ -92,8 +94,8 @@ def trained(workplace, tiny):
         shape = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         get_peft_model(model, shape).save_pretrained(folder)
         (folder / "config.yaml").write_text(yaml.safe_dump(content))
-        sha = cli.digest(folder / "adapter_model.safetensors")
-        cli.write_json(folder / "run.json", {"recipe": str(path), "adapter_sha256": sha})
+        sha = common.digest(folder / "adapter_model.safetensors")
+        common.write_json(folder / "run.json", {"recipe": str(path), "adapter_sha256": sha})
         return path, folder
 
     return make
@@ -172,7 +174,7 @@ def test_nwgi_counts_at_seven_levels_and_at_three_classes(workplace):
 
 def test_a_new_dataset_is_a_file_of_yaml(workplace, monkeypatch):
     monkeypatch.setattr(evaluation, "TASKS", workplace / "tasks")
-    shutil.copytree(cli.ROOT / "evals" / "tasks", workplace / "tasks")
+    shutil.copytree(common.ROOT / "evals" / "tasks", workplace / "tasks")
     evaluation.tasks.cache_clear()
     rows = [{"context": f"Bill {n}\nAnswer:", "target": ["paid", "due"][n % 2]} for n in range(20)]
     source = workplace / "bills.jsonl"
@@ -200,7 +202,7 @@ filter_list:
 
 def test_plain_lm_eval_scores_a_task_without_this_projects_code(workplace, tiny):
     arguments = ["--model", "hf", "--model_args", f"pretrained={tiny}", "--limit", "3"]
-    arguments += ["--include_path", str(cli.ROOT / "evals" / "tasks"), "--tasks", "finlora_fpb"]
+    arguments += ["--include_path", str(common.ROOT / "evals" / "tasks"), "--tasks", "finlora_fpb"]
     arguments += ["--apply_chat_template", "--batch_size", "3", "--output_path", "scores"]
     program = Path(sys.executable).with_name("lm_eval")
     quiet = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -227,7 +229,7 @@ def generated(model, tokenizer, text, budget):
 
 
 def test_generation_stops_by_itself(smollm2):
-    model, tokenizer = weights.load({"base_model": str(smollm2)})
+    model, tokenizer = models.load({"base_model": str(smollm2)})
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     text = generated(model, tokenizer, "What is the capital of France?", 100)
     assert "Paris" in text
@@ -240,7 +242,7 @@ def test_the_scorer_answers_as_a_plain_generate_loop_does(base, workplace, reque
     """Shared prefix, sorted batches and padding change no answer of the 4-bit base."""
     from evals.model import Model
 
-    model, tokenizer = weights.load({"base_model": str(request.getfixturevalue(base))} | NF4)
+    model, tokenizer = models.load({"base_model": str(request.getfixturevalue(base))} | NF4)
     lm = Model(model, tokenizer, "fpb", 16)
     lm.tokens = 500  # a few rows a batch
     scored, _ = evaluation.measure(lm, "fpb", 16, Prompts("chat"))
@@ -257,7 +259,7 @@ def test_the_probabilities_of_labels_are_those_of_a_plain_forward_pass(tiny, wor
 
     from evals.model import Model, first_tokens
 
-    model, tokenizer = weights.load({"base_model": str(tiny)} | NF4)
+    model, tokenizer = models.load({"base_model": str(tiny)} | NF4)
     lm = Model(model, tokenizer, "fpb", 16)
     lm.tokens = 500
     answers = Answers(tmp_path / "kept.jsonl", {})
@@ -322,7 +324,7 @@ def test_a_prompt_that_is_too_long_loses_its_middle_and_says_so(smollm2):
     assert prompts.cut[text] > 1000
     whole = prompts.fitting(tokenizer, content, 8000)
     assert content in whole and whole not in prompts.cut
-    with pytest.raises(cli.WrongInput, match="no room"):
+    with pytest.raises(common.WrongInput, match="no room"):
         prompts.fitting(tokenizer, content, 20)
 
 
@@ -377,7 +379,7 @@ def test_an_untrained_recipe_and_an_unknown_dataset_are_one_line_each(tmp_path, 
     result = command("evals.run", recipe)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "is not trained" in result.stderr
-    with pytest.raises(cli.WrongInput, match="did you mean fpb"):
+    with pytest.raises(common.WrongInput, match="did you mean fpb"):
         evaluation.datasets(recipes.find(str(recipe)).task, "fbp")
 
 
@@ -392,8 +394,8 @@ def test_a_score_is_kept_until_what_it_depends_on_changes(trained, workplace, mo
     assert content["examples"] == len(content["predictions"]) == 6
     depends = content["evaluated"]
     assert (depends["precision"], depends["prompt_format"]) == ("nf4", "chat")
-    assert depends["data_sha256"] == cli.digest(convert.test_path("fpb"))
-    assert depends["adapter_sha256"] == cli.digest(folder / "adapter_model.safetensors")
+    assert depends["data_sha256"] == common.digest(convert.test_path("fpb"))
+    assert depends["adapter_sha256"] == common.digest(folder / "adapter_model.safetensors")
     right = sum(row["expected"] == row["answered"] for row in content["predictions"])
     assert content["metrics"]["accuracy"]["value"] == pytest.approx(right / 6)
     base = json.loads((workplace / "runs/tiny/base_nf4/evals/xbrl_term_sample6.json").read_text())
@@ -430,14 +432,14 @@ def test_a_base_is_loaded_at_the_precision_that_is_asked_for(tiny):
     from bitsandbytes.nn import Linear4bit
 
     config = {"base_model": str(tiny)} | NF4
-    assert weights.at(config, "nf4") is config
-    model, _ = weights.load(config)
+    assert models.at(config, "nf4") is config
+    model, _ = models.load(config)
     assert any(isinstance(module, Linear4bit) for module in model.modules())
-    model, _ = weights.load(weights.at(config, "bf16"))
+    model, _ = models.load(models.at(config, "bf16"))
     assert not any(isinstance(module, Linear4bit) for module in model.modules())
     assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
-    names = [weights.precision(weights.at(config, name)) for name in weights.PRECISIONS]
-    assert names == list(weights.PRECISIONS)
+    names = [models.precision(models.at(config, name)) for name in models.PRECISIONS]
+    assert names == list(models.PRECISIONS)
 
 
 def test_the_base_alone_needs_no_training(workplace, tiny, chat_rows, monkeypatch, capsys):
@@ -478,11 +480,11 @@ def test_an_adapter_of_finloras_gets_its_prompt_and_precision(
 def test_the_prompt_that_a_pulled_adapter_tells_of_is_taken(trained, monkeypatch):
     recipe, folder = trained()
     told = json.loads((folder / "run.json").read_text()) | {"prompt_format": "finlora"}
-    cli.write_json(folder / "run.json", told)
+    common.write_json(folder / "run.json", told)
     assert subject_of.find("", str(folder)).prompt_format == "finlora"
     assert subject_of.find(str(recipe)).prompt_format == "finlora"
     assert subject_of.find(str(recipe), form="chat").prompt_format == "chat"
-    with pytest.raises(cli.WrongInput, match="make pull ADAPTER=owner/name"):
+    with pytest.raises(common.WrongInput, match="make pull ADAPTER=owner/name"):
         subject_of.find("", "nobody/nothing")
 
 
@@ -496,9 +498,9 @@ def test_any_other_adapter_needs_a_precision(trained, workplace, monkeypatch, ca
         evaluate(monkeypatch, "--adapter", other)
     assert "PRECISION= is one of nf4, int8" in capsys.readouterr().err
     subject = subject_of.of_folder(other, None, "int8", "")
-    assert (subject.prompt_format, weights.precision(subject.config)) == ("chat", "int8")
+    assert (subject.prompt_format, models.precision(subject.config)) == ("chat", "int8")
     (other / "adapter_model.safetensors").rename(other / "adapter_model.bin")
-    with pytest.raises(cli.WrongInput, match="nothing else is read"):
+    with pytest.raises(common.WrongInput, match="nothing else is read"):
         subject_of.of_folder(other, None, "int8", "")
 
 
@@ -562,7 +564,7 @@ def test_the_adapter_of_the_demo_beats_its_base_by_20_points(
     kept = ("max_steps", "save_steps", "eval_steps", "warmup_steps")
     same = {key: catalogue[key] for key in kept}
     recipe = write_recipe(workplace, "r4", smollm2, convert.train_path("sentiment"), **same)
-    result = command("tools.train", recipe)
+    result = command("tools.train.launch", recipe)
     assert result.returncode == 0, result.stdout + result.stderr
     evaluate(monkeypatch, recipe, "--tasks", "fpb")
     base = json.loads((workplace / "base_nf4/evals/fpb.json").read_text())

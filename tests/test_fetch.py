@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from tools import cli, convert, fetch
+from tools import common
+from tools.data import convert, fetch
 
 Act = Callable[[Any, bytes, int], None]  # (handler, the whole file, first byte asked for)
 FPB, FIQA, NER = "test/fpb_test.jsonl", "test/fiqa_test.jsonl", "test/ner_test.jsonl"
@@ -233,7 +234,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 def call(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """`python -m tools.fetch TASKS`: its exit status, stdout and stderr."""
+    """`python -m tools.data.fetch TASKS`: its exit status, stdout and stderr."""
 
     def run(tasks: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["fetch", tasks])
@@ -620,7 +621,7 @@ def start(site: Site, **options: Any) -> "subprocess.Popen[bytes]":
     )
     task = options.pop("task", "sentiment")
     arguments = [sys.executable, "-c", script, str(site.raw), json.dumps(site.table()), task]
-    return subprocess.Popen(arguments, cwd=cli.ROOT, **options)
+    return subprocess.Popen(arguments, cwd=common.ROOT, **options)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -22,7 +22,9 @@ from safetensors.numpy import load_file, save
 
 from evals import stats
 from tests.hub_server import Hold, Hub, busy, cut, once
-from tools import adapter, card, cli, hub, plan, pull, push, recipes
+from tools import adapters, common, recipes
+from tools.hub import card, client, pull, push
+from tools.train import plan
 
 RECIPE = "smollm2-135m/sentiment_r4"
 REPO = "me/smollm2-135m-sentiment_r4"
@@ -140,9 +142,9 @@ def scored(sha: str | None, dataset: str, answered: list[str]) -> dict:
 def finish(folder: Path, recipe: recipes.Recipe, scores: bool = True, **changes: object) -> None:
     """What training and scoring write around an adapter."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = recipe.config | {"bf16": False, "plugins": ["tools.plugin.RunPlugin"]}
+    config = recipe.config | {"bf16": False, "plugins": ["tools.train.plugin.RunPlugin"]}
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    sha = cli.digest(folder / adapter.WEIGHTS)
+    sha = common.digest(folder / adapters.WEIGHTS)
     told = {
         "recipe": recipe.name,
         "recipe_version": recipe.version,
@@ -170,12 +172,12 @@ def finish(folder: Path, recipe: recipes.Recipe, scores: bool = True, **changes:
         "seed": 42,
         "packages": {"peft": "0.20.0"},
     }
-    cli.write_json(folder / "run.json", told | changes)
+    common.write_json(folder / "run.json", told | changes)
     if scores:
         names = ["neutral", "positive", "negative", "positive"] * 10
-        cli.write_json(folder / "evals" / "fpb.json", scored(sha, "fpb", names))
+        common.write_json(folder / "evals" / "fpb.json", scored(sha, "fpb", names))
         beside = folder.with_name("base_nf4") / "evals" / "fpb.json"
-        cli.write_json(beside, scored(None, "fpb", ["neutral"] * 40))
+        common.write_json(beside, scored(None, "fpb", ["neutral"] * 40))
 
 
 @pytest.fixture
@@ -187,8 +189,8 @@ def place(server, smollm2, tmp_path):
         root.mkdir(parents=True)
         skip = shutil.ignore_patterns("__pycache__", "local")
         for part in ("tools", "evals", "recipes", "data/sample"):
-            shutil.copytree(cli.ROOT / part, root / part, ignore=skip)
-        shutil.copy(cli.ROOT / "data" / "sources.yaml", root / "data")
+            shutil.copytree(common.ROOT / part, root / part, ignore=skip)
+        shutil.copy(common.ROOT / "data" / "sources.yaml", root / "data")
         (root / "models").symlink_to(smollm2.parent)
         return Place(root, tmp_path / name / "cache", server.url, token)
 
@@ -263,7 +265,7 @@ def test_other_content_under_the_same_version_is_refused_and_another_version_is_
     first = server.files(REPO, "v1.1.0")
     path = me.made / "evals" / "fpb.json"
     sha = json.loads((me.made / "run.json").read_text())["adapter_sha256"]
-    cli.write_json(path, scored(sha, "fpb", ["positive"] * 40))
+    common.write_json(path, scored(sha, "fpb", ["positive"] * 40))
     server.requests.clear()
     refused(me.push(), r"v1\.1\.0 with another README.md, evals/fpb.json")
     assert server.files(REPO) == first and server.sent("commit") == 0
@@ -271,7 +273,7 @@ def test_other_content_under_the_same_version_is_refused_and_another_version_is_
     source = me.root / "recipes" / f"{RECIPE}.yaml"
     source.write_text(source.read_text().replace("# Version: 1.1.0", "# Version: 1.2.0"))
     told = json.loads((me.made / "run.json").read_text())
-    cli.write_json(me.made / "run.json", told | {"recipe_version": "1.2.0"})
+    common.write_json(me.made / "run.json", told | {"recipe_version": "1.2.0"})
     good(me.push())
     assert set(server.repos[REPO].tags) == {"v1.1.0", "v1.2.0"}
     assert server.files(REPO, "v1.1.0") == first != server.files(REPO, "v1.2.0")
@@ -306,7 +308,7 @@ def test_a_push_killed_at_any_step_publishes_nothing_and_the_next_one_all(me, se
     assert len(repo.commits) == 2 and repo.tags == {"v1.1.0": repo.head} and not repo.private
     files = server.files(REPO, "v1.1.0")
     assert len(files) == 7
-    assert files[adapter.WEIGHTS] == (me.made / adapter.WEIGHTS).read_bytes()
+    assert files[adapters.WEIGHTS] == (me.made / adapters.WEIGHTS).read_bytes()
 
 
 @pytest.mark.parametrize("step", ["create", "upload", "commit", "tag"])
@@ -340,7 +342,7 @@ def test_of_two_different_pushes_of_a_version_at_once_one_is_refused(me, place, 
     other = place("other", me.token)
     shutil.copytree(me.root / "runs", other.root / "runs")
     sha = json.loads((me.made / "run.json").read_text())["adapter_sha256"]
-    cli.write_json(other.made / "evals" / "fpb.json", scored(sha, "fpb", ["positive"] * 40))
+    common.write_json(other.made / "evals" / "fpb.json", scored(sha, "fpb", ["positive"] * 40))
     server.put(REPO, {".gitattributes": b""}, private=True)
     both = threading.Barrier(2, timeout=120)
     server.at["commit"] = lambda handler: both.wait()
@@ -406,7 +408,7 @@ def test_an_unfinished_run_and_one_without_scores_are_refused(me, server):
 def test_scores_of_an_earlier_adapter_are_none(me):
     content = json.loads((me.made / "evals" / "fpb.json").read_text())
     content["evaluated"]["adapter_sha256"] = "0" * 64
-    cli.write_json(me.made / "evals" / "fpb.json", content)
+    common.write_json(me.made / "evals" / "fpb.json", content)
     refused(me.push(), "no scores")
 
 
@@ -436,7 +438,7 @@ def test_a_score_is_never_paired_with_another_models(me):
         ("chat_template_kwargs", {"enable_thinking": False}),
     ):
         about = content["evaluated"] | {key: value}
-        cli.write_json(beside, content | {"evaluated": about})
+        common.write_json(beside, content | {"evaluated": about})
         said = good(me.push("--dry-run", "1"))
         assert "not scored" in said and "| 50.0 (" not in said, key
 
@@ -444,7 +446,7 @@ def test_a_score_is_never_paired_with_another_models(me):
 def test_data_whose_licence_forbids_it_is_never_made_public(me, server):
     told = json.loads((me.made / "run.json").read_text())
     entry = told["data"][0] | {"source": "train/headline_train.jsonl"}
-    cli.write_json(me.made / "run.json", told | {"data": [entry]})
+    common.write_json(me.made / "run.json", told | {"data": [entry]})
     refused(me.push("--public", "1"), "must not be public.*CC-BY-NC-ND")
     assert server.requests == []
     good(me.push())
@@ -453,15 +455,17 @@ def test_data_whose_licence_forbids_it_is_never_made_public(me, server):
 
 
 def test_a_run_that_diverged_or_was_trained_with_another_recipe_is_refused(me):
-    tensors = load_file(me.made / adapter.WEIGHTS)
+    tensors = load_file(me.made / adapters.WEIGHTS)
     next(iter(tensors.values()))[0, 0] = np.inf
-    (me.made / adapter.WEIGHTS).write_bytes(save(tensors))
+    (me.made / adapters.WEIGHTS).write_bytes(save(tensors))
     refused(me.push(), "its adapter is not the one that run.json tells of")
     told = json.loads((me.made / "run.json").read_text())
-    sha = cli.digest(me.made / adapter.WEIGHTS)
-    cli.write_json(me.made / "run.json", told | {"adapter_sha256": sha})
+    sha = common.digest(me.made / adapters.WEIGHTS)
+    common.write_json(me.made / "run.json", told | {"adapter_sha256": sha})
     refused(me.push(), "holds NaN or infinity")
-    cli.write_json(me.made / "run.json", told | {"recipe_digest": "0" * 64, "adapter_sha256": sha})
+    common.write_json(
+        me.made / "run.json", told | {"recipe_digest": "0" * 64, "adapter_sha256": sha}
+    )
     refused(me.push(), "is not what .* was trained with")
 
 
@@ -476,7 +480,7 @@ def test_public_is_only_what_was_asked_to_be(me, place, server):
     source = me.root / "recipes" / f"{RECIPE}.yaml"
     source.write_text(source.read_text().replace("# Version: 1.1.0", "# Version: 1.2.0"))
     told = json.loads((me.made / "run.json").read_text())
-    cli.write_json(me.made / "run.json", told | {"recipe_version": "1.2.0"})
+    common.write_json(me.made / "run.json", told | {"recipe_version": "1.2.0"})
     refused(me.push(), "is public already; PUBLIC=1")
 
 
@@ -667,8 +671,8 @@ def test_without_a_network_the_cache_is_enough(me, place, server):
         arguments = ("pull", RECIPE, "--namespace", "me", "--revision", "v1.1.0")
         assert "from the cache" in good(carol.run(*arguments, **env))
         assert server.requests == []
-        assert (carol.made / adapter.WEIGHTS).read_bytes() == (
-            me.made / adapter.WEIGHTS
+        assert (carol.made / adapters.WEIGHTS).read_bytes() == (
+            me.made / adapters.WEIGHTS
         ).read_bytes()
         dave = place(f"dave{number}", me.token)
         dave.url = url
@@ -678,7 +682,7 @@ def test_without_a_network_the_cache_is_enough(me, place, server):
 def test_a_damaged_download_is_not_kept(me, place, server):
     good(me.push())
     bob = place("bob", me.token)
-    for name in (adapter.WEIGHTS, "run.json"):
+    for name in (adapters.WEIGHTS, "run.json"):
         server.change[name] = lambda content: content[:-8] + bytes(8)
         refused(bob.run("pull", RECIPE, "--namespace", "me"), f"{name} is damaged", status=1)
         assert not bob.made.exists()
@@ -691,13 +695,13 @@ def test_a_download_that_was_cut_goes_on_where_it_stopped(place, server):
     config, tensors = lora(plan.find_model("meta-llama/Llama-3.1-8B-Instruct"), 8, kind=np.float32)
     server.put("wangd12/sentiment_llama_3_1_8b_8bits_r8", files_of(config, tensors))
     bob = place("bob")
-    server.shorten[adapter.WEIGHTS] = 12_000_000
+    server.shorten[adapters.WEIGHTS] = 12_000_000
     refused(bob.run("pull", "sentiment_r8"), "connection to the Hub broke.*run it again", status=1)
     made = bob.root / "runs" / "llama-3.1-8b" / "sentiment_r8"
     assert not made.exists() and server.ranges == []
     good(bob.run("pull", "sentiment_r8"))
-    assert server.ranges == [adapter.WEIGHTS]
-    assert (made / adapter.WEIGHTS).read_bytes() == save(tensors)
+    assert server.ranges == [adapters.WEIGHTS]
+    assert (made / adapters.WEIGHTS).read_bytes() == save(tensors)
 
 
 def test_a_run_that_was_trained_here_is_never_written_over(me, server):
@@ -731,7 +735,7 @@ QKV = ("q_proj", "k_proj", "v_proj")
 
 def lora(model: plan.Model, rank: int = 4, modules=QKV, kind=np.float16, **changes):
     """(adapter_config.json, tensors) of an adapter for a base, as PEFT writes them."""
-    plain = adapter.Plain(rank, bool(changes.get("use_dora")), tuple(modules))
+    plain = adapters.Plain(rank, bool(changes.get("use_dora")), tuple(modules))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -742,7 +746,7 @@ def lora(model: plan.Model, rank: int = 4, modules=QKV, kind=np.float16, **chang
         "target_modules": list(modules),
         "bias": "none",
     }
-    shapes = adapter.expected(model, plain, "model.layers")
+    shapes = adapters.expected(model, plain, "model.layers")
     tensors = {name: np.full(shape, 0.01, kind) for name, shape in shapes.items()}
     return config | changes, tensors
 
@@ -753,7 +757,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 12\n
 
 
 def files_of(config, tensors, **more: bytes) -> dict[str, bytes]:
-    content = {adapter.CONFIG: json.dumps(config).encode(), adapter.WEIGHTS: save(tensors)}
+    content = {adapters.CONFIG: json.dumps(config).encode(), adapters.WEIGHTS: save(tensors)}
     return content | more
 
 
@@ -793,7 +797,7 @@ def test_an_adapter_for_a_base_that_only_the_hub_knows_is_held_against_its_confi
 ):
     shape = json.loads((tiny / "config.json").read_text())
     server.put("tester/tiny", {"config.json": json.dumps(shape).encode()})
-    model = adapter.architecture("tester/tiny", shape)
+    model = adapters.architecture("tester/tiny", shape)
     assert (model.layers, model.hidden, model.kv_heads, model.head_dim) == (2, 64, 2, 16)
     config, tensors = lora(model, modules=("q_proj", "down_proj"), use_dora=True)
     server.put(THEIRS, files_of(config, tensors))
@@ -853,7 +857,7 @@ def hostile() -> dict[str, tuple[dict[str, bytes], str]]:
         return files_of(config | changes, tensors)
 
     def weights(content: bytes) -> dict[str, bytes]:
-        return plain | {adapter.WEIGHTS: content}
+        return plain | {adapters.WEIGHTS: content}
 
     def one(**changes) -> dict[str, bytes]:
         return files_of(config, tensors | changes)
@@ -865,7 +869,7 @@ def hostile() -> dict[str, tuple[dict[str, bytes], str]]:
     big = struct.pack("<Q", 2**40) + b"{"
     return {
         "only a pickle": (
-            {adapter.CONFIG: plain[adapter.CONFIG], "adapter_model.bin": b"\x80\x04cos\nsystem"},
+            {adapters.CONFIG: plain[adapters.CONFIG], "adapter_model.bin": b"\x80\x04cos\nsystem"},
             "a pickle, which can run code",
         ),
         "no adapter": ({"README.md": b"x"}, "adapter_config.json is missing"),
@@ -909,7 +913,10 @@ def hostile() -> dict[str, tuple[dict[str, bytes], str]]:
             files_of(config, {n: t for n, t in tensors.items() if n != first}),
             "lacks the tensor",
         ),
-        "far too large": (weights(plain[adapter.WEIGHTS] + bytes(3 * 2**20)), "implies .* at most"),
+        "far too large": (
+            weights(plain[adapters.WEIGHTS] + bytes(3 * 2**20)),
+            "implies .* at most",
+        ),
         "not a number": (one(**{first: bad}), "holds NaN or infinity"),
         "another base": (
             changed(base_model_name_or_path="meta-llama/Llama-3.2-1B-Instruct"),
@@ -928,15 +935,15 @@ def hostile() -> dict[str, tuple[dict[str, bytes], str]]:
         "a head that is not there": (changed(modules_to_save=["lm_head"]), "lacks .*lm_head"),
         "a rewritten base": (changed(init_lora_weights="pissa"), "init_lora_weights"),
         "a pointer": (weights(POINTER), "Git LFS pointer"),
-        "a config that is a pointer": (plain | {adapter.CONFIG: POINTER}, "Git LFS pointer"),
-        "a file that is cut off": (weights(plain[adapter.WEIGHTS][:-9]), "cut off"),
+        "a config that is a pointer": (plain | {adapters.CONFIG: POINTER}, "Git LFS pointer"),
+        "a file that is cut off": (weights(plain[adapters.WEIGHTS][:-9]), "cut off"),
         "a regular expression without end": (
             changed(target_modules="(.*)*(.*)*(.*)*(.*)*(.*)*x"),
             "takes too long; a simpler expression",
         ),
         "a module that is none": (changed(target_modules=["nothing"]), "is no linear layer of"),
-        "a config that is no object": (plain | {adapter.CONFIG: b"[]"}, "an object is needed"),
-        "a large config": (plain | {adapter.CONFIG: b" " * (2**20 + 1)}, "is the most"),
+        "a config that is no object": (plain | {adapters.CONFIG: b"[]"}, "an object is needed"),
+        "a large config": (plain | {adapters.CONFIG: b" " * (2**20 + 1)}, "is the most"),
         "another run.json": (plain | {"run.json": run}, "tells of another adapter"),
         "remote code": (
             plain | {"config.yaml": yaml.safe_dump(axolotl | {"trust_remote_code": True}).encode()},
@@ -966,7 +973,7 @@ def test_a_malicious_repository_is_refused_before_anything_is_loaded(
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    arguments = ["tools.pull", str(tmp_path / "mine.yaml"), "--namespace", "me"]
+    arguments = ["tools.hub.pull", str(tmp_path / "mine.yaml"), "--namespace", "me"]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as ended:
         pull.main()
@@ -979,7 +986,7 @@ def test_an_adapter_of_every_kind_that_peft_writes_fits_its_own_config(tiny, tmp
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model = adapter.architecture("x/tiny", json.loads((tiny / "config.json").read_text()))
+    model = adapters.architecture("x/tiny", json.loads((tiny / "config.json").read_text()))
     kinds = {
         "dora": {"use_dora": True, "target_modules": ["q_proj", "down_proj"]},
         "rslora": {"use_rslora": True, "target_modules": ["v_proj"]},
@@ -991,7 +998,7 @@ def test_an_adapter_of_every_kind_that_peft_writes_fits_its_own_config(tiny, tmp
         wanted = get_peft_model(whole, LoraConfig(r=3, task_type="CAUSAL_LM", **settings))
         wanted.save_pretrained(tmp_path / name)
         count = sum(p.numel() for p in wanted.parameters() if p.requires_grad)
-        assert adapter.check(tmp_path / name, model) == count, name
+        assert adapters.check(tmp_path / name, model) == count, name
 
 
 def test_infinities_of_every_type_of_number_are_found(tmp_path):
@@ -1004,9 +1011,9 @@ def test_infinities_of_every_type_of_number_are_found(tmp_path):
             save_file(
                 {"a": torch.ones(5, 7, dtype=dtype), "b": torch.tensor([value]).to(dtype)}, path
             )
-            found, start = adapter.header(path)
+            found, start = adapters.header(path)
             kind, _, begin, end = found["b"]
-            assert adapter.finite(path, kind, start + begin, start + end) == sound
+            assert adapters.finite(path, kind, start + begin, start + end) == sound
 
 
 # --- List, and secrets ---
@@ -1029,7 +1036,7 @@ def test_the_token_is_in_nothing_that_was_written_printed_or_sent_astray(me, pla
     me.push()
     good(me.push("--public", "1", HF_DEBUG="1", DEBUG="1"))
     good(me.run("hub", "--namespace", "me"))
-    server.change[adapter.WEIGHTS] = lambda content: content[::-1]
+    server.change[adapters.WEIGHTS] = lambda content: content[::-1]
     bob.run("pull", RECIPE, "--namespace", "me", DEBUG="1")
     server.change.clear()
     good(bob.run("pull", RECIPE, "--namespace", "me"))
@@ -1052,8 +1059,8 @@ def test_what_is_compared_on_the_hub_is_gits_digest_or_sha256(tmp_path):
     blob = "ce013625030ba8dba906f756967f9e9ca394464a"
     sha = "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"
     for content in (path, b"hello\n"):
-        assert hub.matches(content, blob) and hub.matches(content, sha)
-        assert not hub.matches(content, blob[::-1])
+        assert client.matches(content, blob) and client.matches(content, sha)
+        assert not client.matches(content, blob[::-1])
 
 
 def test_texts_of_a_score_file_are_kept_only_where_they_are_answers():

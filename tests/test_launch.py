@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 from tests.conftest import run, write_recipe
-from tools import cli, recipes, scale, sweep
+from tools import common, recipes
+from tools.train import scale, sweep
 
-LAUNCH = cli.ROOT / "launch"
+LAUNCH = common.ROOT / "launch"
 
 
 def sky_python() -> str | None:
@@ -37,7 +38,7 @@ def test_skypilot_reads_its_task(name, tmp_path):
     )
     done = subprocess.run(
         [sky_python(), script, LAUNCH / f"{name}.yaml"],
-        cwd=cli.ROOT,
+        cwd=common.ROOT,
         env=os.environ | {"HOME": str(tmp_path), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"},
         capture_output=True,
         text=True,
@@ -53,7 +54,7 @@ def test_skypilot_reads_its_task(name, tmp_path):
 
 
 def test_every_launcher_names_recipes_and_variables_that_there_are():
-    made = (cli.ROOT / "Makefile").read_text()
+    made = (common.ROOT / "Makefile").read_text()
     for name in ("sky", "sky_job"):
         task = yaml.safe_load((LAUNCH / f"{name}.yaml").read_text())
         assert recipes.find(task["envs"]["RECIPE"]).config
@@ -139,7 +140,7 @@ def test_slurm_takes_the_array(slurm):
             "sentiment_r4",
             "sentiment_r8",
         ],
-        cwd=cli.ROOT,
+        cwd=common.ROOT,
         env=slurm,
         capture_output=True,
         text=True,
@@ -152,7 +153,7 @@ def test_slurm_trains_the_recipe_of_an_array_task(slurm, tiny, chat_rows, tmp_pa
     log = tmp_path / "slurm.log"
     done = subprocess.run(
         ["sbatch", "--wait", "--array=1", f"--output={log}", LAUNCH / "slurm.sh", "other", recipe],
-        cwd=cli.ROOT,
+        cwd=common.ROOT,
         env=slurm,
         capture_output=True,
         text=True,
@@ -166,7 +167,7 @@ def test_an_array_that_is_too_long_is_one_line(slurm, tmp_path):
     log = tmp_path / "slurm.log"
     done = subprocess.run(
         ["sbatch", "--wait", "--array=1", f"--output={log}", LAUNCH / "slurm.sh", "sentiment_r4"],
-        cwd=cli.ROOT,
+        cwd=common.ROOT,
         env=slurm,
         capture_output=True,
         text=True,
@@ -183,14 +184,14 @@ def test_a_sweep_goes_on_after_a_failure_and_ends_with_a_table(tiny, chat_rows, 
         write_recipe(folder, "r4", tiny, chat_rows, max_steps=2) for folder in folders[::2]
     )
     broken = write_recipe(folders[1], "r4", tiny, tmp_path / "no_train.jsonl")
-    done = run("tools.sweep", f"{first} {broken},{second}")
+    done = run("tools.train.sweep", f"{first} {broken},{second}")
     assert done.returncode == 1
     assert f"1 of 3 failed: {broken}" in done.stderr
     table = done.stdout.partition(" minutes")[2]
     assert (table.count("finished"), table.count("2/2"), table.count("failed")) == (2, 2, 1)
     assert all((folder / "r4" / "run.json").is_file() for folder in folders[::2])
 
-    again = run("tools.sweep", f"{first} {second}")
+    again = run("tools.train.sweep", f"{first} {second}")
     assert again.returncode == 0 and again.stdout.count("is finished") == 2
 
 
@@ -199,9 +200,9 @@ def test_a_sweep_takes_patterns_and_starts_with_the_small_ones():
     assert len(found) == len(set(found)) > 3 and "llama-3.1-8b/sentiment_r4" in found
     large, small = (recipes.find(n) for n in ("sentiment_r4", "smollm2-135m/sentiment_r4"))
     assert sweep.size(small) <= sweep.size(large)
-    with pytest.raises(cli.WrongInput, match='no recipe fits "nosuch_\\*"'):
+    with pytest.raises(common.WrongInput, match='no recipe fits "nosuch_\\*"'):
         sweep.chosen("nosuch_*")
-    with pytest.raises(cli.WrongInput, match="RECIPES="):
+    with pytest.raises(common.WrongInput, match="RECIPES="):
         sweep.chosen(" ")
 
 

@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from tests.conftest import run
-from tools import catalogue, convert, local, recipes
-from tools.cli import ROOT, JobFailed, WrongInput
+from tools import catalogue, custom, recipes
+from tools.common import ROOT, JobFailed, WrongInput
+from tools.data import convert
 
 
 @pytest.fixture
@@ -16,8 +17,8 @@ def mine(tmp_path, monkeypatch):
     """Folders of one's own in a temporary place."""
     monkeypatch.setattr(recipes, "LOCAL", tmp_path / "recipes" / "local")
     monkeypatch.setattr(convert, "LOCAL", tmp_path / "recipes" / "local")
-    monkeypatch.setattr(local, "DATA", tmp_path / "data" / "local")
-    monkeypatch.setattr(local, "TASKS", tmp_path / "tasks" / "local")
+    monkeypatch.setattr(custom, "DATA", tmp_path / "data" / "local")
+    monkeypatch.setattr(custom, "TASKS", tmp_path / "tasks" / "local")
     monkeypatch.setattr(convert, "CHAT", tmp_path / "chat")
     recipes.forget()
     convert.sources.cache_clear()
@@ -42,7 +43,7 @@ TONES = [
 
 
 def test_rows_become_a_task_with_data_recipes_and_an_evaluation(mine, capsys):
-    local.new("late_filing", jsonl(mine / "rows.jsonl", TONES))
+    custom.new("late_filing", jsonl(mine / "rows.jsonl", TONES))
     capsys.readouterr()
     convert.sources.cache_clear()
     convert.convert_task("late_filing", mine)
@@ -62,13 +63,13 @@ def test_rows_become_a_task_with_data_recipes_and_an_evaluation(mine, capsys):
     methods = [row for row in recipes.matrix()["methods"].values() if "only" not in row]
     assert len(made) == len(recipes.matrix()["models"]) * len(methods)
     recipes.validate(recipe.config, "mine")
-    task = yaml.safe_load((local.TASKS / "late_filing.yaml").read_text())
+    task = yaml.safe_load((custom.TASKS / "late_filing.yaml").read_text())
     assert task["task"] == "finlora_late_filing"
     assert "(Yes|No)" in task["filter_list"][0]["filter"][0]["regex_pattern"]
 
 
 def test_render_leaves_what_is_ones_own_as_it_is(mine, capsys):
-    local.new("late_filing", jsonl(mine / "rows.jsonl", TONES))
+    custom.new("late_filing", jsonl(mine / "rows.jsonl", TONES))
     path = recipes.find("smollm2-135m/late_filing_r4").path
     path.write_text(path.read_text().replace("lora_r: 4", "lora_r: 6"))
     before = files(recipes.LOCAL)
@@ -81,7 +82,7 @@ def test_render_leaves_what_is_ones_own_as_it_is(mine, capsys):
 def test_one_prompt_is_never_on_both_sides():
     spelt = ("prompt {}", "Prompt  {}", "PROMPT {}\n")
     rows = [(spelt[n % 3].format(n % 20), f"answer {n}") for n in range(100)]
-    train, test = local.split(rows)
+    train, test = custom.split(rows)
     assert sorted(train + test) == list(range(100))
     sides = ({convert.fingerprint(rows[n][0]) for n in side} for side in (train, test))
     assert not set.intersection(*sides)
@@ -98,7 +99,7 @@ def test_one_prompt_is_never_on_both_sides():
     ],
 )
 def test_labels_are_few_short_and_frequent(answers, labels):
-    assert local.labels_of(answers) == labels
+    assert custom.labels_of(answers) == labels
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_labels_are_few_short_and_frequent(answers, labels):
     ],
 )
 def test_rows_of_the_usual_shapes_are_taken(row, plain):
-    assert tuple(local.plain(row).values()) == plain
+    assert tuple(custom.plain(row).values()) == plain
 
 
 WRONG = {
@@ -134,7 +135,7 @@ def test_wrong_rows_are_named_and_nothing_is_written(mine, rows, said):
     source = jsonl(mine / "rows.jsonl", rows)
     before = files(mine)
     with pytest.raises(WrongInput) as error:
-        local.new("mine", source)
+        custom.new("mine", source)
     assert said in str(error.value) and "\n" not in str(error.value)
     assert files(mine) == before
 
@@ -144,15 +145,15 @@ def test_wrong_rows_are_named_and_nothing_is_written(mine, rows, said):
 )
 def test_a_name_that_would_be_ambiguous_or_unsafe_is_refused(mine, task):
     with pytest.raises(WrongInput, match="TASK"):
-        local.new(task, jsonl(mine / "rows.jsonl", TONES))
+        custom.new(task, jsonl(mine / "rows.jsonl", TONES))
 
 
 def test_a_task_that_is_there_is_not_overwritten(mine):
     source = jsonl(mine / "rows.jsonl", TONES)
-    local.new("mine", source)
+    custom.new("mine", source)
     before = files(mine)
     with pytest.raises(WrongInput, match="mine.yaml is there already; delete it"):
-        local.new("mine", source)
+        custom.new("mine", source)
     assert files(mine) == before
 
 
@@ -183,7 +184,7 @@ def test_runs_like_the_catalogues_are_named_and_others_become_recipes(mine, caps
         faster=RUN | {"learning_rate": 2e-4, "quant_bits": 4, "lora_r": 4},
         other=RUN | {"base_model": "tiiuae/Falcon3-7B-Instruct", "quant_bits": 16},
     )
-    local.import_(source)
+    custom.import_(source)
     out = capsys.readouterr().out
     assert "sentiment_llama_3_1_8b_8bits_r8 is llama-3.1-8b/sentiment_r8\n" in out
     assert "dora is llama-3.1-8b/sentiment_r8_dora_a32\n" in out
@@ -202,7 +203,7 @@ def test_runs_like_the_catalogues_are_named_and_others_become_recipes(mine, caps
 
 def test_a_file_of_ones_own_becomes_a_source(mine, capsys):
     jsonl(mine / "house_train.jsonl", [{"context": "q", "target": "a"}])
-    local.import_(config(mine / "c.json", house=RUN | {"dataset_path": "house_train.jsonl"}))
+    custom.import_(config(mine / "c.json", house=RUN | {"dataset_path": "house_train.jsonl"}))
     convert.sources.cache_clear()
     convert.convert_task("house", mine)
     assert (convert.CHAT / "house_train.jsonl").is_file()
@@ -232,7 +233,7 @@ def test_a_wrong_run_is_named_with_its_key_and_the_others_are_imported(mine, cha
     good = RUN | {"learning_rate": 5e-4}
     source = config(mine / "c.json", bad=RUN | changed, good=good)
     with pytest.raises(JobFailed) as error:
-        local.import_(source)
+        custom.import_(source)
     assert f"1 of 2 runs are not imported; the first: bad: {said}" in str(error.value)
     assert recipes.find("imported/good").config["learning_rate"] == 5e-4
     assert "left out   bad: " in capsys.readouterr().out
@@ -253,7 +254,7 @@ def test_a_config_like_finloras_is_imported_but_for_the_run_without_a_file(mine,
     written = []
     for _ in range(2):  # the second time nothing changes
         with pytest.raises(JobFailed, match="the first: lost: dataset_path: .*never_published"):
-            local.import_(source)
+            custom.import_(source)
         assert f"{len(runs)} runs: " in (said := capsys.readouterr().out)
         assert ", 1 left out" in said
         written.append(files(recipes.LOCAL))
@@ -262,7 +263,7 @@ def test_a_config_like_finloras_is_imported_but_for_the_run_without_a_file(mine,
 
 def test_a_training_file_is_known_by_its_content_and_not_by_its_name(mine, capsys):
     own = jsonl(mine / "ner_train.jsonl", [{"context": "q", "target": "a"}])
-    local.import_(config(mine / "c.json", house=RUN | {"dataset_path": own.name}))
+    custom.import_(config(mine / "c.json", house=RUN | {"dataset_path": own.name}))
     recipes.forget()
     data = recipes.find("imported/house").config["datasets"][0]["path"]
     assert data.startswith("data/chat/ner_") and data != "data/chat/ner_train.jsonl"
@@ -273,16 +274,16 @@ def test_a_training_file_is_known_by_its_content_and_not_by_its_name(mine, capsy
         (mine / f"{name}.jsonl").write_text(
             f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize 137747639\n"
         )
-    local.import_(config(mine / "d.json", x=RUN | {"dataset_path": "pointer.jsonl"}))
+    custom.import_(config(mine / "d.json", x=RUN | {"dataset_path": "pointer.jsonl"}))
     assert (
         "data/chat/xbrl_extract_train.jsonl" in (recipes.LOCAL / "imported" / "x.yaml").read_text()
     )
     with pytest.raises(JobFailed, match="other.jsonl is a Git LFS pointer; `git lfs pull`"):
-        local.import_(config(mine / "e.json", y=RUN | {"dataset_path": "other.jsonl"}))
+        custom.import_(config(mine / "e.json", y=RUN | {"dataset_path": "other.jsonl"}))
 
 
 def test_importing_overwrites_no_task_and_no_recipe_of_ones_own(mine, capsys):
-    local.new("house", jsonl(mine / "house.jsonl", TONES))
+    custom.new("house", jsonl(mine / "house.jsonl", TONES))
     for folder in ("a", "b"):
         (mine / folder).mkdir()
         jsonl(mine / folder / "house_train.jsonl", [{"context": "q", "target": folder}])
@@ -290,17 +291,17 @@ def test_importing_overwrites_no_task_and_no_recipe_of_ones_own(mine, capsys):
     recipes.forget()
     runs = {name: RUN | {"dataset_path": f"{name}/house_train.jsonl"} for name in ("a", "b")}
     before = files(mine / "recipes")
-    local.import_(config(mine / "c.json", **runs))
+    custom.import_(config(mine / "c.json", **runs))
     after = files(mine / "recipes")
     assert after == after | before
     paths = {recipes.find(f"imported/{n}").config["datasets"][0]["path"] for n in ("a", "b")}
     assert len(paths) == 2 and "data/chat/house_train.jsonl" not in paths
-    local.import_(config(mine / "renamed.json", **runs))
+    custom.import_(config(mine / "renamed.json", **runs))
     assert files(mine / "recipes") == after
     edited = recipes.LOCAL / "imported" / "a.yaml"
     edited.write_text(edited.read_text().replace("lora_r: 8", "lora_r: 9"))
     with pytest.raises(JobFailed, match="a.yaml says something else; delete it"):
-        local.import_(mine / "c.json")
+        custom.import_(mine / "c.json")
     assert "lora_r: 9" in edited.read_text()
 
 
@@ -315,13 +316,13 @@ def test_importing_overwrites_no_task_and_no_recipe_of_ones_own(mine, capsys):
 def test_a_config_file_of_another_shape_is_refused(mine, text, said):
     (mine / "c.json").write_text(text)
     with pytest.raises(WrongInput) as error:
-        local.import_(mine / "c.json")
+        custom.import_(mine / "c.json")
     assert said in str(error.value)
 
 
 def test_ten_thousand_runs_are_read(mine, capsys):
     runs = {f"run_{n}": RUN for n in range(10_000)}
-    local.import_(config(mine / "c.json", **runs))
+    custom.import_(config(mine / "c.json", **runs))
     assert "10000 runs: 10000 in the catalogue, 0 local" in capsys.readouterr().out
 
 
@@ -331,7 +332,7 @@ def test_the_commands_answer_with_one_line():
         (("new", "x", "nowhere.jsonl"), "DATA=nowhere.jsonl is not there"),
         (("import", ""), "CONFIG=finetune_configs.json is needed"),
     ):
-        done = run("tools.local", *arguments)
+        done = run("tools.custom", *arguments)
         assert done.returncode == 2
         assert done.stderr.startswith(f"error: {said}") and done.stderr.count("\n") == 1
     assert not (ROOT / "recipes" / "local" / "x.yaml").exists()

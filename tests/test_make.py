@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from tools.cli import ROOT
+from tools.common import ROOT
 
 HOSTILE = {
     "make's shell function": "$(shell touch X)",

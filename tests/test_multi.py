@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from tests.conftest import losses, run, write_recipe
-from tools import cli, plan, profiles, recipes, train
+from tools import common, recipes
+from tools.train import launch, plan, profiles
 
 # Without dropout, whose random numbers each process draws for itself. 94 rows in batches of 8 are
 # 11 whole steps of an epoch; the twelfth is filled up among several processes.
@@ -24,7 +25,7 @@ EXACT = {"lora_dropout": 0.0, "max_steps": 11, "eval_steps": 11, "save_steps": 6
 def one(tiny, chat_rows, tmp_path_factory) -> Path:
     """The run of one process."""
     folder = tmp_path_factory.mktemp("one")
-    result = run("tools.train", write_recipe(folder, "r4", tiny, chat_rows, **EXACT))
+    result = run("tools.train.launch", write_recipe(folder, "r4", tiny, chat_rows, **EXACT))
     assert result.returncode == 0, result.stdout + result.stderr
     return folder / "r4"
 
@@ -54,7 +55,7 @@ def test_two_processes_share_the_batches_of_one(
     """By halving the accumulation, or where there is none to halve, the micro-batch."""
     batch = {"micro_batch_size": micro, "gradient_accumulation_steps": accumulation}
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, **EXACT, **batch)
-    result = run("tools.train", recipe, "--nproc", 2)
+    result = run("tools.train.launch", recipe, "--nproc", 2)
     assert result.returncode == 0, result.stdout + result.stderr
     config = yaml.safe_load((tmp_path / "r4" / "config.yaml").read_text())
     assert (config["micro_batch_size"], config["gradient_accumulation_steps"]) == (4, 1)
@@ -66,7 +67,7 @@ def test_two_processes_share_the_batches_of_one(
     else:  # the mean over each micro-batch of 4 and then over both: what one process does, too
         (tmp_path / "alone").mkdir()
         alone = write_recipe(tmp_path / "alone", "r4", tiny, chat_rows, **EXACT, **batch)
-        assert run("tools.train", alone).returncode == 0
+        assert run("tools.train.launch", alone).returncode == 0
         agrees(tmp_path / "r4", tmp_path / "alone" / "r4")
 
 
@@ -74,7 +75,7 @@ def test_two_processes_share_the_batches_of_one(
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed_trains_what_one_process_does(one, tiny, chat_rows, tmp_path, stage):
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, **EXACT)
-    result = run("tools.train", recipe, "--nproc", 2, "--profile", f"cpu,zero{stage}")
+    result = run("tools.train.launch", recipe, "--nproc", 2, "--profile", f"cpu,zero{stage}")
     assert result.returncode == 0, result.stdout + result.stderr
     told = agrees(tmp_path / "r4", one)
     # It was DeepSpeed, with its states apart; ZeRO-3 divides the weights, so none are compared.
@@ -92,11 +93,11 @@ def test_two_processes_killed_in_the_second_epoch_go_on(tiny, chat_rows, tmp_pat
     (tmp_path / "once").mkdir(), (tmp_path / "killed").mkdir()
     once = write_recipe(tmp_path / "once", "r4", tiny, chat_rows, **changes)
     options = ("--nproc", "2", "--profile", profile)
-    assert run("tools.train", once, *options).returncode == 0
+    assert run("tools.train.launch", once, *options).returncode == 0
     recipe = write_recipe(tmp_path / "killed", "r4", tiny, chat_rows, **changes)
     folder = tmp_path / "killed" / "r4"
     process = subprocess.Popen(
-        [sys.executable, "-m", "tools.train", recipe, *options], cwd=cli.ROOT
+        [sys.executable, "-m", "tools.train.launch", recipe, *options], cwd=common.ROOT
     )
     while not (folder / "checkpoint-15").is_dir():
         assert process.poll() is None
@@ -104,7 +105,7 @@ def test_two_processes_killed_in_the_second_epoch_go_on(tiny, chat_rows, tmp_pat
     for member in [*psutil.Process(process.pid).children(recursive=True), process]:
         member.kill()
     process.wait()
-    result = run("tools.train", recipe, *options)
+    result = run("tools.train.launch", recipe, *options)
     assert result.returncode == 0 and "goes on from step" in result.stdout, result.stderr
     assert losses(folder) == losses(tmp_path / "once" / "r4")
 
@@ -113,8 +114,8 @@ def test_two_processes_told_to_stop_save_together(tiny, chat_rows, tmp_path):
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, max_steps=200, save_steps=200)
     folder = tmp_path / "r4"
     process = subprocess.Popen(
-        [sys.executable, "-m", "tools.train", recipe, "--nproc", "2"],
-        cwd=cli.ROOT,
+        [sys.executable, "-m", "tools.train.launch", recipe, "--nproc", "2"],
+        cwd=common.ROOT,
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -123,7 +124,7 @@ def test_two_processes_told_to_stop_save_together(tiny, chat_rows, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate()
-    saved = train.last_checkpoint(folder)
+    saved = launch.last_checkpoint(folder)
     assert process.returncode == 130 and saved > 0 and f"goes on from step {saved}" in said
     assert not (folder / "stats.json").exists()  # it would make the run a finished one
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(os.listdir(folder / f"checkpoint-{saved}"))
@@ -141,7 +142,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_what_can():
         }
         assert processes * micro * steps == 16
     with pytest.raises(
-        cli.WrongInput, match=r"3 processes .* 16 rows .*NPROC may be 1, 2, 4, 8, 16"
+        common.WrongInput, match=r"3 processes .* 16 rows .*NPROC may be 1, 2, 4, 8, 16"
     ):
         plan.divided(config, 3)
 
@@ -159,14 +160,14 @@ def test_training_apart_is_refused(tiny, chat_rows, tmp_path, profile, told):
     recipe.run.mkdir()
     content = profiles.merged(recipe, profile, 2)
     (recipe.run / "config.yaml").write_text(yaml.safe_dump(content))
-    machines = train.Machines(nproc=2)
+    machines = launch.Machines(nproc=2)
     environment = machines.environment({"output_dir": "."})
     if profile == "cpu":
         del environment["ACCELERATE_USE_CPU"]
     done = subprocess.run(
         [Path(sys.executable).parent / "axolotl", "train", recipe.run / "config.yaml"]
         + machines.launcher(),
-        cwd=cli.ROOT,
+        cwd=common.ROOT,
         env=environment,
         capture_output=True,
         text=True,
@@ -180,7 +181,7 @@ def test_different_data_on_two_processes_is_refused(tmp_path):
     script = tmp_path / "apart.py"
     script.write_text(
         "import os, sys, types, torch, torch.distributed as dist\n"
-        "from tools.plugin import Stopped, Watch\n"
+        "from tools.train.plugin import Stopped, Watch\n"
         "dist.init_process_group('gloo')\n"
         "rank = dist.get_rank()\n"
         f"path = f'{tmp_path}/data-{{rank}}.jsonl'\n"
@@ -200,7 +201,7 @@ def test_different_data_on_two_processes_is_refused(tmp_path):
         done = subprocess.run(
             [*torchrun, "--nproc_per_node=2", script, what],
             cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(cli.ROOT), "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"PYTHONPATH": str(common.ROOT), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
         )
@@ -238,9 +239,19 @@ def test_two_hosts_train_over_the_wire_what_one_process_does(hosts, one, tiny, c
     options = ["--profile", "cpu", "--nnodes", "2", "--rendezvous", f"{address}:29411"]
     both = [
         subprocess.Popen(
-            ["ip", "netns", "exec", name, sys.executable, "-m", "tools.train", recipe, *options]
+            [
+                "ip",
+                "netns",
+                "exec",
+                name,
+                sys.executable,
+                "-m",
+                "tools.train.launch",
+                recipe,
+                *options,
+            ]
             + ["--node-rank", str(rank)],
-            cwd=cli.ROOT,
+            cwd=common.ROOT,
             env=os.environ | {"GLOO_SOCKET_IFNAME": device},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -259,7 +270,7 @@ def test_every_profile_is_valid_for_axolotl():
             valid(recipe, name)
     for name in ("multi_gpu,zero3", "multi_node,zero3", "multi_gpu,fsdp"):
         valid("sentiment_r4", name)
-        with pytest.raises(cli.WrongInput, match="8-bit weights cannot be divided"):
+        with pytest.raises(common.WrongInput, match="8-bit weights cannot be divided"):
             profiles.merged(recipes.find("sentiment_r8"), name, 2)
 
 
@@ -280,7 +291,7 @@ def valid(name: str, profile: str) -> None:
 
 def test_the_70b_qlora_fits_two_cards_of_24_gb_by_fsdp():
     """The config as Axolotl's schema takes it; two cards hold 40 GB of weights in half each."""
-    from tools import plan
+    from tools.train import plan
 
     recipe = recipes.find("sentiment_r4")
     base = {"base_model": "meta-llama/Llama-3.1-70B-Instruct"}
@@ -300,9 +311,9 @@ def test_a_profile_is_chosen_by_what_is_there():
     assert profiles.choose(cards, "", "4", 1)[:2] == ("multi_gpu", 4)
     assert profiles.choose(cards, "multi_gpu,zero2", "", 1)[:2] == ("multi_gpu,zero2", 4)
     assert profiles.choose(cards, "", "4", 2)[:2] == ("multi_node", 4)
-    with pytest.raises(cli.WrongInput, match="4 GPUs"):
+    with pytest.raises(common.WrongInput, match="4 GPUs"):
         profiles.choose(cards, "", "8", 1)
-    with pytest.raises(cli.WrongInput, match='NPROC "two"'):
+    with pytest.raises(common.WrongInput, match='NPROC "two"'):
         profiles.choose(cards, "", "two", 1)
 
 
@@ -319,11 +330,11 @@ def test_checkpoints_of_activations_are_on_only_where_the_plan_needs_them(tmp_pa
 
 
 def test_make_profile_says_what_is_used_and_why():
-    done = run("tools.profiles", "smollm2-135m/sentiment_r4", "--nproc", 2)
+    done = run("tools.train.profiles", "smollm2-135m/sentiment_r4", "--nproc", 2)
     assert done.returncode == 0, done.stderr
     for text in ("no GPU", "cpu (no CUDA GPU was found)", "2, DDP", "2 x 4 rows x 1 steps = 8"):
         assert text in done.stdout
-    done = run("tools.profiles", "smollm2-135m/sentiment_r4", "--nproc", 3)
+    done = run("tools.train.profiles", "smollm2-135m/sentiment_r4", "--nproc", 3)
     assert done.returncode == 2 and "NPROC may be 1, 2, 4, 8" in done.stderr
-    done = run("tools.profiles", "--profile", "gpus")
+    done = run("tools.train.profiles", "--profile", "gpus")
     assert done.returncode == 2 and 'unknown PROFILE "gpus"' in done.stderr

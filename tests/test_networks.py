@@ -15,7 +15,8 @@ import pytest
 
 from tests.conftest import run, write_recipe
 from tests.hub_server import Hub
-from tools import cli, convert, fetch
+from tools import common
+from tools.data import convert, fetch
 
 # Appended to by every Python process of a job: hosts that it looks up or connects to.
 WATCH = """
@@ -127,7 +128,7 @@ def test_a_mirror_of_the_hub_is_asked_by_way_of_a_proxy(tmp_path, proxied):
         proxy = Proxy({"hub.example": hub.url})
         proxied(proxy)
         own = {"HF_ENDPOINT": "http://hub.example", "HF_TOKEN": hub.user("me")}
-        done = run("tools.hub", "--namespace", "me", HF_HOME=str(tmp_path), **own)
+        done = run("tools.hub.client", "--namespace", "me", HF_HOME=str(tmp_path), **own)
     assert done.returncode == 0, done.stderr
     assert set(proxy.hosts) == {"hub.example"}
 
@@ -147,7 +148,7 @@ def isolated(*arguments: object, connections: Path) -> subprocess.CompletedProce
     script = 'ip link set lo up 2>/dev/null; exec "$@"'
     return subprocess.run(
         ["unshare", "--net", "--map-root-user", "sh", "-c", script, "sh", *program],
-        cwd=cli.ROOT,
+        cwd=common.ROOT,
         env=environment,
         capture_output=True,
         text=True,
@@ -160,10 +161,10 @@ def test_training_scoring_and_chat_without_a_network_try_no_connection(tiny, cha
         pytest.skip("this machine gives no network namespaces")
     connections = tmp_path / "connections"
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, max_steps=2, save_steps=2, eval_steps=2)
-    done = isolated("tools.train", recipe, connections=connections)
+    done = isolated("tools.train.launch", recipe, connections=connections)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "r4" / "run.json").read_text())["steps"] == 2
-    done = isolated("tools.chat", recipe, "Is the sentiment positive?", connections=connections)
+    done = isolated("tools.use.chat", recipe, "Is the sentiment positive?", connections=connections)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not connections.exists(), connections.read_text()
     if not convert.test_path("fpb").is_file():

@@ -9,7 +9,7 @@ import yaml
 from scipy.stats import norm
 
 from bench import parity
-from tools import recipes, weights
+from tools import models, recipes
 
 SPEC = yaml.safe_load(parity.SPEC.read_text())
 
@@ -74,7 +74,7 @@ def test_every_variant_is_a_recipe_that_axolotl_takes():
         if seed == SPEC["seeds"][0]:
             recipes.validate(one.config | paths, f"{part}, {name}")
         variant = SPEC["parts"][part]["variants"][name]
-        assert weights.precision(one.config) == variant["precision"]
+        assert models.precision(one.config) == variant["precision"]
         assert (one.config["seed"], one.task) == (seed, task)
         assert one.config["max_steps"] == SPEC["settings"]["max_steps"]
         assert one.config["learning_rate"] == (

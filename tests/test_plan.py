@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import run, write_recipe
-from tools import plan, recipes
-from tools.cli import ROOT, WrongInput
-from tools.plan import GIB, Setup
+from tools import recipes
+from tools.common import ROOT, WrongInput
+from tools.train import plan
+from tools.train.plan import GIB, Setup
 
 QKV = ("q_proj", "k_proj", "v_proj")
 METHODS = list(recipes.matrix()["methods"])
@@ -375,10 +376,10 @@ def test_a_base_is_planned_from_its_own_config_in_a_folder_and_in_the_hubs_cache
     (snapshot.parent.parent / "refs" / "main").write_text("0" * 40)
     (snapshot / "config.json").write_bytes((tiny / "config.json").read_bytes())
     recipe = write_recipe(tmp_path, "r4", Path("someone/small"), tmp_path / "none.jsonl")
-    done = run("tools.plan", recipe, "--json", HF_HUB_CACHE=str(tmp_path))
+    done = run("tools.train.plan", recipe, "--json", HF_HUB_CACHE=str(tmp_path))
     assert json.loads(done.stdout)["parameters"] == tiny_model.parameters, done.stderr
     (snapshot / "config.json").write_text(json.dumps({"num_local_experts": 8}))
-    done = run("tools.plan", recipe, HF_HUB_CACHE=str(tmp_path))
+    done = run("tools.train.plan", recipe, HF_HUB_CACHE=str(tmp_path))
     assert done.returncode == 2 and "a mixture of experts cannot be planned" in done.stderr
 
 
@@ -468,14 +469,14 @@ def test_a_module_that_is_not_known_is_named():
 
 def test_the_command_prints_a_table_or_json_or_one_line():
     size = ("--rows", 900, "--tokens-per-row", 60, "--price", 0.26)
-    shown = run("tools.plan", "sentiment_r4", *size)
+    shown = run("tools.train.plan", "sentiment_r4", *size)
     assert shown.returncode == 0, shown.stderr
     for part in ("2,359,296", "5.70 GB", "fits 1 x A5000 24GB", "USD", "an estimate"):
         assert part in shown.stdout
-    made = json.loads(run("tools.plan", "sentiment_r4", *size, "--json").stdout)
+    made = json.loads(run("tools.train.plan", "sentiment_r4", *size, "--json").stdout)
     assert (made["recipe"], made["fits"]) == ("llama-3.1-8b/sentiment_r4", True)
     for wrong in (("--gpu", "A500"), ("--nproc", 0), ("--rows", -1), ("--price", "nan")):
-        done = run("tools.plan", "sentiment_r4", *wrong)
+        done = run("tools.train.plan", "sentiment_r4", *wrong)
         assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
 
 

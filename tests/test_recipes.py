@@ -7,7 +7,7 @@ import yaml
 from pydantic import BaseModel, Field
 
 from tools import recipes
-from tools.cli import ROOT, WrongInput
+from tools.common import ROOT, WrongInput
 
 # FinLoRA's settings, as its repository has them (not read from recipes/matrix.yaml).
 FINLORA = {

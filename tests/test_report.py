@@ -18,8 +18,9 @@ from evals import html, report
 from evals import run as evaluation
 from evals.answers import Prompts
 from tests.test_eval import Speaker
-from tools import cli, convert, recipes
-from tools import subject as subject_of
+from tools import common, recipes
+from tools import runs as subject_of
+from tools.data import convert
 
 HOSTILE = [
     "<script>document.title = 'taken'</script>",
@@ -76,9 +77,9 @@ def runs(tmp_path, monkeypatch):
     steps = [{"step": 0, "eval_loss": 2.5}, *({"step": n, "loss": 2 / n} for n in range(1, 30))]
     (folder / "progress.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
     recipe = recipes.find("smollm2-135m/sentiment_r4")
-    sha = cli.digest(folder / "adapter_model.safetensors")
+    sha = common.digest(folder / "adapter_model.safetensors")
     told = {"recipe": recipe.name, "adapter_sha256": sha, "data": [{"rows": ROWS}]}
-    cli.write_json(folder / "run.json", told)
+    common.write_json(folder / "run.json", told)
     subject = subject_of.Subject(
         recipe.name, recipe.config, folder, folder, folder.parent / "base_nf4", "sentiment", "chat"
     )
@@ -96,7 +97,7 @@ def runs(tmp_path, monkeypatch):
                 "cut_prompts": 0,
                 "predictions": made,
             }
-            cli.write_json(subject.file(side, dataset, None), content)
+            common.write_json(subject.file(side, dataset, None), content)
     return subject
 
 
@@ -227,7 +228,7 @@ def test_the_figures_lie_beside_the_page(runs):
 
 
 def test_the_planned_memory_is_the_planners(runs):
-    from tools import plan
+    from tools.train import plan
 
     told = html.planned(next(one for one in html.everything() if one.adapter), "T4 16GB", 2.0)
     again = plan.plan(
@@ -244,7 +245,7 @@ def test_adapters_are_compared_with_each_other_and_share_the_figures(runs):
     (other / "progress.jsonl").write_text('{"step": 1, "loss": 1.5}\n')
     content = json.loads(runs.file("adapter", "fpb", None).read_text())
     content["evaluated"]["adapter_sha256"] = "e" * 64
-    cli.write_json(other / "evals" / "fpb.json", content)
+    common.write_json(other / "evals" / "fpb.json", content)
     files, page = built()
     assert (
         "smollm2-135m/sentiment_r8, nf4 against smollm2-135m/sentiment_r4, nf4: fpb, accuracy: "
@@ -259,7 +260,7 @@ def test_adapters_are_compared_with_each_other_and_share_the_figures(runs):
 
 
 def test_scores_of_an_adapter_that_was_trained_again_do_not_count(runs, capsys):
-    cli.write_json(runs.folder / "run.json", {"recipe": runs.name, "adapter_sha256": "f" * 64})
+    common.write_json(runs.folder / "run.json", {"recipe": runs.name, "adapter_sha256": "f" * 64})
     _, page = built()
     assert not [row for row in page.rows if len(row) == 9 and "sentiment_r4" in row[2]]
     assert "trained again" in capsys.readouterr().err

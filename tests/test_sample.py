@@ -10,8 +10,8 @@ from collections import Counter
 
 import pytest
 
-from tools import convert
-from tools.cli import ROOT
+from tools.common import ROOT
+from tools.data import convert
 
 SAMPLE = ROOT / "data" / "sample"
 MAKE = runpy.run_path(str(SAMPLE / "make.py"), run_name="sample_make")

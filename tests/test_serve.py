@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from tests.conftest import run
-from tools import chat, merge, serve, subject, weights
-from tools.cli import ROOT, JobFailed
+from tools import models, runs
+from tools.common import ROOT, JobFailed
+from tools.use import chat, merge, serve
 
 METHODS = {
     "nf4": {"load_in_4bit": True},
@@ -42,7 +43,7 @@ def adapters(tiny, tmp_path_factory):
         config |= {"lora_target_modules": ["q_proj", "k_proj", "v_proj"], "sequence_len": 512}
         config |= {"datasets": [{"path": "x.jsonl", "type": "chat_template"}]}
         config |= {"micro_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 1e-4}
-        base, _ = weights.load(config)
+        base, _ = models.load(config)
         lora = LoraConfig(
             r=4,
             lora_alpha=16,
@@ -64,14 +65,14 @@ def adapters(tiny, tmp_path_factory):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_merged_model_is_base_and_adapter_at_the_precision_of_training(adapters, method):
     folder = adapters[method]
-    who = subject.find("", str(folder))
+    who = runs.find("", str(folder))
     target = merge.merge(who.config, folder)
     told = json.loads((target / "merge.json").read_text())
     assert told["precision"] == method.split(",")[0]
     # The tiny model's logits are of the order of 1; the adapter moves them by far more than this.
     assert told["largest_logit_difference"] < (0.05 if method == "int8" else 1e-3)
-    merged, tokenizer = weights.load({"base_model": str(target)})
-    base, _ = weights.load(who.config)
+    merged, tokenizer = models.load({"base_model": str(target)})
+    base, _ = models.load(who.config)
     moved = merge.difference(
         merge.logits(merged, tokenizer, None), merge.logits(base, tokenizer, None)
     )
@@ -83,7 +84,7 @@ def test_the_merged_model_is_base_and_adapter_at_the_precision_of_training(adapt
 
 def test_a_merged_model_is_not_made_twice_and_anew_for_another_adapter(adapters):
     folder = adapters["full"]
-    who = subject.find("", str(folder))
+    who = runs.find("", str(folder))
     target = merge.merge(who.config, folder)
     first = (target / "merge.json").stat().st_mtime_ns
     merge.merge(who.config, folder)
@@ -104,20 +105,20 @@ def test_a_merge_that_is_not_base_and_adapter_is_refused_and_leaves_nothing(
     monkeypatch.setitem(merge.TOLERANCE, "float32", 0.0)
     before = sorted(os.listdir(folder))
     with pytest.raises(JobFailed, match="the merged model is not base \\+ adapter"):
-        merge.merge(subject.find("", str(folder)).config, folder)
+        merge.merge(runs.find("", str(folder)).config, folder)
     assert sorted(os.listdir(folder)) == before
 
 
 def test_the_command_for_vllm_keeps_the_base_quantized_and_the_adapter_apart(adapters, tmp_path):
     folder = adapters["nf4"]
-    who = subject.find("", str(folder))
+    who = runs.find("", str(folder))
     line = serve.on_vllm(who, "mine", ["--port", "1"])
     assert line[:3] == ["vllm", "serve", who.config["base_model"]]
     assert line[line.index("--lora-modules") + 1] == f"mine={folder}"
     assert line[line.index("--quantization") + 1] == "bitsandbytes"
     assert line[line.index("--max-lora-rank") + 1] == "8"
     # vLLM has no DoRA: the merged model is served.
-    dora = subject.find("", str(adapters["nf4, DoRA"]))
+    dora = runs.find("", str(adapters["nf4, DoRA"]))
     line = serve.on_vllm(dora, "mine", [])
     assert line == ["vllm", "serve", str(adapters["nf4, DoRA"] / "merged")]
 
@@ -132,10 +133,10 @@ def test_the_openai_client_gets_the_answer_that_chat_gives(adapters):
     import openai
 
     folder, port = adapters["nf4"], free_port()
-    who = subject.find("", str(folder))
+    who = runs.find("", str(folder))
     merge.merge(who.config, folder)
     server = subprocess.Popen(
-        [sys.executable, "-m", "tools.serve", "--adapter", str(folder), "--port", str(port)],
+        [sys.executable, "-m", "tools.use.serve", "--adapter", str(folder), "--port", str(port)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -159,25 +160,25 @@ def test_the_openai_client_gets_the_answer_that_chat_gives(adapters):
     finally:
         server.terminate()
         server.wait(60)
-    model, tokenizer = weights.load({"base_model": str(folder / "merged")})
+    model, tokenizer = models.load({"base_model": str(folder / "merged")})
     expected = chat.answer(model, tokenizer, asked)
     assert served and expected.startswith(served.strip())
 
 
 def test_one_prompt_is_answered_by_base_and_adapter_and_lines_are_a_conversation(adapters):
     folder = str(adapters["nf4"])
-    once = run("tools.chat", "", "Is it good?", "--adapter", folder)
+    once = run("tools.use.chat", "", "Is it good?", "--adapter", folder)
     assert once.returncode == 0, once.stderr
     assert "base, nf4" in once.stdout and "adapter, nf4" in once.stdout
     done = subprocess.run(
-        [sys.executable, "-m", "tools.chat", "--adapter", folder],
+        [sys.executable, "-m", "tools.use.chat", "--adapter", folder],
         input="Is it good?\nAnd now?\n\nnever asked\n",
         capture_output=True,
         text=True,
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
-    model, tokenizer = weights.load(subject.find("", folder).config, adapters["nf4"])
+    model, tokenizer = models.load(runs.find("", folder).config, adapters["nf4"])
     messages = []
     for text in ("Is it good?", "And now?"):
         messages.append({"role": "user", "content": text})
@@ -201,5 +202,5 @@ def test_without_a_recipe_or_with_a_wrong_adapter_one_line_says_so(tool, tmp_pat
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert said in done.stderr
     if tool == "serve":
-        done = run("tools.serve", "x", "--port", "99999")
+        done = run("tools.use.serve", "x", "--port", "99999")
         assert "PORT must be a number from 1 to 65535" in done.stderr

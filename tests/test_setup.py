@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tools import setup
-from tools.cli import ROOT
+from tools.common import ROOT
 
 UV = Path(sys.executable).parent / "uv"
 VERSIONS = sorted(setup.SUPPORTED)

@@ -18,7 +18,8 @@ import pytest
 import yaml
 
 from tests.conftest import losses, run, write_recipe
-from tools import cli, plugin, reproduce, status, train
+from tools import common
+from tools.train import launch, plugin, reproduce, status
 
 # 94 rows in batches of 8 are 12 steps an epoch; the batches are drawn by length.
 LONG = {"max_steps": 30, "save_steps": 4, "eval_steps": 15}
@@ -26,8 +27,8 @@ LONG = {"max_steps": 30, "save_steps": 4, "eval_steps": 15}
 
 def start(recipe: Path, *options: str, **kwargs) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "tools.train", recipe, *options],
-        cwd=cli.ROOT,
+        [sys.executable, "-m", "tools.train.launch", recipe, *options],
+        cwd=common.ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -58,7 +59,7 @@ def kill(process: subprocess.Popen) -> None:
 def same_as(folder: Path, other: Path) -> None:
     """Two runs have the same losses and the same adapter, to the bit."""
     assert losses(folder) == losses(other)
-    one, two = (cli.digest(f / "adapter_model.safetensors") for f in (folder, other))
+    one, two = (common.digest(f / "adapter_model.safetensors") for f in (folder, other))
     assert one == two
 
 
@@ -72,7 +73,7 @@ def failed(result: subprocess.CompletedProcess) -> str:
 def undisturbed(tiny, chat_rows, tmp_path_factory) -> Path:
     """The run that the others are compared with: 30 steps in two and a half epochs."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    result = run("tools.train", write_recipe(folder, "r4", tiny, chat_rows, **LONG))
+    result = run("tools.train.launch", write_recipe(folder, "r4", tiny, chat_rows, **LONG))
     assert result.returncode == 0, result.stdout + result.stderr
     return folder / "r4"
 
@@ -89,14 +90,14 @@ def test_a_training_told_to_stop_saves_and_goes_on(undisturbed, tiny, chat_rows,
     process.send_signal(number)
     said, error = process.communicate()
     assert process.returncode == 130 and "interrupted" in error
-    saved = train.last_checkpoint(folder)
+    saved = launch.last_checkpoint(folder)
     assert saved >= 13 and f"goes on from step {saved}" in said
     assert (
         not (folder / "run.json").exists() and not (folder / "adapter_model.safetensors").exists()
     )
     assert status.status(folder)["note"] == f"goes on from step {saved}"
 
-    result = run("tools.train", recipe)
+    result = run("tools.train.launch", recipe)
     assert f"goes on from step {saved}" in result.stdout
     same_as(folder, undisturbed)
 
@@ -109,7 +110,7 @@ def test_a_training_whose_command_is_killed_saves_and_ends(undisturbed, tiny, ch
     process.kill()
     psutil.wait_procs([child])
     process.communicate()
-    assert train.last_checkpoint(folder) >= 2
+    assert launch.last_checkpoint(folder) >= 2
     assert not (folder / "run.json").exists() and not status.training(folder)
 
 
@@ -120,7 +121,7 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tiny, chat_rows, tmp
     content = {"max_steps": 80, "save_steps": 2, "eval_steps": 80}
     (tmp_path / "once").mkdir(), (tmp_path / "killed").mkdir()
     once = write_recipe(tmp_path / "once", "r4", tiny, chat_rows, **content)
-    assert run("tools.train", once).returncode == 0
+    assert run("tools.train.launch", once).returncode == 0
     recipe = write_recipe(tmp_path / "killed", "r4", tiny, chat_rows, **content)
     folder, dice, torn = tmp_path / "killed" / "r4", random.Random(0), 0
     for life in range(21):
@@ -136,7 +137,7 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tiny, chat_rows, tmp
         torn += any((folder / ".writing").glob("checkpoint-*"))
         assert not (folder / "run.json").exists()
     assert torn, "no kill met a checkpoint in the writing"
-    result = run("tools.train", recipe)
+    result = run("tools.train.launch", recipe)
     assert result.returncode == 0, result.stdout + result.stderr
     assert not list(folder.glob("damaged-*"))  # what is there under its name is whole
     same_as(folder, tmp_path / "once" / "r4")
@@ -156,33 +157,33 @@ def test_a_checkpoint_is_verified_before_it_is_used(undisturbed, tmp_path, capsy
     flipped = bytearray((newest / "optimizer.pt").read_bytes())
     flipped[len(flipped) // 2] ^= 1
     (newest / "optimizer.pt").write_bytes(flipped)
-    assert train.last_checkpoint(tmp_path / "run") == 28
+    assert launch.last_checkpoint(tmp_path / "run") == 28
     assert "checkpoint-30 is damaged and left out" in capsys.readouterr().out
 
     weights = load_file(before / "adapter_model.safetensors")
     next(iter(weights.values())).view(-1)[0] = math.nan
     save_file(weights, before / "adapter_model.safetensors")
     plugin.seal(before)
-    assert train.last_checkpoint(tmp_path / "run") == 0
+    assert launch.last_checkpoint(tmp_path / "run") == 0
 
 
 def test_data_that_changed_under_a_half_done_run_is_told(undisturbed, tmp_path, capsys):
     shutil.copytree(undisturbed, tmp_path / "run")
     (tmp_path / "run" / "run.json").unlink()
     before = json.loads((tmp_path / "run" / "identity.json").read_text())
-    recipe = train.recipes.load(undisturbed.parent / "r4.yaml", "r4")
-    moved = train.recipes.Recipe(
+    recipe = launch.recipes.load(undisturbed.parent / "r4.yaml", "r4")
+    moved = launch.recipes.Recipe(
         "r4", recipe.path, recipe.config | {"output_dir": str(tmp_path / "run")}, "1"
     )
     path = recipe.config["datasets"][0]["path"]
-    assert train.prepare(moved, before | {"data": ["another"]}, force=False)
+    assert launch.prepare(moved, before | {"data": ["another"]}, force=False)
     said = capsys.readouterr().out
     assert f"starts afresh: the data changed ({path})" in said and "run.previous" in said
-    assert train.last_checkpoint(tmp_path / "run") == 0
+    assert launch.last_checkpoint(tmp_path / "run") == 0
     assert (tmp_path / "run.previous" / "checkpoint-28").is_dir()
 
     other = before | {"config": before["config"] | {"lora_r": 8}}
-    assert "changed (lora_r 4 → 8)" in train.changed(before, other)
+    assert "changed (lora_r 4 → 8)" in launch.changed(before, other)
 
 
 def test_data_that_changes_while_it_is_read_stops_the_training(tiny, chat_rows, tmp_path):
@@ -208,13 +209,13 @@ def test_data_that_changes_while_it_is_read_stops_the_training(tiny, chat_rows, 
 def test_a_loss_that_is_lost_stops_the_training(tiny, chat_rows, tmp_path, rate, told):
     changes = LONG | {"learning_rate": rate, "warmup_steps": 2, "save_steps": 1}
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, **changes)
-    error = failed(run("tools.train", recipe))
+    error = failed(run("tools.train.launch", recipe))
     assert told in error
     folder = tmp_path / "r4"
     finished = ("run.json", "stats.json", "adapter_model.safetensors")
     assert not any((folder / name).exists() for name in finished)
     at = int(re.search(r"step (\d+)", error)[1])
-    assert train.last_checkpoint(folder) < at  # nothing of the lost step is kept
+    assert launch.last_checkpoint(folder) < at  # nothing of the lost step is kept
 
 
 def test_a_loss_diverges_where_it_doubles_or_its_gradient_explodes():
@@ -249,7 +250,7 @@ def test_out_of_memory_says_what_the_planner_suggests(tiny, chat_rows, tmp_path)
     assert not (tmp_path / "r4" / "run.json").exists()
 
     config = yaml.safe_load(recipe.read_text()) | {"base_model": "meta-llama/Llama-3.1-8B-Instruct"}
-    advice = train.memory_advice(config, 1)
+    advice = launch.memory_advice(config, 1)
     assert "micro_batch_size: 32, gradient_accumulation_steps: 2" in advice
 
 
@@ -263,13 +264,13 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(tiny, chat_r
         pytest.skip("this machine does not let a small disk be mounted")
     try:
         recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, save_total_limit=12, save_steps=1)
-        error = failed(run("tools.train", recipe))
+        error = failed(run("tools.train.launch", recipe))
         assert "no space left on the disk" in error
         assert not (disk / "run.json").exists()
-        kept = train.last_checkpoint(disk)
+        kept = launch.last_checkpoint(disk)
         assert f"goes on from step {kept}" in error
         subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
-        result = run("tools.train", recipe)
+        result = run("tools.train.launch", recipe)
         assert result.returncode == 0, result.stdout + result.stderr
         assert f"goes on from step {kept}" in result.stdout
     finally:
@@ -280,16 +281,16 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(tiny,
     place = Path("/proc/finlora")  # not even root may write there
     recipe_folder = tiny.parent
     recipe = write_recipe(recipe_folder, "r4", tiny, chat_rows, output_dir=str(place / "r4"))
-    error = failed(run("tools.train", recipe))
+    error = failed(run("tools.train.launch", recipe))
     assert f"{place}" in error and "cannot be written" in error
 
 
 def test_a_run_is_reproduced_to_the_bit(undisturbed):
-    result = run("tools.reproduce", undisturbed)
+    result = run("tools.train.reproduce", undisturbed)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "the same to the bit" in result.stdout
     same_as(undisturbed.with_name("r4.reproduced"), undisturbed)
-    with pytest.raises(cli.WrongInput, match="no finished run"):
+    with pytest.raises(common.WrongInput, match="no finished run"):
         reproduce.again(undisturbed.parent)
 
 
@@ -299,7 +300,7 @@ def test_a_tracker_writes_only_where_it_is_asked_for(undisturbed, tiny, chat_row
 
     assert not list(undisturbed.rglob("events.out.tfevents*"))
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows)
-    assert run("tools.train", recipe, "--tracker", "tensorboard").returncode == 0
+    assert run("tools.train.launch", recipe, "--tracker", "tensorboard").returncode == 0
     (events,) = (tmp_path / "r4").rglob("events.out.tfevents*")
     told = EventAccumulator(str(events.parent))
     told.Reload()
@@ -307,9 +308,9 @@ def test_a_tracker_writes_only_where_it_is_asked_for(undisturbed, tiny, chat_row
     assert seen == pytest.approx(losses(tmp_path / "r4"))
 
     # It is no other run by it.
-    result = run("tools.train", recipe)
+    result = run("tools.train.launch", recipe)
     assert "is finished" in result.stdout
-    result = run("tools.train", recipe, "--tracker", "tensorbord")
+    result = run("tools.train.launch", recipe, "--tracker", "tensorbord")
     assert (
         result.returncode == 2 and "there are tensorboard, wandb, mlflow, trackio" in result.stderr
     )
@@ -319,5 +320,5 @@ def test_status_tells_what_trains_and_what_is_done(undisturbed, monkeypatch):
     monkeypatch.setattr(status, "RUNS", undisturbed.parent)
     rows = {row["run"]: row for row in status.all_runs()}
     assert (rows["r4"]["state"], rows["r4"]["step"]) == ("finished", 30)
-    with train.only_one(undisturbed):
+    with launch.only_one(undisturbed):
         assert status.all_runs()[0]["state"] == "training"

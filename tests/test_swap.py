@@ -12,9 +12,12 @@ import pytest
 from evals import report
 from evals import run as evaluation
 from tests.conftest import run
-from tools import card, convert, recipes, swap, train
-from tools.cli import ROOT, WrongInput, write_json
-from tools.subject import Subject
+from tools import recipes
+from tools.common import ROOT, WrongInput, write_json
+from tools.data import convert, swap
+from tools.hub import card
+from tools.runs import Subject
+from tools.train import launch
 
 PUBLISHED = ROOT.parent / "shared" / "finlora" / "data" / "test"
 SWAP = {"neutral": "positive", "positive": "neutral"}
@@ -308,7 +311,7 @@ def test_a_multi_task_file_with_such_rows_is_decided_like_any_other(folder):
 def test_another_test_file_of_the_source_is_decided_by_its_rows(folder, parts, right):
     rows = parts["tfns"] if right else swapped(parts["tfns"])
     source = write(folder, rows[::-1], "test/other_test.jsonl")  # not the published bytes
-    done = run("tools.convert", "--dataset", "tfns", source, folder / "out.jsonl")
+    done = run("tools.data.convert", "--dataset", "tfns", source, folder / "out.jsonl")
     assert done.returncode == 0, done.stderr
     assert stripped(chat(folder / "out.jsonl")) == stripped(parts["tfns"])
     outcome = convert.manifest(folder / "out.jsonl")["label_check"]["outcome"]
@@ -319,10 +322,10 @@ def test_a_test_file_whose_rows_do_not_tell_stops(folder):
     rows = made_up()["tfns"]
     half = rows[::2] + swapped(rows[1::2])
     source = write(folder, half, "test/other_test.jsonl")
-    done = run("tools.convert", "--dataset", "tfns", source, folder / "out.jsonl")
+    done = run("tools.data.convert", "--dataset", "tfns", source, folder / "out.jsonl")
     assert done.returncode == 2 and "REPAIR=1" in done.stderr
     arguments = ("--dataset", "tfns", source, folder / "out.jsonl", "--repair", "1")
-    assert run("tools.convert", *arguments).returncode == 0
+    assert run("tools.data.convert", *arguments).returncode == 0
     assert stripped(chat(folder / "out.jsonl")) == stripped(swapped(half))
 
 
@@ -350,7 +353,7 @@ def test_score_files_and_cards_say_what_was_decided(tmp_path, monkeypatch):
     config = recipes.config("smollm2-135m/sentiment_r4")
     config["datasets"][0]["path"] = str(convert.train_path("sentiment"))
     config["test_datasets"][0]["path"] = str(convert.val_path("sentiment"))
-    data = train.data_of(recipes.Recipe("mine", tmp_path / "mine.yaml", config, "1"))
+    data = launch.data_of(recipes.Recipe("mine", tmp_path / "mine.yaml", config, "1"))
     assert {entry["label_check"] for entry in data} == {check_of()["text"]}
     write_json(tmp_path / "run.json", {"data": data})
     subject = Subject("mine", config, tmp_path, tmp_path, tmp_path, "sentiment", "chat")

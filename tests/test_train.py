@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from tests.conftest import losses, run, write_recipe
-from tools import cli, profiles, recipes, train
+from tools import common, recipes
+from tools.train import launch, profiles
 
 METHODS = [
     "r4",
@@ -29,7 +30,7 @@ def runs(tiny, chat_rows, tmp_path_factory) -> dict[str, Path]:
 
     class Runs(dict[str, Path]):
         def __missing__(self, method: str) -> Path:
-            result = run("tools.train", write_recipe(folder, method, tiny, chat_rows))
+            result = run("tools.train.launch", write_recipe(folder, method, tiny, chat_rows))
             assert result.returncode == 0, result.stdout + result.stderr
             self[method] = folder / method
             return self[method]
@@ -57,14 +58,14 @@ def test_a_run_says_what_was_done(runs, method, chat_rows):
     content = json.loads((runs[method] / "run.json").read_text())
     config = yaml.safe_load((runs[method] / "config.yaml").read_text())
     assert content["steps"] == 12
-    assert content["data"][0]["sha256"] == cli.digest(chat_rows)
+    assert content["data"][0]["sha256"] == common.digest(chat_rows)
     assert [entry["rows"] for entry in content["data"]] == [94, 2]
     assert content["data"][1]["split"] == "validation"
     assert content["last_eval_loss"] > 0
     identity = json.loads((runs[method] / "identity.json").read_text())
     val = chat_rows.with_name("sentiment_val.jsonl")
-    assert identity["data"] == [cli.digest(chat_rows), cli.digest(val)]
-    assert content["adapter_sha256"] == cli.digest(runs[method] / "adapter_model.safetensors")
+    assert identity["data"] == [common.digest(chat_rows), common.digest(val)]
+    assert content["adapter_sha256"] == common.digest(runs[method] / "adapter_model.safetensors")
     assert content["seconds"] > 0 and content["tokens_per_second"] > 0
     assert content["packages"]["torch"].startswith("2.")
     assert config["optimizer"] == "adamw_torch" and config["lora_r"] == (4 if method == "r4" else 8)
@@ -81,13 +82,13 @@ def test_axolotl_trained_on_the_tokens_that_the_scorer_feeds(runs, tiny, chat_ro
     from datasets import load_from_disk
     from transformers import AutoTokenizer
 
-    from tools import prompt
+    from tools import prompts
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     expected = set()
     for line in chat_rows.read_text().splitlines():
         user, assistant = json.loads(line)["messages"]
-        fed = prompt.tokens(tokenizer, [user])
+        fed = prompts.tokens(tokenizer, [user])
         answer = tokenizer.encode(assistant["content"], add_special_tokens=False)
         expected.add((tuple(fed), tuple(answer)))
     folders = [path for path in (runs["r4"] / "prepared").iterdir() if path.is_dir()]
@@ -109,7 +110,9 @@ def test_axolotl_trained_on_the_tokens_that_the_scorer_feeds(runs, tiny, chat_ro
 
 def test_a_run_killed_in_the_middle_goes_on_with_the_same_losses(runs, tiny, chat_rows, tmp_path):
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows)
-    process = subprocess.Popen([sys.executable, "-m", "tools.train", recipe], cwd=cli.ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools.train.launch", recipe], cwd=common.ROOT
+    )
     progress = tmp_path / "r4" / "progress.jsonl"
     deadline = time.monotonic() + 300
     while not (progress.exists() and len(losses(tmp_path / "r4")) >= 6):
@@ -120,49 +123,49 @@ def test_a_run_killed_in_the_middle_goes_on_with_the_same_losses(runs, tiny, cha
         member.kill()
     process.wait()
     assert not (tmp_path / "r4" / "run.json").exists()
-    kept = train.last_checkpoint(tmp_path / "r4")
+    kept = launch.last_checkpoint(tmp_path / "r4")
     assert kept >= 4
 
-    result = run("tools.train", recipe)
+    result = run("tools.train.launch", recipe)
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"goes on from step {kept}" in result.stdout
     assert losses(tmp_path / "r4") == pytest.approx(losses(runs["r4"]), abs=1e-4)
     once, killed = (
         folder / "adapter_model.safetensors" for folder in (runs["r4"], tmp_path / "r4")
     )
-    assert cli.digest(once) == cli.digest(killed)
+    assert common.digest(once) == common.digest(killed)
 
 
 def test_a_damaged_checkpoint_is_left_out_and_the_one_before_is_used(runs, tmp_path):
     shutil.copytree(runs["r4"], tmp_path / "run")
     (tmp_path / "run" / "checkpoint-12" / "optimizer.pt").write_bytes(b"PK half a file")
-    assert train.last_checkpoint(tmp_path / "run") == 8
+    assert launch.last_checkpoint(tmp_path / "run") == 8
     assert not (tmp_path / "run" / "checkpoint-12").exists()
 
 
 def test_a_finished_run_is_trained_again_only_where_something_changed(runs, tiny, chat_rows):
     folder = runs["r4"].parent
     before = (runs["r4"] / "run.json").read_bytes()
-    result = run("tools.train", folder / "r4.yaml")
+    result = run("tools.train.launch", folder / "r4.yaml")
     assert result.returncode == 0 and "is finished" in result.stdout
     assert (runs["r4"] / "run.json").read_bytes() == before
 
     recipe = recipes.find(str(folder / "r4.yaml"))
     identity = json.loads((recipe.run / "identity.json").read_text())
-    assert not train.prepare(recipe, identity, force=False)
+    assert not launch.prepare(recipe, identity, force=False)
     copy = folder / "changed"
     shutil.copytree(recipe.run, copy)
     moved = recipes.Recipe(
         recipe.name, recipe.path, recipe.config | {"output_dir": str(copy)}, "1.0.0"
     )
-    assert train.prepare(moved, identity | {"data": ["another digest"]}, force=False)
+    assert launch.prepare(moved, identity | {"data": ["another digest"]}, force=False)
     assert not (copy / "run.json").exists()
     assert (folder / "changed.previous" / "run.json").read_bytes() == before
 
 
 def test_two_trainings_of_one_recipe_at_once_are_refused(tmp_path):
-    refused = pytest.raises(cli.JobFailed, match="under way")
-    with train.only_one(tmp_path / "run"), refused, train.only_one(tmp_path / "run"):
+    refused = pytest.raises(common.JobFailed, match="under way")
+    with launch.only_one(tmp_path / "run"), refused, launch.only_one(tmp_path / "run"):
         pass
 
 
@@ -170,19 +173,19 @@ def test_a_recipe_for_a_gpu_is_refused_with_one_that_runs_here():
     if profiles.hardware()["gpus"]:
         pytest.skip("this machine has a GPU")
     with pytest.raises(
-        cli.WrongInput, match=r"needs a CUDA GPU with \d+ GiB.*smollm2-135m"
+        common.WrongInput, match=r"needs a CUDA GPU with \d+ GiB.*smollm2-135m"
     ) as refused:
-        train.fits(recipes.find("sentiment_r4"), profiles.hardware())
+        launch.fits(recipes.find("sentiment_r4"), profiles.hardware())
     assert "\n" not in str(refused.value)
 
 
 def test_missing_data_and_a_misspelt_key_are_one_line_each(tiny, chat_rows, tmp_path):
     recipe = write_recipe(tmp_path, "r4", tiny, tmp_path / "sentiment_train.jsonl")
-    result = run("tools.train", recipe)
+    result = run("tools.train.launch", recipe)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "make data TASKS=sentiment" in result.stderr
 
-    result = run("tools.train", write_recipe(tmp_path, "r4", tiny, chat_rows, lora_rank=4))
+    result = run("tools.train.launch", write_recipe(tmp_path, "r4", tiny, chat_rows, lora_rank=4))
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "lora_rank" in result.stderr and not (tmp_path / "r4").exists()
 
@@ -191,7 +194,7 @@ def test_a_training_that_fails_says_why_and_is_no_finished_run(tiny, chat_rows, 
     broken = tmp_path / "base"
     shutil.copytree(tiny, broken)
     (broken / "model.safetensors").write_bytes(b"not tensors")
-    result = run("tools.train", write_recipe(tmp_path, "r4", broken, chat_rows))
+    result = run("tools.train.launch", write_recipe(tmp_path, "r4", broken, chat_rows))
     assert result.returncode == 1
     assert "SafetensorError" in result.stderr and "train.log" in result.stderr
     assert not {"run.json", "stats.json"} & {path.name for path in (tmp_path / "r4").iterdir()}
@@ -204,16 +207,17 @@ def test_a_cpu_lever_changes_no_number(tiny, lever, bits):
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from tools import plugin, weights
+    from tools import models
+    from tools.train import plugin
 
     def results(with_lever: bool):
         config = {"base_model": str(tiny), f"load_in_{bits}bit": True}
-        undo = weights.dequantize_once
-        weights.dequantize_once = lambda model: 0
+        undo = models.dequantize_once
+        models.dequantize_once = lambda model: 0
         try:
-            model, tokenizer = weights.load(config)
+            model, tokenizer = models.load(config)
         finally:
-            weights.dequantize_once = undo
+            models.dequantize_once = undo
         torch.manual_seed(0)
         wanted = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         model = get_peft_model(model, wanted).train()
@@ -240,7 +244,7 @@ def test_a_cpu_lever_changes_no_number(tiny, lever, bits):
 def test_an_8bit_base_computes_in_the_dtype_that_the_profile_names(bf16, dtype):
     import torch
 
-    from tools.plugin import RunPlugin
+    from tools.train.plugin import RunPlugin
 
     cfg = SimpleNamespace(load_in_8bit=True, bf16=bf16, fp16=False, torch_dtype=torch.float16)
     RunPlugin().pre_model_load(cfg)
@@ -267,12 +271,12 @@ def test_plain_axolotl_trains_the_recipe_with_the_profile_as_flags(smollm2, chat
         [
             Path(sys.executable).parent / "axolotl",
             "train",
-            cli.ROOT / "recipes/smollm2-135m/sentiment_r4.yaml",
+            common.ROOT / "recipes/smollm2-135m/sentiment_r4.yaml",
             *("--launcher", "python"),
             *flags,
         ],
         cwd=tmp_path,
-        env=train.Machines().environment({}) | {"PYTHONPATH": ""},
+        env=launch.Machines().environment({}) | {"PYTHONPATH": ""},
         capture_output=True,
         text=True,
     )
@@ -282,7 +286,7 @@ def test_plain_axolotl_trains_the_recipe_with_the_profile_as_flags(smollm2, chat
 
 def test_a_torn_line_of_the_progress_is_left_out(tmp_path):
     (tmp_path / "progress.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "lo')
-    assert cli.json_lines(tmp_path / "progress.jsonl") == [{"step": 1, "loss": 2.5}]
+    assert common.json_lines(tmp_path / "progress.jsonl") == [{"step": 1, "loss": 2.5}]
 
 
 def test_a_run_cut_off_after_training_is_finished_without_training_again(runs, tmp_path):
@@ -292,14 +296,14 @@ def test_a_run_cut_off_after_training_is_finished_without_training_again(runs, t
     recipe = recipes.find(str(runs["r4"].parent / "r4.yaml"))
     moved = recipes.Recipe(recipe.name, recipe.path, recipe.config | {"output_dir": str(copy)}, "0")
     config = profiles.kept(profiles.merged(moved, "cpu"))
-    data = train.data_of(moved)
-    cli.write_json(
+    data = launch.data_of(moved)
+    common.write_json(
         copy / "identity.json", {"config": config, "data": [entry["sha256"] for entry in data]}
     )
     (copy / "run.json").unlink()
-    cli.write_json(copy / "stats.json", {"steps": content["steps"], "seconds": 1.0})
+    common.write_json(copy / "stats.json", {"steps": content["steps"], "seconds": 1.0})
     merged = profiles.merged(moved, "cpu")
-    again = train.execute(moved, merged, "cpu", False, train.Machines())
+    again = launch.execute(moved, merged, "cpu", False, launch.Machines())
     assert again["adapter_sha256"] == content["adapter_sha256"]
     assert (copy / "run.json").is_file() and not (copy / "stats.json").exists()
 
@@ -308,21 +312,21 @@ def test_a_finished_run_moves_aside_where_it_is_trained_again(tmp_path, capsys):
     run = tmp_path / "run"
     recipe = recipes.Recipe("x", tmp_path / "x.yaml", {"output_dir": str(run)}, "1.0.0")
     identity = {"config": {"lora_r": 4}, "data": ["a"]}
-    assert train.prepare(recipe, identity, force=False)
+    assert launch.prepare(recipe, identity, force=False)
 
     def finish() -> None:
         (run / "adapter_config.json").write_text("{}")
         (run / "adapter_model.safetensors").write_bytes(b"weights")
-        sha = cli.digest(run / "adapter_model.safetensors")
-        cli.write_json(run / "run.json", {"adapter_sha256": sha})
+        sha = common.digest(run / "adapter_model.safetensors")
+        common.write_json(run / "run.json", {"adapter_sha256": sha})
 
     finish()
-    assert not train.prepare(recipe, identity, force=False)
-    assert train.prepare(recipe, identity, force=True)
+    assert not launch.prepare(recipe, identity, force=False)
+    assert launch.prepare(recipe, identity, force=True)
     assert "starts afresh: FORCE=1" in capsys.readouterr().out
     finish()
     (run / "adapter_model.safetensors").write_bytes(b"other")
-    assert train.prepare(recipe, identity, force=False)
+    assert launch.prepare(recipe, identity, force=False)
     assert "the adapter is not the one that run.json tells of" in capsys.readouterr().out
     kept = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
     assert kept == ["run", "run.previous", "run.previous-2"]

@@ -8,8 +8,10 @@ from collections import Counter
 
 import pytest
 
-from tools import convert, local, profiles, recipes, train
-from tools.cli import ROOT, WrongInput, digest
+from tools import custom, recipes
+from tools.common import ROOT, WrongInput, digest
+from tools.data import convert
+from tools.train import launch, profiles
 
 TASKS = convert.sources()["tasks"]
 
@@ -162,13 +164,18 @@ def test_a_prompt_that_two_parts_share_does_not_train_where_one_validates_with_i
 
 
 def test_rows_of_ones_own_are_split_by_prompt_too(folder, monkeypatch):
-    for module, name in ((local, "DATA"), (local, "TASKS"), (recipes, "LOCAL"), (convert, "LOCAL")):
+    for module, name in (
+        (custom, "DATA"),
+        (custom, "TASKS"),
+        (recipes, "LOCAL"),
+        (convert, "LOCAL"),
+    ):
         monkeypatch.setattr(module, name, folder / name.lower())
     rows = copied(200)
     source = write(folder / "mine.jsonl", rows)
     try:
         convert.sources.cache_clear()
-        local.new("house", source)
+        custom.new("house", source)
         convert.sources.cache_clear()
         convert.convert_task("house", folder)
         (entry,) = recipes.find("smollm2-135m/house_r4").config["test_datasets"]
@@ -194,7 +201,7 @@ def recipe(folder):
 
 
 def test_a_runs_identity_holds_the_validation_file(recipe):
-    data = train.data_of(recipe)
+    data = launch.data_of(recipe)
     assert [entry["split"] for entry in data] == ["train", "validation"]
     paths = (convert.train_path("formula"), convert.val_path("formula"))
     assert [entry["sha256"] for entry in data] == list(map(digest, paths))
@@ -219,13 +226,13 @@ def test_a_validation_file_that_is_not_the_one_held_out_is_refused(recipe, damag
             shutil.copy(file, place)
         convert.CHAT = place
     with pytest.raises(WrongInput, match=r"formula_val\.jsonl .*`make data` makes both"):
-        train.data_of(recipe)
+        launch.data_of(recipe)
 
 
 def test_the_file_that_changed_is_named(recipe):
-    data = [entry["sha256"] for entry in train.data_of(recipe)]
+    data = [entry["sha256"] for entry in launch.data_of(recipe)]
     config = recipe.config
-    said = train.changed(
+    said = launch.changed(
         {"config": config, "data": data}, {"config": config, "data": [data[0], "x"]}
     )
     assert said == f"the data changed ({convert.val_path('formula')})"
@@ -237,7 +244,7 @@ def test_a_set_too_small_to_validate_trains_without(recipe, folder):
     content = profiles.merged(recipe, "cpu")
     assert not {"test_datasets", "eval_steps", "evals_per_epoch"} & content.keys()
     recipes.validate(content, "mine")
-    assert [entry["split"] for entry in train.data_of(recipe)] == ["train"]
+    assert [entry["split"] for entry in launch.data_of(recipe)] == ["train"]
     why = convert.drop_missing_validation(recipe.config)[1]
     assert why == "2 prompts are too few: 20 are needed"
 
@@ -248,4 +255,4 @@ def test_ones_own_yaml_with_val_set_size_is_left_alone(recipe):
     content = profiles.merged(recipe, "cpu")
     assert content["val_set_size"] == 0.1 and "test_datasets" not in content
     recipes.validate(content, "mine")
-    assert len(train.data_of(recipe)) == 1
+    assert len(launch.data_of(recipe)) == 1

@@ -19,8 +19,9 @@ from typing import Any
 
 import yaml
 
-from tools import plan, recipes
-from tools.cli import JobFailed, WrongInput, atomic, command, nearest, shown
+from tools import recipes
+from tools.common import JobFailed, WrongInput, atomic, command, nearest, shown
+from tools.train import plan
 
 # The groups of keys in a rendered recipe, in the order in which they stand.
 GROUPS = {

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tools.cli import ROOT, WrongInput, digest, nearest, parse_yaml, quiet, read_yaml, shown
+from tools.common import ROOT, WrongInput, digest, nearest, parse_yaml, quiet, read_yaml, shown
 
 FOLDER = ROOT / "recipes"
 DEFAULT_MODEL = "llama-3.1-8b"
@@ -352,7 +352,7 @@ def validate(content: dict[str, Any], where: str) -> None:
     from axolotl.utils.schemas.config import AxolotlInputConfig
     from pydantic import ValidationError
 
-    own = {"plugins", "dequantize_once", "answer_logits_only"}  # tools/plugin.py adds these
+    own = {"plugins", "dequantize_once", "answer_logits_only"}  # tools/train/plugin.py adds these
     # A copy, down to the last list: the schema's validators write into what they are given.
     plain = deepcopy({key: value for key, value in content.items() if key not in own})
     # A plugin of Axolotl's brings keys of its own.

@@ -1,0 +1,290 @@
+"""What publishing and pulling have in common: the Hub's client, its errors, names and digests.
+
+    python -m tools.hub.client [--namespace me]      the runs here, and what a namespace on the Hub holds
+
+`tools/hub/push.py` publishes a run, `tools/hub/pull.py` brings one here. HF_ENDPOINT names another Hub,
+HF_HUB_OFFLINE=1 works from the cache, and the token is HF_TOKEN or that of `hf auth login`.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tools import adapters, recipes
+from tools.common import ROOT, JobFailed, WrongInput, command, digest
+from tools.data import convert
+from tools.hub import card
+from tools.train import plan
+
+RUNS = ROOT / "runs"
+FINLORA = "wangd12"  # who published FinLoRA's adapters
+CARD, RUN, CONFIG, ORIGIN = "README.md", "run.json", "config.yaml", "hub.json"
+MIB = 2**20
+# What a run's repository holds, and how large each may be. `adapter_model.safetensors` may be as
+# large as its config implies. Nothing else is sent or taken: no pickle, no code.
+LIMITS = {
+    adapters.CONFIG: MIB,
+    adapters.WEIGHTS: None,
+    CARD: 4 * MIB,
+    RUN: MIB,
+    CONFIG: MIB,
+    "tokenizer.json": 64 * MIB,
+    "tokenizer_config.json": 4 * MIB,
+    "special_tokens_map.json": MIB,
+    "chat_template.jinja": MIB,
+}
+SCORES = re.compile(r"evals/(base/)?[a-z0-9_]{1,64}\.json")
+SCORES_LIMIT = 64 * MIB
+Contents = dict[str, bytes | Path]
+
+
+def hub() -> Any:
+    """The client. It finds the token by itself and never shows it."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
+    return HfApi(endpoint=endpoint.rstrip("/"), library_name="finlora-recipes")
+
+
+@contextmanager
+def plainly(what: str) -> Iterator[None]:
+    """Turns the client's errors about `what` into WrongInput and JobFailed."""
+    import httpx
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except RuntimeError as error:
+        # An upload's thread wraps what happened; and a client that lost its connection is closed,
+        # which its next attempt does not expect (huggingface_hub 1.17).
+        closed = errors.OfflineModeIsEnabled() if "client has been closed" in str(error) else error
+        raise plain(what, error.__cause__ or closed) from error
+    except (httpx.HTTPError, errors.EntryNotFoundError, ConnectionError) as error:
+        raise plain(what, error) from error
+    except errors.LocalTokenNotFoundError as error:
+        raise plain(what, error) from error
+    except (errors.HFValidationError, errors.FileMetadataError, ValueError) as error:
+        raise plain(what, error) from error
+
+
+def plain(what: str, error: BaseException) -> Exception:
+    """What a person needs to know of an error of the client."""
+    import httpx
+    from huggingface_hub import errors
+
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    if isinstance(error, WrongInput | JobFailed):
+        return error
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return WrongInput("no token: `.venv/bin/hf auth login` stores one, or set HF_TOKEN")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return WrongInput(f"{what}: the Hub has no such revision")
+    if isinstance(error, errors.GatedRepoError):
+        return WrongInput(f"{what} is gated: accept its terms on its page on the Hub, and log in")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return WrongInput(
+            f"{what} is not on the Hub, or it is private and the token may not see it"
+        )
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return WrongInput(f"{what} holds no PEFT adapter: {adapters.CONFIG} is missing")
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        return JobFailed(f"{what} is not in the cache, and the Hub cannot be reached")
+    if status == 401:
+        return WrongInput(
+            "the Hub does not know this token; `.venv/bin/hf auth login` stores another"
+        )
+    if status == 403:
+        return WrongInput(f"{what}: the token has no right to do this on the Hub")
+    if status is not None:
+        told = str(error.response.headers.get("X-Error-Message") or "").strip()  # type: ignore[attr-defined]
+        return JobFailed(f"{what}: the Hub answers {status}{f' ({told[:120]})' if told else ''}")
+    if isinstance(error, errors.HFValidationError):
+        return WrongInput(f"{what} is no name of a repository on the Hub: owner/name")
+    if isinstance(error, httpx.HTTPError | ConnectionError | errors.FileMetadataError):
+        kind = type(error).__name__
+        return JobFailed(f"{what}: the connection to the Hub broke ({kind}); run it again")
+    return JobFailed(f"{what}: {' '.join(str(error).split())[:300]}")
+
+
+def tree(api: Any, repo: str, revision: str) -> dict[str, tuple[int, str]]:
+    """The files of a repository at a revision: {path: (bytes, SHA-256 or git blob SHA-1)}."""
+    from huggingface_hub.hf_api import RepoFile
+
+    listed = api.list_repo_tree(repo, revision=revision, recursive=True)
+    return {
+        entry.path: (entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id)
+        for entry in listed
+        if isinstance(entry, RepoFile)
+    }
+
+
+def matches(content: bytes | Path, told: str) -> bool:
+    """Whether a file has the digest that the Hub tells: SHA-256 of a large file, else git's."""
+    if isinstance(content, Path):
+        return told == (digest(content) if len(told) == 64 else convert.git_blob(content))
+    if len(told) == 64:
+        return told == hashlib.sha256(content).hexdigest()
+    return told == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def different(files: Contents, there: dict[str, tuple[int, str]]) -> list[str]:
+    """The names of a run's files that are not the same on the Hub, or not there, or only there."""
+    names = files.keys() | {name for name in there if name in LIMITS or SCORES.fullmatch(name)}
+    return sorted(
+        name
+        for name in names
+        if name not in files or name not in there or not matches(files[name], there[name][1])
+    )
+
+
+def repository(recipe: recipes.Recipe, namespace: str) -> str:
+    """The repository of a recipe's adapter; without a namespace, the one that FinLoRA published."""
+    name, theirs = Path(recipe.name).stem, None
+    if recipe.name in recipes.names():
+        theirs = recipes.finlora_name(recipe.name)
+        name = theirs or recipe.name.replace("/", "-")
+    if not namespace and not theirs:
+        raise WrongInput(f"FinLoRA published no {recipe.name}; NAMESPACE=… says whose to take")
+    return f"{namespace or FINLORA}/{name}"
+
+
+def hub_name(base: str) -> str:
+    """A base's name on the Hub; raises WrongInput for a folder whose name there is not known."""
+    if name := recipes.base_model(base)[1].get("hub"):
+        return str(name)
+    if not (base.startswith(("/", ".", "~")) or (ROOT / base).is_dir()):
+        return recipes.canonical(base)
+    if model := plan.models().get(base.lower()):
+        return model.source
+    raise WrongInput(
+        f'base_model "{base}" is a folder of this machine; what it is called on the Hub must stand '
+        "in recipes/matrix.yaml (`hub:`) or recipes/models/ (`also`)"
+    )
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two names on the Hub are one model: the same, or a mirror of recipes/matrix.yaml."""
+    return recipes.canonical(one).lower() == recipes.canonical(other).lower()
+
+
+def base_revision(base: str, config: dict[str, Any]) -> str:
+    """The commit of the base that was trained on, as far as it is known: in the recipe, in the
+    Hub's cache, in recipes/matrix.yaml; else the branch `main`.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if config.get("revision_of_model"):
+        return str(config["revision_of_model"])
+    cached = try_to_load_from_cache(base, "config.json") if config["base_model"] == base else None
+    if isinstance(cached, str):
+        return Path(cached).parent.name
+    return str(recipes.base_model(base)[1].get("revision", "main"))
+
+
+def origin(target: Path) -> dict[str, Any]:
+    """The hub.json of a pulled run; empty for one that was trained here."""
+    path = target / ORIGIN
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def shortly(found: list[tuple[str, str, float]]) -> str:
+    """`fpb accuracy 72.4` for each dataset: the first metric that is known of it."""
+    first: dict[str, str] = {}
+    for dataset, metric, value in found:
+        if isinstance(value, int | float) and math.isfinite(value):
+            first.setdefault(dataset, f"{dataset} {metric} {100 * value:.1f}")
+    return ", ".join(first.values()) or "not scored"
+
+
+def local_runs() -> list[tuple[str, str, str, str]]:
+    """(run, version, scores, where it is from) of every finished run."""
+    from evals import report
+
+    rows = []
+    for path in sorted([*RUNS.glob("*/*/run.json"), *RUNS.glob("hub/*/*/**/run.json")]):
+        run, told = path.parent, json.loads(path.read_text())
+        if ".previous" in run.name:
+            continue
+        found = []
+        for file in sorted((run / "evals").glob("*.json")):
+            content = json.loads(file.read_text())
+            if content["evaluated"].get("adapter_sha256") == told.get("adapter_sha256"):
+                name = content["evaluated"]["dataset"]
+                for metric, value in card.metrics(content).items():
+                    found.append((name, report.title(metric), value["value"]))
+        source = origin(run)
+        where = f"{source['repo']} at {source['commit'][:12]}" if source else "trained here"
+        version = told.get("recipe_version") or "–"
+        rows.append((str(run.relative_to(RUNS)), str(version), shortly(found), where))
+    return rows
+
+
+def remote_runs(api: Any, namespace: str) -> list[tuple[str, str, str, str]]:
+    """(repository, versions, scores, visibility) of every PEFT adapter in a namespace."""
+    rows = []
+    for info in api.list_models(author=namespace, filter="peft", cardData=True):
+        tags = [ref.name for ref in api.list_repo_refs(info.id).tags]
+        results = (info.card_data.get("eval_results") if info.card_data else None) or []
+        found = [
+            (
+                str(r.dataset_config or r.dataset_name),
+                str(r.metric_name or r.metric_type),
+                r.metric_value,
+            )
+            for r in results
+        ]
+        state = "private" if info.private else "public"
+        rows.append((info.id, ", ".join(tags) or "–", shortly(found), state))
+    return rows
+
+
+def listing(namespace: str = "") -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+
+    def show(heads: tuple[str, ...], rows: list[tuple[str, str, str, str]]) -> None:
+        table = Table(box=None, pad_edge=False)
+        for head in heads:
+            table.add_column(head, overflow="fold")
+        for row in rows:
+            table.add_row(*(escape("".join(c for c in cell if c.isprintable())) for cell in row))
+        console.print(table)
+
+    rows = local_runs()
+    if rows:
+        show(("run", "version", "scores, %", "from"), rows)
+    else:
+        print("no finished run is here; `make train` or `make pull` makes one")
+    if namespace:
+        api = hub()
+        with plainly(namespace):
+            theirs = remote_runs(api, namespace)
+        console.print(f"\n{namespace} on {api.endpoint}: {len(theirs)} adapters", highlight=False)
+        if theirs:
+            show(("repository", "versions", "scores, %", ""), theirs)
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description="list adapters")
+    parser.add_argument("--namespace", default="", help="a user or organisation on the Hub")
+    listing(parser.parse_args().namespace.strip())
+
+
+if __name__ == "__main__":
+    main()

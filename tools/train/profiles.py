@@ -1,0 +1,290 @@
+"""Where a recipe runs: what this machine has, the profiles that suit it, and the merged config.
+
+    python -m tools.train.profiles [RECIPE] [--profile multi_gpu,zero2] [--nproc 4]
+
+A profile is a YAML file of Axolotl options in recipes/profiles/; several, parted by commas, are
+laid over each other. What is learned stays the recipe's: more processes take their share of the
+same batches, and a number of processes that cannot is refused.
+"""
+
+import argparse
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tools import recipes
+from tools.common import ROOT, WrongInput, command
+from tools.data import convert
+from tools.prompts import with_template
+from tools.train import plan
+
+LARGEST_ON_CPU = 1e9  # parameters; a step of an 8B model takes minutes on a desktop CPU
+DRIVERS = ("nvidia-smi", "rocm-smi")  # a machine without either has no GPU that torch can use
+# Chosen by what a machine has, and the same numbers either way: not part of what a run is.
+CHOSEN = {"attn_implementation", "gradient_checkpointing"}
+# Axolotl's options for the trackers; what each writes stays in the run folder or on this machine.
+TRACKERS: dict[str, dict[str, Any]] = {
+    "tensorboard": {"use_tensorboard": True},
+    "wandb": {"use_wandb": True, "wandb_project": "finlora-recipes"},
+    "mlflow": {"use_mlflow": True, "mlflow_experiment_name": "finlora-recipes"},
+    "trackio": {"use_trackio": True, "trackio_project_name": "finlora-recipes"},
+}
+
+
+def hardware() -> dict[str, Any]:
+    """What this machine has: `gpus` [(name, bytes)], `cores`, `memory` in bytes."""
+    import psutil
+
+    gpus = []
+    if any(map(shutil.which, DRIVERS)):  # importing torch takes seconds
+        import torch
+
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            gpus.append((properties.name, properties.total_memory))
+    cores = len(os.sched_getaffinity(0))
+    return {"gpus": gpus, "cores": cores, "memory": psutil.virtual_memory().total}
+
+
+def found(here: dict[str, Any]) -> str:
+    """The hardware in words."""
+    if here["gpus"]:
+        name, memory = here["gpus"][0]
+        return f"{len(here['gpus'])} x {name} with {memory / 2**30:.0f} GiB"
+    return f"{here['cores']} CPU cores with {here['memory'] / 2**30:.0f} GiB and no GPU"
+
+
+def choose(here: dict[str, Any], profile: str, nproc: str, nnodes: int) -> tuple[str, int, str]:
+    """(profile, processes on this machine, why) from what is asked for and what is there."""
+    gpus = len(here["gpus"])
+    if nproc and not (nproc.isdigit() and int(nproc)):
+        raise WrongInput(f'NPROC "{nproc}": a number of processes, from 1 on, is needed')
+    count = int(nproc) if nproc else 1
+    if not nproc and profile.split(",")[0] in ("multi_gpu", "multi_node"):
+        count = max(gpus, 1)
+    if gpus and count > gpus and "cpu" not in profile.split(","):
+        raise WrongInput(f"NPROC={count}: this machine has {gpus} GPUs")
+    if profile:
+        return profile, count, "PROFILE"
+    if not gpus:
+        return "cpu", count, "no CUDA GPU was found"
+    if nnodes > 1:
+        return "multi_node", count, f"{nnodes} machines"
+    if count > 1:
+        return "multi_gpu", count, f"NPROC={count}"
+    spare = f"; NPROC={gpus} takes all {gpus}" if gpus > 1 else ""
+    return "gpu", 1, f"a CUDA GPU was found{spare}"
+
+
+def layers(profile: str) -> dict[str, Any]:
+    """The options of one profile or of several, `multi_gpu,zero2`, the later over the earlier."""
+    content: dict[str, Any] = {}
+    for name in profile.replace(",", " ").split():
+        content |= recipes.profile(name)
+    return content
+
+
+# The AdamW of several programs: the same algorithm, with states in other places or at 8 bits.
+ADAMW = {
+    *("adamw_hf", "adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "adamw_8bit"),
+    *("adamw_bnb_8bit", "paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit"),
+}
+# Ways to ask Axolotl for a kind of attention; the last is today's.
+ATTENTION = [
+    *("flash_attention", "sdp_attention", "xformers_attention", "flex_attention"),
+    *("sage_attention", "eager_attention", "s2_attention", "attn_implementation"),
+]
+# Keys by which a run differs from its recipe on purpose: what is kept where, and counted.
+BOOKKEEPING = {"dataset_prepared_path", "include_tkps", "auto_resume_from_checkpoints"}
+
+
+def laid_over(own: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """A config with a profile's options over it, but for those that change what it learns.
+
+    Packing, the family of the optimizer and 16-bit floats are the user's where the config names
+    them, as are its attention and its own choices for the profile's plugins.
+    """
+    options = dict(options)
+    for key in ("sample_packing", "batch_flattening", *(k for k in options if k[:6] == "liger_")):
+        if key in own:
+            options.pop(key, None)
+    if own.get("sample_packing"):
+        # The rows that packing joins are not joined again, and are padded as the user has it.
+        options.pop("batch_flattening", None)
+        if "pad_to_sequence_len" in own:
+            options.pop("pad_to_sequence_len", None)
+    optimizer = str(own.get("optimizer") or "")
+    if "optimizer" in options and optimizer and optimizer not in ADAMW:
+        # Its states may be paged or not, as the profile's are.
+        plain = optimizer.removeprefix("paged_").replace("ademamix_32bit", "ademamix")
+        options["optimizer"] = optimizer if "paged" in options["optimizer"] else plain
+    if own.get("fp16") and options.get("bf16"):
+        options.pop("bf16")
+    if any(key in own for key in ATTENTION):
+        options.pop("attn_implementation", None)
+    plugins = own.get("plugins") or []
+    if own.get("cut_cross_entropy") or any("CutCrossEntropy" in name for name in plugins):
+        options.pop("liger_fused_linear_cross_entropy", None)  # there can be one fused loss only
+    return own | options | {"plugins": [*plugins, *(options.get("plugins") or [])]}
+
+
+def changed(recipe: recipes.Recipe, content: dict[str, Any]) -> list[str]:
+    """What a merged config changes of a user's own YAML, a line each; none for the catalogue's."""
+    if recipe.name in recipes.names():
+        return []
+    own, lines = recipe.config, []
+    reasons = {
+        "optimizer": "the same algorithm; its states lie elsewhere or have other bits",
+        "bf16": "what this machine computes in",
+        "fp16": "what this machine computes in",
+        "attn_implementation": "flash-attn does not import",
+        "flash_attention": "flash-attn does not import",
+        "gradient_checkpointing": "the same numbers; GRADIENT_CHECKPOINTING=1 or 0 sets it",
+        "micro_batch_size": "the processes share the batch",
+        "gradient_accumulation_steps": "the processes share the batch",
+        "bnb_config_kwargs": "ZeRO-3 gathers all weights in one type",
+    }
+    for key in own:
+        if key in BOOKKEEPING or own[key] == content.get(key):
+            continue
+        if key == "plugins":
+            more = [name for name in content[key] if name not in own[key]]
+            lines.append(f"plugins: {', '.join(more)} added")
+            continue
+        reason = reasons.get(key, "the profile; the same is learned")
+        now = content.get(key, "left out")
+        lines.append(f"{key}: {own[key]} → {now} ({reason})")
+    return lines
+
+
+def fits(config: dict[str, Any], here: dict[str, Any], processes: int) -> bool | None:
+    """Whether the plan of a config fits this machine's GPUs; None where it cannot be planned."""
+    try:
+        size = f"{here['gpus'][0][1] / 2**30:.1f}GB"
+        data = ROOT / config["datasets"][0]["path"]
+        return bool(plan.plan(config, size, processes, data=data)["fits"])
+    except WrongInput:
+        return None
+
+
+def merged(
+    recipe: recipes.Recipe,
+    profile: str,
+    processes: int = 1,
+    tracker: str = "",
+    here: dict[str, Any] | None = None,
+    checkpointing: str = "",
+) -> dict[str, Any]:
+    """The config that Axolotl gets: the recipe, the profiles over it, and tools/train/plugin.py.
+
+    `checkpointing`: "1" or "0" turns gradient checkpointing on or off, "" chooses.
+    """
+    run = Path(recipe.config["output_dir"])
+    if checkpointing not in ("", "0", "1"):
+        raise WrongInput(f'GRADIENT_CHECKPOINTING "{checkpointing}": 1 or 0 is needed')
+    config, _ = convert.drop_missing_validation(recipe.config)
+    content = with_template(laid_over(config, layers(profile)))
+    if processes > 1:
+        content |= plan.divided(content, processes)
+    if content.get("load_in_8bit") and (content.get("fsdp_config") or "zero3" in profile):
+        raise WrongInput(
+            f"{recipe.name}: bitsandbytes' 8-bit weights cannot be divided by {profile}"
+        )
+    if content.get("load_in_4bit") and "zero3" in profile and content.get("bf16") is False:
+        # ZeRO-3 gathers packed weights with the others, in one dtype; the bits stay as they are.
+        content["bnb_config_kwargs"] = {
+            **(content.get("bnb_config_kwargs") or {}),
+            "bnb_4bit_quant_storage": "float32",
+        }
+    flash = importlib.util.find_spec("flash_attn")
+    if content.get("attn_implementation") == "flash_attention_2" and not flash:
+        content["attn_implementation"] = "sdpa"  # and `batch_flattening: auto` is off
+    if content.get("flash_attention") and not flash:
+        del content["flash_attention"]
+        content["attn_implementation"] = "sdpa"
+    if checkpointing:
+        content["gradient_checkpointing"] = checkpointing == "1"
+    elif content.get("gradient_checkpointing") and here and here["gpus"]:
+        # Recomputing costs a third of the time: only where the plan does not fit without.
+        without = content | {"gradient_checkpointing": False}
+        content["gradient_checkpointing"] = not fits(without, here, processes)
+    if tracker:
+        if tracker not in TRACKERS:
+            raise WrongInput(f'unknown TRACKER "{tracker}"; there are {", ".join(TRACKERS)}')
+        if not importlib.util.find_spec(tracker):
+            raise WrongInput(f"TRACKER={tracker} needs a package: .venv/bin/pip install {tracker}")
+        content |= TRACKERS[tracker]
+        if tracker == "mlflow":
+            content["mlflow_tracking_uri"] = str((ROOT / run / "mlruns").as_uri())
+    plugins = [*(content.get("plugins") or []), "tools.train.plugin.RunPlugin"]
+    content["plugins"] = list(dict.fromkeys(plugins))
+    # Axolotl knows prepared data by its config and not by its content: a run keeps its own.
+    content["dataset_prepared_path"] = str(run / "prepared")
+    content["include_tkps"] = True
+    content["auto_resume_from_checkpoints"] = True
+    return content
+
+
+def kept(content: dict[str, Any]) -> dict[str, Any]:
+    """What of a merged config makes another run of it where it changes."""
+    aside = CHOSEN | {key for options in TRACKERS.values() for key in options}
+    return {
+        key: value for key, value in content.items() if key not in {*aside, "mlflow_tracking_uri"}
+    }
+
+
+def reasons(content: dict[str, Any], here: dict[str, Any], processes: int) -> dict[str, str]:
+    """What is used, and why, in words; for `make profile`."""
+    flash = content.get("attn_implementation") == "flash_attention_2"
+    checkpointing = "on" if content.get("gradient_checkpointing") else "off"
+    if here["gpus"]:
+        attention = "flash-attn, it imports" if flash else "SDPA, flash-attn does not import"
+        verdict = fits(content | {"gradient_checkpointing": False}, here, processes)
+        known = {True: "it fits without", False: "it does not fit without", None: "no plan"}
+        checkpointing += f", {known[verdict]}"
+    else:
+        attention = "SDPA, flash-attn needs CUDA"
+    precision = {True: "bf16", "auto": "bf16 where the GPU has it, else fp16", False: "float32"}
+    sharing = content.get("deepspeed") or ("FSDP" if content.get("fsdp_config") else None)
+    micro = content.get("micro_batch_size") or 1
+    steps = content.get("gradient_accumulation_steps") or 1
+    batch = f"{processes} x {micro} rows x {steps} steps = {processes * micro * steps}"
+    if content.get("micro_batch_parts", 1) > 1:
+        batch += f"; {content['micro_batch_parts']} processes share a micro-batch of the recipe"
+    return {
+        "compute": precision.get(content.get("bf16"), str(content.get("bf16"))),
+        "attention": attention,
+        "optimizer": str(content.get("optimizer")),
+        "checkpointing": checkpointing,
+        "processes": f"{processes}" + (f", {sharing or 'DDP'}" if processes > 1 else ""),
+        "effective batch": batch,
+    }
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description="what was found, what will be used, and why")
+    parser.add_argument("recipe", nargs="?", default="")
+    parser.add_argument("--profile", default="")
+    parser.add_argument("--nproc", default="")
+    parser.add_argument("--gradient-checkpointing", default="")
+    given = parser.parse_args()
+    here = hardware()
+    profile, processes, why = choose(here, given.profile, given.nproc, 1)
+    layers(profile)
+    rows = {"found": found(here), "profile": f"{profile} ({why})"}
+    recipe = recipes.find(given.recipe or "smollm2-135m/sentiment_r4")
+    content = merged(
+        recipe, profile, processes, here=here, checkpointing=given.gradient_checkpointing
+    )
+    rows |= {"recipe": recipe.name} | reasons(content, here, processes)
+    for name, text in rows.items():
+        print(f"{name:<16} {text}")
+    for line in changed(recipe, content):
+        print(f"{'changed':<16} {line}")
+
+
+if __name__ == "__main__":
+    main()

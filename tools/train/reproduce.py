@@ -1,0 +1,70 @@
+"""Trains a finished run once more from what its folder holds, and compares the adapters.
+
+    python -m tools.train.reproduce runs/smollm2-135m/sentiment_r4
+
+It takes `config.yaml` as it stands (the recipe may have changed since), checks that data and
+packages are those of `run.json`, and trains beside the run, into `<run>.reproduced`. On a CPU the
+adapter comes out the same to the bit; on a GPU some kernels add in an order of their own.
+"""
+
+import argparse
+import importlib.metadata
+import json
+from pathlib import Path
+
+from tools import recipes, smollm2
+from tools.common import ROOT, JobFailed, WrongInput, command, read_yaml, shown
+from tools.train import launch, profiles
+
+
+def again(run: Path) -> tuple[recipes.Recipe, launch.Machines]:
+    """The recipe that trains a finished run again, beside it, and how many processes do."""
+    if not (run / "run.json").is_file():
+        raise WrongInput(f"{shown(run)} is no finished run: it has no run.json")
+    told = json.loads((run / "run.json").read_text())
+    config = read_yaml(run / "config.yaml")
+    beside = run.with_name(f"{run.name}.reproduced")
+    config["output_dir"] = shown(beside)
+    config["dataset_prepared_path"] = shown(beside / "prepared")
+    recipe = recipes.Recipe(told["recipe"], run / "config.yaml", config, told["recipe_version"])
+    for was, now in zip(told["data"], launch.data_of(recipe), strict=True):
+        if was["sha256"] != now["sha256"]:
+            raise WrongInput(f"{was['path']} is not what {shown(run)} was trained on")
+    return recipe, launch.Machines(nproc=told.get("processes", 1))
+
+
+def differing(run: Path) -> list[str]:
+    """What of packages and device is not what it was, in words."""
+    told = json.loads((run / "run.json").read_text())
+    here = profiles.hardware()["gpus"]
+    device = here[0][0] if here else "cpu"
+    now = {name: importlib.metadata.version(name) for name in told["packages"]}
+    found = [f"{n} {v}, now {now[n]}" for n, v in told["packages"].items() if now[n] != v]
+    return found + ([f"{told['device']}, now {device}"] if told["device"] != device else [])
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description="train a finished run again and compare")
+    parser.add_argument("run", help="the folder of a finished run")
+    given = parser.parse_args()
+    if not given.run:
+        raise WrongInput("RUN=… is needed, such as RUN=runs/smollm2-135m/sentiment_r4")
+    run = (ROOT / given.run).resolve()
+    recipe, machines = again(run)
+    told = json.loads((run / "run.json").read_text())
+    if other := differing(run):
+        print(f"reproduce  differs from then: {'; '.join(other)}")
+    smollm2.ensure(recipe.config["base_model"])
+    made = launch.execute(recipe, recipe.config, told["profile"], False, machines)
+    same = made["adapter_sha256"] == told["adapter_sha256"]
+    print(
+        f"reproduce  loss {told['last_loss']:.6f} then, {made['last_loss']:.6f} now; "
+        f"the adapters are {'the same to the bit' if same else 'not the same'}"
+    )
+    if not same and made["device"] == "cpu" and not other:
+        raise JobFailed(f"{shown(recipe.run)} is not what {shown(run)} holds")
+
+
+if __name__ == "__main__":
+    main()

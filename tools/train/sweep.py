@@ -1,0 +1,85 @@
+"""Trains several recipes, one after the other, and ends with one table.
+
+    python -m tools.train.sweep "sentiment_r4 sentiment_r8 headline_*"
+
+What is finished is left alone and what was interrupted goes on. The small ones come first, so that
+a mistake shows early; one that fails does not stop the others, and makes the exit status 1.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from fnmatch import fnmatchcase
+from typing import Any
+
+from tools import recipes
+from tools.common import ROOT, JobFailed, WrongInput, command
+from tools.train import plan, status
+
+
+def chosen(typed: str) -> list[recipes.Recipe]:
+    """The recipes that are named, patterns of the catalogue among them, each once."""
+    names: list[str] = []
+    for word in typed.replace(",", " ").split():
+        fits = [n for n in recipes.names() if fnmatchcase(n, word) or fnmatchcase(n, f"*/{word}")]
+        if any(c in word for c in "*?["):
+            if not fits:
+                raise WrongInput(f'RECIPES: no recipe fits "{word}"; `make recipes` lists them')
+            names += fits
+        else:
+            names.append(word)
+    if not names:
+        raise WrongInput('RECIPES="…" is needed: names, or patterns such as "sentiment_*"')
+    found = {recipe.run: recipe for recipe in map(recipes.find, names)}
+    return list(found.values())
+
+
+def size(recipe: recipes.Recipe) -> float:
+    """Operations that a recipe takes, as far as its base is known; for the order."""
+    try:
+        made = plan.plan(recipe.config, data=ROOT / recipe.config["datasets"][0]["path"])
+        return float(made["parameters"] * (made["tokens"] or 1))
+    except WrongInput:
+        return 0.0
+
+
+def one(recipe: recipes.Recipe, options: list[str]) -> dict[str, Any]:
+    """Trains one recipe in a process of its own; returns its row of the table."""
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.train.launch", recipe.name, *options],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode == 130:
+        raise KeyboardInterrupt
+    row = status.status(recipe.run)
+    if done.returncode:
+        row |= {"state": "failed", "note": done.stderr.strip().removeprefix("error: ")}
+        print(f"sweep      {recipe.name} failed: {row['note']}", flush=True)
+    return row | {"run": recipe.name, "took": time.monotonic() - start}
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description="train several recipes")
+    parser.add_argument("recipes")
+    for name in ("profile", "nproc", "tracker", "force"):
+        parser.add_argument(f"--{name}", default="")
+    given = vars(parser.parse_args())
+    todo = sorted(chosen(given.pop("recipes")), key=size)
+    options = [word for name, value in given.items() if value for word in (f"--{name}", value)]
+    rows = []
+    for number, recipe in enumerate(todo, 1):
+        print(f"sweep      {number}/{len(todo)} {recipe.name}", flush=True)
+        rows.append(one(recipe, options))
+    print()
+    status.show(rows)
+    if failed := [row["run"] for row in rows if row["state"] != "finished"]:
+        raise JobFailed(f"{len(failed)} of {len(rows)} failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

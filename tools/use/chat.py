@@ -1,0 +1,112 @@
+"""Talks to an adapter: one prompt to base and adapter side by side, or a conversation.
+
+    python -m tools.use.chat smollm2-135m/sentiment_r4 "What is the sentiment of …"
+    python -m tools.use.chat smollm2-135m/sentiment_r4          a conversation; an empty line ends it
+    python -m tools.use.chat "" "…" --adapter runs/hub/someone/some-adapter --precision nf4
+
+Answers are greedy, on the base at the precision that the adapter was trained on, to prompts in the
+format that it was trained on.
+"""
+
+import argparse
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+from tools import models, prompts, runs, smollm2
+from tools.common import command, quiet
+
+BUDGET = 200  # new tokens at most
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    messages: list[dict[str, str]],
+    options: dict[str, Any] | None = None,
+    streamer: Any = None,
+    form: str = "chat",
+) -> str:
+    """The model's greedy answer to a conversation, without its end token."""
+    import torch
+
+    ids = prompts.tokens(tokenizer, messages, options, form)
+    inputs = torch.tensor([ids], device=model.device)
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=BUDGET,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            streamer=streamer,
+        )
+    return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
+
+
+def harmless(text: str) -> str:
+    """Text without what steers a terminal."""
+    return "".join(c for c in text if c.isprintable() or c in "\n\t")
+
+
+def side_by_side(model: Any, tokenizer: Any, who: runs.Subject, text: str) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table, cells = Table(expand=True), []
+    sides = [("base", model.disable_adapter()), ("adapter", nullcontext())]
+    for name, context in sides:
+        with context:
+            messages = [{"role": "user", "content": text}]
+            said = answer(model, tokenizer, messages, who.options, form=who.prompt_format)
+        cells.append(escape(harmless(said)))
+        table.add_column(f"{name}, {models.precision(who.config)}", ratio=1)
+    table.add_row(*cells)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def conversation(model: Any, tokenizer: Any, who: runs.Subject) -> None:
+    """Reads a line, streams the answer, and goes on until an empty line or the end of input."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            print(harmless(text), end="\n" if stream_end else "", flush=True)
+
+    print(f"chat       {who.name}; an empty line ends the conversation")
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not text:
+            return
+        messages.append({"role": "user", "content": text})
+        streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        said = answer(model, tokenizer, messages, who.options, streamer, who.prompt_format)
+        messages.append({"role": "assistant", "content": said})
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description="ask a base and its adapter")
+    parser.add_argument("recipe", nargs="?", default="")
+    parser.add_argument("prompt", nargs="?", default="")
+    parser.add_argument("--adapter", default="", help="a PEFT folder instead of a recipe's run")
+    runs.add_options(parser)
+    given = parser.parse_args()
+    who = runs.find(given.recipe, given.adapter, given.precision, given.prompt_format)
+    smollm2.ensure(who.config["base_model"])
+    quiet()
+    model, tokenizer = models.load(who.config, who.adapter)
+    if given.prompt.strip():
+        side_by_side(model, tokenizer, who, given.prompt.strip())
+    else:
+        conversation(model, tokenizer, who)
+
+
+if __name__ == "__main__":
+    main()
