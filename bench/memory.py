@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tools import recipes, smollm2
+from tools import architectures, recipes, smollm2
 from tools.common import WrongInput, command, quiet, write_json
 from tools.train import plan
 
@@ -175,7 +175,7 @@ def planned(folder: str, bits: int, double: bool, rows: int, tokens: int) -> dic
     import torch
 
     config = recipes.config(RECIPE)
-    model = plan.find_model(config["base_model"])
+    model = architectures.find(config["base_model"])
     setup = plan.setup_of(config | {"micro_batch_size": rows}, tokens, 1)
     setup = replace(setup, bits=bits, double_quant=double)
     if not torch.cuda.is_available():

@@ -38,9 +38,8 @@ import numpy as np
 import yaml
 
 from evals import report, stats
-from tools import models, recipes
+from tools import models, recipes, sources
 from tools.common import ROOT, JobFailed, WrongInput, atomic, command, shown, write_json
-from tools.data import convert
 
 SPEC = ROOT / "bench" / "parity.yaml"
 RESULTS = ROOT / "bench" / "parity.json"
@@ -144,8 +143,8 @@ def run(spec: dict[str, Any], wanted: dict[Any, Job], workers: int) -> None:
     """Does all jobs, `workers` at a time; goes on after a failure, and raises JobFailed then."""
     missing = []
     for task in dict.fromkeys(one.task for one in wanted.values()):
-        path = convert.train_path(task)
-        if not path.is_file() or convert.manifest(path).get("from") == "data/sample":
+        path = sources.train_path(task)
+        if not path.is_file() or sources.manifest(path).get("from") == "data/sample":
             missing.append(task)
     if missing:
         tasks = ",".join(missing)

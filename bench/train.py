@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tools import recipes, smollm2
+from tools import architectures, recipes, smollm2
 from tools.common import ROOT, WrongInput, command, quiet, shown, write_json
 from tools.train import launch, plan, profiles
 
@@ -57,7 +57,7 @@ def stand_in(base: str, folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    shape = plan.find_model(base)
+    shape = architectures.find(base)
     smollm2.ensure(str(smollm2.FOLDER))
     tokenizer = AutoTokenizer.from_pretrained(smollm2.FOLDER)
     torch.manual_seed(0)

@@ -21,10 +21,9 @@ from typing import Any
 
 from evals import report, stats
 from evals import run as evaluation
-from tools import recipes
+from tools import recipes, sources
 from tools import runs as subject
 from tools.common import ROOT, WrongInput, atomic, command, json_lines, read_yaml, shown
-from tools.data import convert
 from tools.train import plan
 
 TEMPLATE = ROOT / "evals" / "page.html"
@@ -99,7 +98,7 @@ def everything() -> list[Scored]:
         dataset = str(content["evaluated"]["dataset"])
         suffix = file.stem.removeprefix(dataset)
         found.setdefault((file.parent.parent, suffix), {})[dataset] = content
-    order = list(convert.sources()["datasets"])
+    order = list(sources.tables()["datasets"])
     made = []
     for (folder, _), contents in found.items():
         told = next(iter(contents.values()))["evaluated"]
@@ -272,7 +271,7 @@ def prompts(dataset: str, sha256: str) -> list[str] | str:
         return "its task is not there any more"
     path = evaluation.test_path(dataset)
     try:
-        manifest = convert.manifest(path)
+        manifest = sources.manifest(path)
     except WrongInput as error:
         return str(error)
     if manifest["sha256"] != sha256:
@@ -326,7 +325,7 @@ def planned(scored: Scored, gpu: str, price: float | None) -> dict[str, Any]:
     try:
         config = recipes.find(scored.recipe).config if scored.recipe else read_yaml(path)
         data = (scored.told.get("data") or [{}])[0]
-        file = convert.CHAT / Path(config["datasets"][0]["path"]).name
+        file = sources.CHAT / Path(config["datasets"][0]["path"]).name
         return plan.plan(config, gpu, price=price, rows=data.get("rows"), data=file)
     except (WrongInput, OSError, KeyError):
         return {}

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from evals import stats
-from tools import recipes
+from tools import recipes, sources
 from tools.common import ROOT, shown
-from tools.data import convert
 
 PUBLISHED = ROOT / "evals" / "published.tsv"
 TITLES = {
@@ -127,7 +126,7 @@ def against_published(
 
 def explain_incomparable(dataset: str) -> str:
     """Why a score on a dataset is compared with no published one; empty where it may be."""
-    row = convert.sources()["datasets"].get(dataset, {})
+    row = sources.tables()["datasets"].get(dataset, {})
     return str(row.get("incomparable", ""))
 
 

@@ -30,7 +30,7 @@ from evals.answers import Answers, Prompts
 from evals.backends import BACKENDS, Endpoint
 from tools import models as weights
 from tools import runs as subjects
-from tools import smollm2
+from tools import smollm2, sources
 from tools.common import (
     ROOT,
     JobFailed,
@@ -41,7 +41,6 @@ from tools.common import (
     quiet,
     write_json,
 )
-from tools.data import convert
 from tools.prompts import TOKENIZER, with_template
 from tools.runs import Subject
 
@@ -75,7 +74,7 @@ def tasks() -> dict[str, Path]:
 
 def test_path(task: str) -> Path:
     """The chat rows that a task is scored on."""
-    return convert.CHAT / Path(read(tasks()[task])[0]["dataset_kwargs"]["data_files"]["test"]).name
+    return sources.CHAT / Path(read(tasks()[task])[0]["dataset_kwargs"]["data_files"]["test"]).name
 
 
 def datasets(task: str | None, named: str) -> list[str]:
@@ -84,12 +83,12 @@ def datasets(task: str | None, named: str) -> list[str]:
     for name in asked:
         if name not in tasks():
             raise WrongInput(f'unknown dataset "{name}" in TASKS{nearest(name, list(tasks()))}')
-        convert.manifest(test_path(name))
+        sources.manifest(test_path(name))
     if asked:
         return asked
-    known = convert.sources()
+    known = sources.tables()
     of_task = known["tasks"].get(task, {}).get("eval", []) if task else list(known["datasets"])
-    order = {convert.test_path(name): place for place, name in enumerate(of_task)}
+    order = {sources.test_path(name): place for place, name in enumerate(of_task)}
     there = [name for name in tasks() if test_path(name) in order and test_path(name).is_file()]
     if not there:
         raise WrongInput(f"no test data of {task or 'any task'} is there; `make data` makes it")
@@ -127,7 +126,7 @@ def evaluated(
 ) -> dict[str, Any]:
     """What a score depends on; where it is the same, the score stands."""
     content, files = read(tasks()[dataset])
-    manifest = convert.manifest(test_path(dataset))
+    manifest = sources.manifest(test_path(dataset))
     told = subject.identity() if isinstance(subject, Endpoint) else _identity_of(subject, side)
     return {
         "dataset": dataset,
@@ -164,7 +163,7 @@ def _identity_of(subject: Subject, side: str) -> dict[str, Any]:
 
 def collect_label_checks(subject: Subject | Endpoint, side: str, dataset: str) -> dict[str, str]:
     """What was decided on swapped labels: of the test rows, and of those that the adapter saw."""
-    check = convert.manifest(test_path(dataset)).get("label_check") or {}
+    check = sources.manifest(test_path(dataset)).get("label_check") or {}
     found = {"test": check.get("text")}
     if side == "adapter" and isinstance(subject, Subject) and subject.adapter:
         told = subject.adapter / "run.json"
@@ -194,7 +193,7 @@ def measure(
     name = content["task"]
     prompts.attach(lm, content["generation_kwargs"]["max_gen_toks"])
     if content["process_results"].endswith("utils.label"):
-        lm.labels = list(convert.manifest(test_path(dataset)).get("labels") or [])
+        lm.labels = list(sources.manifest(test_path(dataset)).get("labels") or [])
     if answers:
         answers.attach(lm, lambda text: print(f"eval       {dataset}: {text}", flush=True))
     task = get_task_dict([name], TaskManager(include_path=str(TASKS), include_defaults=False))

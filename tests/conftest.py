@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tools import common, recipes
+from tools import common, recipes, sources
 from tools import smollm2 as export
 from tools.data import convert
 
@@ -65,7 +65,7 @@ def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chat_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sample's first 96 sentiment rows as chat data: 94 train, 2 validate."""
     target = tmp_path_factory.mktemp("chat") / "sentiment_train.jsonl"
-    source = convert.SAMPLE / "train" / "finlora_sentiment_train.jsonl"
+    source = sources.SAMPLE / "train" / "finlora_sentiment_train.jsonl"
     how = convert.How(validation=target.with_name("sentiment_val.jsonl"))
     convert.convert(source, target, convert.Rules(), frozenset(range(96)), how)
     return target

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import run
-from tools import adapters, common, models, patterns, prompts, recipes, runs
+from tools import adapters, architectures, common, models, patterns, prompts, recipes, runs
 from tools.common import ROOT, WrongInput
 from tools.use import chat, merge, serve
 
@@ -149,7 +149,7 @@ def test_the_tensors_that_a_config_gives_are_those_that_peft_writes(tiny, tmp_pa
     """On the architecture as `make pull` knows it, without torch."""
     folder = make(tiny, tmp_path / "adapter", **KINDS[kind])
     shape = json.loads((tiny / "config.json").read_text())
-    count = adapters.check(folder, adapters.architecture("x/tiny", shape))
+    count = adapters.check(folder, architectures.of_config("x/tiny", shape))
     with safe_open(folder / adapters.WEIGHTS, "pt") as file:
         names = [name for name in file.keys() if not FROZEN.search(name)]  # noqa: SIM118
         assert count == sum(file.get_tensor(name).numel() for name in names)
@@ -435,13 +435,12 @@ def test_finloras_adapters_have_their_precision_and_prompt_format(tmp_path, row)
 
 def test_a_mirror_is_its_base_and_other_names_are_themselves():
     from tools.hub import client
-    from tools.train import plan
 
     llama = "meta-llama/Llama-3.1-8B-Instruct"
     mirror = "NousResearch/Meta-Llama-3.1-8B-Instruct"
     assert recipes.canonical(mirror) == recipes.canonical(mirror.lower()) == llama
     assert client.same_base(mirror, llama) and client.hub_name(mirror) == llama
-    assert plan.find_model(mirror) == plan.find_model(llama)
+    assert architectures.find(mirror) == architectures.find(llama)
     assert not client.same_base(mirror, "meta-llama/Llama-3.1-70B-Instruct")
     assert recipes.canonical("me/mine") == "me/mine"
     for hub_id in recipes.matrix()["mirrors"]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tools import sources
 from tools.common import ROOT, JobFailed
 from tools.data import audit, convert
 from tools.data import card as datacard
@@ -176,7 +177,7 @@ def test_lsh_finds_nearly_every_pair_that_comparing_all_rows_finds(write):
         words[draw.randrange(25)] = f"changed{n % 7}" if n % 2 else "Oslo"
         rows.append(news(" ".join(words)))
     write("test/fiqa_test.jsonl", rows)
-    (part,) = audit.parts("sentiment", convert.source_folder("sentiment"))
+    (part,) = audit.parts("sentiment", sources.source_folder("sentiment"))
     list(audit.scan(part))
     near = audit.Near([part])
     list(audit.second_reading(part, 4096, near))
@@ -484,7 +485,7 @@ def test_help_answers_without_loading_a_model_library():
 def test_more_rows_than_are_compared_are_sampled_evenly(write, monkeypatch):
     monkeypatch.setattr(audit, "NEAR_ROWS", 100)
     write("test/fiqa_test.jsonl", plenty(450))
-    (part,) = audit.parts("sentiment", convert.source_folder("sentiment"))
+    (part,) = audit.parts("sentiment", sources.source_folder("sentiment"))
     list(audit.scan(part))
     near = audit.Near([part])
     list(audit.second_reading(part, 4096, near))
@@ -492,10 +493,10 @@ def test_more_rows_than_are_compared_are_sampled_evenly(write, monkeypatch):
     assert audit.audit(["sentiment"])["limits"]["rows compared for likeness, a task"] == 100
 
 
-@pytest.mark.parametrize("task", list(convert.sources()["tasks"]))
+@pytest.mark.parametrize("task", list(sources.tables()["tasks"]))
 def test_the_examples_have_no_errors(task, monkeypatch):
     monkeypatch.delenv("FINLORA_DATA", raising=False)
-    monkeypatch.setattr(convert, "RAW", Path("nowhere"))
+    monkeypatch.setattr(sources, "RAW", Path("nowhere"))
     report = audit.audit([task])
     assert [f for f in report["findings"] if f["severity"] == "error"] == []
     for each in report["files"]:
@@ -512,10 +513,10 @@ def test_the_card_is_what_sources_yaml_gives():
 
 def test_every_dataset_is_in_the_card():
     card = datacard.CARD.read_text()
-    for name, row in convert.sources()["datasets"].items():
+    for name, row in sources.tables()["datasets"].items():
         assert f"### {name}\n" in card
         assert f"`{row['file']}`" in card
-    for origin in convert.sources()["origins"].values():
+    for origin in sources.tables()["origins"].values():
         assert origin["url"] in card
 
 

@@ -12,9 +12,8 @@ import pytest
 
 from evals import backends, html
 from tests.test_eval import NF4, evaluate, trained, workplace  # noqa: F401
-from tools import common
+from tools import common, sources
 from tools import runs as subject_of
-from tools.data import convert
 
 KEY = "a-key-that-no-pattern-knows-0123"
 KIND = ("application/json", "text/html")
@@ -36,7 +35,7 @@ class Server:
         self.misbehave = lambda handler, times, body: False
         self.models = ["teacher"]
         self.lock, self.over = threading.Lock(), threading.Event()
-        rows = [json.loads(line)["messages"] for line in convert.test_path("fpb").open()]
+        rows = [json.loads(line)["messages"] for line in sources.test_path("fpb").open()]
         self.key = {row[0]["content"]: row[1]["content"] for row in rows}
         outer = self
 
@@ -311,7 +310,7 @@ def test_a_score_of_an_endpoint_is_kept_until_what_it_depends_on_changes(server,
     ask(monkeypatch, server)
     told = scored()["evaluated"]
     assert (told["base_url"], told["base_model"]) == (server.url, "teacher")
-    assert told["data_sha256"] == convert.manifest(convert.test_path("fpb"))["sha256"]
+    assert told["data_sha256"] == sources.manifest(sources.test_path("fpb"))["sha256"]
     ask(monkeypatch, server)
     assert len(server.asked) == 8
     (one,) = html.everything()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tools import catalogue, prompts, recipes
+from tools import architectures, catalogue, prompts, recipes
 from tools.common import ROOT, JobFailed, WrongInput
 from tools.train import plan
 
@@ -55,7 +55,7 @@ def test_the_planned_memory_in_a_recipe_is_the_planners():
 def test_qlora_all_adapts_every_linear_layer_of_the_language_model_alone(model):
     recipe = recipes.find(f"{model}/ner_qlora_all")
     setup = plan.setup_of(recipe.config, 128, 1)
-    assert (setup.modules, setup.rank, setup.bits) == (plan.MODULES, 16, 4)
+    assert (setup.modules, setup.rank, setup.bits) == (architectures.MODULES, 16, 4)
     assert recipe.config["lora_alpha"] == 32
     assert recipe.config["lr_scheduler"] == "constant_with_warmup"
 

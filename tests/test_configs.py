@@ -8,7 +8,7 @@ import yaml
 
 from evals import run as scoring
 from tests.conftest import run
-from tools import models, prompts, recipes, runs
+from tools import models, prompts, recipes, runs, sources
 from tools.common import ROOT, WrongInput, parse_yaml
 from tools.data import convert
 from tools.train import launch, profiles
@@ -163,8 +163,8 @@ def test_what_a_config_trained_is_rendered_loaded_merged_and_served_as_it_was_tr
 
 @pytest.mark.parametrize("name", ["tokens", "template_of_rows", "compute_dtype"])
 def test_what_a_config_trained_is_scored_and_chatted_with(trained, name, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "CHAT", tmp_path / "data" / "chat")
-    convert.convert_task("sentiment", convert.SAMPLE)
+    monkeypatch.setattr(sources, "CHAT", tmp_path / "data" / "chat")
+    convert.convert_task("sentiment", sources.SAMPLE)
     monkeypatch.chdir(tmp_path)  # lm-eval finds data/chat from here
     files = scoring.run(runs.find(str(trained[name])), "fpb", 4, False)
     for side in ("base", "adapter"):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tools import common, sources
 from tools.common import ROOT, WrongInput
 from tools.data import convert, lengths, rows
 
@@ -110,8 +111,8 @@ def test_the_same_input_gives_the_same_bytes(source, target):
 def test_the_manifest_says_what_was_converted(source, target):
     source.write_bytes(GOOD * 2 + GOOD.replace(b"neutral", b"positive"))
     returned = convert.convert(source, target, SENTIMENT)
-    assert returned == json.loads(convert.manifest_path(target).read_bytes())
-    assert returned == convert.manifest(target)
+    assert returned == json.loads(sources.manifest_path(target).read_bytes())
+    assert returned == sources.manifest(target)
     assert returned["rows"] == 3
     assert returned["labels"] == {"neutral": 2, "positive": 1}
     assert returned["source"] == "test/rows.jsonl"
@@ -230,20 +231,20 @@ def test_a_chat_file_that_was_changed_is_refused(source, target):
     convert.convert(source, target, SENTIMENT)
     target.write_bytes(target.read_bytes().replace(b"neutral", b"positive"))
     with pytest.raises(WrongInput, match="chat.jsonl was changed after its conversion"):
-        convert.manifest(target)
+        sources.manifest(target)
 
 
 def test_a_chat_file_of_ones_own_needs_no_manifest_but_must_be_there(target):
     with pytest.raises(WrongInput, match="chat.jsonl is not there"):
-        convert.manifest(target)
+        sources.manifest(target)
     target.write_bytes(b'{"messages": []}\n')
     sha = hashlib.sha256(target.read_bytes()).hexdigest()
-    assert convert.manifest(target)["sha256"] == sha
+    assert sources.manifest(target)["sha256"] == sha
 
 
 def test_a_task_without_its_source_leaves_no_older_rows(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(convert, "CHAT", tmp_path / "chat")
-    convert.convert_task("ner", convert.SAMPLE)
+    monkeypatch.setattr(sources, "CHAT", tmp_path / "chat")
+    convert.convert_task("ner", sources.SAMPLE)
     assert len(content(tmp_path / "chat")) == 6
     convert.convert_task("ner", tmp_path)
     assert content(tmp_path / "chat") == {}
@@ -262,11 +263,11 @@ def asked_twice(folder, prompts):
 
 
 def test_a_prompt_that_stands_twice_is_not_both_trained_on_and_tested(tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "CHAT", tmp_path / "chat")
+    monkeypatch.setattr(sources, "CHAT", tmp_path / "chat")
     convert.convert_task("sentiment", asked_twice(tmp_path, 600))
-    train, test = turns(convert.train_path("sentiment")), turns(convert.test_path("fpb"))
+    train, test = turns(sources.train_path("sentiment")), turns(sources.test_path("fpb"))
     assert len(train) == 882 and len(test) > 0
-    train += turns(convert.val_path("sentiment"))
+    train += turns(sources.val_path("sentiment"))
     assert len(train) == 900
     assert not set(train) & set(test)
     assert {int(prompt.split()[1]) for prompt, _ in train + test} == set(range(600))
@@ -281,12 +282,12 @@ def test_a_bad_row_does_not_keep_a_set_from_being_split_where_such_rows_are_kept
     with pytest.raises(WrongInput, match="fpb_test.jsonl, line 1201"):
         convert.convert_task("sentiment", folder)
     convert.convert_task("sentiment", folder, convert.How(quarantine=True))
-    assert convert.manifest(convert.train_path("sentiment"))["rows"] == 882
-    assert convert.manifest(convert.test_path("fpb"))["refused"] == 1
+    assert sources.manifest(sources.train_path("sentiment"))["rows"] == 882
+    assert sources.manifest(sources.test_path("fpb"))["refused"] == 1
 
 
 def test_a_set_too_small_to_be_split_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "CHAT", tmp_path / "chat")
+    monkeypatch.setattr(sources, "CHAT", tmp_path / "chat")
     with pytest.raises(WrongInput, match="fpb_test.jsonl"):
         convert.convert_task("sentiment", asked_twice(tmp_path, 20))
 
@@ -297,7 +298,7 @@ def test_a_blob_is_named_as_git_names_it(tmp_path, data):
     path.write_bytes(data)
     command = ["git", "hash-object", "--no-filters", path]
     named = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    assert convert.git_blob(path) == named
+    assert common.git_blob(path) == named
 
 
 # ---- Blocks of rows
@@ -349,7 +350,7 @@ def test_escaped_backslashes_hide_no_key_that_stands_twice():
 
 
 def test_the_way_of_most_rows_is_the_quick_one():
-    source = convert.SAMPLE / "train" / "finlora_sentiment_train.jsonl"
+    source = sources.SAMPLE / "train" / "finlora_sentiment_train.jsonl"
     block = source.read_bytes().rstrip()
     assert rows.at_once(block, block.split(b"\n"), SENTIMENT)
 
@@ -370,7 +371,7 @@ def test_the_size_of_a_block_and_the_number_of_cores_change_no_byte(source, targ
     finally:
         os.sched_setaffinity(0, cores)
     assert results[0] == results[1] == results[2]
-    assert json.loads(convert.refused_path(target).read_text())["line"] == 152
+    assert json.loads(sources.refused_path(target).read_text())["line"] == 152
 
 
 PEAK = """
@@ -402,9 +403,9 @@ def test_a_line_of_50_mb_is_refused_in_little_memory_and_the_rows_around_it_are_
 ):
     source.write_bytes(GOOD + b'{"context": "' + b"x" * 50_000_000 + b'"}\n' + GOOD)
     assert peak(source, target) < 300
-    manifest = convert.manifest(target)
+    manifest = sources.manifest(target)
     assert (manifest["rows_in"], manifest["rows"], manifest["refused"]) == (3, 2, 1)
-    refused = json.loads(convert.refused_path(target).read_text())
+    refused = json.loads(sources.refused_path(target).read_text())
     assert (refused["line"], refused["only_first_bytes"]) == (2, 1000)
     assert "longer than 16 MB" in refused["reason"] and len(refused["text"]) == 1000
 
@@ -418,7 +419,7 @@ def test_refused_rows_are_kept_beside_the_output_and_every_row_is_accounted_for(
     manifest = convert.convert(source, target, SENTIMENT, how=convert.How(quarantine=True))
     assert manifest["rows_in"] == len(bad) + 2
     assert (manifest["rows"], manifest["refused"]) == (2, len(bad)) == (2, manifest["rows_in"] - 2)
-    kept = lines(convert.refused_path(target))
+    kept = lines(sources.refused_path(target))
     assert [row["line"] for row in kept] == list(range(2, len(bad) + 2))
     for row, (name, (line, said)) in zip(kept, REFUSED.items(), strict=False):
         assert said in row["reason"] and row["file"] == source.name, name
@@ -426,7 +427,7 @@ def test_refused_rows_are_kept_beside_the_output_and_every_row_is_accounted_for(
         assert raw == line.removesuffix(b"\n"), name
     source.write_bytes(GOOD)
     convert.convert(source, target, SENTIMENT)
-    assert not convert.refused_path(target).exists()
+    assert not sources.refused_path(target).exists()
 
 
 def test_the_command_keeps_refused_rows_only_where_it_is_told_to(source, target):
@@ -434,7 +435,7 @@ def test_the_command_keeps_refused_rows_only_where_it_is_told_to(source, target)
     convert_it = ("--dataset", "fpb", source, target)
     done = command(*convert_it, "--on-error", "quarantine")
     assert done.returncode == 0, done.stderr
-    assert f"1 refused: {convert.refused_path(target)}" in done.stdout
+    assert f"1 refused: {sources.refused_path(target)}" in done.stdout
     for option in ([], ["--on-error", ""], ["--on-error", "stop"]):
         message = refusal(command(*convert_it, *option, ON_ERROR="quarantine"))
         assert f"{source}, line 2: " in message
@@ -454,7 +455,7 @@ def test_a_file_of_which_no_row_can_be_used_is_refused_even_so(source, target):
 
 @pytest.fixture
 def chat(tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "CHAT", tmp_path / "chat")
+    monkeypatch.setattr(sources, "CHAT", tmp_path / "chat")
     return tmp_path / "chat"
 
 
@@ -476,9 +477,9 @@ def test_leaked_repeated_and_broken_rows_leave_the_training_set_and_stay_in_the_
     write_rows(tmp_path / "test" / "xbrl_term_test.jsonl", test)
     write_rows(tmp_path / "train" / "xbrl_term_train.jsonl", train)
     convert.convert_task("xbrl_term", tmp_path)
-    assert turns(convert.train_path("xbrl_term")) == [train[0], train[4]]
-    assert turns(convert.test_path("xbrl_term")) == test
-    manifest = convert.manifest(convert.train_path("xbrl_term"))
+    assert turns(sources.train_path("xbrl_term")) == [train[0], train[4]]
+    assert turns(sources.test_path("xbrl_term")) == test
+    manifest = sources.manifest(sources.train_path("xbrl_term"))
     assert (manifest["rows_in"], manifest["rows"]) == (6, 2)
     removed = [entry["rows"] for entry in manifest["removed"]]
     assert removed == [1, 1, 1, 1]
@@ -489,13 +490,13 @@ def test_leaked_repeated_and_broken_rows_leave_the_training_set_and_stay_in_the_
 def test_a_leak_that_cannot_be_looked_for_is_told_of(tmp_path, chat, capsys):
     write_rows(tmp_path / "train" / "xbrl_term_train.jsonl", [("a", "b")])
     convert.convert_task("xbrl_term", tmp_path)
-    removed = convert.manifest(convert.train_path("xbrl_term"))["removed"]
+    removed = sources.manifest(sources.train_path("xbrl_term"))["removed"]
     assert removed[0]["note"] == "not looked for: xbrl_term_test.jsonl is not at hand"
     assert "not looked for" in capsys.readouterr().out
 
 
 def test_every_repair_has_a_known_kind_a_reason_and_evidence():
-    for name, spec in convert.sources()["tasks"].items():
+    for name, spec in sources.tables()["tasks"].items():
         for repair in spec.get("repairs", ()):
             assert len(repair.keys() & convert.REMOVALS.keys()) == 1, name
             assert repair["reason"] and repair["evidence"], name
@@ -503,13 +504,13 @@ def test_every_repair_has_a_known_kind_a_reason_and_evidence():
 
 @needs_finlora
 def test_fifteen_published_rows_leave_the_training_set_of_xbrl_terms(chat):
-    folder = convert.source_folder("xbrl_term")
+    folder = sources.source_folder("xbrl_term")
     convert.convert_task("xbrl_term", folder)
-    manifest = convert.manifest(convert.train_path("xbrl_term"))
+    manifest = sources.manifest(sources.train_path("xbrl_term"))
     assert (manifest["rows_in"], manifest["rows"]) == (5856, 5724)
     assert manifest["validation"]["rows"] == 117
     assert [entry["rows"] for entry in manifest["removed"]] == [2, 11, 1, 1]
-    train, test = turns(convert.train_path("xbrl_term")), turns(convert.test_path("xbrl_term"))
+    train, test = turns(sources.train_path("xbrl_term")), turns(sources.test_path("xbrl_term"))
     assert len(test) == 651 and len({prompt for prompt, _ in train}) == len(train)
     normal = {" ".join(prompt.lower().split()) for prompt, _ in train}
     assert not normal & {" ".join(prompt.lower().split()) for prompt, _ in test}
@@ -522,22 +523,22 @@ def test_a_task_is_taken_from_the_first_folder_that_has_any_of_its_files(
     tmp_path, chat, monkeypatch, capsys
 ):
     own, raw = tmp_path / "own", tmp_path / "raw"
-    monkeypatch.setattr(convert, "RAW", raw)
+    monkeypatch.setattr(sources, "RAW", raw)
     monkeypatch.setenv("FINLORA_DATA", str(own))
     write_rows(own / "data" / "test" / "ner_test.jsonl", [("Who is Ann?", "person")])
     write_rows(raw / "test" / "ner_test.jsonl", [("Where is Rome?", "location")])
     write_rows(raw / "train" / "ner_train.jsonl", [("Where is Oslo?", "location")])
     write_rows(raw / "train" / "headline_train.jsonl", [("Did gold rise?", "Yes")])
-    assert convert.source_folder() == own / "data"
-    found = {task: convert.source_folder(task) for task in ("ner", "headline", "formula")}
-    assert found == {"ner": own / "data", "headline": raw, "formula": convert.SAMPLE}
+    assert sources.source_folder() == own / "data"
+    found = {task: sources.source_folder(task) for task in ("ner", "headline", "formula")}
+    assert found == {"ner": own / "data", "headline": raw, "formula": sources.SAMPLE}
 
     monkeypatch.setattr(sys, "argv", ["convert", "ner,headline,formula"])
     convert.main()
     told = capsys.readouterr().out
     assert "(examples)" in told and f"from {raw}" in told
-    assert not convert.train_path("ner").exists()  # nothing is filled up from another folder
-    origins = {path.name: convert.manifest(path)["from"] for path in chat.glob("*.jsonl")}
+    assert not sources.train_path("ner").exists()  # nothing is filled up from another folder
+    origins = {path.name: sources.manifest(path)["from"] for path in chat.glob("*.jsonl")}
     assert origins == {
         "ner_test.jsonl": "FINLORA_DATA",
         "headline_train.jsonl": "data/raw",
@@ -550,11 +551,11 @@ def test_a_task_is_taken_from_the_first_folder_that_has_any_of_its_files(
 # ---- Multi-task sets
 
 
-MULTI = {name: spec for name, spec in convert.sources()["tasks"].items() if "parts" in spec}
+MULTI = {name: spec for name, spec in sources.tables()["tasks"].items() if "parts" in spec}
 
 
 def test_a_multi_task_set_is_scored_on_the_datasets_of_its_parts():
-    tasks = convert.sources()["tasks"]
+    tasks = sources.tables()["tasks"]
     assert set(MULTI) == {"general_multi", "reporting_multi", "analysis_multi"}
     assert MULTI["reporting_multi"]["eval"] == ["finer", "fnxl", "xbrl_term"]
     for spec in MULTI.values():
@@ -563,23 +564,23 @@ def test_a_multi_task_set_is_scored_on_the_datasets_of_its_parts():
 
 @pytest.mark.parametrize("name", MULTI)
 def test_a_multi_task_set_is_joined_from_its_parts(name, chat, monkeypatch):
-    monkeypatch.setattr(convert, "source_folder", lambda task="": convert.SAMPLE)
+    monkeypatch.setattr(sources, "source_folder", lambda task="": sources.SAMPLE)
     monkeypatch.setattr(sys, "argv", ["convert", name])
     convert.main()
-    parts = [turns(convert.train_path(part)) for part in MULTI[name]["parts"]]
-    joined = turns(convert.train_path(name))
+    parts = [turns(sources.train_path(part)) for part in MULTI[name]["parts"]]
+    joined = turns(sources.train_path(name))
     equal = min(map(len, parts))
     kept = [equal if "equal" in MULTI[name] else len(part) for part in parts]
     assert len(joined) == sum(kept)
     for part, size in zip(parts, kept, strict=True):
         mine, joined = joined[:size], joined[size:]
         assert mine == [row for row in part if row in mine]  # in their order, none twice
-    manifest = convert.manifest(convert.train_path(name))
+    manifest = sources.manifest(sources.train_path(name))
     assert (
         manifest["rows"] + manifest["not_selected"] == manifest["rows_in"] == sum(map(len, parts))
     )
     assert manifest["from"] == "data/sample"
-    tests = {convert.test_path(dataset).is_file() for dataset in MULTI[name]["eval"]}
+    tests = {sources.test_path(dataset).is_file() for dataset in MULTI[name]["eval"]}
     assert tests == {True}
 
 
@@ -587,16 +588,16 @@ def test_a_published_multi_task_set_is_used_where_it_is_at_hand(tmp_path, chat):
     rows = [("How is it?", "mildly positive"), ("Did gold rise?", "Yes"), ("Who is Ann?", "person")]
     write_rows(tmp_path / "train" / "multi" / "general_multi.jsonl", rows)
     convert.convert_task("general_multi", tmp_path)
-    assert turns(convert.train_path("general_multi")) == rows
-    assert convert.manifest(convert.train_path("general_multi"))["labels"]["Yes"] == 1
+    assert turns(sources.train_path("general_multi")) == rows
+    assert sources.manifest(sources.train_path("general_multi"))["labels"]["Yes"] == 1
 
 
 def test_parts_from_two_folders_are_not_joined(tmp_path, chat, capsys):
     write_rows(tmp_path / "train" / "finer_train_batched.jsonl", [("Which tags?", "A, B, C, D")])
     convert.convert_task("finer", tmp_path)
-    convert.convert_task("xbrl_term", convert.SAMPLE)
-    convert.convert_task("reporting_multi", convert.SAMPLE)
-    assert not convert.train_path("reporting_multi").exists()
+    convert.convert_task("xbrl_term", sources.SAMPLE)
+    convert.convert_task("reporting_multi", sources.SAMPLE)
+    assert not sources.train_path("reporting_multi").exists()
     assert "finer is from your own, xbrl_term is from data/sample" in capsys.readouterr().out
 
 
@@ -663,7 +664,7 @@ def test_a_row_that_is_too_long_is_named_or_kept_aside_and_never_cut(ruler, sour
     assert turns(target) == [("Short?", "yes")]
     assert (manifest["rows"], manifest["refused"]) == (1, 1)
     assert manifest["tokens"]["over"] == {"rows": 1, "share": 0.5, "cut": 0}
-    assert json.loads(lines(convert.refused_path(target))[0]["text"])["context"] == LONG_PROMPT
+    assert json.loads(lines(sources.refused_path(target))[0]["text"])["context"] == LONG_PROMPT
 
 
 def test_only_where_the_task_says_so_a_prompt_loses_its_middle(tmp_path, chat, ruler, monkeypatch):
@@ -675,18 +676,18 @@ def test_only_where_the_task_says_so_a_prompt_loses_its_middle(tmp_path, chat, r
     how = convert.How(lengths=bounded(ruler, 150))
     with pytest.raises(WrongInput, match="formula_train.jsonl, line 2: .* sequence_len of 150"):
         convert.convert_task("formula", tmp_path, how)
-    monkeypatch.setitem(convert.sources()["tasks"]["formula"], "cut_long_prompts", "middle")
+    monkeypatch.setitem(sources.tables()["tasks"]["formula"], "cut_long_prompts", "middle")
     convert.convert_task("formula", tmp_path, how)
-    train = turns(convert.train_path("formula"))
+    train = turns(sources.train_path("formula"))
     assert train[0] == ("Short?", "yes") and train[1][1] == answer
     start, end = train[1][0].split(lengths.GAP)
     assert LONG_PROMPT.startswith(start) and LONG_PROMPT.endswith(end)
     assert abs(len(start) - len(end)) < 20
     (counted,) = ruler.count([train[1][0]], [answer])
     assert 140 < sum(counted) <= 150
-    assert convert.manifest(convert.train_path("formula"))["tokens"]["over"]["cut"] == 1
+    assert sources.manifest(sources.train_path("formula"))["tokens"]["over"]["cut"] == 1
     # A test is asked as it stands.
-    assert turns(convert.test_path("financial_math"))[0][0] == LONG_PROMPT
+    assert turns(sources.test_path("financial_math"))[0][0] == LONG_PROMPT
 
 
 def test_an_answer_that_leaves_no_room_for_a_prompt_is_refused_even_so(ruler, source, target):
@@ -703,12 +704,12 @@ def main(monkeypatch, *arguments):
 
 
 def test_the_command_counts_with_the_tokenizer_of_a_recipe(smollm2, chat, monkeypatch, capsys):
-    monkeypatch.setattr(convert, "source_folder", lambda task="": convert.SAMPLE)
+    monkeypatch.setattr(sources, "source_folder", lambda task="": sources.SAMPLE)
     main(monkeypatch, "", "--recipe", "smollm2-135m/sentiment_r4")
-    tokens = convert.manifest(convert.train_path("sentiment"))["tokens"]
+    tokens = sources.manifest(sources.train_path("sentiment"))["tokens"]
     assert tokens["sequence_len"] == 2048 and tokens["tokenizer"].startswith("models/smollm2-135m")
     assert tokens["over"] == {"rows": 0, "share": 0.0, "cut": 0}
-    assert not convert.train_path("ner").exists()  # the recipe's task alone
+    assert not sources.train_path("ner").exists()  # the recipe's task alone
     assert "tokens: prompt " in capsys.readouterr().out
 
 
@@ -718,7 +719,7 @@ def test_the_command_counts_with_the_tokenizer_of_a_folder(
     write_rows(source, [("How is it?", "neutral"), (LONG_PROMPT, "neutral")])
     told = ["--dataset", "fpb", source, target, "--tokenizer", smollm2]
     main(monkeypatch, *told, "--sequence-len", "")
-    assert convert.manifest(target)["tokens"]["prompt"]["max"] > 1000
+    assert sources.manifest(target)["tokens"]["prompt"]["max"] > 1000
     for more, said in [
         (["--sequence-len", "100"], "more than the sequence_len of 100"),
         (["--sequence-len", "long"], 'is a number of tokens, not "long"'),
@@ -738,7 +739,7 @@ def test_a_recipe_whose_tokenizer_is_not_at_hand_converts_and_says_so(
         "{base_model: nobody/gated, sequence_len: 9, output_dir: x, datasets: [{path: x.jsonl}]}"
     )
     main(monkeypatch, "--dataset", "fpb", source, target, "--recipe", recipe)
-    tokens = convert.manifest(target)["tokens"]
+    tokens = sources.manifest(target)["tokens"]
     assert tokens == "not counted: the tokenizer of nobody/gated is not at hand"
     assert "RECIPE" in convert.convert(source, target, FREE)["tokens"]
 
@@ -750,7 +751,7 @@ def published():
     """(name, file, rules) of every published file that a dataset or a task names."""
     if not FINLORA:
         return []
-    folder, table = convert.source_folder(), convert.sources()
+    folder, table = sources.source_folder(), sources.tables()
     found = [(n, folder / d["file"]) for n, d in table["datasets"].items()]
     found += [(f"{n} train", folder / t["train"]) for n, t in table["tasks"].items()]
     return [(name, path) for name, path in found if path.is_file()]
@@ -761,7 +762,7 @@ def published():
     ("dataset", "counts"), [("tfns", (347, 1566, 475)), ("tfns_as_published", (347, 475, 1566))]
 )
 def test_tfns_is_repaired_only_under_its_repaired_name(target, dataset, counts):
-    path = convert.source_folder() / "test" / "tfns_test.jsonl"
+    path = sources.source_folder() / "test" / "tfns_test.jsonl"
     manifest = convert.convert(path, target, convert.rules(dataset, path))
     assert tuple(manifest["labels"].values()) == counts
     assert list(manifest["labels"]) == ["negative", "neutral", "positive"]
@@ -772,7 +773,7 @@ def test_tfns_is_repaired_only_under_its_repaired_name(target, dataset, counts):
 
 @needs_finlora
 def test_a_changed_tfns_file_is_repaired_where_its_rows_show_the_swap(tmp_path, target):
-    published = convert.source_folder() / "test" / "tfns_test.jsonl"
+    published = sources.source_folder() / "test" / "tfns_test.jsonl"
     changed = tmp_path / "tfns_test.jsonl"
     changed.write_bytes(published.read_bytes() + GOOD)
     manifest = convert.convert(changed, target, convert.rules("tfns", changed))
@@ -783,10 +784,10 @@ def test_a_changed_tfns_file_is_repaired_where_its_rows_show_the_swap(tmp_path, 
 
 @needs_finlora
 def test_sentiment_trains_on_900_rows_whose_prompts_are_not_tested(tmp_path, monkeypatch):
-    folder = convert.source_folder()
-    if (folder / convert.sources()["tasks"]["sentiment"]["train"]).is_file():
+    folder = sources.source_folder()
+    if (folder / sources.tables()["tasks"]["sentiment"]["train"]).is_file():
         pytest.skip("FinLoRA's own sentiment training file is at hand, so nothing is split")
-    monkeypatch.setattr(convert, "CHAT", tmp_path)
+    monkeypatch.setattr(sources, "CHAT", tmp_path)
     convert.convert_task("sentiment", folder)
     train, test = turns(tmp_path / "sentiment_train.jsonl"), turns(tmp_path / "fpb_test.jsonl")
     train += turns(tmp_path / "sentiment_val.jsonl")
@@ -809,9 +810,9 @@ def test_every_published_row_is_converted(target, name, path):
 
 
 def test_the_published_data_is_looked_for_where_the_variable_says(tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "RAW", tmp_path / "nothing")
-    assert convert.source_folder() == (
-        (Path(FINLORA) / "data").resolve() if FINLORA else convert.SAMPLE
+    monkeypatch.setattr(sources, "RAW", tmp_path / "nothing")
+    assert sources.source_folder() == (
+        (Path(FINLORA) / "data").resolve() if FINLORA else sources.SAMPLE
     )
 
 
@@ -823,7 +824,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("this machine does not let a small disk be mounted")
     try:
-        source = convert.SAMPLE / "train" / "finlora_sentiment_train.jsonl"
+        source = sources.SAMPLE / "train" / "finlora_sentiment_train.jsonl"
         arguments = ["tools.data.convert", "--dataset", "fpb", source, disk / "out.jsonl"]
         done = subprocess.run(
             [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True

@@ -17,7 +17,7 @@ from evals import run as evaluation
 from evals.answers import Answers, Prompts
 from tests.conftest import run as command
 from tests.conftest import write_recipe
-from tools import common, models, recipes
+from tools import common, models, recipes, sources
 from tools import prompts as prompt
 from tools import runs as subject_of
 from tools.data import convert
@@ -65,12 +65,12 @@ def key(doc):
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """An empty project folder: the sample's data is converted into it, and runs lie in it."""
-    monkeypatch.setattr(convert, "CHAT", tmp_path / "data" / "chat")
+    monkeypatch.setattr(sources, "CHAT", tmp_path / "data" / "chat")
     monkeypatch.setattr(subject_of, "RUNS", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
-    for name, row in convert.sources()["datasets"].items():
-        source = convert.SAMPLE / row["file"]
-        convert.convert(source, convert.test_path(name), convert.rules(name, source))
+    for name, row in sources.tables()["datasets"].items():
+        source = sources.SAMPLE / row["file"]
+        convert.convert(source, sources.test_path(name), convert.rules(name, source))
     return tmp_path
 
 
@@ -83,7 +83,7 @@ def trained(workplace, tiny):
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
 
-        data = convert.CHAT / "sentiment_train.jsonl"
+        data = sources.CHAT / "sentiment_train.jsonl"
         path = write_recipe(workplace, name.replace("x", ""), tiny, data)
         folder = workplace / "runs" / "tiny" / name
         content = yaml.safe_load(path.read_text()) | {"output_dir": str(folder)}
@@ -110,7 +110,7 @@ def evaluate(monkeypatch, *arguments):
 
 
 def test_every_dataset_has_a_task_and_stands_in_a_group():
-    datasets = set(convert.sources()["datasets"])
+    datasets = set(sources.tables()["datasets"])
     assert datasets <= set(evaluation.tasks())
     groups = {}
     for path in evaluation.TASKS.glob("finlora*.yaml"):
@@ -179,7 +179,7 @@ def test_a_new_dataset_is_a_file_of_yaml(workplace, monkeypatch):
     rows = [{"context": f"Bill {n}\nAnswer:", "target": ["paid", "due"][n % 2]} for n in range(20)]
     source = workplace / "bills.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    convert.convert(source, convert.CHAT / "bills_test.jsonl", convert.Rules())
+    convert.convert(source, sources.CHAT / "bills_test.jsonl", convert.Rules())
     (workplace / "tasks" / "local").mkdir(exist_ok=True)
     (workplace / "tasks" / "local" / "bills.yaml").write_text(
         """include: ../_labels.yaml
@@ -246,7 +246,7 @@ def test_the_scorer_answers_as_a_plain_generate_loop_does(base, workplace, reque
     lm = Model(model, tokenizer, "fpb", 16)
     lm.tokens = 500  # a few rows a batch
     scored, _ = evaluation.measure(lm, "fpb", 16, Prompts("chat"))
-    rows = [json.loads(line) for line in convert.test_path("fpb").open()]
+    rows = [json.loads(line) for line in sources.test_path("fpb").open()]
     assert len({row["row"] for row in scored}) == 16
     rows = [rows[row["row"]] for row in scored]
     plain = [generated(model, tokenizer, row["messages"][0]["content"], 10) for row in rows]
@@ -264,7 +264,7 @@ def test_the_probabilities_of_labels_are_those_of_a_plain_forward_pass(tiny, wor
     lm.tokens = 500
     answers = Answers(tmp_path / "kept.jsonl", {})
     scored, _ = evaluation.measure(lm, "fpb", 16, Prompts("chat"), answers)
-    rows = [json.loads(line) for line in convert.test_path("fpb").open()]
+    rows = [json.loads(line) for line in sources.test_path("fpb").open()]
     labels = ["negative", "neutral", "positive"]
     ids = first_tokens(tokenizer, labels)
     for row in scored:
@@ -394,7 +394,7 @@ def test_a_score_is_kept_until_what_it_depends_on_changes(trained, workplace, mo
     assert content["examples"] == len(content["predictions"]) == 6
     depends = content["evaluated"]
     assert (depends["precision"], depends["prompt_format"]) == ("nf4", "chat")
-    assert depends["data_sha256"] == common.digest(convert.test_path("fpb"))
+    assert depends["data_sha256"] == common.digest(sources.test_path("fpb"))
     assert depends["adapter_sha256"] == common.digest(folder / "adapter_model.safetensors")
     right = sum(row["expected"] == row["answered"] for row in content["predictions"])
     assert content["metrics"]["accuracy"]["value"] == pytest.approx(right / 6)
@@ -408,9 +408,9 @@ def test_a_score_is_kept_until_what_it_depends_on_changes(trained, workplace, mo
     assert "fpb, base: 6" not in capsys.readouterr().out
     assert file.stat().st_mtime_ns == before
 
-    lines = convert.test_path("fpb").read_text().splitlines(keepends=True)
-    convert.test_path("fpb").write_text("".join(lines[1:]))
-    convert.manifest_path(convert.test_path("fpb")).unlink()
+    lines = sources.test_path("fpb").read_text().splitlines(keepends=True)
+    sources.test_path("fpb").write_text("".join(lines[1:]))
+    sources.manifest_path(sources.test_path("fpb")).unlink()
     evaluate(monkeypatch, recipe, "--tasks", "fpb", "--limit", "6")
     assert file.stat().st_mtime_ns > before
 
@@ -559,11 +559,11 @@ def test_differences_are_corrected_over_the_datasets(workplace):
 def test_the_adapter_of_the_demo_beats_its_base_by_20_points(
     smollm2, workplace, monkeypatch, capsys
 ):
-    convert.convert_task("sentiment", convert.SAMPLE)
+    convert.convert_task("sentiment", sources.SAMPLE)
     catalogue = recipes.config("smollm2-135m/sentiment_r4")
     kept = ("max_steps", "save_steps", "eval_steps", "warmup_steps")
     same = {key: catalogue[key] for key in kept}
-    recipe = write_recipe(workplace, "r4", smollm2, convert.train_path("sentiment"), **same)
+    recipe = write_recipe(workplace, "r4", smollm2, sources.train_path("sentiment"), **same)
     result = command("tools.train.launch", recipe)
     assert result.returncode == 0, result.stdout + result.stderr
     evaluate(monkeypatch, recipe, "--tasks", "fpb")

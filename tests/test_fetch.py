@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from tools import common
-from tools.data import convert, fetch
+from tools import common, sources
+from tools.data import fetch
 
 Act = Callable[[Any, bytes, int], None]  # (handler, the whole file, first byte asked for)
 FPB, FIQA, NER = "test/fpb_test.jsonl", "test/fiqa_test.jsonl", "test/ner_test.jsonl"
@@ -798,7 +798,7 @@ def test_the_exams_are_brought_by_the_user_and_their_shape_is_checked(
 
 
 def test_every_file_of_every_dataset_and_task_has_a_row_with_its_origin() -> None:
-    table = convert.sources()
+    table = sources.tables()
     named = {row["file"] for row in table["datasets"].values()}
     named |= {row["train"] for row in table["tasks"].values()}
     assert named <= set(table["files"])
@@ -821,7 +821,7 @@ def test_every_file_of_every_dataset_and_task_has_a_row_with_its_origin() -> Non
 
 
 def test_without_a_mirror_files_are_asked_of_github_at_the_pinned_commit() -> None:
-    base, commit = "Open-Finance-Lab/FinLoRA", convert.sources()["commit"]
+    base, commit = "Open-Finance-Lab/FinLoRA", sources.tables()["commit"]
     plain, lfs = fetch.published(FPB), fetch.published(MULTI)
     assert plain and lfs and not plain.lfs and lfs.lfs and len(commit) == 40
     raw = f"https://raw.githubusercontent.com/{base}/{commit}/data/{FPB}"
@@ -832,7 +832,7 @@ def test_without_a_mirror_files_are_asked_of_github_at_the_pinned_commit() -> No
 @pytest.mark.skipif(not os.environ.get("FINLORA_DATA"), reason="FINLORA_DATA is not set")
 def test_finloras_own_files_are_right_and_git_names_them_the_same() -> None:
     folder = Path(os.environ["FINLORA_DATA"]) / "data"
-    there = [path for path in convert.sources()["files"] if (folder / path).is_file()]
+    there = [path for path in sources.tables()["files"] if (folder / path).is_file()]
     assert there
     for path in there:
         file = fetch.published(path)

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save
 
 from evals import stats
 from tests.hub_server import Hold, Hub, busy, cut, once
-from tools import adapters, common, recipes
+from tools import adapters, architectures, common, recipes
 from tools.hub import card, client, pull, push
 from tools.train import plan
 
@@ -692,7 +692,9 @@ def test_a_damaged_download_is_not_kept(me, place, server):
 
 def test_a_download_that_was_cut_goes_on_where_it_stopped(place, server):
     """The client writes 10 MB at a time, so the adapter is one of the larger base: 18.9 MB."""
-    config, tensors = lora(plan.find_model("meta-llama/Llama-3.1-8B-Instruct"), 8, kind=np.float32)
+    config, tensors = lora(
+        architectures.find("meta-llama/Llama-3.1-8B-Instruct"), 8, kind=np.float32
+    )
     server.put("wangd12/sentiment_llama_3_1_8b_8bits_r8", files_of(config, tensors))
     bob = place("bob")
     server.shorten[adapters.WEIGHTS] = 12_000_000
@@ -733,7 +735,7 @@ def test_unknown_names_are_one_line_each(me, place, server):
 QKV = ("q_proj", "k_proj", "v_proj")
 
 
-def lora(model: plan.Model, rank: int = 4, modules=QKV, kind=np.float16, **changes):
+def lora(model: architectures.Model, rank: int = 4, modules=QKV, kind=np.float16, **changes):
     """(adapter_config.json, tensors) of an adapter for a base, as PEFT writes them."""
     plain = adapters.Plain(rank, bool(changes.get("use_dora")), tuple(modules))
     config = {
@@ -751,7 +753,7 @@ def lora(model: plan.Model, rank: int = 4, modules=QKV, kind=np.float16, **chang
     return config | changes, tensors
 
 
-SMOLLM2 = plan.find_model("HuggingFaceTB/SmolLM2-135M-Instruct")
+SMOLLM2 = architectures.find("HuggingFaceTB/SmolLM2-135M-Instruct")
 THEIRS = "stranger/adapter"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 12\n"
 
@@ -762,7 +764,7 @@ def files_of(config, tensors, **more: bytes) -> dict[str, bytes]:
 
 
 def test_finloras_own_adapter_comes_by_the_name_of_its_recipe(place, server):
-    llama = plan.find_model("meta-llama/Llama-3.1-8B-Instruct")
+    llama = architectures.find("meta-llama/Llama-3.1-8B-Instruct")
     config, tensors = lora(llama, base_model_name_or_path="meta-llama/Meta-Llama-3.1-8B-Instruct")
     name = "wangd12/sentiment_llama_3_1_8b_4bits_r4"
     server.put(name, files_of(config, tensors, **{"training_args.bin": b"\x80\x04pickle"}))
@@ -797,7 +799,7 @@ def test_an_adapter_for_a_base_that_only_the_hub_knows_is_held_against_its_confi
 ):
     shape = json.loads((tiny / "config.json").read_text())
     server.put("tester/tiny", {"config.json": json.dumps(shape).encode()})
-    model = adapters.architecture("tester/tiny", shape)
+    model = architectures.of_config("tester/tiny", shape)
     assert (model.layers, model.hidden, model.kv_heads, model.head_dim) == (2, 64, 2, 16)
     config, tensors = lora(model, modules=("q_proj", "down_proj"), use_dora=True)
     server.put(THEIRS, files_of(config, tensors))
@@ -814,7 +816,7 @@ def test_an_adapter_for_a_base_that_only_the_hub_knows_is_held_against_its_confi
 
 
 def test_an_adapter_in_a_folder_of_a_repository_comes_by_its_path(place, server):
-    llama = plan.find_model("meta-llama/Llama-3.1-8B-Instruct")
+    llama = architectures.find("meta-llama/Llama-3.1-8B-Instruct")
     mirror = "NousResearch/Meta-Llama-3.1-8B-Instruct"
     config, tensors = lora(llama, rank=8, base_model_name_or_path=mirror)
     folder = "8bits_r8/finer_llama_3_1_8b_8bits_r8"
@@ -986,7 +988,7 @@ def test_an_adapter_of_every_kind_that_peft_writes_fits_its_own_config(tiny, tmp
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model = adapters.architecture("x/tiny", json.loads((tiny / "config.json").read_text()))
+    model = architectures.of_config("x/tiny", json.loads((tiny / "config.json").read_text()))
     kinds = {
         "dora": {"use_dora": True, "target_modules": ["q_proj", "down_proj"]},
         "rslora": {"use_rslora": True, "target_modules": ["v_proj"]},

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.conftest import run
-from tools import catalogue, custom, recipes
+from tools import catalogue, custom, recipes, sources
 from tools.common import ROOT, JobFailed, WrongInput
 from tools.data import convert
 
@@ -16,15 +16,15 @@ from tools.data import convert
 def mine(tmp_path, monkeypatch):
     """Folders of one's own in a temporary place."""
     monkeypatch.setattr(recipes, "LOCAL", tmp_path / "recipes" / "local")
-    monkeypatch.setattr(convert, "LOCAL", tmp_path / "recipes" / "local")
+    monkeypatch.setattr(sources, "OWN", tmp_path / "recipes" / "local")
     monkeypatch.setattr(custom, "DATA", tmp_path / "data" / "local")
     monkeypatch.setattr(custom, "TASKS", tmp_path / "tasks" / "local")
-    monkeypatch.setattr(convert, "CHAT", tmp_path / "chat")
+    monkeypatch.setattr(sources, "CHAT", tmp_path / "chat")
     recipes.forget()
-    convert.sources.cache_clear()
+    sources.tables.cache_clear()
     yield tmp_path
     recipes.forget()
-    convert.sources.cache_clear()
+    sources.tables.cache_clear()
 
 
 def jsonl(path, rows):
@@ -45,11 +45,11 @@ TONES = [
 def test_rows_become_a_task_with_data_recipes_and_an_evaluation(mine, capsys):
     custom.new("late_filing", jsonl(mine / "rows.jsonl", TONES))
     capsys.readouterr()
-    convert.sources.cache_clear()
+    sources.tables.cache_clear()
     convert.convert_task("late_filing", mine)
     kept = {}
     for side in ("train", "val", "test"):
-        path = convert.CHAT / f"late_filing_{side}.jsonl"
+        path = sources.CHAT / f"late_filing_{side}.jsonl"
         rows = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
         kept |= {user["content"]: assistant["content"] for user, assistant in rows}
         assert len(rows) == {"train": 47, "val": 1, "test": 12}[side]
@@ -204,9 +204,9 @@ def test_runs_like_the_catalogues_are_named_and_others_become_recipes(mine, caps
 def test_a_file_of_ones_own_becomes_a_source(mine, capsys):
     jsonl(mine / "house_train.jsonl", [{"context": "q", "target": "a"}])
     custom.import_(config(mine / "c.json", house=RUN | {"dataset_path": "house_train.jsonl"}))
-    convert.sources.cache_clear()
+    sources.tables.cache_clear()
     convert.convert_task("house", mine)
-    assert (convert.CHAT / "house_train.jsonl").is_file()
+    assert (sources.CHAT / "house_train.jsonl").is_file()
     recipes.forget()
     assert (
         recipes.find("imported/house").config["datasets"][0]["path"]
@@ -242,7 +242,7 @@ def test_a_wrong_run_is_named_with_its_key_and_the_others_are_imported(mine, cha
 
 def test_a_config_like_finloras_is_imported_but_for_the_run_without_a_file(mine, capsys):
     bases = ("meta-llama/Llama-3.1-8B-Instruct", "tiiuae/Falcon3-7B-Instruct")
-    names = [Path(row["train"]).name for row in convert.published()["tasks"].values()]
+    names = [Path(row["train"]).name for row in sources.published_tables()["tasks"].values()]
     runs = {
         f"{Path(file).stem}_{number}": RUN
         | {"base_model": base, "dataset_path": f"../data/train/{file}"}
@@ -269,7 +269,7 @@ def test_a_training_file_is_known_by_its_content_and_not_by_its_name(mine, capsy
     assert data.startswith("data/chat/ner_") and data != "data/chat/ner_train.jsonl"
     assert "nothing in the catalogue is like it" in capsys.readouterr().out
     # Under another name, a pointer to FinLoRA's file in Git LFS is FinLoRA's file.
-    sha = convert.published()["files"]["train/xbrl_extract_train.jsonl"]["sha256"]
+    sha = sources.published_tables()["files"]["train/xbrl_extract_train.jsonl"]["sha256"]
     for name, oid in (("pointer", sha), ("other", "0" * 64)):
         (mine / f"{name}.jsonl").write_text(
             f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize 137747639\n"
@@ -287,7 +287,7 @@ def test_importing_overwrites_no_task_and_no_recipe_of_ones_own(mine, capsys):
     for folder in ("a", "b"):
         (mine / folder).mkdir()
         jsonl(mine / folder / "house_train.jsonl", [{"context": "q", "target": folder}])
-    convert.sources.cache_clear()
+    sources.tables.cache_clear()
     recipes.forget()
     runs = {name: RUN | {"dataset_path": f"{name}/house_train.jsonl"} for name in ("a", "b")}
     before = files(mine / "recipes")

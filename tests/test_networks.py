@@ -15,8 +15,8 @@ import pytest
 
 from tests.conftest import run, write_recipe
 from tests.hub_server import Hub
-from tools import common
-from tools.data import convert, fetch
+from tools import common, sources
+from tools.data import fetch
 
 # Appended to by every Python process of a job: hosts that it looks up or connects to.
 WATCH = """
@@ -167,7 +167,7 @@ def test_training_scoring_and_chat_without_a_network_try_no_connection(tiny, cha
     done = isolated("tools.use.chat", recipe, "Is the sentiment positive?", connections=connections)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not connections.exists(), connections.read_text()
-    if not convert.test_path("fpb").is_file():
+    if not sources.test_path("fpb").is_file():
         pytest.skip("trained and chatted; fpb is not converted here, so nothing is scored")
     arguments = ("--adapter", tmp_path / "r4", "--tasks", "fpb", "--limit", 2)
     done = isolated("evals.run", *arguments, connections=connections)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import run, write_recipe
-from tools import recipes
+from tools import architectures, recipes
 from tools.common import ROOT, WrongInput
 from tools.train import plan
 from tools.train.plan import GIB, Setup
@@ -19,7 +19,9 @@ METHODS = list(recipes.matrix()["methods"])
 
 
 def model(name):
-    return plan.find_model(json.loads((plan.MODELS / f"{name}.json").read_text())["source"])
+    return architectures.find(
+        json.loads((architectures.FOLDER / f"{name}.json").read_text())["source"]
+    )
 
 
 def of_recipe(name, row=64, **changed):
@@ -43,14 +45,14 @@ TOTALS = {
 
 
 def test_each_model_has_its_known_number_of_parameters():
-    assert {p.stem for p in plan.MODELS.glob("*.json")} == set(TOTALS)
+    assert {p.stem for p in architectures.FOLDER.glob("*.json")} == set(TOTALS)
     assert {name: model(name).parameters for name in TOTALS} == TOTALS
 
 
 def test_a_model_is_found_by_every_base_of_the_catalogue():
     for name, row in recipes.matrix()["models"].items():
         for base in {row["hub"], row.get("base_model", row["hub"])}:
-            assert plan.find_model(base) == model(name)
+            assert architectures.find(base) == model(name)
 
 
 # ---- FinLoRA's table: Llama 3.1 8B on NER, LoRA on q, k, v
@@ -166,7 +168,7 @@ def test_double_quantization_saves_0_37_bits_a_parameter():
 
 @pytest.fixture(scope="module")
 def tiny_model():
-    return plan.Model("tiny", 2, 64, 128, 4, 2, 16, 49152, True)
+    return architectures.Model("tiny", 2, 64, 128, 4, 2, 16, 49152, True)
 
 
 def config_of(which, request):
@@ -369,7 +371,7 @@ def test_a_module_to_save_that_cannot_be_planned_is_named():
 def test_a_base_is_planned_from_its_own_config_in_a_folder_and_in_the_hubs_cache(
     tiny, tiny_model, tmp_path
 ):
-    assert replace(plan.find_model(str(tiny)), source="tiny") == tiny_model
+    assert replace(architectures.find(str(tiny)), source="tiny") == tiny_model
     snapshot = tmp_path / "models--someone--small" / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
     (snapshot.parent.parent / "refs").mkdir()
@@ -443,7 +445,7 @@ def test_a_base_without_a_json_is_named():
     with pytest.raises(
         WrongInput, match=r'recipes/models has no JSON for the base "Qwen/Qwen3-9B"'
     ):
-        plan.find_model("Qwen/Qwen3-9B")
+        architectures.find("Qwen/Qwen3-9B")
 
 
 @pytest.mark.parametrize(

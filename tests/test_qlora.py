@@ -16,7 +16,7 @@ from safetensors import safe_open
 from bench import memory
 from tests import nf4
 from tests.conftest import run, write_recipe
-from tools import recipes
+from tools import architectures, recipes
 from tools.train import plan
 
 METHODS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
@@ -162,7 +162,7 @@ def test_constants_take_half_a_bit_a_weight_and_an_eighth_with_double_quantizati
 def weights_of(source, real):
     if source == "normal":
         return [torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))]
-    return [real(number, name) for number in (0, 14, 29) for name in plan.MODULES]
+    return [real(number, name) for number in (0, 14, 29) for name in architectures.MODULES]
 
 
 @pytest.mark.parametrize("source", ["normal", "SmolLM2"])
@@ -420,7 +420,7 @@ def test_the_states_of_rank_4_are_too_small_to_be_paged():
     from bitsandbytes.optim.optimizer import Optimizer8bit
 
     assert "p.numel() < 1e5" in inspect.getsource(Optimizer8bit.get_state_buffer)
-    shapes = plan.find_model("meta-llama/Llama-3.1-8B-Instruct").shapes.values()
+    shapes = architectures.find("meta-llama/Llama-3.1-8B-Instruct").shapes.values()
     assert max(4 * max(shape) for shape in shapes) < 1e5
     assert max(64 * max(shape) for shape in shapes) >= 1e5
 

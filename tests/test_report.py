@@ -18,9 +18,8 @@ from evals import html, report
 from evals import run as evaluation
 from evals.answers import Prompts
 from tests.test_eval import Speaker
-from tools import common, recipes
+from tools import common, recipes, sources
 from tools import runs as subject_of
-from tools.data import convert
 
 HOSTILE = [
     "<script>document.title = 'taken'</script>",
@@ -54,11 +53,11 @@ def adapter(doc):
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     """A base and an adapter, scored by the real code on rows whose prompts are hostile."""
-    monkeypatch.setattr(convert, "CHAT", tmp_path / "data" / "chat")
+    monkeypatch.setattr(sources, "CHAT", tmp_path / "data" / "chat")
     monkeypatch.setattr(subject_of, "RUNS", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     html.prompts.cache_clear()
-    convert.CHAT.mkdir(parents=True)
+    sources.CHAT.mkdir(parents=True)
     rows = [
         {
             "messages": [
@@ -70,7 +69,7 @@ def runs(tmp_path, monkeypatch):
     ]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     for name in ("fpb_test", "fiqa_test", "sentiment_train"):
-        (convert.CHAT / f"{name}.jsonl").write_text(lines)
+        (sources.CHAT / f"{name}.jsonl").write_text(lines)
     folder = subject_of.RUNS / "smollm2-135m" / "sentiment_r4"
     folder.mkdir(parents=True)
     (folder / "adapter_model.safetensors").write_bytes(b"an adapter")
@@ -212,7 +211,7 @@ def test_wrong_answers_are_limited_and_say_so(runs):
 
 
 def test_prompts_of_other_data_than_was_scored_are_not_shown(runs):
-    with open(convert.test_path("fpb"), "a") as file:
+    with open(sources.test_path("fpb"), "a") as file:
         file.write("{}\n")
     _, page = built()
     told = [text for text in page.shown["prompt"] if "is not the data that was scored" in text]
@@ -232,7 +231,7 @@ def test_the_planned_memory_is_the_planners(runs):
 
     told = html.planned(next(one for one in html.everything() if one.adapter), "T4 16GB", 2.0)
     again = plan.plan(
-        runs.config, "T4 16GB", price=2.0, data=convert.CHAT / "sentiment_train.jsonl"
+        runs.config, "T4 16GB", price=2.0, data=sources.CHAT / "sentiment_train.jsonl"
     )
     assert told == again and told["usd"] > 0
 

@@ -10,12 +10,13 @@ from collections import Counter
 
 import pytest
 
+from tools import sources
 from tools.common import ROOT
 from tools.data import convert
 
 SAMPLE = ROOT / "data" / "sample"
 MAKE = runpy.run_path(str(SAMPLE / "make.py"), run_name="sample_make")
-TASKS, DATASETS = convert.sources()["tasks"], convert.sources()["datasets"]
+TASKS, DATASETS = sources.tables()["tasks"], sources.tables()["datasets"]
 SENTIMENT_TESTS = [DATASETS[name]["file"] for name in TASKS["sentiment"]["eval"]]
 
 
@@ -40,12 +41,12 @@ def test_the_files_are_what_their_script_writes():
 
 @pytest.mark.parametrize("task", [name for name, spec in TASKS.items() if "parts" not in spec])
 def test_a_task_converts_to_at_least_twenty_rows_a_file(task, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "CHAT", tmp_path)
+    monkeypatch.setattr(sources, "CHAT", tmp_path)
     convert.convert_task(task, SAMPLE)
-    files = {convert.train_path(task): TASKS[task]["train"]}
-    files |= {convert.test_path(name): DATASETS[name]["file"] for name in TASKS[task]["eval"]}
+    files = {sources.train_path(task): TASKS[task]["train"]}
+    files |= {sources.test_path(name): DATASETS[name]["file"] for name in TASKS[task]["eval"]}
     for chat, source in files.items():
-        manifest = convert.manifest(chat)
+        manifest = sources.manifest(chat)
         held = (manifest["validation"] or {"rows": 0})["rows"]
         assert manifest["rows"] + held == len(rows(source)) >= 20, source
         assert manifest["from"] == "data/sample"

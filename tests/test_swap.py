@@ -12,7 +12,7 @@ import pytest
 from evals import report
 from evals import run as evaluation
 from tests.conftest import run
-from tools import recipes
+from tools import recipes, sources
 from tools.common import ROOT, WrongInput, write_json
 from tools.data import convert, swap
 from tools.hub import card
@@ -71,7 +71,7 @@ def construct(parts, tfns):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "CHAT", tmp_path / "chat")
+    monkeypatch.setattr(sources, "CHAT", tmp_path / "chat")
     return tmp_path
 
 
@@ -90,7 +90,7 @@ def chat(path):
 
 def converted(task="sentiment"):
     """All rows of a converted training set, with those that validate."""
-    return chat(convert.train_path(task)) + chat(convert.val_path(task))
+    return chat(sources.train_path(task)) + chat(sources.val_path(task))
 
 
 def stripped(rows):
@@ -98,7 +98,7 @@ def stripped(rows):
 
 
 def check_of(task="sentiment"):
-    return convert.manifest(convert.train_path(task))["label_check"]
+    return sources.manifest(sources.train_path(task))["label_check"]
 
 
 def test_right_labels_stay(folder, parts):
@@ -110,18 +110,18 @@ def test_right_labels_stay(folder, parts):
     assert check["outcome"] == "unchanged"
     assert check["text"].startswith("unchanged, shares as the source's: ")
     assert check["seen"] == dict(SOURCE)
-    assert convert.manifest(convert.train_path("sentiment"))["repair"] is None
+    assert sources.manifest(sources.train_path("sentiment"))["repair"] is None
 
 
 def test_swapped_labels_are_repaired_in_the_rows_of_their_source_alone(folder, parts, capsys):
     write(folder, construct(parts, swapped(parts["tfns"])))
     convert.convert_task("sentiment", folder)
     assert stripped(converted()) == stripped(construct(parts, parts["tfns"]))
-    manifest = convert.manifest(convert.train_path("sentiment"))
+    manifest = sources.manifest(sources.train_path("sentiment"))
     check = manifest["label_check"]
     assert (check["outcome"], check["rows"]) == ("repaired", 2 * SOURCE.total())
     assert manifest["repair"] == check["text"]
-    held = convert.manifest(convert.val_path("sentiment"))
+    held = sources.manifest(sources.val_path("sentiment"))
     assert held["label_check"] == check
     assert "repaired, neutral and positive were swapped in 4,776 rows" in capsys.readouterr().out
 
@@ -137,7 +137,7 @@ def test_half_swapped_labels_stop_the_conversion_until_a_person_decides(folder, 
     assert "finlora_sentiment_train.jsonl" in said and "\n" not in said
     assert "REPAIR=1 swaps them in the 4,776 rows" in said and "REPAIR=0 leaves" in said
     assert "the source has negative 14.5 %, neutral 65.6 %, positive 19.9 %" in said
-    assert not convert.train_path("sentiment").exists()
+    assert not sources.train_path("sentiment").exists()
     convert.convert_task("sentiment", folder, convert.How(repair=False))
     assert stripped(converted()) == stripped(rows)
     assert check_of()["text"].startswith("REPAIR=0, by hand: unchanged")
@@ -161,7 +161,7 @@ def test_a_person_may_decide_against_the_rows(folder, right, repair):
 def test_the_command_decides_stops_and_is_overruled(folder):
     data, parts = folder / "finlora" / "data", made_up()
     source = write(data, construct(parts, swapped(parts["tfns"])))
-    place = convert.CHAT
+    place = sources.CHAT
     script = (
         "import sys; from pathlib import Path; from tools import convert; "
         f"convert.CHAT = Path({str(place)!r}); sys.argv[1:1] = ['sentiment']; convert.main()"
@@ -212,7 +212,7 @@ def test_the_file_that_was_replaced_stays_whatever_its_size(folder):
         convert.convert_task("sentiment", folder)
         assert check_of()["outcome"] == outcome
         assert stripped(converted()) == stripped(fpb * 6 + posts * 21 + tfns * 2 + nwgi)
-        assert convert.manifest(convert.train_path("sentiment"))["rows"] == 76772 - 1536
+        assert sources.manifest(sources.train_path("sentiment"))["rows"] == 76772 - 1536
 
 
 def test_copies_that_fit_both_sources_and_prompts_with_two_labels(folder):
@@ -257,7 +257,7 @@ def test_files_without_rows_of_the_source_stay_as_they_are(folder):
     write(folder, parts["fpb"] * 6 + parts["fiqa"] * 21)
     convert.convert_task("sentiment", folder)
     assert check_of()["text"].startswith("unchanged: no TFNS rows")
-    convert.convert_task("sentiment", convert.SAMPLE)
+    convert.convert_task("sentiment", sources.SAMPLE)
     assert check_of() is None
 
 
@@ -277,7 +277,7 @@ def test_a_bad_row_is_named_before_anything_is_decided(folder):
         convert.convert_task("sentiment", folder)
     convert.convert_task("sentiment", folder, convert.How(quarantine=True))
     assert check_of()["outcome"] == "repaired"
-    assert convert.manifest(convert.train_path("sentiment"))["refused"] == 1
+    assert sources.manifest(sources.train_path("sentiment"))["refused"] == 1
 
 
 def test_a_joined_set_has_the_repaired_rows_and_says_so(folder):
@@ -314,7 +314,7 @@ def test_another_test_file_of_the_source_is_decided_by_its_rows(folder, parts, r
     done = run("tools.data.convert", "--dataset", "tfns", source, folder / "out.jsonl")
     assert done.returncode == 0, done.stderr
     assert stripped(chat(folder / "out.jsonl")) == stripped(parts["tfns"])
-    outcome = convert.manifest(folder / "out.jsonl")["label_check"]["outcome"]
+    outcome = sources.manifest(folder / "out.jsonl")["label_check"]["outcome"]
     assert outcome == ("unchanged" if right else "repaired")
 
 
@@ -345,14 +345,14 @@ def test_scores_on_tfns_are_compared_with_no_published_ones():
 
 
 def test_score_files_and_cards_say_what_was_decided(tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "CHAT", tmp_path / "chat")
+    monkeypatch.setattr(sources, "CHAT", tmp_path / "chat")
     parts = made_up()
     write(tmp_path, construct(parts, swapped(parts["tfns"])))
     write(tmp_path, parts["tfns"], "test/tfns_test.jsonl")
     convert.convert_task("sentiment", tmp_path)
     config = recipes.config("smollm2-135m/sentiment_r4")
-    config["datasets"][0]["path"] = str(convert.train_path("sentiment"))
-    config["test_datasets"][0]["path"] = str(convert.val_path("sentiment"))
+    config["datasets"][0]["path"] = str(sources.train_path("sentiment"))
+    config["test_datasets"][0]["path"] = str(sources.val_path("sentiment"))
     data = launch.data_of(recipes.Recipe("mine", tmp_path / "mine.yaml", config, "1"))
     assert {entry["label_check"] for entry in data} == {check_of()["text"]}
     write_json(tmp_path / "run.json", {"data": data})

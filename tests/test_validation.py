@@ -8,17 +8,17 @@ from collections import Counter
 
 import pytest
 
-from tools import custom, recipes
+from tools import custom, recipes, sources
 from tools.common import ROOT, WrongInput, digest
 from tools.data import convert
 from tools.train import launch, profiles
 
-TASKS = convert.sources()["tasks"]
+TASKS = sources.tables()["tasks"]
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "CHAT", tmp_path / "chat")
+    monkeypatch.setattr(sources, "CHAT", tmp_path / "chat")
     return tmp_path
 
 
@@ -35,7 +35,7 @@ def prompts(path):
 
 
 def sides(task):
-    return prompts(convert.train_path(task)), prompts(convert.val_path(task))
+    return prompts(sources.train_path(task)), prompts(sources.val_path(task))
 
 
 def copied(count=300):
@@ -49,21 +49,21 @@ def copied(count=300):
 
 @pytest.mark.parametrize("task", [name for name, spec in TASKS.items() if "parts" not in spec])
 def test_no_prompt_is_on_two_sides(task, folder):
-    convert.convert_task(task, convert.SAMPLE)
+    convert.convert_task(task, sources.SAMPLE)
     trains, validates = sides(task)
     assert trains and validates and not trains.keys() & validates.keys()
     for dataset in TASKS[task]["eval"]:
-        assert not prompts(convert.test_path(dataset)).keys() & (trains + validates).keys()
-    manifest = convert.manifest(convert.train_path(task))
+        assert not prompts(sources.test_path(dataset)).keys() & (trains + validates).keys()
+    manifest = sources.manifest(sources.train_path(task))
     rows = trains.total() + validates.total()
     assert (manifest["rows"], manifest["validation"]["rows"]) == (
         trains.total(),
         validates.total(),
     )
     assert validates.total() == math.ceil(0.02 * rows)  # what Axolotl's own split takes
-    held = convert.manifest(convert.val_path(task))
+    held = sources.manifest(sources.val_path(task))
     assert held["held_out_of"] == f"{task}_train.jsonl"
-    assert held["sha256"] == manifest["validation"]["sha256"] == digest(convert.val_path(task))
+    assert held["sha256"] == manifest["validation"]["sha256"] == digest(sources.val_path(task))
 
 
 @pytest.mark.parametrize("task", ["xbrl_term", "formula", "financebench", "sentiment"])
@@ -72,11 +72,11 @@ def test_no_prompt_of_finloras_files_is_on_two_sides(task, folder, monkeypatch):
     if not finlora.is_dir():
         pytest.skip("FinLoRA's files are not beside the repository, in ../shared/finlora")
     monkeypatch.setenv("FINLORA_DATA", str(finlora))
-    convert.convert_task(task, convert.source_folder(task))
+    convert.convert_task(task, sources.source_folder(task))
     trains, validates = sides(task)
     assert trains and validates and not trains.keys() & validates.keys()
     if task in ("xbrl_term", "sentiment"):
-        tested = prompts(convert.test_path(TASKS[task]["eval"][0]))
+        tested = prompts(sources.test_path(TASKS[task]["eval"][0]))
         assert not tested.keys() & (trains + validates).keys()
 
 
@@ -113,30 +113,30 @@ def test_of_few_prompts_none_validates_and_an_older_file_goes(folder, capsys):
     path = folder / "train" / "formula_train.jsonl"
     write(path, [(f"Question {n}?", "1") for n in range(20)])
     convert.convert_task("formula", folder)
-    assert convert.val_path("formula").is_file()
+    assert sources.val_path("formula").is_file()
     write(path, [(f"Question {n}?", "1") for n in range(19)] * 5)
     convert.convert_task("formula", folder)
-    assert not list(convert.CHAT.glob("formula_val*"))
-    assert prompts(convert.train_path("formula")).total() == 95
-    held = convert.manifest(convert.train_path("formula"))["validation"]
+    assert not list(sources.CHAT.glob("formula_val*"))
+    assert prompts(sources.train_path("formula")).total() == 95
+    held = sources.manifest(sources.train_path("formula"))["validation"]
     assert held["reason"] == "19 prompts are too few: 20 are needed"
     assert "no validation rows: 19 prompts are too few" in capsys.readouterr().out
 
 
 def test_a_task_without_its_source_leaves_no_validation_rows(folder):
-    convert.convert_task("ner", convert.SAMPLE)
+    convert.convert_task("ner", sources.SAMPLE)
     convert.convert_task("ner", folder)
-    assert list(convert.CHAT.glob("*")) == []
+    assert list(sources.CHAT.glob("*")) == []
 
 
 @pytest.mark.parametrize("task", [name for name, spec in TASKS.items() if "parts" in spec])
 def test_the_validation_rows_of_the_parts_join_and_never_train(task, folder):
     for part in TASKS[task]["parts"]:
-        convert.convert_task(part, convert.SAMPLE)
-    convert.convert_task(task, convert.SAMPLE)
+        convert.convert_task(part, sources.SAMPLE)
+    convert.convert_task(task, sources.SAMPLE)
     trains, validates = sides(task)
     assert trains and validates and not trains.keys() & validates.keys()
-    of_parts = [prompts(convert.val_path(part)) for part in TASKS[task]["parts"]]
+    of_parts = [prompts(sources.val_path(part)) for part in TASKS[task]["parts"]]
     if "equal" in TASKS[task]:
         least = min(each.total() for each in of_parts)
         assert validates.total() == least * len(of_parts)
@@ -150,7 +150,7 @@ def test_a_prompt_that_two_parts_share_does_not_train_where_one_validates_with_i
         rows = [(f"Question {n} of {task}?", "1") for n in range(100)]
         write(folder / "train" / f"{task}_train.jsonl", rows)
         convert.convert_task(task, folder)
-    held = json.loads(convert.val_path("formula").read_text().splitlines()[0])
+    held = json.loads(sources.val_path("formula").read_text().splitlines()[0])
     shared = (held["messages"][0]["content"], "1")
     rows = [(f"Question {n} of financebench?", "1") for n in range(100)] + [shared]
     write(folder / "train" / "financebench_train.jsonl", rows)
@@ -159,7 +159,7 @@ def test_a_prompt_that_two_parts_share_does_not_train_where_one_validates_with_i
     convert.convert_task("analysis_multi", folder)
     trains, validates = sides("analysis_multi")
     assert not trains.keys() & validates.keys()
-    removed = convert.manifest(convert.train_path("analysis_multi"))["removed"]
+    removed = sources.manifest(sources.train_path("analysis_multi"))["removed"]
     assert [entry["rows"] for entry in removed] == [1]
 
 
@@ -174,16 +174,16 @@ def test_rows_of_ones_own_are_split_by_prompt_too(folder, monkeypatch):
     rows = copied(200)
     source = write(folder / "mine.jsonl", rows)
     try:
-        convert.sources.cache_clear()
+        sources.tables.cache_clear()
         custom.new("house", source)
-        convert.sources.cache_clear()
+        sources.tables.cache_clear()
         convert.convert_task("house", folder)
         (entry,) = recipes.find("smollm2-135m/house_r4").config["test_datasets"]
         assert entry["path"] == "data/chat/house_val.jsonl"
-        three = [*sides("house"), prompts(convert.test_path("house"))]
+        three = [*sides("house"), prompts(sources.test_path("house"))]
         assert all(three) and sum(map(len, three)) == len(set().union(*three)) == 200
     finally:
-        convert.sources.cache_clear()
+        sources.tables.cache_clear()
         recipes.forget()
 
 
@@ -193,7 +193,7 @@ def test_rows_of_ones_own_are_split_by_prompt_too(folder, monkeypatch):
 @pytest.fixture
 def recipe(folder):
     config = recipes.config("smollm2-135m/formula_r4")
-    for key, path in (("datasets", convert.train_path), ("test_datasets", convert.val_path)):
+    for key, path in (("datasets", sources.train_path), ("test_datasets", sources.val_path)):
         config[key][0]["path"] = str(path("formula"))
     write(folder / "train" / "formula_train.jsonl", copied())
     convert.convert_task("formula", folder)
@@ -203,28 +203,28 @@ def recipe(folder):
 def test_a_runs_identity_holds_the_validation_file(recipe):
     data = launch.data_of(recipe)
     assert [entry["split"] for entry in data] == ["train", "validation"]
-    paths = (convert.train_path("formula"), convert.val_path("formula"))
+    paths = (sources.train_path("formula"), sources.val_path("formula"))
     assert [entry["sha256"] for entry in data] == list(map(digest, paths))
     assert profiles.merged(recipe, "cpu")["test_datasets"] == recipe.config["test_datasets"]
 
 
 @pytest.mark.parametrize("damage", ["gone", "changed", "of another split"])
 def test_a_validation_file_that_is_not_the_one_held_out_is_refused(recipe, damage, folder):
-    path = convert.val_path("formula")
+    path = sources.val_path("formula")
     if damage == "gone":
         path.unlink()
     elif damage == "changed":
         path.write_bytes(path.read_bytes() * 2)
     else:  # a whole file, but of other rows
-        place, convert.CHAT = convert.CHAT, folder / "other"
+        place, sources.CHAT = sources.CHAT, folder / "other"
         write(folder / "train" / "formula_train.jsonl", copied(400))
         convert.convert_task("formula", folder)
         for file in (
-            convert.val_path("formula"),
-            convert.manifest_path(convert.val_path("formula")),
+            sources.val_path("formula"),
+            sources.manifest_path(sources.val_path("formula")),
         ):
             shutil.copy(file, place)
-        convert.CHAT = place
+        sources.CHAT = place
     with pytest.raises(WrongInput, match=r"formula_val\.jsonl .*`make data` makes both"):
         launch.data_of(recipe)
 
@@ -235,7 +235,7 @@ def test_the_file_that_changed_is_named(recipe):
     said = launch.changed(
         {"config": config, "data": data}, {"config": config, "data": [data[0], "x"]}
     )
-    assert said == f"the data changed ({convert.val_path('formula')})"
+    assert said == f"the data changed ({sources.val_path('formula')})"
 
 
 def test_a_set_too_small_to_validate_trains_without(recipe, folder):
@@ -245,7 +245,7 @@ def test_a_set_too_small_to_validate_trains_without(recipe, folder):
     assert not {"test_datasets", "eval_steps", "evals_per_epoch"} & content.keys()
     recipes.validate(content, "mine")
     assert [entry["split"] for entry in launch.data_of(recipe)] == ["train"]
-    why = convert.drop_missing_validation(recipe.config)[1]
+    why = sources.drop_missing_validation(recipe.config)[1]
     assert why == "2 prompts are too few: 20 are needed"
 
 

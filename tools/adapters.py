@@ -1,7 +1,7 @@
 """Checks that a LoRA adapter is what its config says, before any of it is loaded.
 
-    adapter.inspect(folder)                                          without knowing the base
-    adapter.check(folder, plan.find_model("meta-llama/Llama-3.1-8B-Instruct"))
+    adapters.inspect(folder)                                          without knowing the base
+    adapters.check(folder, architectures.find("meta-llama/Llama-3.1-8B-Instruct"))
 
 Adapters come from strangers, so they are read as bytes: `adapter_config.json` must describe LoRA,
 DoRA or rsLoRA that PEFT loads faithfully; the safetensors header must hold exactly the tensors that
@@ -10,7 +10,6 @@ this config gives on the base; and their numbers must be finite. PEFT is then ha
 imports torch or PEFT.
 """
 
-import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -18,9 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tools import patterns
-from tools.common import WrongInput, shown
-from tools.train import plan
+from tools import architectures, patterns
+from tools.architectures import Model
+from tools.common import WrongInput, parse_json, refuse_other_content, shown
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Bytes of a number, as safetensors names its type; adapters have no others.
@@ -51,7 +50,6 @@ EMBEDDING_TENSORS = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vec
 # Where tokens were added, PEFT writes each module that was saved whole twice more: as it was before
 # training, and under the name that it has in memory.
 COPIES = ("original_module", "modules_to_save")
-LFS = b"version https://git-lfs.github.com/spec/"
 
 
 class Module(NamedTuple):
@@ -63,42 +61,6 @@ class Module(NamedTuple):
 
 
 Modules = dict[str, Module]
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; raises ValueError where a key stands in it twice."""
-    if len({key for key, _ in pairs}) != len(pairs):
-        raise ValueError("a key stands twice")
-    return dict(pairs)
-
-
-def read_json(content: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in `content`; raises WrongInput that names `where`."""
-    refuse_other_content(content[:512], where)
-    try:
-        parsed = json.loads(content.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise WrongInput(f"{where}: not JSON: {str(error)[:80]}") from None
-    if not isinstance(parsed, dict):
-        raise WrongInput(f"{where}: an object is needed")
-    return parsed
-
-
-def refuse_other_content(start: bytes, where: str) -> None:
-    """Raises WrongInput where a file's first bytes show that it is something else altogether."""
-    if not start:
-        raise WrongInput(f"{where}: the file is empty; download it again")
-    if start.startswith(LFS):
-        raise WrongInput(
-            f"{where}: this is a Git LFS pointer and not the file; `git lfs pull` downloads it"
-        )
-    if start.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
-        raise WrongInput(f"{where}: this is a web page and not the file; download it again")
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
-        raise WrongInput(
-            f"{where}: this is a pickle or archive of PyTorch, which can run code; a safetensors "
-            "file is needed"
-        )
 
 
 @dataclass(frozen=True)
@@ -218,19 +180,19 @@ def _is_scale(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < 1e6
 
 
-def modules_of(model: plan.Model, stem: str) -> Modules:
+def modules_of(model: Model, stem: str) -> Modules:
     """The modules of a base that can have an adapter, by their full names."""
     around = stem.removesuffix("layers")
     head = "language_model.lm_head" if stem.startswith("language_model.") else "lm_head"
     modules = {f"{around}embed_tokens": Module("embedding", model.vocab, model.hidden)}
     for layer in range(model.layers):
         for name, shape in model.shapes.items():
-            block = "self_attn" if name in plan.MODULES[:4] else "mlp"
+            block = "self_attn" if name in architectures.MODULES[:4] else "mlp"
             modules[f"{stem}.{layer}.{block}.{name}"] = Module("linear", *shape)
     return modules | {head: Module("head", model.hidden, model.vocab)}
 
 
-def expected(model: plan.Model, plain: Plain, stem: str) -> dict[str, tuple[int, ...]]:
+def expected(model: Model, plain: Plain, stem: str) -> dict[str, tuple[int, ...]]:
     """The LoRA tensors of an adapter on a decoder whose layers are at `stem`, by name."""
     modules = modules_of(model, stem)
     return lora_tensors(modules, plain, plain.select(modules, "the adapter"))
@@ -251,7 +213,7 @@ def lora_tensors(
     return tensors
 
 
-def largest(model: plan.Model, plain: Plain, where: str) -> int:
+def largest(model: Model, plain: Plain, where: str) -> int:
     """Bytes that the file of such an adapter has at most: 32-bit numbers and a header.
 
     Raises WrongInput that names `where` if the config adapts what the base does not have.
@@ -317,7 +279,7 @@ def entries(
                 f"{where}: the file is cut off: its header claims {length:,} bytes of {size:,}; "
                 "download it again"
             )
-        listed = read_json(file.read(length), f"{where}, header")
+        listed = parse_json(file.read(length), f"{where}, header")
     metadata = listed.pop("__metadata__", {})
     tensors: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -415,7 +377,7 @@ def read(folder: Path) -> tuple[Plain, dict[str, tuple[str, tuple[int, ...], int
     Raises WrongInput where PEFT could load this adapter onto no base at all.
     """
     where, path = shown(folder / CONFIG), folder / WEIGHTS
-    plain = settings(read_json((folder / CONFIG).read_bytes(), where), where)
+    plain = settings(parse_json((folder / CONFIG).read_bytes(), where), where)
     tensors, start = header(path)
     if not tensors:
         raise WrongInput(f"{shown(path)} holds no tensors: it is no adapter")
@@ -446,7 +408,7 @@ def inspect(folder: Path) -> None:
             )
 
 
-def check(folder: Path, model: plan.Model) -> int:
+def check(folder: Path, model: Model) -> int:
     """Raises WrongInput unless the adapter in `folder` fits its config and `model`.
 
     Returns how many parameters it has.
@@ -543,28 +505,3 @@ def _check_saved(
             "it was trained with must lie beside it"
         )
     return tuple(saved), rows, whole
-
-
-def architecture(name: str, config: dict[str, Any]) -> plan.Model:
-    """The architecture that a base's own `config.json` gives; WrongInput where it has none."""
-    found = config.get("text_config", config)
-    text = found if isinstance(found, dict) else {}
-
-    def number(key: str, other: int = 0) -> int:
-        value = text.get(key) or other
-        if type(value) is not int or not 0 < value < 10**7:
-            raise WrongInput(f"{name}: its config.json has no {key} that a decoder could have")
-        return value
-
-    heads, hidden = number("num_attention_heads"), number("hidden_size")
-    return plan.Model(
-        source=name,
-        layers=number("num_hidden_layers"),
-        hidden=hidden,
-        intermediate=number("intermediate_size"),
-        heads=heads,
-        kv_heads=number("num_key_value_heads", heads),
-        head_dim=number("head_dim", hidden // heads),
-        vocab=number("vocab_size"),
-        tied=bool(text.get("tie_word_embeddings")),
-    )

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from tools import recipes
+from tools import architectures, recipes
 from tools.common import JobFailed, WrongInput, atomic, command, nearest, shown
 from tools.train import plan
 
@@ -50,7 +50,7 @@ def memory(name: str) -> int:
     model, task, _ = recipes.parts(name)
     content = recipes.config(name)
     row = min(recipes.matrix()["tasks"][task].get("longest", 4096), content["sequence_len"])
-    base = plan.find_model(recipes.matrix()["models"][model]["hub"])
+    base = architectures.find(recipes.matrix()["models"][model]["hub"])
     return plan.memory(base, plan.setup_of(content, row, 1)).peak
 
 

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -148,6 +149,59 @@ def write_json(path: Path, content: Any) -> None:
         file.write(b"\n")
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def parse_json(content: bytes, where: str) -> dict[str, Any]:
+    """The object in a JSON text of any origin; raises WrongInput that names `where` and the fault.
+
+    Stricter than Python's parser: a repeated key, NaN and infinity are refused.
+    """
+    refuse_other_content(content[:512], where)
+    try:
+        parsed = json.loads(content.decode(), object_pairs_hook=unique, parse_constant=not_a_number)
+    except (ValueError, RecursionError) as error:
+        raise WrongInput(f"{where}: not JSON: {str(error)[:80]}") from None
+    if not isinstance(parsed, dict):
+        raise WrongInput(f"{where}: an object is needed")
+    return parsed
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; see `parse_json`."""
+    return parse_json(path.read_bytes(), shown(path))
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a JSON parser's pairs; raises ValueError where a key is repeated."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f'the key "{twice}" is repeated')
+    return content
+
+
+def not_a_number(text: str) -> None:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def refuse_other_content(start: bytes, where: str) -> None:
+    """Raises WrongInput where a file's first bytes show that it is something else altogether."""
+    if not start:
+        raise WrongInput(f"{where}: the file is empty; download it again")
+    if start.startswith(LFS_POINTER):
+        raise WrongInput(
+            f"{where}: this is a Git LFS pointer and not the file; `git lfs pull` downloads it"
+        )
+    if start.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
+        raise WrongInput(f"{where}: this is a web page and not the file; download it again")
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+        raise WrongInput(
+            f"{where}: this is a pickle or archive of PyTorch, which can run code; a safetensors "
+            "file is needed"
+        )
+
+
 def json_lines(path: Path) -> list[Any]:
     """The rows of a JSONL file that may be in the writing: a torn last line is left out."""
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
@@ -221,3 +275,12 @@ def digest(path: Path) -> str:
 def shown(path: Path) -> str:
     """A path as a person types it: relative to the project where it lies inside."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def git_blob(path: Path) -> str:
+    """SHA-1 of a file as git names it: of `blob <size>\\0` and the content."""
+    sha = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            sha.update(block)
+    return sha.hexdigest()

@@ -21,7 +21,7 @@ from typing import Any
 import orjson
 import yaml
 
-from tools import catalogue, recipes
+from tools import catalogue, common, recipes, sources
 from tools.common import (
     ROOT,
     JobFailed,
@@ -134,7 +134,7 @@ def new(task: str, source: Path) -> None:
         )
     if made.exists():
         raise WrongInput(f"{shown(made)} is there already; delete it to make the task anew")
-    taken = {*convert.sources()["datasets"], *convert.sources()["tasks"], *recipes.places()}
+    taken = {*sources.tables()["datasets"], *sources.tables()["tasks"], *recipes.places()}
     if {task, *(f"{task}_{method}" for method in table["methods"])} & taken:
         raise WrongInput(f'TASK "{task}" is a name of the catalogue; choose another')
     if not source.is_file():
@@ -241,7 +241,7 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-published = cache(convert.published)  # FinLoRA's tasks and files, without the user's own
+published = cache(sources.published_tables)  # FinLoRA's tasks and files, without the user's own
 LFS = re.compile(rb"version https://git-lfs.*?oid sha256:(\w+)", re.S)
 
 
@@ -250,7 +250,7 @@ def identify(file: Path) -> str | None:
     """The task that a training file of FinLoRA's is for, by its content; None for other files."""
     with open(file, "rb") as content:
         pointer = LFS.match(content.read(300))
-    sums = {pointer[1].decode()} if pointer else {digest(file), convert.git_blob(file)}
+    sums = {pointer[1].decode()} if pointer else {digest(file), common.git_blob(file)}
     for task, row in published()["tasks"].items():
         facts = published()["files"][row["train"]]
         if {facts.get("sha256"), facts.get("blob")} & sums:

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tools import adapters, prompts
+from tools import adapters, common, prompts
 from tools.common import ROOT, WrongInput, shown
 
 
@@ -172,7 +172,7 @@ def published_precision(base: str) -> str | None:
     folder = base_folder(base)
     path = folder / "config.json" if folder else None
     if path and path.is_file():
-        config = adapters.read_json(path.read_bytes(), shown(path))
+        config = common.parse_json(path.read_bytes(), shown(path))
         told = config.get("quantization_config")
         if not isinstance(told, dict):
             return None
@@ -204,7 +204,7 @@ def check_base(base: str) -> None:
         raise WrongInput(f"the base {shown(folder)} has no config.json")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            adapters.read_json((folder / name).read_bytes(), shown(folder / name))
+            common.parse_json((folder / name).read_bytes(), shown(folder / name))
     for path in sorted(folder.glob("*.safetensors")):
         adapters.entries(path, largest_header=2**27)
 

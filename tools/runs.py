@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools import adapters, models, recipes
+from tools import adapters, common, models, recipes, sources
 from tools.common import ROOT, WrongInput, read_yaml, shown
-from tools.data import convert
 from tools.prompts import FORMATS, explain_unscorable
 
 RUNS = ROOT / "runs"
@@ -90,7 +89,7 @@ def of_folder(folder: Path, recipe: recipes.Recipe | None, precision: str, form:
         config = read_yaml(trained)
     else:
         path = folder / adapters.CONFIG
-        settings = adapters.read_json(path.read_bytes(), shown(path))
+        settings = common.parse_json(path.read_bytes(), shown(path))
         base = str(settings.get("base_model_name_or_path") or "")
         if not base:
             raise WrongInput(f"{shown(path)} names no base; RECIPE=… with the same base does")
@@ -107,7 +106,7 @@ def of_folder(folder: Path, recipe: recipes.Recipe | None, precision: str, form:
         )
     data = Path((config.get("datasets") or [{}])[0].get("path", "")).name
     task = data.removesuffix("_train.jsonl") if data.endswith("_train.jsonl") else None
-    if published and not recipe and published["task"].lower() in convert.sources()["tasks"]:
+    if published and not recipe and published["task"].lower() in sources.tables()["tasks"]:
         task = published["task"].lower()
     form = form or run_info.get("prompt_format", "")
     form = form or ("finlora" if published and not trained.is_file() else "")

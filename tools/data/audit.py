@@ -30,6 +30,8 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+from tools import common as common_module
+from tools import sources
 from tools.common import (
     ROOT,
     WrongInput,
@@ -140,7 +142,7 @@ class Part:
 
 def parts(task: str, folder: Path) -> list[Part]:
     """The files of a task that are there: its training file first, then its test files."""
-    table, spec = convert.sources(), convert.sources()["tasks"][task]
+    table, spec = sources.tables(), sources.tables()["tasks"][task]
     by_file: dict[str, list[str]] = defaultdict(list)
     for name in spec["eval"]:
         by_file[table["datasets"][name]["file"]].append(name)
@@ -160,7 +162,7 @@ def parts(task: str, folder: Path) -> list[Part]:
 
 def labels(datasets: list[str]) -> frozenset[str]:
     """The answers that there are in some datasets; none where one of them is free."""
-    found = [frozenset(convert.sources()["datasets"][name].get("labels", ())) for name in datasets]
+    found = [frozenset(sources.tables()["datasets"][name].get("labels", ())) for name in datasets]
     return frozenset().union(*found) if all(found) else frozenset()
 
 
@@ -221,14 +223,14 @@ def histogram(values: Iterable[int]) -> dict[str, Any]:
 
 def checksum(file: str) -> str:
     """What identifies a published file: the SHA-256 of its content, else git's SHA-1 of it."""
-    known = convert.sources()["files"].get(file, {})
+    known = sources.tables()["files"].get(file, {})
     return str(known.get("sha256") or known.get("blob", ""))
 
 
 def is_published(part: Part) -> bool:
     """Whether a file is FinLoRA's to the byte, by the checksums of data/sources.yaml."""
     sha = checksum(part.name)
-    return sha == (digest(part.path) if len(sha) == 64 else convert.git_blob(part.path))
+    return sha == (digest(part.path) if len(sha) == 64 else common_module.git_blob(part.path))
 
 
 def scan(part: Part) -> Iterator[Finding]:
@@ -267,7 +269,7 @@ def scan(part: Part) -> Iterator[Finding]:
         yield part.finding("error", "labels", text, "certain", count, first[:EXAMPLES])
     part.report = {
         "file": part.name,
-        "from": convert.origin(part.path),
+        "from": sources.origin(part.path),
         "as_published": is_published(part),
         "split": part.split,
         "datasets": part.datasets,
@@ -608,8 +610,8 @@ class Near:
 
 def at_hand() -> list[str]:
     """The tasks that have files beside the examples; all of them where only the examples are."""
-    tasks = list(convert.sources()["tasks"])
-    return [task for task in tasks if convert.source_folder(task) != convert.SAMPLE] or tasks
+    tasks = list(sources.tables()["tasks"])
+    return [task for task in tasks if sources.source_folder(task) != sources.SAMPLE] or tasks
 
 
 def audit(tasks: list[str]) -> dict[str, Any]:
@@ -617,7 +619,7 @@ def audit(tasks: list[str]) -> dict[str, Any]:
     findings: list[Finding] = []
     files: dict[str, dict[str, Any]] = {}
     for task in tasks:
-        found = parts(task, convert.source_folder(task))
+        found = parts(task, sources.source_folder(task))
         if not found:
             continue
         for part in found:
@@ -648,7 +650,7 @@ def audit(tasks: list[str]) -> dict[str, Any]:
 
 def known_repairs(task: str, part: Part) -> list[str]:
     """The repairs that `make data` makes in a file; a relabelling is for the published one."""
-    table = convert.sources()
+    table = sources.tables()
     if part.split == "train":
         return repairs(table["tasks"][task])
     found = [text for name in part.datasets for text in repairs(table["datasets"][name])]
@@ -767,7 +769,7 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     arguments = parser.parse_args()
-    known = convert.sources()["tasks"]
+    known = sources.tables()["tasks"]
     tasks = arguments.tasks.replace(",", " ").split() or at_hand()
     for task in tasks:
         if task not in known:

@@ -12,6 +12,7 @@ import json
 import re
 from typing import Any
 
+from tools import sources as sources_module
 from tools.common import ROOT, JobFailed, WrongInput, atomic, command, shown
 from tools.data import audit, convert
 
@@ -44,9 +45,9 @@ def verified(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def check_training_labels(file: str) -> dict[str, str]:
     """What the rows of a training file say on swapped labels; {} where nothing is to be said."""
-    for task, spec in convert.published()["tasks"].items():
+    for task, spec in sources_module.published_tables()["tasks"].items():
         if spec["train"] == file:
-            folder = convert.source_folder(task)
+            folder = sources_module.source_folder(task)
             rule = convert.train_rules(task, folder)
             try:
                 rule = convert.check_labels(folder / file, rule, convert.DEFAULT, mixed=True)
@@ -59,7 +60,7 @@ def check_training_labels(file: str) -> dict[str, str]:
 
 def describe_swap(task: str, facts: dict[str, dict[str, Any]]) -> list[str]:
     """What is known of swapped labels in a task's training file, as list items."""
-    table = convert.published()
+    table = sources_module.published_tables()
     spec, swap = table["tasks"][task], table["swap"]
     if text := facts.get(spec["train"], {}).get("label_check"):
         return [f"- **labels**: {text}"]
@@ -71,7 +72,7 @@ def describe_swap(task: str, facts: dict[str, dict[str, Any]]) -> list[str]:
 
 def card(facts: dict[str, dict[str, Any]]) -> str:
     """The data card of data/sources.yaml and of what audits found in the published files."""
-    table = convert.published()
+    table = sources_module.published_tables()
     whole = table["collection"]
     out = [
         "# Data card",
@@ -133,7 +134,7 @@ def card(facts: dict[str, dict[str, Any]]) -> str:
 
 def measured(file: str, facts: dict[str, dict[str, Any]]) -> str:
     """A file in a sentence: its rows, answers and lengths, or why they are not known."""
-    if convert.sources()["files"][file].get("published") is False:
+    if sources_module.tables()["files"][file].get("published") is False:
         return f"`{file}`: not published, bring your own."
     if file not in facts:
         return f"`{file}`: not at hand."

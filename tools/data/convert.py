@@ -31,7 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -39,15 +39,14 @@ from typing import IO, TYPE_CHECKING, Any
 
 import orjson
 
+from tools import sources
 from tools.common import (
-    ROOT,
     JobFailed,
     WrongInput,
     atomic,
     command,
-    digest,
+    git_blob,
     nearest,
-    read_yaml,
     shown,
     write_json,
 )
@@ -57,35 +56,7 @@ from tools.data.rows import row as row
 if TYPE_CHECKING:
     from tools.data.lengths import Lengths
 
-CHAT = ROOT / "data" / "chat"
-RAW = ROOT / "data" / "raw"
-SAMPLE = ROOT / "data" / "sample"
-LOCAL = ROOT / "recipes" / "local"  # tasks of the user's own, see tools/custom.py
 UNCOUNTED = "not counted: no recipe was named (make data RECIPE=… counts with its tokenizer)"
-
-
-def published() -> dict[str, Any]:
-    """The tables of data/sources.yaml; a multi-task set gets the datasets of its parts."""
-    content = read_yaml(ROOT / "data" / "sources.yaml")
-    tasks = content["tasks"]
-    for spec in tasks.values():
-        if parts := spec.get("parts"):
-            spec["eval"] = [name for part in parts for name in tasks[part]["eval"]]
-    return content
-
-
-@cache
-def sources() -> dict[str, Any]:
-    """The published tables and the user's own rows of recipes/local/*.yaml."""
-    content = published()
-    for path in sorted(LOCAL.glob("*.yaml")):
-        own = read_yaml(path).get("sources", {})
-        for table, rows in own.items():
-            for entry in rows.values():
-                for key in {"file", "train"} & entry.keys():
-                    entry[key] = str(ROOT / entry[key])  # not below FinLoRA's data/
-            content[table] |= rows
-    return content
 
 
 # ---- The rules of a dataset and of a task's training set
@@ -95,7 +66,7 @@ def rules(dataset: str, source: Path, how: "How | None" = None) -> Rules:
     """The rules of one dataset. Its repair applies to the published file; in another file of the
     dataset, and in a test file of the user's own, the rows decide.
     """
-    spec = sources()["datasets"][dataset]
+    spec = sources.tables()["datasets"][dataset]
     rule = Rules(frozenset(spec.get("labels", ())))
     repair = spec.get("repair")
     if repair and git_blob(source) == repair["blob"]:
@@ -109,8 +80,10 @@ def rules(dataset: str, source: Path, how: "How | None" = None) -> Rules:
 
 def check_labels(source: Path, rule: Rules, how: "How", mixed: bool) -> Rules:
     """A file's rules with the repair that its rows call for, see tools/data/swap.py."""
-    relabel = sources()["swap"]["relabel"]
-    ours = source.resolve().is_relative_to(SAMPLE.resolve())  # the examples follow no source
+    relabel = sources.tables()["swap"]["relabel"]
+    ours = source.resolve().is_relative_to(
+        sources.SAMPLE.resolve()
+    )  # the examples follow no source
     if ours or rule.labels and not relabel.keys() <= rule.labels:
         return rule
     from tools.data import swap
@@ -120,8 +93,10 @@ def check_labels(source: Path, rule: Rules, how: "How", mixed: bool) -> Rules:
 
 def train_rules(task: str, folder: Path) -> Rules:
     """The rules of a task's training set: the labels of all its datasets, and its repairs."""
-    spec = sources()["tasks"][task]
-    labels = [frozenset(sources()["datasets"][name].get("labels", ())) for name in spec["eval"]]
+    spec = sources.tables()["tasks"][task]
+    labels = [
+        frozenset(sources.tables()["datasets"][name].get("labels", ())) for name in spec["eval"]
+    ]
     removals = tuple(
         Removal(kind, repair["reason"], partial(REMOVALS[kind], repair[kind], folder))
         for repair in spec.get("repairs", ())
@@ -136,7 +111,7 @@ def train_rules(task: str, folder: Path) -> Rules:
 
 def without_rows_of(datasets: list[str], folder: Path) -> Test | str:
     """Tests whether a prompt stands in a test set, but for case and white space."""
-    paths = [folder / sources()["datasets"][name]["file"] for name in datasets]
+    paths = [folder / sources.tables()["datasets"][name]["file"] for name in datasets]
     if missing := [path for path in paths if not path.is_file()]:
         return f"not looked for: {missing[0].name} is not at hand"
     prompts = chain.from_iterable(batch.prompts for path in paths for batch in batches(path))
@@ -178,15 +153,6 @@ REMOVALS: dict[str, Callable[[Any, Path], Test | str]] = {
 def fingerprint(prompt: str) -> bytes:
     """16 bytes that tell prompts apart, but for case and white space."""
     return hashlib.blake2b(" ".join(prompt.lower().split()).encode(), digest_size=16).digest()
-
-
-def git_blob(path: Path) -> str:
-    """SHA-1 of a file as git names it: of `blob <size>\\0` and the content."""
-    sha = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            sha.update(block)
-    return sha.hexdigest()
 
 
 # ---- Writing
@@ -258,7 +224,7 @@ def convert(
         counts = write(found, source, target, rule, rows, how, update)
     known = {
         "source": "/".join(source.parts[-2:]),
-        "from": origin(source),
+        "from": sources.origin(source),
         "source_sha256": sha.hexdigest(),
     }
     return finish(target, known | counts)
@@ -303,7 +269,7 @@ def write(
             if batch.refused:
                 if not how.quarantine:
                     batch.stop_at_first()
-                aside = aside or files.enter_context(atomic(refused_path(target)))
+                aside = aside or files.enter_context(atomic(sources.refused_path(target)))
                 batch.refused.sort()
                 first = first or batch.refused[0]
                 counts["refused"] += len(batch.refused)
@@ -341,10 +307,10 @@ def write(
                 held |= {"file": how.validation.name, "sha256": held_sha.hexdigest()}
                 held |= {"labels": dict(sorted(held_labels.items()))}
             else:
-                least = sources()["validation"]["least"]
+                least = sources.tables()["validation"]["least"]
                 held["reason"] = f"{len(copies)} prompts are too few: {least} are needed"
     if not aside:
-        refused_path(target).unlink(missing_ok=True)
+        sources.refused_path(target).unlink(missing_ok=True)
     if how.validation and held and not held["rows"]:
         remove(how.validation)
     return {
@@ -372,7 +338,7 @@ def draw_validation(copies: Counter[bytes]) -> set[bytes]:
     with more copies than there is room for is passed over, so on few rows the prompts with many
     copies train. At least one prompt is held out, and none where there are fewer than `least`.
     """
-    spec = sources()["validation"]
+    spec = sources.tables()["validation"]
     if len(copies) < spec["least"]:
         return set()
     key = str(spec["seed"]).encode()
@@ -428,10 +394,10 @@ def finish(target: Path, content: dict[str, Any]) -> dict[str, Any]:
     if held and held["rows"]:
         about = {key: content[key] for key in ("source", "from", "repair", "label_check")}
         write_json(
-            manifest_path(target.with_name(held["file"])),
+            sources.manifest_path(target.with_name(held["file"])),
             {"held_out_of": target.name, **about, **held},
         )
-    write_json(manifest_path(target), content)
+    write_json(sources.manifest_path(target), content)
     return content
 
 
@@ -441,9 +407,11 @@ def join(task: str, how: How) -> dict[str, Any] | str:
     With the key `equal`, each part gives as many rows as the smallest has, drawn with that seed.
     The parts' validation rows join in the same way, and a prompt of theirs never trains.
     """
-    spec, target = sources()["tasks"][task], train_path(task)
+    spec, target = sources.tables()["tasks"][task], sources.train_path(task)
     told = {
-        part: manifest(train_path(part)) for part in spec["parts"] if train_path(part).is_file()
+        part: sources.manifest(sources.train_path(part))
+        for part in spec["parts"]
+        if sources.train_path(part).is_file()
     }
     whence = {part: content.get("from") for part, content in told.items()}
     if missing := [part for part in spec["parts"] if part not in told]:
@@ -452,20 +420,20 @@ def join(task: str, how: How) -> dict[str, Any] | str:
         return ", ".join(f"{part} is from {folder}" for part, folder in whence.items())
     checks = [content.get("label_check") for content in told.values()]
     rule = replace(
-        train_rules(task, CHAT),
+        train_rules(task, sources.CHAT),
         removals=(),  # the parts have had theirs
         reason="; ".join(filter(None, (content.get("repair") for content in told.values()))),
         label_check=next(filter(None, checks), None),
     )
     held = {
-        val_path(part): manifest(val_path(part))
+        sources.val_path(part): sources.manifest(sources.val_path(part))
         for part, content in told.items()
         if (content.get("validation") or {}).get("rows")
     }
     shared = {"from": whence[spec["parts"][0]]}
     validation: dict[str, Any] = {"rows": 0, "reason": "no part has validation rows"}
     if held:
-        path = val_path(task)
+        path = sources.val_path(task)
         known = {"held_out_of": target.name, "source": ", ".join(p.name for p in held)}
         counts = write_joined(held, path, rule, spec.get("equal"), replace(how, validation=None))
         content = finish(path, known | shared | counts)
@@ -477,8 +445,8 @@ def join(task: str, how: How) -> dict[str, Any] | str:
         test: Test = lambda prompt, answer: fingerprint(prompt) in tested  # noqa: E731
         rule = replace(rule, removals=(Removal("validation", reason, lambda: test),))
     else:
-        remove(val_path(task))
-    files = {train_path(part): content for part, content in told.items()}
+        remove(sources.val_path(task))
+    files = {sources.train_path(part): content for part, content in told.items()}
     counts = write_joined(files, target, rule, spec.get("equal"), replace(how, validation=None))
     about = {
         "source": ", ".join(path.name for path in files),
@@ -487,7 +455,7 @@ def join(task: str, how: How) -> dict[str, Any] | str:
     content = about | shared | counts
     content["sha256"] = content["sha256"].hexdigest()
     content["validation"] = validation
-    write_json(manifest_path(target), content)
+    write_json(sources.manifest_path(target), content)
     return content
 
 
@@ -522,97 +490,7 @@ def chat_batches(chat: Path) -> Iterator[Batch]:
             first += len(lines)
 
 
-def manifest_path(chat: Path) -> Path:
-    return chat.with_name(chat.name + ".manifest.json")
-
-
-def refused_path(chat: Path) -> Path:
-    return chat.with_name(chat.name + ".refused.jsonl")
-
-
-def manifest(chat: Path) -> dict[str, Any]:
-    """The manifest of a converted file, after checking that the file is what it says."""
-    path = manifest_path(chat)
-    if not chat.is_file():
-        raise WrongInput(f"{shown(chat)} is not there; `make data` makes it")
-    content = orjson.loads(path.read_bytes()) if path.is_file() else {"source": shown(chat)}
-    sha = digest(chat)
-    if content.setdefault("sha256", sha) != sha:
-        raise WrongInput(f"{shown(chat)} was changed after its conversion; `make data` makes it")
-    return content
-
-
 # ---- Tasks
-
-
-def train_path(task: str) -> Path:
-    return CHAT / f"{task}_train.jsonl"
-
-
-def val_path(task: str) -> Path:
-    return CHAT / f"{task}_val.jsonl"
-
-
-def drop_missing_validation(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """An Axolotl config without the validation set of a task that has none, and why it has none.
-
-    `make data` holds no rows out of a small set. A validation file that it made and that is gone
-    stays in the config, and so does any other file.
-    """
-    train = (ROOT / config["datasets"][0]["path"]).resolve()
-    for entry in config.get("test_datasets") or ():
-        path = (ROOT / str(entry.get("path"))).resolve()
-        if path.is_file() or not path.name.endswith("_val.jsonl") or not train.is_file():
-            continue
-        held = manifest(train).get("validation") or {}
-        if held.get("rows"):
-            continue
-        dropped = {"test_datasets", "eval_steps", "evals_per_epoch"}
-        kept = {key: value for key, value in config.items() if key not in dropped}
-        why = held.get("reason") or f"{shown(train)} was made without validation rows"
-        return kept, why
-    return config, ""
-
-
-def test_path(dataset: str) -> Path:
-    return CHAT / f"{dataset}_test.jsonl"
-
-
-def folders() -> dict[str, Path]:
-    """Where FinLoRA's files may be, each folder with `train/` and `test/`; the first one counts."""
-    found = {}
-    if named := os.environ.get("FINLORA_DATA"):
-        folder = Path(named).expanduser() / "data"
-        if not folder.is_dir():
-            raise WrongInput(f"FINLORA_DATA={named} has no folder data/ with FinLoRA's files")
-        found["FINLORA_DATA"] = folder.resolve()
-    return found | {"data/raw": RAW, "data/sample": SAMPLE}
-
-
-def source_folder(task: str = "") -> Path:
-    """The folder that a task's files are taken from: the first that has any, else the samples.
-
-    Without a task, FINLORA_DATA's folder, else data/raw where it is there, else data/sample.
-    """
-    for folder in folders().values():
-        if any((folder / file).is_file() for file in task_files(task)) if task else folder.is_dir():
-            return folder
-    return SAMPLE
-
-
-def task_files(task: str) -> list[str]:
-    """The training file and the test files that are converted with a task."""
-    spec = sources()["tasks"][task]
-    tests = () if "parts" in spec else spec["eval"]
-    return [spec["train"], *(sources()["datasets"][name]["file"] for name in tests)]
-
-
-def origin(source: Path) -> str:
-    """The name of the folder that a file was taken from."""
-    for name, folder in reversed(folders().items()):
-        if source.resolve().is_relative_to(folder.resolve()):
-            return name
-    return "your own"
 
 
 def convert_task(task: str, folder: Path, how: How = DEFAULT) -> None:
@@ -620,36 +498,39 @@ def convert_task(task: str, folder: Path, how: How = DEFAULT) -> None:
 
     The test sets of a multi-task set are converted with the tasks that are its parts.
     """
-    spec = sources()["tasks"][task]
+    spec = sources.tables()["tasks"][task]
     train, split = folder / spec["train"], spec.get("without_train")
     left: dict[str, frozenset[int]] = {}
-    trains = replace(how, validation=val_path(task))
+    trains = replace(how, validation=sources.val_path(task))
     if train.is_file():
         rule = check_labels(train, train_rules(task, folder), how, mixed=True)
-        content = convert(train, train_path(task), rule, how=trains)
-        report(content, train_path(task))
-    elif split and (source := folder / sources()["datasets"][split["split"]]["file"]).is_file():
+        content = convert(train, sources.train_path(task), rule, how=trains)
+        report(content, sources.train_path(task))
+    elif (
+        split
+        and (source := folder / sources.tables()["datasets"][split["split"]]["file"]).is_file()
+    ):
         picked, left[split["split"]] = halves(source, train.name, **split)
         rule = rules(split["split"], source, how)
-        content = convert(source, train_path(task), rule, picked, trains)
-        report(content, train_path(task))
+        content = convert(source, sources.train_path(task), rule, picked, trains)
+        report(content, sources.train_path(task))
     elif "parts" not in spec:
-        absent(train_path(task), train.name)
+        absent(sources.train_path(task), train.name)
     elif isinstance(result := join(task, how), str):
-        absent(train_path(task), train.name, result)
+        absent(sources.train_path(task), train.name, result)
     else:
-        report(result, train_path(task))
+        report(result, sources.train_path(task))
     if "parts" in spec:
         return
     tests = replace(how, bounded=False)
     for name in spec["eval"]:
-        source = folder / sources()["datasets"][name]["file"]
+        source = folder / sources.tables()["datasets"][name]["file"]
         if source.is_file():
-            target = test_path(name)
+            target = sources.test_path(name)
             rule = rules(name, source, how)
             report(convert(source, target, rule, left.get(name), tests), target)
         else:
-            absent(test_path(name), source.name)
+            absent(sources.test_path(name), source.name)
 
 
 def halves(
@@ -682,7 +563,7 @@ def absent(target: Path, file: str, why: str = "") -> None:
 
 def remove(target: Path) -> None:
     """Removes a converted file and what stands beside it."""
-    for path in (target, manifest_path(target), refused_path(target)):
+    for path in (target, sources.manifest_path(target), sources.refused_path(target)):
         path.unlink(missing_ok=True)
 
 
@@ -692,7 +573,7 @@ def report(manifest: dict[str, Any], target: Path) -> None:
     notes += [f"{r['rows']} taken out: {r['repair']}" for r in manifest["removed"] if r.get("rows")]
     notes += [f"{r['repair']} {r['note']}" for r in manifest["removed"] if "note" in r]
     if manifest["refused"]:
-        notes.append(f"{manifest['refused']} refused: {shown(refused_path(target))}")
+        notes.append(f"{manifest['refused']} refused: {shown(sources.refused_path(target))}")
     told = "; ".join(filter(None, [labels[:70], *notes]))
     print(f"data       {target.name:<32} {manifest['rows']:>6} rows  {told}".rstrip())
     if held := manifest.get("validation"):
@@ -734,27 +615,30 @@ def main() -> None:
     how = How(arguments.on_error == "quarantine", lengths, repair=repair)
     if arguments.dataset:
         name, source, target = arguments.dataset
-        if name not in sources()["datasets"]:
-            known = list(sources()["datasets"])
+        if name not in sources.tables()["datasets"]:
+            known = list(sources.tables()["datasets"])
             raise WrongInput(f'unknown dataset "{name}"{nearest(name, known)}')
         if not Path(source).is_file():
             raise WrongInput(f"{source} is not there")
         rule = rules(name, Path(source), how)
         report(convert(Path(source), Path(target), rule, how=how), Path(target))
         return
-    known = sources()["tasks"]
+    known = sources.tables()["tasks"]
     tasks = arguments.tasks.replace(",", " ").split() or ([task] if task else list(known))
     for name in tasks:
         if name not in known:
             raise WrongInput(f'unknown task "{name}"{nearest(name, list(known))}')
     said = None
     for name in dict.fromkeys(part for t in tasks for part in [*known[t].get("parts", ()), t]):
-        folder = source_folder(name)
+        folder = sources.source_folder(name)
         joined = "parts" in known[name] and not (folder / known[name]["train"]).is_file()
         own = Path(known[name]["train"])
         place = own.parent if own.is_absolute() else folder
         if place != said and not joined:
-            print(f"data       from {shown(place)}" + (" (examples)" if place == SAMPLE else ""))
+            print(
+                f"data       from {shown(place)}"
+                + (" (examples)" if place == sources.SAMPLE else "")
+            )
             said = place
         convert_task(name, folder, how)
 

@@ -29,9 +29,9 @@ from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from tools.common import JobFailed, WrongInput, command, digest, nearest, shown
-from tools.data.convert import RAW, folders, git_blob, sources
+from tools.common import JobFailed, WrongInput, command, digest, git_blob, nearest, shown
 from tools.data.rows import batches
+from tools.sources import RAW, folders, tables
 
 if TYPE_CHECKING:
     from httpx import Client, Response
@@ -72,7 +72,7 @@ class Passing(Exception):
 
 def published(path: str) -> Published | None:
     """The table's row of a file; None where FinLoRA does not publish it."""
-    entry = sources()["files"][path]
+    entry = tables()["files"][path]
     if not PATH.fullmatch(path):
         raise WrongInput(f"data/sources.yaml: {path!r} is no path inside of a folder")
     if entry.get("published") is False:
@@ -88,16 +88,16 @@ def published(path: str) -> Published | None:
 
 def wanted(tasks: list[str]) -> list[str]:
     """The paths of what tasks train on and are scored on; without a task, every path there is."""
-    known = sources()["tasks"]
+    known = tables()["tasks"]
     if not tasks:
-        return list(sources()["files"])
+        return list(tables()["files"])
     paths = []
     for task in tasks:
         if task not in known:
             raise WrongInput(f'unknown task "{task}"{nearest(task, list(known))}')
         paths.append(known[task]["train"])
-        paths += [sources()["datasets"][name]["file"] for name in known[task]["eval"]]
-    if own := next((path for path in paths if path not in sources()["files"]), None):
+        paths += [tables()["datasets"][name]["file"] for name in known[task]["eval"]]
+    if own := next((path for path in paths if path not in tables()["files"]), None):
         raise WrongInput(
             f'{own} is no file of FinLoRA: "files" of data/sources.yaml has no such row'
         )
@@ -106,8 +106,8 @@ def wanted(tasks: list[str]) -> list[str]:
 
 def origins(paths: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Name, attribution, url, licence and commercial (true, false, null) of the rows in files."""
-    names = (name for path in paths for name in sources()["files"][path]["origins"])
-    return {name: sources()["origins"][name] for name in dict.fromkeys(names)}
+    names = (name for path in paths for name in tables()["files"][path]["origins"])
+    return {name: tables()["origins"][name] for name in dict.fromkeys(names)}
 
 
 def fault(path: Path, file: Published) -> str | None:
@@ -131,8 +131,8 @@ def fault(path: Path, file: Published) -> str | None:
 def address(file: Published, base: str) -> str:
     """Where a file is: at a mirror, or without one (`base` is empty) at GitHub."""
     if not base:
-        name = urlsplit(sources()["repository"]).path
-        base = f"{GITHUB_LFS if file.lfs else GITHUB}{name}/{sources()['commit']}"
+        name = urlsplit(tables()["repository"]).path
+        base = f"{GITHUB_LFS if file.lfs else GITHUB}{name}/{tables()['commit']}"
     return f"{base.rstrip('/')}/data/{file.path}"
 
 
@@ -425,7 +425,7 @@ def main() -> None:
     table = {path: published(path) for path in paths}
     local, base = folders().get("FINLORA_DATA"), mirror()
     folder = local or RAW
-    where = shown(local) if local else base or f"{sources()['repository']} at {sources()['commit']}"
+    where = shown(local) if local else base or f"{tables()['repository']} at {tables()['commit']}"
     print(f"fetch      from {bare(where)}")
 
     state: dict[str, str] = {}
@@ -462,7 +462,7 @@ def main() -> None:
     if absent:
         print('fetch      one row a line: {"context": <prompt>, "target": <answer>}')
     if state:
-        for origin in [sources()["collection"], *origins(state).values()]:
+        for origin in [tables()["collection"], *origins(state).values()]:
             print(licence(origin))
 
     sys.stdout.flush()

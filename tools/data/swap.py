@@ -30,8 +30,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tools import sources
 from tools.common import WrongInput, shown
-from tools.data import convert
 from tools.data.rows import Rules, batches
 
 SLACK, SLACK_OF_MIXED = 0.05, 0.10
@@ -61,7 +61,7 @@ def see(source: Path, rule: Rules, quarantine: bool, mixed: bool) -> Seen | None
     `mixed`: another source's rows may be among them. A row that breaks a rule raises WrongInput
     unless such rows are kept in quarantine.
     """
-    spec = convert.sources()["swap"]
+    spec = sources.tables()["swap"]
     copies: Counter[bytes] = Counter()
     answer_of: dict[bytes, str] = {}
     for batch in batches(source, Rules(rule.labels)):
@@ -130,8 +130,8 @@ def format_shares(classes: dict[str, int]) -> str:
 
 def judge(seen: Seen) -> tuple[str, dict[str, Any]]:
     """("right", "swapped" or "unclear", the numbers that it rests on)."""
-    spec = convert.sources()["swap"]
-    right = convert.sources()["audit"][spec["dataset"]]["published_classes"]
+    spec = sources.tables()["swap"]
+    right = sources.tables()["audit"][spec["dataset"]]["published_classes"]
     swapped = {spec["relabel"].get(name, name): count for name, count in right.items()}
     limit = compute_allowance(seen, right)
     from_right, from_swapped = (measure_distance(seen.classes, each) for each in (right, swapped))
@@ -152,7 +152,7 @@ def check(source: Path, rule: Rules, repair: bool | None, quarantine: bool, mixe
 
     Raises WrongInput where the rows do not tell.
     """
-    spec = convert.sources()["swap"]
+    spec = sources.tables()["swap"]
     seen = see(source, rule, quarantine, mixed)
     if seen is None:
         return rule

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools import recipes
+from tools import sources as sources_module
 from tools.common import ROOT, WrongInput
-from tools.data import convert
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -49,7 +49,7 @@ def origins(data: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     A file that data/sources.yaml does not know is somebody's own, and its licence is unknown.
     """
-    table, found = convert.sources(), {}
+    table, found = sources_module.tables(), {}
     for entry in data:
         source = str(entry.get("source") or entry["path"])
         if entry.get("from") == "data/sample":
@@ -153,7 +153,7 @@ def results(scores: dict[str, dict[str, Any]]) -> list[Any]:
 
     from evals import report
 
-    found, sources = [], convert.sources()
+    found, sources = [], sources_module.tables()
     for dataset, pair in scores.items():
         content, row = pair["adapter"], sources["datasets"].get(dataset, {})
         source = {"from": content["evaluated"].get("data_from"), "source": row.get("file", dataset)}
@@ -209,9 +209,9 @@ def titles(recipe: recipes.Recipe) -> dict[str, str]:
 
 def example(task: str | None) -> str:
     """A prompt of the task, from the examples that were written for this project."""
-    spec = convert.sources()["tasks"].get(task, {})
+    spec = sources_module.tables()["tasks"].get(task, {})
     for dataset in spec.get("eval", ()):
-        path = convert.SAMPLE / convert.sources()["datasets"][dataset]["file"]
+        path = sources_module.SAMPLE / sources_module.tables()["datasets"][dataset]["file"]
         if path.is_file():
             with open(path, encoding="utf-8") as file:
                 return str(json.loads(file.readline())["context"]).strip()
@@ -223,7 +223,9 @@ def describe_repair(dataset: str, pair: dict[str, Any]) -> str:
 
     Score files without `label_checks` are of a time when only the published file was repaired.
     """
-    reason = convert.sources()["datasets"].get(dataset, {}).get("repair", {}).get("reason", "")
+    reason = (
+        sources_module.tables()["datasets"].get(dataset, {}).get("repair", {}).get("reason", "")
+    )
     if "label_checks" not in pair["adapter"]:
         return str(reason).strip()
     text = read_label_check(pair)
@@ -277,7 +279,7 @@ def make(
     data = told.get("data") or []
     rows = origins(data)
     names = titles(recipe)
-    tests = convert.sources()["datasets"]
+    tests = sources_module.tables()["datasets"]
     labels = [tests.get(name, {}).get("labels") for name in scores]
     repairs = {name: text for name, pair in scores.items() if (text := describe_repair(name, pair))}
     sample = any(entry.get("from") == "data/sample" for entry in data)

@@ -18,11 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tools import adapters, recipes
+from tools import adapters, architectures, common, recipes
 from tools.common import ROOT, JobFailed, WrongInput, command, digest
-from tools.data import convert
 from tools.hub import card
-from tools.train import plan
 
 RUNS = ROOT / "runs"
 FINLORA = "wangd12"  # who published FinLoRA's adapters
@@ -133,7 +131,7 @@ def tree(api: Any, repo: str, revision: str) -> dict[str, tuple[int, str]]:
 def matches(content: bytes | Path, told: str) -> bool:
     """Whether a file has the digest that the Hub tells: SHA-256 of a large file, else git's."""
     if isinstance(content, Path):
-        return told == (digest(content) if len(told) == 64 else convert.git_blob(content))
+        return told == (digest(content) if len(told) == 64 else common.git_blob(content))
     if len(told) == 64:
         return told == hashlib.sha256(content).hexdigest()
     return told == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -166,7 +164,7 @@ def hub_name(base: str) -> str:
         return str(name)
     if not (base.startswith(("/", ".", "~")) or (ROOT / base).is_dir()):
         return recipes.canonical(base)
-    if model := plan.models().get(base.lower()):
+    if model := architectures.models().get(base.lower()):
         return model.source
     raise WrongInput(
         f'base_model "{base}" is a folder of this machine; what it is called on the Hub must stand '

@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from tools import adapters, models, recipes, runs
+from tools import adapters, architectures, common, models, recipes, runs
 from tools.common import ROOT, JobFailed, WrongInput, atomic, command, digest, shown, write_json
 from tools.hub.client import (
     CONFIG,
@@ -41,7 +41,6 @@ from tools.hub.client import (
     same_base,
     tree,
 )
-from tools.train import plan
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def safe_config(content: bytes, where: str) -> dict[str, Any]:
 
 def score_file(content: bytes, where: str) -> None:
     """Raises WrongInput unless a score file has the parts that listings and reports read."""
-    told = adapters.read_json(content, where)
+    told = common.parse_json(content, where)
     kinds = {"evaluated": dict, "metrics": dict, "predictions": list, "examples": int}
     for key, kind in kinds.items():
         if not isinstance(told.get(key), kind):
@@ -156,13 +155,13 @@ def describe(
 
     A config that came along is kept to the byte, unless base or output lie elsewhere here.
     """
-    settings = adapters.read_json((folder / adapters.CONFIG).read_bytes(), adapters.CONFIG)
+    settings = common.parse_json((folder / adapters.CONFIG).read_bytes(), adapters.CONFIG)
     row = recipes.base_model(base)[1]
     local = recipe.config["base_model"] if recipe else row.get("base_model") or row.get("hub", base)
     sha, run = digest(folder / adapters.WEIGHTS), folder / RUN
     published = runs.FINLORA.fullmatch(source.name)
     if run.is_file():
-        told = adapters.read_json(run.read_bytes(), f"{source}/{RUN}")
+        told = common.parse_json(run.read_bytes(), f"{source}/{RUN}")
         if told.get("adapter_sha256") != sha:
             raise WrongInput(f"{source}: {RUN} tells of another adapter")
     else:
@@ -222,15 +221,17 @@ def check_precision(base: str, precision: str) -> None:
         raise WrongInput(f"PRECISION={precision}: the base {base} was published quantized to {own}")
 
 
-def architecture(api: Any, base: str) -> plan.Model:
+def architecture(api: Any, base: str) -> architectures.Model:
     """The base's architecture, from recipes/models/ or from its own config.json on the Hub."""
-    if model := plan.models().get(recipes.canonical(base).lower()):
+    if model := architectures.models().get(recipes.canonical(base).lower()):
         return model
     with plainly(f"the base {base}"):
         if api.hf_hub_download(base, "config.json", dry_run=True).file_size > MIB:
             raise WrongInput(f"{base}: its config.json is larger than 1 MB")
         path = Path(api.hf_hub_download(base, "config.json"))
-    return adapters.architecture(base, adapters.read_json(path.read_bytes(), f"{base}/config.json"))
+    return architectures.of_config(
+        base, common.parse_json(path.read_bytes(), f"{base}/config.json")
+    )
 
 
 def unchanged(target: Path) -> bool:
@@ -283,7 +284,7 @@ def bring(
         path = fetch(api, source, adapters.CONFIG, revision, there[adapters.CONFIG][1])
         if path.parents[config.count("/")].name != commit:
             raise JobFailed(f"{repo}: {revision} moved meanwhile; run it again")
-        settings = adapters.read_json(path.read_bytes(), f"{source}/{adapters.CONFIG}")
+        settings = common.parse_json(path.read_bytes(), f"{source}/{adapters.CONFIG}")
         plain = adapters.settings(settings, f"{source}/{adapters.CONFIG}")
         base = str(settings.get("base_model_name_or_path") or "")
         need = hub_name(recipe.config["base_model"]) if recipe else base

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from tools import adapters, models, recipes
+from tools import adapters, architectures, common, models, recipes
 from tools.common import ROOT, SECRET, JobFailed, WrongInput, command, shown
 from tools.hub import card
 from tools.hub.client import (
@@ -78,7 +78,7 @@ def finished(recipe: recipes.Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     adapters.inspect(recipe.run)
     base = recipes.canonical(hub_name(str(config["base_model"])))
-    if model := plan.models().get(base.lower()):
+    if model := architectures.models().get(base.lower()):
         adapters.check(recipe.run, model)
     return told, config
 
@@ -187,7 +187,7 @@ def contents(
             f"{recipe.name} has no scores; `make eval RECIPE={recipe.name}` makes them "
             "(FORCE=1 publishes without, and the card says so)"
         )
-    settings = adapters.read_json((recipe.run / adapters.CONFIG).read_bytes(), adapters.CONFIG)
+    settings = common.parse_json((recipe.run / adapters.CONFIG).read_bytes(), adapters.CONFIG)
     base = hub_name(str(config["base_model"]))
     # What training and scoring recorded counts more than what the cache holds by now.
     known = [settings.get("revision"), told.get("base_revision")]
@@ -342,7 +342,7 @@ def ours(api: Any, repo: str, commit: str, tag: str, there: dict[str, Any]) -> N
     if RUN not in there or there[RUN][0] > MIB:
         raise WrongInput(f"{repo} holds something else; FORCE=1 adds this run to it all the same")
     path = Path(api.hf_hub_download(repo, RUN, revision=commit))
-    version = adapters.read_json(path.read_bytes(), f"{repo}/{RUN}").get("recipe_version")
+    version = common.parse_json(path.read_bytes(), f"{repo}/{RUN}").get("recipe_version")
     if f"v{version}" == tag:
         raise WrongInput(
             f"{repo} holds another {tag} without its tag: a push was cut off or is under way; "

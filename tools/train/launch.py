@@ -34,7 +34,7 @@ from typing import Any
 
 import yaml
 
-from tools import recipes, smollm2
+from tools import architectures, recipes, smollm2, sources
 from tools.common import (
     ROOT,
     SECRET,
@@ -47,7 +47,6 @@ from tools.common import (
     shown,
     write_json,
 )
-from tools.data import convert
 from tools.prompts import explain_unscorable
 from tools.train import plan, profiles
 
@@ -123,7 +122,7 @@ def fits(recipe: recipes.Recipe, here: dict[str, Any], profile: str = "") -> Non
 
     def small(model: str) -> bool:
         base = recipes.config(f"{model}/{task}_{method}")["base_model"]
-        return plan.find_model(base).parameters <= profiles.LARGEST_ON_CPU
+        return architectures.find(base).parameters <= profiles.LARGEST_ON_CPU
 
     if here["gpus"]:
         content = recipe.config | profiles.layers(profile)
@@ -147,7 +146,7 @@ def fits(recipe: recipes.Recipe, here: dict[str, Any], profile: str = "") -> Non
 def data_of(recipe: recipes.Recipe) -> list[dict[str, Any]]:
     """What is to be known of each file that the recipe trains on or is validated with."""
     found = []
-    config, _ = convert.drop_missing_validation(recipe.config)
+    config, _ = sources.drop_missing_validation(recipe.config)
     entries = [(entry, "train") for entry in config["datasets"]]
     entries += [(entry, "validation") for entry in config.get("test_datasets") or ()]
     for entry, split in entries:
@@ -165,7 +164,7 @@ def data_of(recipe: recipes.Recipe) -> list[dict[str, Any]]:
                 )
             task = f" TASKS={recipe.task}" if recipe.task else ""
             raise WrongInput(f"{shown(path)} is not there; `make data{task}` makes it")
-        content = convert.manifest(path)
+        content = sources.manifest(path)
         rows = content.get("rows")
         if rows is None:
             with open(path, "rb") as file:
@@ -574,7 +573,7 @@ def main() -> None:
         sum(entry["rows"] for entry in data if entry["split"] == split)
         for split in ("train", "validation")
     )
-    if reason := convert.drop_missing_validation(recipe.config)[1]:
+    if reason := sources.drop_missing_validation(recipe.config)[1]:
         print(f"train      no rows validate: {reason}")
     names = [e["path"] for e in recipe.config["datasets"] if not (ROOT / e["path"]).exists()]
     what = " and ".join([f"{rows} rows"] * bool(rows) + [f"{name} of the Hub" for name in names])

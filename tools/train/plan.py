@@ -13,7 +13,6 @@ Bytes are bytes; a GPU of "24 GB" has 24 GiB of memory, as its driver counts it.
 import argparse
 import json
 import math
-import os
 import re
 import sys
 from collections import Counter
@@ -24,9 +23,9 @@ from typing import Any
 
 import orjson
 
-from tools import recipes
+from tools import architectures, recipes, sources
+from tools.architectures import BLOCKS, MODULES, Model
 from tools.common import ROOT, WrongInput, command, nearest, read_yaml, shown
-from tools.data import convert
 
 MODELS = ROOT / "recipes" / "models"
 GIB = 2**30
@@ -62,57 +61,6 @@ SAMPLED, LONGEST = 1000, 64  # rows whose tokens are counted: from all over the 
 # Optimizer state in bytes per trainable parameter: two moments in float32 (Kingma & Ba, 2015), or
 # in 8 bits with a float32 maximum per block of 256 (bitsandbytes; Dettmers et al. 2022, sec. 2).
 OPTIMIZERS = {"adamw": 8.0, "8bit": 2 + 2 * 4 / 256}
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-BLOCKS = {name: "self_attn" if name in MODULES[:4] else "mlp" for name in MODULES}
-
-
-@dataclass(frozen=True)
-class Model:
-    """The architecture of a Llama-like decoder. `norms_per_layer` counts those of size `hidden`."""
-
-    source: str
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool
-    norms_per_layer: int = 2
-    qk_norm: bool = False
-    also: tuple[str, ...] = ()
-    note: str = ""
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """(in, out) of the linear layers in one decoder layer."""
-        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "q_proj": (self.hidden, query),
-            "k_proj": (self.hidden, key),
-            "v_proj": (self.hidden, key),
-            "o_proj": (query, self.hidden),
-            "gate_proj": (self.hidden, self.intermediate),
-            "up_proj": (self.hidden, self.intermediate),
-            "down_proj": (self.intermediate, self.hidden),
-        }
-
-    @property
-    def linear(self) -> int:
-        """Parameters that a quantized base quantizes: the linear layers without the head."""
-        return self.layers * sum(a * b for a, b in self.shapes.values())
-
-    @property
-    def kept(self) -> int:
-        """Parameters that stay unquantized: embedding, head (where it is another), norms."""
-        norms = self.layers * self.norms_per_layer * self.hidden + self.hidden
-        norms += self.layers * 2 * self.head_dim if self.qk_norm else 0
-        return (1 if self.tied else 2) * self.vocab * self.hidden + norms
-
-    @property
-    def parameters(self) -> int:
-        return self.linear + self.kept
 
 
 @dataclass(frozen=True)
@@ -393,7 +341,7 @@ def steps_of(rows: int, row: int, config: dict[str, Any]) -> tuple[int, int]:
 
 def count_training_rows(config: dict[str, Any], rows: int) -> int:
     """Rows of a task's file that train: without those that `make data` holds out."""
-    held = convert.sources()["validation"]["share"] if config.get("test_datasets") else 0
+    held = sources.tables()["validation"]["share"] if config.get("test_datasets") else 0
     return rows - math.ceil(rows * held)
 
 
@@ -431,62 +379,6 @@ def flops_per_token(model: Model, setup: Setup) -> int:
     """
     passes = 2 + 2 + (2 if setup.checkpointing else 0) + (0 if setup.rank else 2)
     return passes * (model.linear + model.vocab * model.hidden)
-
-
-@cache
-def models() -> dict[str, Model]:
-    """The architectures of recipes/models/, by each of their names in lower case."""
-    found: dict[str, Model] = {}
-    for path in sorted(MODELS.glob("*.json")):
-        facts = json.loads(path.read_bytes())
-        model = Model(**facts | {"also": tuple(facts.get("also", ()))})
-        found |= {name.lower(): model for name in (model.source, *model.also)}
-    return found
-
-
-def find_file(base: str, name: str) -> Path | None:
-    """A file of a base: in its folder, or in the Hub's cache; None where it is in neither."""
-    if (ROOT / base).is_dir():
-        path = ROOT / base / name
-        return path if path.is_file() else None
-    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
-    if not (cache / f"models--{base.replace('/', '--')}").is_dir():
-        return None  # without the Hub's library, which takes longer to load than a plan takes
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(base, name)
-    return Path(cached) if isinstance(cached, str) else None
-
-
-# What a base's config.json does not say of its architecture, by its `model_type`.
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "qwen3": {"qk_norm": True},
-    "gemma3": {"qk_norm": True, "norms_per_layer": 4},
-    "gemma3_text": {"qk_norm": True, "norms_per_layer": 4},
-}
-
-
-def find_model(base: str) -> Model:
-    """The architecture of a base, from the JSON that names it or from the base's own config.json;
-    WrongInput without either.
-    """
-    if model := models().get(recipes.canonical(base).lower()):
-        return model
-    if path := find_file(base, "config.json"):
-        from tools import adapters as adapter  # which computes with this module's Model
-
-        content = adapter.read_json(path.read_bytes(), shown(path))
-        text = content.get("text_config") or content
-        if any(key in text for key in ("num_experts", "num_local_experts", "n_routed_experts")):
-            raise WrongInput(f"{shown(path)}: a mixture of experts cannot be planned")
-        extra = ARCHITECTURES.get(str(content.get("model_type")), {})
-        return replace(adapter.architecture(base, content), **extra)
-    hint = nearest(base, [name for m in models().values() for name in (m.source, *m.also)])
-    raise WrongInput(
-        f'{shown(MODELS)} has no JSON for the base "{base}", and its config.json is neither in a '
-        f"folder of that name nor in the Hub's cache{hint}"
-    )
 
 
 def find_gpu(name: str) -> tuple[str, float, float | None]:
@@ -588,7 +480,7 @@ def measure(path: Path, base: str) -> Measured | None:
     rows = sorted(("\n".join(texts_of(value)) for value in values), key=len)
     if not rows:
         return None
-    tokenizer = find_file(base, "tokenizer.json")
+    tokenizer = architectures.find_file(base, "tokenizer.json")
     if tokenizer is None:
         mean = sum(map(len, rows)) / len(rows) / CHARACTERS_PER_TOKEN
         longest = len(rows[-1]) / LEAST_CHARACTERS_PER_TOKEN
@@ -633,7 +525,7 @@ def plan(
     `row` is the tokens of a row, mean and longest alike; without it they come from the file `data`,
     and without that the peak is for rows of sequence_len. `price` is for one GPU and hour.
     """
-    model = find_model(str(config["base_model"]))
+    model = architectures.find(str(config["base_model"]))
     if gpus > 1 and "processes" not in config:
         config = config | divided(config, gpus)
     base = str(config["base_model"])

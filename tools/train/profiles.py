@@ -14,9 +14,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tools import recipes
+from tools import recipes, sources
 from tools.common import ROOT, WrongInput, command
-from tools.data import convert
 from tools.prompts import with_template
 from tools.train import plan
 
@@ -184,7 +183,7 @@ def merged(
     run = Path(recipe.config["output_dir"])
     if checkpointing not in ("", "0", "1"):
         raise WrongInput(f'GRADIENT_CHECKPOINTING "{checkpointing}": 1 or 0 is needed')
-    config, _ = convert.drop_missing_validation(recipe.config)
+    config, _ = sources.drop_missing_validation(recipe.config)
     content = with_template(laid_over(config, layers(profile)))
     if processes > 1:
         content |= plan.divided(content, processes)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tools import models, recipes, smollm2
+from tools import architectures, models, recipes, smollm2
 from tools.common import ROOT, JobFailed, WrongInput, command, json_lines, quiet, shown
 from tools.data import lengths
 from tools.train import launch, plan, profiles
@@ -259,7 +259,7 @@ def here_name(here: dict[str, Any]) -> str:
 def count_parameters(base: str) -> int:
     """Parameters of a base; 0 where its architecture is not known."""
     try:
-        return plan.find_model(base).parameters
+        return architectures.find(base).parameters
     except WrongInput:
         return 0
 

@@ -1,0 +1,137 @@
+"""The tables of data/sources.yaml, and the folders and files that data comes from and goes to.
+
+    sources.tables()["datasets"]["fpb"]        a row of the tables: file, labels, licence, …
+    sources.source_folder("sentiment")         where FinLoRA's files of a task are taken from
+    sources.manifest(sources.train_path("sentiment"))["rows"]
+
+FinLoRA's files lie in FINLORA_DATA/data, data/raw (from `make fetch`) or data/sample (examples);
+converted files lie in data/chat, each with a manifest beside it.
+"""
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from tools.common import ROOT, WrongInput, digest, read_yaml, shown
+
+CHAT = ROOT / "data" / "chat"
+RAW = ROOT / "data" / "raw"
+SAMPLE = ROOT / "data" / "sample"
+OWN = ROOT / "recipes" / "local"  # tasks of the user's own, see tools/custom.py
+
+
+def published_tables() -> dict[str, Any]:
+    """The tables of data/sources.yaml; a multi-task set gets the datasets of its parts."""
+    content = read_yaml(ROOT / "data" / "sources.yaml")
+    tasks = content["tasks"]
+    for spec in tasks.values():
+        if parts := spec.get("parts"):
+            spec["eval"] = [name for part in parts for name in tasks[part]["eval"]]
+    return content
+
+
+@cache
+def tables() -> dict[str, Any]:
+    """The published tables and the user's own rows of recipes/local/*.yaml."""
+    content = published_tables()
+    for path in sorted(OWN.glob("*.yaml")):
+        own = read_yaml(path).get("sources", {})
+        for table, rows in own.items():
+            for entry in rows.values():
+                for key in {"file", "train"} & entry.keys():
+                    entry[key] = str(ROOT / entry[key])  # not below FinLoRA's data/
+            content[table] |= rows
+    return content
+
+
+def manifest_path(chat: Path) -> Path:
+    return chat.with_name(chat.name + ".manifest.json")
+
+
+def refused_path(chat: Path) -> Path:
+    return chat.with_name(chat.name + ".refused.jsonl")
+
+
+def manifest(chat: Path) -> dict[str, Any]:
+    """The manifest of a converted file, after checking that the file is what it says."""
+    path = manifest_path(chat)
+    if not chat.is_file():
+        raise WrongInput(f"{shown(chat)} is not there; `make data` makes it")
+    content = orjson.loads(path.read_bytes()) if path.is_file() else {"source": shown(chat)}
+    sha = digest(chat)
+    if content.setdefault("sha256", sha) != sha:
+        raise WrongInput(f"{shown(chat)} was changed after its conversion; `make data` makes it")
+    return content
+
+
+def train_path(task: str) -> Path:
+    return CHAT / f"{task}_train.jsonl"
+
+
+def val_path(task: str) -> Path:
+    return CHAT / f"{task}_val.jsonl"
+
+
+def drop_missing_validation(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """An Axolotl config without the validation set of a task that has none, and why it has none.
+
+    `make data` holds no rows out of a small set. A validation file that it made and that is gone
+    stays in the config, and so does any other file.
+    """
+    train = (ROOT / config["datasets"][0]["path"]).resolve()
+    for entry in config.get("test_datasets") or ():
+        path = (ROOT / str(entry.get("path"))).resolve()
+        if path.is_file() or not path.name.endswith("_val.jsonl") or not train.is_file():
+            continue
+        held = manifest(train).get("validation") or {}
+        if held.get("rows"):
+            continue
+        dropped = {"test_datasets", "eval_steps", "evals_per_epoch"}
+        kept = {key: value for key, value in config.items() if key not in dropped}
+        why = held.get("reason") or f"{shown(train)} was made without validation rows"
+        return kept, why
+    return config, ""
+
+
+def test_path(dataset: str) -> Path:
+    return CHAT / f"{dataset}_test.jsonl"
+
+
+def folders() -> dict[str, Path]:
+    """Where FinLoRA's files may be, each folder with `train/` and `test/`; the first one counts."""
+    found = {}
+    if named := os.environ.get("FINLORA_DATA"):
+        folder = Path(named).expanduser() / "data"
+        if not folder.is_dir():
+            raise WrongInput(f"FINLORA_DATA={named} has no folder data/ with FinLoRA's files")
+        found["FINLORA_DATA"] = folder.resolve()
+    return found | {"data/raw": RAW, "data/sample": SAMPLE}
+
+
+def source_folder(task: str = "") -> Path:
+    """The folder that a task's files are taken from: the first that has any, else the samples.
+
+    Without a task, FINLORA_DATA's folder, else data/raw where it is there, else data/sample.
+    """
+    for folder in folders().values():
+        if any((folder / file).is_file() for file in task_files(task)) if task else folder.is_dir():
+            return folder
+    return SAMPLE
+
+
+def task_files(task: str) -> list[str]:
+    """The training file and the test files that are converted with a task."""
+    spec = tables()["tasks"][task]
+    tests = () if "parts" in spec else spec["eval"]
+    return [spec["train"], *(tables()["datasets"][name]["file"] for name in tests)]
+
+
+def origin(source: Path) -> str:
+    """The name of the folder that a file was taken from."""
+    for name, folder in reversed(folders().items()):
+        if source.resolve().is_relative_to(folder.resolve()):
+            return name
+    return "your own"
