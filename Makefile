@@ -89,7 +89,7 @@ eval: $(READY) ## Score base and adapter: [RECIPE=…] [TASKS=fpb,fiqa] [LIMIT=2
 	  --backend "$$BACKEND" --base-url "$$BASE_URL" --model-name "$$MODEL_NAME"
 
 report: $(READY) ## A page of all scores, runs/report/index.html, and its figures as PNGs: [PRICE=0.26] [GPU="A5000 24GB"]
-	@$(PY) -m evals.html --gpu "$$GPU" --price "$$PRICE"
+	@$(PY) -m evals.page --gpu "$$GPU" --price "$$PRICE"
 
 chat: $(READY) ## Base and adapter answer PROMPT="…"; a conversation without it: RECIPE=… or ADAPTER=… [PRECISION=nf4] [PROMPT_FORMAT=finlora]
 	@$(PY) -m tools.use.chat "$$RECIPE" "$$PROMPT" --adapter "$$ADAPTER" --precision "$$PRECISION" \

@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tools import adapters, models
-from tools import runs as subjects
+from tools import adapters, models, subjects
 from tools.common import ROOT, JobFailed, WrongInput
 from tools.hub import card
 from tools.prompts import FORMATS, changes_tokenizer
-from tools.runs import Subject
+from tools.subjects import Subject
 
 KEPT = 256  # rows that vLLM answers before they are kept
 LONGEST = 16384  # tokens that vLLM makes room for

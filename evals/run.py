@@ -29,8 +29,7 @@ from evals import backends, report, stats
 from evals.answers import Answers, Prompts
 from evals.backends import BACKENDS, Endpoint
 from tools import models as weights
-from tools import runs as subjects
-from tools import smollm2, sources
+from tools import smollm2, sources, subjects
 from tools.common import (
     ROOT,
     JobFailed,
@@ -42,7 +41,7 @@ from tools.common import (
     write_json,
 )
 from tools.prompts import TOKENIZER, with_template
-from tools.runs import Subject
+from tools.subjects import Subject
 
 TASKS = ROOT / "evals" / "tasks"
 # What answers depend on beside the model; torch's builds for CPU and CUDA count as one.

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import run
-from tools import adapters, architectures, common, models, patterns, prompts, recipes, runs
+from tools import adapters, architectures, common, models, patterns, prompts, recipes, subjects
 from tools.common import ROOT, WrongInput
 from tools.use import chat, merge, serve
 
@@ -119,7 +119,7 @@ def test_what_peft_loads_is_loaded_merged_and_leaves_the_base_as_it_is(tiny, tmp
     from evals.model import Model
 
     folder = make(tiny, tmp_path / "adapter", **KINDS[kind])
-    who = runs.find("", str(folder), "fp32")
+    who = subjects.find("", str(folder), "fp32")
     model, tokenizer = models.load(who.config, who.adapter)
 
     plain_base = AutoModelForCausalLM.from_pretrained(tiny, dtype="float32")
@@ -176,7 +176,7 @@ HARMLESS = {
 @pytest.mark.parametrize("key", HARMLESS)
 def test_settings_without_effect_on_loading_are_accepted(tiny, copy, key):
     change(copy, **{key: HARMLESS[key]})
-    who = runs.find("", str(copy), "fp32")
+    who = subjects.find("", str(copy), "fp32")
     model, tokenizer = models.load(who.config, who.adapter)
     with model.disable_adapter():
         base = logits(model, tokenizer)
@@ -219,14 +219,14 @@ def test_every_door_refuses_in_one_line_before_it_loads_anything(copy, door):
 def test_settings_that_would_not_be_loaded_faithfully_are_refused_by_name(copy, key):
     value, why = REFUSED[key]
     with pytest.raises(WrongInput, match=why) as refusal:
-        runs.find("", str(change(copy, **{key: value})), "fp32")
+        subjects.find("", str(change(copy, **{key: value})), "fp32")
     assert key in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("value", INITIALIZATIONS)
 def test_initializations_that_rewrite_the_base_are_refused(copy, value):
     with pytest.raises(WrongInput, match="init_lora_weights"):
-        runs.find("", str(change(copy, init_lora_weights=value)), "fp32")
+        subjects.find("", str(change(copy, init_lora_weights=value)), "fp32")
 
 
 def test_a_converted_pissa_adapter_is_plain_lora(tiny, tmp_path):
@@ -249,7 +249,7 @@ def test_a_converted_pissa_adapter_is_plain_lora(tiny, tmp_path):
         tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start")
     )
     expected = logits(model.eval(), models.load({"base_model": str(tiny)})[1])
-    who = runs.find("", str(tmp_path / "converted"), "fp32")
+    who = subjects.find("", str(tmp_path / "converted"), "fp32")
     loaded, tokenizer = models.load(who.config, who.adapter)
     assert largest(logits(loaded, tokenizer), expected) < 1e-3
     with loaded.disable_adapter():
@@ -270,19 +270,19 @@ BROKEN_NAMES = {
 def test_tensors_that_peft_would_leave_out_are_refused(copy, case):
     pattern, replacement, why = BROKEN_NAMES[case]
     with pytest.raises(WrongInput, match=why):
-        who = runs.find("", str(rename(copy, pattern, replacement)), "fp32")
+        who = subjects.find("", str(rename(copy, pattern, replacement)), "fp32")
         models.load(who.config, who.adapter)
 
 
 def test_an_adapter_without_tensors_or_with_some_of_them_is_refused(copy):
     tensors = load_file(copy / adapters.WEIGHTS)
     save_file({k: v for k, v in tensors.items() if ".1." not in k}, copy / adapters.WEIGHTS)
-    who = runs.find("", str(copy), "fp32")
+    who = subjects.find("", str(copy), "fp32")
     with pytest.raises(WrongInput, match="lacks the tensor 'base_model.model.model.layers.1"):
         models.load(who.config, who.adapter)
     save_file({}, copy / adapters.WEIGHTS)
     with pytest.raises(WrongInput, match="holds no tensors"):
-        runs.find("", str(copy), "fp32")
+        subjects.find("", str(copy), "fp32")
 
 
 def test_pefts_own_result_of_a_load_decides(tiny, copy):
@@ -301,7 +301,7 @@ def test_an_embedding_that_is_not_the_bases_is_refused(tiny, tmp_path):
     name = next(name for name in tensors if "base_layer" in name)
     tensors[name] = tensors[name] + 0.01
     save_file(tensors, folder / adapters.WEIGHTS)
-    who = runs.find("", str(folder), "fp32")
+    who = subjects.find("", str(folder), "fp32")
     with pytest.raises(WrongInput, match="changes the base's own weights"):
         models.load(who.config, who.adapter)
 
@@ -362,7 +362,7 @@ def test_other_content_in_place_of_a_file_is_called_what_it_is(copy, name, case)
     content, why = OTHER_FILES[case]
     (copy / name).write_bytes(content)
     with pytest.raises(WrongInput, match=f"{name}: .*{why}"):
-        runs.find("", str(copy), "fp32")
+        subjects.find("", str(copy), "fp32")
 
 
 @pytest.mark.parametrize("keep", [7, 300, 0.5, -1])
@@ -371,7 +371,7 @@ def test_a_file_that_is_cut_off_is_called_so(copy, keep):
     end = int(len(content) * keep) if isinstance(keep, float) else keep
     (copy / adapters.WEIGHTS).write_bytes(content[:end])
     with pytest.raises(WrongInput, match="cut off|no safetensors"):
-        runs.find("", str(copy), "fp32")
+        subjects.find("", str(copy), "fp32")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
@@ -418,7 +418,7 @@ def test_finloras_adapters_have_their_precision_and_prompt_format(tmp_path, row)
     numbers = {"lora_alpha": int(row["alpha"]), "lora_dropout": float(row["dropout"])}
     flags = {"use_dora": row["dora"] == "True", "use_rslora": row["rslora"] == "True"}
     folder = stand_in(tmp_path / row["folder"], row["base"], int(row["rank"]), **numbers, **flags)
-    who = runs.find("", str(folder))
+    who = subjects.find("", str(folder))
     bits = re.search("4bits|8bits|fp16", row["folder"])[0]
     expected = {"4bits": "nf4", "8bits": "int8", "fp16": "full"}[bits]
     assert (models.precision(who.config), who.prompt_format) == (expected, "finlora")
@@ -476,11 +476,11 @@ def test_a_base_that_was_published_quantized_is_known_as_such(tiny, tmp_path, bi
     model.save_pretrained(base)
     AutoTokenizer.from_pretrained(tiny).save_pretrained(base)
     folder = change(make(tiny, tmp_path / "adapter"), base_model_name_or_path=str(base))
-    who = runs.find("", str(folder))  # nothing has to be asked
+    who = subjects.find("", str(folder))  # nothing has to be asked
     own = "nf4" if bits == 4 else "int8"
     assert models.precision(who.config) == own and who.base_folder.name == f"base_{own}"
     with pytest.raises(WrongInput, match=f"published quantized to {own}"):
-        runs.find("", str(folder), "fp32")
+        subjects.find("", str(folder), "fp32")
     target = merge.merge(who.config, folder)
     assert json.loads((target / "merge.json").read_text())["precision"] == own
     assert "quantization_config" not in json.loads((target / "config.json").read_text())
@@ -488,10 +488,10 @@ def test_a_base_that_was_published_quantized_is_known_as_such(tiny, tmp_path, bi
 
 def test_a_bases_name_says_that_it_is_quantized_before_it_is_here(tmp_path):
     base = "unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit"
-    who = runs.find("", str(stand_in(tmp_path / "a", base, 4)))
+    who = subjects.find("", str(stand_in(tmp_path / "a", base, 4)))
     assert models.precision(who.config) == "nf4"
     with pytest.raises(WrongInput, match="quantized with gptq"):
-        runs.find("", str(stand_in(tmp_path / "b", "x/Llama-3-GPTQ", 4)))
+        subjects.find("", str(stand_in(tmp_path / "b", "x/Llama-3-GPTQ", 4)))
 
 
 def test_the_prompt_format_is_the_same_in_scoring_chat_merge_and_serve(tiny, tmp_path):
@@ -500,7 +500,7 @@ def test_the_prompt_format_is_the_same_in_scoring_chat_merge_and_serve(tiny, tmp
     from evals.answers import Prompts
 
     folder = make(tiny, tmp_path / "ner_llama_3_1_8b_4bits_r4")
-    who = runs.find("", str(folder))
+    who = subjects.find("", str(folder))
     assert who.prompt_format == "finlora"
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     turn = [{"role": "user", "content": "Is it good?"}]
@@ -544,7 +544,7 @@ def test_a_format_starts_with_the_token_that_the_tokenizer_puts_before_a_text(ti
 def test_merging_does_not_care_about_words_in_a_path(tiny, tmp_path, name):
     base = Path(shutil.copytree(tiny, tmp_path / name / "base"))
     folder = make(base, tmp_path / name / "adapter")
-    merge.merge(runs.find("", str(folder), "fp32").config, folder)
+    merge.merge(subjects.find("", str(folder), "fp32").config, folder)
 
 
 def test_a_base_without_a_chat_template_is_merged_and_other_doors_say_what_is_needed(
@@ -564,7 +564,7 @@ def test_a_base_without_a_chat_template_is_merged_and_other_doors_say_what_is_ne
 @pytest.mark.parametrize("rank", [4, 320, 512, 1024])
 def test_an_adapter_of_any_rank_is_served(tiny, tmp_path, rank):
     folder = make(tiny, tmp_path / "adapter", r=rank)
-    who = runs.find("", str(folder), "nf4")
+    who = subjects.find("", str(folder), "nf4")
     line = serve.on_vllm(who, "mine", [])
     if rank > 512:
         assert line[2] == str(folder / "merged")
@@ -577,7 +577,7 @@ def test_vllm_gets_merged_what_it_would_serve_otherwise_than_trained(tiny, tmp_p
 
     for kind in ("ranks and alphas", "head saved whole", "DoRA"):
         folder = make(tiny, tmp_path / kind, **KINDS[kind])
-        who = runs.find("", str(folder), "fp32")
+        who = subjects.find("", str(folder), "fp32")
         assert serve.on_vllm(who, "mine", [])[2] == str(folder / "merged"), kind
         with pytest.raises(WrongInput, match="vLLM has no"):
             backends.vllm_arguments(who)

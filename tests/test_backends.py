@@ -13,7 +13,7 @@ import pytest
 from evals import backends, html
 from tests.test_eval import NF4, evaluate, trained, workplace  # noqa: F401
 from tools import common, sources
-from tools import runs as subject_of
+from tools import subjects as subject_of
 
 KEY = "a-key-that-no-pattern-knows-0123"
 KIND = ("application/json", "text/html")

@@ -8,7 +8,7 @@ import yaml
 
 from evals import run as scoring
 from tests.conftest import run
-from tools import models, prompts, recipes, runs, sources
+from tools import models, prompts, recipes, sources, subjects
 from tools.common import ROOT, WrongInput, parse_yaml
 from tools.data import convert
 from tools.train import launch, profiles
@@ -113,7 +113,7 @@ def test_what_a_config_trained_is_rendered_loaded_merged_and_served_as_it_was_tr
     from safetensors.torch import load_file
     from transformers import AutoConfig
 
-    who = runs.find(str(trained[name]))
+    who = subjects.find(str(trained[name]))
     model, tokenizer = models.load(who.config, who.adapter)
 
     # The prompts are those of the training, to the token.
@@ -166,7 +166,7 @@ def test_what_a_config_trained_is_scored_and_chatted_with(trained, name, tmp_pat
     monkeypatch.setattr(sources, "CHAT", tmp_path / "data" / "chat")
     convert.convert_task("sentiment", sources.SAMPLE)
     monkeypatch.chdir(tmp_path)  # lm-eval finds data/chat from here
-    files = scoring.run(runs.find(str(trained[name])), "fpb", 4, False)
+    files = scoring.run(subjects.find(str(trained[name])), "fpb", 4, False)
     for side in ("base", "adapter"):
         assert json.loads(files["fpb"][side].read_text())["examples"] == 4
     done = run("tools.use.chat", trained[name], "Is <fin_a> good?")
@@ -175,7 +175,7 @@ def test_what_a_config_trained_is_scored_and_chatted_with(trained, name, tmp_pat
 
 def test_a_base_alone_is_loaded_with_the_tokenizer_that_a_config_would_train(tiny, rows, tmp_path):
     path = write(tmp_path, tiny, rows, **CONFIGS["tokens"], chat_template="chatml")
-    who = runs.find(str(path), base_only=True)
+    who = subjects.find(str(path), base_only=True)
     model, tokenizer = models.load(who.config)
     assert model.get_input_embeddings().num_embeddings == len(tokenizer)
     assert tokenizer.tokenize("<fin_b>") == ["<fin_b>"]
@@ -232,8 +232,8 @@ OTHER_ROWS = {
 def test_rows_without_one_chat_template_need_a_prompt_format(entries, tiny, rows, tmp_path):
     path = str(write(tmp_path, tiny, rows, datasets=[dict(entry) for entry in entries]))
     with pytest.raises(WrongInput, match="PROMPT_FORMAT=bare scores it"):
-        runs.find(path, base_only=True)
-    assert runs.find(path, base_only=True, form="bare").prompt_format == "bare"
+        subjects.find(path, base_only=True)
+    assert subjects.find(path, base_only=True, form="bare").prompt_format == "bare"
 
 
 def test_rows_of_another_type_train_with_a_note_and_are_merged(tiny, tmp_path):

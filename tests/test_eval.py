@@ -19,7 +19,7 @@ from tests.conftest import run as command
 from tests.conftest import write_recipe
 from tools import common, models, recipes, sources
 from tools import prompts as prompt
-from tools import runs as subject_of
+from tools import subjects as subject_of
 from tools.data import convert
 
 NF4 = {

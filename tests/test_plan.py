@@ -284,7 +284,7 @@ def test_a_zero_stage_divides_one_more_part_among_the_gpus(stage, divided):
 
 def test_where_it_does_not_fit_the_first_change_that_helps_is_last_and_fits():
     config = recipes.find("sentiment_r8").config | {"gradient_checkpointing": False}
-    made = plan.plan(config, "12GB", row=300)
+    made = plan.plan(config, plan.Hardware("12GB"), row=300)
     texts = [text for text, _ in made["changes"]]
     assert not made["fits"]
     assert texts[0] == "gradient_checkpointing: true"
@@ -295,7 +295,7 @@ def test_where_it_does_not_fit_the_first_change_that_helps_is_last_and_fits():
 
 def test_packed_rows_are_as_long_as_the_sequence_and_unpacking_is_offered():
     config = recipes.find("sentiment_r4").config | {"sample_packing": True, "micro_batch_size": 1}
-    made = plan.plan(config, "9GB", row=100)
+    made = plan.plan(config, plan.Hardware("9GB"), row=100)
     assert made["setup"]["row"] == 4096
     assert [text for text, _ in made["changes"]] == ["sample_packing: false"]
 
@@ -316,12 +316,12 @@ def test_rows_that_validate_are_not_counted_as_steps():
 
 def test_several_gpus_share_the_batch_and_take_as_many_steps():
     config = recipes.find("sentiment_r4").config
-    one, four = (plan.plan(config, gpus=gpus, rows=1000, row=60) for gpus in (1, 4))
+    one, four = (plan.plan(config, plan.Hardware(count=gpus), rows=1000, row=60) for gpus in (1, 4))
     assert four["steps"] == one["steps"]
     assert four["hours"] == pytest.approx(one["hours"] / 4)
     assert (four["setup"]["micro_batch"], four["setup"]["accumulation"]) == (4, 1)
     with pytest.raises(WrongInput, match="3 processes cannot share the recipe's batch"):
-        plan.plan(config, gpus=3, rows=1000, row=60)
+        plan.plan(config, plan.Hardware(count=3), rows=1000, row=60)
 
 
 ADAPTED = {
@@ -420,7 +420,7 @@ def test_hours_name_the_rows_they_are_for_and_finloras_whole_file_beside(tmp_pat
     rows.write_text((json.dumps(text) + "\n") * 900)
     config = recipes.config("llama-3.1-8b/sentiment_r4")
     config["datasets"][0]["path"] = str(rows)
-    made = plan.plan(config, price=0.26, data=rows)
+    made = plan.plan(config, plan.Hardware(price=0.26), data=rows)
     assert (made["rows"], made["published"]["rows"]) == (900, 72_824)
     trained = plan.count_training_rows(config, 72_824)
     assert made["published"]["usd"] == pytest.approx(made["usd"] * trained / 900, rel=0.01)
@@ -428,13 +428,14 @@ def test_hours_name_the_rows_they_are_for_and_finloras_whole_file_beside(tmp_pat
 
 
 def test_hours_are_operations_over_peak_and_utilisation():
-    made = plan.plan(recipes.find("sentiment_r4").config, "A5000", 4, 0.26, rows=76772, row=60)
+    four = plan.Hardware("A5000", 4, 0.26)
+    made = plan.plan(recipes.find("sentiment_r4").config, four, rows=76772, row=60)
     operations = 6 * 7.505e9 * made["tokens"]  # forward, recomputed forward, backward
     hours = operations / (4 * 111.1e12 * 0.30) / 3600
     assert made["hours"] == pytest.approx(hours, rel=0.001)
     assert made["usd"] == pytest.approx(4 * 0.26 * hours, rel=0.001)
     faster = recipes.find("sentiment_r4").config | {"gradient_checkpointing": False}
-    made = plan.plan(faster, "A5000", 4, rows=76772, row=60)
+    made = plan.plan(faster, plan.Hardware("A5000", 4), rows=76772, row=60)
     assert made["hours"] == pytest.approx(hours * 4 / 6, rel=0.001)
 
 

@@ -14,12 +14,13 @@ from html.parser import HTMLParser
 import pytest
 from sklearn.metrics import confusion_matrix, f1_score
 
-from evals import html, report
+from evals import page as report_page
+from evals import report
 from evals import run as evaluation
 from evals.answers import Prompts
 from tests.test_eval import Speaker
 from tools import common, recipes, sources
-from tools import runs as subject_of
+from tools import subjects as subject_of
 
 HOSTILE = [
     "<script>document.title = 'taken'</script>",
@@ -56,7 +57,7 @@ def runs(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "CHAT", tmp_path / "data" / "chat")
     monkeypatch.setattr(subject_of, "RUNS", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
-    html.prompts.cache_clear()
+    report_page.prompts.cache_clear()
     sources.CHAT.mkdir(parents=True)
     rows = [
         {
@@ -134,7 +135,7 @@ class Page(HTMLParser):
 
 
 def built(**more):
-    files = html.build(subject_of.RUNS / "report", **more)
+    files = report_page.build(subject_of.RUNS / "report", **more)
     return files, Page(files[0].read_text())
 
 
@@ -178,13 +179,13 @@ def test_finloras_published_scores_stand_beside_the_metric_of_its_rule(runs):
 def test_a_confusion_matrix_is_scikit_learns(runs):
     content = json.loads(runs.file("adapter", "fpb", None).read_text())
     pairs = [row["values"]["f1_weighted"][0] for row in content["predictions"]]
-    found = html.confusion(content)
+    found = report_page.confusion(content)
     expected = confusion_matrix(*zip(*pairs, strict=True), labels=found["labels"])
     counts = [[count for count, _ in cells] for _, cells in found["rows"]]
     assert [row[:-1] for row in counts] == expected.tolist()
     content["predictions"][0]["values"]["f1_weighted"] *= 2  # tags: several labels a row
-    assert html.confusion(content) is None
-    base_side = html.confusion(json.loads(runs.file("base", "fpb", None).read_text()))
+    assert report_page.confusion(content) is None
+    base_side = report_page.confusion(json.loads(runs.file("base", "fpb", None).read_text()))
     assert sum(cells[-1][0] for _, cells in base_side["rows"]) == ROWS // 2  # no label
 
 
@@ -205,9 +206,9 @@ def test_hostile_prompts_and_answers_stay_text(runs):
 def test_wrong_answers_are_limited_and_say_so(runs):
     files, page = built()
     # 60 wrong ones of the base and 12 of the adapter, on each of two datasets.
-    assert len(page.shown["answer"]) == 2 * (html.WRONG + 12)
+    assert len(page.shown["answer"]) == 2 * (report_page.WRONG + 12)
     text = files[0].read_text()
-    assert text.count(f"{html.WRONG} of 60 shown") == 2 and text.count("12 of 12 shown") == 2
+    assert text.count(f"{report_page.WRONG} of 60 shown") == 2 and text.count("12 of 12 shown") == 2
 
 
 def test_prompts_of_other_data_than_was_scored_are_not_shown(runs):
@@ -215,7 +216,7 @@ def test_prompts_of_other_data_than_was_scored_are_not_shown(runs):
         file.write("{}\n")
     _, page = built()
     told = [text for text in page.shown["prompt"] if "is not the data that was scored" in text]
-    assert len(told) == html.WRONG + 12
+    assert len(told) == report_page.WRONG + 12
 
 
 def test_the_figures_lie_beside_the_page(runs):
@@ -229,7 +230,9 @@ def test_the_figures_lie_beside_the_page(runs):
 def test_the_planned_memory_is_the_planners(runs):
     from tools.train import plan
 
-    told = html.planned(next(one for one in html.everything() if one.adapter), "T4 16GB", 2.0)
+    told = report_page.planned(
+        next(one for one in report_page.everything() if one.adapter), "T4 16GB", 2.0
+    )
     again = plan.plan(
         runs.config, "T4 16GB", price=2.0, data=sources.CHAT / "sentiment_train.jsonl"
     )
@@ -267,9 +270,9 @@ def test_scores_of_an_adapter_that_was_trained_again_do_not_count(runs, capsys):
 
 def test_without_a_score_it_says_so_and_stops(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(subject_of, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(sys, "argv", ["evals.html"])
+    monkeypatch.setattr(sys, "argv", ["evals.page"])
     with pytest.raises(SystemExit) as stopped:
-        html.main()
+        report_page.main()
     assert stopped.value.code == 2
     told = capsys.readouterr().err
     assert told.startswith("error: nothing is scored in ") and told.count("\n") == 1
@@ -442,9 +445,9 @@ def test_filters_and_sorting_work(runs, chromium):
         names = [row[0] for row in await browser.ask(seen)]
         assert names == sorted(names)
 
-        assert await browser.ask(articles) == [html.WRONG, html.WRONG, 12, 12]
+        assert await browser.ask(articles) == [report_page.WRONG, report_page.WRONG, 12, 12]
         await browser.ask(f'({typed})("dataset", "fiqa")')
-        assert await browser.ask(articles) == [html.WRONG, 12]
+        assert await browser.ask(articles) == [report_page.WRONG, 12]
         await browser.ask(f'({typed})("seek", "row 110 says")')
         assert await browser.ask(articles) == [1]
         assert browser.complaints == []

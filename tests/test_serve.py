@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.conftest import run
-from tools import models, runs
+from tools import models, subjects
 from tools.common import ROOT, JobFailed
 from tools.use import chat, merge, serve
 
@@ -65,7 +65,7 @@ def adapters(tiny, tmp_path_factory):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_merged_model_is_base_and_adapter_at_the_precision_of_training(adapters, method):
     folder = adapters[method]
-    who = runs.find("", str(folder))
+    who = subjects.find("", str(folder))
     target = merge.merge(who.config, folder)
     told = json.loads((target / "merge.json").read_text())
     assert told["precision"] == method.split(",")[0]
@@ -84,7 +84,7 @@ def test_the_merged_model_is_base_and_adapter_at_the_precision_of_training(adapt
 
 def test_a_merged_model_is_not_made_twice_and_anew_for_another_adapter(adapters):
     folder = adapters["full"]
-    who = runs.find("", str(folder))
+    who = subjects.find("", str(folder))
     target = merge.merge(who.config, folder)
     first = (target / "merge.json").stat().st_mtime_ns
     merge.merge(who.config, folder)
@@ -105,20 +105,20 @@ def test_a_merge_that_is_not_base_and_adapter_is_refused_and_leaves_nothing(
     monkeypatch.setitem(merge.TOLERANCE, "float32", 0.0)
     before = sorted(os.listdir(folder))
     with pytest.raises(JobFailed, match="the merged model is not base \\+ adapter"):
-        merge.merge(runs.find("", str(folder)).config, folder)
+        merge.merge(subjects.find("", str(folder)).config, folder)
     assert sorted(os.listdir(folder)) == before
 
 
 def test_the_command_for_vllm_keeps_the_base_quantized_and_the_adapter_apart(adapters, tmp_path):
     folder = adapters["nf4"]
-    who = runs.find("", str(folder))
+    who = subjects.find("", str(folder))
     line = serve.on_vllm(who, "mine", ["--port", "1"])
     assert line[:3] == ["vllm", "serve", who.config["base_model"]]
     assert line[line.index("--lora-modules") + 1] == f"mine={folder}"
     assert line[line.index("--quantization") + 1] == "bitsandbytes"
     assert line[line.index("--max-lora-rank") + 1] == "8"
     # vLLM has no DoRA: the merged model is served.
-    dora = runs.find("", str(adapters["nf4, DoRA"]))
+    dora = subjects.find("", str(adapters["nf4, DoRA"]))
     line = serve.on_vllm(dora, "mine", [])
     assert line == ["vllm", "serve", str(adapters["nf4, DoRA"] / "merged")]
 
@@ -133,7 +133,7 @@ def test_the_openai_client_gets_the_answer_that_chat_gives(adapters):
     import openai
 
     folder, port = adapters["nf4"], free_port()
-    who = runs.find("", str(folder))
+    who = subjects.find("", str(folder))
     merge.merge(who.config, folder)
     server = subprocess.Popen(
         [sys.executable, "-m", "tools.use.serve", "--adapter", str(folder), "--port", str(port)],
@@ -178,7 +178,7 @@ def test_one_prompt_is_answered_by_base_and_adapter_and_lines_are_a_conversation
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
-    model, tokenizer = models.load(runs.find("", folder).config, adapters["nf4"])
+    model, tokenizer = models.load(subjects.find("", folder).config, adapters["nf4"])
     messages = []
     for text in ("Is it good?", "And now?"):
         messages.append({"role": "user", "content": text})

@@ -16,7 +16,7 @@ from tools import recipes, sources
 from tools.common import ROOT, WrongInput, write_json
 from tools.data import convert, swap
 from tools.hub import card
-from tools.runs import Subject
+from tools.subjects import Subject
 from tools.train import launch
 
 PUBLISHED = ROOT.parent / "shared" / "finlora" / "data" / "test"

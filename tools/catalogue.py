@@ -9,7 +9,6 @@ A rendered recipe carries its version and the digest of what it learns. Where th
 content for the same version, neither `render` nor `check` passes: the version must be raised.
 """
 
-import argparse
 import difflib
 import json
 import math
@@ -20,7 +19,7 @@ from typing import Any
 import yaml
 
 from tools import architectures, recipes
-from tools.common import JobFailed, WrongInput, atomic, command, nearest, shown
+from tools.common import JobFailed, WrongInput, atomic, nearest, shown
 from tools.train import plan
 
 # The groups of keys in a rendered recipe, in the order in which they stand.
@@ -153,7 +152,11 @@ def ours() -> list[str]:
     return [n for n in recipes.names() if not tasks[recipes.parts(n)[1]].get("local")]
 
 
-def render() -> None:
+def render(name: str | None = None) -> None:
+    """Writes every recipe of recipes/matrix.yaml, or prints the one that is named."""
+    if name:
+        print(recipes.find(name).path.read_text(), end="")
+        return
     guard()
     texts = {name: rendered(name) for name in ours()}
     for name, text in texts.items():
@@ -191,8 +194,8 @@ def check() -> None:
     print(f"{len(files)} recipes: current, and valid for Axolotl with {', '.join(profiles)}")
 
 
-def chosen(task: str, model: str, method: str) -> list[str]:
-    """Names that pass the filters; an empty filter lets all pass. WrongInput for an unknown one."""
+def chosen(task: str | None, model: str | None, method: str | None) -> list[str]:
+    """Names that pass the filters; without a filter all pass. WrongInput for an unknown one."""
     table = recipes.matrix()
     for variable, value in (("TASK", task), ("MODEL", model), ("METHOD", method)):
         known = list(table[f"{variable.lower()}s"])
@@ -203,7 +206,7 @@ def chosen(task: str, model: str, method: str) -> list[str]:
         name
         for name in recipes.names()
         if all(
-            asked in ("", part)
+            asked in (None, part)
             for asked, part in zip((model, task, method), recipes.parts(name), strict=True)
         )
     ]
@@ -222,6 +225,17 @@ def row(name: str) -> dict[str, Any]:
         "planned_gpu_bytes": memory(name),
         "trained": (recipes.ROOT / "runs" / name / "run.json").is_file(),
     }
+
+
+def list_recipes(
+    task: str | None, model: str | None, method: str | None, as_json: bool = False
+) -> None:
+    """Prints the recipes that pass the filters, as a table or as JSON."""
+    names = chosen(task, model, method)
+    if as_json:
+        print(json.dumps([row(name) for name in names], indent=2))
+    else:
+        listing(names)
 
 
 def listing(names: list[str]) -> None:
@@ -254,38 +268,12 @@ def listing(names: list[str]) -> None:
     )
 
 
-def show(recipe: recipes.Recipe) -> None:
+def show(name: str) -> None:
     """Prints a recipe, what is planned for it, and what its run took."""
+    recipe = recipes.find(name)
     print(recipe.path.read_text())
     made = plan.plan(recipe.config, data=recipes.ROOT / recipe.config["datasets"][0]["path"])
     plan.show(recipe.name, made)
     told = recipe.run / "run.json"
     if told.is_file():
         plan.compare(made, json.loads(told.read_text()))
-
-
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(description="the catalogue of recipes")
-    parser.add_argument("verb", choices=["list", "show", "render", "check"])
-    parser.add_argument("name", nargs="?", default="")
-    for option in ("task", "model", "method"):
-        parser.add_argument(f"--{option}", default="")
-    parser.add_argument("--json", nargs="?", const="1", default="")
-    given = parser.parse_args()
-    if given.verb == "list":
-        names = chosen(given.task, given.model, given.method)
-        if given.json not in ("", "0"):
-            print(json.dumps([row(name) for name in names], indent=2))
-        else:
-            listing(names)
-    elif given.verb == "show":
-        show(recipes.find(given.name))
-    elif given.verb == "check":
-        check()
-    else:
-        render()
-
-
-if __name__ == "__main__":
-    main()

@@ -122,9 +122,9 @@ def _stop(message: str, status: int) -> None:
     sys.exit(status)
 
 
-def nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str], cutoff: float = 0.5) -> str:
     """The clause that names what is near to a misspelt `name`: `; did you mean a, b?`."""
-    close = get_close_matches(name, known, n=3, cutoff=0.5)
+    close = get_close_matches(name, known, n=3, cutoff=cutoff)
     return f"; did you mean {', '.join(close)}?" if close else ""
 
 

@@ -9,7 +9,6 @@ target), prompt and completion, question and answer, instruction and output, or 
 `new` writes nothing where anything is wrong; `import` leaves out the runs that are, and says why.
 """
 
-import argparse
 import json
 import random
 import re
@@ -27,7 +26,6 @@ from tools.common import (
     JobFailed,
     WrongInput,
     atomic,
-    command,
     digest,
     nearest,
     read_yaml,
@@ -403,26 +401,3 @@ def import_(source: Path) -> None:
             f"{shown(source)}: {len(problems)} of {len(runs)} runs are not imported; "
             f"the first: {name}: {reason}"
         )
-
-
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(description="tasks and recipes of your own")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    verb = verbs.add_parser("new")
-    verb.add_argument("task")
-    verb.add_argument("data")
-    verbs.add_parser("import").add_argument("config")
-    given = parser.parse_args()
-    if given.verb == "new":
-        if not given.task or not given.data:
-            raise WrongInput("TASK=my_task and DATA=my.jsonl are needed")
-        new(given.task, Path(given.data).expanduser())
-    else:
-        if not given.config:
-            raise WrongInput("CONFIG=finetune_configs.json is needed")
-        import_(Path(given.config).expanduser())
-
-
-if __name__ == "__main__":
-    main()

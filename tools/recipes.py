@@ -187,7 +187,7 @@ def forget() -> None:
         cached.cache_clear()
 
 
-def find(name: str) -> Recipe:
+def find(name: str | None) -> Recipe:
     """The recipe of a catalogue name, a name without its model, a FinLoRA name or a YAML file.
 
     Raises WrongInput with the nearest names where there is none.

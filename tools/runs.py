@@ -1,228 +1,157 @@
-"""What is scored, served, merged or talked to: a base and an adapter, its precision and prompt.
+"""A run: the folder that a training leaves. Only this module knows what lies in one.
 
-    subject.find("smollm2-135m/sentiment_r4")             a finished run of a recipe
-    subject.find("", "runs/hub/someone/some-adapter")     any PEFT folder
+    run = Run(RUNS / "smollm2-135m/sentiment_r4")
+    run.info["last_loss"]                  from run.json; {} while the run is not finished
+    [run.name for run in list_runs() if run.is_finished]
 
-An adapter meets the base at the precision that it was trained on, with the prompt that it was
-trained on. Where neither is told, it is asked for and not guessed.
+    identity.json            the config and the data that the run was started with
+    config.yaml              the merged config that Axolotl got
+    progress.jsonl           a line for each logged step
+    train.log                what Axolotl printed
+    checkpoint-<step>/       the newest two
+    stats.json               what was measured; there from the last step until run.json is written
+    adapter_*, tokenizer*    as PEFT and transformers save them
+    run.json                 written last: a folder that has one is a finished run
+    hub.json                 where a pulled run comes from
+    evals/<dataset>.json     scores
+
+Beside it lie `.<run>.lock`, which the training holds, and `<run>.previous`, a run moved aside.
 """
 
-import argparse
-import json
-import re
-import sys
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools import adapters, common, models, recipes, sources
-from tools.common import ROOT, WrongInput, read_yaml, shown
-from tools.prompts import FORMATS, explain_unscorable
+from tools.common import ROOT, digest, json_lines, read_json, read_yaml, shown
 
 RUNS = ROOT / "runs"
-
-# The name of an adapter that FinLoRA published, `<task>_<model>_<bits>_r<rank>…`; one begins with
-# its training file. The precision stands nowhere else. They were trained on FinLoRA's prompt and on
-# no chat template.
-FINLORA = re.compile(
-    r"(?P<task>[a-z0-9_]+?)(?:_train\.jsonl)?[_-](?:meta-)?(?:llama|mistral|qwen)[\w.-]*?[_-]"
-    r"(?P<bits>4bits|8bits|fp16)[_-]r\d+(?:[_-][a-z0-9]+)*",
-    re.IGNORECASE,
-)
-BITS = {"4bits": models.PRECISIONS["nf4"], "8bits": models.PRECISIONS["int8"], "fp16": {}}
-UNKNOWN = "unknown"  # in run.json: the precision of an adapter that was pulled without one
-
-
-class NotRenderable(WrongInput):
-    """No chat template renders the prompts that an adapter was trained on."""
+ADAPTER = "adapter_model.safetensors"
+UNKNOWN = "unknown"  # the precision in run.json of an adapter that was pulled without one
+# Folders inside a run, or hidden ones, that hold no run.
+NO_RUNS = ("checkpoint-", "damaged-", "evals", "prepared", ".")
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A base, or a base and its adapter. `config` is Axolotl's, with the precision to score at."""
+class Run:
+    """The run in `folder`, whether it exists or not."""
 
-    name: str
-    config: dict[str, Any]
-    adapter: Path | None  # a PEFT folder
-    folder: Path  # its scores lie here
-    base_folder: Path
-    task: str | None  # what it was trained for
-    prompt_format: str
-    suffix: str = ""  # of the adapter's score files, at another precision than its own
+    folder: Path
+
+    def __str__(self) -> str:
+        return shown(self.folder)
 
     @property
-    def sides(self) -> list[str]:
-        return ["base", "adapter"] if self.adapter else ["base"]
-
-    def file(self, side: str, dataset: str, limit: int | None) -> Path:
-        place = self.folder if side == "adapter" else self.base_folder
-        parts = [dataset, self.suffix if side == "adapter" else ""]
-        parts += [self.prompt_format if self.prompt_format != "chat" else ""]
-        parts += [f"sample{limit}" if limit else ""]
-        return place / "evals" / ("_".join(filter(None, parts)) + ".json")
+    def name(self) -> str:
+        """`<model>/<recipe>`, or the path of a run that lies elsewhere."""
+        inside = self.folder.is_relative_to(RUNS)
+        return str(self.folder.relative_to(RUNS) if inside else self.folder)
 
     @property
-    def options(self) -> dict[str, Any] | None:
-        return self.config.get("chat_template_kwargs")
+    def info_file(self) -> Path:
+        return self.folder / "run.json"
+
+    @property
+    def config_file(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def identity_file(self) -> Path:
+        return self.folder / "identity.json"
+
+    @property
+    def progress_file(self) -> Path:
+        return self.folder / "progress.jsonl"
+
+    @property
+    def stats_file(self) -> Path:
+        return self.folder / "stats.json"
+
+    @property
+    def log_file(self) -> Path:
+        return self.folder / "train.log"
+
+    @property
+    def adapter_file(self) -> Path:
+        return self.folder / ADAPTER
+
+    @property
+    def origin_file(self) -> Path:
+        return self.folder / "hub.json"
+
+    @property
+    def lock_file(self) -> Path:
+        return self.folder.with_name(f".{self.folder.name}.lock")
+
+    @property
+    def scores_folder(self) -> Path:
+        return self.folder / "evals"
+
+    @property
+    def is_finished(self) -> bool:
+        return self.info_file.is_file()
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """The run.json; {} of a run that is not finished."""
+        return read_json(self.info_file) if self.is_finished else {}
+
+    @property
+    def identity(self) -> dict[str, Any] | None:
+        return read_json(self.identity_file) if self.identity_file.is_file() else None
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """The hub.json; {} of a run that was trained here."""
+        return read_json(self.origin_file) if self.origin_file.is_file() else {}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return read_yaml(self.config_file)
+
+    @property
+    def score_files(self) -> list[Path]:
+        return sorted(self.scores_folder.glob("*.json"))
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether the adapter is the one that run.json describes."""
+        if not self.adapter_file.is_file():
+            return False
+        return digest(self.adapter_file) == self.info.get("adapter_sha256")
+
+    def losses(self) -> list[dict[str, Any]]:
+        """The lines of progress.jsonl that have a training loss."""
+        return [line for line in json_lines(self.progress_file) if "loss" in line]
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints, newest first."""
+        return sorted(self.folder.glob("checkpoint-[0-9]*"), key=step_of, reverse=True)
+
+    def move_aside(self) -> "Run":
+        """Renames the folder to `<run>.previous` or the next free name; returns the moved run."""
+        number, place = 1, self.folder.with_name(f"{self.folder.name}.previous")
+        while place.exists():
+            number += 1
+            place = self.folder.with_name(f"{self.folder.name}.previous-{number}")
+        os.replace(self.folder, place)
+        return Run(place)
 
 
-def of_recipe(recipe: recipes.Recipe, base_only: bool, precision: str, form: str) -> Subject:
-    config = recipe.config if base_only else recipe.trained()
-    adapter = None if base_only else recipe.run
-    place = recipe.run.parent
-    form = form or (_told(recipe.run).get("prompt_format", "") if adapter else "")
-    return _subject(recipe.name, config, adapter, recipe.run, place, recipe.task, precision, form)
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def of_folder(folder: Path, recipe: recipes.Recipe | None, precision: str, form: str) -> Subject:
-    """Any PEFT adapter. Its base and precision are those of the recipe that is named with it, of
-    the config that `make train` left beside it, or of its name where FinLoRA published it.
-    """
-    _check_folder(folder)
-    folder = folder.resolve()
-    published, run_info = published_name(folder), _told(folder)
-    trained = folder / "config.yaml"
-    unknown = run_info.get("precision") == UNKNOWN
-    if recipe:
-        config = recipe.config
-    elif trained.is_file():
-        config = read_yaml(trained)
-    else:
-        path = folder / adapters.CONFIG
-        settings = common.parse_json(path.read_bytes(), shown(path))
-        base = str(settings.get("base_model_name_or_path") or "")
-        if not base:
-            raise WrongInput(f"{shown(path)} names no base; RECIPE=… with the same base does")
-        row = recipes.base_model(base)[1]
-        config = {"base_model": row.get("base_model") or row.get("hub") or base}
-        config |= row.get("settings") or {}
-        config |= BITS[published["bits"].lower()] if published else {}
-        unknown = not published
-    unknown = unknown and not recipe and not models.published_precision(str(config["base_model"]))
-    if unknown and not precision:
-        raise WrongInput(
-            f"ADAPTER={folder} does not say at which precision it was trained; PRECISION= is "
-            f"one of {', '.join(models.PRECISIONS)}"
-        )
-    data = Path((config.get("datasets") or [{}])[0].get("path", "")).name
-    task = data.removesuffix("_train.jsonl") if data.endswith("_train.jsonl") else None
-    if published and not recipe and published["task"].lower() in sources.tables()["tasks"]:
-        task = published["task"].lower()
-    form = form or run_info.get("prompt_format", "")
-    form = form or ("finlora" if published and not trained.is_file() else "")
-    base = str(config["base_model"])
-    model = recipes.base_model(base)[0] or re.sub(r"\W+", "-", base).strip("-")
-    inside = folder.is_relative_to(RUNS)
-    name = str(folder.relative_to(RUNS)) if inside else (published or [folder.name])[0]
-    place = RUNS / model
-    own = folder if inside else place / f"adapter_{name}"
-    if unknown and precision in models.PRECISIONS:  # what is asked for is its own precision
-        config = models.at(config, precision)
-    return _subject(name, config, folder, own, place, task, precision, form)
+def list_runs() -> list[Run]:
+    """The runs below runs/, started or finished or pulled; without those moved aside."""
+    return sorted(_walk(RUNS), key=lambda run: run.folder)
 
 
-def _check_folder(folder: Path) -> None:
-    """Raises WrongInput unless a folder holds an adapter that PEFT could load onto some base."""
-    if not (folder / adapters.CONFIG).is_file():
-        inside = sorted(path.parent for path in folder.glob(f"*/{adapters.CONFIG}"))
-        hint = f"; {shown(inside[0])} is one" if inside else ""
-        raise WrongInput(
-            f"ADAPTER={folder} has no {adapters.CONFIG}; a PEFT folder is needed{hint}"
-        )
-    if not (folder / adapters.WEIGHTS).is_file():
-        raise WrongInput(f"ADAPTER={folder} has no {adapters.WEIGHTS}; nothing else is read")
-    adapters.inspect(folder)
-
-
-def _told(run: Path) -> dict[str, Any]:
-    """The run.json of a run; empty without one."""
-    path = run / "run.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def published_name(folder: Path) -> re.Match[str] | None:
-    """FinLoRA's name of an adapter: its folder's, or of a repository in the Hub's cache."""
-    names = (part.rpartition("--")[2] for part in reversed(folder.parts))
-    return next((match for name in names if (match := FINLORA.fullmatch(name))), None)
-
-
-def _subject(
-    name: str,
-    config: dict[str, Any],
-    adapter: Path | None,
-    folder: Path,
-    place: Path,
-    task: str | None,
-    precision: str,
-    form: str,
-) -> Subject:
-    if precision and precision not in models.PRECISIONS:
-        known = ", ".join(models.PRECISIONS)
-        raise WrongInput(f'unknown PRECISION "{precision}"; there are {known}')
-    if form and form not in FORMATS:
-        raise WrongInput(f'unknown PROMPT_FORMAT "{form}"; there are {", ".join(FORMATS)}')
-    if not form and (why := explain_unscorable(config)):
-        raise NotRenderable(
-            f"{name}: {why}; PROMPT_FORMAT=bare scores it on prompts without a template"
-        )
-    own = models.precision(config)
-    config = models.at(config, precision) if precision else config
-    suffix = precision if precision and precision != own else ""
-    base_folder = place / f"base_{models.precision(config)}"
-    return Subject(name, config, adapter, folder, base_folder, task, form or "chat", suffix)
-
-
-def finished() -> list[Path]:
-    """The folders of all finished runs, and of pulled ones."""
-    found = [*RUNS.glob("*/*/run.json"), *RUNS.glob("hub/*/*/**/run.json")]
-    # `.name…` is in the making; `name.previous` was moved aside.
-    folders = (path.parent for path in found if ".previous" not in path.parent.name)
-    return sorted(folder for folder in folders if not folder.name.startswith("."))
-
-
-def of_run(folder: Path, precision: str, form: str) -> Subject:
-    """A finished run: of its recipe where that is known, else as an adapter."""
-    try:
-        recipe = recipes.find(str(_told(folder).get("recipe") or ""))
-    except WrongInput:
-        return of_folder(folder, None, precision, form)
-    if recipe.run != folder.resolve():
-        return of_folder(folder, None, precision, form)
-    return of_recipe(recipe, False, precision, form)
-
-
-def find(
-    recipe: str, adapter: str = "", precision: str = "", form: str = "", base_only: bool = False
-) -> Subject:
-    """The base and adapter of a recipe, of an adapter's folder, or of both together."""
-    if adapter:
-        named = recipes.find(recipe) if recipe else None
-        folder = Path(adapter).expanduser()
-        pulled = RUNS / "hub" / adapter  # where `make pull` puts owner/name
-        if folder.is_file():
-            raise WrongInput(f"ADAPTER={adapter} is a file; a PEFT folder is needed")
-        if not folder.is_dir() and not pulled.is_dir():
-            raise WrongInput(
-                f"ADAPTER={adapter} is no folder here; `make pull ADAPTER=owner/name` brings one"
-            )
-        return of_folder(folder if folder.is_dir() else pulled, named, precision, form)
-    return of_recipe(recipes.find(recipe), base_only, precision, form)
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a command by which `find` is told what an adapter does not say itself."""
-    parser.add_argument("--precision", default="", help=", ".join(models.PRECISIONS))
-    parser.add_argument("--prompt-format", default="", help=", ".join(FORMATS))
-
-
-def all_finished(precision: str, form: str) -> list[Subject]:
-    """Every finished run that can be scored; the others are named on stderr."""
-    if not finished():
-        raise WrongInput("no run is finished; `make train RECIPE=…` makes one")
-    found = []
-    for folder in finished():
-        try:
-            found.append(of_run(folder, precision, form))
-        except WrongInput as error:
-            print(f"eval       {shown(folder)} left out: {error}", file=sys.stderr)
-    return found
+def _walk(folder: Path) -> Iterator[Run]:
+    for place, folders, files in os.walk(folder):
+        folders[:] = [
+            name for name in folders if not name.startswith(NO_RUNS) and ".previous" not in name
+        ]
+        if {"run.json", "identity.json"} & set(files):
+            yield Run(Path(place))

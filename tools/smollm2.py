@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from tools import versions
-from tools.common import ROOT, JobFailed, command, quiet, shown
+from tools.common import ROOT, JobFailed, quiet, shown
 
 FOLDER = ROOT / "models" / "smollm2-135m"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -74,12 +74,3 @@ def ensure(base_model: str) -> None:
         if not (folder / "model.safetensors").is_file():
             print(f"model      writing SmolLM2-135M-Instruct to {shown(folder)} (half a minute)")
             export(folder)
-
-
-@command
-def main() -> None:
-    ensure(str(FOLDER))
-
-
-if __name__ == "__main__":
-    main()

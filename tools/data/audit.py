@@ -13,7 +13,6 @@ are compared with (class counts of a dataset's source, how keys are computed) st
 data/sources.yaml under `audit`.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -36,7 +35,6 @@ from tools.common import (
     ROOT,
     WrongInput,
     atomic,
-    command,
     digest,
     nearest,
     read_yaml,
@@ -761,16 +759,10 @@ def page(report: dict[str, Any]) -> str:
     return template.render(report | {"files": files, "counts": counts})
 
 
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(description="what is wrong with the rows that are at hand")
-    parser.add_argument(
-        "tasks", nargs="?", default="", help="tasks, comma-separated; all at hand if empty"
-    )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    arguments = parser.parse_args()
+def run(tasks: list[str], as_json: bool = False) -> None:
+    """Audits `tasks`, or all that are at hand, and writes runs/audit/; raises WrongInput."""
     known = sources.tables()["tasks"]
-    tasks = arguments.tasks.replace(",", " ").split() or at_hand()
+    tasks = tasks or at_hand()
     for task in tasks:
         if task not in known:
             raise WrongInput(f'unknown task "{task}"{nearest(task, list(known))}')
@@ -780,12 +772,8 @@ def main() -> None:
     write_json(OUT / "audit.json", report)
     with atomic(OUT / "index.html") as file:
         file.write(page(report).encode())
-    if arguments.json:
+    if as_json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
         return
     print_tables(report)
     print(f"\nreport     {shown(OUT / 'index.html')}, {shown(OUT / 'audit.json')}")
-
-
-if __name__ == "__main__":
-    main()

@@ -7,13 +7,12 @@ What an audit measured stays in a comment of the card, so that it can be written
 files are not at hand.
 """
 
-import argparse
 import json
 import re
 from typing import Any
 
 from tools import sources as sources_module
-from tools.common import ROOT, JobFailed, WrongInput, atomic, command, shown
+from tools.common import ROOT, JobFailed, WrongInput, atomic, shown
 from tools.data import audit, convert
 
 CARD = ROOT / "data" / "README.md"
@@ -184,14 +183,3 @@ def write(check: bool) -> None:
     with atomic(CARD) as file:
         file.write(card(facts).encode())
     print(f"card       {shown(CARD)}: {len(facts)} files measured")
-
-
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(description="the data card, data/README.md")
-    parser.add_argument("--check", action="store_true", help="compare, write nothing")
-    write(parser.parse_args().check)
-
-
-if __name__ == "__main__":
-    main()

@@ -18,7 +18,6 @@ A task's training set is split by prompt: `<task>_train.jsonl` and `<task>_val.j
 may be swapped, tools/data/swap.py decides from the file; REPAIR=0 or REPAIR=1 decides by hand.
 """
 
-import argparse
 import hashlib
 import math
 import os
@@ -44,7 +43,6 @@ from tools.common import (
     JobFailed,
     WrongInput,
     atomic,
-    command,
     git_blob,
     nearest,
     shown,
@@ -593,38 +591,19 @@ def report(manifest: dict[str, Any], target: Path) -> None:
         print(f"           tokens: {', '.join(parts)}")
 
 
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(description="FinLoRA rows to chat rows")
-    parser.add_argument("tasks", nargs="?", default="", help="tasks, comma-separated; all if empty")
-    parser.add_argument("--dataset", nargs=3, metavar=("DATASET", "IN", "OUT"))
-    parser.add_argument("--on-error", default="", metavar="quarantine")
-    parser.add_argument("--repair", default="", metavar="0|1")
-    parser.add_argument("--recipe", default="", help="counts tokens as this recipe's training does")
-    parser.add_argument("--tokenizer", default="", help="counts tokens with the one in this folder")
-    parser.add_argument("--sequence-len", default="", help="longest row in tokens")
-    arguments = parser.parse_args()
-    if arguments.on_error not in ("", "stop", "quarantine"):
-        raise WrongInput(f'ON_ERROR is stop or quarantine, not "{arguments.on_error}"')
-    if arguments.repair not in ("", "0", "1"):
-        raise WrongInput(f'REPAIR is 0 or 1, not "{arguments.repair}"')
-    lengths, task = lengths_of(arguments.recipe, arguments.tokenizer, arguments.sequence_len)
-    if arguments.recipe and isinstance(lengths, str):
+def convert_tasks(
+    tasks: list[str],
+    recipe: str | None = None,
+    quarantine: bool = False,
+    repair: bool | None = None,
+) -> None:
+    """Converts tasks by name: those named, else the recipe's, else all. See `How` for the rest."""
+    lengths, own_task = lengths_of(recipe)
+    if recipe and isinstance(lengths, str):
         print(f"data       tokens are {lengths}")
-    repair = None if arguments.repair == "" else arguments.repair == "1"
-    how = How(arguments.on_error == "quarantine", lengths, repair=repair)
-    if arguments.dataset:
-        name, source, target = arguments.dataset
-        if name not in sources.tables()["datasets"]:
-            known = list(sources.tables()["datasets"])
-            raise WrongInput(f'unknown dataset "{name}"{nearest(name, known)}')
-        if not Path(source).is_file():
-            raise WrongInput(f"{source} is not there")
-        rule = rules(name, Path(source), how)
-        report(convert(Path(source), Path(target), rule, how=how), Path(target))
-        return
+    how = How(quarantine, lengths, repair=repair)
     known = sources.tables()["tasks"]
-    tasks = arguments.tasks.replace(",", " ").split() or ([task] if task else list(known))
+    tasks = tasks or ([own_task] if own_task else list(known))
     for name in tasks:
         if name not in known:
             raise WrongInput(f'unknown task "{name}"{nearest(name, list(known))}')
@@ -635,20 +614,31 @@ def main() -> None:
         own = Path(known[name]["train"])
         place = own.parent if own.is_absolute() else folder
         if place != said and not joined:
-            print(
-                f"data       from {shown(place)}"
-                + (" (examples)" if place == sources.SAMPLE else "")
-            )
+            examples = " (examples)" if place == sources.SAMPLE else ""
+            print(f"data       from {shown(place)}{examples}")
             said = place
         convert_task(name, folder, how)
 
 
-def lengths_of(recipe: str, tokenizer: str, sequence_len: str) -> "tuple[Lengths | str, str]":
-    """What counts tokens, or why they are not counted, and the recipe's task ("" without one)."""
-    if sequence_len and not (sequence_len.isdecimal() and int(sequence_len)):
-        raise WrongInput(f'the sequence length is a number of tokens, not "{sequence_len}"')
+def convert_file(dataset: str, source: Path, target: Path, how: How = DEFAULT) -> None:
+    """Converts one file by the rules of one dataset and prints what came of it."""
+    known = list(sources.tables()["datasets"])
+    if dataset not in known:
+        raise WrongInput(f'unknown dataset "{dataset}"{nearest(dataset, known)}')
+    if not source.is_file():
+        raise WrongInput(f"{source} is not there")
+    report(convert(source, target, rules(dataset, source, how), how=how), target)
+
+
+def lengths_of(
+    recipe: str | None, tokenizer: str | None = None, sequence_len: int | None = None
+) -> "tuple[Lengths | str, str | None]":
+    """What counts tokens, or why they are not counted, and the recipe's task.
+
+    `tokenizer` (a folder) and `sequence_len` (tokens) go before those of the recipe.
+    """
     if not recipe and not tokenizer:
-        return UNCOUNTED, ""
+        return UNCOUNTED, None
     from tools import recipes
     from tools.data import lengths
     from tools.prompts import changes_tokenizer
@@ -656,8 +646,7 @@ def lengths_of(recipe: str, tokenizer: str, sequence_len: str) -> "tuple[Lengths
     found = recipes.find(recipe) if recipe else None
     config = found.config if found else {}
     base = tokenizer or config.get("tokenizer_config") or config["base_model"]
-    limit = int(sequence_len) if sequence_len else config.get("sequence_len")
-    counts: Lengths | str | None = lengths.load(base, limit)
+    counts: Lengths | str | None = lengths.load(base, sequence_len or config.get("sequence_len"))
     if found and isinstance(counts, lengths.Lengths) and changes_tokenizer(config):
         from tools.models import load_tokenizer
 
@@ -665,8 +654,4 @@ def lengths_of(recipe: str, tokenizer: str, sequence_len: str) -> "tuple[Lengths
     if tokenizer and not counts:
         raise WrongInput(f"{tokenizer} holds no tokenizer")
     counts = counts or f"not counted: the tokenizer of {base} is not at hand"
-    return counts, (found.task or "") if found else ""
-
-
-if __name__ == "__main__":
-    main()
+    return counts, found.task if found else None

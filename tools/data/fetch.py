@@ -9,7 +9,6 @@ is not fetched again. FINLORA_BASE_URL names a mirror (http, https or file:) wit
 FinLoRA's repository. With FINLORA_DATA nothing is fetched: that copy is verified where it lies.
 """
 
-import argparse
 import errno
 import fcntl
 import os
@@ -29,7 +28,7 @@ from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from tools.common import JobFailed, WrongInput, command, digest, git_blob, nearest, shown
+from tools.common import JobFailed, WrongInput, digest, git_blob, nearest, shown
 from tools.data.rows import batches
 from tools.sources import RAW, folders, tables
 
@@ -417,11 +416,12 @@ def licence(origin: dict[str, Any]) -> str:
     )
 
 
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(description="fetch and verify FinLoRA's files")
-    parser.add_argument("tasks", nargs="?", default="", help="tasks, comma-separated; all if empty")
-    paths = wanted(parser.parse_args().tasks.replace(",", " ").split())
+def fetch_tasks(tasks: list[str]) -> None:
+    """Fetches and verifies the files of `tasks`, of all without any; prints licences.
+
+    Raises JobFailed where a file could not be had.
+    """
+    paths = wanted(tasks)
     table = {path: published(path) for path in paths}
     local, base = folders().get("FINLORA_DATA"), mirror()
     folder = local or RAW
@@ -474,7 +474,3 @@ def main() -> None:
     if lines:
         others = ", the others are right" if state else ""
         raise JobFailed(f"{len(lines)} of {len(lines) + len(state)} files failed{others}")
-
-
-if __name__ == "__main__":
-    main()

@@ -6,10 +6,8 @@
 HF_HUB_OFFLINE=1 works from the cache, and the token is HF_TOKEN or that of `hf auth login`.
 """
 
-import argparse
 import hashlib
 import json
-import math
 import os
 import re
 import sys
@@ -19,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import adapters, architectures, common, recipes
-from tools.common import ROOT, JobFailed, WrongInput, command, digest
-from tools.hub import card
+from tools.common import ROOT, JobFailed, WrongInput, digest
 
 RUNS = ROOT / "runs"
 FINLORA = "wangd12"  # who published FinLoRA's adapters
@@ -195,94 +192,3 @@ def origin(target: Path) -> dict[str, Any]:
     """The hub.json of a pulled run; empty for one that was trained here."""
     path = target / ORIGIN
     return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def shortly(found: list[tuple[str, str, float]]) -> str:
-    """`fpb accuracy 72.4` for each dataset: the first metric that is known of it."""
-    first: dict[str, str] = {}
-    for dataset, metric, value in found:
-        if isinstance(value, int | float) and math.isfinite(value):
-            first.setdefault(dataset, f"{dataset} {metric} {100 * value:.1f}")
-    return ", ".join(first.values()) or "not scored"
-
-
-def local_runs() -> list[tuple[str, str, str, str]]:
-    """(run, version, scores, where it is from) of every finished run."""
-    from evals import report
-
-    rows = []
-    for path in sorted([*RUNS.glob("*/*/run.json"), *RUNS.glob("hub/*/*/**/run.json")]):
-        run, told = path.parent, json.loads(path.read_text())
-        if ".previous" in run.name:
-            continue
-        found = []
-        for file in sorted((run / "evals").glob("*.json")):
-            content = json.loads(file.read_text())
-            if content["evaluated"].get("adapter_sha256") == told.get("adapter_sha256"):
-                name = content["evaluated"]["dataset"]
-                for metric, value in card.metrics(content).items():
-                    found.append((name, report.title(metric), value["value"]))
-        source = origin(run)
-        where = f"{source['repo']} at {source['commit'][:12]}" if source else "trained here"
-        version = told.get("recipe_version") or "–"
-        rows.append((str(run.relative_to(RUNS)), str(version), shortly(found), where))
-    return rows
-
-
-def remote_runs(api: Any, namespace: str) -> list[tuple[str, str, str, str]]:
-    """(repository, versions, scores, visibility) of every PEFT adapter in a namespace."""
-    rows = []
-    for info in api.list_models(author=namespace, filter="peft", cardData=True):
-        tags = [ref.name for ref in api.list_repo_refs(info.id).tags]
-        results = (info.card_data.get("eval_results") if info.card_data else None) or []
-        found = [
-            (
-                str(r.dataset_config or r.dataset_name),
-                str(r.metric_name or r.metric_type),
-                r.metric_value,
-            )
-            for r in results
-        ]
-        state = "private" if info.private else "public"
-        rows.append((info.id, ", ".join(tags) or "–", shortly(found), state))
-    return rows
-
-
-def listing(namespace: str = "") -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 140)
-
-    def show(heads: tuple[str, ...], rows: list[tuple[str, str, str, str]]) -> None:
-        table = Table(box=None, pad_edge=False)
-        for head in heads:
-            table.add_column(head, overflow="fold")
-        for row in rows:
-            table.add_row(*(escape("".join(c for c in cell if c.isprintable())) for cell in row))
-        console.print(table)
-
-    rows = local_runs()
-    if rows:
-        show(("run", "version", "scores, %", "from"), rows)
-    else:
-        print("no finished run is here; `make train` or `make pull` makes one")
-    if namespace:
-        api = hub()
-        with plainly(namespace):
-            theirs = remote_runs(api, namespace)
-        console.print(f"\n{namespace} on {api.endpoint}: {len(theirs)} adapters", highlight=False)
-        if theirs:
-            show(("repository", "versions", "scores, %", ""), theirs)
-
-
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(description="list adapters")
-    parser.add_argument("--namespace", default="", help="a user or organisation on the Hub")
-    listing(parser.parse_args().namespace.strip())
-
-
-if __name__ == "__main__":
-    main()

@@ -2,14 +2,13 @@
 
     python -m tools.hub.pull sentiment_r4                          FinLoRA's own adapter
     python -m tools.hub.pull sentiment_r4 --namespace me --revision v1.1.0
-    python -m tools.hub.pull --adapter owner/name                  any LoRA adapter, to runs/hub/
-    python -m tools.hub.pull --adapter owner/name/folder --precision nf4
+    python -m tools pull --adapter owner/name                  any LoRA adapter, to runs/hub/
+    python -m tools pull --adapter owner/name/folder --precision nf4
 
 It is taken at one commit, which `hub.json` records beside the digests of its files, and checked as
 bytes (tools/adapters.py) before it is put in its place. What was cut off goes on where it stopped.
 """
 
-import argparse
 import json
 import os
 import re
@@ -21,8 +20,8 @@ from typing import Any
 
 import yaml
 
-from tools import adapters, architectures, common, models, recipes, runs
-from tools.common import ROOT, JobFailed, WrongInput, atomic, command, digest, shown, write_json
+from tools import adapters, architectures, common, models, recipes, subjects
+from tools.common import ROOT, JobFailed, WrongInput, atomic, digest, shown, write_json
 from tools.hub.client import (
     CONFIG,
     LIMITS,
@@ -149,7 +148,7 @@ def describe(
     recipe: recipes.Recipe | None,
     base: str,
     count: int,
-    precision: str,
+    precision: str | None,
 ) -> None:
     """Writes what a run folder needs and a repository did not bring: run.json and config.yaml.
 
@@ -159,7 +158,7 @@ def describe(
     row = recipes.base_model(base)[1]
     local = recipe.config["base_model"] if recipe else row.get("base_model") or row.get("hub", base)
     sha, run = digest(folder / adapters.WEIGHTS), folder / RUN
-    published = runs.FINLORA.fullmatch(source.name)
+    published = subjects.FINLORA.fullmatch(source.name)
     if run.is_file():
         told = common.parse_json(run.read_bytes(), f"{source}/{RUN}")
         if told.get("adapter_sha256") != sha:
@@ -175,7 +174,7 @@ def describe(
         # FinLoRA trained on [INST] … [/INST] and not on the chat template.
         told |= {"prompt_format": "finlora"} if published else {}
         if not (recipe or published or precision or (folder / CONFIG).is_file()):
-            told |= {"precision": runs.UNKNOWN}
+            told |= {"precision": subjects.UNKNOWN}
         write_json(run, told)
     if (folder / CONFIG).is_file():
         config = safe_config((folder / CONFIG).read_bytes(), f"{source}/{CONFIG}")
@@ -210,14 +209,14 @@ def generic(name: str, base: str) -> dict[str, Any]:
         entry = {"path": "unknown", "type": "chat_template", "chat_template": "tokenizer_default"}
         config = {"base_model": base, "adapter": "lora", "datasets": [entry]}
         config |= recipes.base_model(base)[1].get("settings") or {}
-        published = runs.FINLORA.fullmatch(name)
-        return config | (runs.BITS[published["bits"].lower()] if published else {})
+        published = subjects.FINLORA.fullmatch(name)
+        return config | (subjects.BITS[published["bits"].lower()] if published else {})
 
 
-def check_precision(base: str, precision: str) -> None:
+def check_precision(base: str, precision: str | None) -> None:
     """Raises WrongInput where a base was published quantized and `precision` is another one."""
     own = models.published_precision(base)
-    if own and precision not in ("", own):
+    if own and precision not in (None, own):
         raise WrongInput(f"PRECISION={precision}: the base {base} was published quantized to {own}")
 
 
@@ -258,7 +257,7 @@ def bring(
     revision: str,
     target: Path,
     recipe: recipes.Recipe | None,
-    precision: str = "",
+    precision: str | None,
 ) -> str | None:
     """Downloads, checks and places an adapter; returns its commit, None where it is there."""
     repo = source.repo
@@ -270,7 +269,7 @@ def bring(
             raise JobFailed(f"{repo}: the Hub names no commit")
         told = origin(target)
         same = (told.get("repo"), told.get("folder", ""), told.get("commit"))
-        same_precision = precision in ("", told.get("precision", ""))
+        same_precision = precision in (None, told.get("precision"))
         if same == (repo, source.folder, commit) and same_precision and unchanged(target):
             return None
         all_files = listed(api, repo, commit, config)
@@ -340,29 +339,32 @@ def bring(
     return commit
 
 
-def pull(
-    name: str,
-    namespace: str = "",
-    named: str = "",
-    revision: str = "",
-    force: bool = False,
-    precision: str = "",
-) -> Path:
+@dataclass(frozen=True)
+class Request:
+    """What to pull: a recipe's adapter of a namespace (FinLoRA's own without), or any adapter."""
+
+    recipe: str | None = None
+    namespace: str | None = None
+    adapter: str | None = None  # owner/name[/folder]
+    revision: str | None = None  # a tag, branch or commit
+    precision: str | None = None  # that an adapter was trained at
+
+
+def pull(request: Request, force: bool = False) -> Path:
     """Brings an adapter into its run folder, which it returns."""
     from tools.train.launch import only_one
 
+    name, named, precision = request.recipe, request.adapter, request.precision
+    namespace, revision = (request.namespace or "").strip(), (request.revision or "").strip()
     if bool(name) == bool(named):
         raise WrongInput("RECIPE=… or ADAPTER=owner/name is needed, one of them")
-    if precision and precision not in models.PRECISIONS:
-        known = ", ".join(models.PRECISIONS)
-        raise WrongInput(f'unknown PRECISION "{precision}"; there are {known}')
     recipe = recipes.find(name) if name else None
     if recipe and precision:
         raise WrongInput("PRECISION= goes with ADAPTER=…; a recipe has its own")
     if recipe:
         source, target = Source(repository(recipe, namespace)), recipe.run
     else:
-        place = named.strip().removeprefix("https://huggingface.co/").strip("/")
+        place = str(named).strip().removeprefix("https://huggingface.co/").strip("/")
         owner, _, rest = place.replace("/tree/main", "").partition("/")
         repo, _, folder = rest.partition("/")
         if not re.fullmatch(r"([A-Za-z0-9][\w.-]*/)+[A-Za-z0-9][\w.-]*", place) or ".." in place:
@@ -383,25 +385,6 @@ def pull(
         print(f"pull       {repo} at {told['commit'][:12]} is there already: {shown(target)}")
     else:
         print(f"pull       {repo} at {commit[:12]}: {shown(target)}")
-    if json.loads((target / RUN).read_text()).get("precision") == runs.UNKNOWN:
+    if json.loads((target / RUN).read_text()).get("precision") == subjects.UNKNOWN:
         print("pull       its precision is not known: say PRECISION=… where the adapter is used")
     return target
-
-
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(description="bring a published adapter here")
-    parser.add_argument("recipe", nargs="?", default="")
-    parser.add_argument("--namespace", default="", help="whose; FinLoRA's own without it")
-    parser.add_argument("--adapter", default="", help="owner/name[/folder] on the Hub")
-    parser.add_argument("--revision", default="", help="a tag, branch or commit")
-    parser.add_argument("--precision", default="", help="that an adapter was trained at")
-    parser.add_argument("--force", default="", help="1: move aside a run that was trained here")
-    given = parser.parse_args()
-    force = given.force not in ("", "0")
-    named = (given.namespace.strip(), given.adapter, given.revision.strip())
-    pull(given.recipe, *named, force, given.precision)
-
-
-if __name__ == "__main__":
-    main()

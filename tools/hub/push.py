@@ -7,17 +7,17 @@ private unless --public 1. The same content again is nothing to do; other conten
 version is refused; what was cut off is repeated with the same command.
 """
 
-import argparse
 import json
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tools import adapters, architectures, common, models, recipes
-from tools.common import ROOT, SECRET, JobFailed, WrongInput, command, shown
+from tools.common import ROOT, SECRET, JobFailed, WrongInput, shown
 from tools.hub import card
 from tools.hub.client import (
     CARD,
@@ -36,7 +36,6 @@ from tools.hub.client import (
     repository,
     tree,
 )
-from tools.train import plan
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 LATER = 5  # times that a push looks again after somebody else's
@@ -350,52 +349,38 @@ def ours(api: Any, repo: str, commit: str, tag: str, there: dict[str, Any]) -> N
         )
 
 
-def push(
-    name: str,
-    namespace: str,
-    public: bool = False,
-    dry: bool = False,
-    force: bool = False,
-    price: float | None = None,
-) -> None:
+@dataclass(frozen=True)
+class Options:
+    """How a run is published. `force`: without scores, or over a push that has no tag."""
+
+    public: bool = False
+    dry_run: bool = False  # show files and card, send nothing
+    force: bool = False
+    price: float | None = None  # USD for one GPU and hour, for the card
+
+
+def push(name: str, namespace: str | None, options: Options) -> None:
+    """Publishes the finished run of a recipe in a namespace of the Hub."""
     recipe = recipes.find(name)
+    namespace = (namespace or "").strip()
     if not namespace:
         raise WrongInput("NAMESPACE=… is needed: your user name or organisation on the Hub")
     repo = repository(recipe, namespace)
-    tag, files = contents(recipe, repo, force, price)
+    tag, files = contents(recipe, repo, options.force, options.price)
     data = json.loads((recipe.run / RUN).read_text()).get("data") or []
-    if public and (why := card.forbidden(data)):
+    if options.public and (why := card.forbidden(data)):
         raise WrongInput(f"{recipe.name} must not be public: {why}. Without PUBLIC=1 it is private")
     sizes = {n: c.stat().st_size if isinstance(c, Path) else len(c) for n, c in files.items()}
-    visible = "public" if public else "private"
+    visible = "public" if options.public else "private"
     print(f"push       {recipe.name} to {repo}, {tag}, {visible}")
     for file, size in sizes.items():
         print(f"push         {file:<36} {size:>12,} bytes")
-    if dry:
+    if options.dry_run:
         print("push       nothing is sent (DRY_RUN=1); the card:\n")
         print(bytes(files[CARD]).decode())  # type: ignore[arg-type]
         return
     api = hub()
     with plainly(repo):
         may_write(api.whoami(), namespace, repo)
-        commit = publish(api, repo, tag, files, public, force)
+        commit = publish(api, repo, tag, files, options.public, options.force)
     print(f"push       {api.endpoint}/{repo} at {tag}, commit {commit[:12]}")
-
-
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(description="publish a run on the Hugging Face Hub")
-    parser.add_argument("recipe")
-    parser.add_argument("--namespace", default="", help="your user name or organisation there")
-    parser.add_argument("--public", default="", help="1: everybody may see it")
-    parser.add_argument("--dry-run", default="", help="1: show files and card, send nothing")
-    parser.add_argument("--price", default="", help="USD for an hour of one device, for the card")
-    parser.add_argument("--force", default="", help="1: without scores, or over an untagged push")
-    given = parser.parse_args()
-    force, public, dry = (v not in ("", "0") for v in (given.force, given.public, given.dry_run))
-    price = plan.number("PRICE", given.price, least=0)
-    push(given.recipe, given.namespace.strip(), public, dry, force, price)
-
-
-if __name__ == "__main__":
-    main()

@@ -380,9 +380,9 @@ def follow(process: subprocess.Popen[bytes], run: Path) -> None:
 def memory_advice(config: dict[str, Any], processes: int) -> str:
     """What the planner would change first, where memory ran out."""
     try:
-        made = plan.plan(config, gpus=processes)
+        made = plan.plan(config, plan.Hardware(count=processes))
         least = f"{made['memory']['peak'] / 2**30 * 0.8 / plan.USABLE:.1f}GB"
-        first = plan.plan(config, least, processes)["changes"]
+        first = plan.plan(config, plan.Hardware(least, processes))["changes"]
     except WrongInput:
         first = []
     return "out of memory; the plan's next step: " + (

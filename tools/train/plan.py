@@ -10,7 +10,6 @@ tests/test_plan.py). Hours are an estimate: they rest on an assumed utilisation 
 Bytes are bytes; a GPU of "24 GB" has 24 GiB of memory, as its driver counts it.
 """
 
-import argparse
 import json
 import math
 import re
@@ -25,7 +24,7 @@ import orjson
 
 from tools import architectures, recipes, sources
 from tools.architectures import BLOCKS, MODULES, Model
-from tools.common import ROOT, WrongInput, command, nearest, read_yaml, shown
+from tools.common import ROOT, WrongInput, nearest, read_yaml, shown
 
 MODELS = ROOT / "recipes" / "models"
 GIB = 2**30
@@ -84,6 +83,18 @@ class Setup:
     checkpointing: bool = True
     zero: int = 0
     gpus: int = 1
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a plan is for: `count` GPUs of one kind (see `find_gpu`), each for `price` USD an hour."""
+
+    gpu: str = DEFAULT_GPU
+    count: int = 1
+    price: float | None = None
+
+
+ONE_GPU = Hardware()
 
 
 @dataclass(frozen=True)
@@ -513,9 +524,7 @@ def published_rows() -> dict[str, int]:
 
 def plan(
     config: dict[str, Any],
-    gpu: str = DEFAULT_GPU,
-    gpus: int = 1,
-    price: float | None = None,
+    hardware: Hardware = ONE_GPU,
     rows: int | None = None,
     row: int | None = None,
     data: Path | None = None,
@@ -523,8 +532,9 @@ def plan(
     """The whole plan of an Axolotl config, as JSON has it. Bytes, hours, and USD.
 
     `row` is the tokens of a row, mean and longest alike; without it they come from the file `data`,
-    and without that the peak is for rows of sequence_len. `price` is for one GPU and hour.
+    and without that the peak is for rows of sequence_len.
     """
+    gpus, price = hardware.count, hardware.price
     model = architectures.find(str(config["base_model"]))
     if gpus > 1 and "processes" not in config:
         config = config | divided(config, gpus)
@@ -536,7 +546,7 @@ def plan(
     longest = row if row is not None else measured.longest if measured else most
     unpacked = most if config.get("pad_to_sequence_len") else min(longest, most)
     setup = setup_of(config, most if config.get("sample_packing") else unpacked, gpus)
-    name, gib, tflops = find_gpu(gpu)
+    name, gib, tflops = find_gpu(hardware.gpu)
     need = memory(model, setup)
     limit = gib * GIB * USABLE
     count = trainable(model, setup)
@@ -667,7 +677,7 @@ def show(recipe: str, made: dict[str, Any]) -> None:
     if made["tokens"] is None:
         console.print("steps and hours: give --rows and --tokens-per-row, or make the data")
     else:
-        counted = f"counted by {made['tokenizer']}" if made["tokenizer"] else "not counted"
+        counted = f"counted by {made['tokenizer']}" if made["tokenizer"] else "estimated"
         console.print(f"{made['tokens_per_row']:,} tokens a row in the mean, {counted}")
         console.print(describe_cost(f"the {made['rows']:,} rows at hand", made, made))
     if made["published"] and made["published"]["tokens"]:
@@ -677,51 +687,15 @@ def show(recipe: str, made: dict[str, Any]) -> None:
         console.print(made["note"])
 
 
-def number(name: str, value: str, least: int) -> float | None:
-    """The number of an option, None where it is empty; raises WrongInput for anything else."""
-    try:
-        found = float(value) if value else None
-    except ValueError:
-        found = math.nan
-    if found is not None and not (math.isfinite(found) and found >= least):
-        raise WrongInput(f'{name} "{value}": a number of at least {least} is needed')
-    return found
-
-
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(description="memory, time and cost of a recipe")
-    parser.add_argument("recipe")
-    parser.add_argument("--gpu", default="", help='a name of the table, or "24GB"')
-    parser.add_argument("--nproc", default="", help="GPUs; 1 without it")
-    parser.add_argument("--price", default="", help="USD for one GPU and hour")
-    parser.add_argument("--rows", default="", help="rows of the training file; counted without it")
-    parser.add_argument("--tokens-per-row", default="", help="guessed from the file without it")
-    parser.add_argument("--json", nargs="?", const="1", default="")
-    given = parser.parse_args()
-    nproc = number("--nproc", given.nproc, least=1)
-    price = number("--price", given.price, least=0)
-    rows, per_row = (
-        number(name, value, least=1)
-        for name, value in (("--rows", given.rows), ("--tokens-per-row", given.tokens_per_row))
-    )
-    recipe = recipes.find(given.recipe)
+def print_plan(
+    name: str, hardware: Hardware, rows: int | None, tokens_per_row: int | None, as_json: bool
+) -> None:
+    """Prints the plan of a recipe, as a table or as JSON. `rows`: of the whole training file."""
+    recipe = recipes.find(name)
     data = ROOT / recipe.config["datasets"][0]["path"]
-    rows = count_training_rows(recipe.config, int(rows)) if rows else None
-    made = plan(
-        recipe.config,
-        given.gpu or DEFAULT_GPU,
-        int(nproc or 1),
-        price,
-        rows,
-        int(per_row) if per_row else None,
-        data,
-    )
-    if given.json not in ("", "0"):
+    trained = count_training_rows(recipe.config, rows) if rows else None
+    made = plan(recipe.config, hardware, rows=trained, row=tokens_per_row, data=data)
+    if as_json:
         print(json.dumps({"recipe": recipe.name} | made, indent=2))
     else:
         show(recipe.name, made)
-
-
-if __name__ == "__main__":
-    main()

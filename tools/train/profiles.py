@@ -163,7 +163,7 @@ def fits(config: dict[str, Any], here: dict[str, Any], processes: int) -> bool |
     try:
         size = f"{here['gpus'][0][1] / 2**30:.1f}GB"
         data = ROOT / config["datasets"][0]["path"]
-        return bool(plan.plan(config, size, processes, data=data)["fits"])
+        return bool(plan.plan(config, plan.Hardware(size, processes), data=data)["fits"])
     except WrongInput:
         return None
 

@@ -6,14 +6,13 @@ A recipe trains on the smallest kind of card that holds it, as many cards as `CA
 GPUs train several recipes at once, the longest first. Rows and tokens of a task are in `TASKS`.
 """
 
-import argparse
 import heapq
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from tools import recipes
-from tools.common import ROOT, JobFailed, atomic, command, shown
+from tools.common import ROOT, JobFailed, atomic, shown
 from tools.train import plan
 
 DOC = ROOT / "docs" / "scale.md"
@@ -50,10 +49,10 @@ def planned(name: str) -> dict[str, Any] | None:
     rows = plan.count_training_rows(config, rows)
     longest = recipes.matrix()["tasks"][task]["longest"]
     for card, gpus, price in CARDS:
-        made = plan.plan(config, card, gpus, price, rows, longest)
+        made = plan.plan(config, plan.Hardware(card, gpus, price), rows, longest)
         if made["fits"]:
             # The peak is that of the longest row, the hours are those of the mean one.
-            hours = plan.plan(config, card, gpus, price, rows, tokens)
+            hours = plan.plan(config, plan.Hardware(card, gpus, price), rows, tokens)
             return {"card": card, "hours": hours["hours"], "usd": hours["usd"]}
     return None
 
@@ -100,19 +99,12 @@ def written(text: str) -> str:
     return f"{before}{START}\n\n{numbers()}\n\n{END}{after}"
 
 
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(description="the catalogue on 1, 4 and 64 GPUs")
-    parser.add_argument("--check", action="store_true", help="fail where the numbers are old")
-    given = parser.parse_args()
+def write(check: bool = False) -> None:
+    """Writes the numbers of docs/scale.md; with `check`, raises JobFailed where they are old."""
     text = DOC.read_text(encoding="utf-8")
     new = written(text)
-    if given.check and new != text:
-        raise JobFailed(f"{shown(DOC)} has old numbers; `python -m tools.train.scale` writes it")
+    if check and new != text:
+        raise JobFailed(f"{shown(DOC)} has old numbers; `make render` writes it")
     if new != text:
         with atomic(Path(DOC)) as file:
             file.write(new.encode())
-
-
-if __name__ == "__main__":
-    main()

@@ -8,13 +8,12 @@ Answers are greedy, on the base at the precision that the adapter was trained on
 format that it was trained on.
 """
 
-import argparse
 import sys
 from contextlib import nullcontext
 from typing import Any
 
-from tools import models, prompts, runs, smollm2
-from tools.common import command, quiet
+from tools import models, prompts, smollm2, subjects
+from tools.common import quiet
 
 BUDGET = 200  # new tokens at most
 
@@ -50,7 +49,7 @@ def harmless(text: str) -> str:
     return "".join(c for c in text if c.isprintable() or c in "\n\t")
 
 
-def side_by_side(model: Any, tokenizer: Any, who: runs.Subject, text: str) -> None:
+def side_by_side(model: Any, tokenizer: Any, who: subjects.Subject, text: str) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -67,7 +66,7 @@ def side_by_side(model: Any, tokenizer: Any, who: runs.Subject, text: str) -> No
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def conversation(model: Any, tokenizer: Any, who: runs.Subject) -> None:
+def conversation(model: Any, tokenizer: Any, who: subjects.Subject) -> None:
     """Reads a line, streams the answer, and goes on until an empty line or the end of input."""
     from transformers import TextStreamer
 
@@ -90,23 +89,12 @@ def conversation(model: Any, tokenizer: Any, who: runs.Subject) -> None:
         messages.append({"role": "assistant", "content": said})
 
 
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(description="ask a base and its adapter")
-    parser.add_argument("recipe", nargs="?", default="")
-    parser.add_argument("prompt", nargs="?", default="")
-    parser.add_argument("--adapter", default="", help="a PEFT folder instead of a recipe's run")
-    runs.add_options(parser)
-    given = parser.parse_args()
-    who = runs.find(given.recipe, given.adapter, given.precision, given.prompt_format)
+def chat(who: subjects.Subject, prompt: str | None) -> None:
+    """Answers `prompt` with base and adapter, or holds a conversation without one."""
     smollm2.ensure(who.config["base_model"])
     quiet()
     model, tokenizer = models.load(who.config, who.adapter)
-    if given.prompt.strip():
-        side_by_side(model, tokenizer, who, given.prompt.strip())
+    if prompt and prompt.strip():
+        side_by_side(model, tokenizer, who, prompt.strip())
     else:
         conversation(model, tokenizer, who)
-
-
-if __name__ == "__main__":
-    main()

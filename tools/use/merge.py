@@ -14,7 +14,6 @@ The merged model is compared with base + adapter: `merged/merge.json` holds the 
 of a logit, and what quantizing the merged weights anew would change.
 """
 
-import argparse
 import gc
 import json
 import os
@@ -23,8 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tools import models, prompts, runs, smollm2
-from tools.common import JobFailed, WrongInput, command, digest, quiet, shown, write_json
+from tools import models, prompts, smollm2, subjects
+from tools.common import JobFailed, WrongInput, digest, quiet, shown, write_json
 
 # Largest difference of a logit, merged against base + adapter, both computing in float32. They add
 # the same products in another order; in bfloat16 the sums themselves are rounded to 3 digits, and
@@ -140,18 +139,14 @@ def write_merged(base: Any, config: dict[str, Any], adapter: Path, folder: Path)
     merged.save_pretrained(folder, save_original_format=not published)
 
 
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(description="merge an adapter into its base")
-    parser.add_argument("recipe", nargs="?", default="")
-    parser.add_argument("--adapter", default="", help="a PEFT folder instead of a recipe's run")
-    runs.add_options(parser)
-    arguments = parser.parse_args()
-    named = (arguments.recipe, arguments.adapter, arguments.precision)
+def run(
+    recipe: str | None, adapter: str | None, precision: str | None, prompt_format: str | None
+) -> None:
+    """Merges an adapter that is named as in `subjects.find`, and prints how the two compare."""
     try:
-        who = runs.find(*named, arguments.prompt_format)
-    except runs.NotRenderable:  # the weights merge all the same, and the base's template stays
-        who = runs.find(*named, "chat")
+        who = subjects.find(recipe, adapter, precision, prompt_format)
+    except subjects.NotRenderable:  # the weights merge all the same, and the base's template stays
+        who = subjects.find(recipe, adapter, precision, "chat")
     if not who.adapter:
         raise WrongInput(f"{who.name} has no adapter to merge")
     print(f"merge      {who.name} into {who.config['base_model']}", flush=True)
@@ -167,7 +162,3 @@ def main() -> None:
             f"{again['largest_logit_difference']:.2g}, with the same next token on "
             f"{again['same_next_token']:.0%}: serve it as it is, or base and adapter apart"
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -20,13 +20,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tools import models, prompts, runs
+from tools import models, prompts, subjects
 from tools.common import WrongInput, atomic, command, shown
 from tools.hub import card
 from tools.use import merge
 
 
-def on_vllm(who: runs.Subject, name: str, address: list[str]) -> list[str]:
+def on_vllm(who: subjects.Subject, name: str, address: list[str]) -> list[str]:
     """The command that serves a base and its adapter with vLLM."""
     folder = who.adapter or who.folder
     checked = models.check_adapter(who.config, folder)
@@ -46,7 +46,7 @@ def on_vllm(who: runs.Subject, name: str, address: list[str]) -> list[str]:
     ]
 
 
-def vllm_template(who: runs.Subject, folder: Path) -> Path | None:
+def vllm_template(who: subjects.Subject, folder: Path) -> Path | None:
     """The file of the chat template that renders as the adapter was trained; None for the base's.
 
     vLLM takes a template and no options for it, so they are written into it.
@@ -67,7 +67,7 @@ def vllm_template(who: runs.Subject, folder: Path) -> Path | None:
     return path
 
 
-def on_transformers(who: runs.Subject, address: list[str]) -> list[str]:
+def on_transformers(who: subjects.Subject, address: list[str]) -> list[str]:
     """The command that serves the merged model with `transformers serve`."""
     merged = merge.merge(who.config, who.adapter or who.folder, who.prompt_format)
     options = ["--chat-template-kwargs", json.dumps(who.options)] if who.options else []
@@ -85,11 +85,11 @@ def main() -> None:
     parser.add_argument("--adapter", default="", help="a PEFT folder instead of a recipe's run")
     parser.add_argument("--host", default="")
     parser.add_argument("--port", default="")
-    runs.add_options(parser)
+    subjects.add_options(parser)
     given = parser.parse_args()
     if given.port and not (given.port.isdigit() and 0 < int(given.port) < 65536):
         raise WrongInput(f'PORT must be a number from 1 to 65535, not "{given.port}"')
-    who = runs.find(given.recipe, given.adapter, given.precision, given.prompt_format)
+    who = subjects.find(given.recipe, given.adapter, given.precision, given.prompt_format)
     host, port = given.host or "localhost", given.port or "8000"
     address = ["--host", host, "--port", port]
     if shutil.which("nvidia-smi") and importlib.util.find_spec("vllm"):

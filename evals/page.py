@@ -1,18 +1,18 @@
 """Makes a page of all scores: runs/report/index.html, one file that asks nothing of a network.
 
-    python -m evals.html [--gpu "A100 80GB"] [--price 1.19]
+    python -m tools report [--gpu "A100 80GB"] [--price 1.19]
 
 It reads the score files of every run and base, what was planned and the losses, and scores nothing.
 Its figures lie beside it as PNGs. Prompts and answers are hostile input: all text is escaped, and
 what steers a page or a terminal is spelled out.
 """
 
-import argparse
 import base64
 import hashlib
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -22,9 +22,8 @@ from typing import Any
 from evals import report, stats
 from evals import run as evaluation
 from tools import recipes, sources
-from tools import runs as subject
-from tools.common import ROOT, WrongInput, atomic, command, json_lines, read_yaml, shown
-from tools.train import plan
+from tools import subjects as subject
+from tools.common import ROOT, WrongInput, atomic, json_lines, read_yaml, shown
 
 TEMPLATE = ROOT / "evals" / "page.html"
 WRONG = 25  # wrong answers shown of each model and dataset
@@ -34,6 +33,8 @@ INK = "#59626d"  # of figures: grey in a PNG, the page's own colour in the page
 COLOURS = ("#3b74c4", "#c8553d", "#3f8f5b", "#8a5fb0", "#a8790b", "#2a8c97")
 MARKERS = "osD^vP"
 Content = report.Content
+# The plan of a config that is trained on so many rows of a file; training lies above this module.
+Planner = Callable[[dict[str, Any], int | None, Path], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -319,14 +320,14 @@ def wrong(scored: Scored) -> list[dict[str, Any]]:
 # ---- figures
 
 
-def planned(scored: Scored, gpu: str, price: float | None) -> dict[str, Any]:
+def planned(scored: Scored, planner: Planner) -> dict[str, Any]:
     """The plan of the training that made an adapter; {} where it cannot be planned."""
     path = scored.folder / "config.yaml"
     try:
         config = recipes.find(scored.recipe).config if scored.recipe else read_yaml(path)
         data = (scored.told.get("data") or [{}])[0]
         file = sources.CHAT / Path(config["datasets"][0]["path"]).name
-        return plan.plan(config, gpu, price=price, rows=data.get("rows"), data=file)
+        return planner(config, data.get("rows"), file)
     except (WrongInput, OSError, KeyError):
         return {}
 
@@ -376,8 +377,7 @@ def bars(axes: Any, x: float, y: float, value: dict[str, float], place: int, **m
 def figures(
     adapters: list[Scored],
     gains: list[dict[str, dict[str, dict[str, Any]]]],
-    gpu: str,
-    price: float | None,
+    planner: Planner,
 ) -> dict[str, dict[str, Any]]:
     """The figures that can be drawn: {name: {"figure", "caption"}}."""
     import matplotlib as mpl
@@ -428,14 +428,15 @@ def figures(
     full = full or list(range(len(adapters)))
     common, scores = mean_scores([adapters[place] for place in full])
     means = dict(zip(full, scores, strict=False))
-    plans = {place: planned(adapters[place], gpu, price) for place in means}
+    plans = {place: planned(adapters[place], planner) for place in means}
+    priced = any(made.get("usd") is not None for made in plans.values())
     over = common[0] if len(common) == 1 else f"mean of {len(common)} datasets"
     for name, key, label in (
         ("memory", "peak", "peak memory, GiB"),
-        ("cost", "hours", "GPU hours") if price is None else ("cost", "usd", "cost, USD"),
+        ("cost", "usd", "cost, USD") if priced else ("cost", "hours", "GPU hours"),
     ):
         points = [
-            (made["memory"]["peak"] / plan.GIB if key == "peak" else made[key], place)
+            (made["memory"]["peak"] / 2**30 if key == "peak" else made[key], place)
             for place, made in plans.items()
             if made and (key == "peak" or made[key] is not None)
         ]
@@ -518,7 +519,7 @@ def page(content: dict[str, Any]) -> str:
     return template.render(content | {"figures": drawn, "script_sha": sha, "each": WRONG})
 
 
-def build(out: Path, gpu: str = "", price: float | None = None) -> list[Path]:
+def build(out: Path, planner: Planner) -> list[Path]:
     """Writes the page and its PNGs into a folder; WrongInput where nothing is scored."""
     scored = everything()
     if not scored:
@@ -526,7 +527,7 @@ def build(out: Path, gpu: str = "", price: float | None = None) -> list[Path]:
     adapters = [one for one in scored if one.adapter]
     gains = [report.differences(base_of(one, scored), one.contents) for one in adapters]
     of = {id(one): gain for one, gain in zip(adapters, gains, strict=True)}
-    drawn = figures(adapters, gains, gpu or plan.DEFAULT_GPU, price)
+    drawn = figures(adapters, gains, planner)
     matrices = [
         {"dataset": dataset, "name": one.name, "matrix": found}
         for one in scored
@@ -564,18 +565,7 @@ def build(out: Path, gpu: str = "", price: float | None = None) -> list[Path]:
     return [out / "index.html", *files]
 
 
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(description="a page of all scores")
-    parser.add_argument("--gpu", default="", help="that hours are planned for")
-    parser.add_argument("--price", default="", help="USD for one GPU and hour; hours without it")
-    given = parser.parse_args()
-    price = plan.number("PRICE", given.price, least=0)
-    if given.gpu:
-        plan.find_gpu(given.gpu)
-    files = build(subject.RUNS / "report", given.gpu, price)
+def write(planner: Planner) -> None:
+    """Writes runs/report/ and says where."""
+    files = build(subject.RUNS / "report", planner)
     print(f"report     {', '.join(map(shown, files))}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,524 @@
+"""The command line: every job of the project with its typed options.
+
+    python -m tools --help
+    python -m tools train sentiment_r4 --profile gpu
+
+`make train RECIPE=sentiment_r4 PROFILE=gpu` is the same call: make hands each variable of its command
+line over as OPTION_<NAME>, and it becomes the option of that name. Implementations are imported
+where they are called, so that help and lists appear at once.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer import Argument, Option
+
+from tools.common import WrongInput, command, nearest
+
+START, DATA, TRAIN, SCORE, USE, SHARE, MAINTAIN = (
+    *("Start", "Data", "Train", "Score", "Use", "Share", "Maintain"),
+)
+
+app = typer.Typer(
+    name="finlora",
+    help="Axolotl recipes that fine-tune language models for finance, from data to the Hub.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    from tools import recipes
+
+    return [name for name in recipes.places() if name.startswith(incomplete)]
+
+
+def complete_task(incomplete: str) -> list[str]:
+    from tools import sources
+
+    return [name for name in sources.tables()["tasks"] if name.startswith(incomplete)]
+
+
+Recipe = Annotated[
+    str | None,
+    Argument(help="A name of `recipes` or a YAML file.", autocompletion=complete_recipe),
+]
+NeededRecipe = Annotated[
+    str, Argument(help="A name of `recipes` or a YAML file.", autocompletion=complete_recipe)
+]
+Tasks = Annotated[
+    str | None, Argument(help="Tasks, comma-separated; all without.", autocompletion=complete_task)
+]
+Adapter = Annotated[str | None, Option(help="A PEFT folder, or owner/name of a pulled one.")]
+Precision = Annotated[
+    Literal["nf4", "int8", "bf16", "fp16", "fp32"] | None,
+    Option(help="Precision of the base; the adapter's own without."),
+]
+PromptFormat = Annotated[
+    Literal["chat", "finlora", "bare"] | None,
+    Option(help="How prompts are written; as in training without."),
+]
+Profile = Annotated[
+    str | None, Option(help="Of recipes/profiles/, several with commas; chosen without.")
+]
+Nproc = Annotated[int | None, Option(min=1, help="Processes on this machine, one per GPU.")]
+Checkpointing = Annotated[
+    bool | None,
+    Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Chosen without."),
+]
+Tracker = Annotated[
+    Literal["tensorboard", "trackio", "wandb"] | None, Option(help="Where losses are logged too.")
+]
+Force = Annotated[bool, Option("--force", help="Do it again, or in spite of a check.")]
+Gpu = Annotated[str | None, Option(help='A name of the table, such as "A5000 24GB", or a size.')]
+Price = Annotated[float | None, Option(min=0, help="USD for one GPU and hour.")]
+Json = Annotated[bool, Option("--json", help="Print JSON.")]
+Namespace = Annotated[str | None, Option(help="A user or organisation on the Hub.")]
+
+
+# ---- Data
+
+
+@app.command(rich_help_panel=DATA)
+def fetch(tasks: Tasks = None) -> None:
+    """Download and verify FinLoRA's files to data/raw/.
+
+    Example: python -m tools fetch sentiment,ner
+    """
+    from tools.data import fetch
+
+    fetch.fetch_tasks(split(tasks))
+
+
+@app.command(rich_help_panel=DATA)
+def data(
+    tasks: Tasks = None,
+    recipe: Annotated[
+        str | None,
+        Option(help="Count tokens as its training does.", autocompletion=complete_recipe),
+    ] = None,
+    on_error: Annotated[
+        Literal["stop", "quarantine"], Option(help="What happens to a row that breaks a rule.")
+    ] = "stop",
+    repair: Annotated[
+        bool | None,
+        Option("--repair/--no-repair", help="Swap labels or not; decided from the rows without."),
+    ] = None,
+) -> None:
+    """Turn FinLoRA's rows into chat rows in data/chat/.
+
+    Example: python -m tools data sentiment --on-error quarantine
+    """
+    from tools.data import convert
+
+    convert.convert_tasks(split(tasks), recipe, on_error == "quarantine", repair)
+
+
+@app.command(rich_help_panel=DATA)
+def audit(tasks: Tasks = None, json: Json = False) -> None:
+    """Find duplicates, leaks, swapped labels and wrong answer keys.
+
+    Example: python -m tools audit sentiment,formula
+    """
+    from tools.data import audit
+
+    audit.run(split(tasks), json)
+
+
+@app.command(rich_help_panel=DATA)
+def new(
+    task: Annotated[str, Argument(help="Its name: letters, digits, underscores.")],
+    data: Annotated[Path, Argument(help="A file of your rows.")],
+) -> None:
+    """Make a task of your own rows: a split, recipes and an evaluation.
+
+    Example: python -m tools new my_task my.jsonl
+    """
+    from tools import custom
+
+    custom.new(task, data.expanduser())
+
+
+# ---- Train
+
+
+@app.command(rich_help_panel=TRAIN)
+def recipes(
+    task: Annotated[str | None, Option(help="Only this task.")] = None,
+    model: Annotated[str | None, Option(help="Only this model.")] = None,
+    method: Annotated[str | None, Option(help="Only this method.")] = None,
+    json: Json = False,
+) -> None:
+    """List the catalogue with planned GPU memory.
+
+    Example: python -m tools recipes --task sentiment --model qwen3-8b
+    """
+    from tools import catalogue
+
+    catalogue.list_recipes(task, model, method, json)
+
+
+@app.command(rich_help_panel=TRAIN)
+def show(recipe: NeededRecipe) -> None:
+    """Print a recipe, its plan, and what its run took.
+
+    Example: python -m tools show sentiment_r4
+    """
+    from tools import catalogue
+
+    catalogue.show(recipe)
+
+
+@app.command(rich_help_panel=TRAIN)
+def plan(
+    recipe: NeededRecipe,
+    gpu: Gpu = None,
+    nproc: Annotated[int, Option(min=1, help="GPUs.")] = 1,
+    price: Price = None,
+    rows: Annotated[int | None, Option(min=1, help="Rows of the file; counted without.")] = None,
+    tokens_per_row: Annotated[int | None, Option(min=1, help="Estimated without.")] = None,
+    json: Json = False,
+) -> None:
+    """Compute memory, hours and cost of a recipe before a GPU is rented.
+
+    Example: python -m tools plan sentiment_r4 --gpu "A5000 24GB" --price 0.26
+    """
+    from tools.train import plan
+
+    hardware = plan.Hardware(gpu or plan.DEFAULT_GPU, nproc, price)
+    plan.print_plan(recipe, hardware, rows, tokens_per_row, json)
+
+
+@app.command(rich_help_panel=TRAIN)
+def smoke(recipe: NeededRecipe, profile: Profile = None) -> None:
+    """Try a recipe for two minutes before hours are spent.
+
+    Example: python -m tools smoke sentiment_r4
+    """
+    from tools.train import smoke
+
+    smoke.run(recipe, profile)
+
+
+@app.command(rich_help_panel=TRAIN)
+def profile(
+    recipe: Recipe = None,
+    profile: Profile = None,
+    nproc: Nproc = None,
+    gradient_checkpointing: Checkpointing = None,
+) -> None:
+    """Show the hardware that was detected, the settings chosen for it, and why.
+
+    Example: python -m tools profile sentiment_r4 --profile multi_gpu,zero2
+    """
+    from tools.train import profiles
+
+    profiles.explain(recipe, profiles.Choice(profile, nproc, gradient_checkpointing))
+
+
+@app.command(rich_help_panel=TRAIN)
+def train(
+    recipe: NeededRecipe,
+    profile: Profile = None,
+    nproc: Nproc = None,
+    force: Force = False,
+    tracker: Tracker = None,
+    gradient_checkpointing: Checkpointing = None,
+    nnodes: Annotated[int, Option(min=1, help="Machines.")] = 1,
+    node_rank: Annotated[int, Option(min=0, help="Which machine this is, from 0.")] = 0,
+    rdzv: Annotated[str | None, Option(help="host:port of machine 0.")] = None,
+) -> None:
+    """Train a recipe with Axolotl; an interrupted run resumes.
+
+    Example: python -m tools train smollm2-135m/sentiment_r4
+    """
+    from tools.train import launch, profiles
+
+    choice = profiles.Choice(profile, nproc, gradient_checkpointing, tracker)
+    launch.train(recipe, choice, launch.Cluster(nnodes, node_rank, rdzv), force)
+
+
+@app.command(rich_help_panel=TRAIN)
+def status() -> None:
+    """List what is training, finished or interrupted."""
+    from tools.train import status
+
+    status.show_all()
+
+
+@app.command(rich_help_panel=TRAIN)
+def sweep(
+    recipes: Annotated[str, Argument(help='Names and patterns: "sentiment_r4 ner_*".')],
+    profile: Profile = None,
+    nproc: Nproc = None,
+    tracker: Tracker = None,
+    force: Force = False,
+) -> None:
+    """Train several recipes and end with one table.
+
+    Example: python -m tools sweep "sentiment_r4 headline_*"
+    """
+    from tools.train import profiles, sweep
+
+    sweep.run(recipes, profiles.Choice(profile, nproc, None, tracker), force)
+
+
+@app.command(rich_help_panel=TRAIN)
+def reproduce(run: Annotated[Path, Argument(help="The folder of a finished run.")]) -> None:
+    """Train a finished run again and compare the adapters.
+
+    Example: python -m tools reproduce runs/smollm2-135m/sentiment_r4
+    """
+    from tools.train import reproduce
+
+    reproduce.reproduce(run)
+
+
+# ---- Score
+
+
+@app.command("eval", rich_help_panel=SCORE)
+def evaluate(
+    recipe: Annotated[
+        str | None,
+        Argument(help="Every finished run without.", autocompletion=complete_recipe),
+    ] = None,
+    tasks: Annotated[str | None, Option(help="Datasets, comma-separated.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Rows of each dataset.")] = None,
+    base: Annotated[bool, Option("--base", help="The base alone.")] = False,
+    adapter: Adapter = None,
+    precision: Precision = None,
+    prompt_format: PromptFormat = None,
+    backend: Annotated[Literal["transformers", "vllm", "openai"], Option()] = "transformers",
+    base_url: Annotated[str | None, Option(help="Of an OpenAI-compatible endpoint.")] = None,
+    model_name: Annotated[str | None, Option(help="The endpoint's model.")] = None,
+    force: Force = False,
+) -> None:
+    """Score base and adapter with 95 % intervals and paired tests.
+
+    Example: python -m tools eval smollm2-135m/sentiment_r4 --tasks fpb,fiqa --limit 200
+    """
+    from evals import run
+
+    asked = run.Request(split(tasks), limit, force, backend)
+    if backend == "openai":
+        if recipe or adapter or precision:
+            raise WrongInput("RECIPE, ADAPTER and PRECISION do not go with BACKEND=openai")
+        run.score_endpoint(asked, base_url, model_name, prompt_format)
+        return
+    if base_url or model_name:
+        raise WrongInput("BASE_URL and MODEL_NAME go with BACKEND=openai")
+    run.score_local(asked, recipe, adapter, base, (precision, prompt_format))
+
+
+@app.command(rich_help_panel=SCORE)
+def report(gpu: Gpu = None, price: Price = None) -> None:
+    """Write a page of all scores, runs/report/index.html, and its figures.
+
+    Example: python -m tools report --price 0.26
+    """
+    from evals import page
+    from tools.train import plan
+
+    hardware = plan.Hardware(gpu or plan.DEFAULT_GPU, 1, price)
+    plan.find_gpu(hardware.gpu)
+    page.write(lambda config, rows, data: plan.plan(config, hardware, rows=rows, data=data))
+
+
+# ---- Use
+
+
+@app.command(rich_help_panel=USE)
+def chat(
+    recipe: Recipe = None,
+    prompt: Annotated[str | None, Argument(help="A conversation starts without.")] = None,
+    adapter: Adapter = None,
+    precision: Precision = None,
+    prompt_format: PromptFormat = None,
+) -> None:
+    """Let base and adapter answer a prompt side by side.
+
+    Example: python -m tools chat smollm2-135m/sentiment_r4 "Profits rose by a third."
+    """
+    from tools import subjects
+    from tools.use import chat
+
+    chat.chat(subjects.find(recipe, adapter, precision, prompt_format), prompt)
+
+
+@app.command(rich_help_panel=USE)
+def merge(
+    recipe: Recipe = None,
+    adapter: Adapter = None,
+    precision: Precision = None,
+    prompt_format: PromptFormat = None,
+) -> None:
+    """Merge an adapter into its base and compare the two.
+
+    Example: python -m tools merge smollm2-135m/sentiment_r4
+    """
+    from tools.use import merge
+
+    merge.run(recipe, adapter, precision, prompt_format)
+
+
+@app.command(rich_help_panel=USE)
+def serve(
+    recipe: Recipe = None,
+    adapter: Adapter = None,
+    host: Annotated[str, Option(help="Address to listen on.")] = "localhost",
+    port: Annotated[int, Option(min=1, max=65535)] = 8000,
+    precision: Precision = None,
+    prompt_format: PromptFormat = None,
+    max_model_len: Annotated[int | None, Option(min=1, help="Longest context, tokens.")] = None,
+) -> None:
+    """Serve an adapter as an OpenAI-compatible endpoint.
+
+    Example: python -m tools serve smollm2-135m/sentiment_r4 --port 8000
+    """
+    from tools import subjects
+    from tools.use import serve
+
+    subject = subjects.find(recipe, adapter, precision, prompt_format)
+    serve.serve(subject, serve.Address(host, port), max_model_len)
+
+
+# ---- Share
+
+
+@app.command(rich_help_panel=SHARE)
+def push(
+    recipe: NeededRecipe,
+    namespace: Namespace = None,
+    public: Annotated[bool, Option("--public", help="Visible to everybody.")] = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Show files and card; send nothing.")
+    ] = False,
+    price: Price = None,
+    force: Force = False,
+) -> None:
+    """Publish a finished run on the Hub, privately unless told otherwise.
+
+    Example: python -m tools push smollm2-135m/sentiment_r4 --namespace me --dry-run
+    """
+    from tools.hub import push
+
+    push.push(recipe, namespace, push.Options(public, dry_run, force, price))
+
+
+@app.command(rich_help_panel=SHARE)
+def pull(
+    recipe: Recipe = None,
+    namespace: Namespace = None,
+    adapter: Annotated[str | None, Option(help="owner/name[/folder] on the Hub.")] = None,
+    revision: Annotated[str | None, Option(help="A tag, branch or commit.")] = None,
+    precision: Precision = None,
+    force: Force = False,
+) -> None:
+    """Bring a published adapter here, checked before it is loaded.
+
+    Example: python -m tools pull sentiment_r8
+    """
+    from tools.hub import pull
+
+    pull.pull(pull.Request(recipe, namespace, adapter, revision, precision), force)
+
+
+@app.command(rich_help_panel=SHARE)
+def adapters(namespace: Namespace = None) -> None:
+    """List the runs here and, with a namespace, those on the Hub."""
+    from tools.hub import listing
+
+    listing.show(namespace)
+
+
+# ---- Maintain
+
+
+@app.command("import", rich_help_panel=MAINTAIN)
+def import_config(config: Annotated[Path, Argument(help="A FinLoRA config file.")]) -> None:
+    """Make recipes from a FinLoRA config file.
+
+    Example: python -m tools import finetune_configs.json
+    """
+    from tools import custom
+
+    custom.import_(config.expanduser())
+
+
+@app.command(rich_help_panel=MAINTAIN)
+def render(recipe: Recipe = None) -> None:
+    """Write every recipe from recipes/matrix.yaml; with a name, print that one."""
+    from tools import catalogue
+
+    catalogue.render(recipe)
+
+
+@app.command(rich_help_panel=MAINTAIN)
+def model() -> None:
+    """Write SmolLM2-135M-Instruct to models/; training does it where it is needed."""
+    from tools import smollm2
+
+    smollm2.ensure(str(smollm2.FOLDER))
+
+
+@app.command(rich_help_panel=MAINTAIN)
+def check() -> None:
+    """Compare every generated file with its source, and every recipe with Axolotl's schema."""
+    from tools import catalogue
+    from tools.data import card
+    from tools.train import scale
+
+    card.write(check=True)
+    scale.write(check=True)
+    catalogue.check()
+
+
+def split(names: str | None) -> list[str]:
+    """The names of a list that is separated by commas or spaces."""
+    return (names or "").replace(",", " ").split()
+
+
+def read_make_variables() -> dict[str, str]:
+    """{option: value} of make's command line, taken out of the environment of this process.
+
+    Raises WrongInput for a name that is near to an option's and is none.
+    """
+    values = {
+        name.removeprefix("OPTION_").lower(): os.environ.pop(name)
+        for name in sorted(os.environ)
+        if name.startswith("OPTION_")
+    }
+    commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
+    known = {parameter.name for verb in commands for parameter in verb.params}
+    for name in values.keys() - known:
+        if hint := nearest(name.upper(), [option.upper() for option in known], cutoff=0.8):
+            raise WrongInput(f"make has no variable {name.upper()}{hint}")
+    return {name: value for name, value in values.items() if value}
+
+
+@command
+def main() -> None:
+    import click
+
+    variables = read_make_variables()
+    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    defaults = {verb: variables for verb in commands}
+    try:
+        app(prog_name="python -m tools", standalone_mode=False, default_map=defaults)
+    except click.exceptions.MissingParameter as error:
+        name = (error.param and error.param.name or "").upper()
+        raise WrongInput(f"{name}=… is needed; `python -m tools --help` says more") from None
+    except click.exceptions.UsageError as error:
+        name = getattr(getattr(error, "param", None), "name", None)
+        raise WrongInput((f"{name.upper()}: " if name else "") + error.format_message()) from None
+    except click.exceptions.Abort:
+        raise KeyboardInterrupt from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
