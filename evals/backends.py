@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 from tools import adapters, models, subjects
 from tools.common import ROOT, JobFailed, WrongInput
 from tools.hub import card
-from tools.prompts import FORMATS, changes_tokenizer
+from tools.prompts import changes_tokenizer
 from tools.subjects import Subject
 
 KEPT = 256  # rows that vLLM answers before they are kept
@@ -159,8 +159,9 @@ class Endpoint:
         }
 
 
-def endpoint(base_url: str, model: str, form: str) -> Endpoint:
+def endpoint(base_url: str | None, model: str | None, form: str | None) -> Endpoint:
     """The endpoint that is asked for; where no model is named, the only one that it serves."""
+    base_url = base_url or ""
     try:
         parts = urlsplit(base_url)
         good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -170,9 +171,7 @@ def endpoint(base_url: str, model: str, form: str) -> Endpoint:
         raise WrongInput(
             "BACKEND=openai needs BASE_URL=https://host/v1, what stands before /chat/completions"
         )
-    if form and form not in FORMATS:
-        raise WrongInput(f'unknown PROMPT_FORMAT "{form}"; there are {", ".join(FORMATS)}')
-    found = Endpoint(base_url, model, form or "chat")
+    found = Endpoint(base_url, model or "", form or "chat")
     if model:
         return found
     import openai

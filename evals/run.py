@@ -1,11 +1,11 @@
 """Scores a recipe's base and its adapter with lm-eval, on the base that the adapter was trained on.
 
-    python -m evals.run smollm2-135m/sentiment_r4 [--tasks fpb,fiqa] [--limit 200] [--force 1]
-    python -m evals.run                                   every finished run, and its base
-    python -m evals.run sentiment_r4 --base 1             the base alone; nothing has to be trained
-    python -m evals.run --adapter path/to/adapter         any PEFT adapter
+    python -m tools eval smollm2-135m/sentiment_r4 [--tasks fpb,fiqa] [--limit 200] [--force]
+    python -m tools eval                                  every finished run, and its base
+    python -m tools eval sentiment_r4 --base               the base alone; nothing has to be trained
+    python -m tools eval --adapter path/to/adapter         any PEFT adapter
     … --precision int8 --prompt-format finlora --backend vllm
-    python -m evals.run --backend openai --base-url https://host/v1 --model-name gpt-4o
+    python -m tools eval --backend openai --base-url https://host/v1 --model-name gpt-4o
 
 Scores lie in `<run>/evals/<dataset>.json`, those of the base in `base_<precision>/evals/` beside
 the run: metric values with 95 % intervals, every answer with what each metric made of it, and what
@@ -14,27 +14,26 @@ and one that was cut off goes on from its last finished batch. Metrics, the pars
 answer budget are those of the task file; nothing here knows a dataset.
 """
 
-import argparse
 import importlib.metadata
 import json
 import random
 import sys
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from evals import backends, report, stats
+from evals import report, stats
 from evals.answers import Answers, Prompts
 from evals.backends import BACKENDS, Endpoint
 from tools import models as weights
-from tools import smollm2, sources, subjects
+from tools import smollm2, sources
 from tools.common import (
     ROOT,
     JobFailed,
     WrongInput,
-    command,
     digest,
     nearest,
     quiet,
@@ -76,9 +75,8 @@ def test_path(task: str) -> Path:
     return sources.CHAT / Path(read(tasks()[task])[0]["dataset_kwargs"]["data_files"]["test"]).name
 
 
-def datasets(task: str | None, named: str) -> list[str]:
-    """The tasks to score on: those named, else those at hand of what a recipe was trained for."""
-    asked = named.replace(",", " ").split()
+def datasets(task: str | None, asked: list[str]) -> list[str]:
+    """The tasks to score on: those asked for, else those at hand of what a recipe was trained for."""
     for name in asked:
         if name not in tasks():
             raise WrongInput(f'unknown dataset "{name}" in TASKS{nearest(name, list(tasks()))}')
@@ -248,15 +246,20 @@ def score(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     }
 
 
-def run(
-    subject: Subject | Endpoint,
-    named: str,
-    limit: int | None,
-    force: bool,
-    backend: str = "transformers",
-) -> dict[str, dict[str, Path]]:
+@dataclass(frozen=True)
+class Request:
+    """What to score and how: `datasets` of evals/tasks/ (none: those at hand), `limit` rows of each."""
+
+    datasets: list[str] = field(default_factory=list)
+    limit: int | None = None
+    force: bool = False
+    backend: str = "transformers"
+
+
+def run(subject: Subject | Endpoint, request: Request) -> dict[str, dict[str, Path]]:
     """Scores what has no score yet; returns the score files: dataset → side → file."""
-    names = datasets(subject.task, named)
+    limit, force, backend = request.limit, request.force, request.backend
+    names = datasets(subject.task, request.datasets)
     if isinstance(subject, Subject):
         smollm2.ensure(subject.config["base_model"])
     files = {
@@ -308,44 +311,12 @@ def _kept(file: Path) -> Any:
         return None
 
 
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(description="score a recipe's base and adapter")
-    parser.add_argument("recipe", nargs="?", default="", help="without one: every finished run")
-    parser.add_argument("--tasks", default="", help="datasets, comma-separated")
-    parser.add_argument("--limit", default="", help="rows of each dataset")
-    parser.add_argument("--force", default="", help="1: score again")
-    parser.add_argument("--base", default="", help="1: the base alone")
-    parser.add_argument("--adapter", default="", help="a PEFT folder")
-    subjects.add_options(parser)
-    parser.add_argument("--backend", default="", help=", ".join(BACKENDS))
-    parser.add_argument("--base-url", default="", help="of an OpenAI-compatible endpoint")
-    parser.add_argument("--model-name", default="", help="the endpoint's model")
-    arguments = parser.parse_args()
-    backend = arguments.backend or "transformers"
-    if backend not in BACKENDS:
-        raise WrongInput(f'unknown BACKEND "{backend}"; there are {", ".join(BACKENDS)}')
-    if backend != "openai" and (arguments.base_url or arguments.model_name):
-        raise WrongInput("BASE_URL and MODEL_NAME go with BACKEND=openai")
-    if arguments.limit and not (arguments.limit.isdigit() and int(arguments.limit) > 0):
-        raise WrongInput(f'LIMIT must be a number of rows, not "{arguments.limit}"')
-    limit = int(arguments.limit) if arguments.limit else None
-    how = (arguments.precision, arguments.prompt_format)
-    chosen: list[Any]
-    if backend == "openai":
-        if arguments.recipe or arguments.adapter or arguments.precision:
-            raise WrongInput("RECIPE, ADAPTER and PRECISION do not go with BACKEND=openai")
-        where = (arguments.base_url, arguments.model_name, arguments.prompt_format)
-        chosen = [backends.endpoint(*where)]
-    elif arguments.recipe or arguments.adapter:
-        base_only = arguments.base not in ("", "0")
-        chosen = [subjects.find(arguments.recipe, arguments.adapter, *how, base_only=base_only)]
-    else:
-        chosen = subjects.all_finished(*how)
+def score_all(request: Request, chosen: list[Subject] | list[Endpoint]) -> None:
+    """Scores what is chosen and prints the tables; of several, one that fails is left out."""
     scored = {}
     for subject in chosen:
         try:
-            files = run(subject, arguments.tasks, limit, arguments.force not in ("", "0"), backend)
+            files = run(subject, request)
         except WrongInput as error:
             if len(chosen) == 1:
                 raise
@@ -356,7 +327,3 @@ def main() -> None:
     report.between(scored)
     if not scored:
         raise JobFailed("nothing was scored")
-
-
-if __name__ == "__main__":
-    main()

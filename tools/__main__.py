@@ -302,17 +302,22 @@ def evaluate(
 
     Example: python -m tools eval smollm2-135m/sentiment_r4 --tasks fpb,fiqa --limit 200
     """
-    from evals import run
+    from evals import backends, run
+    from tools import subjects
 
-    asked = run.Request(split(tasks), limit, force, backend)
+    request = run.Request(split(tasks), limit, force, backend)
     if backend == "openai":
         if recipe or adapter or precision:
             raise WrongInput("RECIPE, ADAPTER and PRECISION do not go with BACKEND=openai")
-        run.score_endpoint(asked, base_url, model_name, prompt_format)
+        run.score_all(request, [backends.endpoint(base_url, model_name, prompt_format)])
         return
     if base_url or model_name:
         raise WrongInput("BASE_URL and MODEL_NAME go with BACKEND=openai")
-    run.score_local(asked, recipe, adapter, base, (precision, prompt_format))
+    if recipe or adapter:
+        subject = subjects.find(recipe, adapter, precision, prompt_format, base_only=base)
+        run.score_all(request, [subject])
+    else:
+        run.score_all(request, subjects.all_finished(precision, prompt_format))
 
 
 @app.command(rich_help_panel=SCORE)
@@ -384,7 +389,7 @@ def serve(
     from tools.use import serve
 
     subject = subjects.find(recipe, adapter, precision, prompt_format)
-    serve.serve(subject, serve.Address(host, port), max_model_len)
+    serve.serve(subject, host, port, max_model_len)
 
 
 # ---- Share
@@ -501,6 +506,19 @@ def read_make_variables() -> dict[str, str]:
     return {name: value for name, value in values.items() if value}
 
 
+def describe_missing(name: str) -> str:
+    """What to do where an argument is missing."""
+    examples = {
+        "recipe": "RECIPE=… is needed; `make recipes` lists what there is",
+        "recipes": 'RECIPES="…" is needed: names, or patterns such as "sentiment_*"',
+        "task": "TASK=my_task and DATA=my.jsonl are needed",
+        "data": "TASK=my_task and DATA=my.jsonl are needed",
+        "config": "CONFIG=finetune_configs.json is needed",
+        "run": "RUN=… is needed, such as RUN=runs/smollm2-135m/sentiment_r4",
+    }
+    return examples.get(name, f"{name.upper()}=… is needed")
+
+
 @command
 def main() -> None:
     import click
@@ -511,11 +529,12 @@ def main() -> None:
     try:
         app(prog_name="python -m tools", standalone_mode=False, default_map=defaults)
     except click.exceptions.MissingParameter as error:
-        name = (error.param and error.param.name or "").upper()
-        raise WrongInput(f"{name}=… is needed; `python -m tools --help` says more") from None
+        raise WrongInput(describe_missing(str(error.param.name if error.param else ""))) from None
+    except click.exceptions.BadParameter as error:
+        name = str(error.param.name if error.param else "option").upper()
+        raise WrongInput(f"{name}: {error.message.rstrip('.')}") from None
     except click.exceptions.UsageError as error:
-        name = getattr(getattr(error, "param", None), "name", None)
-        raise WrongInput((f"{name.upper()}: " if name else "") + error.format_message()) from None
+        raise WrongInput(error.format_message()) from None
     except click.exceptions.Abort:
         raise KeyboardInterrupt from None
 

@@ -1,6 +1,6 @@
 """Trains a recipe with Axolotl and leaves a run that says exactly what was done.
 
-    python -m tools.train.launch smollm2-135m/sentiment_r4 [--profile cpu] [--nproc 2] [--force 1]
+    python -m tools train smollm2-135m/sentiment_r4 [--profile cpu] [--nproc 2] [--force]
 
 The recipe and the profile are merged into `config.yaml` in the run folder and given to
 `axolotl train`, unchanged. The run goes on from its last sound checkpoint where one was
@@ -8,11 +8,10 @@ interrupted, is left alone where it is finished, and starts afresh (the old one 
 as `<run>.previous`) where the recipe or the data changed. `run.json` is written last: a folder
 that holds it is a finished run.
 
-On several machines the same command runs on each, with --nnodes, --node-rank and --rendezvous
+On several machines the same command runs on each, with --nnodes, --node-rank and --rdzv
 (host:port of the first machine, whose folder the run is kept in).
 """
 
-import argparse
 import ctypes
 import fcntl
 import importlib.metadata
@@ -28,7 +27,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,6 @@ from tools.common import (
     JobFailed,
     WrongInput,
     atomic,
-    command,
     digest,
     json_lines,
     shown,
@@ -70,28 +68,50 @@ ECHOES = ("ChildFailedError", "torch.distributed.elastic", "error_file", "Called
 
 
 @dataclass(frozen=True)
-class Machines:
-    """How many processes train, and on which of how many machines this is."""
+class Cluster:
+    """Which of `nnodes` machines this is; `rdzv` is host:port of machine 0."""
 
-    nproc: int = 1
     nnodes: int = 1
     rank: int = 0
-    rendezvous: str = ""
+    rdzv: str | None = None
+
+    def check(self) -> None:
+        """Raises WrongInput where several machines could not find each other."""
+        if self.nnodes > 1 and (self.rank >= self.nnodes or not self.address):
+            raise WrongInput("NNODES needs RDZV=host:port of machine 0, and NODE_RANK below NNODES")
+
+    @property
+    def address(self) -> re.Match[str] | None:
+        return re.fullmatch(r"(.+):(\d+)", self.rdzv or "")
+
+
+ALONE = Cluster()
+
+
+@dataclass(frozen=True)
+class Machines:
+    """How many processes train: `nproc` on each machine of the cluster."""
+
+    nproc: int = 1
+    cluster: Cluster = ALONE
+
+    @property
+    def rank(self) -> int:
+        return self.cluster.rank
 
     @property
     def processes(self) -> int:
-        return self.nproc * self.nnodes
+        return self.nproc * self.cluster.nnodes
 
     def launcher(self) -> list[str]:
         """Axolotl's arguments: one process needs no launcher, more are started by torchrun."""
         if self.processes == 1:
             return ["--launcher", "python"]
         where = ["--standalone"]
-        if self.nnodes > 1:
+        if address := self.cluster.address:
             # Ranks by machine, as they are numbered: rank 0, which writes the run, is on machine 0.
-            host, _, port = self.rendezvous.rpartition(":")
-            where = [f"--nnodes={self.nnodes}", f"--node_rank={self.rank}"]
-            where += [f"--master_addr={host}", f"--master_port={port}"]
+            where = [f"--nnodes={self.cluster.nnodes}", f"--node_rank={self.rank}"]
+            where += [f"--master_addr={address[1]}", f"--master_port={address[2]}"]
         return ["--launcher", "torchrun", "--", f"--nproc_per_node={self.nproc}", *where]
 
     def environment(self, config: dict[str, Any]) -> dict[str, str]:
@@ -531,33 +551,19 @@ def execute(
         return {} if machines.rank else finish(recipe, profile, data)
 
 
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(description="train a recipe with Axolotl")
-    parser.add_argument("recipe")
-    parser.add_argument("--profile", default="", help="one of recipes/profiles/, or several: a,b")
-    parser.add_argument("--force", default="", help="1: train a finished run again")
-    parser.add_argument("--nproc", default="", help="processes on this machine, one a GPU")
-    parser.add_argument("--tracker", default="", help=", ".join(profiles.TRACKERS))
-    parser.add_argument("--gradient-checkpointing", default="", help="1 or 0; chosen without it")
-    parser.add_argument("--nnodes", default="", help="machines")
-    parser.add_argument("--node-rank", default="", help="which of them this is, from 0 on")
-    parser.add_argument("--rendezvous", default="", help="host:port of machine 0")
-    given = parser.parse_args()
+def train(name: str, choice: profiles.Choice, cluster: Cluster, force: bool) -> None:
+    """Trains a recipe; returns once its run is finished, or the part of this machine is.
+
+    Raises WrongInput for what cannot be trained here, JobFailed where a training stops.
+    """
     # A stop by a scheduler (SIGTERM) is treated as Ctrl-C is.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    recipe = recipes.find(given.recipe)
+    recipe = recipes.find(name)
     data_of(recipe)
-    profiles.layers(given.profile)
-    nnodes = int(plan.number("NNODES", given.nnodes, least=1) or 1)
-    rank = int(plan.number("NODE_RANK", given.node_rank, least=0) or 0)
-    address = re.fullmatch(r".+:\d+", given.rendezvous)
-    if nnodes > 1 and (not address or rank >= nnodes):
-        raise WrongInput("NNODES needs RDZV=host:port of machine 0, and NODE_RANK below NNODES")
+    cluster.check()
     here = profiles.hardware()
-    profile, nproc, why = profiles.choose(here, given.profile, given.nproc, nnodes)
-    machines = Machines(nproc, nnodes, rank, given.rendezvous)
-    force = given.force not in ("", "0")
+    profile, nproc, why = profiles.choose(here, choice, cluster.nnodes)
+    machines = Machines(nproc, cluster)
     if not force and not (recipe.run / "identity.json").is_file():
         fits(recipe, here, profile)
     refuse_unusable(recipe)
@@ -580,9 +586,8 @@ def main() -> None:
     validated = f", validated on {held}" if held else ""
     share = f", {machines.processes} processes" if machines.processes > 1 else ""
     print(f"train      {recipe.name} on {what}{validated}, profile {profile} ({why}){share}")
-    content = profiles.merged(
-        recipe, profile, machines.processes, given.tracker, here, given.gradient_checkpointing
-    )
+    choice = replace(choice, profile=profile, nproc=machines.processes)
+    content = profiles.merged(recipe, choice, here)
     for line in profiles.changed(recipe, content):
         print(f"train      {line}")
     if reason := explain_unscorable(recipe.config):
@@ -592,7 +597,7 @@ def main() -> None:
         )
     run = execute(recipe, content, profile, force, machines)
     if not run:
-        print(f"train      done; the run is on {given.rendezvous}")
+        print(f"train      done; the run is on {cluster.rdzv}")
         return
     minutes, loss = run["seconds"] / 60, run.get("last_loss")
     print(
@@ -600,7 +605,3 @@ def main() -> None:
         f"loss {'-' if loss is None else round(loss, 3)}, "
         f"peak memory {run['peak_memory_bytes'] / 1e9:.1f} GB; adapter in {shown(recipe.run)}"
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,21 +1,21 @@
 """Where a recipe runs: what this machine has, the profiles that suit it, and the merged config.
 
-    python -m tools.train.profiles [RECIPE] [--profile multi_gpu,zero2] [--nproc 4]
+    python -m tools profile [RECIPE] [--profile multi_gpu,zero2] [--nproc 4]
 
 A profile is a YAML file of Axolotl options in recipes/profiles/; several, parted by commas, are
 laid over each other. What is learned stays the recipe's: more processes take their share of the
 same batches, and a number of processes that cannot is refused.
 """
 
-import argparse
 import importlib.util
 import os
 import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tools import recipes, sources
-from tools.common import ROOT, WrongInput, command
+from tools.common import ROOT, WrongInput
 from tools.prompts import with_template
 from tools.train import plan
 
@@ -55,13 +55,25 @@ def found(here: dict[str, Any]) -> str:
     return f"{here['cores']} CPU cores with {here['memory'] / 2**30:.0f} GiB and no GPU"
 
 
-def choose(here: dict[str, Any], profile: str, nproc: str, nnodes: int) -> tuple[str, int, str]:
-    """(profile, processes on this machine, why) from what is asked for and what is there."""
-    gpus = len(here["gpus"])
-    if nproc and not (nproc.isdigit() and int(nproc)):
-        raise WrongInput(f'NPROC "{nproc}": a number of processes, from 1 on, is needed')
-    count = int(nproc) if nproc else 1
-    if not nproc and profile.split(",")[0] in ("multi_gpu", "multi_node"):
+@dataclass(frozen=True)
+class Choice:
+    """What a user decides about where a recipe runs; None leaves it to this module."""
+
+    profile: str | None = None  # of recipes/profiles/, or several: a,b
+    nproc: int | None = None  # processes on this machine, one per GPU
+    gradient_checkpointing: bool | None = None
+    tracker: str | None = None  # one of TRACKERS
+
+
+def choose(here: dict[str, Any], choice: Choice, nnodes: int) -> tuple[str, int, str]:
+    """(profile, processes on this machine, why) from what is asked for and what is there.
+
+    Raises WrongInput for a profile that does not exist.
+    """
+    gpus, profile = len(here["gpus"]), choice.profile or ""
+    layers(profile)
+    count = choice.nproc or 1
+    if not choice.nproc and profile.split(",")[0] in ("multi_gpu", "multi_node"):
         count = max(gpus, 1)
     if gpus and count > gpus and "cpu" not in profile.split(","):
         raise WrongInput(f"NPROC={count}: this machine has {gpus} GPUs")
@@ -169,20 +181,14 @@ def fits(config: dict[str, Any], here: dict[str, Any], processes: int) -> bool |
 
 
 def merged(
-    recipe: recipes.Recipe,
-    profile: str,
-    processes: int = 1,
-    tracker: str = "",
-    here: dict[str, Any] | None = None,
-    checkpointing: str = "",
+    recipe: recipes.Recipe, choice: Choice, here: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """The config that Axolotl gets: the recipe, the profiles over it, and tools/train/plugin.py.
 
-    `checkpointing`: "1" or "0" turns gradient checkpointing on or off, "" chooses.
+    `choice.nproc` counts the processes of all machines.
     """
     run = Path(recipe.config["output_dir"])
-    if checkpointing not in ("", "0", "1"):
-        raise WrongInput(f'GRADIENT_CHECKPOINTING "{checkpointing}": 1 or 0 is needed')
+    profile, processes = choice.profile or "", choice.nproc or 1
     config, _ = sources.drop_missing_validation(recipe.config)
     content = with_template(laid_over(config, layers(profile)))
     if processes > 1:
@@ -203,15 +209,13 @@ def merged(
     if content.get("flash_attention") and not flash:
         del content["flash_attention"]
         content["attn_implementation"] = "sdpa"
-    if checkpointing:
-        content["gradient_checkpointing"] = checkpointing == "1"
+    if choice.gradient_checkpointing is not None:
+        content["gradient_checkpointing"] = choice.gradient_checkpointing
     elif content.get("gradient_checkpointing") and here and here["gpus"]:
         # Recomputing costs a third of the time: only where the plan does not fit without.
         without = content | {"gradient_checkpointing": False}
         content["gradient_checkpointing"] = not fits(without, here, processes)
-    if tracker:
-        if tracker not in TRACKERS:
-            raise WrongInput(f'unknown TRACKER "{tracker}"; there are {", ".join(TRACKERS)}')
+    if tracker := choice.tracker:
         if not importlib.util.find_spec(tracker):
             raise WrongInput(f"TRACKER={tracker} needs a package: .venv/bin/pip install {tracker}")
         content |= TRACKERS[tracker]
@@ -262,28 +266,15 @@ def reasons(content: dict[str, Any], here: dict[str, Any], processes: int) -> di
     }
 
 
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(description="what was found, what will be used, and why")
-    parser.add_argument("recipe", nargs="?", default="")
-    parser.add_argument("--profile", default="")
-    parser.add_argument("--nproc", default="")
-    parser.add_argument("--gradient-checkpointing", default="")
-    given = parser.parse_args()
+def explain(name: str | None, choice: Choice) -> None:
+    """Prints what was detected here, what a recipe would be trained with, and why."""
     here = hardware()
-    profile, processes, why = choose(here, given.profile, given.nproc, 1)
-    layers(profile)
+    profile, processes, why = choose(here, choice, 1)
     rows = {"found": found(here), "profile": f"{profile} ({why})"}
-    recipe = recipes.find(given.recipe or "smollm2-135m/sentiment_r4")
-    content = merged(
-        recipe, profile, processes, here=here, checkpointing=given.gradient_checkpointing
-    )
+    recipe = recipes.find(name or "smollm2-135m/sentiment_r4")
+    content = merged(recipe, replace(choice, profile=profile, nproc=processes), here=here)
     rows |= {"recipe": recipe.name} | reasons(content, here, processes)
-    for name, text in rows.items():
-        print(f"{name:<16} {text}")
+    for label, text in rows.items():
+        print(f"{label:<16} {text}")
     for line in changed(recipe, content):
         print(f"{'changed':<16} {line}")
-
-
-if __name__ == "__main__":
-    main()

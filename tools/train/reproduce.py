@@ -7,13 +7,12 @@ packages are those of `run.json`, and trains beside the run, into `<run>.reprodu
 adapter comes out the same to the bit; on a GPU some kernels add in an order of their own.
 """
 
-import argparse
 import importlib.metadata
 import json
 from pathlib import Path
 
 from tools import recipes, smollm2
-from tools.common import ROOT, JobFailed, WrongInput, command, read_yaml, shown
+from tools.common import ROOT, JobFailed, WrongInput, read_yaml, shown
 from tools.train import launch, profiles
 
 
@@ -43,14 +42,9 @@ def differing(run: Path) -> list[str]:
     return found + ([f"{told['device']}, now {device}"] if told["device"] != device else [])
 
 
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(description="train a finished run again and compare")
-    parser.add_argument("run", help="the folder of a finished run")
-    given = parser.parse_args()
-    if not given.run:
-        raise WrongInput("RUN=… is needed, such as RUN=runs/smollm2-135m/sentiment_r4")
-    run = (ROOT / given.run).resolve()
+def reproduce(folder: Path) -> None:
+    """Trains a finished run again; raises JobFailed where a CPU does not give the same adapter."""
+    run = (ROOT / folder).resolve()
     recipe, machines = again(run)
     told = json.loads((run / "run.json").read_text())
     if other := differing(run):
@@ -64,7 +58,3 @@ def main() -> None:
     )
     if not same and made["device"] == "cpu" and not other:
         raise JobFailed(f"{shown(recipe.run)} is not what {shown(run)} holds")
-
-
-if __name__ == "__main__":
-    main()

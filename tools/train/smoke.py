@@ -11,7 +11,6 @@ Where the base is too large for this machine, its tiny twin stands in: the same 
 recipe with a few small layers of random weights. That tests the config, not memory or speed.
 """
 
-import argparse
 import importlib.util
 import json
 import math
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import architectures, models, recipes, smollm2
-from tools.common import ROOT, JobFailed, WrongInput, command, json_lines, quiet, shown
+from tools.common import ROOT, JobFailed, WrongInput, json_lines, quiet, shown
 from tools.data import lengths
 from tools.train import launch, plan, profiles
 
@@ -282,10 +281,10 @@ def whole_run(recipe: recipes.Recipe, batch: Batch, tokens_per_second: float) ->
     return f"{steps:,} steps on {batch.total_rows:,} rows, about {time} without evaluation"
 
 
-def try_recipe(recipe: recipes.Recipe, profile: str) -> list[str]:
+def try_recipe(recipe: recipes.Recipe, asked: str | None) -> list[str]:
     """Runs the trial and prints what it shows; returns what is not ready."""
     here = profiles.hardware()
-    profile, _, why = profiles.choose(here, profile, "1", 1)
+    profile, _, why = profiles.choose(here, profiles.Choice(asked, 1), 1)
     (entry, *_) = launch.data_of(recipe)
     base = str(recipe.config["base_model"])
     large = not here["gpus"] and count_parameters(base) > profiles.LARGEST_ON_CPU
@@ -309,7 +308,7 @@ def try_recipe(recipe: recipes.Recipe, profile: str) -> list[str]:
         if batch.too_long:
             say("", f"{batch.too_long} rows are over sequence_len; Axolotl drops them")
         trial = replace(recipe, config=smoke_config(recipe, batch, twin))
-        content = profiles.merged(trial, profile, here=here)
+        content = profiles.merged(trial, profiles.Choice(profile), here)
         run = launch.execute(trial, content, profile, True, launch.Machines())
         first, *_, last = [e for e in json_lines(FOLDER / "run/progress.jsonl") if "loss" in e]
         say("trains", f"{STEPS} steps, loss {first['loss']:.3f} to {last['loss']:.3f}")
@@ -361,20 +360,10 @@ def report_sizes(
     say("whole run", whole_run(recipe, batch, tokens_per_second))
 
 
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(description="try a recipe for two minutes")
-    parser.add_argument("recipe")
-    parser.add_argument("--profile", default="")
-    options = parser.parse_args()
-    recipe = recipes.find(options.recipe)
-    profiles.layers(options.profile)
+def run(name: str, profile: str | None) -> None:
+    """Tries a recipe and prints what it took; raises JobFailed with what is missing here."""
+    recipe = recipes.find(name)
     recipes.validate(recipe.config, shown(recipe.path))
-    missing = try_recipe(recipe, options.profile)
-    if missing:
+    if missing := try_recipe(recipe, profile):
         raise JobFailed("; ".join(missing))
     say("ready", f"make train RECIPE={recipe.name}")
-
-
-if __name__ == "__main__":
-    main()

@@ -6,14 +6,13 @@ A run that trains holds its lock; a finished one has a `run.json`; anything else
 on with `make train`.
 """
 
-import argparse
 import fcntl
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from tools.common import ROOT, command, json_lines
+from tools.common import ROOT, json_lines
 
 RUNS = ROOT / "runs"
 
@@ -87,14 +86,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
 
 
-@command
-def main() -> None:
-    argparse.ArgumentParser(
-        description="what trains, what is done, what was interrupted"
-    ).parse_args()
+def show_all() -> None:
+    """Prints the status of every run."""
     rows = all_runs()
     show(rows) if rows else print("no run yet; `make train RECIPE=…` makes one")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,11 @@
 """Trains several recipes, one after the other, and ends with one table.
 
-    python -m tools.train.sweep "sentiment_r4 sentiment_r8 headline_*"
+    python -m tools sweep "sentiment_r4 sentiment_r8 headline_*"
 
 What is finished is left alone and what was interrupted goes on. The small ones come first, so that
 a mistake shows early; one that fails does not stop the others, and makes the exit status 1.
 """
 
-import argparse
 import subprocess
 import sys
 import time
@@ -14,8 +13,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from tools import recipes
-from tools.common import ROOT, JobFailed, WrongInput, command
-from tools.train import plan, status
+from tools.common import ROOT, JobFailed, WrongInput
+from tools.train import plan, profiles, status
 
 
 def chosen(typed: str) -> list[recipes.Recipe]:
@@ -48,7 +47,7 @@ def one(recipe: recipes.Recipe, options: list[str]) -> dict[str, Any]:
     """Trains one recipe in a process of its own; returns its row of the table."""
     start = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "tools.train.launch", recipe.name, *options],
+        [sys.executable, "-m", "tools", "train", recipe.name, *options],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
@@ -62,24 +61,17 @@ def one(recipe: recipes.Recipe, options: list[str]) -> dict[str, Any]:
     return row | {"run": recipe.name, "took": time.monotonic() - start}
 
 
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(description="train several recipes")
-    parser.add_argument("recipes")
-    for name in ("profile", "nproc", "tracker", "force"):
-        parser.add_argument(f"--{name}", default="")
-    given = vars(parser.parse_args())
-    todo = sorted(chosen(given.pop("recipes")), key=size)
-    options = [word for name, value in given.items() if value for word in (f"--{name}", value)]
+def run(patterns: str, choice: profiles.Choice, force: bool) -> None:
+    """Trains the recipes that `patterns` name; raises JobFailed where any fails."""
+    todo = sorted(chosen(patterns), key=size)
+    options = {"--profile": choice.profile, "--nproc": choice.nproc, "--tracker": choice.tracker}
+    arguments = [word for name, value in options.items() if value for word in (name, str(value))]
+    arguments += ["--force"] if force else []
     rows = []
     for number, recipe in enumerate(todo, 1):
         print(f"sweep      {number}/{len(todo)} {recipe.name}", flush=True)
-        rows.append(one(recipe, options))
+        rows.append(one(recipe, arguments))
     print()
     status.show(rows)
     if failed := [row["run"] for row in rows if row["state"] != "finished"]:
         raise JobFailed(f"{len(failed)} of {len(rows)} failed: {', '.join(failed)}")
-
-
-if __name__ == "__main__":
-    main()

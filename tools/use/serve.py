@@ -11,7 +11,6 @@ quantizes itself: there, and without a GPU, the adapter is merged into the base 
 (`tools/use/merge.py`); on a CPU `transformers serve` serves that.
 """
 
-import argparse
 import importlib.util
 import json
 import os
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import models, prompts, subjects
-from tools.common import WrongInput, atomic, command, shown
+from tools.common import atomic, shown
 from tools.hub import card
 from tools.use import merge
 
@@ -78,20 +77,11 @@ def on_transformers(who: subjects.Subject, address: list[str]) -> list[str]:
     ]
 
 
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(description="serve an adapter, OpenAI-compatible")
-    parser.add_argument("recipe", nargs="?", default="")
-    parser.add_argument("--adapter", default="", help="a PEFT folder instead of a recipe's run")
-    parser.add_argument("--host", default="")
-    parser.add_argument("--port", default="")
-    subjects.add_options(parser)
-    given = parser.parse_args()
-    if given.port and not (given.port.isdigit() and 0 < int(given.port) < 65536):
-        raise WrongInput(f'PORT must be a number from 1 to 65535, not "{given.port}"')
-    who = subjects.find(given.recipe, given.adapter, given.precision, given.prompt_format)
-    host, port = given.host or "localhost", given.port or "8000"
-    address = ["--host", host, "--port", port]
+def serve(
+    who: subjects.Subject, host: str = "localhost", port: int = 8000, longest: int | None = None
+) -> None:
+    """Becomes the server, so that Ctrl-C reaches it. `longest`: tokens of the context."""
+    address = ["--host", host, "--port", str(port)]
     if shutil.which("nvidia-smi") and importlib.util.find_spec("vllm"):
         name = who.name.replace("/", "-")
         line = on_vllm(who, name, address)
@@ -101,9 +91,4 @@ def main() -> None:
         line = on_transformers(who, address)
         name = line[2]
     print(f'serve      http://{host}:{port}/v1, model "{name}": {" ".join(line)}', flush=True)
-    # The server takes this process's place, so that Ctrl-C reaches it.
     os.execvpe(line[0], line, os.environ | {"HF_HUB_OFFLINE": "1"})
-
-
-if __name__ == "__main__":
-    main()
