@@ -181,7 +181,7 @@ def main() -> None:
         recipe = RUNS / f"{Path(content['output_dir']).name}.yaml"
         with atomic(recipe) as file:
             file.write(yaml.safe_dump(content, sort_keys=False).encode())
-        called("tools.train.launch", recipe)
+        called("train", recipe)
         one = measured(content)
         loss, seconds = one["validation_loss"], one["seconds"]
         print(f"beyond     {name}: validation loss {loss:.4f}, {seconds} s", flush=True)

@@ -122,8 +122,8 @@ def do(spec: dict[str, Any], one: Job, lock: Lock) -> None:
         file.write(yaml.safe_dump(config, sort_keys=False).encode())
     told = spec["tasks"][one.task]
     limit = ["--limit", str(told["limit"])] if "limit" in told else []
-    called("tools.train.launch", one.recipe)
-    arguments = ["evals.run", one.recipe, "--tasks", told["dataset"], *limit]
+    called("train", one.recipe)
+    arguments = ["eval", one.recipe, "--tasks", told["dataset"], *limit]
     if scores(spec, one, "base").is_file():
         called(*arguments)
     else:
@@ -133,7 +133,10 @@ def do(spec: dict[str, Any], one: Job, lock: Lock) -> None:
 
 def called(*arguments: Any) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "tools", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         raise JobFailed(done.stderr.strip().removeprefix("error: ") or f"{arguments[0]} failed")

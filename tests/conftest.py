@@ -90,14 +90,22 @@ def write_recipe(folder: Path, method: str, base: Path, data: Path, **changes: o
 
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m …` in the project as a user would."""
+    """Runs `python -m tools …` in the project as a user would."""
     return subprocess.run(
-        [sys.executable, "-m", *map(str, arguments)],
+        [sys.executable, "-m", "tools", *map(str, arguments)],
         cwd=common.ROOT,
         env=os.environ | environment,
         capture_output=True,
         text=True,
     )
+
+
+def call(monkeypatch, *arguments: object) -> None:
+    """The same in this process, so that what a test replaced stays replaced."""
+    from tools.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["tools", *map(str, arguments)])
+    main()
 
 
 def losses(folder: Path) -> dict[int, float]:

@@ -205,9 +205,7 @@ REFUSED = {
 INITIALIZATIONS = ["olora", "pissa_niter_16", "loftq", "corda", "lora_ga", "a_new_one", 1, "PISSA"]
 
 
-@pytest.mark.parametrize(
-    "door", ["tools.use.chat", "tools.use.merge", "tools.use.serve", "evals.run"]
-)
+@pytest.mark.parametrize("door", ["chat", "merge", "serve", "eval"])
 def test_every_door_refuses_in_one_line_before_it_loads_anything(copy, door):
     change(copy, init_lora_weights="pissa", base_model_name_or_path="nobody/has-this")
     done = run(door, "--adapter", str(copy), "--precision", "nf4")
@@ -448,17 +446,17 @@ def test_a_mirror_is_its_base_and_other_names_are_themselves():
 
 
 def test_a_precision_is_asked_for_and_taken_at_every_door(copy):
-    for door in ("tools.use.chat", "tools.use.merge", "tools.use.serve", "evals.run"):
+    for door in ("chat", "merge", "serve", "eval"):
         done = run(door, "--adapter", str(copy))
         assert done.returncode == 2 and "PRECISION= is one of" in done.stderr, done.stderr
         done = run(door, "--adapter", str(copy), "--precision", "int3")
         assert 'unknown PRECISION "int3"' in done.stderr
-    done = run("tools.use.merge", "--adapter", str(copy), "--precision", "nf4")
+    done = run("merge", "--adapter", str(copy), "--precision", "nf4")
     assert done.returncode == 0, done.stderr
     assert json.loads((copy / "merged" / "merge.json").read_text())["precision"] == "nf4"
-    done = run("tools.use.merge", "--adapter", str(copy), "--precision", "fp32")
+    done = run("merge", "--adapter", str(copy), "--precision", "fp32")
     assert json.loads((copy / "merged" / "merge.json").read_text())["precision"] == "fp32"
-    done = run("tools.use.chat", "", "Good?", "--adapter", str(copy), "--precision", "int8")
+    done = run("chat", "", "Good?", "--adapter", str(copy), "--precision", "int8")
     assert done.returncode == 0 and "adapter, int8" in done.stdout, done.stderr
 
 
@@ -518,7 +516,7 @@ def test_the_prompt_format_is_the_same_in_scoring_chat_merge_and_serve(tiny, tmp
     model, tokenizer = models.load(who.config, who.adapter)
     said = chat.answer(model, tokenizer, turn, form="finlora")
     assert said != chat.answer(model, tokenizer, turn)
-    assert run("tools.use.chat", "", "Is it good?", "--adapter", str(folder)).returncode == 0
+    assert run("chat", "", "Is it good?", "--adapter", str(folder)).returncode == 0
 
 
 def test_a_format_starts_with_the_token_that_the_tokenizer_puts_before_a_text(tiny):
@@ -553,12 +551,12 @@ def test_a_base_without_a_chat_template_is_merged_and_other_doors_say_what_is_ne
     base = Path(shutil.copytree(tiny, tmp_path / "base"))
     (base / "chat_template.jinja").unlink()
     folder = make(base, tmp_path / "adapter")
-    done = run("tools.use.merge", "--adapter", str(folder), "--precision", "fp32")
+    done = run("merge", "--adapter", str(folder), "--precision", "fp32")
     assert done.returncode == 0, done.stderr
     arguments = ("", "Good?", "--adapter", str(folder), "--precision", "fp32")
-    done = run("tools.use.chat", *arguments)
+    done = run("chat", *arguments)
     assert done.returncode == 2 and "no chat template; PROMPT_FORMAT=" in done.stderr
-    assert run("tools.use.chat", *arguments, "--prompt-format", "bare").returncode == 0
+    assert run("chat", *arguments, "--prompt-format", "bare").returncode == 0
 
 
 @pytest.mark.parametrize("rank", [4, 320, 512, 1024])

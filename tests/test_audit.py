@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import call
 from tools import sources
 from tools.common import ROOT, JobFailed
 from tools.data import audit, convert
@@ -68,7 +69,7 @@ def found(*tasks):
 
 def command(*arguments, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "tools.data.audit", *map(str, arguments)],
+        [sys.executable, "-m", "tools", "audit", *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -458,15 +459,13 @@ def test_rows_cannot_run_anything_in_the_page(write):
 
 def test_the_command_leaves_a_table_a_json_file_and_a_page(write, monkeypatch, capsys):
     write("test/fiqa_test.jsonl", [*plenty(30), news(HOSTILE), news(HOSTILE)])
-    monkeypatch.setattr(sys, "argv", ["audit", "sentiment"])
-    audit.main()
+    call(monkeypatch, "audit", "sentiment")
     printed = capsys.readouterr().out
     assert re.search(r"warning +test/fiqa_test\.jsonl +1 row repeats", printed)
     report = json.loads((audit.OUT / "audit.json").read_text())
     assert report["findings"][0]["confidence"] == "certain"
     assert "<svg" in (audit.OUT / "index.html").read_text()
-    monkeypatch.setattr(sys, "argv", ["audit", "sentiment", "--json"])
-    audit.main()
+    call(monkeypatch, "audit", "sentiment", "--json")
     assert json.loads(capsys.readouterr().out) == report
 
 

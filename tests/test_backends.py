@@ -268,11 +268,11 @@ def test_the_key_and_a_password_appear_nowhere(debug, server, workplace, monkeyp
     assert server.keys[0] == f"Bearer {KEY}"
     monkeypatch.setattr(backends, "RETRIES", 0)
     secret = server.url.replace("http://", "http://me:a-password@")
-    ask(monkeypatch, server, "--force", "1", url=secret)
+    ask(monkeypatch, server, "--force", url=secret)
     server.http.server_close()
     server.http.shutdown()
     with pytest.raises(SystemExit):
-        ask(monkeypatch, server, "--force", "1", url=secret)
+        ask(monkeypatch, server, "--force", url=secret)
     assert scored()["evaluated"]["base_url"] == server.url
     told = "".join(capfd.readouterr())
     assert server.url in told

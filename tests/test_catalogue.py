@@ -226,8 +226,7 @@ def test_a_file_that_the_tables_no_longer_give_is_named_and_removed(copy):
 
 def ran(*arguments):
     code = (
-        f"import sys; from tools import catalogue; sys.argv = ['x', *{arguments!r}]; "
-        "catalogue.main();"
+        f"import sys; from tools.__main__ import main; sys.argv = ['x', *{arguments!r}]; main();"
         "print(*({'torch', 'transformers', 'axolotl', 'peft'} & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -236,7 +235,7 @@ def ran(*arguments):
 
 
 def test_the_list_shows_every_recipe_and_loads_no_heavy_library():
-    lines = ran("list").splitlines()
+    lines = ran("recipes").splitlines()
     heads = lines[0].split()[1:]
     rows = [[cell for cell in line.split() if cell != "*"] for line in lines[1 : 1 + 9 * 12]]
     shown = {row[0] + head for row in rows for head, _ in zip(heads, row[1:], strict=False)}
@@ -244,13 +243,13 @@ def test_the_list_shows_every_recipe_and_loads_no_heavy_library():
 
 
 def test_the_list_is_filtered_and_has_a_form_for_machines():
-    rows = json.loads(ran("list", "--task", "ner", "--method", "r4", "--json", "1"))
+    rows = json.loads(ran("recipes", "--task", "ner", "--method", "r4", "--json"))
     assert [row["recipe"] for row in rows] == [f"{model}/ner_r4" for model in MODELS]
     assert rows[0]["finlora"] == "ner_llama_3_1_8b_4bits_r4"
     assert rows[0]["version"] == "1.1.0"
     assert rows[0]["planned_gpu_bytes"] > rows[2]["planned_gpu_bytes"] > 2**30
     (row,) = json.loads(
-        ran("list", "--task", "ner", "--method", "r4", "--model", "qwen3-4b", "--json=1")
+        ran("recipes", "--task", "ner", "--method", "r4", "--model", "qwen3-4b", "--json")
     )
     assert row["recipe"] == "qwen3-4b/ner_r4"
 

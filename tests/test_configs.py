@@ -93,7 +93,7 @@ def trained(tiny, rows, tmp_path_factory):
     class Trained(dict[str, Path]):
         def __missing__(self, name: str) -> Path:
             path = write(tmp_path_factory.mktemp(name), tiny, rows, **CONFIGS[name])
-            done = run("tools.train.launch", path)
+            done = run("train", path)
             assert done.returncode == 0, done.stdout + done.stderr
             self[name] = path
             return path
@@ -169,7 +169,7 @@ def test_what_a_config_trained_is_scored_and_chatted_with(trained, name, tmp_pat
     files = scoring.run(subjects.find(str(trained[name])), "fpb", 4, False)
     for side in ("base", "adapter"):
         assert json.loads(files["fpb"][side].read_text())["examples"] == 4
-    done = run("tools.use.chat", trained[name], "Is <fin_a> good?")
+    done = run("chat", trained[name], "Is <fin_a> good?")
     assert done.returncode == 0 and "adapter" in done.stdout, done.stderr
 
 
@@ -210,7 +210,7 @@ def test_a_config_whose_run_could_not_be_used_is_refused_with_the_reason(
 
 
 def test_a_full_fine_tuning_is_refused_in_one_line(tiny, rows, tmp_path):
-    done = run("tools.train.launch", write(tmp_path, tiny, rows, adapter=None))
+    done = run("train", write(tmp_path, tiny, rows, adapter=None))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert not (tmp_path / "run").exists()
 
@@ -241,12 +241,12 @@ def test_rows_of_another_type_train_with_a_note_and_are_merged(tiny, tmp_path):
     row = {"instruction": "Is it good?", "input": "", "output": "yes"}
     rows.write_text((json.dumps(row) + "\n") * 16)
     path = write(tmp_path, tiny, rows, datasets=[{"type": "alpaca"}])
-    done = run("tools.train.launch", path)
+    done = run("train", path)
     assert done.returncode == 0, done.stderr
     assert 'note: it trains rows of type "alpaca"' in done.stdout
-    done = run("tools.use.chat", path, "hello")
+    done = run("chat", path, "hello")
     assert done.returncode == 2 and "PROMPT_FORMAT=bare" in done.stderr
-    done = run("tools.use.merge", path)
+    done = run("merge", path)
     assert done.returncode == 0, done.stderr
 
 
@@ -363,9 +363,7 @@ def test_what_a_profile_changes_of_ones_own_keys_is_said(tiny, rows, tmp_path):
 def test_gradient_checkpointing_is_turned_on_and_off(tiny, rows, tmp_path):
     path = write(tmp_path, tiny, rows, gradient_checkpointing=True)
     for value, state in (("1", "on"), ("0", "off"), ("", "off")):
-        done = run(
-            "tools.train.profiles", path, "--gradient-checkpointing", value, "--profile", "cpu"
-        )
+        done = run("profile", path, "--gradient-checkpointing", value, "--profile", "cpu")
         assert f"checkpointing    {state}" in done.stdout, done.stderr
-    done = run("tools.train.launch", path, "--gradient-checkpointing", "yes")
+    done = run("train", path, "--gradient-checkpointing", "yes")
     assert done.returncode == 2 and 'GRADIENT_CHECKPOINTING "yes": 1 or 0' in done.stderr

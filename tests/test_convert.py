@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import call
 from tools import common, sources
 from tools.common import ROOT, WrongInput
 from tools.data import convert, lengths, rows
@@ -36,7 +37,7 @@ def content(folder):
 
 def command(*arguments, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "tools.data.convert", *map(str, arguments)],
+        [sys.executable, "-m", "tools", *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -189,7 +190,7 @@ def test_a_bad_row_is_named_and_the_target_is_as_before(source, target, line, sa
 def test_the_command_refuses_a_bad_row_in_one_line(source, target, name):
     line, said = REFUSED[name]
     source.write_bytes(GOOD + line)
-    told = refusal(command("--dataset", "fpb", source, target))
+    told = refusal(command("convert", "fpb", source, target))
     assert f"{source}, line 2: " in told and said in told
     assert content(target.parent) == {}
 
@@ -204,7 +205,7 @@ def test_a_file_without_rows_is_refused(source, target, nothing):
 
 def test_a_source_is_never_overwritten_by_its_own_conversion(source):
     source.write_bytes(GOOD)
-    told = refusal(command("--dataset", "fpb", source, source))
+    told = refusal(command("convert", "fpb", source, source))
     assert str(source) in told
     assert content(source.parent) == {source.name: GOOD}
 
@@ -213,7 +214,7 @@ def test_a_source_is_never_overwritten_by_its_own_conversion(source):
     ("arguments", "said"),
     [
         (["--dataset", "fbp", "in", "out"], 'unknown dataset "fbp"; did you mean fpb'),
-        (["--dataset", "fpb", "/nowhere/in.jsonl", "out"], "/nowhere/in.jsonl is not there"),
+        (["convert", "fpb", "/nowhere/in.jsonl", "out"], "/nowhere/in.jsonl is not there"),
         (["sentimnt"], 'unknown task "sentimnt"; did you mean sentiment'),
     ],
 )
@@ -432,7 +433,7 @@ def test_refused_rows_are_kept_beside_the_output_and_every_row_is_accounted_for(
 
 def test_the_command_keeps_refused_rows_only_where_it_is_told_to(source, target):
     source.write_bytes(GOOD + REFUSED["null"][0])
-    convert_it = ("--dataset", "fpb", source, target)
+    convert_it = ("convert", "fpb", source, target)
     done = command(*convert_it, "--on-error", "quarantine")
     assert done.returncode == 0, done.stderr
     assert f"1 refused: {sources.refused_path(target)}" in done.stdout
@@ -533,8 +534,7 @@ def test_a_task_is_taken_from_the_first_folder_that_has_any_of_its_files(
     found = {task: sources.source_folder(task) for task in ("ner", "headline", "formula")}
     assert found == {"ner": own / "data", "headline": raw, "formula": sources.SAMPLE}
 
-    monkeypatch.setattr(sys, "argv", ["convert", "ner,headline,formula"])
-    convert.main()
+    call(monkeypatch, "data", "ner,headline,formula")
     told = capsys.readouterr().out
     assert "(examples)" in told and f"from {raw}" in told
     assert not sources.train_path("ner").exists()  # nothing is filled up from another folder
@@ -565,8 +565,7 @@ def test_a_multi_task_set_is_scored_on_the_datasets_of_its_parts():
 @pytest.mark.parametrize("name", MULTI)
 def test_a_multi_task_set_is_joined_from_its_parts(name, chat, monkeypatch):
     monkeypatch.setattr(sources, "source_folder", lambda task="": sources.SAMPLE)
-    monkeypatch.setattr(sys, "argv", ["convert", name])
-    convert.main()
+    call(monkeypatch, "data", name)
     parts = [turns(sources.train_path(part)) for part in MULTI[name]["parts"]]
     joined = turns(sources.train_path(name))
     equal = min(map(len, parts))
@@ -699,13 +698,12 @@ def test_an_answer_that_leaves_no_room_for_a_prompt_is_refused_even_so(ruler, so
 
 def main(monkeypatch, *arguments):
     """Runs the command in this process, which has loaded what reads a tokenizer."""
-    monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
-    convert.main()
+    call(monkeypatch, *arguments)
 
 
 def test_the_command_counts_with_the_tokenizer_of_a_recipe(smollm2, chat, monkeypatch, capsys):
     monkeypatch.setattr(sources, "source_folder", lambda task="": sources.SAMPLE)
-    main(monkeypatch, "", "--recipe", "smollm2-135m/sentiment_r4")
+    main(monkeypatch, "data", "--recipe", "smollm2-135m/sentiment_r4")
     tokens = sources.manifest(sources.train_path("sentiment"))["tokens"]
     assert tokens["sequence_len"] == 2048 and tokens["tokenizer"].startswith("models/smollm2-135m")
     assert tokens["over"] == {"rows": 0, "share": 0.0, "cut": 0}
@@ -717,7 +715,7 @@ def test_the_command_counts_with_the_tokenizer_of_a_folder(
     smollm2, source, target, monkeypatch, capsys
 ):
     write_rows(source, [("How is it?", "neutral"), (LONG_PROMPT, "neutral")])
-    told = ["--dataset", "fpb", source, target, "--tokenizer", smollm2]
+    told = ["convert", "fpb", source, target, "--tokenizer", smollm2]
     main(monkeypatch, *told, "--sequence-len", "")
     assert sources.manifest(target)["tokens"]["prompt"]["max"] > 1000
     for more, said in [
@@ -738,7 +736,7 @@ def test_a_recipe_whose_tokenizer_is_not_at_hand_converts_and_says_so(
     recipe.write_text(
         "{base_model: nobody/gated, sequence_len: 9, output_dir: x, datasets: [{path: x.jsonl}]}"
     )
-    main(monkeypatch, "--dataset", "fpb", source, target, "--recipe", recipe)
+    main(monkeypatch, "convert", "fpb", source, target, "--recipe", recipe)
     tokens = sources.manifest(target)["tokens"]
     assert tokens == "not counted: the tokenizer of nobody/gated is not at hand"
     assert "RECIPE" in convert.convert(source, target, FREE)["tokens"]
@@ -825,7 +823,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
         pytest.skip("this machine does not let a small disk be mounted")
     try:
         source = sources.SAMPLE / "train" / "finlora_sentiment_train.jsonl"
-        arguments = ["tools.data.convert", "--dataset", "fpb", source, disk / "out.jsonl"]
+        arguments = ["tools", "convert", "fpb", source, disk / "out.jsonl"]
         done = subprocess.run(
             [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True
         )

@@ -15,8 +15,8 @@ from lm_eval.api.model import LM
 from evals import report, stats
 from evals import run as evaluation
 from evals.answers import Answers, Prompts
+from tests.conftest import call, write_recipe
 from tests.conftest import run as command
-from tests.conftest import write_recipe
 from tools import common, models, recipes, sources
 from tools import prompts as prompt
 from tools import subjects as subject_of
@@ -102,8 +102,7 @@ def trained(workplace, tiny):
 
 
 def evaluate(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["evals.run", *map(str, arguments)])
-    evaluation.main()
+    call(monkeypatch, "eval", *arguments)
 
 
 # ---- the tasks
@@ -376,7 +375,7 @@ def test_datasets_with_the_same_prompts_are_answered_once(tmp_path, workplace):
 
 def test_an_untrained_recipe_and_an_unknown_dataset_are_one_line_each(tmp_path, tiny, chat_rows):
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows)
-    result = command("evals.run", recipe)
+    result = command("eval", recipe)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "is not trained" in result.stderr
     with pytest.raises(common.WrongInput, match="did you mean fpb"):
@@ -444,7 +443,7 @@ def test_a_base_is_loaded_at_the_precision_that_is_asked_for(tiny):
 
 def test_the_base_alone_needs_no_training(workplace, tiny, chat_rows, monkeypatch, capsys):
     recipe = write_recipe(workplace, "r4", tiny, chat_rows)
-    evaluate(monkeypatch, recipe, "--base", "1", "--tasks", "headline", "--limit", "2")
+    evaluate(monkeypatch, recipe, "--base", "--tasks", "headline", "--limit", "2")
     told = capsys.readouterr().out
     assert "headline, base: 2/2" in told and "difference" not in told
     assert (workplace / "base_nf4/evals/headline_sample2.json").is_file()
@@ -564,7 +563,7 @@ def test_the_adapter_of_the_demo_beats_its_base_by_20_points(
     kept = ("max_steps", "save_steps", "eval_steps", "warmup_steps")
     same = {key: catalogue[key] for key in kept}
     recipe = write_recipe(workplace, "r4", smollm2, sources.train_path("sentiment"), **same)
-    result = command("tools.train.launch", recipe)
+    result = command("train", recipe)
     assert result.returncode == 0, result.stdout + result.stderr
     evaluate(monkeypatch, recipe, "--tasks", "fpb")
     base = json.loads((workplace / "base_nf4/evals/fpb.json").read_text())

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tools import common, sources
+from tools.__main__ import main
 from tools.data import fetch
 
 Act = Callable[[Any, bytes, int], None]  # (handler, the whole file, first byte asked for)
@@ -234,13 +235,13 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 def call(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """`python -m tools.data.fetch TASKS`: its exit status, stdout and stderr."""
+    """`python -m tools fetch TASKS`: its exit status, stdout and stderr."""
 
     def run(tasks: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fetch", tasks])
+        monkeypatch.setattr(sys, "argv", ["tools", "fetch", tasks])
         status = 0
         try:
-            fetch.main()
+            main()
         except SystemExit as end:
             status = int(end.code or 0)
         out, err = capsys.readouterr()
@@ -614,10 +615,12 @@ def test_a_full_disk_is_one_line_and_the_next_call_goes_on(
 def start(site: Site, **options: Any) -> "subprocess.Popen[bytes]":
     """The command in a process of its own."""
     script = (
-        "import json, sys; from pathlib import Path; from tools import fetch\n"
+        "import json, sys; from pathlib import Path; from tools.data import fetch\n"
+        "from tools.__main__ import main\n"
         "raw, table, task = sys.argv[1:]; table = json.loads(table)\n"
-        "fetch.RAW, fetch.sources, sys.argv = Path(raw), lambda: table, ['fetch', task]\n"
-        "fetch.main()\n"
+        "fetch.RAW, fetch.tables = Path(raw), lambda: table\n"
+        "sys.argv = ['tools', 'fetch', task]\n"
+        "main()\n"
     )
     task = options.pop("task", "sentiment")
     arguments = [sys.executable, "-c", script, str(site.raw), json.dumps(site.table()), task]

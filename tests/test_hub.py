@@ -21,9 +21,10 @@ import yaml
 from safetensors.numpy import load_file, save
 
 from evals import stats
+from tests.conftest import call
 from tests.hub_server import Hold, Hub, busy, cut, once
 from tools import adapters, architectures, common, recipes
-from tools.hub import card, client, pull, push
+from tools.hub import card, client, push
 from tools.train import plan
 
 RECIPE = "smollm2-135m/sentiment_r4"
@@ -46,7 +47,7 @@ class Place:
         own |= {"HF_HOME": str(self.home), "HF_ENDPOINT": self.url, "PYTHONPATH": ""}
         own |= {"HF_TOKEN": self.token} if self.token else {}
         return subprocess.Popen(
-            [sys.executable, "-m", f"tools.{verb}", *map(str, arguments)],
+            [sys.executable, "-m", "tools", verb, *map(str, arguments)],
             cwd=self.root,
             env=own | env,
             stdout=subprocess.PIPE,
@@ -222,7 +223,7 @@ def logits(folder: Path, base):
 
 def test_a_dry_run_shows_files_and_card_and_needs_neither_network_nor_token(me, server):
     me.token, me.url = "", "http://127.0.0.1:9"
-    said = good(me.push("--dry-run", "1"))
+    said = good(me.push("--dry-run"))
     assert "adapter_model.safetensors" in said and "nothing is sent" in said
     assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in said and "## Limits" in said
     assert server.requests == []
@@ -293,7 +294,7 @@ def test_a_push_killed_at_any_step_publishes_nothing_and_the_next_one_all(me, se
         cut(handler)
 
     getattr(server, moment)[step] = stop
-    process = me.start("push", RECIPE, "--namespace", "me", "--public", "1")
+    process = me.start("push", RECIPE, "--namespace", "me", "--public")
     assert hold.reached.wait(120), step
     process.send_signal(signal.SIGKILL)
     me.end(process)
@@ -303,7 +304,7 @@ def test_a_push_killed_at_any_step_publishes_nothing_and_the_next_one_all(me, se
         assert repo.private  # nobody else sees what there is
         assert not repo.tags or (step, moment) in (("settings", "at"), ("tag", "after"))
 
-    good(me.push("--public", "1"))
+    good(me.push("--public"))
     repo = server.repos[REPO]
     assert len(repo.commits) == 2 and repo.tags == {"v1.1.0": repo.head} and not repo.private
     files = server.files(REPO, "v1.1.0")
@@ -394,7 +395,7 @@ def test_a_fine_grained_token_an_organisation_and_a_login_may_push(me, server):
 def test_an_unfinished_run_and_one_without_scores_are_refused(me, server):
     shutil.rmtree(me.made / "evals")
     refused(me.push(), f"no scores; `make eval RECIPE={RECIPE}`.*FORCE=1")
-    good(me.push("--force", "1"))
+    good(me.push("--force"))
     text = server.files(REPO)["README.md"].decode()
     assert "**There are none.**" in text and "model-index" not in text
 
@@ -429,7 +430,7 @@ def test_a_secret_in_any_file_is_refused_and_never_shown(me, server, secret):
 def test_a_score_is_never_paired_with_another_models(me):
     beside = me.made.with_name("base_nf4") / "evals" / "fpb.json"
     content = json.loads(beside.read_text())
-    assert "| 50.0 (" in good(me.push("--dry-run", "1"))
+    assert "| 50.0 (" in good(me.push("--dry-run"))
     for key, value in (
         ("base_model", "meta-llama/Llama-3.1-8B-Instruct"),
         ("base_revision", "0" * 40),
@@ -439,7 +440,7 @@ def test_a_score_is_never_paired_with_another_models(me):
     ):
         about = content["evaluated"] | {key: value}
         common.write_json(beside, content | {"evaluated": about})
-        said = good(me.push("--dry-run", "1"))
+        said = good(me.push("--dry-run"))
         assert "not scored" in said and "| 50.0 (" not in said, key
 
 
@@ -447,7 +448,7 @@ def test_data_whose_licence_forbids_it_is_never_made_public(me, server):
     told = json.loads((me.made / "run.json").read_text())
     entry = told["data"][0] | {"source": "train/headline_train.jsonl"}
     common.write_json(me.made / "run.json", told | {"data": [entry]})
-    refused(me.push("--public", "1"), "must not be public.*CC-BY-NC-ND")
+    refused(me.push("--public"), "must not be public.*CC-BY-NC-ND")
     assert server.requests == []
     good(me.push())
     assert server.repos[REPO].private
@@ -475,7 +476,7 @@ def test_public_is_only_what_was_asked_to_be(me, place, server):
     refused(
         stranger.run("pull", RECIPE, "--namespace", "me"), "is not on the Hub, or it is private"
     )
-    good(me.push("--public", "1"))
+    good(me.push("--public"))
     good(stranger.run("pull", RECIPE, "--namespace", "me"))
     source = me.root / "recipes" / f"{RECIPE}.yaml"
     source.write_text(source.read_text().replace("# Version: 1.1.0", "# Version: 1.2.0"))
@@ -490,7 +491,7 @@ def test_a_repository_that_holds_something_else_is_left_alone(me, server):
     assert server.files(REPO) == {"model.safetensors": b"mine"}
     server.put(REPO, {"run.json": b'{"recipe_version": "1.1.0"}'})
     refused(me.push(), r"another v1\.1\.0 without its tag.*FORCE=1")
-    good(me.push("--force", "1"))
+    good(me.push("--force"))
     assert set(server.repos[REPO].tags) == {"v1.1.0"}
 
 
@@ -511,10 +512,10 @@ def test_paths_of_this_machine_do_not_leave_it(me, server, tmp_path):
 def test_tokenizer_and_chat_template_go_along_only_where_they_are_not_the_bases(me, server):
     path = me.made / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"is_local": False}))
-    said = good(me.push("--dry-run", "1")).split("nothing is sent")[0]
+    said = good(me.push("--dry-run")).split("nothing is sent")[0]
     assert "tokenizer" not in said and "chat_template" not in said
     (me.made / "chat_template.jinja").write_text("{{ messages }}")
-    said = good(me.push("--dry-run", "1")).split("nothing is sent")[0]
+    said = good(me.push("--dry-run")).split("nothing is sent")[0]
     assert "chat_template.jinja" in said and "tokenizer" not in said
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "<|im_end|>"}))
     good(me.push())
@@ -713,7 +714,7 @@ def test_a_run_that_was_trained_here_is_never_written_over(me, server):
     refused(me.run("pull", RECIPE, "--namespace", "me"), "was made here; FORCE=1 moves it aside")
     assert server.requests == []
     assert {p.name: p.read_bytes() for p in me.made.iterdir() if p.is_file()} == before
-    good(me.run("pull", RECIPE, "--namespace", "me", "--force", "1"))
+    good(me.run("pull", RECIPE, "--namespace", "me", "--force"))
     kept = me.made.with_name("sentiment_r4.previous")
     assert {p.name: p.read_bytes() for p in kept.iterdir() if p.is_file()} == before
 
@@ -975,10 +976,8 @@ def test_a_malicious_repository_is_refused_before_anything_is_loaded(
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    arguments = ["tools.hub.pull", str(tmp_path / "mine.yaml"), "--namespace", "me"]
-    monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as ended:
-        pull.main()
+        call(monkeypatch, "pull", tmp_path / "mine.yaml", "--namespace", "me")
     refused(subprocess.CompletedProcess([], ended.value.code, *capsys.readouterr()), why)
     assert [p for p in (tmp_path / "runs").rglob("*") if p.is_dir()] == []
     assert not [p for p in tmp_path.rglob("*") if p.name in ("evil.json", "adapter_model.bin")]
@@ -1036,14 +1035,14 @@ def test_the_token_is_in_nothing_that_was_written_printed_or_sent_astray(me, pla
     bob = place("bob", me.token)
     server.at["tag"] = once(cut)
     me.push()
-    good(me.push("--public", "1", HF_DEBUG="1", DEBUG="1"))
+    good(me.push("--public", HF_DEBUG="1", DEBUG="1"))
     good(me.run("hub", "--namespace", "me"))
     server.change[adapters.WEIGHTS] = lambda content: content[::-1]
     bob.run("pull", RECIPE, "--namespace", "me", DEBUG="1")
     server.change.clear()
     good(bob.run("pull", RECIPE, "--namespace", "me"))
     bob.token = "hf_" + "Wrong" * 7
-    bob.run("pull", RECIPE, "--namespace", "me", "--force", "1")
+    bob.run("pull", RECIPE, "--namespace", "me", "--force")
     for token in (me.token, bob.token):
         for text in (*me.said, *bob.said):
             assert token not in text

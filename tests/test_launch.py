@@ -184,14 +184,14 @@ def test_a_sweep_goes_on_after_a_failure_and_ends_with_a_table(tiny, chat_rows, 
         write_recipe(folder, "r4", tiny, chat_rows, max_steps=2) for folder in folders[::2]
     )
     broken = write_recipe(folders[1], "r4", tiny, tmp_path / "no_train.jsonl")
-    done = run("tools.train.sweep", f"{first} {broken},{second}")
+    done = run("sweep", f"{first} {broken},{second}")
     assert done.returncode == 1
     assert f"1 of 3 failed: {broken}" in done.stderr
     table = done.stdout.partition(" minutes")[2]
     assert (table.count("finished"), table.count("2/2"), table.count("failed")) == (2, 2, 1)
     assert all((folder / "r4" / "run.json").is_file() for folder in folders[::2])
 
-    again = run("tools.train.sweep", f"{first} {second}")
+    again = run("sweep", f"{first} {second}")
     assert again.returncode == 0 and again.stdout.count("is finished") == 2
 
 

@@ -332,7 +332,7 @@ def test_the_commands_answer_with_one_line():
         (("new", "x", "nowhere.jsonl"), "DATA=nowhere.jsonl is not there"),
         (("import", ""), "CONFIG=finetune_configs.json is needed"),
     ):
-        done = run("tools.custom", *arguments)
+        done = run(*arguments)
         assert done.returncode == 2
         assert done.stderr.startswith(f"error: {said}") and done.stderr.count("\n") == 1
     assert not (ROOT / "recipes" / "local" / "x.yaml").exists()

@@ -25,7 +25,7 @@ EXACT = {"lora_dropout": 0.0, "max_steps": 11, "eval_steps": 11, "save_steps": 6
 def one(tiny, chat_rows, tmp_path_factory) -> Path:
     """The run of one process."""
     folder = tmp_path_factory.mktemp("one")
-    result = run("tools.train.launch", write_recipe(folder, "r4", tiny, chat_rows, **EXACT))
+    result = run("train", write_recipe(folder, "r4", tiny, chat_rows, **EXACT))
     assert result.returncode == 0, result.stdout + result.stderr
     return folder / "r4"
 
@@ -55,7 +55,7 @@ def test_two_processes_share_the_batches_of_one(
     """By halving the accumulation, or where there is none to halve, the micro-batch."""
     batch = {"micro_batch_size": micro, "gradient_accumulation_steps": accumulation}
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, **EXACT, **batch)
-    result = run("tools.train.launch", recipe, "--nproc", 2)
+    result = run("train", recipe, "--nproc", 2)
     assert result.returncode == 0, result.stdout + result.stderr
     config = yaml.safe_load((tmp_path / "r4" / "config.yaml").read_text())
     assert (config["micro_batch_size"], config["gradient_accumulation_steps"]) == (4, 1)
@@ -67,7 +67,7 @@ def test_two_processes_share_the_batches_of_one(
     else:  # the mean over each micro-batch of 4 and then over both: what one process does, too
         (tmp_path / "alone").mkdir()
         alone = write_recipe(tmp_path / "alone", "r4", tiny, chat_rows, **EXACT, **batch)
-        assert run("tools.train.launch", alone).returncode == 0
+        assert run("train", alone).returncode == 0
         agrees(tmp_path / "r4", tmp_path / "alone" / "r4")
 
 
@@ -75,7 +75,7 @@ def test_two_processes_share_the_batches_of_one(
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed_trains_what_one_process_does(one, tiny, chat_rows, tmp_path, stage):
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, **EXACT)
-    result = run("tools.train.launch", recipe, "--nproc", 2, "--profile", f"cpu,zero{stage}")
+    result = run("train", recipe, "--nproc", 2, "--profile", f"cpu,zero{stage}")
     assert result.returncode == 0, result.stdout + result.stderr
     told = agrees(tmp_path / "r4", one)
     # It was DeepSpeed, with its states apart; ZeRO-3 divides the weights, so none are compared.
@@ -93,11 +93,11 @@ def test_two_processes_killed_in_the_second_epoch_go_on(tiny, chat_rows, tmp_pat
     (tmp_path / "once").mkdir(), (tmp_path / "killed").mkdir()
     once = write_recipe(tmp_path / "once", "r4", tiny, chat_rows, **changes)
     options = ("--nproc", "2", "--profile", profile)
-    assert run("tools.train.launch", once, *options).returncode == 0
+    assert run("train", once, *options).returncode == 0
     recipe = write_recipe(tmp_path / "killed", "r4", tiny, chat_rows, **changes)
     folder = tmp_path / "killed" / "r4"
     process = subprocess.Popen(
-        [sys.executable, "-m", "tools.train.launch", recipe, *options], cwd=common.ROOT
+        [sys.executable, "-m", "tools", "train", recipe, *options], cwd=common.ROOT
     )
     while not (folder / "checkpoint-15").is_dir():
         assert process.poll() is None
@@ -105,7 +105,7 @@ def test_two_processes_killed_in_the_second_epoch_go_on(tiny, chat_rows, tmp_pat
     for member in [*psutil.Process(process.pid).children(recursive=True), process]:
         member.kill()
     process.wait()
-    result = run("tools.train.launch", recipe, *options)
+    result = run("train", recipe, *options)
     assert result.returncode == 0 and "goes on from step" in result.stdout, result.stderr
     assert losses(folder) == losses(tmp_path / "once" / "r4")
 
@@ -114,7 +114,7 @@ def test_two_processes_told_to_stop_save_together(tiny, chat_rows, tmp_path):
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, max_steps=200, save_steps=200)
     folder = tmp_path / "r4"
     process = subprocess.Popen(
-        [sys.executable, "-m", "tools.train.launch", recipe, "--nproc", "2"],
+        [sys.executable, "-m", "tools", "train", recipe, "--nproc", "2"],
         cwd=common.ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -246,7 +246,8 @@ def test_two_hosts_train_over_the_wire_what_one_process_does(hosts, one, tiny, c
                 name,
                 sys.executable,
                 "-m",
-                "tools.train.launch",
+                "tools",
+                "train",
                 recipe,
                 *options,
             ]
@@ -330,11 +331,11 @@ def test_checkpoints_of_activations_are_on_only_where_the_plan_needs_them(tmp_pa
 
 
 def test_make_profile_says_what_is_used_and_why():
-    done = run("tools.train.profiles", "smollm2-135m/sentiment_r4", "--nproc", 2)
+    done = run("profile", "smollm2-135m/sentiment_r4", "--nproc", 2)
     assert done.returncode == 0, done.stderr
     for text in ("no GPU", "cpu (no CUDA GPU was found)", "2, DDP", "2 x 4 rows x 1 steps = 8"):
         assert text in done.stdout
-    done = run("tools.train.profiles", "smollm2-135m/sentiment_r4", "--nproc", 3)
+    done = run("profile", "smollm2-135m/sentiment_r4", "--nproc", 3)
     assert done.returncode == 2 and "NPROC may be 1, 2, 4, 8" in done.stderr
-    done = run("tools.train.profiles", "--profile", "gpus")
+    done = run("profile", "--profile", "gpus")
     assert done.returncode == 2 and 'unknown PROFILE "gpus"' in done.stderr

@@ -128,7 +128,7 @@ def test_a_mirror_of_the_hub_is_asked_by_way_of_a_proxy(tmp_path, proxied):
         proxy = Proxy({"hub.example": hub.url})
         proxied(proxy)
         own = {"HF_ENDPOINT": "http://hub.example", "HF_TOKEN": hub.user("me")}
-        done = run("tools.hub.client", "--namespace", "me", HF_HOME=str(tmp_path), **own)
+        done = run("adapters", "--namespace", "me", HF_HOME=str(tmp_path), **own)
     assert done.returncode == 0, done.stderr
     assert set(proxy.hosts) == {"hub.example"}
 
@@ -161,16 +161,16 @@ def test_training_scoring_and_chat_without_a_network_try_no_connection(tiny, cha
         pytest.skip("this machine gives no network namespaces")
     connections = tmp_path / "connections"
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, max_steps=2, save_steps=2, eval_steps=2)
-    done = isolated("tools.train.launch", recipe, connections=connections)
+    done = isolated("train", recipe, connections=connections)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "r4" / "run.json").read_text())["steps"] == 2
-    done = isolated("tools.use.chat", recipe, "Is the sentiment positive?", connections=connections)
+    done = isolated("chat", recipe, "Is the sentiment positive?", connections=connections)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not connections.exists(), connections.read_text()
     if not sources.test_path("fpb").is_file():
         pytest.skip("trained and chatted; fpb is not converted here, so nothing is scored")
     arguments = ("--adapter", tmp_path / "r4", "--tasks", "fpb", "--limit", 2)
-    done = isolated("evals.run", *arguments, connections=connections)
+    done = isolated("eval", *arguments, connections=connections)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not connections.exists(), connections.read_text()
 

@@ -378,10 +378,10 @@ def test_a_base_is_planned_from_its_own_config_in_a_folder_and_in_the_hubs_cache
     (snapshot.parent.parent / "refs" / "main").write_text("0" * 40)
     (snapshot / "config.json").write_bytes((tiny / "config.json").read_bytes())
     recipe = write_recipe(tmp_path, "r4", Path("someone/small"), tmp_path / "none.jsonl")
-    done = run("tools.train.plan", recipe, "--json", HF_HUB_CACHE=str(tmp_path))
+    done = run("plan", recipe, "--json", HF_HUB_CACHE=str(tmp_path))
     assert json.loads(done.stdout)["parameters"] == tiny_model.parameters, done.stderr
     (snapshot / "config.json").write_text(json.dumps({"num_local_experts": 8}))
-    done = run("tools.train.plan", recipe, HF_HUB_CACHE=str(tmp_path))
+    done = run("plan", recipe, HF_HUB_CACHE=str(tmp_path))
     assert done.returncode == 2 and "a mixture of experts cannot be planned" in done.stderr
 
 
@@ -472,21 +472,21 @@ def test_a_module_that_is_not_known_is_named():
 
 def test_the_command_prints_a_table_or_json_or_one_line():
     size = ("--rows", 900, "--tokens-per-row", 60, "--price", 0.26)
-    shown = run("tools.train.plan", "sentiment_r4", *size)
+    shown = run("plan", "sentiment_r4", *size)
     assert shown.returncode == 0, shown.stderr
     for part in ("2,359,296", "5.70 GB", "fits 1 x A5000 24GB", "USD", "an estimate"):
         assert part in shown.stdout
-    made = json.loads(run("tools.train.plan", "sentiment_r4", *size, "--json").stdout)
+    made = json.loads(run("plan", "sentiment_r4", *size, "--json").stdout)
     assert (made["recipe"], made["fits"]) == ("llama-3.1-8b/sentiment_r4", True)
     for wrong in (("--gpu", "A500"), ("--nproc", 0), ("--rows", -1), ("--price", "nan")):
-        done = run("tools.train.plan", "sentiment_r4", *wrong)
+        done = run("plan", "sentiment_r4", *wrong)
         assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
 
 
 def test_the_plan_loads_no_heavy_library():
     code = (
-        "import sys; from tools import plan; sys.argv = ['plan', 'sentiment_r4', '--json'];"
-        "plan.main(); heavy = {'torch', 'transformers', 'axolotl', 'peft'};"
+        "import sys; from tools.__main__ import main;"
+        "sys.argv = ['tools', 'plan', 'sentiment_r4', '--json']; main(); heavy = {'torch', 'transformers', 'axolotl', 'peft'};"
         "print(*(heavy & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -401,7 +401,7 @@ def test_the_cpu_profile_puts_float32_adamw_in_ordinary_memory_in_their_place(
     assert recipes.config("smollm2-135m/sentiment_r4")["optimizer"] == "paged_adamw_8bit"
     steps = {"max_steps": 2, "save_steps": 2, "eval_steps": 2}
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, **steps)
-    done = run("tools.train.launch", recipe, "--profile", "cpu")
+    done = run("train", recipe, "--profile", "cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     config = yaml.safe_load((tmp_path / "r4" / "config.yaml").read_text())
     assert config["optimizer"] == recipes.profile("cpu")["optimizer"] == "adamw_torch"

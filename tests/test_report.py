@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import time
 from html.parser import HTMLParser
 
@@ -18,9 +17,11 @@ from evals import page as report_page
 from evals import report
 from evals import run as evaluation
 from evals.answers import Prompts
+from tests.conftest import call
 from tests.test_eval import Speaker
 from tools import common, recipes, sources
 from tools import subjects as subject_of
+from tools.train import plan
 
 HOSTILE = [
     "<script>document.title = 'taken'</script>",
@@ -134,8 +135,11 @@ class Page(HTMLParser):
             self.rows[-1][-1] += f" {text}"
 
 
-def built(**more):
-    files = report_page.build(subject_of.RUNS / "report", **more)
+def built(**hardware):
+    def planner(config, rows, data):
+        return plan.plan(config, plan.Hardware(**hardware), rows=rows, data=data)
+
+    files = report_page.build(subject_of.RUNS / "report", planner)
     return files, Page(files[0].read_text())
 
 
@@ -228,14 +232,12 @@ def test_the_figures_lie_beside_the_page(runs):
 
 
 def test_the_planned_memory_is_the_planners(runs):
-    from tools.train import plan
-
+    hardware = plan.Hardware("T4 16GB", price=2.0)
+    adapter = next(one for one in report_page.everything() if one.adapter)
     told = report_page.planned(
-        next(one for one in report_page.everything() if one.adapter), "T4 16GB", 2.0
+        adapter, lambda config, rows, data: plan.plan(config, hardware, rows=rows, data=data)
     )
-    again = plan.plan(
-        runs.config, "T4 16GB", price=2.0, data=sources.CHAT / "sentiment_train.jsonl"
-    )
+    again = plan.plan(runs.config, hardware, data=sources.CHAT / "sentiment_train.jsonl")
     assert told == again and told["usd"] > 0
 
 
@@ -270,9 +272,8 @@ def test_scores_of_an_adapter_that_was_trained_again_do_not_count(runs, capsys):
 
 def test_without_a_score_it_says_so_and_stops(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(subject_of, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(sys, "argv", ["evals.page"])
     with pytest.raises(SystemExit) as stopped:
-        report_page.main()
+        call(monkeypatch, "report")
     assert stopped.value.code == 2
     told = capsys.readouterr().err
     assert told.startswith("error: nothing is scored in ") and told.count("\n") == 1

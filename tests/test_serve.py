@@ -136,7 +136,7 @@ def test_the_openai_client_gets_the_answer_that_chat_gives(adapters):
     who = subjects.find("", str(folder))
     merge.merge(who.config, folder)
     server = subprocess.Popen(
-        [sys.executable, "-m", "tools.use.serve", "--adapter", str(folder), "--port", str(port)],
+        [sys.executable, "-m", "tools", "serve", "--adapter", str(folder), "--port", str(port)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -167,11 +167,11 @@ def test_the_openai_client_gets_the_answer_that_chat_gives(adapters):
 
 def test_one_prompt_is_answered_by_base_and_adapter_and_lines_are_a_conversation(adapters):
     folder = str(adapters["nf4"])
-    once = run("tools.use.chat", "", "Is it good?", "--adapter", folder)
+    once = run("chat", "", "Is it good?", "--adapter", folder)
     assert once.returncode == 0, once.stderr
     assert "base, nf4" in once.stdout and "adapter, nf4" in once.stdout
     done = subprocess.run(
-        [sys.executable, "-m", "tools.use.chat", "--adapter", folder],
+        [sys.executable, "-m", "tools", "chat", "--adapter", folder],
         input="Is it good?\nAnd now?\n\nnever asked\n",
         capture_output=True,
         text=True,
@@ -202,5 +202,5 @@ def test_without_a_recipe_or_with_a_wrong_adapter_one_line_says_so(tool, tmp_pat
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert said in done.stderr
     if tool == "serve":
-        done = run("tools.use.serve", "x", "--port", "99999")
+        done = run("serve", "x", "--port", "99999")
         assert "PORT must be a number from 1 to 65535" in done.stderr

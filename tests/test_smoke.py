@@ -9,7 +9,7 @@ from tools.train import smoke
 
 def test_a_recipe_is_tried_on_its_longest_rows_and_nothing_stays(tiny, chat_rows, tmp_path):
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows)
-    done = run("tools.train.smoke", recipe)
+    done = run("smoke", recipe)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = dict(re.findall(r"^smoke      (.{13}) (.*)$", done.stdout, re.M))
     told = {label.strip(): text for label, text in lines.items()}
@@ -40,7 +40,7 @@ def test_the_rows_are_the_longest_that_fit(tiny, chat_rows):
 def test_a_base_that_is_too_large_is_tried_by_its_tiny_twin(tiny, chat_rows, tmp_path):
     base = "meta-llama/Llama-3.1-8B-Instruct"
     recipe = write_recipe(tmp_path, "r8_dora", tiny, chat_rows, base_model=base)
-    done = run("tools.train.smoke", recipe, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    done = run("smoke", recipe, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
     assert "a tiny random model stands in" in done.stdout, done.stderr
     assert re.search(r"trains +3 steps", done.stdout), done.stdout + done.stderr
     assert "saves, loads" in done.stdout and "whole run" not in done.stdout
@@ -53,6 +53,6 @@ def test_a_row_that_is_too_long_for_every_batch_is_one_line(tiny, tmp_path):
     rows = tmp_path / "long_train.jsonl"
     turns = [{"role": "user", "content": "word " * 300}, {"role": "assistant", "content": "yes"}]
     rows.write_text(json.dumps({"messages": turns}) + "\n")
-    done = run("tools.train.smoke", write_recipe(tmp_path, "r4", tiny, rows, sequence_len=64))
+    done = run("smoke", write_recipe(tmp_path, "r4", tiny, rows, sequence_len=64))
     assert done.returncode == 2
     assert "over the sequence_len of 64 tokens" in done.stderr and done.stderr.count("\n") == 1

@@ -27,7 +27,7 @@ LONG = {"max_steps": 30, "save_steps": 4, "eval_steps": 15}
 
 def start(recipe: Path, *options: str, **kwargs) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "tools.train.launch", recipe, *options],
+        [sys.executable, "-m", "tools", "train", recipe, *options],
         cwd=common.ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -73,7 +73,7 @@ def failed(result: subprocess.CompletedProcess) -> str:
 def undisturbed(tiny, chat_rows, tmp_path_factory) -> Path:
     """The run that the others are compared with: 30 steps in two and a half epochs."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    result = run("tools.train.launch", write_recipe(folder, "r4", tiny, chat_rows, **LONG))
+    result = run("train", write_recipe(folder, "r4", tiny, chat_rows, **LONG))
     assert result.returncode == 0, result.stdout + result.stderr
     return folder / "r4"
 
@@ -97,7 +97,7 @@ def test_a_training_told_to_stop_saves_and_goes_on(undisturbed, tiny, chat_rows,
     )
     assert status.status(folder)["note"] == f"goes on from step {saved}"
 
-    result = run("tools.train.launch", recipe)
+    result = run("train", recipe)
     assert f"goes on from step {saved}" in result.stdout
     same_as(folder, undisturbed)
 
@@ -121,7 +121,7 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tiny, chat_rows, tmp
     content = {"max_steps": 80, "save_steps": 2, "eval_steps": 80}
     (tmp_path / "once").mkdir(), (tmp_path / "killed").mkdir()
     once = write_recipe(tmp_path / "once", "r4", tiny, chat_rows, **content)
-    assert run("tools.train.launch", once).returncode == 0
+    assert run("train", once).returncode == 0
     recipe = write_recipe(tmp_path / "killed", "r4", tiny, chat_rows, **content)
     folder, dice, torn = tmp_path / "killed" / "r4", random.Random(0), 0
     for life in range(21):
@@ -137,7 +137,7 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tiny, chat_rows, tmp
         torn += any((folder / ".writing").glob("checkpoint-*"))
         assert not (folder / "run.json").exists()
     assert torn, "no kill met a checkpoint in the writing"
-    result = run("tools.train.launch", recipe)
+    result = run("train", recipe)
     assert result.returncode == 0, result.stdout + result.stderr
     assert not list(folder.glob("damaged-*"))  # what is there under its name is whole
     same_as(folder, tmp_path / "once" / "r4")
@@ -209,7 +209,7 @@ def test_data_that_changes_while_it_is_read_stops_the_training(tiny, chat_rows, 
 def test_a_loss_that_is_lost_stops_the_training(tiny, chat_rows, tmp_path, rate, told):
     changes = LONG | {"learning_rate": rate, "warmup_steps": 2, "save_steps": 1}
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, **changes)
-    error = failed(run("tools.train.launch", recipe))
+    error = failed(run("train", recipe))
     assert told in error
     folder = tmp_path / "r4"
     finished = ("run.json", "stats.json", "adapter_model.safetensors")
@@ -264,13 +264,13 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(tiny, chat_r
         pytest.skip("this machine does not let a small disk be mounted")
     try:
         recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, save_total_limit=12, save_steps=1)
-        error = failed(run("tools.train.launch", recipe))
+        error = failed(run("train", recipe))
         assert "no space left on the disk" in error
         assert not (disk / "run.json").exists()
         kept = launch.last_checkpoint(disk)
         assert f"goes on from step {kept}" in error
         subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
-        result = run("tools.train.launch", recipe)
+        result = run("train", recipe)
         assert result.returncode == 0, result.stdout + result.stderr
         assert f"goes on from step {kept}" in result.stdout
     finally:
@@ -281,12 +281,12 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(tiny,
     place = Path("/proc/finlora")  # not even root may write there
     recipe_folder = tiny.parent
     recipe = write_recipe(recipe_folder, "r4", tiny, chat_rows, output_dir=str(place / "r4"))
-    error = failed(run("tools.train.launch", recipe))
+    error = failed(run("train", recipe))
     assert f"{place}" in error and "cannot be written" in error
 
 
 def test_a_run_is_reproduced_to_the_bit(undisturbed):
-    result = run("tools.train.reproduce", undisturbed)
+    result = run("reproduce", undisturbed)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "the same to the bit" in result.stdout
     same_as(undisturbed.with_name("r4.reproduced"), undisturbed)
@@ -300,7 +300,7 @@ def test_a_tracker_writes_only_where_it_is_asked_for(undisturbed, tiny, chat_row
 
     assert not list(undisturbed.rglob("events.out.tfevents*"))
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows)
-    assert run("tools.train.launch", recipe, "--tracker", "tensorboard").returncode == 0
+    assert run("train", recipe, "--tracker", "tensorboard").returncode == 0
     (events,) = (tmp_path / "r4").rglob("events.out.tfevents*")
     told = EventAccumulator(str(events.parent))
     told.Reload()
@@ -308,9 +308,9 @@ def test_a_tracker_writes_only_where_it_is_asked_for(undisturbed, tiny, chat_row
     assert seen == pytest.approx(losses(tmp_path / "r4"))
 
     # It is no other run by it.
-    result = run("tools.train.launch", recipe)
+    result = run("train", recipe)
     assert "is finished" in result.stdout
-    result = run("tools.train.launch", recipe, "--tracker", "tensorbord")
+    result = run("train", recipe, "--tracker", "tensorbord")
     assert (
         result.returncode == 2 and "there are tensorboard, wandb, mlflow, trackio" in result.stderr
     )

@@ -163,8 +163,9 @@ def test_the_command_decides_stops_and_is_overruled(folder):
     source = write(data, construct(parts, swapped(parts["tfns"])))
     place = sources.CHAT
     script = (
-        "import sys; from pathlib import Path; from tools import convert; "
-        f"convert.CHAT = Path({str(place)!r}); sys.argv[1:1] = ['sentiment']; convert.main()"
+        "import sys; from pathlib import Path; from tools import sources; "
+        "from tools.__main__ import main; "
+        f"sources.CHAT = Path({str(place)!r}); sys.argv[1:1] = ['data', 'sentiment']; main()"
     )
 
     def command(repair=""):
@@ -311,7 +312,7 @@ def test_a_multi_task_file_with_such_rows_is_decided_like_any_other(folder):
 def test_another_test_file_of_the_source_is_decided_by_its_rows(folder, parts, right):
     rows = parts["tfns"] if right else swapped(parts["tfns"])
     source = write(folder, rows[::-1], "test/other_test.jsonl")  # not the published bytes
-    done = run("tools.data.convert", "--dataset", "tfns", source, folder / "out.jsonl")
+    done = run("convert", "tfns", source, folder / "out.jsonl")
     assert done.returncode == 0, done.stderr
     assert stripped(chat(folder / "out.jsonl")) == stripped(parts["tfns"])
     outcome = sources.manifest(folder / "out.jsonl")["label_check"]["outcome"]
@@ -322,10 +323,10 @@ def test_a_test_file_whose_rows_do_not_tell_stops(folder):
     rows = made_up()["tfns"]
     half = rows[::2] + swapped(rows[1::2])
     source = write(folder, half, "test/other_test.jsonl")
-    done = run("tools.data.convert", "--dataset", "tfns", source, folder / "out.jsonl")
+    done = run("convert", "tfns", source, folder / "out.jsonl")
     assert done.returncode == 2 and "REPAIR=1" in done.stderr
-    arguments = ("--dataset", "tfns", source, folder / "out.jsonl", "--repair", "1")
-    assert run("tools.data.convert", *arguments).returncode == 0
+    arguments = ("tfns", source, folder / "out.jsonl", "--repair")
+    assert run("convert", *arguments).returncode == 0
     assert stripped(chat(folder / "out.jsonl")) == stripped(swapped(half))
 
 

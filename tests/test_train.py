@@ -30,7 +30,7 @@ def runs(tiny, chat_rows, tmp_path_factory) -> dict[str, Path]:
 
     class Runs(dict[str, Path]):
         def __missing__(self, method: str) -> Path:
-            result = run("tools.train.launch", write_recipe(folder, method, tiny, chat_rows))
+            result = run("train", write_recipe(folder, method, tiny, chat_rows))
             assert result.returncode == 0, result.stdout + result.stderr
             self[method] = folder / method
             return self[method]
@@ -110,9 +110,7 @@ def test_axolotl_trained_on_the_tokens_that_the_scorer_feeds(runs, tiny, chat_ro
 
 def test_a_run_killed_in_the_middle_goes_on_with_the_same_losses(runs, tiny, chat_rows, tmp_path):
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tools.train.launch", recipe], cwd=common.ROOT
-    )
+    process = subprocess.Popen([sys.executable, "-m", "tools", "train", recipe], cwd=common.ROOT)
     progress = tmp_path / "r4" / "progress.jsonl"
     deadline = time.monotonic() + 300
     while not (progress.exists() and len(losses(tmp_path / "r4")) >= 6):
@@ -126,7 +124,7 @@ def test_a_run_killed_in_the_middle_goes_on_with_the_same_losses(runs, tiny, cha
     kept = launch.last_checkpoint(tmp_path / "r4")
     assert kept >= 4
 
-    result = run("tools.train.launch", recipe)
+    result = run("train", recipe)
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"goes on from step {kept}" in result.stdout
     assert losses(tmp_path / "r4") == pytest.approx(losses(runs["r4"]), abs=1e-4)
@@ -146,7 +144,7 @@ def test_a_damaged_checkpoint_is_left_out_and_the_one_before_is_used(runs, tmp_p
 def test_a_finished_run_is_trained_again_only_where_something_changed(runs, tiny, chat_rows):
     folder = runs["r4"].parent
     before = (runs["r4"] / "run.json").read_bytes()
-    result = run("tools.train.launch", folder / "r4.yaml")
+    result = run("train", folder / "r4.yaml")
     assert result.returncode == 0 and "is finished" in result.stdout
     assert (runs["r4"] / "run.json").read_bytes() == before
 
@@ -181,11 +179,11 @@ def test_a_recipe_for_a_gpu_is_refused_with_one_that_runs_here():
 
 def test_missing_data_and_a_misspelt_key_are_one_line_each(tiny, chat_rows, tmp_path):
     recipe = write_recipe(tmp_path, "r4", tiny, tmp_path / "sentiment_train.jsonl")
-    result = run("tools.train.launch", recipe)
+    result = run("train", recipe)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "make data TASKS=sentiment" in result.stderr
 
-    result = run("tools.train.launch", write_recipe(tmp_path, "r4", tiny, chat_rows, lora_rank=4))
+    result = run("train", write_recipe(tmp_path, "r4", tiny, chat_rows, lora_rank=4))
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "lora_rank" in result.stderr and not (tmp_path / "r4").exists()
 
@@ -194,7 +192,7 @@ def test_a_training_that_fails_says_why_and_is_no_finished_run(tiny, chat_rows, 
     broken = tmp_path / "base"
     shutil.copytree(tiny, broken)
     (broken / "model.safetensors").write_bytes(b"not tensors")
-    result = run("tools.train.launch", write_recipe(tmp_path, "r4", broken, chat_rows))
+    result = run("train", write_recipe(tmp_path, "r4", broken, chat_rows))
     assert result.returncode == 1
     assert "SafetensorError" in result.stderr and "train.log" in result.stderr
     assert not {"run.json", "stats.json"} & {path.name for path in (tmp_path / "r4").iterdir()}

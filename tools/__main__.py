@@ -76,6 +76,16 @@ Tracker = Annotated[
 Force = Annotated[bool, Option("--force", help="Do it again, or in spite of a check.")]
 Gpu = Annotated[str | None, Option(help='A name of the table, such as "A5000 24GB", or a size.')]
 Price = Annotated[float | None, Option(min=0, help="USD for one GPU and hour.")]
+CountingRecipe = Annotated[
+    str | None, Option(help="Count tokens as its training does.", autocompletion=complete_recipe)
+]
+OnError = Annotated[
+    Literal["stop", "quarantine"], Option(help="What happens to a row that breaks a rule.")
+]
+Repair = Annotated[
+    bool | None,
+    Option("--repair/--no-repair", help="Swap labels or not; decided from the rows without."),
+]
 Json = Annotated[bool, Option("--json", help="Print JSON.")]
 Namespace = Annotated[str | None, Option(help="A user or organisation on the Hub.")]
 
@@ -97,17 +107,9 @@ def fetch(tasks: Tasks = None) -> None:
 @app.command(rich_help_panel=DATA)
 def data(
     tasks: Tasks = None,
-    recipe: Annotated[
-        str | None,
-        Option(help="Count tokens as its training does.", autocompletion=complete_recipe),
-    ] = None,
-    on_error: Annotated[
-        Literal["stop", "quarantine"], Option(help="What happens to a row that breaks a rule.")
-    ] = "stop",
-    repair: Annotated[
-        bool | None,
-        Option("--repair/--no-repair", help="Swap labels or not; decided from the rows without."),
-    ] = None,
+    recipe: CountingRecipe = None,
+    on_error: OnError = "stop",
+    repair: Repair = None,
 ) -> None:
     """Turn FinLoRA's rows into chat rows in data/chat/.
 
@@ -116,6 +118,28 @@ def data(
     from tools.data import convert
 
     convert.convert_tasks(split(tasks), recipe, on_error == "quarantine", repair)
+
+
+@app.command(rich_help_panel=DATA)
+def convert(
+    dataset: Annotated[str, Argument(help="A dataset of data/sources.yaml, whose rules hold.")],
+    source: Annotated[Path, Argument(help="A file of FinLoRA-like rows.")],
+    target: Annotated[Path, Argument(help="The chat rows.")],
+    on_error: OnError = "stop",
+    repair: Repair = None,
+    recipe: CountingRecipe = None,
+    tokenizer: Annotated[str | None, Option(help="Count tokens with this folder's.")] = None,
+    sequence_len: Annotated[int | None, Option(min=1, help="Longest row in tokens.")] = None,
+) -> None:
+    """Convert one file by the rules of one dataset.
+
+    Example: python -m tools convert fpb my.jsonl chat.jsonl
+    """
+    from tools.data import convert
+
+    lengths, _ = convert.lengths_of(recipe, tokenizer, sequence_len)
+    how = convert.How(on_error == "quarantine", lengths, repair=repair)
+    convert.convert_file(dataset, source, target, how)
 
 
 @app.command(rich_help_panel=DATA)
