@@ -41,7 +41,7 @@ ON_CPU = ("bf16", "fp16", "tf32", "optimizer")
 
 def settings(recipe: recipes.Recipe, profile: str, here: dict[str, Any]) -> dict[str, Any]:
     """The two merged configs to compare, by name."""
-    ours = profiles.merged(recipe, profile, here=here)
+    ours = profiles.merged(recipe, profiles.Choice(profile), here)
     theirs = (
         recipe.config
         | FINLORA

@@ -257,9 +257,9 @@ def test_the_list_is_filtered_and_has_a_form_for_machines():
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (("sentimnt", "", ""), 'unknown TASK "sentimnt"; did you mean sentiment?'),
-        (("", "llama-3", ""), 'unknown MODEL "llama-3"; did you mean llama-3.'),
-        (("", "", "zzz"), 'unknown METHOD "zzz"; there are r4, r8, r8_dora'),
+        (("sentimnt", None, None), 'unknown TASK "sentimnt"; did you mean sentiment?'),
+        ((None, "llama-3", None), 'unknown MODEL "llama-3"; did you mean llama-3.'),
+        ((None, None, "zzz"), 'unknown METHOD "zzz"; there are r4, r8, r8_dora'),
     ],
 )
 def test_an_unknown_filter_is_answered_with_what_there_is(asked, said):
@@ -276,7 +276,7 @@ def test_show_prints_the_file_the_plan_and_what_a_run_took(tmp_path, capsys):
     told |= {"peak_memory_bytes": 2**32, "tokens_per_second": 222.8, "train_loss": 0.231}
     told |= {"recipe_version": "1.1.0", "processes": 1, "device": "cpu", "finished": "then"}
     (tmp_path / "run.json").write_text(json.dumps(told))
-    catalogue.show(recipes.find(str(path)))
+    catalogue.show(str(path))
     out = capsys.readouterr().out
     assert path.read_text() in out
     rows = {line.split("  ")[0]: line.split()[-2:] for line in out.splitlines() if "  " in line}

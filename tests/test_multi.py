@@ -158,7 +158,7 @@ def test_training_apart_is_refused(tiny, chat_rows, tmp_path, profile, told):
     """Plain `torchrun` without, and with, the variable that accelerate wants on a CPU."""
     recipe = recipes.find(str(write_recipe(tmp_path, "r4", tiny, chat_rows, **EXACT)))
     recipe.run.mkdir()
-    content = profiles.merged(recipe, profile, 2)
+    content = profiles.merged(recipe, profiles.Choice(profile, 2))
     (recipe.run / "config.yaml").write_text(yaml.safe_dump(content))
     machines = launch.Machines(nproc=2)
     environment = machines.environment({"output_dir": "."})
@@ -272,7 +272,7 @@ def test_every_profile_is_valid_for_axolotl():
     for name in ("multi_gpu,zero3", "multi_node,zero3", "multi_gpu,fsdp"):
         valid("sentiment_r4", name)
         with pytest.raises(common.WrongInput, match="8-bit weights cannot be divided"):
-            profiles.merged(recipes.find("sentiment_r8"), name, 2)
+            profiles.merged(recipes.find("sentiment_r8"), profiles.Choice(name, 2))
 
 
 def test_axolotl_knows_the_ray_options_of_the_scale_document():
@@ -297,7 +297,7 @@ def test_the_70b_qlora_fits_two_cards_of_24_gb_by_fsdp():
     recipe = recipes.find("sentiment_r4")
     base = {"base_model": "meta-llama/Llama-3.1-70B-Instruct"}
     large = recipes.Recipe("70b", recipe.path, recipe.config | base, "0")
-    content = profiles.merged(large, "multi_gpu,fsdp", 2)
+    content = profiles.merged(large, profiles.Choice("multi_gpu,fsdp", 2))
     assert content["fsdp_version"] == 2 and content["load_in_4bit"]
     assert content["fsdp_config"]["transformer_layer_cls_to_wrap"] == "LlamaDecoderLayer"
     assert plan.plan(large.config)["weight_bytes"] == pytest.approx(40e9, rel=0.06)
@@ -325,7 +325,7 @@ def test_checkpoints_of_activations_are_on_only_where_the_plan_needs_them(tmp_pa
     short = recipes.Recipe(recipe.name, recipe.path, config, recipe.version)
     for gib, needed in ((16, True), (80, False)):
         here = {"gpus": [("a card", gib << 30)], "cores": 8, "memory": 64 << 30}
-        content = profiles.merged(short, "gpu", here=here)
+        content = profiles.merged(short, profiles.Choice("gpu"), here)
         assert content["gradient_checkpointing"] == needed
         assert profiles.fits(content, here, 1)
 

@@ -293,14 +293,14 @@ def test_a_run_cut_off_after_training_is_finished_without_training_again(runs, t
     shutil.copytree(runs["r4"], copy)
     recipe = recipes.find(str(runs["r4"].parent / "r4.yaml"))
     moved = recipes.Recipe(recipe.name, recipe.path, recipe.config | {"output_dir": str(copy)}, "0")
-    config = profiles.kept(profiles.merged(moved, "cpu"))
+    config = profiles.kept(profiles.merged(moved, profiles.Choice("cpu")))
     data = launch.data_of(moved)
     common.write_json(
         copy / "identity.json", {"config": config, "data": [entry["sha256"] for entry in data]}
     )
     (copy / "run.json").unlink()
     common.write_json(copy / "stats.json", {"steps": content["steps"], "seconds": 1.0})
-    merged = profiles.merged(moved, "cpu")
+    merged = profiles.merged(moved, profiles.Choice("cpu"))
     again = launch.execute(moved, merged, "cpu", False, launch.Machines())
     assert again["adapter_sha256"] == content["adapter_sha256"]
     assert (copy / "run.json").is_file() and not (copy / "stats.json").exists()

@@ -168,7 +168,7 @@ def test_rows_of_ones_own_are_split_by_prompt_too(folder, monkeypatch):
         (custom, "DATA"),
         (custom, "TASKS"),
         (recipes, "LOCAL"),
-        (convert, "LOCAL"),
+        (sources, "OWN"),
     ):
         monkeypatch.setattr(module, name, folder / name.lower())
     rows = copied(200)
@@ -205,7 +205,10 @@ def test_a_runs_identity_holds_the_validation_file(recipe):
     assert [entry["split"] for entry in data] == ["train", "validation"]
     paths = (sources.train_path("formula"), sources.val_path("formula"))
     assert [entry["sha256"] for entry in data] == list(map(digest, paths))
-    assert profiles.merged(recipe, "cpu")["test_datasets"] == recipe.config["test_datasets"]
+    assert (
+        profiles.merged(recipe, profiles.Choice("cpu"))["test_datasets"]
+        == recipe.config["test_datasets"]
+    )
 
 
 @pytest.mark.parametrize("damage", ["gone", "changed", "of another split"])
@@ -241,7 +244,7 @@ def test_the_file_that_changed_is_named(recipe):
 def test_a_set_too_small_to_validate_trains_without(recipe, folder):
     write(folder / "train" / "formula_train.jsonl", [("Question?", "1"), ("Another?", "2")])
     convert.convert_task("formula", folder)
-    content = profiles.merged(recipe, "cpu")
+    content = profiles.merged(recipe, profiles.Choice("cpu"))
     assert not {"test_datasets", "eval_steps", "evals_per_epoch"} & content.keys()
     recipes.validate(content, "mine")
     assert [entry["split"] for entry in launch.data_of(recipe)] == ["train"]
@@ -252,7 +255,7 @@ def test_a_set_too_small_to_validate_trains_without(recipe, folder):
 def test_ones_own_yaml_with_val_set_size_is_left_alone(recipe):
     del recipe.config["test_datasets"]
     recipe.config["val_set_size"] = 0.1
-    content = profiles.merged(recipe, "cpu")
+    content = profiles.merged(recipe, profiles.Choice("cpu"))
     assert content["val_set_size"] == 0.1 and "test_datasets" not in content
     recipes.validate(content, "mine")
     assert len(launch.data_of(recipe)) == 1

@@ -8,6 +8,7 @@ line over as OPTION_<NAME>, and it becomes the option of that name. Implementati
 where they are called, so that help and lists appear at once.
 """
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -43,6 +44,12 @@ def complete_task(incomplete: str) -> list[str]:
     return [name for name in sources.tables()["tasks"] if name.startswith(incomplete)]
 
 
+def check_finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a number")
+    return value
+
+
 Recipe = Annotated[
     str | None,
     Argument(help="A name of `recipes` or a YAML file.", autocompletion=complete_recipe),
@@ -75,7 +82,9 @@ Tracker = Annotated[
 ]
 Force = Annotated[bool, Option("--force", help="Do it again, or in spite of a check.")]
 Gpu = Annotated[str | None, Option(help='A name of the table, such as "A5000 24GB", or a size.')]
-Price = Annotated[float | None, Option(min=0, help="USD for one GPU and hour.")]
+Price = Annotated[
+    float | None, Option(min=0, callback=check_finite, help="USD for one GPU and hour.")
+]
 CountingRecipe = Annotated[
     str | None, Option(help="Count tokens as its training does.", autocompletion=complete_recipe)
 ]

@@ -44,7 +44,7 @@ from tools.common import (
 from tools.data import convert, formulas
 
 OUT = ROOT / "runs" / "audit"
-PAGE = ROOT / "tools" / "audit.html"
+PAGE = ROOT / "tools" / "data" / "audit.html"
 TOKENIZER = ROOT / "models" / "smollm2-135m" / "tokenizer.json"
 
 EXAMPLES = 3  # of each finding

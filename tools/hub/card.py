@@ -17,7 +17,7 @@ from tools.common import ROOT, WrongInput
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
-TEMPLATE = ROOT / "tools" / "card.md"
+TEMPLATE = ROOT / "tools" / "hub" / "card.md"
 TAG = "finlora-recipes"
 
 # The licence of a base, by the start of its name on the Hub: (identifier on the Hub, address).
