@@ -12,7 +12,6 @@ recipe with a few small layers of random weights. That tests the config, not mem
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import shutil
@@ -232,11 +231,9 @@ def check_base(base: str) -> str:
 
 def check_attention(config: dict[str, Any], here: dict[str, Any]) -> str:
     """Which attention the run gets, in words."""
-    if not here["gpus"]:
-        return "SDPA; flash-attn needs a CUDA GPU"
-    if importlib.util.find_spec("flash_attn"):
-        return "flash-attn" if config.get("attn_implementation") else "SDPA, as the profile says"
-    return "SDPA; flash-attn is not installed (requirements/gpu.txt)"
+    if reason := profiles.explain_no_flash(here):
+        return f"SDPA; {reason}"
+    return "flash-attn" if config.get("attn_implementation") else "SDPA, as the profile says"
 
 
 def check_kernels(here: dict[str, Any]) -> str:

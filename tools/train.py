@@ -14,7 +14,6 @@ On several machines the same command runs on each, with --nnodes, --node-rank an
 
 import argparse
 import ctypes
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -27,14 +26,15 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
-from tools import convert, export, plan, profiles, recipes
+from tools import convert, export, plan, profiles, progress, recipes, status
 from tools.cli import (
     ROOT,
     SECRET,
@@ -43,7 +43,6 @@ from tools.cli import (
     atomic,
     command,
     digest,
-    json_lines,
     shown,
     write_json,
 )
@@ -52,6 +51,7 @@ from tools.prompt import explain_unscorable
 PACKAGES = ["torch", "transformers", "peft", "bitsandbytes", "axolotl", "accelerate", "datasets"]
 DISK = 2e9  # bytes that must be free: checkpoints, prepared data, log
 FULL = 1e6  # bytes under which a disk is full
+GRACE = 110  # seconds to finish a step and save it; launch/slurm.sh asks for a signal 120 before
 
 # What a log says when a training fails, and what that means. The first that is found counts.
 CAUSES = {
@@ -104,6 +104,8 @@ class Machines:
             cpu = "DS_ACCELERATOR" if config.get("deepspeed") else "ACCELERATE_USE_CPU"
             found[cpu] = "cpu" if config.get("deepspeed") else "true"
             found["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.nproc))
+        # Slurm's SIGTERM reaches torchrun, too, which would kill its processes 30 seconds later.
+        found.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE))
         if config.get("use_wandb"):
             found["WANDB_MODE"] = "online" if os.environ.get("WANDB_API_KEY") else "offline"
             found["WANDB_DIR"] = str(ROOT / config["output_dir"])
@@ -226,19 +228,31 @@ def only_one(run: Path) -> Iterator[int]:
 
     The training process inherits the descriptor, so the lock lives exactly as long as either.
     """
+    lock = status.lock_file(run)
     try:
         run.parent.mkdir(parents=True, exist_ok=True)
-        file = open(run.with_name(f".{run.name}.lock"), "w")  # noqa: SIM115
+        file = open(lock, "ab")  # noqa: SIM115
     except OSError as error:
         raise JobFailed(
-            f"{shown(run)}, the output_dir, cannot be written to: {error.strerror}"
+            f"{shown(run)}, the output_dir, cannot be written to: "
+            f"{error.strerror}{owner_of(Path(error.filename))}"
         ) from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise JobFailed(f"another training of {shown(run)} is under way") from None
+        if not status.take_lock(file.fileno()):
+            raise JobFailed(f"another training of {shown(run)} is under way")
         yield file.fileno()
+
+
+def owner_of(path: Path) -> str:
+    """Says whose a file or folder is, where it is another user's: two share one checkout."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    try:
+        if path.stat().st_uid == os.geteuid():
+            return ""
+        return f" ({shown(path)} belongs to the user {path.owner()})"
+    except (OSError, KeyError):  # a user without a name
+        return ""
 
 
 def sound(checkpoint: Path) -> bool:
@@ -354,12 +368,12 @@ def follow(process: subprocess.Popen[bytes], run: Path) -> None:
         TextColumn("{task.description}"),
         TimeRemainingColumn(),
     )
-    file, seen, said = run / "progress.jsonl", 0, time.monotonic()
+    tail, seen, said = progress.Tail(run / "progress.jsonl"), 0, time.monotonic()
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         job = bar.add_task("loading the model", total=None)
         while True:
             ended = process.poll() is not None
-            losses = [entry for entry in json_lines(file) if "loss" in entry]
+            losses = [row for row in tail.read() if "loss" in row]
             if losses and losses[-1]["step"] != seen:
                 last = losses[-1]
                 seen = last["step"]
@@ -372,6 +386,7 @@ def follow(process: subprocess.Popen[bytes], run: Path) -> None:
                     print(f"train      step {seen}/{last['steps']}  {text}", flush=True)
                     said = time.monotonic()
             if ended:
+                tail.close()
                 return
             time.sleep(0.3)
 
@@ -389,7 +404,7 @@ def memory_advice(config: dict[str, Any], processes: int) -> str:
     )
 
 
-def cause(log: Path, start: int, status: int, config: dict[str, Any], processes: int) -> str:
+def cause(log: Path, start: int, code: int, config: dict[str, Any], processes: int) -> str:
     """Why a training ended, from its log from byte `start` on, or from the signal that ended it."""
     text = log.read_bytes()[start:].decode(errors="replace")
     facts = {"free": f"{shutil.disk_usage(log.parent).free / 1e9:.1f} GB"}
@@ -401,11 +416,11 @@ def cause(log: Path, start: int, status: int, config: dict[str, Any], processes:
             return SECRET.sub("***", meaning.format(*said, **facts).strip()[:400])
     if shutil.disk_usage(log.parent).free < FULL:  # a full disk takes no log of it
         return CAUSES[r"No space left on device|os error 28"].format(**facts)
-    if status == -signal.SIGKILL:
+    if code == -signal.SIGKILL:
         return f"it was killed, most often for memory: {memory_advice(config, processes)}"
-    if status < 0:
-        return f"it was ended by {signal.Signals(-status).name}"
-    if status == 0:  # it was told to stop, and saved
+    if code < 0:
+        return f"it was ended by {signal.Signals(-code).name}"
+    if code == 0:  # it was told to stop, and saved
         return "it was interrupted"
     names = ("Error:", "Exception:", "Killed")
     telling = [line.strip() for line in text.splitlines() if any(name in line for name in names)]
@@ -418,22 +433,43 @@ def with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
+def in_torchrun(process: psutil.Process) -> bool:
+    """Whether torchrun started a process; False where it ended or may not be looked at."""
+    try:
+        return "TORCHELASTIC_RUN_ID" in process.environ()
+    except psutil.Error:
+        return False
+
+
+def trainers(leader: int) -> list[psutil.Process]:
+    """The processes that train: those that torchrun started, else the leader itself.
+
+    What these started in turn (workers that load data) must live until the step is finished.
+    A process that ends meanwhile is left out, whatever it is.
+    """
+    try:
+        first = psutil.Process(leader)
+        family = [first, *first.children(recursive=True)]
+    except psutil.Error:
+        return []
+    inside = {process.pid: process for process in family if in_torchrun(process)}
+    ranks = []
+    for process in inside.values():
+        with suppress(psutil.Error):
+            if process.ppid() not in inside:
+                ranks.append(process)
+    return ranks or [first]
+
+
 def stop(process: subprocess.Popen[bytes]) -> None:
     """Tells every training process to save a checkpoint and end; a second Ctrl-C ends them."""
-    import psutil
-
-    print("train      stopping: the step is finished and saved (again to stop at once)", flush=True)
-    try:
-        family = [psutil.Process(process.pid)]
-        family += family[0].children(recursive=True)
-        # torchrun would wait 30 seconds and kill; what it started is told directly. What that
-        # started in turn (workers that load data) must live until the step is finished.
-        inside = {p.pid for p in family if "TORCHELASTIC_RUN_ID" in p.environ()}
-        ranks = [p for p in family if p.pid in inside and p.ppid() not in inside]
-        for rank in ranks or family[:1]:
-            rank.send_signal(signal.SIGTERM)
-    except psutil.Error:
-        pass  # it is ending by itself
+    with suppress(OSError):  # nobody may be reading any more
+        text = "the step is finished and saved (again to stop at once)"
+        print(f"train      stopping: {text}", flush=True)
+    # torchrun would wait and kill: what it started is told directly.
+    for trainer in trainers(process.pid):
+        with suppress(psutil.Error):
+            trainer.send_signal(signal.SIGTERM)
     try:
         process.wait()
     finally:
@@ -510,6 +546,8 @@ def execute(
     machines: Machines,
 ) -> dict[str, Any]:
     """Trains a merged config into the recipe's run; returns `run.json`, {} on other machines."""
+    # A stop by a scheduler (SIGTERM) is treated as Ctrl-C is.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     data = data_of(recipe)
     # json: a run's identity is compared with the one that was written.
     identity = {"config": profiles.kept(content), "data": [entry["sha256"] for entry in data]}
@@ -543,8 +581,6 @@ def main() -> None:
     parser.add_argument("--node-rank", default="", help="which of them this is, from 0 on")
     parser.add_argument("--rendezvous", default="", help="host:port of machine 0")
     given = parser.parse_args()
-    # A stop by a scheduler (SIGTERM) is treated as Ctrl-C is.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     recipe = recipes.find(given.recipe)
     data_of(recipe)
     profiles.layers(given.profile)
