@@ -272,6 +272,7 @@ class Watch(TrainerCallback):
         self.cfg, self.trainer, self.progress = cfg, trainer, progress
         self.should_stop = self.stopping = self.ended = False
         self.same: list[Any] = []  # the digests of the weights, by rank
+        self.first_step = 0  # that this process goes on from
         self.overflows = 0  # logged steps in a row whose gradient is not finite
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -293,17 +294,19 @@ class Watch(TrainerCallback):
         # After Axolotl's own handler of SIGINT, which would save the adapter of a half-done run.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
-        self.make_up(state, control)
+        self.first_step = state.global_step
+        if self.first_step:
+            self.make_up(args, state, control)
 
-    def make_up(self, state: Any, control: Any) -> None:
-        """Does what was left undone at the step that the training goes on from."""
-        trainer = self.trainer
-        saved = state.stateful_callbacks.get("TrainerControl") or {}
-        if saved.get("args", {}).get("should_evaluate"):
-            trainer._determine_best_metric(trainer._evaluate(None, None), None)
+    def make_up(self, args: Any, state: Any, control: Any) -> None:
+        """Does what was left undone at the step that the training goes on from, and no more."""
+        args.eval_on_start = False  # Axolotl sets it; here it would repeat what the run has
+        saved = state.stateful_callbacks["TrainerControl"]["args"]
+        if saved["should_evaluate"]:
+            self.trainer._determine_best_metric(self.trainer._evaluate(None, None), None)
         if 0 < state.max_steps <= state.global_step:
             # All steps are trained; transformers would train one more before it sees that.
-            trainer._run_epoch = lambda **_: None
+            self.trainer._run_epoch = lambda **_: None
             control.should_training_stop = True
 
     def same_data(self) -> None:
@@ -337,7 +340,7 @@ class Watch(TrainerCallback):
     def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not any(gathered(self.should_stop)):
             return
-        if state.global_step:
+        if state.global_step > self.first_step:  # at the first one nothing is new
             self.stopping = True
             self.trainer._save_checkpoint(self.trainer.model, None)
             self.on_save(args, state, control)
