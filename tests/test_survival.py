@@ -118,7 +118,7 @@ def test_a_training_told_to_stop_leaves_its_evaluation(undisturbed, tiny, chat_r
     """In the middle (SIGTERM) and at the end (SIGINT); what was left is done when it goes on."""
     data = yaml.safe_load((undisturbed.parent / "r4.yaml").read_text())["datasets"][0]
     data |= {"path": str(tmp_path / "many.jsonl"), "split": "train"}
-    (tmp_path / "many.jsonl").write_text(chat_rows.read_text() * 10)
+    (tmp_path / "many.jsonl").write_text(chat_rows.read_text() * 3)
     changes = LONG | {"test_datasets": [data], "eval_batch_size": 1}
     recipe, folder = write_recipe(tmp_path, "r4", tiny, chat_rows, **changes), tmp_path / "r4"
 
