@@ -10,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -472,3 +474,73 @@ def test_the_lock_lives_as_long_as_the_process_that_inherited_it(tmp_path):
         pass
     child.communicate()
     assert not status.training(tmp_path / "run")
+
+
+@pytest.fixture
+def shared():
+    """A folder of root's that others may enter, and a context in which another user acts."""
+    if os.geteuid():
+        pytest.skip("only root may act as another user")
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+
+    @contextmanager
+    def other_user():
+        os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+
+    yield folder, other_user
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("whose", ["parent", "lock", "run", "parent with a lock"])
+def test_what_another_user_began_is_one_line_that_names_the_owner(shared, whose):
+    folder, other_user = shared
+    if "lock" in whose:
+        status.lock_file(folder / "run").touch()
+    if whose == "parent with a lock":
+        status.lock_file(folder / "run").chmod(0o666)
+    elif whose != "parent":
+        folder.chmod(0o777)
+    if whose == "run":
+        (folder / "run").mkdir()
+    refused = pytest.raises(
+        cli.JobFailed, match=r"cannot be written to: Permission denied \(.* root"
+    )
+    with other_user(), refused as error, train.only_one(folder / "run"):
+        pass
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(shared, undisturbed):
+    folder, other_user = shared
+    shutil.copytree(undisturbed / "checkpoint-30", folder / "checkpoint-30")
+    (folder / "checkpoint-30" / "optimizer.pt").chmod(0o600)
+    folder.chmod(0o777)
+    with other_user(), pytest.raises(cli.JobFailed, match="optimizer.pt cannot be read: .* root"):
+        train.last_checkpoint(folder)
+    assert train.last_checkpoint(folder) == 30
+
+
+def test_one_run_that_cannot_be_read_does_not_hide_the_others(shared, monkeypatch):
+    folder, other_user = shared
+    monkeypatch.setattr(status, "RUNS", folder)
+    for name in ("closed", "damaged", "locked", "mine", "private"):
+        (folder / name).mkdir()
+        (folder / name / "identity.json").write_text("{}")
+        (folder / name / "progress.jsonl").write_text('{"step": 1, "steps": 2, "loss": 1.0}\n')
+    (folder / "closed").chmod(0o700)
+    (folder / "damaged" / "run.json").write_text("{")
+    status.lock_file(folder / "locked").touch(0o600)
+    (folder / "private" / "progress.jsonl").chmod(0o600)
+    with other_user():
+        rows = {row["run"]: row for row in status.all_runs()}
+    assert rows["mine"]["state"] == "interrupted" and len(rows) == 5
+    notes = {name: row["note"] for name, row in rows.items() if row["state"] == "unreadable"}
+    assert notes.keys() == {"closed", "damaged", "locked", "private"}
+    assert notes["damaged"].startswith("damaged: ")
+    assert all("Permission denied" in note for n, note in notes.items() if n != "damaged")
+    status.show(list(rows.values()))

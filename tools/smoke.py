@@ -167,9 +167,11 @@ def smoke_config(recipe: recipes.Recipe, batch: Batch, twin: Path | None) -> dic
 @contextmanager
 def smoke_folder() -> Iterator[None]:
     """runs/.smoke, empty at first and removed afterwards; kept where the trial failed."""
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    yield
-    shutil.rmtree(FOLDER, ignore_errors=True)
+    with train.only_one(FOLDER):  # two at once would remove each other's
+        train.require_space(FOLDER)
+        shutil.rmtree(FOLDER, ignore_errors=True)
+        yield
+        shutil.rmtree(FOLDER, ignore_errors=True)
 
 
 def answer_rows(config: dict[str, Any], batch: Batch) -> list[tuple[str, str, str]]:
@@ -203,9 +205,8 @@ def speed(run: Path) -> float:
     """Tokens a second, padding included, over all steps but the first."""
     lines = [line for line in json_lines(run / "progress.jsonl") if "loss" in line]
     first, last = lines[0], lines[-1]
-    return float(
-        (last["total_tokens"] - first["total_tokens"]) / (last["seconds"] - first["seconds"])
-    )
+    seconds = max(last["seconds"] - first["seconds"], 0.01)  # they are rounded to hundredths
+    return float((last["total_tokens"] - first["total_tokens"]) / seconds)
 
 
 def check_base(base: str) -> str:

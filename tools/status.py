@@ -85,6 +85,16 @@ def status(run: Path) -> dict[str, Any]:
     return row
 
 
+def status_or_reason(run: Path) -> dict[str, Any]:
+    """The status of a run, or why it cannot be read: one of many does not hide the others."""
+    try:
+        return status(run)
+    except OSError as error:
+        return unreadable(run, f"{error.strerror}: {error.filename}")
+    except (ValueError, KeyError, TypeError) as error:
+        return unreadable(run, f"damaged: {error}")
+
+
 def unreadable(run: Path, reason: str) -> dict[str, Any]:
     """The row of a folder that this user may not read, or whose files are damaged."""
     name = str(run.relative_to(RUNS) if run.is_relative_to(RUNS) else run)
@@ -105,14 +115,8 @@ def all_runs() -> list[dict[str, Any]]:
         if "identity.json" not in files:
             continue
         folders.clear()  # checkpoints and prepared data
-        if ".previous" in run.name:
-            continue
-        try:
-            rows.append(status(run))
-        except OSError as error:
-            rows.append(unreadable(run, f"{error.strerror}: {error.filename}"))
-        except (ValueError, KeyError, TypeError) as error:
-            rows.append(unreadable(run, f"damaged: {error}"))
+        if ".previous" not in run.name:
+            rows.append(status_or_reason(run))
     return sorted(rows, key=lambda row: (STATES.index(row["state"]), row["run"]))
 
 

@@ -65,7 +65,7 @@ def one(recipe: recipes.Recipe, options: list[str]) -> dict[str, Any]:
             process.terminate()
     if stopped or process.returncode == 130:
         raise KeyboardInterrupt
-    row = status.status(recipe.run)
+    row = status.status_or_reason(recipe.run)
     if process.returncode:
         row |= {"state": "failed", "note": errors.strip().removeprefix("error: ")}
         print(f"sweep      {recipe.name} failed: {row['note']}", flush=True)

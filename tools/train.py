@@ -16,6 +16,7 @@ import argparse
 import ctypes
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -26,6 +27,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +62,8 @@ CAUSES = {
     r"OutOfMemoryError|CUDA out of memory|allocate memory|MemoryError|bad_alloc"
     r"|memory allocation of \d+ bytes failed": "{memory}",
     r"No space left on device|os error 28": "no space left on the disk; {free} are free",
-    r"(PermissionError|Read-only file system).*": "{0}: the run folder cannot be written to",
+    r"Disk quota exceeded|os error 122": "the disk quota of this user is used up",
+    r"(?:PermissionError|Read-only file system).*": "{0}",
 }
 # Endings of data files that Axolotl reads; another path that does not exist is a name on the Hub.
 DATA_FILES = {".jsonl", ".json", ".csv", ".parquet", ".txt", ".arrow"}
@@ -233,14 +236,20 @@ def only_one(run: Path) -> Iterator[int]:
         run.parent.mkdir(parents=True, exist_ok=True)
         file = open(lock, "ab")  # noqa: SIM115
     except OSError as error:
-        raise JobFailed(
-            f"{shown(run)}, the output_dir, cannot be written to: "
-            f"{error.strerror}{owner_of(Path(error.filename))}"
-        ) from None
+        raise unwritable(run, Path(error.filename), str(error.strerror)) from None
     with file:
         if not status.take_lock(file.fileno()):
             raise JobFailed(f"another training of {shown(run)} is under way")
+        place = run if run.exists() else run.parent
+        if not os.access(place, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
+            raise unwritable(run, place, "Permission denied")
         yield file.fileno()
+
+
+def unwritable(run: Path, path: Path, reason: str) -> JobFailed:
+    return JobFailed(
+        f"{shown(run)}, the output_dir, cannot be written to: {reason}{owner_of(path)}"
+    )
 
 
 def owner_of(path: Path) -> str:
@@ -253,6 +262,19 @@ def owner_of(path: Path) -> str:
         return f" ({shown(path)} belongs to the user {path.owner()})"
     except (OSError, KeyError):  # a user without a name
         return ""
+
+
+def require_space(run: Path) -> None:
+    """Raises JobFailed where this project's disk is nearly full, or that of a run elsewhere is."""
+    while not run.exists():
+        run = run.parent
+    for place, needed in ((ROOT, DISK), (run, FULL)):
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            raise JobFailed(
+                f"{free / 1e9:.1f} GB are free on the disk of {shown(place)} and a training needs "
+                f"{DISK / 1e9:.0f}; make room there, or name another output_dir"
+            )
 
 
 def sound(checkpoint: Path) -> bool:
@@ -275,6 +297,9 @@ def sound(checkpoint: Path) -> bool:
         archives = [checkpoint / name for name in ("optimizer.pt", "scheduler.pt")]
         whole = seal.is_file() or all(zipfile.ZipFile(a).testzip() is None for a in archives)
         return whole and finite and bool(names) and state["global_step"] == step_of(checkpoint)
+    except PermissionError as error:  # another user's, and perhaps sound
+        path = Path(error.filename or checkpoint)
+        raise JobFailed(f"{shown(path)} cannot be read: {error.strerror}{owner_of(path)}") from None
     except (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile):
         return False
 
@@ -321,9 +346,11 @@ def prepare(recipe: recipes.Recipe, identity: dict[str, Any], force: bool) -> bo
     before = json.loads(written.read_text()) if written.is_file() else None
     # An adapter that something else wrote over is not what run.json tells of.
     damaged = done and not recipe.intact()
-    if before == identity and not damaged and not (force and done):
-        if done:
-            return False
+    same = before == identity and not damaged and not (force and done)
+    if same and done:
+        return False
+    require_space(run)
+    if same:
         shutil.rmtree(run / ".writing", ignore_errors=True)
         if step := last_checkpoint(run):
             print(f"train      goes on from step {step}")
@@ -596,12 +623,11 @@ def main() -> None:
     if not force and not (recipe.run / "identity.json").is_file():
         fits(recipe, here, profile)
     refuse_unusable(recipe)
-    recipes.validate(recipe.config, shown(recipe.path))
+    # Axolotl's schema loads torch, and this process stays beside the training: a child's gigabyte.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
+        child.submit(recipes.validate, recipe.config, shown(recipe.path)).result()
     if recipe.run in (ROOT, ROOT / "runs", *ROOT.parents):
         raise WrongInput(f"{shown(recipe.path)}: output_dir must be a folder of its own")
-    free = shutil.disk_usage(ROOT).free
-    if free < DISK:
-        raise JobFailed(f"{free / 1e9:.1f} GB are free on this disk and a training needs 2")
     export.ensure(recipe.config["base_model"])
     data = data_of(recipe)
     rows, held = (
