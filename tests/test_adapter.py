@@ -285,8 +285,8 @@ def test_an_adapter_without_tensors_or_with_some_of_them_is_refused(copy):
 
 def test_pefts_own_result_of_a_load_decides(tiny, copy):
     """Whatever the checker said: what was not set, or set in the base, is an error."""
-    base, _ = weights.load_base({"base_model": str(tiny)})
-    checked = weights.check_adapter({"base_model": str(tiny)}, copy)
+    base, _ = models.load_base({"base_model": str(tiny)})
+    checked = models.check_adapter({"base_model": str(tiny)}, copy)
     rename(copy, r"layers\.1\.(.*lora_[AB])\.weight", r"layers.7.\1.weight")
     with pytest.raises(WrongInput, match="lacks 6 tensors"):
         models.attach(base, copy, checked)

@@ -6,6 +6,7 @@ What is finished is left alone and what was interrupted goes on. The small ones 
 a mistake shows early; one that fails does not stop the others, and makes the exit status 1.
 """
 
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import Any
 
 from tools import recipes
 from tools.common import ROOT, JobFailed, WrongInput
-from tools.train import plan, profiles, status
+from tools.train import launch, plan, profiles, status
 
 
 def chosen(typed: str) -> list[recipes.Recipe]:
@@ -46,23 +47,34 @@ def size(recipe: recipes.Recipe) -> float:
 def one(recipe: recipes.Recipe, options: list[str]) -> dict[str, Any]:
     """Trains one recipe in a process of its own; returns its row of the table."""
     start = time.monotonic()
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", "tools", "train", recipe.name, *options],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
+        process_group=0,  # Ctrl-C reaches the sweep alone, which hands on every one that it gets
+        preexec_fn=launch.with_parent,
     )
-    if done.returncode == 130:
+    stopped = False
+    while True:
+        try:
+            _, errors = process.communicate()
+            break
+        except KeyboardInterrupt:
+            stopped = True
+            process.terminate()
+    if stopped or process.returncode == 130:
         raise KeyboardInterrupt
-    row = status.status(recipe.run)
-    if done.returncode:
-        row |= {"state": "failed", "note": done.stderr.strip().removeprefix("error: ")}
+    row = status.status_or_reason(recipe.run)
+    if process.returncode:
+        row |= {"state": "failed", "note": errors.strip().removeprefix("error: ")}
         print(f"sweep      {recipe.name} failed: {row['note']}", flush=True)
     return row | {"run": recipe.name, "took": time.monotonic() - start}
 
 
 def run(patterns: str, choice: profiles.Choice, force: bool) -> None:
     """Trains the recipes that `patterns` name; raises JobFailed where any fails."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     todo = sorted(chosen(patterns), key=size)
     options = {"--profile": choice.profile, "--nproc": choice.nproc, "--tracker": choice.tracker}
     arguments = [word for name, value in options.items() if value for word in (name, str(value))]
