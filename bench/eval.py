@@ -37,8 +37,8 @@ def load(recipe: recipes.Recipe, base: bool = False) -> tuple[Any, Any, str]:
     smollm2.ensure(recipe.config["base_model"])
     if base:
         return *models.load(recipe.config), "no adapter"
-    if (recipe.run / "adapter_model.safetensors").is_file():
-        return *models.load(recipe.config, recipe.run), "its adapter"
+    if recipe.run.adapter_file.is_file():
+        return *models.load(recipe.config, recipe.run.folder), "its adapter"
     import torch
     from peft import LoraConfig, get_peft_model
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tools import adapters, models, subjects
+from tools import adapters, models, runs
 from tools.common import ROOT, JobFailed, WrongInput
 from tools.hub import card
 from tools.prompts import changes_tokenizer
@@ -148,7 +148,7 @@ class Endpoint:
         parts = [dataset, self.prompt_format if self.prompt_format != "chat" else ""]
         parts += [f"sample{limit}" if limit else ""]
         name = "_".join(filter(None, parts)) + ".json"
-        return subjects.RUNS / "endpoint" / folder / "evals" / name
+        return runs.RUNS / "endpoint" / folder / "evals" / name
 
     def identity(self) -> dict[str, Any]:
         return {

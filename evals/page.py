@@ -22,7 +22,7 @@ from typing import Any
 from evals import report, stats
 from evals import run as evaluation
 from tools import recipes, sources
-from tools import subjects as subject
+from tools import runs as runs_module
 from tools.common import ROOT, WrongInput, atomic, json_lines, read_yaml, shown
 
 TEMPLATE = ROOT / "evals" / "page.html"
@@ -87,8 +87,8 @@ def read(file: Path) -> Content:
 def everything() -> list[Scored]:
     """All that was scored, bases before their adapters; files that cannot count are named."""
     found: dict[tuple[Path, str], dict[str, Content]] = {}
-    for file in sorted(subject.RUNS.glob("**/evals/*.json")):
-        parts = file.relative_to(subject.RUNS).parts
+    for file in sorted(runs_module.RUNS.glob("**/evals/*.json")):
+        parts = file.relative_to(runs_module.RUNS).parts
         if any(part.startswith(".") or ".previous" in part for part in parts):
             continue
         try:
@@ -109,7 +109,7 @@ def everything() -> list[Scored]:
         adapter = bool(told.get("adapter_sha256"))
         model = str(told.get("base_model") or folder.parent.name).rsplit("/", 1)[-1]
         method = folder.name if adapter or not folder.name.startswith("base_") else "base"
-        if folder.parent == subject.RUNS / "endpoint":
+        if folder.parent == runs_module.RUNS / "endpoint":
             method = "endpoint"
         names = sorted(contents, key=lambda n: (order.index(n) if n in order else len(order), n))
         ordered = {name: contents[name] for name in names}
@@ -523,7 +523,9 @@ def build(out: Path, planner: Planner) -> list[Path]:
     """Writes the page and its PNGs into a folder; WrongInput where nothing is scored."""
     scored = everything()
     if not scored:
-        raise WrongInput(f"nothing is scored in {shown(subject.RUNS)}; `make eval RECIPE=…` does")
+        raise WrongInput(
+            f"nothing is scored in {shown(runs_module.RUNS)}; `make eval RECIPE=…` does"
+        )
     adapters = [one for one in scored if one.adapter]
     gains = [report.differences(base_of(one, scored), one.contents) for one in adapters]
     of = {id(one): gain for one, gain in zip(adapters, gains, strict=True)}
@@ -567,5 +569,5 @@ def build(out: Path, planner: Planner) -> list[Path]:
 
 def write(planner: Planner) -> None:
     """Writes runs/report/ and says where."""
-    files = build(subject.RUNS / "report", planner)
+    files = build(runs_module.RUNS / "report", planner)
     print(f"report     {', '.join(map(shown, files))}")

@@ -12,7 +12,7 @@ import pytest
 
 from evals import backends, html
 from tests.test_eval import NF4, evaluate, trained, workplace  # noqa: F401
-from tools import common, sources
+from tools import common, runs, sources
 from tools import subjects as subject_of
 
 KEY = "a-key-that-no-pattern-knows-0123"
@@ -104,7 +104,7 @@ def ask(monkeypatch, server, *more, url="", limit=8):
 
 
 def scored(name="fpb_sample8", model="teacher"):
-    return json.loads((subject_of.RUNS / "endpoint" / model / "evals" / f"{name}.json").read_text())
+    return json.loads((runs.RUNS / "endpoint" / model / "evals" / f"{name}.json").read_text())
 
 
 def all_right(content):
@@ -215,7 +215,7 @@ def test_a_fault_that_stays_stops_the_job_and_the_same_command_goes_on(
     assert stopped.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {server.url}") and "the same command goes on" in line
-    assert not list(subject_of.RUNS.rglob("fpb*.json"))
+    assert not list(runs.RUNS.rglob("fpb*.json"))
     server.asked.clear()
     server.misbehave = lambda handler, times, body: False
     ask(monkeypatch, server)
@@ -335,7 +335,7 @@ def test_the_only_model_of_a_server_needs_no_name(server, monkeypatch, capsys):
 def test_a_models_name_leads_out_of_no_folder(workplace):  # noqa: F811
     for name in ("../../x", "/etc/x", "..", ".", "a/../b"):
         file = backends.Endpoint("http://h/v1", name, "chat").file("base", "fpb", None)
-        assert file.resolve().parent.parent.parent == subject_of.RUNS / "endpoint"
+        assert file.resolve().parent.parent.parent == runs.RUNS / "endpoint"
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_a_recipe_tells_how_to_run_it_what_it_needs_and_what_it_learns():
     for name in catalogue.ours():
         text = (ROOT / "recipes" / f"{name}.yaml").read_text()
         found = recipes.find(text.split("make train RECIPE=")[1].split()[0])
-        assert (found.name, found.run) == (name, ROOT / "runs" / name)
+        assert (found.name, found.run.folder) == (name, ROOT / "runs" / name)
         assert f"# Version: 1.1.0 ({found.digest[:12]})\n" in text
         row = recipes.matrix()["models"][name.split("/")[0]]
         assert (f"https://huggingface.co/{row['hub']}," in text) == row["gated"]

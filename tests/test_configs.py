@@ -255,7 +255,7 @@ def test_rows_of_another_type_train_with_a_note_and_are_merged(tiny, tmp_path):
 
 def test_a_config_without_an_output_dir_has_axolotls(tiny, rows, tmp_path):
     path = write(tmp_path, tiny, rows, output_dir=None)
-    assert recipes.find(str(path)).run == ROOT / "model-out"
+    assert recipes.find(str(path)).run.folder == ROOT / "model-out"
 
 
 def test_a_relative_path_that_lies_beside_the_config_is_explained(tiny, rows, tmp_path):

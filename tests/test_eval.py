@@ -17,7 +17,7 @@ from evals import run as evaluation
 from evals.answers import Answers, Prompts
 from tests.conftest import call, write_recipe
 from tests.conftest import run as command
-from tools import common, models, recipes, sources
+from tools import common, models, recipes, runs, sources
 from tools import prompts as prompt
 from tools import subjects as subject_of
 from tools.data import convert
@@ -66,7 +66,7 @@ def key(doc):
 def workplace(tmp_path, monkeypatch):
     """An empty project folder: the sample's data is converted into it, and runs lie in it."""
     monkeypatch.setattr(sources, "CHAT", tmp_path / "data" / "chat")
-    monkeypatch.setattr(subject_of, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(runs, "RUNS", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     for name, row in sources.tables()["datasets"].items():
         source = sources.SAMPLE / row["file"]

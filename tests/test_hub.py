@@ -789,7 +789,7 @@ def test_finloras_own_adapter_comes_by_the_name_of_its_recipe(place, server):
     # By the repository's own name it lies apart, and its config is a recipe.
     good(bob.run("pull", "--adapter", name))
     config_file = bob.root / "runs" / "hub" / name / "config.yaml"
-    code = f"from tools import recipes; print(recipes.find('{config_file}').run)"
+    code = f"from tools import recipes; print(recipes.find('{config_file}').run.folder)"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=bob.root, capture_output=True, text=True
     )

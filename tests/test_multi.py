@@ -15,6 +15,7 @@ import yaml
 
 from tests.conftest import losses, run, write_recipe
 from tools import architectures, common, recipes
+from tools.runs import Run
 from tools.train import launch, plan, profiles, smoke
 
 # Without dropout, whose random numbers each process draws for itself. 94 rows in batches of 8 are
@@ -125,7 +126,7 @@ def test_two_processes_told_to_stop_save_together(tiny, chat_rows, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate()
-    saved = launch.last_checkpoint(folder)
+    saved = launch.last_checkpoint(Run(folder))
     assert process.returncode == 130 and saved > 0 and f"goes on from step {saved}" in said
     assert not (folder / "stats.json").exists()  # it would make the run a finished one
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(os.listdir(folder / f"checkpoint-{saved}"))
@@ -158,15 +159,15 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_what_can():
 def test_training_apart_is_refused(tiny, chat_rows, tmp_path, profile, told):
     """Plain `torchrun` without, and with, the variable that accelerate wants on a CPU."""
     recipe = recipes.find(str(write_recipe(tmp_path, "r4", tiny, chat_rows, **EXACT)))
-    recipe.run.mkdir()
+    recipe.run.folder.mkdir()
     content = profiles.merged(recipe, profiles.Choice(profile, 2))
-    (recipe.run / "config.yaml").write_text(yaml.safe_dump(content))
+    recipe.run.config_file.write_text(yaml.safe_dump(content))
     machines = launch.Machines(nproc=2)
     environment = machines.environment({"output_dir": "."})
     if profile == "cpu":
         del environment["ACCELERATE_USE_CPU"]
     done = subprocess.run(
-        [Path(sys.executable).parent / "axolotl", "train", recipe.run / "config.yaml"]
+        [Path(sys.executable).parent / "axolotl", "train", recipe.run.config_file]
         + machines.launcher(),
         cwd=common.ROOT,
         env=environment,
@@ -174,7 +175,7 @@ def test_training_apart_is_refused(tiny, chat_rows, tmp_path, profile, told):
         text=True,
     )
     assert done.returncode != 0 and told in done.stderr
-    assert not list(recipe.run.glob("adapter_model*"))
+    assert not list(recipe.run.folder.glob("adapter_model*"))
 
 
 def test_different_data_on_two_processes_is_refused(tmp_path):

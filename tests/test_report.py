@@ -20,6 +20,7 @@ from evals.answers import Prompts
 from tests.conftest import call
 from tests.test_eval import Speaker
 from tools import common, recipes, sources
+from tools import runs as runs_module
 from tools import subjects as subject_of
 from tools.train import plan
 
@@ -56,7 +57,7 @@ def adapter(doc):
 def runs(tmp_path, monkeypatch):
     """A base and an adapter, scored by the real code on rows whose prompts are hostile."""
     monkeypatch.setattr(sources, "CHAT", tmp_path / "data" / "chat")
-    monkeypatch.setattr(subject_of, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(runs_module, "RUNS", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     report_page.prompts.cache_clear()
     sources.CHAT.mkdir(parents=True)
@@ -72,7 +73,7 @@ def runs(tmp_path, monkeypatch):
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     for name in ("fpb_test", "fiqa_test", "sentiment_train"):
         (sources.CHAT / f"{name}.jsonl").write_text(lines)
-    folder = subject_of.RUNS / "smollm2-135m" / "sentiment_r4"
+    folder = runs_module.RUNS / "smollm2-135m" / "sentiment_r4"
     folder.mkdir(parents=True)
     (folder / "adapter_model.safetensors").write_bytes(b"an adapter")
     steps = [{"step": 0, "eval_loss": 2.5}, *({"step": n, "loss": 2 / n} for n in range(1, 30))]
@@ -139,7 +140,7 @@ def built(**hardware):
     def planner(config, rows, data):
         return plan.plan(config, plan.Hardware(**hardware), rows=rows, data=data)
 
-    files = report_page.build(subject_of.RUNS / "report", planner)
+    files = report_page.build(runs_module.RUNS / "report", planner)
     return files, Page(files[0].read_text())
 
 
@@ -271,7 +272,7 @@ def test_scores_of_an_adapter_that_was_trained_again_do_not_count(runs, capsys):
 
 
 def test_without_a_score_it_says_so_and_stops(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(subject_of, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(runs_module, "RUNS", tmp_path / "runs")
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, "report")
     assert stopped.value.code == 2

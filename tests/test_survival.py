@@ -22,6 +22,7 @@ import yaml
 
 from tests.conftest import losses, run, write_recipe
 from tools import common
+from tools.runs import Run
 from tools.train import launch, plugin, reproduce, status
 
 # 94 rows in batches of 8 are 12 steps an epoch; the batches are drawn by length.
@@ -93,7 +94,7 @@ def test_a_training_told_to_stop_saves_and_goes_on(undisturbed, tiny, chat_rows,
     process.send_signal(number)
     said, error = process.communicate()
     assert process.returncode == 130 and "interrupted" in error
-    saved = launch.last_checkpoint(folder)
+    saved = launch.last_checkpoint(Run(folder))
     assert saved >= 13 and f"goes on from step {saved}" in said
     assert (
         not (folder / "run.json").exists() and not (folder / "adapter_model.safetensors").exists()
@@ -113,8 +114,8 @@ def test_a_training_whose_command_is_killed_saves_and_ends(undisturbed, tiny, ch
     process.kill()
     psutil.wait_procs([child])
     process.communicate()
-    assert launch.last_checkpoint(folder) >= 2
-    assert not (folder / "run.json").exists() and not status.training(folder)
+    assert launch.last_checkpoint(Run(folder)) >= 2
+    assert not (folder / "run.json").exists() and not Run(folder).is_training
 
 
 def test_a_training_told_to_stop_leaves_its_evaluation(undisturbed, tiny, chat_rows, tmp_path):
@@ -135,7 +136,7 @@ def test_a_training_told_to_stop_leaves_its_evaluation(undisturbed, tiny, chat_r
         process.send_signal(number)
         said, error = process.communicate()
         assert process.returncode == 130 and f"goes on from step {step}" in said, said + error
-        assert launch.last_checkpoint(folder) == step and evaluated() == before
+        assert launch.last_checkpoint(Run(folder)) == step and evaluated() == before
         assert not (folder / "stats.json").exists()
     result = run("train", recipe)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -223,14 +224,14 @@ def test_a_checkpoint_is_verified_before_it_is_used(undisturbed, tmp_path, capsy
     flipped = bytearray((newest / "optimizer.pt").read_bytes())
     flipped[len(flipped) // 2] ^= 1
     (newest / "optimizer.pt").write_bytes(flipped)
-    assert launch.last_checkpoint(tmp_path / "run") == 28
+    assert launch.last_checkpoint(Run(tmp_path / "run")) == 28
     assert "checkpoint-30 is damaged and left out" in capsys.readouterr().out
 
     weights = load_file(before / "adapter_model.safetensors")
     next(iter(weights.values())).view(-1)[0] = math.nan
     save_file(weights, before / "adapter_model.safetensors")
     plugin.seal(before)
-    assert launch.last_checkpoint(tmp_path / "run") == 0
+    assert launch.last_checkpoint(Run(tmp_path / "run")) == 0
 
 
 def test_data_that_changed_under_a_half_done_run_is_told(undisturbed, tmp_path, capsys):
@@ -245,7 +246,7 @@ def test_data_that_changed_under_a_half_done_run_is_told(undisturbed, tmp_path, 
     assert launch.prepare(moved, before | {"data": ["another"]}, force=False)
     said = capsys.readouterr().out
     assert f"starts afresh: the data changed ({path})" in said and "run.previous" in said
-    assert launch.last_checkpoint(tmp_path / "run") == 0
+    assert launch.last_checkpoint(Run(tmp_path / "run")) == 0
     assert (tmp_path / "run.previous" / "checkpoint-28").is_dir()
 
     other = before | {"config": before["config"] | {"lora_r": 8}}
@@ -281,7 +282,7 @@ def test_a_loss_that_is_lost_stops_the_training(tiny, chat_rows, tmp_path, rate,
     finished = ("run.json", "stats.json", "adapter_model.safetensors")
     assert not any((folder / name).exists() for name in finished)
     at = int(re.search(r"step (\d+)", error)[1])
-    assert launch.last_checkpoint(folder) < at  # nothing of the lost step is kept
+    assert launch.last_checkpoint(Run(folder)) < at  # nothing of the lost step is kept
 
 
 def test_a_loss_diverges_where_it_doubles_or_its_gradient_explodes():
@@ -404,7 +405,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(tiny, chat_r
         error = failed(run("train", recipe))
         assert "no space left on the disk" in error
         assert not (disk / "run.json").exists()
-        kept = launch.last_checkpoint(disk)
+        kept = launch.last_checkpoint(Run(disk))
         assert f"goes on from step {kept}" in error
         subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
         result = run("train", recipe)
@@ -457,36 +458,36 @@ def test_status_tells_what_trains_and_what_is_done(undisturbed, monkeypatch):
     monkeypatch.setattr(status, "RUNS", undisturbed.parent)
     rows = {row["run"]: row for row in status.all_runs()}
     assert (rows["r4"]["state"], rows["r4"]["step"]) == ("finished", 30)
-    with launch.only_one(undisturbed):
+    with Run(undisturbed).lock():
         assert status.all_runs()[0]["state"] == "training"
 
 
 def test_status_keeps_no_training_from_starting(tmp_path):
     script = "import sys, pathlib; from tools import status\nwhile True:"
-    script += " status.training(pathlib.Path(sys.argv[1]))"
-    with launch.only_one(tmp_path / "run"):
+    script += " Run(pathlib.Path(sys.argv[1])).is_training"
+    with Run(tmp_path / "run").lock():
         looking = subprocess.Popen(
             [sys.executable, "-c", script, tmp_path / "run"], cwd=common.ROOT
         )
     try:
         for _ in range(3000):
             assert looking.poll() is None
-            with launch.only_one(tmp_path / "run"):
-                assert status.training(tmp_path / "run")
-            assert not status.training(tmp_path / "run")
+            with Run(tmp_path / "run").lock():
+                assert Run(tmp_path / "run").is_training
+            assert not Run(tmp_path / "run").is_training
     finally:
         looking.kill()
         looking.wait()
 
 
 def test_the_lock_lives_as_long_as_the_process_that_inherited_it(tmp_path):
-    with launch.only_one(tmp_path / "run") as lock:
+    with Run(tmp_path / "run").lock() as lock:
         child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=[lock])
-    assert status.training(tmp_path / "run")
-    with pytest.raises(common.JobFailed, match="under way"), launch.only_one(tmp_path / "run"):
+    assert Run(tmp_path / "run").is_training
+    with pytest.raises(common.JobFailed, match="under way"), Run(tmp_path / "run").lock():
         pass
     child.communicate()
-    assert not status.training(tmp_path / "run")
+    assert not Run(tmp_path / "run").is_training
 
 
 @pytest.fixture
@@ -513,9 +514,9 @@ def shared():
 def test_what_another_user_began_is_one_line_that_names_the_owner(shared, whose):
     folder, other_user = shared
     if "lock" in whose:
-        status.lock_file(folder / "run").touch()
+        Run(folder / "run").lock_file.touch()
     if whose == "parent with a lock":
-        status.lock_file(folder / "run").chmod(0o666)
+        Run(folder / "run").lock_file.chmod(0o666)
     elif whose != "parent":
         folder.chmod(0o777)
     if whose == "run":
@@ -523,7 +524,7 @@ def test_what_another_user_began_is_one_line_that_names_the_owner(shared, whose)
     refused = pytest.raises(
         common.JobFailed, match=r"cannot be written to: Permission denied \(.* root"
     )
-    with other_user(), refused as error, launch.only_one(folder / "run"):
+    with other_user(), refused as error, Run(folder / "run").lock():
         pass
     assert "\n" not in str(error.value)
 
@@ -537,8 +538,8 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(shared, undistu
         other_user(),
         pytest.raises(common.JobFailed, match="optimizer.pt cannot be read: .* root"),
     ):
-        launch.last_checkpoint(folder)
-    assert launch.last_checkpoint(folder) == 30
+        launch.last_checkpoint(Run(folder))
+    assert launch.last_checkpoint(Run(folder)) == 30
 
 
 def test_one_run_that_cannot_be_read_does_not_hide_the_others(shared, monkeypatch):
@@ -550,7 +551,7 @@ def test_one_run_that_cannot_be_read_does_not_hide_the_others(shared, monkeypatc
         (folder / name / "progress.jsonl").write_text('{"step": 1, "steps": 2, "loss": 1.0}\n')
     (folder / "closed").chmod(0o700)
     (folder / "damaged" / "run.json").write_text("{")
-    status.lock_file(folder / "locked").touch(0o600)
+    Run(folder / "locked").lock_file.touch(0o600)
     (folder / "private" / "progress.jsonl").chmod(0o600)
     with other_user():
         rows = {row["run"]: row for row in status.all_runs()}

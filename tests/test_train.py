@@ -14,6 +14,7 @@ import yaml
 
 from tests.conftest import losses, run, write_recipe
 from tools import common, recipes
+from tools.runs import Run
 from tools.train import launch, profiles
 
 METHODS = [
@@ -149,10 +150,10 @@ def test_a_finished_run_is_trained_again_only_where_something_changed(runs, tiny
     assert (runs["r4"] / "run.json").read_bytes() == before
 
     recipe = recipes.find(str(folder / "r4.yaml"))
-    identity = json.loads((recipe.run / "identity.json").read_text())
+    identity = json.loads(recipe.run.identity_file.read_text())
     assert not launch.prepare(recipe, identity, force=False)
     copy = folder / "changed"
-    shutil.copytree(recipe.run, copy)
+    shutil.copytree(recipe.run.folder, copy)
     moved = recipes.Recipe(
         recipe.name, recipe.path, recipe.config | {"output_dir": str(copy)}, "1.0.0"
     )
@@ -163,7 +164,7 @@ def test_a_finished_run_is_trained_again_only_where_something_changed(runs, tiny
 
 def test_two_trainings_of_one_recipe_at_once_are_refused(tmp_path):
     refused = pytest.raises(common.JobFailed, match="under way")
-    with launch.only_one(tmp_path / "run"), refused, launch.only_one(tmp_path / "run"):
+    with Run(tmp_path / "run").lock(), refused, Run(tmp_path / "run").lock():
         pass
 
 

@@ -20,6 +20,7 @@ import yaml
 
 from tools import architectures, recipes
 from tools.common import JobFailed, WrongInput, atomic, nearest, shown
+from tools.runs import RUNS, Run
 from tools.train import plan
 
 # The groups of keys in a rendered recipe, in the order in which they stand.
@@ -223,7 +224,7 @@ def row(name: str) -> dict[str, Any]:
         "method": method,
         "version": recipes.version(name),
         "planned_gpu_bytes": memory(name),
-        "trained": (recipes.ROOT / "runs" / name / "run.json").is_file(),
+        "trained": Run(RUNS / name).is_finished,
     }
 
 
@@ -274,6 +275,5 @@ def show(name: str) -> None:
     print(recipe.path.read_text())
     made = plan.plan(recipe.config, data=recipes.ROOT / recipe.config["datasets"][0]["path"])
     plan.show(recipe.name, made)
-    told = recipe.run / "run.json"
-    if told.is_file():
-        plan.compare(made, json.loads(told.read_text()))
+    if recipe.run.is_finished:
+        plan.compare(made, recipe.run.info)

@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tools.common import ROOT, WrongInput, digest, nearest, parse_yaml, quiet, read_yaml, shown
+from tools.common import ROOT, WrongInput, nearest, parse_yaml, quiet, read_yaml, shown
+from tools.runs import Run
 
 FOLDER = ROOT / "recipes"
 DEFAULT_MODEL = "llama-3.1-8b"
@@ -47,25 +48,16 @@ class Recipe:
     version: str
 
     @property
-    def run(self) -> Path:
-        """The folder of its run."""
-        return (ROOT / self.config["output_dir"]).resolve()
-
-    def intact(self) -> bool:
-        """Whether the run's adapter is the one that its `run.json` tells of."""
-        told = json.loads((self.run / "run.json").read_text()).get("adapter_sha256")
-        adapter = self.run / "adapter_model.safetensors"
-        return adapter.is_file() and digest(adapter) == told
+    def run(self) -> Run:
+        return Run((ROOT / self.config["output_dir"]).resolve())
 
     def trained(self) -> dict[str, Any]:
         """The merged config of its finished run; raises WrongInput without one."""
-        if not (self.run / "run.json").is_file():
+        if not self.run.is_finished:
             raise WrongInput(f"{self.name} is not trained; `make train RECIPE={self.name}` does it")
-        if not self.intact():
-            raise WrongInput(
-                f"{shown(self.run)}: its adapter is not the one that run.json tells of"
-            )
-        return read_yaml(self.run / "config.yaml")
+        if not self.run.is_intact:
+            raise WrongInput(f"{self.run}: its adapter is not the one that run.json tells of")
+        return self.run.config
 
     @property
     def task(self) -> str | None:

@@ -18,17 +18,22 @@
 Beside it lie `.<run>.lock`, which the training holds, and `<run>.previous`, a run moved aside.
 """
 
+import fcntl
 import os
+import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.common import ROOT, digest, json_lines, read_json, read_yaml, shown
+from tools.common import ROOT, JobFailed, digest, json_lines, read_json, read_yaml, shown
 
 RUNS = ROOT / "runs"
 ADAPTER = "adapter_model.safetensors"
 UNKNOWN = "unknown"  # the precision in run.json of an adapter that was pulled without one
+# C's `struct flock` for a whole file: type, whence, start, length, process, and padding.
+FLOCK = "hhqqi4x"
 # Folders inside a run, or hidden ones, that hold no run.
 NO_RUNS = ("checkpoint-", "damaged-", "evals", "prepared", ".")
 
@@ -93,6 +98,12 @@ class Run:
         return self.info_file.is_file()
 
     @property
+    def is_recognized(self) -> bool:
+        """Whether a training, `make train`'s or plain Axolotl's, made the folder."""
+        names = ("identity.json", "adapter_config.json", "checkpoint-*")
+        return any(next(self.folder.glob(name), None) for name in names)
+
+    @property
     def info(self) -> dict[str, Any]:
         """The run.json; {} of a run that is not finished."""
         return read_json(self.info_file) if self.is_finished else {}
@@ -121,6 +132,45 @@ class Run:
             return False
         return digest(self.adapter_file) == self.info.get("adapter_sha256")
 
+    @property
+    def is_training(self) -> bool:
+        """Whether a process holds the lock; looking does not keep a training from taking it."""
+        try:
+            file = open(self.lock_file, "rb")  # noqa: SIM115
+        except FileNotFoundError:
+            return False
+        with file:
+            request = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            answer = fcntl.fcntl(file, fcntl.F_OFD_GETLK, request)
+        return bool(struct.unpack(FLOCK, answer)[0] != fcntl.F_UNLCK)
+
+    @contextmanager
+    def lock(self) -> Iterator[int]:
+        """Holds the lock and yields its file descriptor; raises JobFailed where another holds it.
+
+        The lock belongs to the open file: a training that inherits the descriptor keeps it.
+        """
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            file = open(self.lock_file, "ab")  # noqa: SIM115
+        except OSError as error:
+            raise self._unwritable(Path(error.filename), str(error.strerror)) from None
+        with file:
+            request = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            try:
+                fcntl.fcntl(file, fcntl.F_OFD_SETLK, request)
+            except (BlockingIOError, PermissionError):
+                raise JobFailed(f"another training of {self} is under way") from None
+            place = self.folder if self.folder.exists() else self.folder.parent
+            if not os.access(place, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
+                raise self._unwritable(place, "Permission denied")
+            yield file.fileno()
+
+    def _unwritable(self, path: Path, reason: str) -> JobFailed:
+        return JobFailed(
+            f"{self}, the output_dir, cannot be written to: {reason}{describe_owner(path)}"
+        )
+
     def losses(self) -> list[dict[str, Any]]:
         """The lines of progress.jsonl that have a training loss."""
         return [line for line in json_lines(self.progress_file) if "loss" in line]
@@ -137,6 +187,18 @@ class Run:
             place = self.folder.with_name(f"{self.folder.name}.previous-{number}")
         os.replace(self.folder, place)
         return Run(place)
+
+
+def describe_owner(path: Path) -> str:
+    """Whose a file or folder is, in words, where two users share a checkout; else ""."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    try:
+        if path.stat().st_uid == os.geteuid():
+            return ""
+        return f" ({shown(path)} belongs to the user {path.owner()})"
+    except (OSError, KeyError):  # a user without a name
+        return ""
 
 
 def step_of(checkpoint: Path) -> int:

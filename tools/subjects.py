@@ -7,7 +7,6 @@ An adapter meets the base at the precision that it was trained on, with the prom
 trained on. Where neither is told, it is asked for and not guessed.
 """
 
-import json
 import re
 import sys
 from dataclasses import dataclass
@@ -15,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from tools import adapters, common, models, recipes, sources
-from tools.common import ROOT, WrongInput, read_yaml, shown
+from tools.common import WrongInput, read_yaml, shown
 from tools.prompts import FORMATS, explain_unscorable
-
-RUNS = ROOT / "runs"
+from tools.runs import RUNS, UNKNOWN, Run, list_runs
 
 # The name of an adapter that FinLoRA published, `<task>_<model>_<bits>_r<rank>…`; one begins with
 # its training file. The precision stands nowhere else. They were trained on FinLoRA's prompt and on
@@ -29,7 +27,6 @@ FINLORA = re.compile(
     re.IGNORECASE,
 )
 BITS = {"4bits": models.PRECISIONS["nf4"], "8bits": models.PRECISIONS["int8"], "fp16": {}}
-UNKNOWN = "unknown"  # in run.json: the precision of an adapter that was pulled without one
 
 
 class NotRenderable(WrongInput):
@@ -69,10 +66,11 @@ def of_recipe(
     recipe: recipes.Recipe, base_only: bool, precision: str | None, form: str | None
 ) -> Subject:
     config = recipe.config if base_only else recipe.trained()
-    adapter = None if base_only else recipe.run
-    place = recipe.run.parent
-    form = form or (_told(recipe.run).get("prompt_format") if adapter else None)
-    return _subject(recipe.name, config, adapter, recipe.run, place, recipe.task, precision, form)
+    folder = recipe.run.folder
+    form = form or (None if base_only else recipe.run.info.get("prompt_format"))
+    adapter = None if base_only else folder
+    place = folder.parent
+    return _subject(recipe.name, config, adapter, folder, place, recipe.task, precision, form)
 
 
 def of_folder(
@@ -83,8 +81,8 @@ def of_folder(
     """
     _check_folder(folder)
     folder = folder.resolve()
-    published, run_info = published_name(folder), _told(folder)
-    trained = folder / "config.yaml"
+    published, run_info = published_name(folder), Run(folder).info
+    trained = Run(folder).config_file
     unknown = run_info.get("precision") == UNKNOWN
     if recipe:
         config = recipe.config
@@ -137,12 +135,6 @@ def _check_folder(folder: Path) -> None:
     adapters.inspect(folder)
 
 
-def _told(run: Path) -> dict[str, Any]:
-    """The run.json of a run; empty without one."""
-    path = run / "run.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
 def published_name(folder: Path) -> re.Match[str] | None:
     """FinLoRA's name of an adapter: its folder's, or of a repository in the Hub's cache."""
     names = (part.rpartition("--")[2] for part in reversed(folder.parts))
@@ -175,22 +167,14 @@ def _subject(
     return Subject(name, config, adapter, folder, base_folder, task, form or "chat", suffix)
 
 
-def finished() -> list[Path]:
-    """The folders of all finished runs, and of pulled ones."""
-    found = [*RUNS.glob("*/*/run.json"), *RUNS.glob("hub/*/*/**/run.json")]
-    # `.name…` is in the making; `name.previous` was moved aside.
-    folders = (path.parent for path in found if ".previous" not in path.parent.name)
-    return sorted(folder for folder in folders if not folder.name.startswith("."))
-
-
-def of_run(folder: Path, precision: str | None, form: str | None) -> Subject:
+def of_run(run: Run, precision: str | None, form: str | None) -> Subject:
     """A finished run: of its recipe where that is known, else as an adapter."""
     try:
-        recipe = recipes.find(str(_told(folder).get("recipe") or ""))
+        recipe = recipes.find(str(run.info.get("recipe") or ""))
     except WrongInput:
-        return of_folder(folder, None, precision, form)
-    if recipe.run != folder.resolve():
-        return of_folder(folder, None, precision, form)
+        return of_folder(run.folder, None, precision, form)
+    if recipe.run.folder != run.folder.resolve():
+        return of_folder(run.folder, None, precision, form)
     return of_recipe(recipe, False, precision, form)
 
 
@@ -218,12 +202,13 @@ def find(
 
 def all_finished(precision: str | None, form: str | None) -> list[Subject]:
     """Every finished run that can be scored; the others are named on stderr."""
-    if not finished():
+    runs = [run for run in list_runs() if run.is_finished]
+    if not runs:
         raise WrongInput("no run is finished; `make train RECIPE=…` makes one")
     found = []
-    for folder in finished():
+    for run in runs:
         try:
-            found.append(of_run(folder, precision, form))
+            found.append(of_run(run, precision, form))
         except WrongInput as error:
-            print(f"eval       {shown(folder)} left out: {error}", file=sys.stderr)
+            print(f"eval       {run} left out: {error}", file=sys.stderr)
     return found

@@ -196,7 +196,7 @@ def titles(recipe: recipes.Recipe) -> dict[str, str]:
     except WrongInput:
         return {
             "model": str(recipe.config["base_model"]).rstrip("/").rsplit("/", 1)[-1],
-            "task": recipe.task or recipe.run.name,
+            "task": recipe.task or recipe.run.folder.name,
             "method": str(recipe.config.get("adapter")),
         }
     rows = recipes.matrix()

@@ -7,7 +7,6 @@ HF_HUB_OFFLINE=1 works from the cache, and the token is HF_TOKEN or that of `hf 
 """
 
 import hashlib
-import json
 import os
 import re
 import sys
@@ -19,9 +18,8 @@ from typing import Any
 from tools import adapters, architectures, common, recipes
 from tools.common import ROOT, JobFailed, WrongInput, digest
 
-RUNS = ROOT / "runs"
 FINLORA = "wangd12"  # who published FinLoRA's adapters
-CARD, RUN, CONFIG, ORIGIN = "README.md", "run.json", "config.yaml", "hub.json"
+CARD, RUN, CONFIG = "README.md", "run.json", "config.yaml"
 MIB = 2**20
 # What a run's repository holds, and how large each may be. `adapter_model.safetensors` may be as
 # large as its config implies. Nothing else is sent or taken: no pickle, no code.
@@ -190,9 +188,3 @@ def base_revision(base: str, config: dict[str, Any]) -> str:
     if isinstance(cached, str):
         return Path(cached).parent.name
     return str(recipes.base_model(base)[1].get("revision", "main"))
-
-
-def origin(target: Path) -> dict[str, Any]:
-    """The hub.json of a pulled run; empty for one that was trained here."""
-    path = target / ORIGIN
-    return json.loads(path.read_text()) if path.is_file() else {}

@@ -9,7 +9,8 @@ import sys
 from typing import Any
 
 from tools.hub import card
-from tools.hub.client import RUNS, hub, origin, plainly
+from tools.hub.client import hub, plainly
+from tools.runs import list_runs
 
 
 def shortly(found: list[tuple[str, str, float]]) -> str:
@@ -26,21 +27,20 @@ def local_runs() -> list[tuple[str, str, str, str]]:
     from evals import report
 
     rows = []
-    for path in sorted([*RUNS.glob("*/*/run.json"), *RUNS.glob("hub/*/*/**/run.json")]):
-        run, told = path.parent, json.loads(path.read_text())
-        if ".previous" in run.name:
+    for run in list_runs():
+        if not run.is_finished:
             continue
-        found = []
-        for file in sorted((run / "evals").glob("*.json")):
+        told, found = run.info, []
+        for file in run.score_files:
             content = json.loads(file.read_text())
             if content["evaluated"].get("adapter_sha256") == told.get("adapter_sha256"):
                 name = content["evaluated"]["dataset"]
                 for metric, value in card.metrics(content).items():
                     found.append((name, report.title(metric), value["value"]))
-        source = origin(run)
+        source = run.origin
         where = f"{source['repo']} at {source['commit'][:12]}" if source else "trained here"
         version = told.get("recipe_version") or "–"
-        rows.append((str(run.relative_to(RUNS)), str(version), shortly(found), where))
+        rows.append((run.name, str(version), shortly(found), where))
     return rows
 
 

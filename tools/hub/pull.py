@@ -9,7 +9,6 @@ It is taken at one commit, which `hub.json` records beside the digests of its fi
 bytes (tools/adapters.py) before it is put in its place. What was cut off goes on where it stopped.
 """
 
-import json
 import os
 import re
 import shutil
@@ -26,20 +25,18 @@ from tools.hub.client import (
     CONFIG,
     LIMITS,
     MIB,
-    ORIGIN,
     RUN,
-    RUNS,
     SCORES,
     SCORES_LIMIT,
     hub,
     hub_name,
     matches,
-    origin,
     plainly,
     repository,
     same_base,
     tree,
 )
+from tools.runs import RUNS, UNKNOWN, Run
 
 
 @dataclass(frozen=True)
@@ -174,7 +171,7 @@ def describe(
         # FinLoRA trained on [INST] … [/INST] and not on the chat template.
         told |= {"prompt_format": "finlora"} if published else {}
         if not (recipe or published or precision or (folder / CONFIG).is_file()):
-            told |= {"precision": subjects.UNKNOWN}
+            told |= {"precision": UNKNOWN}
         write_json(run, told)
     if (folder / CONFIG).is_file():
         config = safe_config((folder / CONFIG).read_bytes(), f"{source}/{CONFIG}")
@@ -235,20 +232,10 @@ def architecture(api: Any, base: str) -> architectures.Model:
 
 def unchanged(target: Path) -> bool:
     """Whether every file of a pulled run is still what was pulled."""
-    files = origin(target).get("local", {})
+    files = Run(target).origin.get("local", {})
     return bool(files) and all(
         (target / name).is_file() and digest(target / name) == sha for name, sha in files.items()
     )
-
-
-def aside(target: Path) -> Path:
-    """Moves a run folder to `<run>.previous`, or the next free name like it."""
-    place, number = target.with_name(f"{target.name}.previous"), 1
-    while place.exists():
-        number += 1
-        place = target.with_name(f"{target.name}.previous-{number}")
-    os.replace(target, place)
-    return place
 
 
 def bring(
@@ -267,7 +254,7 @@ def bring(
         commit = str(first.commit_hash)
         if not re.fullmatch("[0-9a-f]{40}", commit):
             raise JobFailed(f"{repo}: the Hub names no commit")
-        told = origin(target)
+        told = Run(target).origin
         same = (told.get("repo"), told.get("folder", ""), told.get("commit"))
         same_precision = precision in (None, told.get("precision"))
         if same == (repo, source.folder, commit) and same_precision and unchanged(target):
@@ -328,9 +315,9 @@ def bring(
                 "remote": {name: there[name][1] for name in names},
                 "local": local,
             }
-            write_json(part / ORIGIN, content)
+            write_json(Run(part).origin_file, content)
             if target.is_dir() and any(target.iterdir()):
-                print(f"pull       what was there is in {shown(aside(target))}")
+                print(f"pull       what was there is in {Run(target).move_aside()}")
             elif target.is_dir():
                 target.rmdir()
             os.replace(part, target)
@@ -352,8 +339,6 @@ class Request:
 
 def pull(request: Request, force: bool = False) -> Path:
     """Brings an adapter into its run folder, which it returns."""
-    from tools.train.launch import only_one
-
     name, named, precision = request.recipe, request.adapter, request.precision
     namespace, revision = (request.namespace or "").strip(), (request.revision or "").strip()
     if bool(name) == bool(named):
@@ -362,7 +347,7 @@ def pull(request: Request, force: bool = False) -> Path:
     if recipe and precision:
         raise WrongInput("PRECISION= goes with ADAPTER=…; a recipe has its own")
     if recipe:
-        source, target = Source(repository(recipe, namespace)), recipe.run
+        source, run = Source(repository(recipe, namespace)), recipe.run
     else:
         place = str(named).strip().removeprefix("https://huggingface.co/").strip("/")
         owner, _, rest = place.replace("/tree/main", "").partition("/")
@@ -372,19 +357,20 @@ def pull(request: Request, force: bool = False) -> Path:
                 f'ADAPTER "{named}" is no name on the Hub: owner/name, or owner/name/folder'
             )
         source = Source(f"{owner}/{repo}", f"{folder}/" if folder else "")
-        target = RUNS / "hub" / str(source)
+        run = Run(RUNS / "hub" / str(source))
     repo = str(source)
     # Folders of the same repository that were pulled before may lie inside, with their locks.
-    inside = [path for path in target.glob("[!.]*") if not any(path.glob(f"**/{ORIGIN}"))]
-    if inside and not (origin(target) or force):
-        raise WrongInput(f"{shown(target)} was made here; FORCE=1 moves it aside and pulls {repo}")
-    with only_one(target):
-        commit = bring(hub(), source, revision or "main", target, recipe, precision)
-    told = origin(target)
+    name = run.origin_file.name
+    inside = [path for path in run.folder.glob("[!.]*") if not any(path.glob(f"**/{name}"))]
+    if inside and not (run.origin or force):
+        raise WrongInput(f"{run} was made here; FORCE=1 moves it aside and pulls {repo}")
+    with run.lock():
+        commit = bring(hub(), source, revision or "main", run.folder, recipe, precision)
+    told = run.origin
     if commit is None:
-        print(f"pull       {repo} at {told['commit'][:12]} is there already: {shown(target)}")
+        print(f"pull       {repo} at {told['commit'][:12]} is there already: {run}")
     else:
-        print(f"pull       {repo} at {commit[:12]}: {shown(target)}")
-    if json.loads((target / RUN).read_text()).get("precision") == subjects.UNKNOWN:
+        print(f"pull       {repo} at {commit[:12]}: {run}")
+    if run.info.get("precision") == UNKNOWN:
         print("pull       its precision is not known: say PRECISION=… where the adapter is used")
-    return target
+    return run.folder

@@ -17,14 +17,13 @@ from typing import Any
 import yaml
 
 from tools import adapters, architectures, common, models, recipes
-from tools.common import ROOT, SECRET, JobFailed, WrongInput, shown
+from tools.common import ROOT, SECRET, JobFailed, WrongInput
 from tools.hub import card
 from tools.hub.client import (
     CARD,
     CONFIG,
     LIMITS,
     MIB,
-    ORIGIN,
     RUN,
     SCORES,
     Contents,
@@ -36,6 +35,7 @@ from tools.hub.client import (
     repository,
     tree,
 )
+from tools.runs import Run
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 LATER = 5  # times that a push looks again after somebody else's
@@ -62,23 +62,24 @@ LONGEST = 200  # characters of such a text
 
 def finished(recipe: recipes.Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     """(run.json, merged config) of a run that may be published; raises WrongInput."""
-    if not (recipe.run / RUN).is_file() and next(recipe.run.glob("checkpoint-*"), None):
+    run = recipe.run
+    if not run.is_finished and run.checkpoints():
         name = recipe.name
-        raise WrongInput(f"{shown(recipe.run)} is unfinished; `make train RECIPE={name}` goes on")
+        raise WrongInput(f"{run} is unfinished; `make train RECIPE={name}` goes on")
     config = recipe.trained()
-    told = json.loads((recipe.run / RUN).read_text())
+    told = run.info
     stale = (
         told.get("recipe_version") == recipe.version and told.get("recipe_digest") != recipe.digest
     )
-    if stale and not (recipe.run / ORIGIN).is_file():
+    if stale and not run.origin:
         raise WrongInput(
-            f"{recipe.name} {recipe.version} is not what {shown(recipe.run)} was trained with; "
+            f"{recipe.name} {recipe.version} is not what {run} was trained with; "
             f"`make train RECIPE={recipe.name}` trains it"
         )
-    adapters.inspect(recipe.run)
+    adapters.inspect(run.folder)
     base = recipes.canonical(hub_name(str(config["base_model"])))
     if model := architectures.models().get(base.lower()):
-        adapters.check(recipe.run, model)
+        adapters.check(run.folder, model)
     return told, config
 
 
@@ -91,9 +92,9 @@ def scores(
     prompt that it was trained on and with most rows.
     """
     precision = models.precision(config)
-    beside = recipe.run.with_name(f"base_{precision}") / "evals"
+    beside = Run(recipe.run.folder.with_name(f"base_{precision}")).scores_folder
     found: dict[str, tuple[tuple[bool, int], dict[str, Any]]] = {}
-    for path in sorted((recipe.run / "evals").glob("*.json")):
+    for path in recipe.run.score_files:
         content = json.loads(path.read_text())
         about = content["evaluated"]
         here = (about.get("adapter_sha256"), about.get("precision"))
@@ -170,9 +171,10 @@ def tokenizer(recipe: recipes.Recipe, config: dict[str, Any], base: str) -> list
             return path.read_text()
         return content(place, "tokenizer_config.json").get("chat_template")
 
-    names = list(TOKENIZER) if told(recipe.run) != told(folder) else []
-    names += ["chat_template.jinja"] if template(recipe.run) != template(folder) else []
-    return [recipe.run / name for name in names if (recipe.run / name).is_file()]
+    own = recipe.run.folder
+    names = list(TOKENIZER) if told(own) != told(folder) else []
+    names += ["chat_template.jinja"] if template(own) != template(folder) else []
+    return [own / name for name in names if (own / name).is_file()]
 
 
 def contents(
@@ -186,7 +188,7 @@ def contents(
             f"{recipe.name} has no scores; `make eval RECIPE={recipe.name}` makes them "
             "(FORCE=1 publishes without, and the card says so)"
         )
-    settings = common.parse_json((recipe.run / adapters.CONFIG).read_bytes(), adapters.CONFIG)
+    settings = common.read_json(recipe.run.folder / adapters.CONFIG)
     base = hub_name(str(config["base_model"]))
     # What training and scoring recorded counts more than what the cache holds by now.
     known = [settings.get("revision"), told.get("base_revision")]
@@ -194,12 +196,12 @@ def contents(
     revision = next(filter(None, known), None) or base_revision(base, config)
     settings |= {"base_model_name_or_path": base, "revision": revision}
     files: Contents = {
-        adapters.WEIGHTS: recipe.run / adapters.WEIGHTS,
+        adapters.WEIGHTS: recipe.run.adapter_file,
         adapters.CONFIG: json.dumps(settings, indent=2).encode() + b"\n",
     }
     files |= {path.name: path for path in tokenizer(recipe, config, base)}
     # To the byte what Axolotl was given, unless it names places of this machine.
-    files[CONFIG] = (recipe.run / CONFIG).read_bytes()
+    files[CONFIG] = recipe.run.config_file.read_bytes()
     if (clean := portable(config)) != config:
         clean["base_model"] = (
             base if str(config["base_model"]).startswith("/") else config["base_model"]
@@ -367,7 +369,7 @@ def push(name: str, namespace: str | None, options: Options) -> None:
         raise WrongInput("NAMESPACE=… is needed: your user name or organisation on the Hub")
     repo = repository(recipe, namespace)
     tag, files = contents(recipe, repo, options.force, options.price)
-    data = json.loads((recipe.run / RUN).read_text()).get("data") or []
+    data = recipe.run.info.get("data") or []
     if options.public and (why := card.forbidden(data)):
         raise WrongInput(f"{recipe.name} must not be public: {why}. Without PUBLIC=1 it is private")
     sizes = {n: c.stat().st_size if isinstance(c, Path) else len(c) for n, c in files.items()}

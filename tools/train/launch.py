@@ -25,9 +25,8 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,11 +42,13 @@ from tools.common import (
     WrongInput,
     atomic,
     digest,
+    read_json,
     shown,
     write_json,
 )
 from tools.prompts import explain_unscorable
-from tools.train import plan, profiles, progress, status
+from tools.runs import Run, describe_owner, step_of
+from tools.train import plan, profiles, progress
 
 PACKAGES = ["torch", "transformers", "peft", "bitsandbytes", "axolotl", "accelerate", "datasets"]
 DISK = 2e9  # bytes that must be free: checkpoints, prepared data, log
@@ -246,45 +247,6 @@ def refuse_unusable(recipe: recipes.Recipe) -> None:
         )
 
 
-@contextmanager
-def only_one(run: Path) -> Iterator[int]:
-    """Holds the run's lock and yields its file descriptor; raises JobFailed where another has it.
-
-    The training process inherits the descriptor, so the lock lives exactly as long as either.
-    """
-    lock = status.lock_file(run)
-    try:
-        run.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "ab")  # noqa: SIM115
-    except OSError as error:
-        raise unwritable(run, Path(error.filename), str(error.strerror)) from None
-    with file:
-        if not status.take_lock(file.fileno()):
-            raise JobFailed(f"another training of {shown(run)} is under way")
-        place = run if run.exists() else run.parent
-        if not os.access(place, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
-            raise unwritable(run, place, "Permission denied")
-        yield file.fileno()
-
-
-def unwritable(run: Path, path: Path, reason: str) -> JobFailed:
-    return JobFailed(
-        f"{shown(run)}, the output_dir, cannot be written to: {reason}{owner_of(path)}"
-    )
-
-
-def owner_of(path: Path) -> str:
-    """Says whose a file or folder is, where it is another user's: two share one checkout."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    try:
-        if path.stat().st_uid == os.geteuid():
-            return ""
-        return f" ({shown(path)} belongs to the user {path.owner()})"
-    except (OSError, KeyError):  # a user without a name
-        return ""
-
-
 def require_space(run: Path) -> None:
     """Raises JobFailed where this project's disk is nearly full, or that of a run elsewhere is."""
     while not run.exists():
@@ -320,19 +282,16 @@ def sound(checkpoint: Path) -> bool:
         return whole and finite and bool(names) and state["global_step"] == step_of(checkpoint)
     except PermissionError as error:  # another user's, and perhaps sound
         path = Path(error.filename or checkpoint)
-        raise JobFailed(f"{shown(path)} cannot be read: {error.strerror}{owner_of(path)}") from None
+        raise JobFailed(
+            f"{shown(path)} cannot be read: {error.strerror}{describe_owner(path)}"
+        ) from None
     except (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile):
         return False
 
 
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def last_checkpoint(run: Path) -> int:
+def last_checkpoint(run: Run) -> int:
     """The step of the newest sound checkpoint, 0 without one; damaged ones are renamed."""
-    folders = [path for path in run.glob("checkpoint-*") if path.name[11:].isdigit()]
-    for folder in sorted(folders, key=step_of, reverse=True):
+    for folder in run.checkpoints():
         if sound(folder):
             return step_of(folder)
         print(f"train      {shown(folder)} is damaged and left out")
@@ -362,42 +321,35 @@ def changed(before: dict[str, Any], now: dict[str, Any]) -> str:
 def prepare(recipe: recipes.Recipe, identity: dict[str, Any], force: bool) -> bool:
     """Makes the run folder ready; False where the run is finished and still what is asked for."""
     run = recipe.run
-    written = run / "identity.json"
-    done = (run / "run.json").is_file()
-    before = json.loads(written.read_text()) if written.is_file() else None
-    # An adapter that something else wrote over is not what run.json tells of.
-    damaged = done and not recipe.intact()
+    done, before = run.is_finished, run.identity
+    # An adapter that something else wrote over is not the one of run.json.
+    damaged = done and not run.is_intact
     same = before == identity and not damaged and not (force and done)
     if same and done:
         return False
-    require_space(run)
+    require_space(run.folder)
     if same:
-        shutil.rmtree(run / ".writing", ignore_errors=True)
+        shutil.rmtree(run.folder / ".writing", ignore_errors=True)
         if step := last_checkpoint(run):
             print(f"train      goes on from step {step}")
         return True
-    if run.is_dir() and any(run.iterdir()):
-        ours = ("identity.json", "adapter_config.json", "checkpoint-*")
-        if not any(next(run.glob(name), None) for name in ours):
-            raise WrongInput(f"{shown(run)}, the output_dir of {recipe.name}, holds other files")
+    if run.folder.is_dir() and any(run.folder.iterdir()):
+        if not run.is_recognized:
+            raise WrongInput(f"{run}, the output_dir of {recipe.name}, holds other files")
         # Nothing that took hours is deleted: what is there moves aside, whoever made it.
-        aside, number = run.with_name(f"{run.name}.previous"), 1
-        while aside.exists():
-            number += 1
-            aside = run.with_name(f"{run.name}.previous-{number}")
-        os.replace(run, aside)
+        aside = run.move_aside()
         why = "FORCE=1"
         if before != identity:
             why = changed(before, identity) if before else "it was not begun by `make train`"
         elif damaged:
             why = "the adapter is not the one that run.json tells of"
-        print(f"train      starts afresh: {why}; what was there is in {shown(aside)}")
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(written, identity)
+        print(f"train      starts afresh: {why}; what was there is in {aside}")
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_json(run.identity_file, identity)
     return True
 
 
-def follow(process: subprocess.Popen[bytes], run: Path) -> None:
+def follow(process: subprocess.Popen[bytes], run: Run) -> None:
     """Shows the training's progress until its process ends."""
     from rich.console import Console
     from rich.progress import (
@@ -416,7 +368,7 @@ def follow(process: subprocess.Popen[bytes], run: Path) -> None:
         TextColumn("{task.description}"),
         TimeRemainingColumn(),
     )
-    tail, seen, said = progress.Tail(run / "progress.jsonl"), 0, time.monotonic()
+    tail, seen, said = progress.Tail(run.progress_file), 0, time.monotonic()
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         job = bar.add_task("loading the model", total=None)
         while True:
@@ -526,11 +478,11 @@ def stop(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
-def axolotl(run: Path, place: Path, config: dict[str, Any], machines: Machines, lock: int) -> None:
+def axolotl(run: Run, place: Run, config: dict[str, Any], machines: Machines, lock: int) -> None:
     """Runs `axolotl train` on the config in `place`; raises JobFailed where it does not finish."""
-    arguments = ["train", shown(place / "config.yaml"), *machines.launcher()]
+    arguments = ["train", shown(place.config_file), *machines.launcher()]
     print(f"train      axolotl {' '.join(arguments)}", flush=True)
-    log = place / "train.log"
+    log = place.log_file
     start = log.stat().st_size if log.is_file() else 0
     with open(log, "ab") as output:
         process = subprocess.Popen(
@@ -548,12 +500,12 @@ def axolotl(run: Path, place: Path, config: dict[str, Any], machines: Machines, 
             follow(process, run)
         except BaseException:
             stop(process)
-            if not (run / "stats.json").is_file():
+            if not run.stats_file.is_file():
                 step = last_checkpoint(run)
                 after = f"from step {step}" if step else "from the start"
                 print(f"train      stopped; the same command goes on {after}", flush=True)
             raise
-    if machines.rank == 0 and not (run / "stats.json").is_file():
+    if machines.rank == 0 and not run.stats_file.is_file():
         why = cause(log, start, process.returncode, config, machines.processes)
         step = last_checkpoint(run)
         on = f"; the same command goes on from step {step}" if step else ""
@@ -566,7 +518,7 @@ def axolotl(run: Path, place: Path, config: dict[str, Any], machines: Machines, 
 def finish(recipe: recipes.Recipe, profile: str, data: list[dict[str, Any]]) -> dict[str, Any]:
     """Writes `run.json`, the last file of a run, and returns it."""
     run = recipe.run
-    stats = json.loads((run / "stats.json").read_text())
+    stats = read_json(run.stats_file)
     content = {
         "recipe": recipe.name,
         "recipe_version": recipe.version,
@@ -574,15 +526,15 @@ def finish(recipe: recipes.Recipe, profile: str, data: list[dict[str, Any]]) -> 
         "profile": profile,
         "base_model": recipe.config["base_model"],
         "data": data,
-        "adapter_sha256": digest(run / "adapter_model.safetensors"),
+        "adapter_sha256": digest(run.adapter_file),
         **stats,
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    write_json(run / "run.json", content)
-    (run / "stats.json").unlink()
+    write_json(run.info_file, content)
+    run.stats_file.unlink()
     return content
 
 
@@ -602,16 +554,17 @@ def execute(
     identity = json.loads(json.dumps(identity))
     run = place = recipe.run
     if machines.rank:  # beside the run, which machine 0 makes where they share a disk
-        place = run.with_name(f".{run.name}.node{machines.rank}")
-    with only_one(place) as lock:
+        name = f".{run.folder.name}.node{machines.rank}"
+        place = Run(run.folder.with_name(name))
+    with place.lock() as lock:
         if machines.rank:
-            place.mkdir(parents=True, exist_ok=True)
+            place.folder.mkdir(parents=True, exist_ok=True)
         elif not prepare(recipe, identity, force):
-            print(f"train      {shown(run)} is finished (FORCE=1 trains it again)")
-            return json.loads((run / "run.json").read_text())
-        with atomic(place / "config.yaml") as file:
+            print(f"train      {run} is finished (FORCE=1 trains it again)")
+            return run.info
+        with atomic(place.config_file) as file:
             file.write(yaml.safe_dump(content, sort_keys=False).encode())
-        if machines.rank or not (run / "stats.json").is_file():
+        if machines.rank or not run.stats_file.is_file():
             axolotl(run, place, content, machines, lock)
         return {} if machines.rank else finish(recipe, profile, data)
 
@@ -627,13 +580,13 @@ def train(name: str, choice: profiles.Choice, cluster: Cluster, force: bool) -> 
     here = profiles.hardware()
     profile, nproc, why = profiles.choose(here, choice, cluster.nnodes)
     machines = Machines(nproc, cluster)
-    if not force and not (recipe.run / "identity.json").is_file():
+    if not force and not recipe.run.identity_file.is_file():
         fits(recipe, here, profile)
     refuse_unusable(recipe)
     # Axolotl's schema loads torch, and this process stays beside the training: a child's gigabyte.
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
         child.submit(recipes.validate, recipe.config, shown(recipe.path)).result()
-    if recipe.run in (ROOT, ROOT / "runs", *ROOT.parents):
+    if recipe.run.folder in (ROOT, ROOT / "runs", *ROOT.parents):
         raise WrongInput(f"{shown(recipe.path)}: output_dir must be a folder of its own")
     smollm2.ensure(recipe.config["base_model"])
     data = data_of(recipe)
@@ -665,5 +618,5 @@ def train(name: str, choice: profiles.Choice, cluster: Cluster, force: bool) -> 
     print(
         f"train      done: {run['steps']} steps in {minutes:.1f} min, "
         f"loss {'-' if loss is None else round(loss, 3)}, "
-        f"peak memory {run['peak_memory_bytes'] / 1e9:.1f} GB; adapter in {shown(recipe.run)}"
+        f"peak memory {run['peak_memory_bytes'] / 1e9:.1f} GB; adapter in {recipe.run}"
     )

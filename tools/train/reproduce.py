@@ -8,33 +8,32 @@ adapter comes out the same to the bit; on a GPU some kernels add in an order of 
 """
 
 import importlib.metadata
-import json
 from pathlib import Path
 
 from tools import recipes, smollm2
-from tools.common import ROOT, JobFailed, WrongInput, read_yaml, shown
+from tools.common import ROOT, JobFailed, WrongInput, shown
+from tools.runs import Run
 from tools.train import launch, profiles
 
 
-def again(run: Path) -> tuple[recipes.Recipe, launch.Machines]:
+def again(run: Run) -> tuple[recipes.Recipe, launch.Machines]:
     """The recipe that trains a finished run again, beside it, and how many processes do."""
-    if not (run / "run.json").is_file():
-        raise WrongInput(f"{shown(run)} is no finished run: it has no run.json")
-    told = json.loads((run / "run.json").read_text())
-    config = read_yaml(run / "config.yaml")
-    beside = run.with_name(f"{run.name}.reproduced")
+    if not run.is_finished:
+        raise WrongInput(f"{run} is no finished run: it has no run.json")
+    told, config = run.info, run.config
+    beside = run.folder.with_name(f"{run.folder.name}.reproduced")
     config["output_dir"] = shown(beside)
     config["dataset_prepared_path"] = shown(beside / "prepared")
-    recipe = recipes.Recipe(told["recipe"], run / "config.yaml", config, told["recipe_version"])
+    recipe = recipes.Recipe(told["recipe"], run.config_file, config, told["recipe_version"])
     for was, now in zip(told["data"], launch.data_of(recipe), strict=True):
         if was["sha256"] != now["sha256"]:
-            raise WrongInput(f"{was['path']} is not what {shown(run)} was trained on")
+            raise WrongInput(f"{was['path']} is not what {run} was trained on")
     return recipe, launch.Machines(nproc=told.get("processes", 1))
 
 
-def differing(run: Path) -> list[str]:
+def differing(run: Run) -> list[str]:
     """What of packages and device is not what it was, in words."""
-    told = json.loads((run / "run.json").read_text())
+    told = run.info
     here = profiles.hardware()["gpus"]
     device = here[0][0] if here else "cpu"
     now = {name: importlib.metadata.version(name) for name in told["packages"]}
@@ -44,9 +43,9 @@ def differing(run: Path) -> list[str]:
 
 def reproduce(folder: Path) -> None:
     """Trains a finished run again; raises JobFailed where a CPU does not give the same adapter."""
-    run = (ROOT / folder).resolve()
+    run = Run((ROOT / folder).resolve())
     recipe, machines = again(run)
-    told = json.loads((run / "run.json").read_text())
+    told = run.info
     if other := differing(run):
         print(f"reproduce  differs from then: {'; '.join(other)}")
     smollm2.ensure(recipe.config["base_model"])
@@ -57,4 +56,4 @@ def reproduce(folder: Path) -> None:
         f"the adapters are {'the same to the bit' if same else 'not the same'}"
     )
     if not same and made["device"] == "cpu" and not other:
-        raise JobFailed(f"{shown(recipe.run)} is not what {shown(run)} holds")
+        raise JobFailed(f"{recipe.run} is not what {run} holds")

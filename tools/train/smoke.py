@@ -24,6 +24,7 @@ from typing import Any
 from tools import architectures, models, recipes, smollm2
 from tools.common import ROOT, JobFailed, WrongInput, json_lines, quiet, shown
 from tools.data import lengths
+from tools.runs import Run
 from tools.train import launch, plan, profiles
 
 FOLDER = ROOT / "runs" / ".smoke"
@@ -168,7 +169,7 @@ def smoke_config(recipe: recipes.Recipe, batch: Batch, twin: Path | None) -> dic
 @contextmanager
 def smoke_folder() -> Iterator[None]:
     """runs/.smoke, empty at first and removed afterwards; kept where the trial failed."""
-    with launch.only_one(FOLDER):  # two at once would remove each other's
+    with Run(FOLDER).lock():  # two at once would remove each other's
         launch.require_space(FOLDER)
         shutil.rmtree(FOLDER, ignore_errors=True)
         yield
