@@ -1,10 +1,10 @@
-"""Measures tools/data/convert.py against the least that such a job costs and against what people use.
+"""Measures a conversion against the least that such a job costs and against what people use.
 
     python -m bench.convert                      files of 100 MB with short, long and mixed rows
     python -m bench.convert --mb 2000 --kinds mixed --rounds 1
 
     limit      a loop that parses each row with orjson and writes its chat row with orjson
-    convert    tools.data.convert: every check, labels, digests of source and output, manifest
+    convert    tools.data.chatfile: every check, labels, digests of source and output, manifest
     datasets   load_dataset("json").map(…).to_json(…)
 
 Rows are made up, in the shapes of FinLoRA's: `short` as in sentiment (0.3 kB), `long` as in XBRL
@@ -73,9 +73,10 @@ def limit(source: Path, target: Path, kind: str) -> None:
 
 
 def convert(source: Path, target: Path, kind: str) -> None:
-    from tools.data.convert import Rules, convert
+    from tools.data.chatfile import convert_rows
+    from tools.data.rows import Rules
 
-    convert(source, target, Rules(frozenset(LABELS if kind == "short" else ())))
+    convert_rows(source, target, Rules(frozenset(LABELS if kind == "short" else ())))
 
 
 def datasets(source: Path, target: Path, kind: str) -> None:
@@ -112,9 +113,7 @@ def run(name: str, source: str, target: str, kind: str, cores: str) -> None:
     if name == "datasets":
         import datasets as _datasets  # noqa: F401
     else:
-        import numpy  # noqa: F401
-
-        import tools.data.convert  # noqa: F401
+        import tools.data.chatfile  # noqa: F401
     before, worked = time.perf_counter(), time.process_time()
     globals()[name](Path(source), Path(target), kind)
     found = {"seconds": time.perf_counter() - before, "worked": time.process_time() - worked}
@@ -124,7 +123,7 @@ def run(name: str, source: str, target: str, kind: str, cores: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="the speed and memory of tools/data/convert.py")
+    parser = argparse.ArgumentParser(description="the speed and memory of a conversion")
     parser.add_argument("--mb", type=int, default=100)
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--rounds", type=int, default=3)

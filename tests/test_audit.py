@@ -14,9 +14,11 @@ import pytest
 from tests.conftest import call
 from tools import sources
 from tools.common import ROOT, JobFailed
-from tools.data import audit, convert
+from tools.data import audit, duplicates
 from tools.data import card as datacard
 from tools.data import formulas as finance
+from tools.data.parts import find_parts, read_rows
+from tools.data.templates import extract_variable_text
 
 FINLORA = os.environ.get("FINLORA_DATA")
 needs_finlora = pytest.mark.skipif(not FINLORA, reason="FINLORA_DATA is unset: no FinLoRA data")
@@ -99,7 +101,7 @@ def test_rows_that_cannot_be_read_are_findings_and_the_others_are_still_read(wri
 
 
 def test_an_endless_line_is_one_unreadable_row(write, monkeypatch):
-    monkeypatch.setattr(convert, "MAX_LINE", 1000)
+    monkeypatch.setattr("tools.data.rows.MAX_LINE", 1000)
     endless = json.dumps(news("x" * 5000)).encode()
     again = [news("Sales rose in Kemi")] * 2
     write("test/fiqa_test.jsonl", [*plenty(10), endless, *plenty(10, "positive"), *again])
@@ -178,17 +180,19 @@ def test_lsh_finds_nearly_every_pair_that_comparing_all_rows_finds(write):
         words[draw.randrange(25)] = f"changed{n % 7}" if n % 2 else "Oslo"
         rows.append(news(" ".join(words)))
     write("test/fiqa_test.jsonl", rows)
-    (part,) = audit.parts("sentiment", sources.source_folder("sentiment"))
+    (part,) = find_parts("sentiment", sources.source_folder("sentiment"))
     list(audit.scan(part))
-    near = audit.Near([part])
-    list(audit.second_reading(part, 4096, near))
-    texts = [audit.shingles(audit.varying(part.at(n)[0], part)) for n in range(300)]
-    numbers = [sorted(audit.NUMBERS.findall(part.at(n)[0])) for n in range(300)]
+    near = duplicates.Near([part])
+    list(audit.scan_again(part, 4096, near))
+    texts = [
+        duplicates.cut_shingles(extract_variable_text(part.read(n)[0], part)) for n in range(300)
+    ]
+    numbers = [sorted(duplicates.NUMBERS.findall(part.read(n)[0])) for n in range(300)]
     every = {
         b
         for b in range(300)
         for a in range(b)
-        if len(texts[a] & texts[b]) >= audit.SIMILAR * len(texts[a] | texts[b])
+        if len(texts[a] & texts[b]) >= duplicates.SIMILAR * len(texts[a] | texts[b])
         and numbers[a] == numbers[b]
     }
     proposed = {row for _, row in near.pairs[0, 0]}
@@ -253,14 +257,14 @@ def test_without_the_tokenizer_the_report_says_that_tokens_were_not_counted(writ
     report = audit.audit(["sentiment"])
     assert report["tokenizer"] is None
     assert "tokens" not in report["files"][0]
-    assert "Tokens were not counted" in audit.page(report)
+    assert "Tokens were not counted" in audit.render_page(report)
 
 
 def test_a_tokenizer_that_comes_later_is_found(smollm2, monkeypatch):
     monkeypatch.setattr(audit, "TOKENIZER", audit.OUT / "none.json")
-    assert audit.tokenizer() is None
+    assert audit.load_tokenizer() is None
     monkeypatch.undo()
-    assert audit.tokenizer() is not None
+    assert audit.load_tokenizer() is not None
 
 
 # ---- Class balance
@@ -448,7 +452,7 @@ HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> [red]boo[/] \u2
 
 def test_rows_cannot_run_anything_in_the_page(write):
     write("test/fiqa_test.jsonl", [news(HOSTILE), news(HOSTILE), news("Sales", f"</pre>{HOSTILE}")])
-    page = audit.page(audit.audit(["sentiment"]))
+    page = audit.render_page(audit.audit(["sentiment"]))
     assert "&lt;script&gt;" in page
     assert not re.search(r"<(script|img|iframe|object|link|base)\b", page)
     assert "49" not in page
@@ -464,7 +468,7 @@ def test_the_command_leaves_a_table_a_json_file_and_a_page(write, monkeypatch, c
     assert re.search(r"warning +test/fiqa_test\.jsonl +1 row repeats", printed)
     report = json.loads((audit.OUT / "audit.json").read_text())
     assert report["findings"][0]["confidence"] == "certain"
-    assert "<svg" in (audit.OUT / "index.html").read_text()
+    assert "<table" in (audit.OUT / "index.html").read_text()
     call(monkeypatch, "audit", "sentiment", "--json")
     assert json.loads(capsys.readouterr().out) == report
 
@@ -484,10 +488,10 @@ def test_help_answers_without_loading_a_model_library():
 def test_more_rows_than_are_compared_are_sampled_evenly(write, monkeypatch):
     monkeypatch.setattr(audit, "NEAR_ROWS", 100)
     write("test/fiqa_test.jsonl", plenty(450))
-    (part,) = audit.parts("sentiment", sources.source_folder("sentiment"))
+    (part,) = find_parts("sentiment", sources.source_folder("sentiment"))
     list(audit.scan(part))
-    near = audit.Near([part])
-    list(audit.second_reading(part, 4096, near))
+    near = duplicates.Near([part])
+    list(audit.scan_again(part, 4096, near))
     assert len(near.seen) == 90
     assert audit.audit(["sentiment"])["limits"]["rows compared for likeness, a task"] == 100
 
@@ -533,7 +537,7 @@ def test_a_card_that_differs_fails_the_check(tmp_path, monkeypatch):
 
 def test_a_file_that_is_not_the_published_one_does_not_enter_the_card(write):
     write("test/fiqa_test.jsonl", plenty(30))
-    assert datacard.verified(audit.audit(["sentiment"])) == {}
+    assert datacard.select_facts(audit.audit(["sentiment"])) == {}
 
 
 # ---- FinLoRA's own files
@@ -541,7 +545,7 @@ def test_a_file_that_is_not_the_published_one_does_not_enter_the_card(write):
 
 @pytest.fixture(scope="module")
 def published():
-    return audit.audit(audit.at_hand())
+    return audit.audit(audit.list_tasks())
 
 
 @needs_finlora
@@ -588,13 +592,13 @@ def test_the_published_npv_without_its_outlay_is_found_and_computed(published):
 @needs_finlora
 def test_the_card_holds_the_counts_of_the_files_and_none_of_their_rows(published):
     card = datacard.CARD.read_text()
-    facts = datacard.kept_facts()
-    for file, measured in datacard.verified(published).items():
+    facts = datacard.read_facts()
+    for file, measured in datacard.select_facts(published).items():
         # Leaks and likeness depend on which other files are there; this does not.
         for key in ("rows", "labels", "fit", "formulas"):
             assert facts[file][key] == measured[key]
     for each in published["files"]:
-        for _, _, row in audit.rows(Path(FINLORA) / "data" / each["file"]):
+        for _, _, row in read_rows(Path(FINLORA) / "data" / each["file"]):
             own = row[0].split("Input:")[-1].split("sentence:")[-1].split("Question:")[-1]
             own = own.removesuffix("Answer:").strip()
             assert len(own) < 25 or own not in card

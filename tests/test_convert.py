@@ -14,11 +14,14 @@ import pytest
 
 from tests.conftest import call
 from tools import common, sources
-from tools.common import ROOT, WrongInput
+from tools.common import ROOT, WrongInput, unique
 from tools.data import convert, lengths, rows
+from tools.data.chatfile import Options, convert_rows
+from tools.data.rows import MAX_LINE, Rules
+from tools.data.rules import REMOVALS, load_test_rules
 
 GOOD = b'{"context": "How is it? Answer: ", "target": "neutral"}\n'
-FREE, SENTIMENT = convert.Rules(), convert.Rules(frozenset({"negative", "neutral", "positive"}))
+FREE, SENTIMENT = Rules(), Rules(frozenset({"negative", "neutral", "positive"}))
 FINLORA = os.environ.get("FINLORA_DATA")
 needs_finlora = pytest.mark.skipif(not FINLORA, reason="FINLORA_DATA is unset: no FinLoRA data")
 
@@ -68,7 +71,7 @@ def target(tmp_path):
 
 def test_a_row_becomes_a_user_turn_and_an_assistant_turn_and_nothing_else(source, target):
     source.write_bytes(GOOD)
-    convert.convert(source, target, FREE)
+    convert_rows(source, target, FREE)
     user = {"role": "user", "content": "How is it? Answer:"}
     assistant = {"role": "assistant", "content": "neutral"}
     assert lines(target) == [{"messages": [user, assistant]}]
@@ -84,34 +87,34 @@ def test_only_outer_white_space_goes_and_rows_keep_their_order(source, target):
     source.write_text(
         "".join(json.dumps({"context": c, "target": t, "url": "x"}) + "\n" for c, t in rows)
     )
-    convert.convert(source, target, FREE)
+    convert_rows(source, target, FREE)
     assert turns(target) == [(prompt.strip(), answer.strip()) for prompt, answer in rows]
     assert "日本 🙂".encode() in target.read_bytes()
 
 
 def test_numbers_become_strings(source, target):
     source.write_bytes(b'{"context": 7, "target": 1.5}\n{"context": "a", "target": -3}\n')
-    convert.convert(source, target, FREE)
+    convert_rows(source, target, FREE)
     assert turns(target) == [("7", "1.5"), ("a", "-3")]
 
 
 def test_a_number_of_any_length_keeps_its_digits(source, target):
     source.write_bytes(b'{"context": "a", "target": 123456789012345678901234567890}\n')
-    convert.convert(source, target, FREE)
+    convert_rows(source, target, FREE)
     assert turns(target) == [("a", "123456789012345678901234567890")]
 
 
 def test_the_same_input_gives_the_same_bytes(source, target):
     source.write_bytes(GOOD * 3)
-    convert.convert(source, target, SENTIMENT)
+    convert_rows(source, target, SENTIMENT)
     first = content(target.parent)
-    convert.convert(source, target, SENTIMENT)
+    convert_rows(source, target, SENTIMENT)
     assert content(target.parent) == first and len(first) == 2
 
 
 def test_the_manifest_says_what_was_converted(source, target):
     source.write_bytes(GOOD * 2 + GOOD.replace(b"neutral", b"positive"))
-    returned = convert.convert(source, target, SENTIMENT)
+    returned = convert_rows(source, target, SENTIMENT)
     assert returned == json.loads(sources.manifest_path(target).read_bytes())
     assert returned == sources.manifest(target)
     assert returned["rows"] == 3
@@ -125,11 +128,11 @@ def test_the_manifest_says_what_was_converted(source, target):
 def test_a_byte_order_mark_crlf_blank_lines_and_a_missing_last_newline_are_no_rows(source, target):
     crlf = GOOD.replace(b"\n", b"\r\n")
     source.write_bytes(b"\xef\xbb\xbf" + crlf + b"\r\n  \n" + crlf + GOOD.rstrip())
-    assert convert.convert(source, target, SENTIMENT)["rows"] == 3
+    assert convert_rows(source, target, SENTIMENT)["rows"] == 3
     assert turns(target) == [("How is it? Answer:", "neutral")] * 3
 
 
-LONG = b'{"context": "' + b"x" * convert.MAX_LINE + b'", "target": "neutral"}\n'
+LONG = b'{"context": "' + b"x" * MAX_LINE + b'", "target": "neutral"}\n'
 REFUSED = {
     "not JSON": (b'{"context": "a", "target"\n', "not JSON"),
     "not a number of JSON": (b'{"context": "a", "target": NaN}\n', "not JSON"),
@@ -142,15 +145,15 @@ REFUSED = {
     "infinite": (b'{"context": "a", "target": 1e999}\n', "not JSON"),
     "a key twice": (
         b'{"target": "x", "context": "a", "target": "neutral"}\n',
-        '"target" stands tw',
+        'the key "target" is repeated',
     ),
     "a key spelt twice": (
         b'{"context": "a \\u0022\\u0022", "target": "neutral", "t\\u0061rget": "neutral"}\n',
-        'the key "target" stands twice',
+        'the key "target" is repeated',
     ),
     "another key twice": (
         b'{"context": "a", "target": "neutral", "pages": [{"n": 1, "n": 2}]}\n',
-        'the key "n" stands twice',
+        'the key "n" is repeated',
     ),
     "half a character": (b'{"context": "\\ud83d", "target": "neutral"}\n', "not JSON"),
     "a truth value": (b'{"context": "a", "target": true}\n', '"target" must be text, not bool'),
@@ -175,11 +178,11 @@ REFUSED = {
 def test_a_bad_row_is_named_and_the_target_is_as_before(source, target, line, said, older):
     if older:
         source.write_bytes(GOOD)
-        convert.convert(source, target, SENTIMENT)
+        convert_rows(source, target, SENTIMENT)
     before = content(target.parent)
     source.write_bytes(GOOD + b"\n" + line + GOOD)
     with pytest.raises(WrongInput) as error:
-        convert.convert(source, target, SENTIMENT)
+        convert_rows(source, target, SENTIMENT)
     assert f"{source}, line 3: " in str(error.value) and said in str(error.value)
     assert "\n" not in str(error.value)
     assert content(target.parent) == before
@@ -199,7 +202,7 @@ def test_the_command_refuses_a_bad_row_in_one_line(source, target, name):
 def test_a_file_without_rows_is_refused(source, target, nothing):
     source.write_bytes(nothing)
     with pytest.raises(WrongInput, match=r"rows.jsonl holds no rows"):
-        convert.convert(source, target, FREE)
+        convert_rows(source, target, FREE)
     assert content(target.parent) == {}
 
 
@@ -229,7 +232,7 @@ def test_a_data_folder_that_is_not_finloras_is_named(tmp_path):
 
 def test_a_chat_file_that_was_changed_is_refused(source, target):
     source.write_bytes(GOOD)
-    convert.convert(source, target, SENTIMENT)
+    convert_rows(source, target, SENTIMENT)
     target.write_bytes(target.read_bytes().replace(b"neutral", b"positive"))
     with pytest.raises(WrongInput, match="chat.jsonl was changed after its conversion"):
         sources.manifest(target)
@@ -282,7 +285,7 @@ def test_a_bad_row_does_not_keep_a_set_from_being_split_where_such_rows_are_kept
         file.write(REFUSED["null"][0])
     with pytest.raises(WrongInput, match="fpb_test.jsonl, line 1201"):
         convert.convert_task("sentiment", folder)
-    convert.convert_task("sentiment", folder, convert.How(quarantine=True))
+    convert.convert_task("sentiment", folder, Options(quarantine=True))
     assert sources.manifest(sources.train_path("sentiment"))["rows"] == 882
     assert sources.manifest(sources.test_path("fpb"))["refused"] == 1
 
@@ -330,30 +333,41 @@ def nasty_line(draw):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_rows_taken_at_once_are_those_taken_one_by_one(seed):
+def test_rows_of_a_block_are_those_that_a_strict_parser_reads(source, seed):
     draw, taken = random.Random(seed), 0
-    for _ in range(4000):
+    for _ in range(2000):
         lines = [nasty_line(draw) for _ in range(draw.randint(1, 2))]
-        at_once = rows.at_once(b"\n".join(lines), lines, FREE)
-        one_by_one = rows.one_by_one(Path("rows.jsonl"), lines, 1, FREE)
-        if at_once:
-            assert one_by_one.refused == [], lines
-            assert at_once == (one_by_one.prompts, one_by_one.answers, one_by_one.chat)
+        source.write_bytes(b"\n".join(lines))
+        (batch,) = rows.read_batches(source)
+        refused = {number for number, _, _ in batch.refused}
+        parsed = dict(
+            zip(batch.numbers, zip(batch.prompts, batch.answers, strict=True), strict=True)
+        )
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line, object_pairs_hook=unique)
+                texts = [rows.read_text(row, key).strip() for key in ("context", "target")]
+                assert all(texts)
+            except (ValueError, AssertionError):
+                assert number in refused, line
+                continue
+            assert parsed[number] == tuple(texts), line
             taken += 1
     assert taken > 500
 
 
-def test_escaped_backslashes_hide_no_key_that_stands_twice():
-    line = rb'{"context": "a\\", "target": 1, "target": "b\\"}'
-    (refused,) = rows.one_by_one(Path("rows.jsonl"), [line], 1, FREE).refused
-    assert refused[1] == 'the key "target" stands twice'
-    assert rows.at_once(line, [line], FREE) is None
-
-
-def test_the_way_of_most_rows_is_the_quick_one():
-    source = sources.SAMPLE / "train" / "finlora_sentiment_train.jsonl"
-    block = source.read_bytes().rstrip()
-    assert rows.at_once(block, block.split(b"\n"), SENTIMENT)
+@pytest.mark.parametrize(
+    "line",
+    [
+        rb'{"context": "a\\", "target": 1, "target": "b\\"}',
+        rb'{"context": "\"target\"", "target": "a", "target": "b"}',
+        rb'{"context": "a", "target": "b", "\u0074arget": "c"}',
+    ],
+)
+def test_escapes_hide_no_key_that_is_repeated(line):
+    assert not rows.is_plain(line, 1)
+    with pytest.raises(ValueError, match='the key "target" is repeated'):
+        rows.parse_row(line)
 
 
 def test_the_size_of_a_block_and_the_number_of_cores_change_no_byte(source, target, monkeypatch):
@@ -367,7 +381,7 @@ def test_the_size_of_a_block_and_the_number_of_cores_change_no_byte(source, targ
         for size, used in [(rows.CHUNK, cores), (100, cores), (1, {min(cores)})]:
             monkeypatch.setattr(rows, "CHUNK", size)
             os.sched_setaffinity(0, used)
-            convert.convert(source, target, FREE, how=convert.How(quarantine=True))
+            convert_rows(source, target, FREE, options=Options(quarantine=True))
             results.append(content(target.parent))
     finally:
         os.sched_setaffinity(0, cores)
@@ -378,9 +392,8 @@ def test_the_size_of_a_block_and_the_number_of_cores_change_no_byte(source, targ
 PEAK = """
 import sys
 from pathlib import Path
-from tools.data import convert
-how = convert.How(quarantine=True)
-convert.convert(Path(sys.argv[1]), Path(sys.argv[2]), convert.Rules(), how=how)
+from tools.data.chatfile import Options, convert_rows
+convert_rows(Path(sys.argv[1]), Path(sys.argv[2]), options=Options(quarantine=True))
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """
 
@@ -417,7 +430,7 @@ def test_a_line_of_50_mb_is_refused_in_little_memory_and_the_rows_around_it_are_
 def test_refused_rows_are_kept_beside_the_output_and_every_row_is_accounted_for(source, target):
     bad = [line for line, _ in REFUSED.values() if line != LONG]
     source.write_bytes(GOOD + b"".join(bad) + b"\n" + GOOD)
-    manifest = convert.convert(source, target, SENTIMENT, how=convert.How(quarantine=True))
+    manifest = convert_rows(source, target, SENTIMENT, options=Options(quarantine=True))
     assert manifest["rows_in"] == len(bad) + 2
     assert (manifest["rows"], manifest["refused"]) == (2, len(bad)) == (2, manifest["rows_in"] - 2)
     kept = lines(sources.refused_path(target))
@@ -427,7 +440,7 @@ def test_refused_rows_are_kept_beside_the_output_and_every_row_is_accounted_for(
         raw = row["text"].encode() if "text" in row else base64.b64decode(row["base64"])
         assert raw == line.removesuffix(b"\n"), name
     source.write_bytes(GOOD)
-    convert.convert(source, target, SENTIMENT)
+    convert_rows(source, target, SENTIMENT)
     assert not sources.refused_path(target).exists()
 
 
@@ -447,7 +460,7 @@ def test_the_command_keeps_refused_rows_only_where_it_is_told_to(source, target)
 def test_a_file_of_which_no_row_can_be_used_is_refused_even_so(source, target):
     source.write_bytes(REFUSED["null"][0] * 2)
     with pytest.raises(WrongInput, match=r'no rows that can be used; the first, line 1: "context"'):
-        convert.convert(source, target, FREE, how=convert.How(quarantine=True))
+        convert_rows(source, target, FREE, options=Options(quarantine=True))
     assert content(target.parent) == {}
 
 
@@ -499,7 +512,7 @@ def test_a_leak_that_cannot_be_looked_for_is_told_of(tmp_path, chat, capsys):
 def test_every_repair_has_a_known_kind_a_reason_and_evidence():
     for name, spec in sources.tables()["tasks"].items():
         for repair in spec.get("repairs", ()):
-            assert len(repair.keys() & convert.REMOVALS.keys()) == 1, name
+            assert len(repair.keys() & REMOVALS.keys()) == 1, name
             assert repair["reason"] and repair["evidence"], name
 
 
@@ -611,7 +624,7 @@ def ruler(smollm2):
 def test_tokens_are_counted_as_training_sees_them(ruler, source, target):
     pairs = [("How is it? Answer:", "neutral"), ("é 🙂\n\nx", "A, B"), ("1", "2.50"), ("a b", "c")]
     write_rows(source, pairs)
-    manifest = convert.convert(source, target, FREE, how=convert.How(lengths=ruler))
+    manifest = convert_rows(source, target, FREE, options=Options(lengths=ruler))
     prompts, answers = [], []
     for prompt, answer in pairs:
         turn = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
@@ -637,7 +650,7 @@ def test_quantiles_are_by_nearest_rank():
     draw = random.Random(1)
     for size in (1, 2, 19, 20, 21, 1000):
         counts = [draw.randint(1, 50) for _ in range(size)]
-        told = lengths.quantiles(Counter(counts))
+        told = lengths.compute_quantiles(Counter(counts))
         expected = numpy.quantile(counts, [0, 0.5, 0.95, 1], method="inverted_cdf")
         assert list(told) == ["min", "median", "p95", "max"]
         assert list(told.values()) == expected.tolist()
@@ -652,13 +665,13 @@ LONG_PROMPT = "Read this. " + "The cat sat on the mat. " * 200 + "What sat on th
 
 def test_a_row_that_is_too_long_is_named_or_kept_aside_and_never_cut(ruler, source, target):
     write_rows(source, [("Short?", "yes"), (LONG_PROMPT, "cat")])
-    how = convert.How(lengths=bounded(ruler, 100))
+    options = Options(lengths=bounded(ruler, 100))
     with pytest.raises(
         WrongInput, match=r"rows.jsonl, line 2: 14\d\d tokens, 3 of them the answer"
     ):
-        convert.convert(source, target, FREE, how=how)
-    manifest = convert.convert(
-        source, target, FREE, how=convert.How(quarantine=True, lengths=bounded(ruler, 100))
+        convert_rows(source, target, FREE, options=options)
+    manifest = convert_rows(
+        source, target, FREE, options=Options(quarantine=True, lengths=bounded(ruler, 100))
     )
     assert turns(target) == [("Short?", "yes")]
     assert (manifest["rows"], manifest["refused"]) == (1, 1)
@@ -672,11 +685,11 @@ def test_only_where_the_task_says_so_a_prompt_loses_its_middle(tmp_path, chat, r
         tmp_path / "train" / "formula_train.jsonl", [("Short?", "yes"), (LONG_PROMPT, answer)]
     )
     write_rows(tmp_path / "test" / "formula_test.jsonl", [(LONG_PROMPT, answer)])
-    how = convert.How(lengths=bounded(ruler, 150))
+    options = Options(lengths=bounded(ruler, 150))
     with pytest.raises(WrongInput, match="formula_train.jsonl, line 2: .* sequence_len of 150"):
-        convert.convert_task("formula", tmp_path, how)
+        convert.convert_task("formula", tmp_path, options)
     monkeypatch.setitem(sources.tables()["tasks"]["formula"], "cut_long_prompts", "middle")
-    convert.convert_task("formula", tmp_path, how)
+    convert.convert_task("formula", tmp_path, options)
     train = turns(sources.train_path("formula"))
     assert train[0] == ("Short?", "yes") and train[1][1] == answer
     start, end = train[1][0].split(lengths.GAP)
@@ -691,9 +704,9 @@ def test_only_where_the_task_says_so_a_prompt_loses_its_middle(tmp_path, chat, r
 
 def test_an_answer_that_leaves_no_room_for_a_prompt_is_refused_even_so(ruler, source, target):
     write_rows(source, [("Short?", "yes"), ("Why?", "because " * 200)])
-    rule = convert.Rules(cut=True)
+    rule = Rules(cut=True)
     with pytest.raises(WrongInput, match=r"line 2: 2\d\d tokens, 20\d of them the answer's"):
-        convert.convert(source, target, rule, how=convert.How(lengths=bounded(ruler, 100)))
+        convert_rows(source, target, rule, options=Options(lengths=bounded(ruler, 100)))
 
 
 def main(monkeypatch, *arguments):
@@ -739,7 +752,7 @@ def test_a_recipe_whose_tokenizer_is_not_at_hand_converts_and_says_so(
     main(monkeypatch, "convert", "fpb", source, target, "--recipe", recipe)
     tokens = sources.manifest(target)["tokens"]
     assert tokens == "not counted: the tokenizer of nobody/gated is not at hand"
-    assert "RECIPE" in convert.convert(source, target, FREE)["tokens"]
+    assert "RECIPE" in convert_rows(source, target, FREE)["tokens"]
 
 
 # ---- FinLoRA's published data
@@ -761,7 +774,7 @@ def published():
 )
 def test_tfns_is_repaired_only_under_its_repaired_name(target, dataset, counts):
     path = sources.source_folder() / "test" / "tfns_test.jsonl"
-    manifest = convert.convert(path, target, convert.rules(dataset, path))
+    manifest = convert_rows(path, target, load_test_rules(dataset, path))
     assert tuple(manifest["labels"].values()) == counts
     assert list(manifest["labels"]) == ["negative", "neutral", "positive"]
     assert bool(manifest["repair"]) is (dataset == "tfns")
@@ -774,7 +787,7 @@ def test_a_changed_tfns_file_is_repaired_where_its_rows_show_the_swap(tmp_path, 
     published = sources.source_folder() / "test" / "tfns_test.jsonl"
     changed = tmp_path / "tfns_test.jsonl"
     changed.write_bytes(published.read_bytes() + GOOD)
-    manifest = convert.convert(changed, target, convert.rules("tfns", changed))
+    manifest = convert_rows(changed, target, load_test_rules("tfns", changed))
     # The row that was added has not TFNS's instruction, so it keeps its label.
     assert manifest["labels"] == {"negative": 347, "neutral": 1567, "positive": 475}
     assert manifest["label_check"]["outcome"] == "repaired"
@@ -799,8 +812,8 @@ def test_sentiment_trains_on_900_rows_whose_prompts_are_not_tested(tmp_path, mon
 @needs_finlora
 @pytest.mark.parametrize(("name", "path"), published(), ids=[name for name, _ in published()])
 def test_every_published_row_is_converted(target, name, path):
-    rule = FREE if name.endswith(" train") else convert.rules(name, path)
-    manifest = convert.convert(path, target, rule)
+    rule = FREE if name.endswith(" train") else load_test_rules(name, path)
+    manifest = convert_rows(path, target, rule)
     rows = [json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
     assert manifest["rows"] == len(rows) > 0
     expected = [(str(row["context"]).strip(), str(row["target"]).strip()) for row in rows]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tenacity
 
 from tools import common, sources
 from tools.__main__ import main
@@ -221,7 +222,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     for seed, path in enumerate([FPB, FIQA, NER, TRAIN, MULTI]):
         site.files[path] = content(seed)
     table = site.table()
-    monkeypatch.setattr(fetch, "sources", lambda: table)
+    monkeypatch.setattr(fetch, "tables", lambda: table)
     monkeypatch.setattr(fetch, "RAW", site.raw)
     monkeypatch.setattr(fetch, "BACKOFF", 0.0)
     monkeypatch.setenv("FINLORA_BASE_URL", site.url)
@@ -439,14 +440,19 @@ def test_a_server_that_asks_for_an_hour_is_not_waited_for(site: Site, call: Call
     assert status == 1 and "the server answers 429; it asks to wait 3600 s" in err
 
 
-def test_the_time_between_tries_doubles_up_to_a_limit_and_varies(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_time_between_tries_doubles_up_to_a_limit_and_varies() -> None:
+    def wait(tries: int, error: Exception) -> float:
+        state = tenacity.RetryCallState(tenacity.Retrying(), None, (), {})
+        state.attempt_number = tries
+        state.set_exception((type(error), error, None))
+        return fetch.choose_wait(state)
+
+    cut_off = fetch.RetryableError("the connection was cut")
     for tries, longest in [(1, 1), (2, 2), (3, 4), (5, 16), (9, fetch.LONGEST_BACKOFF)]:
-        times = {fetch.backoff(tries, "") for _ in range(50)}
+        times = {wait(tries, cut_off) for _ in range(50)}
         assert len(times) > 1 and longest / 2 <= min(times) <= max(times) <= longest
-    assert fetch.backoff(1, "7") == 7
-    assert fetch.backoff(1, "soon") <= 1
+    assert wait(1, fetch.RetryableError("busy", fetch.parse_retry_after("7"))) == 7
+    assert wait(1, fetch.RetryableError("busy", fetch.parse_retry_after("soon"))) <= 1
 
 
 @pytest.mark.parametrize(
@@ -531,7 +537,7 @@ def test_when_several_fail_the_others_are_fetched_and_every_failure_is_named(
 
 
 def test_a_task_of_files_that_are_not_finloras_is_refused(site: Site, call: Call) -> None:
-    table = fetch.sources()
+    table = fetch.tables()
     table["datasets"]["own"] = {"file": "/home/me/own.jsonl"}
     table["tasks"]["own"] = {"train": TRAIN, "eval": ["own"]}
     status, _, err = call("own")
@@ -559,7 +565,7 @@ def test_files_come_side_by_side(site: Site, call: Call) -> None:
 def test_a_hostile_path_in_the_table_is_refused_before_anything_is_asked(
     site: Site, call: Call, path: str
 ) -> None:
-    fetch.sources()["files"][path] = fetch.sources()["files"][FPB]
+    fetch.tables()["files"][path] = fetch.tables()["files"][FPB]
     status, _, err = call()
     assert status == 2 and "is no path inside of a folder" in err and err.count("\n") == 1
     assert not site.asked and not site.raw.exists()
@@ -577,7 +583,7 @@ def test_a_hostile_path_in_the_table_is_refused_before_anything_is_asked(
 def test_a_row_of_the_table_without_a_checksum_is_refused(
     site: Site, call: Call, change: dict[str, Any], said: str
 ) -> None:
-    fetch.sources()["files"][FPB] |= change
+    fetch.tables()["files"][FPB] |= change
     status, _, err = call()
     assert status == 2 and said in err and not site.asked
 
@@ -597,7 +603,7 @@ def test_a_full_disk_is_one_line_and_the_next_call_goes_on(
         big = content(7, 20_000)
         site.files[TRAIN] = big
         table = site.table()
-        monkeypatch.setattr(fetch, "sources", lambda: table)
+        monkeypatch.setattr(fetch, "tables", lambda: table)
         status, _, err = call("sentiment")
         assert status == 1 and err.count("\n") <= 4
         assert f"error: {TRAIN}: no space left on the disk for {small}/raw/{TRAIN}" in err
@@ -805,11 +811,11 @@ def test_every_file_of_every_dataset_and_task_has_a_row_with_its_origin() -> Non
     named = {row["file"] for row in table["datasets"].values()}
     named |= {row["train"] for row in table["tasks"].values()}
     assert named <= set(table["files"])
-    assert set(fetch.wanted([])) == set(table["files"])
-    assert {MULTI, FPB, NER} <= set(fetch.wanted(["general_multi"]))
+    assert set(fetch.list_paths([])) == set(table["files"])
+    assert {MULTI, FPB, NER} <= set(fetch.list_paths(["general_multi"]))
     for path in table["files"]:
-        file = fetch.published(path)
-        for origin in fetch.origins([path]).values():
+        file = fetch.look_up(path)
+        for origin in fetch.list_origins([path]):
             assert origin["name"] and origin["attribution"]
             assert origin["url"].startswith("https://")
             assert origin["commercial"] in (True, False, None)
@@ -825,11 +831,11 @@ def test_every_file_of_every_dataset_and_task_has_a_row_with_its_origin() -> Non
 
 def test_without_a_mirror_files_are_asked_of_github_at_the_pinned_commit() -> None:
     base, commit = "Open-Finance-Lab/FinLoRA", sources.tables()["commit"]
-    plain, lfs = fetch.published(FPB), fetch.published(MULTI)
+    plain, lfs = fetch.look_up(FPB), fetch.look_up(MULTI)
     assert plain and lfs and not plain.lfs and lfs.lfs and len(commit) == 40
     raw = f"https://raw.githubusercontent.com/{base}/{commit}/data/{FPB}"
     media = f"https://media.githubusercontent.com/media/{base}/{commit}/data/{MULTI}"
-    assert (fetch.address(plain, ""), fetch.address(lfs, "")) == (raw, media)
+    assert (fetch.build_url(plain, None), fetch.build_url(lfs, None)) == (raw, media)
 
 
 @pytest.mark.skipif(not os.environ.get("FINLORA_DATA"), reason="FINLORA_DATA is not set")
@@ -838,10 +844,10 @@ def test_finloras_own_files_are_right_and_git_names_them_the_same() -> None:
     there = [path for path in sources.tables()["files"] if (folder / path).is_file()]
     assert there
     for path in there:
-        file = fetch.published(path)
+        file = fetch.look_up(path)
         if file is None:
             continue
-        assert fetch.fault(folder / path, file) is None
+        assert fetch.find_fault(folder / path, file) is None
         if not file.lfs:
             git = ["git", "hash-object", "--no-filters", str(folder / path)]
             assert subprocess.check_output(git, text=True).strip() == file.digest

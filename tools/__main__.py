@@ -146,9 +146,9 @@ def convert(
     """
     from tools.data import convert
 
-    lengths, _ = convert.lengths_of(recipe, tokenizer, sequence_len)
-    how = convert.How(on_error == "quarantine", lengths, repair=repair)
-    convert.convert_file(dataset, source, target, how)
+    lengths, _ = convert.load_lengths(recipe, tokenizer, sequence_len)
+    options = convert.Options(on_error == "quarantine", lengths, repair=repair)
+    convert.convert_file(dataset, source, target, options)
 
 
 @app.command(rich_help_panel=DATA)
@@ -560,7 +560,9 @@ def main() -> None:
     commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     defaults = {verb: variables for verb in commands}
     try:
-        app(prog_name="python -m tools", standalone_mode=False, default_map=defaults)
+        status = app(prog_name="python -m tools", standalone_mode=False, default_map=defaults)
+        if status == 130:  # Typer returns it for Ctrl-C
+            raise KeyboardInterrupt
     except click.exceptions.MissingParameter as error:
         raise WrongInput(describe_missing(str(error.param.name if error.param else ""))) from None
     except click.exceptions.BadParameter as error:
