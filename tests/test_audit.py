@@ -486,7 +486,7 @@ def test_help_answers_without_loading_a_model_library():
 
 
 def test_more_rows_than_are_compared_are_sampled_evenly(write, monkeypatch):
-    monkeypatch.setattr(audit, "NEAR_ROWS", 100)
+    monkeypatch.setattr(duplicates, "NEAR_ROWS", 100)
     write("test/fiqa_test.jsonl", plenty(450))
     (part,) = find_parts("sentiment", sources.source_folder("sentiment"))
     list(audit.scan(part))

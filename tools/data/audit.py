@@ -37,8 +37,8 @@ from tools.common import (
     shown,
     write_json,
 )
-from tools.data import formulas
-from tools.data.duplicates import NEAR_ROWS, Near, find_repeats
+from tools.data import duplicates, formulas
+from tools.data.duplicates import Near, find_repeats
 from tools.data.parts import (
     EXAMPLES,
     Finding,
@@ -118,7 +118,7 @@ def audit(tasks: list[str]) -> dict[str, Any]:
         "tasks": tasks,
         "tokenizer": shown(TOKENIZER.parent) if load_tokenizer() else None,
         "limits": {
-            "rows compared for likeness, a task": NEAR_ROWS,
+            "rows compared for likeness, a task": duplicates.NEAR_ROWS,
             "characters compared of a prompt": NEAR_CHARS,
             "characters tokenized, a file": TOKEN_CHARS,
         },
