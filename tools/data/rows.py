@@ -7,7 +7,7 @@ for batch in read_batches(Path("data/raw/test/fpb_test.jsonl")):
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -73,9 +73,9 @@ class Batch:
         """The batch with the rows that the mask names."""
         if all(mask):
             return self
-        columns = (self.numbers, self.lines, self.prompts, self.answers, self.chat)
-        selected = (list(compress(column, mask)) for column in columns)
-        return Batch(self.source, self.rows_in, *selected, self.refused)  # type: ignore[arg-type]
+        names = ("numbers", "lines", "prompts", "answers", "chat")
+        columns: dict[str, Any] = {n: list(compress(getattr(self, n), mask)) for n in names}
+        return replace(self, **columns)
 
     def stop_at_first(self) -> None:
         """Raises WrongInput that names the first row that broke a rule, if one did."""

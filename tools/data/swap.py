@@ -160,8 +160,10 @@ def judge(evidence: Evidence) -> tuple[str, dict[str, Any]]:
         "distance_from_swapped": round(distances[1], 4),
         "allowed": round(allowed, 4),
     }
-    near = tuple(distance <= allowed for distance in distances)
-    return {(True, False): "right", (False, True): "swapped"}.get(near, "unclear"), numbers
+    is_right, is_swapped = (distance <= allowed for distance in distances)
+    if is_right == is_swapped:
+        return "unclear", numbers
+    return "right" if is_right else "swapped", numbers
 
 
 def measure_distance(classes: Counter[str], expected: dict[str, int]) -> float:
