@@ -368,7 +368,7 @@ SOUND = [
 @pytest.mark.parametrize(("name", "formula", "question", "value"), SOUND)
 def test_a_key_that_its_formula_gives_is_reproduced(name, formula, question, value):
     row = maths(name, formula, question, f"{value:.2f}")
-    verdict = finance.check(row["context"], row["target"])
+    verdict = finance.check_key(row["context"], row["target"])
     assert verdict is not None
     assert verdict.agrees
     assert verdict.value == pytest.approx(float(value), rel=1e-9)
@@ -377,7 +377,7 @@ def test_a_key_that_its_formula_gives_is_reproduced(name, formula, question, val
 @pytest.mark.parametrize(("name", "formula", "question", "value"), SOUND)
 def test_the_same_key_a_little_off_is_not(name, formula, question, value):
     row = maths(name, formula, question, f"{value * Decimal('1.03') + Decimal('0.02'):.2f}")
-    verdict = finance.check(row["context"], row["target"])
+    verdict = finance.check_key(row["context"], row["target"])
     assert verdict is not None
     assert not verdict.agrees
 
@@ -394,7 +394,7 @@ def test_the_same_key_a_little_off_is_not(name, formula, question, value):
 def test_a_wrong_key_is_explained_by_the_reading_that_gives_it(key, confidence, why):
     question = "A kiln costs $900 now and brings $400 annually for 3 years. NPV at 5%?"
     row = maths(*NPV, question, f"{key:.2f}")
-    verdict = finance.check(row["context"], row["target"])
+    verdict = finance.check_key(row["context"], row["target"])
     assert (verdict.agrees, verdict.confidence) == (False, confidence)
     assert verdict.why.startswith(why)
 
@@ -413,7 +413,7 @@ def test_a_wrong_key_is_explained_by_the_reading_that_gives_it(key, confidence, 
 )
 def test_what_cannot_be_computed_without_a_doubt_is_not_judged(name, formula, question, key):
     row = maths(name, formula, question, key)
-    assert finance.check(row["context"], row["target"]) is None
+    assert finance.check_key(row["context"], row["target"]) is None
 
 
 @pytest.mark.parametrize(
@@ -427,7 +427,7 @@ def test_what_cannot_be_computed_without_a_doubt_is_not_judged(name, formula, qu
 )
 def test_a_hostile_question_is_left_alone_at_once(question):
     row = maths(*NPV, question, "5")
-    assert finance.check(row["context"], row["target"]) is None
+    assert finance.check_key(row["context"], row["target"]) is None
 
 
 def test_wrong_keys_are_counted_among_those_that_could_be_computed(write):

@@ -38,8 +38,7 @@ def tables() -> dict[str, Any]:
     """The published tables and the user's own rows of recipes/local/*.yaml."""
     content = published_tables()
     for path in sorted(OWN.glob("*.yaml")):
-        own = read_yaml(path).get("sources", {})
-        for table, rows in own.items():
+        for table, rows in read_yaml(path).get("sources", {}).items():
             for entry in rows.values():
                 for key in {"file", "train"} & entry.keys():
                     entry[key] = str(ROOT / entry[key])  # not below FinLoRA's data/
@@ -86,13 +85,12 @@ def drop_missing_validation(config: dict[str, Any]) -> tuple[dict[str, Any], str
         path = (ROOT / str(entry.get("path"))).resolve()
         if path.is_file() or not path.name.endswith("_val.jsonl") or not train.is_file():
             continue
-        held = manifest(train).get("validation") or {}
-        if held.get("rows"):
+        validation = manifest(train).get("validation") or {}
+        if validation.get("rows"):
             continue
         dropped = {"test_datasets", "eval_steps", "evals_per_epoch"}
-        kept = {key: value for key, value in config.items() if key not in dropped}
-        why = held.get("reason") or f"{shown(train)} was made without validation rows"
-        return kept, why
+        reason = validation.get("reason") or f"{shown(train)} was made without validation rows"
+        return {key: value for key, value in config.items() if key not in dropped}, reason
     return config, ""
 
 
@@ -101,14 +99,15 @@ def test_path(dataset: str) -> Path:
 
 
 def folders() -> dict[str, Path]:
-    """Where FinLoRA's files may be, each folder with `train/` and `test/`; the first one counts."""
-    found = {}
-    if named := os.environ.get("FINLORA_DATA"):
-        folder = Path(named).expanduser() / "data"
-        if not folder.is_dir():
-            raise WrongInput(f"FINLORA_DATA={named} has no folder data/ with FinLoRA's files")
-        found["FINLORA_DATA"] = folder.resolve()
-    return found | {"data/raw": RAW, "data/sample": SAMPLE}
+    """Where FinLoRA's files may be, each folder with `train/` and `test/`, in order of preference."""
+    own = {"data/raw": RAW, "data/sample": SAMPLE}
+    checkout = os.environ.get("FINLORA_DATA")
+    if not checkout:
+        return own
+    folder = Path(checkout).expanduser() / "data"
+    if not folder.is_dir():
+        raise WrongInput(f"FINLORA_DATA={checkout} has no folder data/ with FinLoRA's files")
+    return {"FINLORA_DATA": folder.resolve(), **own}
 
 
 def source_folder(task: str = "") -> Path:

@@ -347,7 +347,7 @@ class KeyCheck:
         self.verdicts: list[tuple[int, formulas.Verdict]] = []
 
     def add(self, row: int, prompt: str, answer: str) -> None:
-        if self.applies and (verdict := formulas.check(prompt, answer)):
+        if self.applies and (verdict := formulas.check_key(prompt, answer)):
             self.verdicts.append((row, verdict))
 
     def findings(self) -> Iterator[Finding]:

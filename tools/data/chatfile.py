@@ -132,11 +132,8 @@ class Conversion:
         copies, held_out = Counter[bytes](), None
         target.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as files:
-            chat_file = ChatFile(
-                files.enter_context(
-                    TemporaryFile(dir=target.parent) if validation else atomic(target)
-                )
-            )
+            file = TemporaryFile(dir=target.parent) if validation else atomic(target)  # noqa: SIM115
+            chat_file = ChatFile(files.enter_context(file))
             refused_file = None
             for batch in map(self.select, batches):
                 if batch.refused:

@@ -72,7 +72,7 @@ def convert_task(task: str, folder: Path, options: Options = DEFAULT) -> None:
 
 
 def convert_train(task: str, folder: Path, options: Options) -> dict[str, frozenset[int]]:
-    """Converts a task's training set; where rows of a test set train, returns those left to test."""
+    """Converts a training set; returns the rows that are left to test where a test set trains."""
     spec, target = sources.tables()["tasks"][task], sources.train_path(task)
     source, split = folder / spec["train"], spec.get("without_train")
     test_set = folder / sources.tables()["datasets"][split["split"]]["file"] if split else None
@@ -130,9 +130,8 @@ def print_conversion(manifest: dict[str, Any], target: Path) -> None:
     print(f"data       {target.name:<32} {manifest['rows']:>6} rows  {text}".rstrip())
     if held_out := manifest.get("validation"):
         if held_out["rows"]:
-            print(
-                f"           validation, other prompts: {held_out['rows']:,} rows in {held_out['file']}"
-            )
+            rows, file = held_out["rows"], held_out["file"]
+            print(f"           validation, other prompts: {rows:,} rows in {file}")
         else:
             print(f"           no validation rows: {held_out['reason']}")
     if check := manifest.get("label_check"):

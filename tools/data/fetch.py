@@ -5,8 +5,8 @@
 
 Files land in data/raw/train/… and data/raw/test/…, under a temporary name until their checksum is
 right. A download that was cut off resumes, in this call or the next; a file that is in place and
-right is not downloaded again. FINLORA_BASE_URL names a mirror (http, https or file:) with the layout
-of FinLoRA's repository. With FINLORA_DATA nothing is downloaded: that copy is verified in place.
+right is not downloaded again. FINLORA_BASE_URL names a mirror (http, https or file:) with the
+layout of FinLoRA's repository. With FINLORA_DATA nothing is downloaded: that copy is verified.
 """
 
 import errno
@@ -61,7 +61,7 @@ class PublishedFile:
 
 
 class RetryableError(Exception):
-    """An error that may be gone at the next try, after `wait` seconds if the server asks for them."""
+    """An error that may be gone at the next try; `wait`: seconds that the server asks for."""
 
     def __init__(self, message: str, wait: float | None = None) -> None:
         super().__init__(message)
@@ -300,10 +300,9 @@ class Download:
         if status == 429 or status >= 500:
             wait = parse_retry_after(response.headers.get("Retry-After", ""))
             raise RetryableError(f"the server answers {status}", wait)
-        if status == 404:
-            raise JobFailed(f"404, not found: {url}")
-        if status in (401, 403):
-            raise JobFailed(f"{status}, access denied: {url}")
+        meanings = {401: "access denied", 403: "access denied", 404: "not found"}
+        if status in meanings:
+            raise JobFailed(f"{status}, {meanings[status]}: {url}")
         if status not in (200, 206):
             raise JobFailed(f"the server answers {status}: {url}")
         if response.headers.get("Content-Type", "").startswith("text/html"):
@@ -358,13 +357,10 @@ def download_all(files: list[PublishedFile], folder: Path, mirror: str | None) -
     from rich import progress as bars
     from rich.console import Console
 
-    todo: queue.SimpleQueue[PublishedFile] = queue.SimpleQueue()
     done: queue.SimpleQueue[Result] = queue.SimpleQueue()
-    for file in files:
-        todo.put(file)
-    stop, faults = threading.Event(), dict[str, str]()
+    stop, slots, faults = threading.Event(), threading.Semaphore(WORKERS), dict[str, str]()
     progress = bars.Progress(
-        bars.TextColumn("fetch"),
+        "fetch",
         bars.BarColumn(),
         bars.DownloadColumn(),
         bars.TransferSpeedColumn(),
@@ -380,18 +376,11 @@ def download_all(files: list[PublishedFile], folder: Path, mirror: str | None) -
         sizes[path] = size
         progress.update(bar, total=sum(sizes.values()))
 
-    def work(client: httpx.Client) -> None:
-        while not stop.is_set():
-            try:
-                file = todo.get_nowait()
-            except queue.Empty:
-                return
-            target = folder / file.path
-            part, count_bytes = (
-                target.with_name(f"{target.name}.part"),
-                partial(progress.advance, bar),
-            )
-            hooks = (stop, count_bytes, partial(set_size, file.path))
+    def work(file: PublishedFile, client: httpx.Client) -> None:
+        target = folder / file.path
+        part = target.with_name(f"{target.name}.part")
+        hooks = (stop, partial(progress.advance, bar), partial(set_size, file.path))
+        with slots:
             try:
                 place(Download(file, build_url(file, mirror), part, client, *hooks), target)
                 done.put((file.path, None))
@@ -402,8 +391,8 @@ def download_all(files: list[PublishedFile], folder: Path, mirror: str | None) -
 
     # Daemons: Ctrl-C does not wait for an answer that does not come.
     with httpx.Client(timeout=TIMEOUT, follow_redirects=True) as client, progress:
-        for _ in range(min(WORKERS, len(files))):
-            threading.Thread(target=work, args=[client], daemon=True).start()
+        for file in files:
+            threading.Thread(target=work, args=[file, client], daemon=True).start()
         try:
             for _ in files:
                 path, error = wait_for_result(done)
@@ -415,8 +404,8 @@ def download_all(files: list[PublishedFile], folder: Path, mirror: str | None) -
 
 
 def wait_for_result(done: queue.SimpleQueue[Result]) -> Result:
-    """The next result. On CPython 3.11 a Ctrl-C that comes just as a wait begins is noticed when the
-    wait ends (1 % of those timed to it), so none is longer than a second."""
+    """The next result. On CPython 3.11 a Ctrl-C that comes just as a wait begins is noticed when
+    the wait ends (1 % of those timed to it), so none is longer than a second."""
     while True:
         try:
             return done.get(timeout=1)

@@ -84,7 +84,7 @@ class Part:
         examples: Iterable[int | dict[str, Any]] = (),
         of: int | None = None,
     ) -> Finding:
-        """A finding on this file; an example may be the number of a row. `of` is all rows without."""
+        """A finding on this file, `of` all its rows without; an example may be a row's number."""
         severity, check, confidence = grade
         shown = [self.example(entry) if isinstance(entry, int) else entry for entry in examples]
         total = len(self.lines) if of is None else of

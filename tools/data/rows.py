@@ -158,7 +158,7 @@ def parse_row(line: bytes, rules: Rules = NO_RULES, plain: bool = False) -> tupl
 
 
 def is_plain(text: bytes, rows: int) -> bool:
-    """Whether `rows` rows with the keys context and target hold no control character or key twice.
+    """Whether `rows` rows with context and target hold no control character or key twice.
 
     orjson takes both silently, and Python's own parser takes twice the time. A repeated key is spelt
     twice, unless an escape spells it. Rows that are not plain are parsed by Python.

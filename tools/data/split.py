@@ -50,7 +50,7 @@ def split_test_set(
     prompts = [fingerprint(prompt) for batch in batches for prompt in batch.prompts]
     if len(prompts) <= rows:
         raise WrongInput(
-            f"{shown(source)} has {len(prompts)} rows; {rows} of them train in place of the missing "
+            f"{shown(source)} has {len(prompts)} rows; {rows} of them train in place of a missing "
             "training file, and some must be left to test on"
         )
     train = frozenset(random.Random(seed).sample(range(len(prompts)), rows))

@@ -56,8 +56,8 @@ class Evidence:
 def check(source: Path, rules: Rules, repair: bool | None, quarantine: bool, mixed: bool) -> Rules:
     """A file's rules with the repair that its rows call for, or that `repair` decides by hand.
 
-    `mixed`: another source's rows may be among them. Raises WrongInput where the rows do not decide,
-    and for a row that breaks a rule unless such rows are kept in quarantine.
+    `mixed`: another source's rows may be among them. Raises WrongInput where the rows do not
+    decide, and for a row that breaks a rule unless `quarantine`.
     """
     spec = sources.tables()["swap"]
     copies, answers = count_copies(source, rules, quarantine)
@@ -82,9 +82,9 @@ def check(source: Path, rules: Rules, repair: bool | None, quarantine: bool, mix
     else:
         open_point = "which rows are" if verdict == "swapped" else f"whether {pair} are"
         raise WrongInput(
-            f"{shown(source)}: its rows do not tell {open_point} swapped: {reasons}. REPAIR=1 swaps "
-            f"them in the {evidence.rows:,} rows that may be {name}'s, REPAIR=0 leaves the file as "
-            "it is"
+            f"{shown(source)}: its rows do not tell {open_point} swapped: {reasons}. REPAIR=1 "
+            f"swaps them in the {evidence.rows:,} rows that may be {name}'s, REPAIR=0 leaves the "
+            "file as it is"
         )
     facts = {"outcome": outcome, "text": text, **numbers, "rows": evidence.rows}
     facts |= {"fit_both_sources": evidence.both, "fit_neither_source": evidence.neither}
@@ -192,11 +192,13 @@ def describe(evidence: Evidence, numbers: dict[str, Any], name: str, pair: str) 
         f"{100 * numbers['allowed']:.1f} allowed"
     )
     if evidence.mixed:
-        text += f"; {evidence.neither:,} prompts have copies of neither, so copies do not tell them apart"
-    elif evidence.neither:
         text += (
-            f"; {evidence.neither:,} prompts have copies of neither source and keep their answers"
+            f"; {evidence.neither:,} prompts have copies of neither, so copies do not tell them "
         )
+        text += "apart"
+    elif evidence.neither:
+        text += f"; {evidence.neither:,} prompts have copies of neither source and keep their "
+        text += "answers"
     if evidence.both:
         text += f"; {evidence.both:,} prompts have copies that fit both sources and count as FiQA's"
     return text
