@@ -98,8 +98,8 @@ def test_path(dataset: str) -> Path:
     return CHAT / f"{dataset}_test.jsonl"
 
 
-def folders() -> dict[str, Path]:
-    """Where FinLoRA's files may be, each folder with `train/` and `test/`, in order of preference."""
+def list_folders() -> dict[str, Path]:
+    """The folders that may hold FinLoRA's files in `train/` and `test/`; the first one counts."""
     own = {"data/raw": RAW, "data/sample": SAMPLE}
     checkout = os.environ.get("FINLORA_DATA")
     if not checkout:
@@ -115,13 +115,14 @@ def source_folder(task: str = "") -> Path:
 
     Without a task, FINLORA_DATA's folder, else data/raw where it is there, else data/sample.
     """
-    for folder in folders().values():
-        if any((folder / file).is_file() for file in task_files(task)) if task else folder.is_dir():
+    files = list_task_files(task) if task else ["."]
+    for folder in list_folders().values():
+        if any((folder / file).exists() for file in files):
             return folder
     return SAMPLE
 
 
-def task_files(task: str) -> list[str]:
+def list_task_files(task: str) -> list[str]:
     """The training file and the test files that are converted with a task."""
     spec = tables()["tasks"][task]
     tests = () if "parts" in spec else spec["eval"]
@@ -130,7 +131,7 @@ def task_files(task: str) -> list[str]:
 
 def origin(source: Path) -> str:
     """The name of the folder that a file was taken from."""
-    for name, folder in reversed(folders().items()):
+    for name, folder in reversed(list_folders().items()):
         if source.resolve().is_relative_to(folder.resolve()):
             return name
     return "your own"

@@ -28,7 +28,7 @@ from urllib.request import url2pathname
 
 from tools.common import JobFailed, WrongInput, digest, git_blob, nearest, shown
 from tools.data.rows import read_batches
-from tools.sources import RAW, folders, tables
+from tools.sources import RAW, list_folders, tables
 
 if TYPE_CHECKING:
     from httpx import Client, Response
@@ -434,7 +434,7 @@ def fetch_tasks(tasks: list[str]) -> None:
     """
     paths = list_paths(tasks)
     published = {path: look_up(path) for path in paths}
-    local, mirror = folders().get("FINLORA_DATA"), read_mirror()
+    local, mirror = list_folders().get("FINLORA_DATA"), read_mirror()
     folder = local or RAW
     github = f"{tables()['repository']} at {tables()['commit']}"
     print(f"fetch      from {shown(local) if local else hide_password(mirror or github)}")

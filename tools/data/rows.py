@@ -158,10 +158,10 @@ def parse_row(line: bytes, rules: Rules = NO_RULES, plain: bool = False) -> tupl
 
 
 def is_plain(text: bytes, rows: int) -> bool:
-    """Whether `rows` rows with context and target hold no control character or key twice.
+    """Whether `rows` rows with context and target hold no control character and no key twice.
 
-    orjson takes both silently, and Python's own parser takes twice the time. A repeated key is spelt
-    twice, unless an escape spells it. Rows that are not plain are parsed by Python.
+    orjson takes both silently, and Python's own parser takes twice the time. A repeated key occurs
+    twice in the text, unless an escape spells it. Rows that are not plain are parsed by Python.
     """
     return (
         text.count(b'"context"') == text.count(b'"target"') == rows
