@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import call
+from tests.conftest import call, run
 from tools import sources
 from tools.common import ROOT, JobFailed
 from tools.data import audit, duplicates
@@ -64,19 +64,9 @@ def write(tmp_path, monkeypatch):
     return file
 
 
-def found(*tasks):
+def audit_tasks(*tasks):
     """{(file, check): finding} of an audit."""
     return {(f["file"], f["check"]): f for f in audit.audit(list(tasks))["findings"]}
-
-
-def command(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "tools", "audit", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | environment,
-    )
 
 
 # ---- Rows
@@ -84,7 +74,7 @@ def command(*arguments, **environment):
 
 def test_sound_rows_have_no_findings(write):
     write("test/fiqa_test.jsonl", plenty(40) + plenty(40, "positive"))
-    assert found("sentiment") == {}
+    assert audit_tasks("sentiment") == {}
 
 
 def test_rows_that_cannot_be_read_are_findings_and_the_others_are_still_read(write):
@@ -117,14 +107,14 @@ def test_an_endless_line_is_one_unreadable_row(write, monkeypatch):
 def test_a_file_with_a_bom_and_crlf_is_audited_by_the_same_lines(write):
     lines = [json.dumps(row).encode() + b"\r" for row in plenty(20)]
     write("test/fiqa_test.jsonl", [b"\xef\xbb\xbf" + lines[0], *lines[1:], lines[0]])
-    finding = found("sentiment")["test/fiqa_test.jsonl", "duplicates"]
+    finding = audit_tasks("sentiment")["test/fiqa_test.jsonl", "duplicates"]
     assert [example["line"] for example in finding["examples"]] == [1, 21]
 
 
 def test_a_repeated_prompt_is_counted_but_for_case_and_spaces(write):
     again, shouted = news("Sales rose in Kemi"), news("SALES  rose in  Kemi")
     write("test/fiqa_test.jsonl", [*plenty(30), again, again, shouted])
-    finding = found("sentiment")["test/fiqa_test.jsonl", "duplicates"]
+    finding = audit_tasks("sentiment")["test/fiqa_test.jsonl", "duplicates"]
     assert (finding["count"], finding["confidence"]) == (2, "certain")
     assert "1 of them letter for letter" in finding["text"]
 
@@ -132,7 +122,7 @@ def test_a_repeated_prompt_is_counted_but_for_case_and_spaces(write):
 def test_a_test_prompt_in_the_training_set_is_a_leak(write):
     write("train/finlora_sentiment_train.jsonl", [*plenty(50), news("Exports fell in Porto")])
     write("test/fiqa_test.jsonl", [*plenty(20, "positive"), news("exports FELL in Porto")])
-    leak = found("sentiment")["test/fiqa_test.jsonl", "leak"]
+    leak = audit_tasks("sentiment")["test/fiqa_test.jsonl", "leak"]
     assert (leak["severity"], leak["count"], leak["of"]) == ("error", 1, 21)
     assert [(e["file"], e["line"]) for e in leak["examples"]] == [
         ("train/finlora_sentiment_train.jsonl", 51),
@@ -143,21 +133,21 @@ def test_a_test_prompt_in_the_training_set_is_a_leak(write):
 def test_a_prompt_with_two_labels_is_a_contradiction(write):
     twice = [news("Costs fell in Brno", answer) for answer in ("positive", "negative")]
     write("test/fiqa_test.jsonl", plenty(30) + twice)
-    finding = found("sentiment")["test/fiqa_test.jsonl", "contradiction"]
+    finding = audit_tasks("sentiment")["test/fiqa_test.jsonl", "contradiction"]
     assert (finding["severity"], finding["count"]) == ("warning", 1)
 
 
 def test_prompts_that_differ_in_a_word_are_near_and_those_with_other_numbers_are_not(write):
     text = "The board of the shipyard in Turku proposed a dividend of {} euros a share for {}"
-    one, other_word, other_number = (
+    usual, other_word, other_number = (
         news(text.format("2.50", "the last year")),
         news(text.format("2.50", "the past year")),
         news(text.format("3.75", "the last year")),
     )
-    write("test/fiqa_test.jsonl", [*plenty(30), one, other_number])
-    assert found("sentiment") == {}
-    write("test/fiqa_test.jsonl", [*plenty(30), one, other_word])
-    finding = found("sentiment")["test/fiqa_test.jsonl", "near duplicates"]
+    write("test/fiqa_test.jsonl", [*plenty(30), usual, other_number])
+    assert audit_tasks("sentiment") == {}
+    write("test/fiqa_test.jsonl", [*plenty(30), usual, other_word])
+    finding = audit_tasks("sentiment")["test/fiqa_test.jsonl", "near duplicates"]
     assert (finding["count"], finding["severity"]) == (1, "note")
     assert [example["line"] for example in finding["examples"]] == [31, 32]
 
@@ -168,7 +158,7 @@ def test_a_near_duplicate_of_a_training_row_with_its_answer_is_a_warning(write):
         "train/finlora_sentiment_train.jsonl", [*plenty(40), news(text.format("old"), "positive")]
     )
     write("test/fiqa_test.jsonl", [*plenty(20, "negative"), news(text.format("the"), "positive")])
-    assert found("sentiment")["test/fiqa_test.jsonl", "near leak"]["severity"] == "warning"
+    assert audit_tasks("sentiment")["test/fiqa_test.jsonl", "near leak"]["severity"] == "warning"
 
 
 def test_lsh_finds_nearly_every_pair_that_comparing_all_rows_finds(write):
@@ -222,17 +212,17 @@ def test_a_prompt_about_a_placeholder_is_named(write):
     ]
     empty = {"context": "Explain this XBRL term in one sentence: nan. Answer:", "target": "y"}
     write("test/xbrl_term_test.jsonl", [*terms, empty])
-    assert found("xbrl_term")["test/xbrl_term_test.jsonl", "empty"]["count"] == 1
+    assert audit_tasks("xbrl_term")["test/xbrl_term_test.jsonl", "empty"]["count"] == 1
 
 
 def test_rows_longer_than_the_sequence_are_counted_in_tokens(write, smollm2):
     long_prompt = news("the mill " * 6000)
     long_answer = {"context": "Explain this: mill. Answer:", "target": "the mill " * 6000}
     write("test/fiqa_test.jsonl", [*plenty(30), long_prompt])
-    finding = found("sentiment")["test/fiqa_test.jsonl", "length"]
+    finding = audit_tasks("sentiment")["test/fiqa_test.jsonl", "length"]
     assert (finding["severity"], finding["count"]) == ("warning", 1)
     write("test/xbrl_term_test.jsonl", [long_answer])
-    assert found("xbrl_term")["test/xbrl_term_test.jsonl", "length"]["severity"] == "error"
+    assert audit_tasks("xbrl_term")["test/xbrl_term_test.jsonl", "length"]["severity"] == "error"
 
 
 def test_token_counts_are_those_of_transformers(write, smollm2):
@@ -282,7 +272,7 @@ def classes(negative, neutral, positive):
 
 def test_swapped_labels_are_certain_where_the_counts_fit_the_source_exactly(write):
     write("test/tfns_test.jsonl", classes(347, 475, 1566))
-    finding = found("sentiment")["test/tfns_test.jsonl", "balance"]
+    finding = audit_tasks("sentiment")["test/tfns_test.jsonl", "balance"]
     assert (finding["severity"], finding["confidence"]) == ("error", "certain")
     assert finding["count"] == 475 + 1566
     assert "neutral stands where the source has positive" in finding["text"]
@@ -293,17 +283,17 @@ def test_swapped_labels_are_certain_where_the_counts_fit_the_source_exactly(writ
 
 def test_the_counts_of_the_source_are_no_finding(write):
     write("test/tfns_test.jsonl", classes(347, 1566, 475))
-    assert ("test/tfns_test.jsonl", "balance") not in found("sentiment")
+    assert ("test/tfns_test.jsonl", "balance") not in audit_tasks("sentiment")
 
 
 def test_a_part_of_the_source_is_compared_by_its_shares(write):
     write("test/fpb_test.jsonl", classes(60, 288, 136))  # a tenth of the Financial PhraseBank
-    assert ("test/fpb_test.jsonl", "balance") not in found("sentiment")
+    assert ("test/fpb_test.jsonl", "balance") not in audit_tasks("sentiment")
     write("test/fpb_test.jsonl", classes(60, 136, 288))
-    finding = found("sentiment")["test/fpb_test.jsonl", "balance"]
+    finding = audit_tasks("sentiment")["test/fpb_test.jsonl", "balance"]
     assert (finding["severity"], finding["confidence"]) == ("error", "high")
     write("test/fpb_test.jsonl", classes(160, 160, 160))
-    finding = found("sentiment")["test/fpb_test.jsonl", "balance"]
+    finding = audit_tasks("sentiment")["test/fpb_test.jsonl", "balance"]
     assert (finding["severity"], finding["confidence"]) == ("warning", "high")
 
 
@@ -474,7 +464,7 @@ def test_the_command_leaves_a_table_a_json_file_and_a_page(write, monkeypatch, c
 
 
 def test_an_unknown_task_is_one_line():
-    done = command("sentimnt")
+    done = run("audit", "sentimnt")
     assert done.returncode == 2
     assert done.stderr == 'error: unknown task "sentimnt"; did you mean sentiment?\n'
 
@@ -502,9 +492,9 @@ def test_the_examples_have_no_errors(task, monkeypatch):
     monkeypatch.setattr(sources, "RAW", Path("nowhere"))
     report = audit.audit([task])
     assert [f for f in report["findings"] if f["severity"] == "error"] == []
-    for each in report["files"]:
-        if "formulas" in each:
-            assert each["formulas"]["agree"] == each["formulas"]["checked"] == each["rows"]
+    for file in report["files"]:
+        if "formulas" in file:
+            assert file["formulas"]["agree"] == file["formulas"]["checked"] == file["rows"]
 
 
 # ---- The data card
@@ -550,8 +540,8 @@ def published():
 
 @needs_finlora
 def test_the_defects_of_the_published_files_are_found(published):
-    whole = {each["file"] for each in published["files"] if each["as_published"]}
-    known = {
+    whole = {file["file"] for file in published["files"] if file["as_published"]}
+    expected = {
         ("test/tfns_test.jsonl", "balance"): ("error", "certain", 475 + 1566),
         ("test/xbrl_term_test.jsonl", "leak"): ("error", "certain", 2),
         ("test/fpb_test.jsonl", "duplicates"): ("warning", "certain", 2),
@@ -559,13 +549,13 @@ def test_the_defects_of_the_published_files_are_found(published):
         ("train/xbrl_term_train.jsonl", "duplicates"): ("warning", "certain", 15),
         ("train/xbrl_term_train.jsonl", "empty"): ("warning", "high", 7),
     }
-    seen = {
+    reported = {
         (f["file"], f["check"]): (f["severity"], f["confidence"], f["count"])
         for f in published["findings"]
     }
-    for place, finding in known.items():
-        assert place[0] not in whole or seen[place] == finding
-    assert whole & {file for file, _ in known}
+    for place, finding in expected.items():
+        assert place[0] not in whole or reported[place] == finding
+    assert whole & {file for file, _ in expected}
     (repeats,) = [
         f
         for f in published["findings"]
@@ -583,7 +573,7 @@ def test_the_published_npv_without_its_outlay_is_found_and_computed(published):
     ]
     notes = " ".join(example["note"] for example in finding["examples"])
     assert "gives 974.49, the key is 15,092.44: the outlay is left out" in notes
-    by_file = {each["file"]: each for each in published["files"]}
+    by_file = {file["file"]: file for file in published["files"]}
     # All of the formulas but three have a rule, and nearly all of their questions are plain.
     assert by_file["test/formula_test.jsonl"]["formulas"]["share"] > 0.85
     assert by_file["train/formula_train.jsonl"]["formulas"]["share"] > 0.85
@@ -597,8 +587,8 @@ def test_the_card_holds_the_counts_of_the_files_and_none_of_their_rows(published
         # Leaks and likeness depend on which other files are there; this does not.
         for key in ("rows", "labels", "fit", "formulas"):
             assert facts[file][key] == measured[key]
-    for each in published["files"]:
-        for _, _, row in read_rows(Path(FINLORA) / "data" / each["file"]):
+    for file in published["files"]:
+        for _, _, row in read_rows(Path(FINLORA) / "data" / file["file"]):
             own = row[0].split("Input:")[-1].split("sentence:")[-1].split("Question:")[-1]
             own = own.removesuffix("Answer:").strip()
             assert len(own) < 25 or own not in card

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import call
+from tests.conftest import call, run
 from tools import common, sources
 from tools.common import ROOT, WrongInput, unique
 from tools.data import convert, lengths, rows
@@ -36,16 +36,6 @@ def turns(path):
 
 def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def command(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "tools", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | environment,
-    )
 
 
 def refusal(done):
@@ -174,8 +164,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["no older target", "older target"])
-@pytest.mark.parametrize(("line", "said"), REFUSED.values(), ids=REFUSED)
-def test_a_bad_row_is_named_and_the_target_is_as_before(source, target, line, said, older):
+@pytest.mark.parametrize(("line", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_bad_row_is_named_and_the_target_is_as_before(source, target, line, message, older):
     if older:
         source.write_bytes(GOOD)
         convert_rows(source, target, SENTIMENT)
@@ -183,7 +173,7 @@ def test_a_bad_row_is_named_and_the_target_is_as_before(source, target, line, sa
     source.write_bytes(GOOD + b"\n" + line + GOOD)
     with pytest.raises(WrongInput) as error:
         convert_rows(source, target, SENTIMENT)
-    assert f"{source}, line 3: " in str(error.value) and said in str(error.value)
+    assert f"{source}, line 3: " in str(error.value) and message in str(error.value)
     assert "\n" not in str(error.value)
     assert content(target.parent) == before
     assert bool(before) is older
@@ -191,10 +181,10 @@ def test_a_bad_row_is_named_and_the_target_is_as_before(source, target, line, sa
 
 @pytest.mark.parametrize("name", ["not JSON", "invalid UTF-8", "a foreign label", "control"])
 def test_the_command_refuses_a_bad_row_in_one_line(source, target, name):
-    line, said = REFUSED[name]
+    line, message = REFUSED[name]
     source.write_bytes(GOOD + line)
-    told = refusal(command("convert", "fpb", source, target))
-    assert f"{source}, line 2: " in told and said in told
+    error = refusal(run("convert", "fpb", source, target))
+    assert f"{source}, line 2: " in error and message in error
     assert content(target.parent) == {}
 
 
@@ -208,26 +198,26 @@ def test_a_file_without_rows_is_refused(source, target, nothing):
 
 def test_a_source_is_never_overwritten_by_its_own_conversion(source):
     source.write_bytes(GOOD)
-    told = refusal(command("convert", "fpb", source, source))
-    assert str(source) in told
+    error = refusal(run("convert", "fpb", source, source))
+    assert str(source) in error
     assert content(source.parent) == {source.name: GOOD}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["convert", "fbp", "in", "out"], 'unknown dataset "fbp"; did you mean fpb'),
         (["convert", "fpb", "/nowhere/in.jsonl", "out"], "/nowhere/in.jsonl is not there"),
         (["data", "sentimnt"], 'unknown task "sentimnt"; did you mean sentiment'),
     ],
 )
-def test_a_wrong_argument_is_named_with_what_is_near(arguments, said):
-    assert said in refusal(command(*arguments))
+def test_a_wrong_argument_is_named_with_what_is_near(arguments, message):
+    assert message in refusal(run(*arguments))
 
 
 def test_a_data_folder_that_is_not_finloras_is_named(tmp_path):
-    told = refusal(command("data", "sentiment", FINLORA_DATA=str(tmp_path)))
-    assert f"FINLORA_DATA={tmp_path} has no folder data/" in told
+    error = refusal(run("data", "sentiment", FINLORA_DATA=str(tmp_path)))
+    assert f"FINLORA_DATA={tmp_path} has no folder data/" in error
 
 
 def test_a_chat_file_that_was_changed_is_refused(source, target):
@@ -370,6 +360,12 @@ def test_escapes_hide_no_key_that_is_repeated(line):
         rows.parse_row(line)
 
 
+def test_a_repeated_key_is_refused_beside_a_row_that_lacks_it(source, target):
+    source.write_bytes(GOOD + b'{"context": "a"}\n{"context": "a", "target": "b", "target": "c"}\n')
+    convert_rows(source, target, options=Options(quarantine=True))
+    assert turns(target) == [("How is it? Answer:", "neutral")]
+
+
 def test_the_size_of_a_block_and_the_number_of_cores_change_no_byte(source, target, monkeypatch):
     draw = random.Random(0)
     text = [
@@ -433,10 +429,10 @@ def test_refused_rows_are_kept_beside_the_output_and_every_row_is_accounted_for(
     manifest = convert_rows(source, target, SENTIMENT, options=Options(quarantine=True))
     assert manifest["rows_in"] == len(bad) + 2
     assert (manifest["rows"], manifest["refused"]) == (2, len(bad)) == (2, manifest["rows_in"] - 2)
-    kept = lines(sources.refused_path(target))
-    assert [row["line"] for row in kept] == list(range(2, len(bad) + 2))
-    for row, (name, (line, said)) in zip(kept, REFUSED.items(), strict=False):
-        assert said in row["reason"] and row["file"] == source.name, name
+    refused = lines(sources.refused_path(target))
+    assert [row["line"] for row in refused] == list(range(2, len(bad) + 2))
+    for row, (name, (line, message)) in zip(refused, REFUSED.items(), strict=False):
+        assert message in row["reason"] and row["file"] == source.name, name
         raw = row["text"].encode() if "text" in row else base64.b64decode(row["base64"])
         assert raw == line.removesuffix(b"\n"), name
     source.write_bytes(GOOD)
@@ -447,14 +443,14 @@ def test_refused_rows_are_kept_beside_the_output_and_every_row_is_accounted_for(
 def test_the_command_keeps_refused_rows_only_where_it_is_told_to(source, target):
     source.write_bytes(GOOD + REFUSED["null"][0])
     convert_it = ("convert", "fpb", source, target)
-    done = command(*convert_it, "--on-error", "quarantine")
+    done = run(*convert_it, "--on-error", "quarantine")
     assert done.returncode == 0, done.stderr
     assert f"1 refused: {sources.refused_path(target)}" in done.stdout
     for option in ([], ["--on-error", "stop"]):
-        message = refusal(command(*convert_it, *option, ON_ERROR="quarantine"))
+        message = refusal(run(*convert_it, *option, ON_ERROR="quarantine"))
         assert f"{source}, line 2: " in message
-    told = refusal(command(*convert_it, "--on-error", "skip"))
-    assert "ON_ERROR: 'skip' is not one of 'stop', 'quarantine'" in told
+    error = refusal(run(*convert_it, "--on-error", "skip"))
+    assert "ON_ERROR: 'skip' is not one of 'stop', 'quarantine'" in error
 
 
 def test_a_file_of_which_no_row_can_be_used_is_refused_even_so(source, target):
@@ -482,12 +478,12 @@ def write_rows(path, pairs):
 def test_leaked_repeated_and_broken_rows_leave_the_training_set_and_stay_in_the_test(
     tmp_path, chat, capsys
 ):
-    asked = "Explain this term in one sentence: {}. Answer:"
-    test = [(asked.format(term), "is") for term in ("Domain Member", "fact")]
+    question = "Explain this term in one sentence: {}. Answer:"
+    test = [(question.format(term), "is") for term in ("Domain Member", "fact")]
     train = [
-        (asked.format(t), f"{n}") for n, t in enumerate(("a", "nan", "domain  member", "a", "A"))
+        (question.format(t), f"{n}") for n, t in enumerate(("a", "nan", "domain  member", "a", "A"))
     ]
-    train.append((asked.format("b"), "nan"))
+    train.append((question.format("b"), "nan"))
     write_rows(tmp_path / "test" / "xbrl_term_test.jsonl", test)
     write_rows(tmp_path / "train" / "xbrl_term_train.jsonl", train)
     convert.convert_task("xbrl_term", tmp_path)
@@ -544,12 +540,12 @@ def test_a_task_is_taken_from_the_first_folder_that_has_any_of_its_files(
     write_rows(raw / "train" / "ner_train.jsonl", [("Where is Oslo?", "location")])
     write_rows(raw / "train" / "headline_train.jsonl", [("Did gold rise?", "Yes")])
     assert sources.source_folder() == own / "data"
-    found = {task: sources.source_folder(task) for task in ("ner", "headline", "formula")}
-    assert found == {"ner": own / "data", "headline": raw, "formula": sources.SAMPLE}
+    folders = {task: sources.source_folder(task) for task in ("ner", "headline", "formula")}
+    assert folders == {"ner": own / "data", "headline": raw, "formula": sources.SAMPLE}
 
     call(monkeypatch, "data", "ner,headline,formula")
-    told = capsys.readouterr().out
-    assert "(examples)" in told and f"from {raw}" in told
+    output = capsys.readouterr().out
+    assert "(examples)" in output and f"from {raw}" in output
     assert not sources.train_path("ner").exists()  # nothing is filled up from another folder
     origins = {path.name: sources.manifest(path)["from"] for path in chat.glob("*.jsonl")}
     assert origins == {
@@ -582,9 +578,9 @@ def test_a_multi_task_set_is_joined_from_its_parts(name, chat, monkeypatch):
     parts = [turns(sources.train_path(part)) for part in MULTI[name]["parts"]]
     joined = turns(sources.train_path(name))
     equal = min(map(len, parts))
-    kept = [equal if "equal" in MULTI[name] else len(part) for part in parts]
-    assert len(joined) == sum(kept)
-    for part, size in zip(parts, kept, strict=True):
+    sizes = [equal if "equal" in MULTI[name] else len(part) for part in parts]
+    assert len(joined) == sum(sizes)
+    for part, size in zip(parts, sizes, strict=True):
         mine, joined = joined[:size], joined[size:]
         assert mine == [row for row in part if row in mine]  # in their order, none twice
     manifest = sources.manifest(sources.train_path(name))
@@ -639,8 +635,13 @@ def test_tokens_are_counted_as_training_sees_them(ruler, source, target):
         answers.append(len(whole) - len(asked))
     for name, counts in (("prompt", prompts), ("answer", answers)):
         counts.sort()
-        told = manifest["tokens"][name]
-        assert told == {"min": counts[0], "median": counts[1], "p95": counts[3], "max": counts[3]}
+        quantiles = manifest["tokens"][name]
+        assert quantiles == {
+            "min": counts[0],
+            "median": counts[1],
+            "p95": counts[3],
+            "max": counts[3],
+        }
     assert manifest["tokens"]["over"] is None
 
 
@@ -650,10 +651,10 @@ def test_quantiles_are_by_nearest_rank():
     draw = random.Random(1)
     for size in (1, 2, 19, 20, 21, 1000):
         counts = [draw.randint(1, 50) for _ in range(size)]
-        told = lengths.compute_quantiles(Counter(counts))
+        quantiles = lengths.compute_quantiles(Counter(counts))
         expected = numpy.quantile(counts, [0, 0.5, 0.95, 1], method="inverted_cdf")
-        assert list(told) == ["min", "median", "p95", "max"]
-        assert list(told.values()) == expected.tolist()
+        assert list(quantiles) == ["min", "median", "p95", "max"]
+        assert list(quantiles.values()) == expected.tolist()
 
 
 def bounded(ruler, length):
@@ -728,17 +729,17 @@ def test_the_command_counts_with_the_tokenizer_of_a_folder(
     smollm2, source, target, monkeypatch, capsys
 ):
     write_rows(source, [("How is it?", "neutral"), (LONG_PROMPT, "neutral")])
-    told = ["convert", "fpb", source, target, "--tokenizer", smollm2]
-    main(monkeypatch, *told)
+    arguments = ["convert", "fpb", source, target, "--tokenizer", smollm2]
+    main(monkeypatch, *arguments)
     assert sources.manifest(target)["tokens"]["prompt"]["max"] > 1000
-    for more, said in [
+    for more, message in [
         (["--sequence-len", "100"], "more than the sequence_len of 100"),
         (["--sequence-len", "long"], "SEQUENCE_LEN: 'long' is not a valid integer"),
         (["--tokenizer", source.parent], f"{source.parent} holds no tokenizer"),
     ]:
         with pytest.raises(SystemExit, match="2"):
-            main(monkeypatch, *told, *more)
-        assert said in capsys.readouterr().err
+            main(monkeypatch, *arguments, *more)
+        assert message in capsys.readouterr().err
 
 
 def test_a_recipe_whose_tokenizer_is_not_at_hand_converts_and_says_so(
@@ -763,9 +764,9 @@ def published():
     if not FINLORA:
         return []
     folder, table = sources.source_folder(), sources.tables()
-    found = [(n, folder / d["file"]) for n, d in table["datasets"].items()]
-    found += [(f"{n} train", folder / t["train"]) for n, t in table["tasks"].items()]
-    return [(name, path) for name, path in found if path.is_file()]
+    files = [(n, folder / d["file"]) for n, d in table["datasets"].items()]
+    files += [(f"{n} train", folder / t["train"]) for n, t in table["tasks"].items()]
+    return [(name, path) for name, path in files if path.is_file()]
 
 
 @needs_finlora
@@ -836,10 +837,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
         pytest.skip("this machine does not let a small disk be mounted")
     try:
         source = sources.SAMPLE / "train" / "finlora_sentiment_train.jsonl"
-        arguments = ["tools", "convert", "fpb", source, disk / "out.jsonl"]
-        done = subprocess.run(
-            [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True
-        )
+        done = run("convert", "fpb", source, disk / "out.jsonl")
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
         assert "no space left" in done.stderr
         assert list(disk.iterdir()) == []

@@ -37,8 +37,7 @@ from tools.common import (
     shown,
     write_json,
 )
-from tools.data import duplicates, formulas
-from tools.data.duplicates import Near, find_repeats
+from tools.data import duplicates, formulas, templates
 from tools.data.parts import (
     EXAMPLES,
     Finding,
@@ -49,13 +48,6 @@ from tools.data.parts import (
     hash_text,
     normalize,
     read_rows,
-)
-from tools.data.templates import (
-    NEAR_CHARS,
-    TemplateCheck,
-    choose_common_sentences,
-    count_sentences,
-    extract_variable_text,
 )
 
 OUT = ROOT / "runs" / "audit"
@@ -105,12 +97,12 @@ def audit(tasks: list[str]) -> dict[str, Any]:
             continue
         for part in parts:
             findings += scan(part)
-        near = Near(parts)
+        near = duplicates.Near(parts)
         for part in parts:
             findings += check_balance(part)
             findings += scan_again(part, find_sequence_len(task), near)
             files.setdefault(part.name, part.report | {"repairs": list_repairs(task, part)})
-        findings += find_repeats(parts)
+        findings += duplicates.find_repeats(parts)
         findings += near.findings()
     order = list(SEVERITIES)
     unique = {(finding.file, finding.text): finding for finding in findings}.values()
@@ -119,7 +111,7 @@ def audit(tasks: list[str]) -> dict[str, Any]:
         "tokenizer": shown(TOKENIZER.parent) if load_tokenizer() else None,
         "limits": {
             "rows compared for likeness, a task": duplicates.NEAR_ROWS,
-            "characters compared of a prompt": NEAR_CHARS,
+            "characters compared of a prompt": templates.NEAR_CHARS,
             "characters tokenized, a file": TOKEN_CHARS,
         },
         "files": list(files.values()),
@@ -157,7 +149,7 @@ def scan(part: Part) -> Iterator[Finding]:
         part.prompts.append(hash_text(normalize(prompt)))
         part.answers.append(hash_text(normalize(answer)))
         part.chars.append(len(prompt) + len(answer))
-        count_sentences(prompt, part)
+        templates.count_sentences(prompt, part)
     if unread:
         text = f"{count_noun(unread, 'row', 'rows')} cannot be read"
         total = unread + len(part.lines)
@@ -181,18 +173,22 @@ def scan(part: Part) -> Iterator[Finding]:
     }
 
 
-def scan_again(part: Part, sequence_len: int, near: Near) -> Iterator[Finding]:
+def scan_again(part: Part, sequence_len: int, near: duplicates.Near) -> Iterator[Finding]:
     """Reads a file again, now that its common sentences are known to it."""
-    choose_common_sentences(part)
-    templates, tokens, keys = TemplateCheck(part), TokenCheck(part, sequence_len), KeyCheck(part)
+    templates.choose_common_sentences(part)
+    forms, tokens, keys = (
+        templates.TemplateCheck(part),
+        TokenCheck(part, sequence_len),
+        KeyCheck(part),
+    )
     readable = (row for _, _, row in read_rows(part.path) if not isinstance(row, str))
     for row, (prompt, answer) in enumerate(readable):
-        text = extract_variable_text(prompt, part)
-        templates.add(row, prompt, text)
+        text = templates.extract_variable_text(prompt, part)
+        forms.add(row, prompt, text)
         near.add(part, row, text)
         tokens.add(row, prompt, answer)
         keys.add(row, prompt, answer)
-    for check in (templates, tokens, keys):
+    for check in (forms, tokens, keys):
         yield from check.findings()
 
 
