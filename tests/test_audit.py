@@ -17,8 +17,9 @@ from tools.common import ROOT, JobFailed
 from tools.data import audit, duplicates
 from tools.data import card as datacard
 from tools.data import formulas as finance
-from tools.data.parts import find_parts, read_rows
-from tools.data.templates import extract_variable_text
+from tools.data.parts import find_parts
+from tools.data.rows import read_batches
+from tools.data.templates import check_templates
 
 FINLORA = os.environ.get("FINLORA_DATA")
 needs_finlora = pytest.mark.skipif(not FINLORA, reason="FINLORA_DATA is unset: no FinLoRA data")
@@ -171,13 +172,10 @@ def test_lsh_finds_nearly_every_pair_that_comparing_all_rows_finds(write):
         rows.append(news(" ".join(words)))
     write("test/fiqa_test.jsonl", rows)
     (part,) = find_parts("sentiment", sources.source_folder("sentiment"))
-    list(audit.scan(part))
+    list(check_templates(part))
     near = duplicates.Near([part])
-    list(audit.scan_again(part, 4096, near))
-    texts = [
-        duplicates.cut_shingles(extract_variable_text(part.read(n)[0], part)) for n in range(300)
-    ]
-    numbers = [sorted(duplicates.NUMBERS.findall(part.read(n)[0])) for n in range(300)]
+    texts = list(map(duplicates.cut_shingles, part.texts))
+    numbers = [sorted(duplicates.NUMBERS.findall(prompt)) for prompt in part.prompts]
     every = {
         b
         for b in range(300)
@@ -479,10 +477,9 @@ def test_more_rows_than_are_compared_are_sampled_evenly(write, monkeypatch):
     monkeypatch.setattr(duplicates, "NEAR_ROWS", 100)
     write("test/fiqa_test.jsonl", plenty(450))
     (part,) = find_parts("sentiment", sources.source_folder("sentiment"))
-    list(audit.scan(part))
+    list(check_templates(part))
     near = duplicates.Near([part])
-    list(audit.scan_again(part, 4096, near))
-    assert len(near.seen) == 90
+    assert len(near.compared) == 90
     assert audit.audit(["sentiment"])["limits"]["rows compared for likeness, a task"] == 100
 
 
@@ -588,7 +585,8 @@ def test_the_card_holds_the_counts_of_the_files_and_none_of_their_rows(published
         for key in ("rows", "labels", "fit", "formulas"):
             assert facts[file][key] == measured[key]
     for file in published["files"]:
-        for _, _, row in read_rows(Path(FINLORA) / "data" / file["file"]):
-            own = row[0].split("Input:")[-1].split("sentence:")[-1].split("Question:")[-1]
+        batches = read_batches(Path(FINLORA) / "data" / file["file"])
+        for prompt in (prompt for batch in batches for prompt in batch.prompts):
+            own = prompt.split("Input:")[-1].split("sentence:")[-1].split("Question:")[-1]
             own = own.removesuffix("Answer:").strip()
             assert len(own) < 25 or own not in card

@@ -8,15 +8,13 @@ changes scores, a `warning` may, a `note` is worth knowing), a confidence, a cou
 
     error    test/tfns_test.jsonl   labels are swapped: neutral stands where … positive   certain
 
-Rows are read one at a time; what stays in memory is a few numbers and a MinHash a row. What they
-are compared with (class counts of a dataset's source, how keys are computed) stands in
-data/sources.yaml under `audit`.
+What rows are compared with (class counts of a dataset's source, how keys are computed) stands in
+data/sources.yaml under `audit`. The rows of one task are in memory at a time.
 """
 
 import json
 import math
 import statistics
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -37,7 +35,7 @@ from tools.common import (
     shown,
     write_json,
 )
-from tools.data import duplicates, formulas, templates
+from tools.data import duplicates, formulas
 from tools.data.parts import (
     EXAMPLES,
     Finding,
@@ -45,10 +43,8 @@ from tools.data.parts import (
     count_noun,
     escape,
     find_parts,
-    hash_text,
-    normalize,
-    read_rows,
 )
+from tools.data.templates import NEAR_CHARS, check_templates
 
 OUT = ROOT / "runs" / "audit"
 PAGE = ROOT / "tools" / "data" / "audit.html"
@@ -56,8 +52,13 @@ TOKENIZER = ROOT / "models" / "smollm2-135m" / "tokenizer.json"
 
 BINS = 24
 TOKEN_CHARS = 20_000_000  # characters a file that are tokenized; of more, an even sample
-WRONG_ANSWERS = 1_000  # that are told apart in a file
 IMPROBABLE = 1e-6
+# Of wrong keys: confidence, severity, and the finding of one and of several.
+KEY_FINDINGS = [
+    ("high", "error", "is not what its own formula gives", "are not what their own formula gives"),
+    ("medium", "warning", "follows from another convention", "follow from another convention"),
+    ("low", "note", "is not exact", "are not exact"),
+]
 SEVERITIES = {"error": "red", "warning": "yellow", "note": "blue"}
 
 
@@ -96,14 +97,14 @@ def audit(tasks: list[str]) -> dict[str, Any]:
         if not parts:
             continue
         for part in parts:
-            findings += scan(part)
-        near = duplicates.Near(parts)
-        for part in parts:
+            findings += check_rows(part)
             findings += check_balance(part)
-            findings += scan_again(part, find_sequence_len(task), near)
+            findings += check_templates(part)
+            findings += check_lengths(part, find_sequence_len(task))
+            findings += check_keys(part)
             files.setdefault(part.name, part.report | {"repairs": list_repairs(task, part)})
         findings += duplicates.find_repeats(parts)
-        findings += near.findings()
+        findings += duplicates.Near(parts).findings()
     order = list(SEVERITIES)
     unique = {(finding.file, finding.text): finding for finding in findings}.values()
     return {
@@ -111,7 +112,7 @@ def audit(tasks: list[str]) -> dict[str, Any]:
         "tokenizer": shown(TOKENIZER.parent) if load_tokenizer() else None,
         "limits": {
             "rows compared for likeness, a task": duplicates.NEAR_ROWS,
-            "characters compared of a prompt": templates.NEAR_CHARS,
+            "characters compared of a prompt": NEAR_CHARS,
             "characters tokenized, a file": TOKEN_CHARS,
         },
         "files": list(files.values()),
@@ -122,40 +123,27 @@ def audit(tasks: list[str]) -> dict[str, Any]:
     }
 
 
-# ---- One file, read twice
+# ---- Rows and labels
 
 
-def scan(part: Part) -> Iterator[Finding]:
-    """Reads a file once: rows, labels, lengths, and which sentences recur."""
-    unread, broken = 0, []
-    first_rows: dict[str, int] = {}  # of each answer that is no label
-    for line, offset, row in read_rows(part.path):
-        if isinstance(row, str):
-            unread += 1
-            broken.append({"file": part.name, "line": line, "text": escape(row)})
-            del broken[EXAMPLES:]
-            continue
-        prompt, answer = row
-        if part.labels:
-            label = answer
-            if answer not in part.labels:
-                label = escape(answer[:80])
-                if label not in first_rows and len(first_rows) >= WRONG_ANSWERS:
-                    label = "(others)"
-                first_rows.setdefault(label, len(part.lines))
-            part.classes[label] += 1
-        part.lines.append(line)
-        part.offsets.append(offset)
-        part.prompts.append(hash_text(normalize(prompt)))
-        part.answers.append(hash_text(normalize(answer)))
-        part.chars.append(len(prompt) + len(answer))
-        templates.count_sentences(prompt, part)
+def check_rows(part: Part) -> Iterator[Finding]:
+    """Rows that cannot be read, and answers that are no label."""
+    rows, unread, counts = len(part.lines), len(part.refused), Counter[str]()
     if unread:
         text = f"{count_noun(unread, 'row', 'rows')} cannot be read"
-        total = unread + len(part.lines)
-        yield part.finding(("error", "rows", "certain"), text, unread, broken, total)
+        examples = [
+            {"file": part.name, "line": line, "text": escape(reason)}
+            for line, reason, _ in part.refused[:EXAMPLES]
+        ]
+        yield part.finding(("error", "rows", "certain"), text, unread, examples, unread + rows)
+    if part.labels:
+        counts = Counter(escape(answer[:80]) for answer in part.answers)
+    first_rows: dict[str, int] = {}  # of each answer that is no label
+    for row, answer in enumerate(part.answers if part.labels else ()):
+        if answer not in part.labels:
+            first_rows.setdefault(answer, row)
     if first_rows:
-        count = sum(part.classes[label] for label in first_rows)
+        count = sum(answer not in part.labels for answer in part.answers)
         text = count_noun(count, "answer is", "answers are")
         text += f" none of {', '.join(sorted(part.labels))}"
         examples = list(first_rows.values())[:EXAMPLES]
@@ -166,30 +154,15 @@ def scan(part: Part) -> Iterator[Finding]:
         "as_published": is_published(part),
         "split": part.split,
         "datasets": part.datasets,
-        "rows": len(part.lines),
+        "rows": rows,
         "unreadable": unread,
-        "labels": dict(part.classes.most_common(20)),
-        "chars": count_bins(part.chars),
+        "labels": dict(counts.most_common(20)),
+        "chars": count_bins(map(count_chars, part.prompts, part.answers)),
     }
 
 
-def scan_again(part: Part, sequence_len: int, near: duplicates.Near) -> Iterator[Finding]:
-    """Reads a file again, now that its common sentences are known to it."""
-    templates.choose_common_sentences(part)
-    forms, tokens, keys = (
-        templates.TemplateCheck(part),
-        TokenCheck(part, sequence_len),
-        KeyCheck(part),
-    )
-    readable = (row for _, _, row in read_rows(part.path) if not isinstance(row, str))
-    for row, (prompt, answer) in enumerate(readable):
-        text = templates.extract_variable_text(prompt, part)
-        forms.add(row, prompt, text)
-        near.add(part, row, text)
-        tokens.add(row, prompt, answer)
-        keys.add(row, prompt, answer)
-    for check in (forms, tokens, keys):
-        yield from check.findings()
+def count_chars(prompt: str, answer: str) -> int:
+    return len(prompt) + len(answer)
 
 
 def read_checksum(file: str) -> str:
@@ -219,7 +192,8 @@ def check_balance(part: Part) -> Iterator[Finding]:
     """Class counts against those that the dataset's source publishes, and their permutations."""
     published = part.facts.get("published_classes", {})
     names, source = list(published), part.facts.get("classes_from", "the source")
-    counts = [part.classes[label] for label in names]
+    classes = Counter(part.answers) if names else Counter[str]()
+    counts = [classes[label] for label in names]
     rows, total = sum(counts), sum(published.values())
     if not rows:
         return
@@ -239,7 +213,7 @@ def check_balance(part: Part) -> Iterator[Finding]:
         return
     moved = [(label, true) for label, true in zip(names, best, strict=True) if label != true]
     swaps = ", ".join(f"{label} stands where the source has {true}" for label, true in moved)
-    in_file = ", ".join(f"{part.classes[label]:,} {label}" for label in names)
+    in_file = ", ".join(f"{classes[label]:,} {label}" for label in names)
     in_source = ", ".join(f"{published[label]:,} {label}" for label in names)
     text = f"labels are swapped: {swaps}. The file has {in_file}; {source} has {in_source}. "
     if exact:
@@ -255,7 +229,7 @@ def check_balance(part: Part) -> Iterator[Finding]:
         text += f"Swapped, the shares fit (chi-square, p = {p_swapped:.2g}), as labelled they do "
         text += f"not (p {show_p(p_labelled)})"
         confidence = "high" if p_swapped > 0.01 else "low"
-    count = sum(part.classes[label] for label, _ in moved)
+    count = sum(classes[label] for label, _ in moved)
     yield part.finding(("error", "balance", confidence), text, count)
 
 
@@ -285,101 +259,54 @@ def find_sequence_len(task: str) -> int:
     return int(settings.get("sequence_len", matrix["common"]["sequence_len"]))
 
 
-class TokenCheck:
-    """Token counts of rows, prompt and answer, without the chat template's own tokens."""
-
-    def __init__(self, part: Part, sequence_len: int) -> None:
-        self.part, self.sequence_len = part, sequence_len
-        self.tokenizer = load_tokenizer()
-        self.step = -(-sum(part.chars) // TOKEN_CHARS) or 1
-        self.batch: list[tuple[int, str, str]] = []
-        self.lengths, self.long_rows, self.long_answers = (array("I") for _ in range(3))
-
-    def add(self, row: int, prompt: str, answer: str) -> None:
-        if self.tokenizer and row % self.step == 0:
-            self.batch.append((row, prompt, answer))
-        if len(self.batch) == 256:
-            self.count()
-
-    def count(self) -> None:
-        """Counts the rows of the batch, and empties it."""
-        if not self.batch:
-            return
-        rows, *columns = zip(*self.batch, strict=True)
-        prompts, answers = (self.tokenizer.encode_batch_fast(list(texts)) for texts in columns)
-        for row, prompt, answer in zip(rows, prompts, answers, strict=True):
-            self.lengths.append(len(prompt) + len(answer))
-            if self.lengths[-1] > self.sequence_len:
-                alone = len(answer) >= self.sequence_len
-                (self.long_answers if alone else self.long_rows).append(row)
-        self.batch.clear()
-
-    def findings(self) -> Iterator[Finding]:
-        self.count()
-        if self.lengths:
-            self.part.report["tokens"] = count_bins(self.lengths) | {"limit": self.sequence_len}
-        for severity, rows, nouns in (
-            ("warning", self.long_rows, ("row is", "rows are")),
-            ("error", self.long_answers, ("answer alone is", "answers alone are")),
-        ):
-            if rows:
-                text = (
-                    count_noun(len(rows), *nouns) + f" longer than {self.sequence_len} tokens of "
-                )
-                text += f"SmolLM2's tokenizer, of {len(self.lengths):,} that were counted"
-                grade, examples = (severity, "length", "high"), rows[:EXAMPLES]
-                yield self.part.finding(grade, text, len(rows), examples, len(self.lengths))
+def check_lengths(part: Part, sequence_len: int) -> Iterator[Finding]:
+    """Rows that are too long, without the chat template's own tokens; counts an even sample."""
+    tokenizer = load_tokenizer()
+    if not tokenizer or not part.lines:
+        return
+    step = -(-sum(map(count_chars, part.prompts, part.answers)) // TOKEN_CHARS) or 1
+    columns = (part.prompts[::step], part.answers[::step])
+    prompts, answers = ([len(t) for t in tokenizer.encode_batch_fast(texts)] for texts in columns)
+    lengths = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    part.report["tokens"] = count_bins(lengths) | {"limit": sequence_len}
+    long_rows: dict[bool, list[int]] = {False: [], True: []}  # by whether the answer alone is long
+    for number, length in enumerate(lengths):
+        if length > sequence_len:
+            long_rows[answers[number] >= sequence_len].append(number * step)
+    for severity, rows, nouns in (
+        ("warning", long_rows[False], ("row is", "rows are")),
+        ("error", long_rows[True], ("answer alone is", "answers alone are")),
+    ):
+        if rows:
+            text = count_noun(len(rows), *nouns) + f" longer than {sequence_len} tokens of "
+            text += f"SmolLM2's tokenizer, of {len(lengths):,} that were counted"
+            grade, examples = (severity, "length", "high"), rows[:EXAMPLES]
+            yield part.finding(grade, text, len(rows), examples, len(lengths))
 
 
 # ---- Answer keys
 
 
-class KeyCheck:
+def check_keys(part: Part) -> Iterator[Finding]:
     """The keys of a file that their own formula does not give, by how sure that is."""
-
-    def __init__(self, part: Part) -> None:
-        self.part = part
-        self.applies = part.facts.get("check") == "formulas"
-        self.verdicts: list[tuple[int, formulas.Verdict]] = []
-
-    def add(self, row: int, prompt: str, answer: str) -> None:
-        if self.applies and (verdict := formulas.check_key(prompt, answer)):
-            self.verdicts.append((row, verdict))
-
-    def findings(self) -> Iterator[Finding]:
-        if not self.applies:
-            return
-        checked, agree = len(self.verdicts), sum(v.agrees for _, v in self.verdicts)
-        share = checked / max(1, len(self.part.lines))
-        report = {"checked": checked, "agree": agree, "share": round(share, 4)}
-        self.part.report["formulas"] = report
-        for confidence, severity, singular, plural in (
-            (
-                "high",
-                "error",
-                "is not what its own formula gives",
-                "are not what their own formula gives",
-            ),
-            (
-                "medium",
-                "warning",
-                "follows from another convention",
-                "follow from another convention",
-            ),
-            ("low", "note", "is not exact", "are not exact"),
-        ):
-            wrong = [
-                (row, v) for row, v in self.verdicts if not v.agrees and v.confidence == confidence
-            ]
-            if not wrong:
-                continue
-            kinds = Counter(f"{escape(v.formula)[:60]} ({v.why})" for _, v in wrong)
-            text = count_noun(len(wrong), f"key {singular}", f"keys {plural}")
-            text += f", of {checked} that could be computed ({share:.0%} of the rows): "
-            text += ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-            examples = [self.part.example(row, describe_key(v)) for row, v in wrong]
-            grade = (severity, "formula", confidence)
-            yield self.part.finding(grade, text, len(wrong), examples, checked)
+    if part.facts.get("check") != "formulas":
+        return
+    results = map(formulas.check_key, part.prompts, part.answers)
+    verdicts = [(row, verdict) for row, verdict in enumerate(results) if verdict]
+    checked, agree = len(verdicts), sum(verdict.agrees for _, verdict in verdicts)
+    share = checked / max(1, len(part.lines))
+    part.report["formulas"] = {"checked": checked, "agree": agree, "share": round(share, 4)}
+    for confidence, severity, singular, plural in KEY_FINDINGS:
+        wrong = [(row, v) for row, v in verdicts if not v.agrees and v.confidence == confidence]
+        if not wrong:
+            continue
+        kinds = Counter(f"{escape(v.formula)[:60]} ({v.why})" for _, v in wrong)
+        text = count_noun(len(wrong), f"key {singular}", f"keys {plural}")
+        text += f", of {checked} that could be computed ({share:.0%} of the rows): "
+        text += ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        examples = [part.example(row, describe_key(v)) for row, v in wrong]
+        grade = (severity, "formula", confidence)
+        yield part.finding(grade, text, len(wrong), examples, checked)
 
 
 def describe_key(verdict: formulas.Verdict) -> str:

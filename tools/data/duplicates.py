@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from tools.data.parts import EXAMPLES, Finding, Part, count_noun
-from tools.data.templates import extract_variable_text
 
 SIMILAR = 0.85  # Jaccard similarity of 5-character pieces from which two prompts are near
 PROPOSED = 0.7  # from which LSH proposes a pair: so it finds 602 of the 605 in xbrl_term
@@ -25,16 +24,11 @@ Place = tuple[int, int]  # number of a part, number of a row
 
 def find_repeats(parts: list[Part]) -> Iterator[Finding]:
     """Prompts that stand twice, in a file or in two, and prompts with more than one answer."""
-    import numpy as np
-
-    hashes = np.concatenate([np.array(part.prompts, dtype=np.uint64) for part in parts])
-    keys, counts = np.unique(hashes, return_counts=True)
-    places: dict[int, list[Place]] = {int(key): [] for key in keys[counts > 1]}
+    places: dict[int, list[Place]] = defaultdict(list)
     for number, part in enumerate(parts):
-        for row, key in enumerate(part.prompts):
-            if key in places:
-                places[key].append((number, row))
-    groups = list(places.values())
+        for row, mark in enumerate(part.prompt_marks):
+            places[mark].append((number, row))
+    groups = [group for _, group in sorted(places.items()) if len(group) > 1]
     for number, part in enumerate(parts):
         yield from find_repeats_inside(part, [[r for n, r in g if n == number] for g in groups])
         for other, source in enumerate(parts[:number]):
@@ -59,7 +53,7 @@ def find_repeats_inside(part: Part, groups: list[list[int]]) -> Iterator[Finding
     groups = [rows for rows in groups if len(rows) > 1]
     if groups:
         extra = sum(len(rows) - 1 for rows in groups)
-        verbatim = sum(len(rows) - len({part.read(row)[0] for row in rows}) for rows in groups)
+        verbatim = sum(len(rows) - len({part.prompts[row] for row in rows}) for rows in groups)
         text = count_noun(extra, "row repeats", "rows repeat")
         text += " an earlier prompt of the file but for case and spaces, "
         text += f"{verbatim} of them letter for letter"
@@ -68,7 +62,7 @@ def find_repeats_inside(part: Part, groups: list[list[int]]) -> Iterator[Finding
 
 
 def find_contradictions(parts: list[Part], groups: list[list[Place]]) -> Iterator[Finding]:
-    torn = [group for group in groups if len({parts[n].answers[row] for n, row in group}) > 1]
+    torn = [group for group in groups if len({parts[n].answer_marks[row] for n, row in group}) > 1]
     if torn:
         names = sorted({parts[n].name for group in torn for n, _ in group})
         text = count_noun(len(torn), "prompt has", "prompts have")
@@ -107,38 +101,40 @@ class Near:
         self.lsh = MinHashLSH(threshold=PROPOSED, num_perm=PERMUTATIONS)
         self.step = -(-sum(len(part.lines) for part in parts) // NEAR_ROWS) or 1
         self.parts = parts
-        self.seen: set[int] = set()
+        self.compared: set[int] = set()  # marks of prompts
         self.pairs: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+        for number, part in enumerate(parts):
+            for row in range(0, len(part.lines), self.step):
+                # Else too little to compare, or an exact duplicate, which `find_repeats` counts.
+                if len(part.texts[row]) >= 20 and part.prompt_marks[row] not in self.compared:
+                    self.compare(number, row)
 
-    def add(self, part: Part, row: int, text: str) -> None:
+    def compare(self, number: int, row: int) -> None:
         """Compares what varies in a row with the earlier ones, of its file and those before it."""
         from datasketch import MinHash
 
-        if row % self.step or len(text) < 20 or part.prompts[row] in self.seen:
-            return  # too little to compare, or an exact duplicate, which `find_repeats` counts
-        self.seen.add(part.prompts[row])
-        shingles, here = cut_shingles(text), self.parts.index(part)
+        part = self.parts[number]
+        text = part.texts[row]
+        self.compared.add(part.prompt_marks[row])
+        shingles, numbers = cut_shingles(text), sorted(NUMBERS.findall(text))
         sketch = MinHash(num_perm=PERMUTATIONS, hashfunc=zlib.crc32)
         sketch.update_batch(shingles)
-        numbers = sorted(NUMBERS.findall(text))
         similar_rows: dict[int, int] = {}  # the first in each file
         for n, other in sorted(self.lsh.query(sketch))[:CANDIDATES]:
-            if n in similar_rows:
-                continue
-            other_text = extract_variable_text(self.parts[n].read(other)[0], self.parts[n])
-            if sorted(NUMBERS.findall(other_text)) != numbers:
+            other_text = self.parts[n].texts[other]
+            if n in similar_rows or sorted(NUMBERS.findall(other_text)) != numbers:
                 continue
             other_shingles = cut_shingles(other_text)
             if len(shingles & other_shingles) >= SIMILAR * len(shingles | other_shingles):
                 similar_rows[n] = other
         for n, other in similar_rows.items():
-            self.pairs[n, here].append((other, row))
-        self.lsh.insert((here, row), sketch, check_duplication=False)
+            self.pairs[n, number].append((other, row))
+        self.lsh.insert((number, row), sketch, check_duplication=False)
 
     def findings(self) -> Iterator[Finding]:
         for (first, second), pairs in self.pairs.items():
             a, b = self.parts[first], self.parts[second]
-            same = sum(a.answers[x] == b.answers[y] for x, y in pairs)
+            same = sum(a.answer_marks[x] == b.answer_marks[y] for x, y in pairs)
             where = "an earlier row" if first == second else f"a row of {a.name}"
             text = count_noun(len(pairs), "prompt is", "prompts are") + f" like {where} (Jaccard "
             text += (

@@ -1,37 +1,55 @@
 """Splits prompts into the sentences that recur in their file, the template, and those that do not.
 
-find_template("Instruction: … Input: Sales rose.\\nAnswer:", part)    "Instruction: … … Answer:"
-extract_variable_text(the same)                                       "sales rose"
+   "Instruction: Good or bad?\\nInput: Sales rose.\\nAnswer:"
+→  "Instruction: Good or bad? … Answer:" and "input sales rose"
 """
 
 import re
 import zlib
-from array import array
+from collections import Counter
 from collections.abc import Iterator
 
 from tools.data.parts import EXAMPLES, Finding, Part, count_noun, escape, normalize
 
 SENTENCE = re.compile(r"(?<=[.:?!])\s+|\n+|(?<=Answer:)")
 PLACEHOLDER = re.compile(r"(?:nan|none|null|n a|na|undefined)?")  # of a cell that was empty
-SENTENCES = 200_000  # sentences that are counted at a time; beyond, those seen once are dropped
-TEMPLATES = 1_000  # that are told apart in a file
 TEMPLATE_SHARE = 0.01  # a sentence that this share of the prompts hold is part of a template
 OUTLIER_SHARE = 0.005  # a template that fewer rows use is an outlier
 NEAR_CHARS = 2_000  # characters that are compared of a long prompt: its first and last half
 
 
-def count_sentences(prompt: str, part: Part) -> None:
-    part.sentences.update({zlib.crc32(text.encode()) for text in split_sentences(prompt)})
-    if len(part.sentences) > SENTENCES:  # what is common is seen twice before long
-        for mark in [mark for mark, count in part.sentences.items() if count == 1]:
-            del part.sentences[mark]
+def check_templates(part: Part) -> Iterator[Finding]:
+    """Prompts that follow no usual template or ask for nothing; sets the part's `texts`."""
+    common, rows = find_common_sentences(part.prompts), len(part.prompts)
+    part.texts = [extract_text(prompt, common) for prompt in part.prompts]
+    templates = [find_template(prompt, common) for prompt in part.prompts]
+    used = Counter(templates).most_common()
+    part.report["templates"] = {
+        "distinct": len(used),
+        "most_common": [{"rows": count, "text": escape(text)} for text, count in used[:5]],
+    }
+    odd = [(text, count) for text, count in used if count < OUTLIER_SHARE * rows]
+    count, usual = sum(count for _, count in odd), len(used) - len(odd)
+    # Where most prompts differ there is no template to be out of.
+    if odd and count < 0.1 * rows:
+        text = count_noun(count, "prompt follows", "prompts follow") + " none of the "
+        text += count_noun(usual, "usual template", "usual templates")
+        examples = [templates.index(template) for template, _ in odd[:EXAMPLES]]
+        yield part.finding(("note", "template", "medium"), text, count, examples)
+    empty = [row for row, text in enumerate(part.texts) if PLACEHOLDER.fullmatch(text)]
+    if 0 < len(empty) < 0.1 * rows:
+        text = count_noun(len(empty), "prompt asks", "prompts ask")
+        text += " for nothing: a placeholder, like nan"
+        yield part.finding(("warning", "empty", "high"), text, len(empty), empty[:EXAMPLES])
 
 
-def choose_common_sentences(part: Part) -> None:
-    """Keeps the sentences that recur, once all are counted."""
-    least = max(3, TEMPLATE_SHARE * len(part.lines))
-    part.common = {mark for mark, count in part.sentences.items() if count >= least}
-    part.sentences.clear()
+def find_common_sentences(prompts: list[str]) -> set[int]:
+    """Marks of the sentences that recur."""
+    counts: Counter[int] = Counter()
+    for prompt in prompts:
+        counts.update({zlib.crc32(text.encode()) for text in split_sentences(prompt)})
+    least = max(3, TEMPLATE_SHARE * len(prompts))
+    return {mark for mark, count in counts.items() if count >= least}
 
 
 def split_sentences(prompt: str) -> list[str]:
@@ -40,58 +58,18 @@ def split_sentences(prompt: str) -> list[str]:
     return sentences if len(sentences) <= 40 else sentences[:20] + sentences[-20:]
 
 
-def find_template(prompt: str, part: Part) -> str:
+def find_template(prompt: str, common: set[int]) -> str:
     """The sentences of a prompt that recur in its file, with … for the others."""
     pieces: list[str] = []
     for text in split_sentences(prompt):
-        is_common = zlib.crc32(text.encode()) in part.common
+        is_common = zlib.crc32(text.encode()) in common
         if is_common or pieces[-1:] != ["…"]:
             pieces.append(text if is_common else "…")
-    template = " ".join(pieces)[:600]
-    has_room = template in part.templates or len(part.templates) < TEMPLATES
-    return template if has_room else "(others)"
+    return " ".join(pieces)[:600]
 
 
-def extract_variable_text(prompt: str, part: Part) -> str:
+def extract_text(prompt: str, common: set[int]) -> str:
     """The rest of a prompt beside its template, as letters, digits and single spaces."""
-    texts = [t for t in SENTENCE.split(prompt) if t and zlib.crc32(t.encode()) not in part.common]
-    text = re.sub(r"\W+", " ", normalize(" ".join(texts))).strip()
+    texts = [text for text in SENTENCE.split(prompt) if zlib.crc32(text.encode()) not in common]
+    text = re.sub(r"\W+", " ", normalize(" ".join(filter(None, texts)))).strip()
     return text if len(text) <= NEAR_CHARS else text[: NEAR_CHARS // 2] + text[-NEAR_CHARS // 2 :]
-
-
-class TemplateCheck:
-    """Counts the templates of a file, and the prompts that ask for nothing."""
-
-    def __init__(self, part: Part) -> None:
-        self.part = part
-        self.first_rows: dict[str, int] = {}  # of each template
-        self.empty_rows = array("I")
-
-    def add(self, row: int, prompt: str, variable_text: str) -> None:
-        template = find_template(prompt, self.part)
-        self.part.templates[template] += 1
-        self.first_rows.setdefault(template, row)
-        if PLACEHOLDER.fullmatch(variable_text):
-            self.empty_rows.append(row)
-
-    def findings(self) -> Iterator[Finding]:
-        part, rows = self.part, len(self.part.lines)
-        used = part.templates.most_common()
-        part.report["templates"] = {
-            "distinct": len(used),
-            "most_common": [{"rows": count, "text": escape(text)} for text, count in used[:5]],
-        }
-        odd = [(text, count) for text, count in used if count < OUTLIER_SHARE * rows]
-        count, usual = sum(count for _, count in odd), len(used) - len(odd)
-        # Where most prompts differ there is no template to be out of.
-        if odd and count < 0.1 * rows:
-            text = count_noun(count, "prompt follows", "prompts follow") + " none of the "
-            text += count_noun(usual, "usual template", "usual templates")
-            examples = [self.first_rows[template] for template, _ in odd[:EXAMPLES]]
-            yield part.finding(("note", "template", "medium"), text, count, examples)
-        empty = len(self.empty_rows)
-        if 0 < empty < 0.1 * rows:
-            text = count_noun(empty, "prompt asks", "prompts ask")
-            text += " for nothing: a placeholder, like nan"
-            grade = ("warning", "empty", "high")
-            yield part.finding(grade, text, empty, self.empty_rows[:EXAMPLES])
