@@ -13,9 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import orjson
-
-from tools.common import ROOT, WrongInput, digest, read_yaml, shown
+from tools.common import ROOT, WrongInput, digest, read_json, read_yaml, shown
 
 CHAT = ROOT / "data" / "chat"
 RAW = ROOT / "data" / "raw"
@@ -59,7 +57,7 @@ def manifest(chat: Path) -> dict[str, Any]:
     path = manifest_path(chat)
     if not chat.is_file():
         raise WrongInput(f"{shown(chat)} is not there; `make data` makes it")
-    content = orjson.loads(path.read_bytes()) if path.is_file() else {"source": shown(chat)}
+    content = read_json(path) if path.is_file() else {"source": shown(chat)}
     sha = digest(chat)
     if content.setdefault("sha256", sha) != sha:
         raise WrongInput(f"{shown(chat)} was changed after its conversion; `make data` makes it")

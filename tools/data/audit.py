@@ -28,9 +28,9 @@ from tools.common import (
     ROOT,
     WrongInput,
     atomic,
+    check_name,
     digest,
     git_blob,
-    nearest,
     read_yaml,
     shown,
     write_json,
@@ -67,8 +67,7 @@ def run(tasks: list[str], as_json: bool = False) -> None:
     table = sources.tables()["tasks"]
     tasks = tasks or list_tasks()
     for task in tasks:
-        if task not in table:
-            raise WrongInput(f'unknown task "{task}"{nearest(task, list(table))}')
+        check_name("task", task, table)
     report = audit(tasks)
     if not report["files"]:
         raise WrongInput(f"no file of {', '.join(tasks)} is at hand; `make fetch` gets FinLoRA's")
@@ -146,8 +145,8 @@ def check_rows(part: Part) -> Iterator[Finding]:
         count = sum(answer not in part.labels for answer in part.answers)
         text = count_noun(count, "answer is", "answers are")
         text += f" none of {', '.join(sorted(part.labels))}"
-        examples = list(first_rows.values())[:EXAMPLES]
-        yield part.finding(("error", "labels", "certain"), text, count, examples)
+        first = list(first_rows.values())[:EXAMPLES]
+        yield part.finding(("error", "labels", "certain"), text, count, first)
     part.report = {
         "file": part.name,
         "from": sources.origin(part.path),

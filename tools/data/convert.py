@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools import sources
-from tools.common import WrongInput, nearest, shown
+from tools.common import WrongInput, check_name, shown
 from tools.data.chatfile import DEFAULT, UNCOUNTED, Options, convert_rows, remove
 from tools.data.join import join_parts
 from tools.data.rules import check_labels, load_test_rules, load_train_rules
@@ -38,12 +38,10 @@ def convert_tasks(
     table = sources.tables()["tasks"]
     tasks = tasks or ([recipe_task] if recipe_task else list(table))
     for name in tasks:
-        if name not in table:
-            raise WrongInput(f'unknown task "{name}"{nearest(name, list(table))}')
+        check_name("task", name, table)
     printed = None
-    for name in dict.fromkeys(
-        part for task in tasks for part in [*table[task].get("parts", ()), task]
-    ):
+    names = (name for task in tasks for name in [*table[task].get("parts", ()), task])
+    for name in dict.fromkeys(names):
         folder, train = sources.source_folder(name), Path(table[name]["train"])
         place = train.parent if train.is_absolute() else folder
         is_joined = "parts" in table[name] and not (folder / train).is_file()
@@ -98,9 +96,7 @@ def convert_train(task: str, folder: Path, options: Options) -> dict[str, frozen
 
 def convert_file(dataset: str, source: Path, target: Path, options: Options = DEFAULT) -> None:
     """Converts one file by the rules of one dataset and prints what came of it."""
-    datasets = list(sources.tables()["datasets"])
-    if dataset not in datasets:
-        raise WrongInput(f'unknown dataset "{dataset}"{nearest(dataset, datasets)}')
+    check_name("dataset", dataset, sources.tables()["datasets"])
     if not source.is_file():
         raise WrongInput(f"{source} is not there")
     rules = load_test_rules(dataset, source, options.repair, options.quarantine)

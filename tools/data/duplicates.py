@@ -1,7 +1,9 @@
 """Finds prompts that a task's files hold twice, to the letter or nearly so.
 
-find_repeats(parts)                  equal prompts, leaks into a test set, contradictions
-near = Near(parts); near.add(…)      prompts that differ in few characters
+    find_repeats(parts)        equal prompts, leaks into a test set, contradictions
+    Near(parts).findings()     prompts that differ in few characters
+
+What is compared is a prompt without its template, which tools/data/templates.py takes off.
 """
 
 import re

@@ -26,7 +26,7 @@ from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from tools.common import JobFailed, WrongInput, digest, git_blob, nearest, shown
+from tools.common import JobFailed, WrongInput, check_name, digest, git_blob, shown
 from tools.data.rows import read_batches
 from tools.sources import RAW, list_folders, tables
 
@@ -78,8 +78,7 @@ def list_paths(tasks: list[str]) -> list[str]:
         return list(files)
     paths = []
     for task in tasks:
-        if task not in task_table:
-            raise WrongInput(f'unknown task "{task}"{nearest(task, list(task_table))}')
+        check_name("task", task, task_table)
         paths.append(task_table[task]["train"])
         paths += [tables()["datasets"][name]["file"] for name in task_table[task]["eval"]]
     for path in paths:

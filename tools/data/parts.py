@@ -1,7 +1,9 @@
-"""The files that an audit reads, what it measures of their rows, and how it reports a finding.
+"""The files that an audit reads, with their rows in memory, and its findings on them.
 
-for part in find_parts("sentiment", folder):
-    part.finding(("warning", "duplicates", "certain"), "3 rows repeat …", 3)
+    for part in find_parts("sentiment", folder):
+        part.finding(("warning", "duplicates", "certain"), "3 rows repeat …", 3)
+
+A finding's examples show rows escaped, so that a hostile row steers no terminal and no browser.
 """
 
 import hashlib

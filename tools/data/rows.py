@@ -1,7 +1,9 @@
 """Reads FinLoRA's rows strictly and in constant memory: a row is taken whole, or named and refused.
 
-for batch in read_batches(Path("data/raw/test/fpb_test.jsonl")):
-    batch.prompts, batch.answers, batch.refused
+    for batch in read_batches(Path("data/raw/test/fpb_test.jsonl")):
+        print(batch.prompts, batch.answers, batch.refused)
+
+Repeated keys, control characters, other types than text and numbers, and empty texts are refused.
 """
 
 import json

@@ -1,7 +1,9 @@
 """The rules of a dataset or task: its labels, and the repairs that data/sources.yaml has for it.
 
-load_test_rules("fpb", Path("data/raw/test/fpb_test.jsonl")).labels
-load_train_rules("xbrl_term", Path("data/raw")).removals
+    load_test_rules("fpb", Path("data/raw/test/fpb_test.jsonl")).labels
+    load_train_rules("xbrl_term", Path("data/raw")).removals
+
+A new kind of repair is a function here and a row in `REMOVALS`.
 """
 
 import hashlib

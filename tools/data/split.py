@@ -1,7 +1,9 @@
 """Divides rows by prompt: which of them validate, and which of a test set train.
 
-draw_validation(Counter({mark: rows, …}))     prompts of a training set that validate
-split_test_set(source, rules, 900, seed=42)   rows that train in place of a missing file
+    draw_validation(Counter({mark: rows, …}))     prompts of a training set that validate
+    split_test_set(source, rules, 900, seed=42)   rows that train in place of a missing file
+
+All rows of a prompt go to one side.
 """
 
 import hashlib

@@ -1,7 +1,9 @@
 """Splits prompts into the sentences that recur in their file, the template, and those that do not.
 
-   "Instruction: Good or bad?\\nInput: Sales rose.\\nAnswer:"
-→  "Instruction: Good or bad? … Answer:" and "input sales rose"
+    "Instruction: Good or bad? Input: Sales rose. Answer:"
+ →  "Instruction: Good or bad? … Answer:" and "input sales rose"
+
+Prompts that follow no usual template, or that hold nothing else, are findings.
 """
 
 import re
