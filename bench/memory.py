@@ -125,7 +125,7 @@ def measure(folder: str, bits: int, double: bool, rows: int, tokens: int) -> dic
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from tools.train.plugin import peak_memory
+    from tools.train.callbacks import measure_peak_memory
 
     config = recipes.config(RECIPE)
     model = load(folder, bits, double)
@@ -166,7 +166,7 @@ def measure(folder: str, bits: int, double: bool, rows: int, tokens: int) -> dic
 
     peak = peak_of(step, held(model) + sum(s.nbytes for s in states))
     return {"base": base, "adapter": sum(p.nbytes for p in trained), "peak": peak} | {
-        "process": peak_memory()
+        "process": measure_peak_memory()
     }
 
 

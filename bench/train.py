@@ -20,7 +20,7 @@ from typing import Any
 
 from tools import architectures, recipes, smollm2
 from tools.common import ROOT, WrongInput, command, quiet, shown, write_json
-from tools.train import launch, plan, profiles
+from tools.train import launch, machines, plan, profiles
 
 FOLDER = ROOT / "runs" / "bench"
 WARM = 4  # steps that are not timed
@@ -119,7 +119,7 @@ def bench(recipe: recipes.Recipe, profile: str, steps: int, here: dict[str, Any]
             content.pop(key, None)
         print(f"bench      {name}", flush=True)
         trial = recipes.Recipe(recipe.name, recipe.path, content, recipe.version)
-        launch.execute(trial, content, profile, False, launch.Machines())
+        launch.execute(trial, content, profile, False, machines.Machines())
         lines = (run / "progress.jsonl").read_text().splitlines()
         found[name] = measured([json.loads(line) for line in lines])
     return found

@@ -11,7 +11,7 @@ from tests.conftest import run
 from tools import models, prompts, recipes, sources, subjects
 from tools.common import ROOT, WrongInput, parse_yaml
 from tools.data import convert
-from tools.train import launch, profiles
+from tools.train import checks, profiles
 from tools.use import merge, serve
 
 ROWS = [
@@ -205,7 +205,7 @@ def test_a_config_whose_run_could_not_be_used_is_refused_with_the_reason(
     changed, said, tiny, rows, tmp_path
 ):
     with pytest.raises(WrongInput) as error:
-        launch.refuse_unusable(recipes.find(str(write(tmp_path, tiny, rows, **changed))))
+        checks.refuse_unusable(recipes.find(str(write(tmp_path, tiny, rows, **changed))))
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
@@ -262,7 +262,7 @@ def test_a_relative_path_that_lies_beside_the_config_is_explained(tiny, rows, tm
     (tmp_path / "chat.jsonl").write_bytes(rows.read_bytes())
     path = write(tmp_path, tiny, Path("chat.jsonl"))
     with pytest.raises(WrongInput) as error:
-        launch.data_of(recipes.find(str(path)))
+        checks.describe_data(recipes.find(str(path)))
     assert f"paths in a recipe start at {ROOT}" in str(error.value)
     assert str(tmp_path / "chat.jsonl") in str(error.value)
 
@@ -270,12 +270,12 @@ def test_a_relative_path_that_lies_beside_the_config_is_explained(tiny, rows, tm
 @pytest.mark.parametrize("name", ["chat.json", "chat.csv", "chat.parquet"])
 def test_a_data_file_that_is_not_there_is_no_dataset_of_the_hub(name, tiny, tmp_path):
     with pytest.raises(WrongInput, match=f"{name} is not there"):
-        launch.data_of(recipes.find(str(write(tmp_path, tiny, tmp_path / name))))
+        checks.describe_data(recipes.find(str(write(tmp_path, tiny, tmp_path / name))))
 
 
 def test_a_dataset_of_the_hub_is_left_to_axolotl(tiny, tmp_path):
     path = write(tmp_path, tiny, Path("someone/some-data"))
-    assert launch.data_of(recipes.find(str(path))) == []
+    assert checks.describe_data(recipes.find(str(path))) == []
 
 
 # ---- what Axolotl's schema makes of a config

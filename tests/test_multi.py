@@ -16,7 +16,8 @@ import yaml
 from tests.conftest import losses, run, write_recipe
 from tools import architectures, common, recipes
 from tools.runs import Run
-from tools.train import launch, plan, profiles, smoke
+from tools.train import checkpoints, plan, profiles, smoke
+from tools.train import machines as machines_module
 
 # Without dropout, whose random numbers each process draws for itself. 94 rows in batches of 8 are
 # 11 whole steps of an epoch; the twelfth is filled up among several processes.
@@ -126,7 +127,7 @@ def test_two_processes_told_to_stop_save_together(tiny, chat_rows, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate()
-    saved = launch.last_checkpoint(Run(folder))
+    saved = checkpoints.last_checkpoint(Run(folder))
     assert process.returncode == 130 and saved > 0 and f"goes on from step {saved}" in said
     assert not (folder / "stats.json").exists()  # it would make the run a finished one
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(os.listdir(folder / f"checkpoint-{saved}"))
@@ -162,7 +163,7 @@ def test_training_apart_is_refused(tiny, chat_rows, tmp_path, profile, told):
     recipe.run.folder.mkdir()
     content = profiles.merged(recipe, profiles.Choice(profile, 2))
     recipe.run.config_file.write_text(yaml.safe_dump(content))
-    machines = launch.Machines(nproc=2)
+    machines = machines_module.Machines(nproc=2)
     environment = machines.environment({"output_dir": "."})
     if profile == "cpu":
         del environment["ACCELERATE_USE_CPU"]

@@ -18,6 +18,7 @@ import typer
 from typer import Argument, Option
 
 from tools.common import WrongInput, command, nearest
+from tools.train import machines
 
 START, DATA, TRAIN, SCORE, USE, SHARE, MAINTAIN = (
     *("Start", "Data", "Train", "Score", "Use", "Share", "Maintain"),
@@ -272,7 +273,7 @@ def train(
     from tools.train import launch, profiles
 
     choice = profiles.Choice(profile, nproc, gradient_checkpointing, tracker)
-    launch.train(recipe, choice, launch.Cluster(nnodes, node_rank, rdzv), force)
+    launch.train(recipe, choice, machines.Cluster(nnodes, node_rank, rdzv), force)
 
 
 @app.command(rich_help_panel=TRAIN)

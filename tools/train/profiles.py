@@ -23,6 +23,9 @@ from tools.common import ROOT, WrongInput, quiet
 from tools.prompts import with_template
 from tools.train import plan
 
+PLUGIN = "tools.train.plugin.RunPlugin"
+# Its names, today's and that of earlier versions, whose runs and pulled configs still hold it.
+OWN_PLUGINS = (PLUGIN, "tools.plugin.RunPlugin")
 LARGEST_ON_CPU = 1e9  # parameters; a step of an 8B model takes minutes on a desktop CPU
 # NVIDIA's architecture from which flash-attn 2 has kernels: Ampere. T4 and V100 are older.
 FLASH_CAPABILITY = (8, 0)
@@ -324,7 +327,7 @@ def merged(
         content |= TRACKERS[tracker]
         if tracker == "mlflow":
             content["mlflow_tracking_uri"] = str((ROOT / run / "mlruns").as_uri())
-    plugins = [*(content.get("plugins") or []), "tools.train.plugin.RunPlugin"]
+    plugins = [*(content.get("plugins") or []), PLUGIN]
     content["plugins"] = list(dict.fromkeys(plugins))
     # Axolotl knows prepared data by its config and not by its content: a run keeps its own.
     content["dataset_prepared_path"] = str(run / "prepared")
@@ -336,9 +339,11 @@ def merged(
 def kept(content: dict[str, Any]) -> dict[str, Any]:
     """What of a merged config makes another run of it where it changes."""
     aside = CHOSEN | {key for options in TRACKERS.values() for key in options}
-    return {
+    identity = {
         key: value for key, value in content.items() if key not in {*aside, "mlflow_tracking_uri"}
     }
+    plugins = [name for name in content.get("plugins") or [] if name not in OWN_PLUGINS]
+    return identity | ({"plugins": plugins} if "plugins" in content else {})
 
 
 def reasons(content: dict[str, Any], here: dict[str, Any], processes: int) -> dict[str, str]:

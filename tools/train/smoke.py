@@ -25,7 +25,8 @@ from tools import architectures, models, recipes, smollm2
 from tools.common import ROOT, JobFailed, WrongInput, json_lines, quiet, shown
 from tools.data import lengths
 from tools.runs import Run
-from tools.train import launch, plan, profiles
+from tools.train import checks as checks_module
+from tools.train import launch, machines, plan, profiles
 
 FOLDER = ROOT / "runs" / ".smoke"
 STEPS = 3  # the first one warms up; speed is the others'
@@ -170,7 +171,7 @@ def smoke_config(recipe: recipes.Recipe, batch: Batch, twin: Path | None) -> dic
 def smoke_folder() -> Iterator[None]:
     """runs/.smoke, empty at first and removed afterwards; kept where the trial failed."""
     with Run(FOLDER).lock():  # two at once would remove each other's
-        launch.require_space(FOLDER)
+        checks_module.require_space(FOLDER)
         shutil.rmtree(FOLDER, ignore_errors=True)
         yield
         shutil.rmtree(FOLDER, ignore_errors=True)
@@ -264,7 +265,7 @@ def count_parameters(base: str) -> int:
 
 def check_disk(config: dict[str, Any]) -> str:
     """Free space against what base, checkpoints and adapter take, in words."""
-    needed = launch.DISK
+    needed = checks_module.DISK
     if not (ROOT / config["base_model"]).is_dir():
         needed += 2 * count_parameters(config["base_model"])
     free = shutil.disk_usage(ROOT).free
@@ -284,7 +285,7 @@ def try_recipe(recipe: recipes.Recipe, asked: str | None) -> list[str]:
     """Runs the trial and prints what it shows; returns what is not ready."""
     here = profiles.hardware()
     profile, _, why = profiles.choose(here, profiles.Choice(asked, 1), 1)
-    (entry, *_) = launch.data_of(recipe)
+    (entry, *_) = checks_module.describe_data(recipe)
     base = str(recipe.config["base_model"])
     large = not here["gpus"] and count_parameters(base) > profiles.LARGEST_ON_CPU
     with smoke_folder():
@@ -308,7 +309,7 @@ def try_recipe(recipe: recipes.Recipe, asked: str | None) -> list[str]:
             say("", f"{batch.too_long} rows are over sequence_len; Axolotl drops them")
         trial = replace(recipe, config=smoke_config(recipe, batch, twin))
         content = profiles.merged(trial, profiles.Choice(profile), here)
-        run = launch.execute(trial, content, profile, True, launch.Machines())
+        run = launch.execute(trial, content, profile, True, machines.Machines())
         first, *_, last = [e for e in json_lines(FOLDER / "run/progress.jsonl") if "loss" in e]
         say("trains", f"{STEPS} steps, loss {first['loss']:.3f} to {last['loss']:.3f}")
         if run.get("last_eval_loss") is not None:
