@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from evals import backends, html
+from evals import backends, page
 from tests.test_eval import NF4, evaluate, trained, workplace  # noqa: F401
 from tools import common, runs, sources
 from tools import subjects as subject_of
@@ -313,7 +313,7 @@ def test_a_score_of_an_endpoint_is_kept_until_what_it_depends_on_changes(server,
     assert told["data_sha256"] == sources.manifest(sources.test_path("fpb"))["sha256"]
     ask(monkeypatch, server)
     assert len(server.asked) == 8
-    (one,) = html.everything()
+    (one,) = page.everything()
     assert (one.model, one.method, one.setting) == ("teacher", "endpoint", "as served, 8 rows")
     ask(monkeypatch, server, url=server.url.replace("/v1", "/v2"))
     assert len(server.asked) == 16

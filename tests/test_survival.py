@@ -23,7 +23,7 @@ import yaml
 from tests.conftest import losses, run, write_recipe
 from tools import common
 from tools.runs import Run
-from tools.train import callbacks, checkpoints, launch, reproduce, status, writing
+from tools.train import callbacks, checkpoints, launch, reproduce, status
 from tools.train import process as process_module
 
 # 94 rows in batches of 8 are 12 steps an epoch; the batches are drawn by length.
@@ -233,7 +233,7 @@ def test_a_checkpoint_is_verified_before_it_is_used(undisturbed, tmp_path, capsy
     weights = load_file(before / "adapter_model.safetensors")
     next(iter(weights.values())).view(-1)[0] = math.nan
     save_file(weights, before / "adapter_model.safetensors")
-    writing.seal(before)
+    checkpoints.seal(before)
     assert checkpoints.last_checkpoint(Run(tmp_path / "run")) == 0
 
 
