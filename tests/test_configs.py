@@ -334,7 +334,7 @@ def test_merged_mappings_and_anchors_may_repeat_keys():
 )
 def test_no_profile_changes_what_a_config_of_ones_own_learns(own, profile, tiny, rows, tmp_path):
     recipe = recipes.find(str(write(tmp_path, tiny, rows, **own)))
-    content = profiles.merged(recipe, profiles.Choice(profile))
+    content = profiles.merge_config(recipe, profiles.Choice(profile))
     for key in ("sample_packing", "pad_to_sequence_len", "liger_rope", "attn_implementation"):
         if key in own:
             assert content[key] == own[key]
@@ -348,7 +348,7 @@ def test_no_profile_changes_what_a_config_of_ones_own_learns(own, profile, tiny,
 def test_what_a_profile_changes_of_ones_own_keys_is_said(tiny, rows, tmp_path):
     own = {"optimizer": "paged_adamw_8bit", "bf16": "auto", "plugins": ["my.Plugin"]}
     recipe = recipes.find(str(write(tmp_path, tiny, rows, **own, flash_attention=True)))
-    lines = profiles.changed(recipe, profiles.merged(recipe, profiles.Choice("cpu")))
+    lines = profiles.list_changes(recipe, profiles.merge_config(recipe, profiles.Choice("cpu")))
     for said in (
         "optimizer: paged_adamw_8bit → adamw_torch (the same algorithm",
         "bf16: auto → False",
@@ -357,7 +357,10 @@ def test_what_a_profile_changes_of_ones_own_keys_is_said(tiny, rows, tmp_path):
     ):
         assert any(line.startswith(said) for line in lines), (said, lines)
     catalogue = recipes.find("sentiment_r4")
-    assert profiles.changed(catalogue, profiles.merged(catalogue, profiles.Choice("cpu"))) == []
+    assert (
+        profiles.list_changes(catalogue, profiles.merge_config(catalogue, profiles.Choice("cpu")))
+        == []
+    )
 
 
 def test_gradient_checkpointing_is_turned_on_and_off(tiny, rows, tmp_path):

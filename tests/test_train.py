@@ -15,7 +15,7 @@ import yaml
 from tests.conftest import losses, run, write_recipe
 from tools import common, recipes
 from tools.runs import Run
-from tools.train import batches, checkpoints, checks, launch, machines, profiles
+from tools.train import batches, checkpoints, checks, hardware, launch, machines, profiles
 
 METHODS = [
     "r4",
@@ -169,12 +169,12 @@ def test_two_trainings_of_one_recipe_at_once_are_refused(tmp_path):
 
 
 def test_a_recipe_for_a_gpu_is_refused_with_one_that_runs_here():
-    if profiles.hardware()["gpus"]:
+    if hardware.detect_host().gpus:
         pytest.skip("this machine has a GPU")
     with pytest.raises(
         common.WrongInput, match=r"needs a CUDA GPU with \d+ GiB.*smollm2-135m"
     ) as refused:
-        checks.require_hardware(recipes.find("sentiment_r4"), profiles.hardware())
+        checks.require_hardware(recipes.find("sentiment_r4"), hardware.detect_host())
     assert "\n" not in str(refused.value)
 
 
@@ -293,14 +293,14 @@ def test_a_run_cut_off_after_training_is_finished_without_training_again(runs, t
     shutil.copytree(runs["r4"], copy)
     recipe = recipes.find(str(runs["r4"].parent / "r4.yaml"))
     moved = recipes.Recipe(recipe.name, recipe.path, recipe.config | {"output_dir": str(copy)}, "0")
-    config = profiles.kept(profiles.merged(moved, profiles.Choice("cpu")))
+    config = profiles.identity_of(profiles.merge_config(moved, profiles.Choice("cpu")))
     data = checks.describe_data(moved)
     common.write_json(
         copy / "identity.json", {"config": config, "data": [entry["sha256"] for entry in data]}
     )
     (copy / "run.json").unlink()
     common.write_json(copy / "stats.json", {"steps": content["steps"], "seconds": 1.0})
-    merged = profiles.merged(moved, profiles.Choice("cpu"))
+    merged = profiles.merge_config(moved, profiles.Choice("cpu"))
     again = launch.execute(moved, merged, "cpu", False, machines.Machines())
     assert again["adapter_sha256"] == content["adapter_sha256"]
     assert (copy / "run.json").is_file() and not (copy / "stats.json").exists()

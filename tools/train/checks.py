@@ -6,7 +6,7 @@ from typing import Any
 
 from tools import architectures, recipes, sources
 from tools.common import ROOT, JobFailed, WrongInput, digest, shown
-from tools.train import plan, profiles
+from tools.train import hardware, plan, profiles
 
 DISK = 2e9  # bytes that must be free: checkpoints, prepared data, log
 FULL = 1e6  # bytes under which a disk is full
@@ -14,7 +14,7 @@ FULL = 1e6  # bytes under which a disk is full
 DATA_FILES = {".jsonl", ".json", ".csv", ".parquet", ".txt", ".arrow"}
 
 
-def require_hardware(recipe: recipes.Recipe, here: dict[str, Any], profile: str = "") -> None:
+def require_hardware(recipe: recipes.Recipe, here: hardware.Host, profile: str = "") -> None:
     """Raises WrongInput, before any download, where a catalogue recipe cannot run here."""
     if recipe.name not in recipes.names():
         return
@@ -22,14 +22,14 @@ def require_hardware(recipe: recipes.Recipe, here: dict[str, Any], profile: str 
 
     def small(model: str) -> bool:
         base = recipes.config(f"{model}/{task}_{method}")["base_model"]
-        return architectures.find(base).parameters <= profiles.LARGEST_ON_CPU
+        return architectures.find(base).parameters <= hardware.LARGEST_ON_CPU
 
-    if here["gpus"]:
-        content = recipe.config | profiles.layers(profile)
+    if here.gpus:
+        content = recipe.config | profiles.read_profiles(profile)
         # The planner knows ZeRO, and not how FSDP divides a base.
         if (
             content.get("fsdp_config")
-            or profiles.fits(content, here, len(here["gpus"])) is not False
+            or profiles.fits_gpus(content, here, len(here.gpus)) is not False
         ):
             return
     elif small(recipes.parts(recipe.name)[0]):
@@ -39,7 +39,7 @@ def require_hardware(recipe: recipes.Recipe, here: dict[str, Any], profile: str 
     what = f"What runs here: make train RECIPE={runs[0]} (" if runs else "("
     raise WrongInput(
         f"{recipe.name} needs a CUDA GPU with {need['peak'] / 2**30:.0f} GiB; "
-        f"here: {profiles.found(here)}. {what}FORCE=1 tries all the same)"
+        f"here: {here}. {what}FORCE=1 tries all the same)"
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.common import ROOT, WrongInput
-from tools.train import profiles
+from tools.train import hardware
 
 GRACE = 110  # seconds to finish a step and save it; launch/slurm.sh asks for a signal 120 before
 
@@ -65,7 +65,7 @@ class Machines:
         folders = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         modules = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         found = os.environ | {"PATH": folders, "PYTHONPATH": modules}
-        if self.processes > 1 and not profiles.hardware()["gpus"]:
+        if self.processes > 1 and not hardware.detect_host().gpus:
             # Without it each process trains apart and nothing says so; with it accelerate leaves
             # DeepSpeed out, and nothing says so either (tools/train/plugin.py sees both).
             cpu = "DS_ACCELERATOR" if config.get("deepspeed") else "ACCELERATE_USE_CPU"
