@@ -274,7 +274,7 @@ def test_plain_axolotl_trains_the_recipe_with_the_profile_as_flags(smollm2, chat
             *flags,
         ],
         cwd=tmp_path,
-        env=machines.Machines().environment({}) | {"PYTHONPATH": ""},
+        env=machines.Machines().build_environment({}) | {"PYTHONPATH": ""},
         capture_output=True,
         text=True,
     )
