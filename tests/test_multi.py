@@ -164,7 +164,7 @@ def test_training_apart_is_refused(tiny, chat_rows, tmp_path, profile, told):
     content = profiles.merge_config(recipe, profiles.Choice(profile, 2))
     recipe.run.config_file.write_text(yaml.safe_dump(content))
     machines = machines_module.Machines(nproc=2)
-    environment = machines.environment({"output_dir": "."})
+    environment = machines.build_environment({"output_dir": "."})
     if profile == "cpu":
         del environment["ACCELERATE_USE_CPU"]
     done = subprocess.run(
