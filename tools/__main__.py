@@ -3,8 +3,8 @@
     python -m tools --help
     python -m tools train sentiment_r4 --profile gpu
 
-`make train RECIPE=sentiment_r4 PROFILE=gpu` is the same call: make hands each variable of its command
-line over as OPTION_<NAME>, and it becomes the option of that name. Implementations are imported
+`make train RECIPE=sentiment_r4 PROFILE=gpu` is the same call: make passes each variable of its
+command line as OPTION_<NAME>, which becomes the option of that name. Implementations are imported
 where they are called, so that help and lists appear at once.
 """
 

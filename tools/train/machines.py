@@ -61,7 +61,7 @@ class Machines:
         return ["--launcher", "torchrun", "--", f"--nproc_per_node={self.nproc}", *where]
 
     def build_environment(self, config: dict[str, Any]) -> dict[str, str]:
-        """The environment of Axolotl, which looks for `accelerate` on PATH and the plugin on PYTHONPATH."""
+        """Axolotl's environment: `accelerate` on PATH, the plugin on PYTHONPATH."""
         folders = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         modules = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         environment = os.environ | {"PATH": folders, "PYTHONPATH": modules}
