@@ -6,7 +6,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 
 VARIABLES := RECIPE TASKS PROFILE LIMIT PROMPT FORCE FINLORA_DATA GPU NPROC PRICE TASK MODEL METHOD JSON DATA CONFIG \
-  FINLORA_BASE_URL ADAPTER PORT ON_ERROR NAMESPACE PUBLIC REVISION DRY_RUN \
+  FINLORA_BASE_URL ADAPTER PORT MAX_MODEL_LEN ON_ERROR NAMESPACE PUBLIC REVISION DRY_RUN \
   BASE PRECISION PROMPT_FORMAT GRADIENT_CHECKPOINTING BACKEND BASE_URL MODEL_NAME REPAIR RECIPES \
   TRACKER NNODES NODE_RANK RDZV RUN PYTHON TORCH WHEELHOUSE
 # A shell may hold a MODEL or a FORCE of somebody else: a variable counts where it stands on make's
@@ -99,9 +99,9 @@ merge: $(READY) ## Merge an adapter into its base, and compare the two: RECIPE=�
 	@$(PY) -m tools.merge "$$RECIPE" --adapter "$$ADAPTER" --precision "$$PRECISION" \
 	  --prompt-format "$$PROMPT_FORMAT"
 
-serve: $(READY) ## An OpenAI-compatible endpoint (vLLM on a GPU): RECIPE=… or ADAPTER=… [PORT=8000] [PRECISION=nf4] [PROMPT_FORMAT=finlora]
+serve: $(READY) ## An OpenAI-compatible endpoint (vLLM where it is installed): RECIPE=… or ADAPTER=… [PORT=8000] [MAX_MODEL_LEN=4096] [PRECISION=nf4] [PROMPT_FORMAT=finlora]
 	@$(PY) -m tools.serve "$$RECIPE" --adapter "$$ADAPTER" --port "$$PORT" \
-	  --precision "$$PRECISION" --prompt-format "$$PROMPT_FORMAT"
+	  --max-model-len "$$MAX_MODEL_LEN" --precision "$$PRECISION" --prompt-format "$$PROMPT_FORMAT"
 
 push: $(READY) ## Publish a run on the Hub, privately: RECIPE=… NAMESPACE=me [PUBLIC=1] [DRY_RUN=1] [PRICE=0.26] [FORCE=1]
 	@$(PY) -m tools.push "$$RECIPE" --namespace "$$NAMESPACE" --public "$$PUBLIC" \

@@ -7,6 +7,7 @@ gives the same card. The text is tools/card.md, a Jinja template.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -243,9 +244,9 @@ def read_label_check(pair: dict[str, Any]) -> str:
     return str(pair["adapter"].get("label_checks", {}).get("test", ""))
 
 
-def vllm_rank(rank: int) -> int | None:
-    """What vLLM is told of an adapter's rank; None for one that it does not serve unmerged."""
-    return next((most for most in RANKS if most >= rank), None)
+def vllm_rank(rank: int, ranks: Iterable[int] = RANKS) -> int | None:
+    """The least of vLLM's values of --max-lora-rank that holds a rank; None where none does."""
+    return next((most for most in ranks if most >= rank), None)
 
 
 def hours(told: dict[str, Any]) -> float | None:

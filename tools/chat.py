@@ -13,7 +13,7 @@ import sys
 from contextlib import nullcontext
 from typing import Any
 
-from tools import export, prompt, subject, weights
+from tools import prompt, subject, weights
 from tools.cli import command, quiet
 
 BUDGET = 200  # new tokens at most
@@ -99,7 +99,7 @@ def main() -> None:
     subject.add_options(parser)
     given = parser.parse_args()
     who = subject.find(given.recipe, given.adapter, given.precision, given.prompt_format)
-    export.ensure(who.config["base_model"])
+    weights.bring_base(who.config["base_model"])
     quiet()
     model, tokenizer = weights.load(who.config, who.adapter)
     if given.prompt.strip():

@@ -10,11 +10,12 @@ import functools
 import hashlib
 import json
 import os
+import pwd
 import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import IO, Any
@@ -87,6 +88,7 @@ def command(function: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
         try:
             function()
+            sys.stdout.flush()  # a full disk shows here, or else after the exit status is decided
         except KeyboardInterrupt:
             _stop("interrupted; the same command goes on from here", 130)
         except BrokenPipeError:
@@ -95,19 +97,61 @@ def command(function: Callable[[], None]) -> Callable[[], None]:
             _stop(str(error), 2)
         except JobFailed as error:
             _stop(str(error), 1)
-        except OSError as error:
-            if os.environ.get("DEBUG"):
-                raise
-            if error.errno == errno.ENOSPC:
-                _stop(f"no space left on the disk for {error.filename or 'the output'}", 1)
-            _stop(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
         except Exception as error:
             if os.environ.get("DEBUG"):
                 raise
+            if refusal := find_refusal(error):
+                _stop(explain(refusal), 1)
             first = (str(error).strip().splitlines() or [""])[0]
             _stop(f"{type(error).__name__}: {first} (DEBUG=1 shows where)", 1)
 
     return run
+
+
+def find_refusal(error: BaseException | None) -> OSError | None:
+    """What the system refused, where that is why `error` was raised.
+
+    Libraries in Rust, such as safetensors and tokenizers, tell it in their message alone.
+    """
+    while error:
+        if isinstance(error, OSError) and error.errno:
+            return error
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            return OSError(int(number[1]), os.strerror(int(number[1])))
+        error = error.__cause__
+    return None
+
+
+def explain(error: OSError) -> str:
+    """One line for what the system refused: what, where, and what to do."""
+    name = error.filename2 or error.filename
+    path = Path(os.fsdecode(name)) if isinstance(name, str | bytes) else None
+    place = shown(path) if path else "the output"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on the disk for {place}; free some and run it again"
+    if error.errno == errno.EROFS:
+        return f"{place} is on a disk that is read-only; it cannot be written"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"no permission for {place}{name_owner(path)}"
+    return f"{error.strerror or error}: {place}" if path else str(error.strerror or error)
+
+
+def name_owner(path: Path | None) -> str:
+    """The clause that names whose a path is, where it is not this user's; else empty."""
+    for place in (path, *path.absolute().parents) if path else ():
+        try:
+            owner = place.stat().st_uid
+        except OSError:
+            continue
+        return f": {shown(place)} is of {user(owner)}, and this is {user(os.geteuid())}"
+    return ""
+
+
+def user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"
 
 
 def _stop(message: str, status: int) -> None:
@@ -118,6 +162,10 @@ def _stop(message: str, status: int) -> None:
     # One line, and nothing in it that steers a terminal.
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in SECRET.sub("***", message))
     print(f"error: {line}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # or the interpreter tries once more, and says more than one line
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
 
@@ -138,8 +186,14 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        # A full disk has no name in the error, and the name of the part says little.
+        if error.filename in (None, str(part)):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only disk it was not made
+            part.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

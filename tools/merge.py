@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tools import export, prompt, subject, weights
+from tools import prompt, subject, weights
 from tools.cli import JobFailed, WrongInput, command, digest, quiet, shown, write_json
 
 # Largest difference of a logit, merged against base + adapter, both computing in float32. They add
@@ -79,7 +79,7 @@ def merge(config: dict[str, Any], adapter: Path, form: str = "chat") -> Path:
         made = json.loads((target / "merge.json").read_bytes())
         if all(made.get(key) == value for key, value in origin.items()):
             return target
-    export.ensure(config["base_model"])
+    weights.bring_base(config["base_model"])
     quiet()
     options = config.get("chat_template_kwargs")
     with tempfile.TemporaryDirectory(dir=adapter, prefix=".merging-") as name:
