@@ -122,6 +122,22 @@ def find_refusal(error: BaseException | None) -> OSError | None:
     return None
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Names `path` in what the system refuses, where the error names nothing: a full disk does not,
+    nor do libraries in Rust.
+    """
+    try:
+        yield
+    except (WrongInput, JobFailed):
+        raise
+    except Exception as error:
+        if not (refusal := find_refusal(error)):
+            raise
+        refusal.filename = refusal.filename or str(path)
+        raise refusal from (None if refusal is error else error)
+
+
 def explain(error: OSError) -> str:
     """One line for what the system refused: what, where, and what to do."""
     name = error.filename2 or error.filename
@@ -139,18 +155,17 @@ def explain(error: OSError) -> str:
 def name_owner(path: Path | None) -> str:
     """The clause that names whose a path is, where it is not this user's; else empty."""
     for place in (path, *path.absolute().parents) if path else ():
-        try:
-            owner = place.stat().st_uid
-        except OSError:
-            continue
-        return f": {shown(place)} is of {user(owner)}, and this is {user(os.geteuid())}"
+        if os.path.exists(place):  # False where even looking is not permitted
+            owner, me = place.stat().st_uid, os.geteuid()
+            same = owner == me
+            return "" if same else f": {shown(place)} belongs to {user(owner)}, you are {user(me)}"
     return ""
 
 
 def user(number: int) -> str:
     try:
         return pwd.getpwuid(number).pw_name
-    except KeyError:
+    except KeyError:  # of another machine or container
         return f"user {number}"
 
 

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from tools import versions
-from tools.cli import ROOT, JobFailed, command, quiet, shown
+from tools.cli import ROOT, JobFailed, command, naming, quiet, shown
 
 FOLDER = ROOT / "models" / "smollm2-135m"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -57,8 +57,9 @@ def export(folder: Path) -> None:
 
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
+        with naming(folder):
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)
     finally:

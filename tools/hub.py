@@ -13,6 +13,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,8 +60,10 @@ def hub() -> Any:
 def plainly(what: str) -> Iterator[None]:
     """Turns the client's errors about `what` into WrongInput and JobFailed."""
     import httpx
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
+    # The client warns of a full disk, and then fails on it.
+    warnings.filterwarnings("ignore", module="huggingface_hub")
     try:
         yield
     except RuntimeError as error:
@@ -74,6 +77,9 @@ def plainly(what: str) -> Iterator[None]:
         raise plain(what, error) from error
     except (errors.HFValidationError, errors.FileMetadataError, ValueError) as error:
         raise plain(what, error) from error
+    except OSError as error:
+        error.filename = error.filename or str(constants.HF_HUB_CACHE)  # a full disk has no name
+        raise
 
 
 def plain(what: str, error: BaseException) -> Exception:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import prompt, subject, weights
-from tools.cli import JobFailed, WrongInput, command, digest, quiet, shown, write_json
+from tools.cli import JobFailed, WrongInput, command, digest, naming, quiet, shown, write_json
 
 # Largest difference of a logit, merged against base + adapter, both computing in float32. They add
 # the same products in another order; in bfloat16 the sums themselves are rounded to 3 digits, and
@@ -93,10 +93,11 @@ def merge(config: dict[str, Any], adapter: Path, form: str = "chat") -> Path:
         expected = logits(model, tokenizer, options, shape)
         base = model.unload()
         del model
-        write_merged(base, config, adapter, work)
+        with naming(target):
+            write_merged(base, config, adapter, work)
+            tokenizer.save_pretrained(work)
         del base
         gc.collect()
-        tokenizer.save_pretrained(work)
         merged, _ = weights.load({"base_model": str(work), "dtype": dtype})
         made = {
             **origin,

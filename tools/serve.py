@@ -25,7 +25,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -74,7 +74,7 @@ class Engine:
 def find_vllm() -> str | None:
     """The command of vLLM: beside this Python, in .venv-vllm, or on PATH."""
     places = [str(Path(sys.executable).parent), str(ROOT / ".venv-vllm" / "bin")]
-    return shutil.which("vllm", path=os.pathsep.join([*places, os.environ.get("PATH", "")]))
+    return shutil.which("vllm", path=os.pathsep.join([*places, os.environ.get("PATH", os.defpath)]))
 
 
 def ask_vllm(vllm: str) -> Engine:
@@ -232,9 +232,9 @@ def healthy(host: str, port: int) -> bool:
     """Whether a server answers; asked directly, whatever proxy the environment names."""
     place = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     try:
-        connection = http.client.HTTPConnection(place, port, timeout=5)
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
+        with closing(http.client.HTTPConnection(place, port, timeout=5)) as connection:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
     except (OSError, http.client.HTTPException):
         return False
 
@@ -276,7 +276,9 @@ def main() -> None:
     check_port(host, port)
     quiet()
     length = choose_length(who, options.max_model_len)
-    name = re.sub(r"[^\w.-]+|\.\.+|--+", "-", who.name, flags=re.ASCII).strip("-.") or "adapter"
+    # As the Hub, whose cache transformers serves from, has names; nothing that a shell would read.
+    plain = re.sub(r"[^\w.-]+|\.\.+|--+", "-", who.name, flags=re.ASCII)
+    name = plain[:80].strip("-.") or "adapter"
     address = ["--host", host, "--port", str(port)]
     engine = None
     if vllm := find_vllm():
