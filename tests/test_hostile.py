@@ -110,7 +110,10 @@ def project(hub, smollm2, tiny, trained, tmp_path_factory) -> Path:  # noqa: F81
         )
     )
     shutil.copytree(trained, root / "runs" / RECIPE)
-    (root / "runs" / RECIPE).chmod(0o755)  # the folder that it is copied from is private
+    # The folder that it is copied from is private, and PEFT's weights are.
+    (root / "runs" / RECIPE).chmod(0o755)
+    for folder in (root / "runs" / RECIPE, root / "adapter"):
+        cli.share(folder)
     finish(root / "runs" / RECIPE, recipes.find(RECIPE))
     published = call(root, hub, "push")
     assert published.returncode == 0, published.stderr
@@ -211,3 +214,17 @@ def test_a_verb_says_in_one_line_what_it_cannot_do_and_loses_nothing(verb, state
         after.items()
     )
     assert verb in ("fetch", "pull") or not resumable
+
+
+def test_a_full_disk_behind_standard_output_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", *VERBS["recipes"].arguments],
+            cwd=cli.ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1
+    said = "no space left on the disk for the output; free some and run it again"
+    assert done.stderr == f"error: {said}\n"

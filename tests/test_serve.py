@@ -71,6 +71,7 @@ def test_the_merged_model_is_base_and_adapter_at_the_precision_of_training(adapt
     folder = adapters[method]
     who = subject.find("", str(folder))
     target = merge.merge(who.config, folder)
+    assert {path.stat().st_mode & 0o444 for path in target.iterdir()} == {0o444}
     told = json.loads((target / "merge.json").read_text())
     assert told["precision"] == method.split(",")[0]
     # The tiny model's logits are of the order of 1; the adapter moves them by far more than this.

@@ -108,17 +108,25 @@ def command(function: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
-def find_refusal(error: BaseException | None) -> OSError | None:
+# What a disk or its rights refuse; other errors of the system say more in a library's own words.
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+def find_refusal(error: BaseException) -> OSError | None:
     """What the system refused, where that is why `error` was raised.
 
     Libraries in Rust, such as safetensors and tokenizers, tell it in their message alone.
     """
-    while error:
-        if isinstance(error, OSError) and error.errno:
-            return error
-        if number := re.search(r"\(os error (\d+)\)", str(error)):
+    if isinstance(error, OSError) and error.errno:
+        return error
+    cause: BaseException | None = error
+    while cause:
+        if isinstance(cause, OSError) and cause.errno in REFUSALS:
+            return cause
+        number = re.search(r"\(os error (\d+)\)", str(cause))
+        if number and int(number[1]) in REFUSALS:
             return OSError(int(number[1]), os.strerror(int(number[1])))
-        error = error.__cause__
+        cause = cause.__cause__
     return None
 
 
@@ -209,6 +217,16 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
     finally:
         with suppress(OSError):  # on a read-only disk it was not made
             part.unlink(missing_ok=True)
+
+
+def share(folder: Path) -> None:
+    """Lets others read the files of a folder, as the umask has it: safetensors writes them for
+    their owner alone, and then nobody else can use a model of this checkout.
+    """
+    mask = os.umask(0o022)
+    os.umask(mask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~mask)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -46,6 +46,7 @@ from tools.cli import (
     atomic,
     command,
     digest,
+    naming,
     nearest,
     read_yaml,
     shown,
@@ -279,7 +280,7 @@ def write(
     tally = None if isinstance(how.lengths, str) else how.lengths.fresh()
     first, copies = None, Counter[bytes]()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as files:
+    with naming(target), ExitStack() as files:
         out: IO[bytes]
         if how.validation:
             out = files.enter_context(TemporaryFile(dir=target.parent))

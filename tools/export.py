@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from tools import versions
-from tools.cli import ROOT, JobFailed, command, naming, quiet, shown
+from tools.cli import ROOT, JobFailed, command, naming, quiet, share, shown
 
 FOLDER = ROOT / "models" / "smollm2-135m"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -60,6 +60,7 @@ def export(folder: Path) -> None:
         with naming(folder):
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)
+        share(part)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)
     finally:

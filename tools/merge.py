@@ -24,7 +24,17 @@ from pathlib import Path
 from typing import Any
 
 from tools import prompt, subject, weights
-from tools.cli import JobFailed, WrongInput, command, digest, naming, quiet, shown, write_json
+from tools.cli import (
+    JobFailed,
+    WrongInput,
+    command,
+    digest,
+    naming,
+    quiet,
+    share,
+    shown,
+    write_json,
+)
 
 # Largest difference of a logit, merged against base + adapter, both computing in float32. They add
 # the same products in another order; in bfloat16 the sums themselves are rounded to 3 digits, and
@@ -117,6 +127,7 @@ def merge(config: dict[str, Any], adapter: Path, form: str = "chat") -> Path:
                 "nothing is kept"
             )
         write_json(work / "merge.json", made)
+        share(work)
         shutil.rmtree(target, ignore_errors=True)
         work.chmod(adapter.stat().st_mode)
         os.rename(work, target)

@@ -195,8 +195,9 @@ def bring_base(base: str) -> Path:
     offline = "; HF_HUB_OFFLINE forbids its download" if constants.HF_HUB_OFFLINE else ""
     with plainly(f"the base {base}"):
         try:
-            files = {"allow_patterns": BASE_FILES, "ignore_patterns": COPIES}
-            folder = Path(snapshot_download(base, **files))
+            folder = Path(
+                snapshot_download(base, allow_patterns=BASE_FILES, ignore_patterns=COPIES)
+            )
         except FileNotFoundError as error:  # the Hub's LocalEntryNotFoundError
             if not offline:
                 raise
@@ -204,9 +205,11 @@ def bring_base(base: str) -> Path:
     index = folder / "model.safetensors.index.json"
     shards = {"model.safetensors"}
     if index.is_file():
-        shards = set(adapters.read_json(index.read_bytes(), shown(index))["weight_map"].values())
+        content = adapters.read_json(index.read_bytes(), shown(index))
+        shards = set((content.get("weight_map") or {}).values())
     if missing := sorted(name for name in shards if not (folder / name).is_file()):
-        raise JobFailed(f"the base {base} lacks {missing[0]} in the Hub's cache{offline}")
+        where = "in the Hub's cache" if offline else "on the Hub; no other weights are loaded"
+        raise JobFailed(f"the base {base} has no {missing[0]} {where}{offline}")
     return folder
 
 
