@@ -286,7 +286,7 @@ def test_pefts_own_result_of_a_load_decides(tiny, copy):
     """Whatever the checker said: what was not set, or set in the base, is an error."""
     base, _ = weights.load_base({"base_model": str(tiny)})
     checked = weights.check_adapter({"base_model": str(tiny)}, copy)
-    rename(copy, r"(layers\.1\..*lora_[AB])\.weight", r"\1.default.weight")
+    rename(copy, r"layers\.1\.(.*lora_[AB])\.weight", r"layers.7.\1.weight")
     with pytest.raises(WrongInput, match="lacks 6 tensors"):
         weights.attach(base, copy, checked)
 

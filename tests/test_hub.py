@@ -42,6 +42,7 @@ class Place:
     def start(self, verb: str, *arguments: object, **env: str) -> subprocess.Popen[str]:
         own = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
         own |= {"HF_HOME": str(self.home), "HF_ENDPOINT": self.url, "PYTHONPATH": ""}
+        own |= {"HF_HUB_DISABLE_XET": "1"}  # the server speaks Git LFS
         own |= {"HF_TOKEN": self.token} if self.token else {}
         return subprocess.Popen(
             [sys.executable, "-m", f"tools.{verb}", *map(str, arguments)],

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -63,6 +64,106 @@ def test_every_launcher_names_recipes_and_variables_that_there_are():
     for script in ("sky.sh", "slurm.sh"):
         assert os.access(LAUNCH / script, os.X_OK)
         assert subprocess.run(["bash", "-n", LAUNCH / script]).returncode == 0
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    """launch/sky.sh with stand-ins for `sky` and `rsync`, and the file of their calls.
+
+    The function that starts it takes faults: "launch=100 -az=12" lets a call end with that status.
+    """
+    calls, commands = tmp_path / "calls", tmp_path / "bin"
+    commands.mkdir()
+    for name in ("sky", "rsync"):
+        stand_in = commands / name
+        stand_in.write_text(
+            f'#!/bin/bash\necho {name} "$@" >> {calls}\n'
+            "[[ $1 == launch && $WAIT ]] && sleep 60\n"
+            "for fault in $FAILS; do [[ $1 == ${fault%=*} ]] && exit ${fault#*=}; done\nexit 0\n"
+        )
+        stand_in.chmod(0o755)
+    path = f"{commands}{os.pathsep}{os.environ['PATH']}"
+
+    def launch(fails: str = "", wait: str = "") -> subprocess.Popen:
+        environment = os.environ | {"PATH": path, "FAILS": fails, "WAIT": wait}
+        return subprocess.Popen(
+            [LAUNCH / "sky.sh", "sentiment_r4"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    return launch, calls
+
+
+def said(calls: Path) -> list[str]:
+    """The first two words of each call."""
+    return [" ".join(line.split()[:2]) for line in calls.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("status", [0, 100])
+def test_a_run_is_brought_back_before_its_machine_goes(cloud, status):
+    launch, calls = cloud
+    process = launch(f"launch={status}" if status else "")
+    _, errors = process.communicate()
+    assert (process.returncode, errors) == (status, "")
+    assert said(calls) == ["sky launch", "rsync -az", "sky down"]
+    assert "finlora-sentiment-r4:sky_workdir/runs" in calls.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_run_is_brought_back_where_its_launch_is_interrupted(cloud, number):
+    launch, calls = cloud
+    process = launch(wait="1")
+    while not calls.exists():
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    process.communicate()
+    assert process.returncode
+    assert said(calls) == ["sky launch", "rsync -az", "sky down"]
+
+
+@pytest.mark.parametrize(("training", "expected"), [("", 1), ("launch=100 ", 100)])
+def test_a_machine_stays_whose_run_could_not_be_brought_back(cloud, training, expected):
+    launch, calls = cloud
+    process = launch(f"{training}-az=12")
+    _, errors = process.communicate()
+    assert process.returncode == expected
+    assert said(calls) == ["sky launch", "rsync -az", "sky autostop"]
+    assert "was not taken down" in errors
+    for command in (
+        "rsync -az --exclude prepared finlora-sentiment-r4:sky_workdir/runs .",
+        "sky down -y finlora-sentiment-r4",
+    ):
+        assert command in errors
+
+
+def test_files_that_go_while_they_are_copied_are_no_failure(cloud):
+    launch, calls = cloud
+    process = launch("-az=24")
+    assert (process.communicate()[1], process.returncode) == ("", 0)
+    assert said(calls) == ["sky launch", "rsync -az", "sky down"]
+
+
+def test_nothing_is_rented_that_could_not_be_brought_back(cloud):
+    launch, calls = cloud
+    (calls.parent / "bin" / "rsync").unlink()
+    if shutil.which("rsync"):
+        pytest.skip("rsync is installed here")
+    process = launch()
+    _, errors = process.communicate()
+    assert (process.returncode, errors.count("\n")) == (2, 1) and "rsync is not inst" in errors
+    assert not calls.exists()
+
+
+def test_a_machine_that_cannot_be_taken_down_is_named(cloud):
+    launch, _ = cloud
+    process = launch("down=1")
+    _, errors = process.communicate()
+    assert process.returncode == 1 and errors.count("\n") == 1
+    assert "still up and costs money: sky down -y finlora-sentiment-r4" in errors
 
 
 def free_port() -> int:

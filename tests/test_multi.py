@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from tests.conftest import losses, run, write_recipe
-from tools import cli, plan, profiles, recipes, train
+from tools import cli, plan, profiles, recipes, smoke, train
 
 # Without dropout, whose random numbers each process draws for itself. 94 rows in batches of 8 are
 # 11 whole steps of an epoch; the twelfth is filled up among several processes.
@@ -278,6 +279,103 @@ def valid(name: str, profile: str) -> None:
     recipes.validate(content, f"{name} with {profile}")
 
 
+@pytest.mark.parametrize("base", sorted({model.source for model in plan.models().values()}))
+def test_fsdp_wraps_the_decoder_layers_of_the_base(base):
+    """By transformers' class of the model itself, built without weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    layers = profiles.find_decoder_layers(base)
+    config = CONFIG_MAPPING[plan.find_model(base).model_type]()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    sizes = {}
+    for module in model.modules():
+        sizes.setdefault(type(module).__name__, []).append(module)
+    assert len(sizes[layers]) == config.get_text_config().num_hidden_layers
+
+
+def test_fsdp_reads_the_class_of_a_base_that_lies_here(tmp_path):
+    from transformers import Gemma3TextConfig, Mistral3Config, Phi3Config
+
+    expected = {"Phi3DecoderLayer": Phi3Config(), "Gemma3DecoderLayer": Gemma3TextConfig()}
+    expected["MistralDecoderLayer"] = (
+        Mistral3Config()
+    )  # its class names no layers, its text part's does
+    recipe = recipes.find("sentiment_r4")
+    for name, config in expected.items():
+        config.save_pretrained(tmp_path / name)
+        other = replace(
+            recipe, config=recipe.config | {"base_model": str(tmp_path / name)}, name="mine"
+        )
+        content = profiles.merged(other, "multi_gpu,fsdp", 2)
+        assert content["fsdp_config"]["transformer_layer_cls_to_wrap"] == name
+    with pytest.raises(
+        cli.WrongInput, match="decoder layers of .*nowhere, whose config.json cannot"
+    ):
+        profiles.find_decoder_layers(str(tmp_path / "nowhere"))
+
+
+def test_the_layers_that_a_recipe_names_for_fsdp_are_kept():
+    recipe = recipes.find("sentiment_r4")
+    fsdp = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": "Mine"}
+    own = replace(recipe, config=recipe.config | {"fsdp_version": 2, "fsdp_config": fsdp})
+    assert profiles.merged(own, "multi_gpu", 2)["fsdp_config"] == fsdp
+
+
+CARDS = {"gpus": [("a card", 24 << 30)], "cores": 8, "memory": 64 << 30, "capability": (8, 6)}
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        ("", ""),
+        ("import libcudart_of_another_version", "No module named 'libcudart_of_another_version'"),
+        ("import ctypes; ctypes.CDLL('libnone.so')", "OSError: libnone.so"),
+        ("raise ImportError('flash.so: undefined symbol: _ZN3c10')", "undefined symbol: _ZN3c10"),
+        ("import os; os.kill(os.getpid(), 11)", "it ends with SIGSEGV"),
+    ],
+)
+def test_flash_attn_counts_where_it_imports(tmp_path, monkeypatch, module, reason):
+    (tmp_path / "flash_attn.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = recipes.find("sentiment_r4")
+    said = profiles.explain_no_flash(CARDS)
+    assert reason in said and bool(said) == bool(reason)
+    content = profiles.merged(recipe, "gpu", here=CARDS)
+    used = "sdpa" if reason else "flash_attention_2"
+    assert content["attn_implementation"] == used
+    assert reason in profiles.reasons(content, CARDS, 1)["attention"]
+    assert reason in smoke.check_attention(content, CARDS)
+
+
+def test_flash_attn_needs_a_gpu_that_it_has_kernels_for(tmp_path, monkeypatch):
+    recipe = recipes.find("sentiment_r4")
+    assert "not installed" in profiles.explain_no_flash(CARDS)
+    (tmp_path / "flash_attn.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    for capability, reason in (
+        ((7, 5), "needs compute capability 8.0, a GPU here has 7.5"),
+        ((9, 0), ""),
+    ):
+        here = CARDS | {"capability": capability}
+        assert reason in profiles.explain_no_flash(here)
+        content = profiles.merged(recipe, "gpu", here=here)
+        assert content["attn_implementation"] == ("sdpa" if reason else "flash_attention_2")
+    assert "needs a CUDA GPU" in profiles.explain_no_flash(CARDS | {"gpus": []})
+
+
+def test_a_package_that_is_broken_is_named_before_anything_is_loaded(tmp_path, monkeypatch):
+    for package in ("trackio", "deepspeed"):
+        (tmp_path / f"{package}.py").write_text("raise OSError('libbroken.so')")
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = recipes.find("smollm2-135m/sentiment_r4")
+    for options in ({"tracker": "trackio"}, {"profile": "cpu,zero1"}):
+        with pytest.raises(cli.WrongInput, match=r"does not import \(OSError: libbroken.so\)"):
+            profiles.merged(recipe, **{"profile": "cpu"} | options)
+
+
 def test_the_70b_qlora_fits_two_cards_of_24_gb_by_fsdp():
     """The config as Axolotl's schema takes it; two cards hold 40 GB of weights in half each."""
     from tools import plan
@@ -300,6 +398,13 @@ def test_a_profile_is_chosen_by_what_is_there():
     assert profiles.choose(cards, "", "4", 1)[:2] == ("multi_gpu", 4)
     assert profiles.choose(cards, "multi_gpu,zero2", "", 1)[:2] == ("multi_gpu,zero2", 4)
     assert profiles.choose(cards, "", "4", 2)[:2] == ("multi_node", 4)
+    # Every GPU of each of several machines, unless it is told how many.
+    assert profiles.choose(cards, "", "", 2)[:2] == ("multi_node", 4)
+    assert profiles.choose(cards, "multi_node,zero3", "", 2)[:2] == ("multi_node,zero3", 4)
+    assert profiles.choose(cards, "gpu", "", 2)[:2] == ("gpu", 4)
+    assert profiles.choose(cards, "", "1", 2)[:2] == ("multi_node", 1)
+    assert profiles.choose(cards, "cpu", "", 2)[:2] == ("cpu", 1)
+    assert profiles.choose(none, "", "", 2)[:2] == ("cpu", 1)
     with pytest.raises(cli.WrongInput, match="4 GPUs"):
         profiles.choose(cards, "", "8", 1)
     with pytest.raises(cli.WrongInput, match='NPROC "two"'):

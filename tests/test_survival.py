@@ -10,8 +10,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -111,6 +114,69 @@ def test_a_training_whose_command_is_killed_saves_and_ends(undisturbed, tiny, ch
     process.communicate()
     assert train.last_checkpoint(folder) >= 2
     assert not (folder / "run.json").exists() and not status.training(folder)
+
+
+def test_a_training_told_to_stop_leaves_its_evaluation(undisturbed, tiny, chat_rows, tmp_path):
+    """In the middle (SIGTERM) and at the end (SIGINT); what was left is done when it goes on."""
+    data = yaml.safe_load((undisturbed.parent / "r4.yaml").read_text())["datasets"][0]
+    data |= {"path": str(tmp_path / "many.jsonl"), "split": "train"}
+    (tmp_path / "many.jsonl").write_text(chat_rows.read_text() * 3)
+    changes = LONG | {"test_datasets": [data], "eval_batch_size": 1}
+    recipe, folder = write_recipe(tmp_path, "r4", tiny, chat_rows, **changes), tmp_path / "r4"
+
+    def evaluated() -> list[int]:
+        rows = cli.json_lines(folder / "progress.jsonl")
+        return [row["step"] for row in rows if "eval_loss" in row]
+
+    for number, step, before in ((signal.SIGTERM, 15, [0]), (signal.SIGINT, 30, [0, 15])):
+        process = start(recipe)
+        wait_for(process, lambda step=step: steps(folder) == step)
+        process.send_signal(number)
+        said, error = process.communicate()
+        assert process.returncode == 130 and f"goes on from step {step}" in said, said + error
+        assert train.last_checkpoint(folder) == step and evaluated() == before
+        assert not (folder / "stats.json").exists()
+    result = run("tools.train", recipe)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert evaluated() == [0, 15, 30]
+    same_as(folder, undisturbed)
+
+
+def test_a_stop_reaches_the_training_beside_processes_that_cannot_be_asked(tmp_path):
+    """torchrun's process has two that train, a zombie, and one of them has a worker."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, signal, subprocess, sys, time\n"
+        "name, more = sys.argv[1], sys.argv[2:]\n"
+        "def stop(*_):\n"
+        "    open(name, 'w').close()\n"
+        "    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "subprocess.Popen(['true'])  # never waited for\n"
+        "inside = os.environ | {'TORCHELASTIC_RUN_ID': 'a'}\n"
+        "for other in more:\n"
+        "    subprocess.Popen([sys.executable, __file__, *other.split()], env=inside)\n"
+        "open(name + '.ready', 'w').close()\n"
+        "while True: time.sleep(0.05)\n"
+    )
+    names = [str(tmp_path / name) for name in ("leader", "first", "second", "worker")]
+    leader = subprocess.Popen(
+        [sys.executable, script, names[0], f"{names[1]} {names[3]}", names[2]], process_group=0
+    )
+    try:
+        wait_for(leader, lambda: all(Path(f"{name}.ready").exists() for name in names))
+        family = psutil.Process(leader.pid).children(recursive=True)
+        wait_for(leader, lambda: any(p.status() == psutil.STATUS_ZOMBIE for p in family))
+        ranks = train.trainers(leader.pid)
+        assert {p.cmdline()[2] for p in ranks} == {*names[1:3]}
+        for member in ranks:
+            member.send_signal(signal.SIGTERM)
+        wait_for(leader, lambda: all(Path(name).exists() for name in names[1:3]))
+        assert not Path(names[0]).exists() and not Path(names[3]).exists()
+    finally:
+        os.killpg(leader.pid, signal.SIGKILL)
+        leader.wait()
+    assert train.trainers(leader.pid) == []  # it is gone: there is nobody to tell, and no error
 
 
 @pytest.mark.slow
@@ -235,13 +301,82 @@ def test_a_loss_diverges_where_it_doubles_or_its_gradient_explodes():
     assert told([3.0] * 10 + [9.0] * 9, [1.0] * 19) is None
 
 
+@pytest.fixture
+def watch(tmp_path) -> plugin.Watch:
+    return plugin.Watch(SimpleNamespace(), None, plugin.Progress(tmp_path))
+
+
+def log(watch: plugin.Watch, step: int, fp16: bool, **logs: float) -> None:
+    state = SimpleNamespace(global_step=step, epoch=step / 10)
+    watch.on_log(SimpleNamespace(fp16=fp16), state, None, logs=logs)
+
+
+def test_a_gradient_may_overflow_while_the_scale_of_fp16_falls(watch):
+    import torch
+
+    scaler = torch.amp.GradScaler("cpu")
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], 0.1)
+    overflows = 0
+    while not overflows or scaler.get_scale() >= 1:
+        scaler.scale(weight * math.inf).sum().backward()
+        scaler.step(optimizer), scaler.update(), optimizer.zero_grad()
+        overflows += 1
+    assert weight.item() == 1 and overflows == 17 < plugin.OVERFLOWS
+
+    for step in range(1, plugin.OVERFLOWS):
+        log(watch, step, True, loss=2.0, grad_norm=math.nan if step % 2 else math.inf)
+    log(watch, plugin.OVERFLOWS, True, loss=2.0, grad_norm=1.0)
+    for step in range(21, 40):
+        log(watch, step, True, loss=2.0, grad_norm=math.inf)
+    with pytest.raises(plugin.Stopped, match=r"gradient .* step 40 \(epoch 4.00\), nor at the 19"):
+        log(watch, 40, True, loss=2.0, grad_norm=math.inf)
+
+
+def test_a_stop_says_which_number_was_lost(watch):
+    log(watch, 1, False, loss=2.0, grad_norm=1.0)
+    for fp16 in (False, True):
+        with pytest.raises(
+            plugin.Stopped, match=r"^the training loss is not .* step 2 \(epoch 0.2"
+        ):
+            log(watch, 2, fp16, loss=math.inf, grad_norm=math.nan)
+        with pytest.raises(plugin.Stopped, match=r"^the training loss is not a number at step 3"):
+            log(watch, 3, fp16, train_loss=math.nan)
+        for name in ("eval_loss", "eval_other_loss"):
+            with pytest.raises(
+                plugin.Stopped, match="^the evaluation loss is not .* step 4 .*rows"
+            ):
+                log(watch, 4, fp16, **{name: math.nan})
+    # Without a scaler the step was taken.
+    with pytest.raises(plugin.Stopped, match="^the gradient of the training loss is not .* step 5"):
+        log(watch, 5, False, loss=2.0, grad_norm=math.inf)
+
+
+def test_the_progress_holds_numbers_only(tmp_path):
+    state = SimpleNamespace(global_step=1, max_steps=2, is_world_process_zero=True)
+    follower = plugin.Progress(tmp_path)
+    follower.on_log(None, state, None, logs={"loss": 2.0, "grad_norm": math.nan})
+    follower.on_log(None, state, None, logs={"eval_loss": math.inf})
+    lines = (tmp_path / "progress.jsonl").read_text().splitlines()
+    first, second = (json.loads(line, parse_constant=pytest.fail) for line in lines)
+    assert first["loss"] == 2.0 and "grad_norm" not in first and "eval_loss" not in second
+
+
 def test_out_of_memory_says_what_the_planner_suggests(tiny, chat_rows, tmp_path):
     changes = {"micro_batch_size": 64, "dequantize_once": None}
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, **changes)
 
-    # Where memory ends decides who notices: Python, torch or the tokenizers' Rust.
+    # Enough for the command itself, whose libraries take more with torch's CUDA build, and not for
+    # the training. Where memory ends decides who notices: Python, torch or the tokenizers' Rust.
+    code = (
+        "from tools import recipes; recipes.validate(recipes.find('sentiment_r4').config, 'x');"
+        "print(next(line for line in open('/proc/self/status') if line.startswith('VmData')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=cli.ROOT, capture_output=True, text=True)
+    limit = (int(done.stdout.split()[-2]) << 10) + (200 << 20)
+
     def little_memory() -> None:
-        resource.setrlimit(resource.RLIMIT_DATA, (900 << 20, 900 << 20))
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
     process = start(recipe, preexec_fn=little_memory)
     _, error = process.communicate()
@@ -321,3 +456,99 @@ def test_status_tells_what_trains_and_what_is_done(undisturbed, monkeypatch):
     assert (rows["r4"]["state"], rows["r4"]["step"]) == ("finished", 30)
     with train.only_one(undisturbed):
         assert status.all_runs()[0]["state"] == "training"
+
+
+def test_status_keeps_no_training_from_starting(tmp_path):
+    script = "import sys, pathlib; from tools import status\nwhile True:"
+    script += " status.training(pathlib.Path(sys.argv[1]))"
+    with train.only_one(tmp_path / "run"):
+        looking = subprocess.Popen([sys.executable, "-c", script, tmp_path / "run"], cwd=cli.ROOT)
+    try:
+        for _ in range(3000):
+            assert looking.poll() is None
+            with train.only_one(tmp_path / "run"):
+                assert status.training(tmp_path / "run")
+            assert not status.training(tmp_path / "run")
+    finally:
+        looking.kill()
+        looking.wait()
+
+
+def test_the_lock_lives_as_long_as_the_process_that_inherited_it(tmp_path):
+    with train.only_one(tmp_path / "run") as lock:
+        child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=[lock])
+    assert status.training(tmp_path / "run")
+    with pytest.raises(cli.JobFailed, match="under way"), train.only_one(tmp_path / "run"):
+        pass
+    child.communicate()
+    assert not status.training(tmp_path / "run")
+
+
+@pytest.fixture
+def shared():
+    """A folder of root's that others may enter, and a context in which another user acts."""
+    if os.geteuid():
+        pytest.skip("only root may act as another user")
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+
+    @contextmanager
+    def other_user():
+        os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+
+    yield folder, other_user
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("whose", ["parent", "lock", "run", "parent with a lock"])
+def test_what_another_user_began_is_one_line_that_names_the_owner(shared, whose):
+    folder, other_user = shared
+    if "lock" in whose:
+        status.lock_file(folder / "run").touch()
+    if whose == "parent with a lock":
+        status.lock_file(folder / "run").chmod(0o666)
+    elif whose != "parent":
+        folder.chmod(0o777)
+    if whose == "run":
+        (folder / "run").mkdir()
+    refused = pytest.raises(
+        cli.JobFailed, match=r"cannot be written to: Permission denied \(.* root"
+    )
+    with other_user(), refused as error, train.only_one(folder / "run"):
+        pass
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(shared, undisturbed):
+    folder, other_user = shared
+    shutil.copytree(undisturbed / "checkpoint-30", folder / "checkpoint-30")
+    (folder / "checkpoint-30" / "optimizer.pt").chmod(0o600)
+    folder.chmod(0o777)
+    with other_user(), pytest.raises(cli.JobFailed, match="-30.* cannot be read: .* root"):
+        train.last_checkpoint(folder)
+    assert train.last_checkpoint(folder) == 30
+
+
+def test_one_run_that_cannot_be_read_does_not_hide_the_others(shared, monkeypatch):
+    folder, other_user = shared
+    monkeypatch.setattr(status, "RUNS", folder)
+    for name in ("closed", "damaged", "locked", "mine", "private"):
+        (folder / name).mkdir()
+        (folder / name / "identity.json").write_text("{}")
+        (folder / name / "progress.jsonl").write_text('{"step": 1, "steps": 2, "loss": 1.0}\n')
+    (folder / "closed").chmod(0o700)
+    (folder / "damaged" / "run.json").write_text("{")
+    status.lock_file(folder / "locked").touch(0o600)
+    (folder / "private" / "progress.jsonl").chmod(0o600)
+    with other_user():
+        rows = {row["run"]: row for row in status.all_runs()}
+    assert rows["mine"]["state"] == "interrupted" and len(rows) == 5
+    notes = {name: row["note"] for name, row in rows.items() if row["state"] == "unreadable"}
+    assert notes.keys() == {"closed", "damaged", "locked", "private"}
+    assert notes["damaged"].startswith("damaged: ")
+    assert all("Permission denied" in note for n, note in notes.items() if n != "damaged")
+    status.show(list(rows.values()))

@@ -117,7 +117,11 @@ def plain(what: str, error: BaseException) -> Exception:
         return WrongInput(f"{what} is no name of a repository on the Hub: owner/name")
     if isinstance(error, httpx.HTTPError | ConnectionError | errors.FileMetadataError):
         kind = type(error).__name__
-        return JobFailed(f"{what}: the connection to the Hub broke ({kind}); run it again")
+        # huggingface_hub 1.31 (Python 3.12 and 3.13) uploads with Xet and does not ask whether the
+        # server has it.
+        mirror = "; a mirror without Xet storage needs HF_HUB_DISABLE_XET=1"
+        hint = mirror if os.environ.get("HF_ENDPOINT") else ""
+        return JobFailed(f"{what}: the connection to the Hub broke ({kind}); run it again{hint}")
     return JobFailed(f"{what}: {' '.join(str(error).split())[:300]}")
 
 

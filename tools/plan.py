@@ -80,6 +80,7 @@ class Model:
     tied: bool
     norms_per_layer: int = 2
     qk_norm: bool = False
+    model_type: str = "llama"  # as the base's config.json names it
     also: tuple[str, ...] = ()
     note: str = ""
 
@@ -479,7 +480,8 @@ def find_model(base: str) -> Model:
         text = content.get("text_config") or content
         if any(key in text for key in ("num_experts", "num_local_experts", "n_routed_experts")):
             raise WrongInput(f"{shown(path)}: a mixture of experts cannot be planned")
-        extra = ARCHITECTURES.get(str(content.get("model_type")), {})
+        kind = str(content.get("model_type"))
+        extra = ARCHITECTURES.get(kind, {}) | {"model_type": kind}
         return replace(adapter.architecture(base, content), **extra)
     hint = nearest(base, [name for m in models().values() for name in (m.source, *m.also)])
     raise WrongInput(

@@ -27,6 +27,10 @@ from tools.cli import ROOT, atomic, digest, json_lines, write_json
 from tools.weights import dequantize_once, keep_8bit_scales
 
 WINDOW = 10  # steps whose mean loss tells whether a training diverges
+# Logged steps in a row whose gradient may overflow in fp16. The loss is scaled by 2^16 at first
+# (torch, DeepSpeed) and by half of that after each overflow, in DeepSpeed from the second one on:
+# after 18 the scale is 1/2, and it is not the scale that overflows. Two more are a margin.
+OVERFLOWS = 20
 
 
 class Args(BaseModel):
@@ -76,9 +80,8 @@ def peak_memory() -> int:
 
 
 def last(lines: list[dict[str, Any]], name: str) -> float | None:
-    """The last logged value of `name`; None where there is none or it is not finite."""
-    values = [line[name] for line in lines if name in line]
-    return values[-1] if values and math.isfinite(values[-1]) else None
+    """The last logged value of `name`; None where there is none."""
+    return next((line[name] for line in reversed(lines) if name in line), None)
 
 
 def local(name: str) -> int:
@@ -261,13 +264,16 @@ def deepspeed_on_cpu() -> None:
 class Watch(TrainerCallback):
     """Stops a training that must not go on, and saves one that is told to stop.
 
-    `should_stop` is set by SIGTERM or SIGINT; the step is finished and saved first.
+    `should_stop` is set by SIGTERM or SIGINT; the step is finished and saved first. An evaluation
+    is left after the batch at hand, and done when the training goes on.
     """
 
     def __init__(self, cfg: Any, trainer: Any, progress: "Progress"):
         self.cfg, self.trainer, self.progress = cfg, trainer, progress
         self.should_stop = self.stopping = self.ended = False
         self.same: list[Any] = []  # the digests of the weights, by rank
+        self.first_step = 0  # that this process goes on from
+        self.overflows = 0  # logged steps in a row whose gradient is not finite
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         asked = self.cfg.processes or 1
@@ -288,6 +294,20 @@ class Watch(TrainerCallback):
         # After Axolotl's own handler of SIGINT, which would save the adapter of a half-done run.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
+        self.first_step = state.global_step
+        if self.first_step:
+            self.make_up(args, state, control)
+
+    def make_up(self, args: Any, state: Any, control: Any) -> None:
+        """Does what was left undone at the step that the training goes on from, and no more."""
+        args.eval_on_start = False  # Axolotl sets it; here it would repeat what the run has
+        saved = state.stateful_callbacks["TrainerControl"]["args"]
+        if saved["should_evaluate"]:
+            self.trainer._determine_best_metric(self.trainer._evaluate(None, None), None)
+        if 0 < state.max_steps <= state.global_step:
+            # All steps are trained; transformers would train one more before it sees that.
+            self.trainer._run_epoch = lambda **_: None
+            control.should_training_stop = True
 
     def same_data(self) -> None:
         """The data is still what the run began with, and the same for every process."""
@@ -313,14 +333,40 @@ class Watch(TrainerCallback):
         if state.global_step == 1:
             self.same_weights()
         if any(gathered(self.should_stop)) and state.global_step < state.max_steps:
+            # An evaluation that is due is left in `on_prediction_step`: its loader draws from the
+            # random numbers that the next step is trained with.
             self.stopping = control.should_save = True
-            control.should_evaluate = False
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not any(gathered(self.should_stop)):
+            return
+        if state.global_step > self.first_step:  # at the first one nothing is new
+            self.stopping = True
+            self.trainer._save_checkpoint(self.trainer.model, None)
+            self.on_save(args, state, control)
+        sys.exit(0)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Before anything of this step is saved."""
-        numbers = [(logs or {}).get(name, 0.0) for name in ("loss", "grad_norm", "eval_loss")]
-        if not all(math.isfinite(number) for number in numbers):
-            raise Stopped(f"the loss or its gradient is not a number at step {state.global_step}")
+        place = f"is not a number at step {state.global_step} (epoch {state.epoch or 0:.2f})"
+        logs = logs or {}
+        for name, value in logs.items():
+            if name.endswith("loss") and not math.isfinite(value):
+                if name.startswith("eval"):
+                    raise Stopped(
+                        f"the evaluation loss {place}, where the training loss is one: "
+                        "look for validation rows whose answers lie beyond sequence_len"
+                    )
+                raise Stopped(f"the training loss {place}; try a lower learning_rate")
+        if "grad_norm" in logs:
+            self.overflows = 0 if math.isfinite(logs["grad_norm"]) else self.overflows + 1
+            # Only fp16 scales its loss, and skips a step that overflows. Without that the step was
+            # taken, and the weights are no numbers any more.
+            if self.overflows >= (OVERFLOWS if args.fp16 else 1):
+                steps = f", nor at the {OVERFLOWS - 1} logged before" if args.fp16 else ""
+                raise Stopped(
+                    f"the gradient of the training loss {place}{steps}; try a lower learning_rate"
+                )
         if why := diverging([line for line in self.progress.lines if "loss" in line]):
             raise Stopped(f"the loss diverges: {why} before step {state.global_step}")
 
@@ -348,7 +394,10 @@ def diverging(lines: list[dict[str, Any]]) -> str | None:
         return None
     first, recent = lines[:WINDOW], lines[-WINDOW:]
     was, now = (sum(line["loss"] for line in part) / WINDOW for part in (first, recent))
-    short, long = (min(line.get("grad_norm", 0.0) for line in part) for part in (first, recent))
+    short, long = (
+        min((line["grad_norm"] for line in part if "grad_norm" in line), default=0.0)
+        for part in (first, recent)
+    )
     if now > max(2 * was, was + 1) or (now >= was and long > 1000 * short > 0):
         return f"{was:.2f} at first, {now:.2f} (gradient norm {long:.3g}) over {WINDOW} steps"
     return None
@@ -388,7 +437,9 @@ class Progress(TrainerCallback):
             "memory": peak_memory(),
         }
         names = ("loss", "grad_norm", "learning_rate", "eval_loss")
-        line |= {name: float(logs[name]) for name in names if name in logs}
+        numbers = {name: float(logs[name]) for name in names if name in logs}
+        # JSON has no NaN; `Watch` tells of it where it stops a training.
+        line |= {name: number for name, number in numbers.items() if math.isfinite(number)}
         self.lines.append(line)
         if state.is_world_process_zero:
             with open(self.file, "a") as file:

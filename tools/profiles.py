@@ -11,14 +11,21 @@ import argparse
 import importlib.util
 import os
 import shutil
+import signal
+import subprocess
+import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tools import convert, plan, recipes
-from tools.cli import ROOT, WrongInput, command
+from tools.cli import ROOT, WrongInput, command, quiet
 from tools.prompt import with_template
 
 LARGEST_ON_CPU = 1e9  # parameters; a step of an 8B model takes minutes on a desktop CPU
+# NVIDIA's architecture from which flash-attn 2 has kernels: Ampere. T4 and V100 are older.
+FLASH_CAPABILITY = (8, 0)
+IMPORT_SECONDS = 120  # a package with CUDA kernels on a cold network disk
 DRIVERS = ("nvidia-smi", "rocm-smi")  # a machine without either has no GPU that torch can use
 # Chosen by what a machine has, and the same numbers either way: not part of what a run is.
 CHOSEN = {"attn_implementation", "gradient_checkpointing"}
@@ -32,18 +39,108 @@ TRACKERS: dict[str, dict[str, Any]] = {
 
 
 def hardware() -> dict[str, Any]:
-    """What this machine has: `gpus` [(name, bytes)], `cores`, `memory` in bytes."""
+    """What this machine has: `gpus` [(name, bytes)], `cores`, `memory` in bytes, and the lowest
+    CUDA `capability` of its GPUs, (8, 6), None without one.
+    """
     import psutil
 
-    gpus = []
+    gpus, capabilities = [], []
     if any(map(shutil.which, DRIVERS)):  # importing torch takes seconds
         import torch
 
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             gpus.append((properties.name, properties.total_memory))
+            capabilities.append((properties.major, properties.minor))
     cores = len(os.sched_getaffinity(0))
-    return {"gpus": gpus, "cores": cores, "memory": psutil.virtual_memory().total}
+    memory = psutil.virtual_memory().total
+    capability = min(capabilities, default=None)
+    return {"gpus": gpus, "cores": cores, "memory": memory, "capability": capability}
+
+
+def explain_import(package: str) -> str:
+    """Why a package does not import here, in words; empty where it does."""
+    if not importlib.util.find_spec(package):
+        return f"{package} is not installed"
+    return try_import(package, os.pathsep.join(filter(None, sys.path)))
+
+
+@cache
+def try_import(package: str, search_path: str) -> str:
+    """`explain_import` of an installed package, by a child process.
+
+    Compiled kernels that do not match this torch or this CPU may end the process that loads them.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {package}"],
+            env=os.environ | {"PYTHONPATH": search_path},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=IMPORT_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return f"{package} does not import within {IMPORT_SECONDS} seconds"
+    if done.returncode < 0:
+        return f"{package} does not import: it ends with {signal.Signals(-done.returncode).name}"
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        return f"{package} does not import ({lines[-1].strip()[:200]})"
+    return ""
+
+
+def explain_no_flash(here: dict[str, Any]) -> str:
+    """Why flash-attn is not used on this machine, in words; empty where it can be."""
+    if not here["gpus"]:
+        return "flash-attn needs a CUDA GPU"
+    capability = here.get("capability")
+    if capability and capability < FLASH_CAPABILITY:
+        needed, has = (f"{major}.{minor}" for major, minor in (FLASH_CAPABILITY, capability))
+        return f"flash-attn needs compute capability {needed}, a GPU here has {has}"
+    if not importlib.util.find_spec("flash_attn"):
+        return "flash-attn is not installed (requirements/gpu.txt)"
+    return explain_import("flash_attn")
+
+
+@cache
+def find_decoder_layers(base: str) -> str:
+    """The classes of a base's decoder layers, as transformers' own class of the model names them.
+
+    The base's config.json says which class that is, else recipes/models/. Raises WrongInput where
+    neither does.
+    """
+    quiet()
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
+
+    model = plan.models().get(recipes.canonical(base).lower())
+    path = plan.find_file(base, "config.json")
+    try:
+        if model and not path:
+            config = CONFIG_MAPPING[model.model_type]()
+        else:
+            config = AutoConfig.from_pretrained(str(path.parent) if path else base)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise WrongInput(
+            f"FSDP must know the class of the decoder layers of {base}, whose config.json cannot "
+            f"be read ({reason}); download the base first"
+        ) from None
+    for part in (config, config.get_text_config()):
+        for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+            names = getattr(mapping.get(type(part), None), "_no_split_modules", None)
+            if names:
+                return ",".join(sorted(names))
+    raise WrongInput(
+        f"transformers does not name the decoder layers of {base} ({config.model_type}); "
+        "FSDP cannot divide it"
+    )
 
 
 def found(here: dict[str, Any]) -> str:
@@ -59,10 +156,10 @@ def choose(here: dict[str, Any], profile: str, nproc: str, nnodes: int) -> tuple
     gpus = len(here["gpus"])
     if nproc and not (nproc.isdigit() and int(nproc)):
         raise WrongInput(f'NPROC "{nproc}": a number of processes, from 1 on, is needed')
-    count = int(nproc) if nproc else 1
-    if not nproc and profile.split(",")[0] in ("multi_gpu", "multi_node"):
+    count, names = int(nproc) if nproc else 1, profile.replace(",", " ").split()
+    if not nproc and "cpu" not in names and (nnodes > 1 or {"multi_gpu", "multi_node"} & {*names}):
         count = max(gpus, 1)
-    if gpus and count > gpus and "cpu" not in profile.split(","):
+    if gpus and count > gpus and "cpu" not in names:
         raise WrongInput(f"NPROC={count}: this machine has {gpus} GPUs")
     if profile:
         return profile, count, "PROFILE"
@@ -137,8 +234,8 @@ def changed(recipe: recipes.Recipe, content: dict[str, Any]) -> list[str]:
         "optimizer": "the same algorithm; its states lie elsewhere or have other bits",
         "bf16": "what this machine computes in",
         "fp16": "what this machine computes in",
-        "attn_implementation": "flash-attn does not import",
-        "flash_attention": "flash-attn does not import",
+        "attn_implementation": "flash-attn cannot be used here, `make profile` says why",
+        "flash_attention": "flash-attn cannot be used here, `make profile` says why",
         "gradient_checkpointing": "the same numbers; GRADIENT_CHECKPOINTING=1 or 0 sets it",
         "micro_batch_size": "the processes share the batch",
         "gradient_accumulation_steps": "the processes share the batch",
@@ -196,12 +293,18 @@ def merged(
             **(content.get("bnb_config_kwargs") or {}),
             "bnb_4bit_quant_storage": "float32",
         }
-    flash = importlib.util.find_spec("flash_attn")
-    if content.get("attn_implementation") == "flash_attention_2" and not flash:
+    fsdp = content.get("fsdp_config")
+    if fsdp and fsdp.get("auto_wrap_policy") == "TRANSFORMER_BASED_WRAP":
+        layers_of_base = fsdp.get("transformer_layer_cls_to_wrap") or find_decoder_layers(
+            content["base_model"]
+        )
+        content["fsdp_config"] = {**fsdp, "transformer_layer_cls_to_wrap": layers_of_base}
+    wants_flash = content.get("attn_implementation") == "flash_attention_2"
+    if (wants_flash or content.get("flash_attention")) and explain_no_flash(here or hardware()):
+        content.pop("flash_attention", None)
         content["attn_implementation"] = "sdpa"  # and `batch_flattening: auto` is off
-    if content.get("flash_attention") and not flash:
-        del content["flash_attention"]
-        content["attn_implementation"] = "sdpa"
+    if content.get("deepspeed") and (reason := explain_import("deepspeed")):
+        raise WrongInput(f"PROFILE={profile}: {reason}")
     if checkpointing:
         content["gradient_checkpointing"] = checkpointing == "1"
     elif content.get("gradient_checkpointing") and here and here["gpus"]:
@@ -211,8 +314,8 @@ def merged(
     if tracker:
         if tracker not in TRACKERS:
             raise WrongInput(f'unknown TRACKER "{tracker}"; there are {", ".join(TRACKERS)}')
-        if not importlib.util.find_spec(tracker):
-            raise WrongInput(f"TRACKER={tracker} needs a package: .venv/bin/pip install {tracker}")
+        if reason := explain_import(tracker):
+            raise WrongInput(f"TRACKER={tracker}: {reason}; .venv/bin/pip install {tracker}")
         content |= TRACKERS[tracker]
         if tracker == "mlflow":
             content["mlflow_tracking_uri"] = str((ROOT / run / "mlruns").as_uri())
@@ -238,12 +341,13 @@ def reasons(content: dict[str, Any], here: dict[str, Any], processes: int) -> di
     flash = content.get("attn_implementation") == "flash_attention_2"
     checkpointing = "on" if content.get("gradient_checkpointing") else "off"
     if here["gpus"]:
-        attention = "flash-attn, it imports" if flash else "SDPA, flash-attn does not import"
+        unusable = explain_no_flash(here)
+        attention = "flash-attn, it imports" if flash else f"SDPA, {unusable or 'as configured'}"
         verdict = fits(content | {"gradient_checkpointing": False}, here, processes)
         known = {True: "it fits without", False: "it does not fit without", None: "no plan"}
         checkpointing += f", {known[verdict]}"
     else:
-        attention = "SDPA, flash-attn needs CUDA"
+        attention = f"SDPA, {explain_no_flash(here)}"
     precision = {True: "bf16", "auto": "bf16 where the GPU has it, else fp16", False: "float32"}
     sharing = content.get("deepspeed") or ("FSDP" if content.get("fsdp_config") else None)
     micro = content.get("micro_batch_size") or 1

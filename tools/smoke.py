@@ -12,7 +12,6 @@ recipe with a few small layers of random weights. That tests the config, not mem
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import shutil
@@ -168,9 +167,11 @@ def smoke_config(recipe: recipes.Recipe, batch: Batch, twin: Path | None) -> dic
 @contextmanager
 def smoke_folder() -> Iterator[None]:
     """runs/.smoke, empty at first and removed afterwards; kept where the trial failed."""
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    yield
-    shutil.rmtree(FOLDER, ignore_errors=True)
+    with train.only_one(FOLDER):  # two at once would remove each other's
+        train.require_space(FOLDER)
+        shutil.rmtree(FOLDER, ignore_errors=True)
+        yield
+        shutil.rmtree(FOLDER, ignore_errors=True)
 
 
 def answer_rows(config: dict[str, Any], batch: Batch) -> list[tuple[str, str, str]]:
@@ -204,9 +205,8 @@ def speed(run: Path) -> float:
     """Tokens a second, padding included, over all steps but the first."""
     lines = [line for line in json_lines(run / "progress.jsonl") if "loss" in line]
     first, last = lines[0], lines[-1]
-    return float(
-        (last["total_tokens"] - first["total_tokens"]) / (last["seconds"] - first["seconds"])
-    )
+    seconds = max(last["seconds"] - first["seconds"], 0.01)  # they are rounded to hundredths
+    return float((last["total_tokens"] - first["total_tokens"]) / seconds)
 
 
 def check_base(base: str) -> str:
@@ -232,11 +232,9 @@ def check_base(base: str) -> str:
 
 def check_attention(config: dict[str, Any], here: dict[str, Any]) -> str:
     """Which attention the run gets, in words."""
-    if not here["gpus"]:
-        return "SDPA; flash-attn needs a CUDA GPU"
-    if importlib.util.find_spec("flash_attn"):
-        return "flash-attn" if config.get("attn_implementation") else "SDPA, as the profile says"
-    return "SDPA; flash-attn is not installed (requirements/gpu.txt)"
+    if reason := profiles.explain_no_flash(here):
+        return f"SDPA; {reason}"
+    return "flash-attn" if config.get("attn_implementation") else "SDPA, as the profile says"
 
 
 def check_kernels(here: dict[str, Any]) -> str:

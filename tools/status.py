@@ -9,32 +9,55 @@ on with `make train`.
 import argparse
 import fcntl
 import json
+import os
+import struct
 import sys
 from pathlib import Path
 from typing import Any
 
-from tools.cli import ROOT, command, json_lines
+from tools import progress
+from tools.cli import ROOT, command
 
 RUNS = ROOT / "runs"
+STATES = ["training", "interrupted", "unreadable", "finished"]
+# C's `struct flock` for the whole file: type, whence, start, length, process, and padding.
+FLOCK = "hhqqi4x"
+
+
+def lock_file(run: Path) -> Path:
+    """The file beside a run folder whose lock the training holds."""
+    return run.with_name(f".{run.name}.lock")
+
+
+def take_lock(descriptor: int) -> bool:
+    """Takes the lock of an open file for as long as any process has this descriptor open.
+
+    False where another has it. It belongs to the open file as flock's does, so a child process
+    inherits it; unlike flock's, it can be asked for without being taken (`training`).
+    """
+    request = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, request)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 def training(run: Path) -> bool:
-    """Whether a process holds the run's lock."""
-    lock = run.with_name(f".{run.name}.lock")
-    if not lock.is_file():
+    """Whether a process holds the run's lock; looking does not keep a training from taking it."""
+    try:
+        file = open(lock_file(run), "rb")  # noqa: SIM115
+    except FileNotFoundError:
         return False
-    with open(lock) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    with file:
+        request = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        answer = fcntl.fcntl(file, fcntl.F_OFD_GETLK, request)
+    return bool(struct.unpack(FLOCK, answer)[0] != fcntl.F_UNLCK)
 
 
 def status(run: Path) -> dict[str, Any]:
     """State, steps, loss, seconds and what more there is to say of one run folder."""
-    lines = [line for line in json_lines(run / "progress.jsonl") if "loss" in line]
-    last = lines[-1] if lines else {}
+    last = progress.last_step(run / "progress.jsonl")
     row = {
         "run": str(run.relative_to(RUNS) if run.is_relative_to(RUNS) else run),
         "state": "interrupted",
@@ -62,12 +85,39 @@ def status(run: Path) -> dict[str, Any]:
     return row
 
 
+def status_or_reason(run: Path) -> dict[str, Any]:
+    """The status of a run, or why it cannot be read: one of many does not hide the others."""
+    try:
+        return status(run)
+    except OSError as error:
+        return unreadable(run, f"{error.strerror}: {error.filename}")
+    except (ValueError, KeyError, TypeError) as error:
+        return unreadable(run, f"damaged: {error}")
+
+
+def unreadable(run: Path, reason: str) -> dict[str, Any]:
+    """The row of a folder that this user may not read, or whose files are damaged."""
+    name = str(run.relative_to(RUNS) if run.is_relative_to(RUNS) else run)
+    row = {"run": name, "state": "unreadable", "step": 0, "steps": None, "loss": None}
+    return row | {"seconds": 0.0, "note": reason}
+
+
 def all_runs() -> list[dict[str, Any]]:
     """The status of every run, training ones first; what FORCE=1 moved aside is left out."""
-    folders = {path.parent for path in RUNS.glob("**/identity.json")}
-    rows = [status(run) for run in sorted(folders) if ".previous" not in run.name]
-    order = ["training", "interrupted", "finished"]
-    return sorted(rows, key=lambda row: order.index(row["state"]))
+    rows = []
+
+    def note(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            rows.append(unreadable(Path(error.filename), str(error.strerror)))
+
+    for name, folders, files in os.walk(RUNS, onerror=note):
+        run = Path(name)
+        if "identity.json" not in files:
+            continue
+        folders.clear()  # checkpoints and prepared data
+        if ".previous" not in run.name:
+            rows.append(status_or_reason(run))
+    return sorted(rows, key=lambda row: (STATES.index(row["state"]), row["run"]))
 
 
 def show(rows: list[dict[str, Any]]) -> None:

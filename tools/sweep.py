@@ -7,13 +7,14 @@ a mistake shows early; one that fails does not stop the others, and makes the ex
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
 from fnmatch import fnmatchcase
 from typing import Any
 
-from tools import plan, recipes, status
+from tools import plan, recipes, status, train
 from tools.cli import ROOT, JobFailed, WrongInput, command
 
 
@@ -46,17 +47,27 @@ def size(recipe: recipes.Recipe) -> float:
 def one(recipe: recipes.Recipe, options: list[str]) -> dict[str, Any]:
     """Trains one recipe in a process of its own; returns its row of the table."""
     start = time.monotonic()
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", "tools.train", recipe.name, *options],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
+        process_group=0,  # Ctrl-C reaches the sweep alone, which hands on every one that it gets
+        preexec_fn=train.with_parent,
     )
-    if done.returncode == 130:
+    stopped = False
+    while True:
+        try:
+            _, errors = process.communicate()
+            break
+        except KeyboardInterrupt:
+            stopped = True
+            process.terminate()
+    if stopped or process.returncode == 130:
         raise KeyboardInterrupt
-    row = status.status(recipe.run)
-    if done.returncode:
-        row |= {"state": "failed", "note": done.stderr.strip().removeprefix("error: ")}
+    row = status.status_or_reason(recipe.run)
+    if process.returncode:
+        row |= {"state": "failed", "note": errors.strip().removeprefix("error: ")}
         print(f"sweep      {recipe.name} failed: {row['note']}", flush=True)
     return row | {"run": recipe.name, "took": time.monotonic() - start}
 
@@ -68,6 +79,7 @@ def main() -> None:
     for name in ("profile", "nproc", "tracker", "force"):
         parser.add_argument(f"--{name}", default="")
     given = vars(parser.parse_args())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     todo = sorted(chosen(given.pop("recipes")), key=size)
     options = [word for name, value in given.items() if value for word in (f"--{name}", value)]
     rows = []

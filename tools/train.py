@@ -14,9 +14,9 @@ On several machines the same command runs on each, with --nnodes, --node-rank an
 
 import argparse
 import ctypes
-import fcntl
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -27,14 +27,16 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
-from tools import convert, export, plan, profiles, recipes
+from tools import convert, export, plan, profiles, progress, recipes, status
 from tools.cli import (
     ROOT,
     SECRET,
@@ -43,7 +45,6 @@ from tools.cli import (
     atomic,
     command,
     digest,
-    json_lines,
     shown,
     write_json,
 )
@@ -52,6 +53,7 @@ from tools.prompt import explain_unscorable
 PACKAGES = ["torch", "transformers", "peft", "bitsandbytes", "axolotl", "accelerate", "datasets"]
 DISK = 2e9  # bytes that must be free: checkpoints, prepared data, log
 FULL = 1e6  # bytes under which a disk is full
+GRACE = 110  # seconds to finish a step and save it; launch/slurm.sh asks for a signal 120 before
 
 # What a log says when a training fails, and what that means. The first that is found counts.
 CAUSES = {
@@ -60,7 +62,8 @@ CAUSES = {
     r"OutOfMemoryError|CUDA out of memory|allocate memory|MemoryError|bad_alloc"
     r"|memory allocation of \d+ bytes failed": "{memory}",
     r"No space left on device|os error 28": "no space left on the disk; {free} are free",
-    r"(PermissionError|Read-only file system).*": "{0}: the run folder cannot be written to",
+    r"Disk quota exceeded|os error 122": "the disk quota of this user is used up",
+    r"(?:PermissionError|Read-only file system).*": "{0}",
 }
 # Endings of data files that Axolotl reads; another path that does not exist is a name on the Hub.
 DATA_FILES = {".jsonl", ".json", ".csv", ".parquet", ".txt", ".arrow"}
@@ -104,6 +107,8 @@ class Machines:
             cpu = "DS_ACCELERATOR" if config.get("deepspeed") else "ACCELERATE_USE_CPU"
             found[cpu] = "cpu" if config.get("deepspeed") else "true"
             found["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.nproc))
+        # Slurm's SIGTERM reaches torchrun, too, which would kill its processes 30 seconds later.
+        found.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE))
         if config.get("use_wandb"):
             found["WANDB_MODE"] = "online" if os.environ.get("WANDB_API_KEY") else "offline"
             found["WANDB_DIR"] = str(ROOT / config["output_dir"])
@@ -226,19 +231,50 @@ def only_one(run: Path) -> Iterator[int]:
 
     The training process inherits the descriptor, so the lock lives exactly as long as either.
     """
+    lock = status.lock_file(run)
     try:
         run.parent.mkdir(parents=True, exist_ok=True)
-        file = open(run.with_name(f".{run.name}.lock"), "w")  # noqa: SIM115
+        file = open(lock, "ab")  # noqa: SIM115
     except OSError as error:
-        raise JobFailed(
-            f"{shown(run)}, the output_dir, cannot be written to: {error.strerror}"
-        ) from None
+        raise unwritable(run, Path(error.filename), str(error.strerror)) from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise JobFailed(f"another training of {shown(run)} is under way") from None
+        if not status.take_lock(file.fileno()):
+            raise JobFailed(f"another training of {shown(run)} is under way")
+        place = run if run.exists() else run.parent
+        if not os.access(place, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
+            raise unwritable(run, place, "Permission denied")
         yield file.fileno()
+
+
+def unwritable(run: Path, path: Path, reason: str) -> JobFailed:
+    return JobFailed(
+        f"{shown(run)}, the output_dir, cannot be written to: {reason}{owner_of(path)}"
+    )
+
+
+def owner_of(path: Path) -> str:
+    """Says whose a file or folder is, where it is another user's: two share one checkout."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    try:
+        if path.stat().st_uid == os.geteuid():
+            return ""
+        return f" ({shown(path)} belongs to the user {path.owner()})"
+    except (OSError, KeyError):  # a user without a name
+        return ""
+
+
+def require_space(run: Path) -> None:
+    """Raises JobFailed where this project's disk is nearly full, or that of a run elsewhere is."""
+    while not run.exists():
+        run = run.parent
+    for place, needed in ((ROOT, DISK), (run, FULL)):
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            raise JobFailed(
+                f"{free / 1e9:.1f} GB are free on the disk of {shown(place)} and a training needs "
+                f"{DISK / 1e9:.0f}; make room there, or name another output_dir"
+            )
 
 
 def sound(checkpoint: Path) -> bool:
@@ -261,6 +297,9 @@ def sound(checkpoint: Path) -> bool:
         archives = [checkpoint / name for name in ("optimizer.pt", "scheduler.pt")]
         whole = seal.is_file() or all(zipfile.ZipFile(a).testzip() is None for a in archives)
         return whole and finite and bool(names) and state["global_step"] == step_of(checkpoint)
+    except PermissionError as error:  # another user's, and perhaps sound
+        path = Path(error.filename or checkpoint)
+        raise JobFailed(f"{shown(path)} cannot be read: {error.strerror}{owner_of(path)}") from None
     except (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile):
         return False
 
@@ -307,9 +346,11 @@ def prepare(recipe: recipes.Recipe, identity: dict[str, Any], force: bool) -> bo
     before = json.loads(written.read_text()) if written.is_file() else None
     # An adapter that something else wrote over is not what run.json tells of.
     damaged = done and not recipe.intact()
-    if before == identity and not damaged and not (force and done):
-        if done:
-            return False
+    same = before == identity and not damaged and not (force and done)
+    if same and done:
+        return False
+    require_space(run)
+    if same:
         shutil.rmtree(run / ".writing", ignore_errors=True)
         if step := last_checkpoint(run):
             print(f"train      goes on from step {step}")
@@ -354,12 +395,12 @@ def follow(process: subprocess.Popen[bytes], run: Path) -> None:
         TextColumn("{task.description}"),
         TimeRemainingColumn(),
     )
-    file, seen, said = run / "progress.jsonl", 0, time.monotonic()
+    tail, seen, said = progress.Tail(run / "progress.jsonl"), 0, time.monotonic()
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         job = bar.add_task("loading the model", total=None)
         while True:
             ended = process.poll() is not None
-            losses = [entry for entry in json_lines(file) if "loss" in entry]
+            losses = [row for row in tail.read() if "loss" in row]
             if losses and losses[-1]["step"] != seen:
                 last = losses[-1]
                 seen = last["step"]
@@ -372,6 +413,7 @@ def follow(process: subprocess.Popen[bytes], run: Path) -> None:
                     print(f"train      step {seen}/{last['steps']}  {text}", flush=True)
                     said = time.monotonic()
             if ended:
+                tail.close()
                 return
             time.sleep(0.3)
 
@@ -389,7 +431,7 @@ def memory_advice(config: dict[str, Any], processes: int) -> str:
     )
 
 
-def cause(log: Path, start: int, status: int, config: dict[str, Any], processes: int) -> str:
+def cause(log: Path, start: int, code: int, config: dict[str, Any], processes: int) -> str:
     """Why a training ended, from its log from byte `start` on, or from the signal that ended it."""
     text = log.read_bytes()[start:].decode(errors="replace")
     facts = {"free": f"{shutil.disk_usage(log.parent).free / 1e9:.1f} GB"}
@@ -401,11 +443,11 @@ def cause(log: Path, start: int, status: int, config: dict[str, Any], processes:
             return SECRET.sub("***", meaning.format(*said, **facts).strip()[:400])
     if shutil.disk_usage(log.parent).free < FULL:  # a full disk takes no log of it
         return CAUSES[r"No space left on device|os error 28"].format(**facts)
-    if status == -signal.SIGKILL:
+    if code == -signal.SIGKILL:
         return f"it was killed, most often for memory: {memory_advice(config, processes)}"
-    if status < 0:
-        return f"it was ended by {signal.Signals(-status).name}"
-    if status == 0:  # it was told to stop, and saved
+    if code < 0:
+        return f"it was ended by {signal.Signals(-code).name}"
+    if code == 0:  # it was told to stop, and saved
         return "it was interrupted"
     names = ("Error:", "Exception:", "Killed")
     telling = [line.strip() for line in text.splitlines() if any(name in line for name in names)]
@@ -418,22 +460,43 @@ def with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
+def in_torchrun(process: psutil.Process) -> bool:
+    """Whether torchrun started a process; False where it ended or may not be looked at."""
+    try:
+        return "TORCHELASTIC_RUN_ID" in process.environ()
+    except psutil.Error:
+        return False
+
+
+def trainers(leader: int) -> list[psutil.Process]:
+    """The processes that train: those that torchrun started, else the leader itself.
+
+    What these started in turn (workers that load data) must live until the step is finished.
+    A process that ends meanwhile is left out, whatever it is.
+    """
+    try:
+        first = psutil.Process(leader)
+        family = [first, *first.children(recursive=True)]
+    except psutil.Error:
+        return []
+    inside = {process.pid: process for process in family if in_torchrun(process)}
+    ranks = []
+    for process in inside.values():
+        with suppress(psutil.Error):
+            if process.ppid() not in inside:
+                ranks.append(process)
+    return ranks or [first]
+
+
 def stop(process: subprocess.Popen[bytes]) -> None:
     """Tells every training process to save a checkpoint and end; a second Ctrl-C ends them."""
-    import psutil
-
-    print("train      stopping: the step is finished and saved (again to stop at once)", flush=True)
-    try:
-        family = [psutil.Process(process.pid)]
-        family += family[0].children(recursive=True)
-        # torchrun would wait 30 seconds and kill; what it started is told directly. What that
-        # started in turn (workers that load data) must live until the step is finished.
-        inside = {p.pid for p in family if "TORCHELASTIC_RUN_ID" in p.environ()}
-        ranks = [p for p in family if p.pid in inside and p.ppid() not in inside]
-        for rank in ranks or family[:1]:
-            rank.send_signal(signal.SIGTERM)
-    except psutil.Error:
-        pass  # it is ending by itself
+    with suppress(OSError):  # nobody may be reading any more
+        text = "the step is finished and saved (again to stop at once)"
+        print(f"train      stopping: {text}", flush=True)
+    # torchrun would wait and kill: what it started is told directly.
+    for trainer in trainers(process.pid):
+        with suppress(psutil.Error):
+            trainer.send_signal(signal.SIGTERM)
     try:
         process.wait()
     finally:
@@ -510,6 +573,8 @@ def execute(
     machines: Machines,
 ) -> dict[str, Any]:
     """Trains a merged config into the recipe's run; returns `run.json`, {} on other machines."""
+    # A stop by a scheduler (SIGTERM) is treated as Ctrl-C is.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     data = data_of(recipe)
     # json: a run's identity is compared with the one that was written.
     identity = {"config": profiles.kept(content), "data": [entry["sha256"] for entry in data]}
@@ -543,8 +608,6 @@ def main() -> None:
     parser.add_argument("--node-rank", default="", help="which of them this is, from 0 on")
     parser.add_argument("--rendezvous", default="", help="host:port of machine 0")
     given = parser.parse_args()
-    # A stop by a scheduler (SIGTERM) is treated as Ctrl-C is.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     recipe = recipes.find(given.recipe)
     data_of(recipe)
     profiles.layers(given.profile)
@@ -560,12 +623,11 @@ def main() -> None:
     if not force and not (recipe.run / "identity.json").is_file():
         fits(recipe, here, profile)
     refuse_unusable(recipe)
-    recipes.validate(recipe.config, shown(recipe.path))
+    # Axolotl's schema loads torch, and this process stays beside the training: a child's gigabyte.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
+        child.submit(recipes.validate, recipe.config, shown(recipe.path)).result()
     if recipe.run in (ROOT, ROOT / "runs", *ROOT.parents):
         raise WrongInput(f"{shown(recipe.path)}: output_dir must be a folder of its own")
-    free = shutil.disk_usage(ROOT).free
-    if free < DISK:
-        raise JobFailed(f"{free / 1e9:.1f} GB are free on this disk and a training needs 2")
     export.ensure(recipe.config["base_model"])
     data = data_of(recipe)
     rows, held = (
