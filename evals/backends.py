@@ -71,7 +71,7 @@ def vllm_arguments(subject: Subject) -> dict[str, Any]:
         raise WrongInput(f"vLLM quantizes no base to {precision}; BACKEND=transformers scores it")
     base = config["base_model"]
     base = str(ROOT / base) if (ROOT / base).is_dir() else base
-    length = AutoConfig.from_pretrained(base).max_position_embeddings
+    length = AutoConfig.from_pretrained(base).get_text_config(decoder=True).max_position_embeddings
     arguments = {
         "pretrained": base,
         "dtype": config.get("dtype") or "bfloat16",
