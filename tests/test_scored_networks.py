@@ -1,4 +1,4 @@
-"""Networks whose attention does not reach back over all tokens answer in a batch as they do alone."""
+"""Networks whose attention does not reach back over every token answer in a batch as alone."""
 
 import pytest
 import torch
