@@ -131,7 +131,8 @@ def estimate(metric: str, values: Sequence[Any]) -> dict[str, Any]:
     """
     rows, counts = cells(values)
     part = parts(metric, [row[0] for row in rows])
-    point = float(score(metric, _sums(counts[None], part))[0])
+    sums = _sums(counts[None], part)
+    point = float(score(metric, sums)[0])
     if _is_rate(metric, [row[0] for row in rows]):
         return {"value": point} | _wilson(point, len(values))
     if reason := explain_no_interval(metric, values):
@@ -140,9 +141,19 @@ def estimate(metric: str, values: Sequence[Any]) -> dict[str, Any]:
     if np.ptp(sampled) == 0:
         return {"value": point} | _wilson(point, _effective(metric, values))
     estimated = _interval(metric, point, sampled, len(values))
+    if "f1_macro" in metric and _lacks_spread(sums[0]):
+        least = _wilson(point, _effective(metric, values))
+        estimated["low"] = min(estimated["low"], least["low"])
+        estimated["high"] = max(estimated["high"], least["high"])
     if metric == "ece" and point <= _chance_ece([row[0][0][0] for row in rows], counts):
         estimated["low"] = 0.0
     return {name: min(max(end, 0.0), 1.0) for name, end in estimated.items()}
+
+
+def _lacks_spread(sums: Array) -> bool:
+    """Whether the rows of a class are all right or all wrong, so that resamples do not differ."""
+    hits, _, expected = np.split(sums, 3)
+    return bool(((hits == 0) | (hits == expected)).any())
 
 
 def _chance_ece(shares: Sequence[float], counts: Array) -> float:
@@ -314,15 +325,16 @@ def verdict(found: dict[str, Any], corrected: float | None, family: int, rows: i
 
 
 def _interval(metric: str, point: float, sampled: Array, rows: int) -> dict[str, float]:
-    """The percentile interval; of ECE, which noise makes larger, the basic one.
+    """The percentile interval, and of ECE, which noise makes larger, one that reaches further down.
 
     ECE is a sum of absolute values: a resample lies above the sample as the sample lies above the
-    truth, so its interval is 2·ECE - quantiles (Davison and Hinkley 1997, equation 5.6).
+    truth. So its lower end is 2·ECE - the upper quantile (the basic bootstrap: Davison and Hinkley
+    1997, equation 5.6).
     """
     tail = _widened(LEVEL / 2, rows)
     low, high = (float(end) for end in np.quantile(sampled, [tail, 1 - tail]))
     if metric == "ece":
-        low, high = min(point, 2 * point - high), max(point, 2 * point - low)
+        low, high = min(low, 2 * point - high), max(high, 2 * point - low)
     return {"value": point, "low": low, "high": high}
 
 
