@@ -565,7 +565,9 @@ def main() -> None:
     price = plan.number("PRICE", given.price, least=0)
     if given.gpu:
         plan.find_gpu(given.gpu)
-    files = build(subject.RUNS / "report", given.gpu, price)
+    out = subject.RUNS / "report"
+    with evaluation.writing(out / "index.html", "; the scores are not touched"):
+        files = build(out, given.gpu, price)
     print(f"report     {', '.join(map(shown, files))}")
 
 

@@ -373,8 +373,11 @@ class Job:
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
+KEPT = "; what was answered is kept, and the same command goes on from there"
+
+
 @contextmanager
-def writing(file: Path) -> Iterator[None]:
+def writing(file: Path, kept: str = KEPT) -> Iterator[None]:
     """Makes one line of what a full disk, or a folder that may not be written, raises."""
     try:
         yield
@@ -384,8 +387,7 @@ def writing(file: Path) -> Iterator[None]:
             raise
         place = Path(error.filename) if error.filename and not inside else file
         raise JobFailed(
-            f"{shown(place)} cannot be written: {str(error.strerror).lower()}; what was answered "
-            "is kept, and the same command goes on from there"
+            f"{shown(place)} cannot be written: {str(error.strerror).lower()}{kept}"
         ) from error
 
 
