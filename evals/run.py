@@ -310,7 +310,7 @@ def run(
     for side in subject.sides:
         for name in names:
             identity = evaluated(subject, side, name, limit, backend)
-            if force or _kept(files[name][side]) != identity:
+            if force or _kept(files[name][side], warn=True) != identity:
                 todo.append((side, name, identity))
     if todo:
         print(f"eval       {subject.name} on {', '.join(names)}", flush=True)
@@ -381,13 +381,17 @@ def writing(file: Path, kept: str = KEPT) -> Iterator[None]:
     """Makes one line of what a full disk, or a folder that may not be written, raises."""
     try:
         yield
-    except OSError as error:
-        inside = Path(str(error.filename or "")).is_relative_to(file.parent)
-        if error.errno not in FULL and not inside:
+    except Exception as error:
+        cause: BaseException | None = error  # libraries wrap what the disk says
+        while cause and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        name = str(getattr(cause, "filename", None) or "")
+        inside = Path(name).is_relative_to(file.parent)
+        if not isinstance(cause, OSError) or (cause.errno not in FULL and not inside):
             raise
-        place = Path(error.filename) if error.filename and not inside else file
+        place = Path(name) if name and not inside else file
         raise JobFailed(
-            f"{shown(place)} cannot be written: {str(error.strerror).lower()}{kept}"
+            f"{shown(place)} cannot be written: {str(cause.strerror).lower()}{kept}"
         ) from error
 
 
@@ -414,14 +418,15 @@ def locked(file: Path) -> Iterator[None]:
         lock.close()
 
 
-def _kept(file: Path) -> Any:
+def _kept(file: Path, warn: bool = False) -> Any:
     """What a score file was made of; None where there is none, or a damaged one."""
     if not file.is_file():
         return None
     try:
         return report.read(file)["evaluated"]
     except WrongInput as error:
-        print(f"eval       {shown(file)} is scored again: {error}", file=sys.stderr)
+        if warn:
+            print(f"eval       {shown(file)} is scored again: {error}", file=sys.stderr)
         return None
 
 
