@@ -106,18 +106,20 @@ def licence(base: str, data: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def interval(value: dict[str, float], signed: bool = False) -> str:
+def interval(value: dict[str, Any], signed: bool = False) -> str:
     plus = "+" if signed else ""
-    point, low, high = (100 * value[key] for key in ("value", "low", "high"))
-    return f"{point:{plus}.1f} ({low:{plus}.1f} … {high:{plus}.1f})"
+    point = f"{100 * value['value']:{plus}.1f}"
+    if value.get("no_interval"):
+        return f"{point} (no interval: {value['no_interval']})"
+    return f"{point} ({100 * value['low']:{plus}.1f} … {100 * value['high']:{plus}.1f})"
 
 
-def metrics(content: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The metrics of a score file that have a value and an interval."""
+def metrics(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The metrics of a score file that have a value, and an interval or why there is none."""
     return {
         name: value
         for name, value in content["metrics"].items()
-        if isinstance(value, dict) and {"value", "low", "high"} <= value.keys()
+        if isinstance(value, dict) and "value" in value and {"high", "no_interval"} & value.keys()
     }
 
 
@@ -173,9 +175,12 @@ def results(scores: dict[str, dict[str, Any]]) -> list[Any]:
                     metric_name=report.title(name),
                     metric_value=value["value"],
                     metric_args={
-                        "interval": [value["low"], value["high"]],
-                        "confidence": 0.95,
-                        "examples": content["examples"],
+                        **(
+                            {"no_interval": value["no_interval"]}
+                            if value.get("no_interval")
+                            else {"interval": [value["low"], value["high"]], "confidence": 0.95}
+                        ),
+                        "examples": len(report.values(content, name)),
                         "precision": content["evaluated"].get("precision"),
                     },
                 )

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import adapter, card, convert, plan, recipes
-from tools.cli import ROOT, JobFailed, WrongInput, command, digest
+from tools.cli import ROOT, JobFailed, WrongInput, command, digest, shown
 
 RUNS = ROOT / "runs"
 FINLORA = "wangd12"  # who published FinLoRA's adapters
@@ -226,7 +226,11 @@ def local_runs() -> list[tuple[str, str, str, str]]:
             continue
         found = []
         for file in sorted((run / "evals").glob("*.json")):
-            content = json.loads(file.read_text())
+            try:
+                content = report.read(file)
+            except WrongInput as error:
+                print(f"adapters   {shown(file)} left out: {error}", file=sys.stderr)
+                continue
             if content["evaluated"].get("adapter_sha256") == told.get("adapter_sha256"):
                 name = content["evaluated"]["dataset"]
                 for metric, value in card.metrics(content).items():
