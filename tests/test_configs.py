@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from evals import run as scoring
-from tests.conftest import run
+from tests.conftest import GPU, run
 from tools import models, prompts, recipes, sources, subjects
 from tools.common import ROOT, WrongInput, parse_yaml
 from tools.data import convert
@@ -106,7 +106,7 @@ def trained(tiny, rows, tmp_path_factory):
     [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in CONFIGS],
 )
 def test_what_a_config_trained_is_rendered_loaded_merged_and_served_as_it_was_trained(
-    trained, name
+    trained, name, tmp_path
 ):
     import torch
     from datasets import load_from_disk
@@ -151,14 +151,15 @@ def test_what_a_config_trained_is_rendered_loaded_merged_and_served_as_it_was_tr
         tokenizer, ROWS[0]["messages"][:1]
     )
     assert again.get_input_embeddings().num_embeddings >= len(tokenizer)
-    line = serve.on_vllm(who, "mine", [])
+    line = serve.on_vllm(who, "mine", [], GPU, tmp_path)
     if who.config.get("lora_modules_to_save"):
         assert line[2] == str(target)
-    if (
-        prompts.changes_tokenizer(recipes.find(str(trained[name])).config)
-        and "merged" not in line[2]
-    ):
-        assert "--chat-template" in line
+    template = Path(line[line.index("--chat-template") + 1]).read_text()
+    assert tokenizer.apply_chat_template(
+        ROWS[0]["messages"][:1], chat_template=template, tokenize=False, add_generation_prompt=True
+    ) == prompts.render(tokenizer, ROWS[0]["messages"][:1], who.options)
+    if prompts.changes_tokenizer(who.config) and "merged" not in line[2]:
+        assert line[line.index("--tokenizer") + 1] == str(who.adapter)
 
 
 @pytest.mark.parametrize("name", ["tokens", "template_of_rows", "compute_dtype"])

@@ -16,11 +16,11 @@ from tools import architectures, recipes, sources
 from tools.common import ROOT, WrongInput, quiet
 from tools.prompts import with_template
 from tools.train import plan
-from tools.train.hardware import Host, detect_host, explain_import, explain_no_flash
+from tools.train.launch.hardware import Host, detect_host, explain_import, explain_no_flash
 
 PLUGIN = "tools.train.plugin.RunPlugin"
 # Its names, today's and that of earlier versions, whose runs and pulled configs still hold it.
-OWN_PLUGINS = (PLUGIN, "tools.plugin.RunPlugin")
+OWN_PLUGINS = (PLUGIN, "tools.train.plugin.RunPlugin")
 # Chosen by what a machine has, and the same numbers either way: not part of what a run is.
 CHOSEN = {"attn_implementation", "gradient_checkpointing"}
 # Axolotl's options for the trackers; what each writes stays in the run folder or on this machine.
