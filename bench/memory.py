@@ -124,7 +124,8 @@ def measure(folder: str, bits: int, double: bool, rows: int, tokens: int) -> dic
     quiet()
     import torch
     from peft import LoraConfig, get_peft_model
-    from tools.train.launch.callbacks import measure_peak_memory
+
+    from tools.train.callbacks import measure_peak_memory
 
     config = recipes.config(RECIPE)
     model = load(folder, bits, double)

@@ -34,19 +34,19 @@ class Verb:
 
 
 VERBS = {
-    "fetch": Verb(("tools.data.fetch", "ner"), room=8192),
-    "data": Verb(("tools.data.convert", "sentiment"), room=8192),
-    "audit": Verb(("tools.data.audit", "ner"), room=8192),
-    "new": Verb(("tools.custom", "new", "mine", "mine.jsonl"), room=131_072),
-    "import": Verb(("tools.custom", "import", "configs.json")),
-    "render": Verb(("tools.catalogue", "render")),
-    "recipes": Verb(("tools.catalogue", "list"), writes=False),
-    "plan": Verb(("tools.train.plan", "sentiment_r4"), writes=False),
-    "push": Verb(("tools.hub.push", RECIPE, "--namespace", "me"), writes=False),
-    "pull": Verb(("tools.hub.pull", "--adapter", REPO), room=131_072),
-    "chat": Verb(("tools.use.chat", "", "Good?", "--adapter", "adapter"), writes=False),
-    "merge": Verb(("tools.use.merge", "--adapter", "adapter"), room=1_000_000),
-    "serve": Verb(("tools.use.serve", "--adapter", "adapter"), room=1_000_000),
+    "fetch": Verb(("fetch", "ner"), room=8192),
+    "data": Verb(("data", "sentiment"), room=8192),
+    "audit": Verb(("audit", "ner"), room=8192),
+    "new": Verb(("new", "mine", "mine.jsonl"), room=131_072),
+    "import": Verb(("import", "configs.json")),
+    "render": Verb(("render",)),
+    "recipes": Verb(("recipes",), writes=False),
+    "plan": Verb(("plan", "sentiment_r4"), writes=False),
+    "push": Verb(("push", RECIPE, "--namespace", "me"), writes=False),
+    "pull": Verb(("pull", "--adapter", REPO), room=131_072),
+    "chat": Verb(("chat", "", "Good?", "--adapter", "adapter"), writes=False),
+    "merge": Verb(("merge", "--adapter", "adapter"), room=1_000_000),
+    "serve": Verb(("serve", "--adapter", "adapter"), room=1_000_000),
 }
 LINES = {
     "full": r"no space left on the disk for (?!the output)",

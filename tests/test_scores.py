@@ -12,9 +12,11 @@ from contextlib import contextmanager
 
 import pytest
 
-from evals import html, report
+from evals import page as report_page
+from evals import report
 from evals import run as evaluation
 from evals.answers import Answers, Prompts
+from tests.conftest import call
 from tests.hub_server import Hub
 from tests.test_eval import Speaker, evaluate, key, trained, workplace  # noqa: F401
 from tests.test_report import Page, runs  # noqa: F401
@@ -55,7 +57,7 @@ def test_an_old_score_is_shown_as_old_and_compared_with_no_new_one(runs, change,
     if depends["scoring"] is None:  # as in a file of before there was such a key
         del depends["scoring"]
     common.write_json(file, content | {"evaluated": depends})
-    files = html.build(runs_module.RUNS / "report")
+    files = report_page.build(runs_module.RUNS / "report", lambda *_: {})
     text = files[0].read_text()
     rows = [row for row in Page(text).rows if len(row) == 9]
     (base,) = [
@@ -117,7 +119,7 @@ def test_a_damaged_score_file_is_named_and_left_out_of_the_page(runs, capsys):  
         damage(file, kind)
         with pytest.raises(common.WrongInput):
             report.read(file)
-        datasets = [set(one.contents) for one in html.everything()]
+        datasets = [set(one.contents) for one in report_page.everything()]
         (line,) = capsys.readouterr().err.splitlines()
         assert common.shown(file) in line and "`make eval` scores again" in line, kind
         assert datasets == [{"fpb", "fiqa"}, {"fiqa"}], kind
@@ -191,21 +193,19 @@ def test_a_folder_that_cannot_be_written_is_one_line_before_the_work(trained, mo
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_a_report_into_a_read_only_folder_is_one_line(runs, monkeypatch, capsys):  # noqa: F811
     runs_module.RUNS.chmod(0o500)
-    monkeypatch.setattr(sys, "argv", ["evals.html"])
     with pytest.raises(SystemExit):
-        html.main()
+        call(monkeypatch, "report")
     runs_module.RUNS.chmod(0o700)
     (line,) = capsys.readouterr().err.splitlines()
     assert "cannot be written: permission denied; the scores are not touched" in line
 
 
 def test_a_page_that_does_not_fit_on_the_disk_leaves_the_one_before(runs, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr(sys, "argv", ["evals.html"])
-    html.main()
+    call(monkeypatch, "report")
     page = (runs_module.RUNS / "report" / "index.html").read_bytes()
     capsys.readouterr()
     with limit_file_size(5000), pytest.raises(SystemExit) as stopped:
-        html.main()
+        call(monkeypatch, "report")
     assert stopped.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "cannot be written: file too large; the scores are not touched" in line

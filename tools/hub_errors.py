@@ -1,6 +1,7 @@
 """Turns the errors of the Hub's client into one line that says what to do."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 

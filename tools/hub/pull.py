@@ -31,11 +31,11 @@ from tools.hub.client import (
     hub,
     hub_name,
     matches,
-    plainly,
     repository,
     same_base,
     tree,
 )
+from tools.hub_errors import plainly
 from tools.runs import RUNS, UNKNOWN, Run
 
 

@@ -32,10 +32,10 @@ from tools.hub.client import (
     different,
     hub,
     hub_name,
-    plainly,
     repository,
     tree,
 )
+from tools.hub_errors import plainly
 from tools.runs import Run
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from tools.train.launch.callbacks import Progress
-from tools.train.launch.ranks import read_rank
+from tools.train.callbacks import Progress
+from tools.train.ranks import read_rank
 
 
 def compute_answer_logits_only(model: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from tools.common import ROOT, atomic, digest, json_lines
-from tools.train.launch.ranks import digest_weights, gather, read_rank
+from tools.train.ranks import digest_weights, gather, read_rank
 
 WINDOW = 10  # steps whose mean loss tells whether a training diverges
 # Logged steps in a row whose gradient may overflow in fp16. The loss is scaled by 2^16 at first

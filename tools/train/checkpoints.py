@@ -9,7 +9,7 @@ from typing import Any
 
 from tools.common import JobFailed, digest, shown, write_json
 from tools.runs import Run, describe_owner, step_of
-from tools.train.launch.ranks import gather
+from tools.train.ranks import gather
 
 
 def is_sound(checkpoint: Path) -> bool:

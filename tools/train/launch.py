@@ -29,15 +29,15 @@ from tools.common import ROOT, WrongInput, atomic, digest, read_json, shown, wri
 from tools.prompts import explain_unscorable
 from tools.runs import Run
 from tools.train import hardware, profiles
-from tools.train.launch.checkpoints import last_checkpoint
-from tools.train.launch.checks import (
+from tools.train.checkpoints import last_checkpoint
+from tools.train.checks import (
     describe_data,
     refuse_unusable,
     require_hardware,
     require_space,
 )
-from tools.train.launch.machines import Cluster, Machines
-from tools.train.launch.process import run_axolotl
+from tools.train.machines import Cluster, Machines
+from tools.train.process import run_axolotl
 
 PACKAGES = ["torch", "transformers", "peft", "bitsandbytes", "axolotl", "accelerate", "datasets"]
 

@@ -17,15 +17,15 @@ from transformers import TrainerCallback, set_seed
 from tools import versions
 from tools.common import json_lines, write_json
 from tools.models import dequantize_once, keep_8bit_scales
-from tools.train.launch.batches import (
+from tools.train.batches import (
     compute_answer_logits_only,
     count_real_tokens,
     order_by_epoch,
     weigh_parts,
 )
-from tools.train.launch.callbacks import Progress, Watch, measure_peak_memory
-from tools.train.launch.checkpoints import write_atomically
-from tools.train.launch.ranks import allow_deepspeed_on_cpu, read_rank
+from tools.train.callbacks import Progress, Watch, measure_peak_memory
+from tools.train.checkpoints import write_atomically
+from tools.train.ranks import allow_deepspeed_on_cpu, read_rank
 
 
 class Args(BaseModel):

@@ -17,9 +17,9 @@ import psutil
 from tools.common import ROOT, SECRET, JobFailed, WrongInput, shown
 from tools.runs import Run
 from tools.train import plan, progress
-from tools.train.launch.checkpoints import last_checkpoint
-from tools.train.launch.checks import FULL
-from tools.train.launch.machines import Machines
+from tools.train.checkpoints import last_checkpoint
+from tools.train.checks import FULL
+from tools.train.machines import Machines
 
 # What a log says when training fails, and what it means. The first match counts.
 CAUSES = {

@@ -16,7 +16,7 @@ from tools import architectures, recipes, sources
 from tools.common import ROOT, WrongInput, quiet
 from tools.prompts import with_template
 from tools.train import plan
-from tools.train.launch.hardware import Host, detect_host, explain_import, explain_no_flash
+from tools.train.hardware import Host, detect_host, explain_import, explain_no_flash
 
 PLUGIN = "tools.train.plugin.RunPlugin"
 # Its names, today's and that of earlier versions, whose runs and pulled configs still hold it.
