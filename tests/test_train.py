@@ -122,7 +122,7 @@ def test_a_run_killed_in_the_middle_goes_on_with_the_same_losses(runs, tiny, cha
         member.kill()
     process.wait()
     assert not (tmp_path / "r4" / "run.json").exists()
-    kept = checkpoints.last_checkpoint(tmp_path / "r4")
+    kept = checkpoints.last_checkpoint(Run(tmp_path / "r4"))
     assert kept >= 4
 
     result = run("train", recipe)
@@ -138,7 +138,7 @@ def test_a_run_killed_in_the_middle_goes_on_with_the_same_losses(runs, tiny, cha
 def test_a_damaged_checkpoint_is_left_out_and_the_one_before_is_used(runs, tmp_path):
     shutil.copytree(runs["r4"], tmp_path / "run")
     (tmp_path / "run" / "checkpoint-12" / "optimizer.pt").write_bytes(b"PK half a file")
-    assert checkpoints.last_checkpoint(tmp_path / "run") == 8
+    assert checkpoints.last_checkpoint(Run(tmp_path / "run")) == 8
     assert not (tmp_path / "run" / "checkpoint-12").exists()
 
 

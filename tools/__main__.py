@@ -561,7 +561,7 @@ def main() -> None:
     commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     defaults = {verb: variables for verb in commands}
     try:
-        app(prog_name="python -m tools", standalone_mode=False, default_map=defaults)
+        status = app(prog_name="python -m tools", standalone_mode=False, default_map=defaults)
     except click.exceptions.MissingParameter as error:
         raise WrongInput(describe_missing(str(error.param.name if error.param else ""))) from None
     except click.exceptions.BadParameter as error:
@@ -570,7 +570,9 @@ def main() -> None:
     except click.exceptions.UsageError as error:
         raise WrongInput(error.format_message()) from None
     except click.exceptions.Abort:
-        raise KeyboardInterrupt from None
+        status = 130
+    if status == 130:  # how Typer hands Ctrl-C on
+        raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

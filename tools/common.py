@@ -227,7 +227,8 @@ def share(folder: Path) -> None:
     mask = os.umask(0o022)
     os.umask(mask)
     for path in folder.iterdir():
-        path.chmod(0o666 & ~mask)
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from tools import recipes, smollm2, sources
-from tools.common import ROOT, WrongInput, atomic, digest, read_json, shown, write_json
+from tools.common import ROOT, WrongInput, atomic, digest, read_json, share, shown, write_json
 from tools.prompts import explain_unscorable
 from tools.runs import Run
 from tools.train import hardware, profiles
@@ -110,6 +110,7 @@ def finish(recipe: recipes.Recipe, profile: str, data: list[dict[str, Any]]) -> 
         "platform": platform.platform(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    share(run.folder)
     write_json(run.info_file, content)
     run.stats_file.unlink()
     return content
