@@ -10,6 +10,7 @@ from tests.conftest import run
 from tools import catalogue, custom, recipes, sources
 from tools.common import ROOT, JobFailed, WrongInput
 from tools.data import convert
+from tools.data.rules import fingerprint
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_one_prompt_is_never_on_both_sides():
     rows = [(spelt[n % 3].format(n % 20), f"answer {n}") for n in range(100)]
     train, test = custom.split(rows)
     assert sorted(train + test) == list(range(100))
-    sides = ({convert.fingerprint(rows[n][0]) for n in side} for side in (train, test))
+    sides = ({fingerprint(rows[n][0]) for n in side} for side in (train, test))
     assert not set.intersection(*sides)
     assert len(test) == 20
 

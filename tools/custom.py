@@ -32,7 +32,8 @@ from tools.common import (
     read_yaml,
     shown,
 )
-from tools.data import convert
+from tools.data.rows import parse_row
+from tools.data.rules import fingerprint
 from tools.train import plan
 
 # Keys of a row that hold prompt and answer; the first pair that a row has is taken.
@@ -80,7 +81,7 @@ def rows_of(source: Path) -> list[tuple[str, str]]:
             try:
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 row = orjson.dumps(plain(orjson.loads(line)))
-                found.append(convert.row(row, convert.Rules()))
+                found.append(parse_row(row))
             except ValueError as error:
                 raise WrongInput(f"{shown(source)}, line {number}: {error}") from None
     return found
@@ -88,7 +89,7 @@ def rows_of(source: Path) -> list[tuple[str, str]]:
 
 def split(rows: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
     """Row numbers to train and to test on; a prompt that occurs twice stays on one side."""
-    marks = [convert.fingerprint(prompt) for prompt, _ in rows]
+    marks = [fingerprint(prompt) for prompt, _ in rows]
     prompts = list(dict.fromkeys(marks))
     count = max(1, min(MOST, round(SHARE * len(prompts))))
     held = set(random.Random(SEED).sample(prompts, count))
@@ -139,7 +140,7 @@ def new(task: str, source: Path) -> None:
     if not source.is_file():
         raise WrongInput(f"DATA={source} is not there; a JSONL file is needed")
     rows = rows_of(source)
-    if len({convert.fingerprint(prompt) for prompt, _ in rows}) < LEAST:
+    if len({fingerprint(prompt) for prompt, _ in rows}) < LEAST:
         raise WrongInput(f"{shown(source)}: {len(rows)} rows; at least {LEAST} prompts are needed")
     labels = labels_of([answer for _, answer in rows])
     sides = split(rows)
