@@ -32,73 +32,73 @@ help:
 	@sed -n 's/^##@ \(.*\)/\n\1/p; s/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
 ##@ Start
-demo: $(READY) ## Everything once on example data: convert, train SmolLM2-135M with QLoRA, score, show the table
+demo: $(READY) ## Convert example data, train SmolLM2-135M with QLoRA, score it, show the table
 	@$(RUN) data sentiment
 	@$(RUN) train $(DEMO)
 	@$(RUN) eval $(DEMO) --tasks fpb
-setup: ## Make .venv                                   [PYTHON=python3.12] [TORCH=cpu|cuda] [WHEELHOUSE=dir]
+setup: ## Make .venv · [PYTHON=python3.12] [TORCH=cpu|cuda] [WHEELHOUSE=dir]
 	@$(SETUP)
-wheelhouse: $(READY) ## Every package as a file, for machines without an index         [WHEELHOUSE=dir] [TORCH=cuda]
+wheelhouse: $(READY) ## Every package as a file, for machines without an index · [WHEELHOUSE=dir] [TORCH=cuda]
 	@$(PY) -m tools.setup --make-wheelhouse "$${WHEELHOUSE:-wheelhouse}" --torch "$${OPTION_TORCH:-}"
 
 ##@ Data
-fetch: $(READY) ## Download and verify FinLoRA's files                 TASKS=sentiment,ner [FINLORA_BASE_URL=…]
+fetch: $(READY) ## Download and verify FinLoRA's files · TASKS=sentiment,ner [FINLORA_BASE_URL=…]
 	@$(RUN) fetch
-data: $(READY) ## FinLoRA's rows to chat rows              [TASKS=…] [RECIPE=…] [ON_ERROR=quarantine] [REPAIR=0|1]
+data: $(READY) ## FinLoRA's rows to chat rows · [TASKS=…] [RECIPE=…] [ON_ERROR=quarantine] [REPAIR=0|1]
 	@$(RUN) data
-audit: $(READY) ## Duplicates, leaks, swapped labels, wrong keys                                     [TASKS=…]
+audit: $(READY) ## Duplicates, leaks, swapped labels, wrong keys · [TASKS=…]
 	@$(RUN) audit
-new: $(READY) ## A task of your own rows, with recipes and an evaluation               TASK=my_task DATA=my.jsonl
+new: $(READY) ## A task of your own rows, with recipes and an evaluation · TASK=my_task DATA=my.jsonl
 	@$(RUN) new
 
 ##@ Train
-recipes: $(READY) ## List the catalogue                               [TASK=…] [MODEL=qwen3-8b] [METHOD=r4] [JSON=1]
+recipes: $(READY) ## List the catalogue · [TASK=…] [MODEL=qwen3-8b] [METHOD=r4] [JSON=1]
 	@$(RUN) recipes
-show: $(READY) ## Print a recipe, its plan and what its run took                                     RECIPE=…
+show: $(READY) ## Print a recipe, its plan and what its run took · RECIPE=…
 	@$(RUN) show
-plan: $(READY) ## Memory, hours and cost before a GPU is rented       RECIPE=… [GPU="A5000 24GB"] [NPROC=4] [PRICE=0.26]
+plan: $(READY) ## Memory, hours and cost, before a GPU is rented · RECIPE=… [GPU=…] [NPROC=4] [PRICE=0.26]
 	@$(RUN) plan
-smoke: $(READY) ## Try a recipe for two minutes before hours are spent                      RECIPE=… [PROFILE=…]
+smoke: $(READY) ## Try a recipe for two minutes before hours are spent · RECIPE=… [PROFILE=…]
 	@$(RUN) smoke
-profile: $(READY) ## The hardware here, the settings chosen for it, and why          [RECIPE=…] [PROFILE=…] [NPROC=2]
+profile: $(READY) ## The hardware here, the settings chosen for it, and why · [RECIPE=…] [PROFILE=…] [NPROC=2]
 	@$(RUN) profile
-train: $(READY) ## Train a recipe; an interrupted run resumes         RECIPE=… [PROFILE=multi_gpu,zero2] [NPROC=2] [FORCE=1]
+train: $(READY) ## Train a recipe; an interrupted run resumes · RECIPE=… [PROFILE=…] [NPROC=2] [FORCE=1]
 	@$(RUN) train
 status: $(READY) ## What is training, finished or interrupted
 	@$(RUN) status
-sweep: $(READY) ## Train several recipes, with one table at the end        RECIPES="sentiment_r4 headline_*" [PROFILE=…]
+sweep: $(READY) ## Train several recipes, with one table at the end · RECIPES="sentiment_r4 ner_*"
 	@$(RUN) sweep
-reproduce: $(READY) ## Train a finished run again and compare the adapters               RUN=runs/smollm2-135m/sentiment_r4
+reproduce: $(READY) ## Train a finished run again and compare the adapters · RUN=runs/smollm2-135m/sentiment_r4
 	@$(RUN) reproduce
 
 ##@ Score
-eval: $(READY) ## Score base and adapter, with intervals   [RECIPE=… | ADAPTER=…] [TASKS=fpb] [LIMIT=200] [BACKEND=openai]
+eval: $(READY) ## Score base and adapter, with intervals · [RECIPE=… | ADAPTER=…] [TASKS=fpb] [LIMIT=200]
 	@$(RUN) eval
-report: $(READY) ## A page of all scores and its figures                                   [PRICE=0.26] [GPU=…]
+report: $(READY) ## A page of all scores and its figures · [PRICE=0.26] [GPU=…]
 	@$(RUN) report
 parity: $(READY) ## QLoRA against LoRA at 8 bits and full precision: hours, resumable
 	@$(PY) -m bench.parity
 
 ##@ Use
-chat: $(READY) ## Base and adapter answer                             RECIPE=… | ADAPTER=… [PROMPT="…"] [PRECISION=nf4]
+chat: $(READY) ## Base and adapter answer · RECIPE=… | ADAPTER=… [PROMPT="…"] [PRECISION=nf4]
 	@$(RUN) chat
-merge: $(READY) ## Merge an adapter into its base, and compare                 RECIPE=… | ADAPTER=… [PRECISION=nf4]
+merge: $(READY) ## Merge an adapter into its base, and compare · RECIPE=… | ADAPTER=… [PRECISION=nf4]
 	@$(RUN) merge
-serve: $(READY) ## An OpenAI-compatible endpoint                   RECIPE=… | ADAPTER=… [PORT=8000] [MAX_MODEL_LEN=4096]
+serve: $(READY) ## An OpenAI-compatible endpoint · RECIPE=… | ADAPTER=… [PORT=8000] [MAX_MODEL_LEN=4096]
 	@$(RUN) serve
 
 ##@ Share
-push: $(READY) ## Publish a run on the Hub, privately          RECIPE=… NAMESPACE=me [PUBLIC=1] [DRY_RUN=1] [PRICE=0.26]
+push: $(READY) ## Publish a run on the Hub, privately · RECIPE=… NAMESPACE=me [PUBLIC=1] [DRY_RUN=1]
 	@$(RUN) push
-pull: $(READY) ## Bring a published adapter here        RECIPE=… [NAMESPACE=…] | ADAPTER=owner/name[/folder] [REVISION=…]
+pull: $(READY) ## Bring a published adapter here · RECIPE=… [NAMESPACE=…] | ADAPTER=owner/name
 	@$(RUN) pull
-adapters: $(READY) ## List the runs here and those on the Hub                                          [NAMESPACE=me]
+adapters: $(READY) ## List the runs here and those on the Hub · [NAMESPACE=me]
 	@$(RUN) adapters
 
 ##@ Maintain
-import: $(READY) ## Recipes from a FinLoRA config file                             CONFIG=finetune_configs.json
+import: $(READY) ## Recipes from a FinLoRA config file · CONFIG=finetune_configs.json
 	@$(RUN) import
-render: $(READY) ## Write every recipe from recipes/matrix.yaml; print one                           [RECIPE=…]
+render: $(READY) ## Write every recipe from recipes/matrix.yaml; print one · [RECIPE=…]
 	@$(RUN) render
 model: $(READY) ## Write SmolLM2-135M-Instruct to models/
 	@$(RUN) model

@@ -125,7 +125,7 @@ def measure(folder: str, bits: int, double: bool, rows: int, tokens: int) -> dic
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from tools.train.plugin import peak_memory
+    from tools.train.callbacks import measure_peak_memory
 
     config = recipes.config(RECIPE)
     model = load(folder, bits, double)
@@ -147,7 +147,9 @@ def measure(folder: str, bits: int, double: bool, rows: int, tokens: int) -> dic
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer_of(trained)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, model.config.vocab_size, (rows, tokens), generator=generator)
+    ids = torch.randint(
+        5, model.config.get_text_config().vocab_size, (rows, tokens), generator=generator
+    )
     ids = ids.to(model.device)
 
     # The optimizer makes its states in its first step: here one without a gradient.
@@ -166,7 +168,7 @@ def measure(folder: str, bits: int, double: bool, rows: int, tokens: int) -> dic
 
     peak = peak_of(step, held(model) + sum(s.nbytes for s in states))
     return {"base": base, "adapter": sum(p.nbytes for p in trained), "peak": peak} | {
-        "process": peak_memory()
+        "process": measure_peak_memory()
     }
 
 

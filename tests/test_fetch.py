@@ -452,6 +452,9 @@ def test_the_time_between_tries_doubles_up_to_a_limit_and_varies() -> None:
         times = {wait(tries, cut_off) for _ in range(50)}
         assert len(times) > 1 and longest / 2 <= min(times) <= max(times) <= longest
     assert wait(1, fetch.RetryableError("busy", fetch.parse_retry_after("7"))) == 7
+    # A date is by the server's clock, whatever this machine's says.
+    dates = ("Wed, 21 Oct 2099 07:28:05 GMT", "Wed, 21 Oct 2099 07:28:00 GMT")
+    assert fetch.parse_retry_after(*dates) == 5
     assert wait(1, fetch.RetryableError("busy", fetch.parse_retry_after("soon"))) <= 1
 
 

@@ -19,12 +19,11 @@ HOSTILE = {
     "a newline": "a\ntouch X",
     "a make variable": "$(SHELL)",
 }
-# Every variable that a job of the Makefile reads.
 MAKEFILE = (ROOT / "Makefile").read_text()
-VARIABLES = sorted(set(re.findall(r'"\$\$([A-Z_]+)"', MAKEFILE)))
+# Some variables of each kind, and one that no job has.
+VARIABLES = ["RECIPE", "FORCE", "PYTHON", "FINLORA_DATA", "WHEELHOUSE", "SOMETHING_ELSE"]
 FROM_ENVIRONMENT = re.search(r"^FROM_ENVIRONMENT := (.*)$", MAKEFILE, re.M).group(1).split()
 hostile = pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)
-how = pytest.mark.parametrize("how", ["argument", "environment"])
 
 
 @functools.cache
@@ -67,23 +66,46 @@ def errors(done):
     return [line for line in done.stderr.splitlines() if not line.startswith("make: ***")]
 
 
-def test_make_alone_lists_every_job():
-    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M).group(1).split()
-    listed = dict(
-        line.split(maxsplit=1) for line in make().stdout.splitlines() if line.startswith("  ")
-    )
-    assert sorted(listed) == sorted(phony)
-    assert all(len(told) > 5 for told in listed.values())
+def test_make_alone_lists_every_job_by_stage_on_one_screen():
+    phony = re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.M).group(1).split()
+    lines = make().stdout.splitlines()
+    listed = dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
+    assert sorted([*listed, "help"]) == sorted(phony)
+    assert all(len(text) > 5 for text in listed.values())
+    stages = [line for line in lines if line and not line.startswith(" ")]
+    assert stages == ["Start", "Data", "Train", "Score", "Use", "Share", "Maintain"]
+    assert len(lines) <= 50 and max(map(len, lines)) <= 110
+
+
+def test_every_job_is_a_verb_of_the_command_line_and_every_verb_has_its_options():
+    import typer
+
+    from tools.__main__ import app
+
+    verbs = typer.main.get_command(app).commands
+    for target, verb in re.findall(r"^([a-z-]+):.*\n\t@\$\(RUN\) (\S+)$", MAKEFILE, re.M):
+        assert verb in verbs, target
+        described = re.search(rf"^{target}:.*## (.*)$", MAKEFILE, re.M).group(1)
+        options = {parameter.name for parameter in verbs[verb].params}
+        environment = {name.lower() for name in FROM_ENVIRONMENT}
+        named = {name.lower() for name in re.findall(r"\b([A-Z_]{2,})=", described)}
+        assert named <= options | environment, target
 
 
 @hostile
-@how
 @pytest.mark.parametrize("name", VARIABLES)
-def test_a_value_reaches_a_program_as_it_was_typed(name, value, how):
-    probe = f'--eval=probe: ; @printf %s "$${name}"'
-    done = make(probe, "probe", how=how, **{name: value})
-    counts = how == "argument" or name in FROM_ENVIRONMENT
-    assert (done.returncode, done.stdout) == (0, value if counts else ""), done.stderr
+def test_a_typed_value_reaches_a_program_as_it_is(name, value):
+    probe = f'--eval=probe: ; @printf %s "$${{OPTION_{name}}}"'
+    done = make(probe, "probe", **{name: value})
+    assert (done.returncode, done.stdout) == (0, value), done.stderr
+
+
+@hostile
+@pytest.mark.parametrize("name", VARIABLES)
+def test_a_variable_of_the_shell_is_no_option_and_is_not_run(name, value):
+    probe = f'--eval=probe: ; @printf %s "$${{OPTION_{name}-}}$${{{name}}}"'
+    done = make(probe, "probe", how="environment", **{name: value})
+    assert (done.returncode, done.stdout) == (0, value), done.stderr
 
 
 def test_the_variables_that_count_from_the_environment_are_documented():

@@ -4,7 +4,7 @@ import json
 import os
 
 from tools import common
-from tools.train.launch import progress
+from tools.train import progress
 
 
 def row(step: int) -> str:

@@ -23,7 +23,8 @@ import yaml
 from tests.conftest import losses, run, write_recipe
 from tools import common
 from tools.runs import Run
-from tools.train import launch, plugin, reproduce, status
+from tools.train import callbacks, checkpoints, launch, reproduce, status
+from tools.train import process as process_module
 
 # 94 rows in batches of 8 are 12 steps an epoch; the batches are drawn by length.
 LONG = {"max_steps": 30, "save_steps": 4, "eval_steps": 15}
@@ -94,7 +95,7 @@ def test_a_training_told_to_stop_saves_and_goes_on(undisturbed, tiny, chat_rows,
     process.send_signal(number)
     said, error = process.communicate()
     assert process.returncode == 130 and "interrupted" in error
-    saved = launch.last_checkpoint(Run(folder))
+    saved = checkpoints.last_checkpoint(Run(folder))
     assert saved >= 13 and f"goes on from step {saved}" in said
     assert (
         not (folder / "run.json").exists() and not (folder / "adapter_model.safetensors").exists()
@@ -114,7 +115,7 @@ def test_a_training_whose_command_is_killed_saves_and_ends(undisturbed, tiny, ch
     process.kill()
     psutil.wait_procs([child])
     process.communicate()
-    assert launch.last_checkpoint(Run(folder)) >= 2
+    assert checkpoints.last_checkpoint(Run(folder)) >= 2
     assert not (folder / "run.json").exists() and not Run(folder).is_training
 
 
@@ -136,7 +137,7 @@ def test_a_training_told_to_stop_leaves_its_evaluation(undisturbed, tiny, chat_r
         process.send_signal(number)
         said, error = process.communicate()
         assert process.returncode == 130 and f"goes on from step {step}" in said, said + error
-        assert launch.last_checkpoint(Run(folder)) == step and evaluated() == before
+        assert checkpoints.last_checkpoint(Run(folder)) == step and evaluated() == before
         assert not (folder / "stats.json").exists()
     result = run("train", recipe)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -169,7 +170,7 @@ def test_a_stop_reaches_the_training_beside_processes_that_cannot_be_asked(tmp_p
         wait_for(leader, lambda: all(Path(f"{name}.ready").exists() for name in names))
         family = psutil.Process(leader.pid).children(recursive=True)
         wait_for(leader, lambda: any(p.status() == psutil.STATUS_ZOMBIE for p in family))
-        ranks = launch.trainers(leader.pid)
+        ranks = process_module.find_trainers(leader.pid)
         assert {p.cmdline()[2] for p in ranks} == {*names[1:3]}
         for member in ranks:
             member.send_signal(signal.SIGTERM)
@@ -178,7 +179,9 @@ def test_a_stop_reaches_the_training_beside_processes_that_cannot_be_asked(tmp_p
     finally:
         os.killpg(leader.pid, signal.SIGKILL)
         leader.wait()
-    assert launch.trainers(leader.pid) == []  # it is gone: there is nobody to tell, and no error
+    assert (
+        process_module.find_trainers(leader.pid) == []
+    )  # it is gone: there is nobody to tell, and no error
 
 
 @pytest.mark.slow
@@ -224,14 +227,14 @@ def test_a_checkpoint_is_verified_before_it_is_used(undisturbed, tmp_path, capsy
     flipped = bytearray((newest / "optimizer.pt").read_bytes())
     flipped[len(flipped) // 2] ^= 1
     (newest / "optimizer.pt").write_bytes(flipped)
-    assert launch.last_checkpoint(Run(tmp_path / "run")) == 28
+    assert checkpoints.last_checkpoint(Run(tmp_path / "run")) == 28
     assert "checkpoint-30 is damaged and left out" in capsys.readouterr().out
 
     weights = load_file(before / "adapter_model.safetensors")
     next(iter(weights.values())).view(-1)[0] = math.nan
     save_file(weights, before / "adapter_model.safetensors")
-    plugin.seal(before)
-    assert launch.last_checkpoint(Run(tmp_path / "run")) == 0
+    checkpoints.seal(before)
+    assert checkpoints.last_checkpoint(Run(tmp_path / "run")) == 0
 
 
 def test_data_that_changed_under_a_half_done_run_is_told(undisturbed, tmp_path, capsys):
@@ -246,11 +249,11 @@ def test_data_that_changed_under_a_half_done_run_is_told(undisturbed, tmp_path, 
     assert launch.prepare(moved, before | {"data": ["another"]}, force=False)
     said = capsys.readouterr().out
     assert f"starts afresh: the data changed ({path})" in said and "run.previous" in said
-    assert launch.last_checkpoint(Run(tmp_path / "run")) == 0
+    assert checkpoints.last_checkpoint(Run(tmp_path / "run")) == 0
     assert (tmp_path / "run.previous" / "checkpoint-28").is_dir()
 
     other = before | {"config": before["config"] | {"lora_r": 8}}
-    assert "changed (lora_r 4 → 8)" in launch.changed(before, other)
+    assert "changed (lora_r 4 → 8)" in launch.explain_change(before, other)
 
 
 def test_data_that_changes_while_it_is_read_stops_the_training(tiny, chat_rows, tmp_path):
@@ -282,12 +285,12 @@ def test_a_loss_that_is_lost_stops_the_training(tiny, chat_rows, tmp_path, rate,
     finished = ("run.json", "stats.json", "adapter_model.safetensors")
     assert not any((folder / name).exists() for name in finished)
     at = int(re.search(r"step (\d+)", error)[1])
-    assert launch.last_checkpoint(Run(folder)) < at  # nothing of the lost step is kept
+    assert checkpoints.last_checkpoint(Run(folder)) < at  # nothing of the lost step is kept
 
 
 def test_a_loss_diverges_where_it_doubles_or_its_gradient_explodes():
     def told(losses, norms):
-        return plugin.diverging(
+        return callbacks.explain_divergence(
             [{"loss": a, "grad_norm": b} for a, b in zip(losses, norms, strict=True)]
         )
 
@@ -304,11 +307,11 @@ def test_a_loss_diverges_where_it_doubles_or_its_gradient_explodes():
 
 
 @pytest.fixture
-def watch(tmp_path) -> plugin.Watch:
-    return plugin.Watch(SimpleNamespace(), None, plugin.Progress(tmp_path))
+def watch(tmp_path) -> callbacks.Watch:
+    return callbacks.Watch(SimpleNamespace(), None, callbacks.Progress(tmp_path))
 
 
-def log(watch: plugin.Watch, step: int, fp16: bool, **logs: float) -> None:
+def log(watch: callbacks.Watch, step: int, fp16: bool, **logs: float) -> None:
     state = SimpleNamespace(global_step=step, epoch=step / 10)
     watch.on_log(SimpleNamespace(fp16=fp16), state, None, logs=logs)
 
@@ -324,14 +327,16 @@ def test_a_gradient_may_overflow_while_the_scale_of_fp16_falls(watch):
         scaler.scale(weight * math.inf).sum().backward()
         scaler.step(optimizer), scaler.update(), optimizer.zero_grad()
         overflows += 1
-    assert weight.item() == 1 and overflows == 17 < plugin.OVERFLOWS
+    assert weight.item() == 1 and overflows == 17 < callbacks.OVERFLOWS
 
-    for step in range(1, plugin.OVERFLOWS):
+    for step in range(1, callbacks.OVERFLOWS):
         log(watch, step, True, loss=2.0, grad_norm=math.nan if step % 2 else math.inf)
-    log(watch, plugin.OVERFLOWS, True, loss=2.0, grad_norm=1.0)
+    log(watch, callbacks.OVERFLOWS, True, loss=2.0, grad_norm=1.0)
     for step in range(21, 40):
         log(watch, step, True, loss=2.0, grad_norm=math.inf)
-    with pytest.raises(plugin.Stopped, match=r"gradient .* step 40 \(epoch 4.00\), nor at the 19"):
+    with pytest.raises(
+        callbacks.Stopped, match=r"gradient .* step 40 \(epoch 4.00\), nor at the 19"
+    ):
         log(watch, 40, True, loss=2.0, grad_norm=math.inf)
 
 
@@ -339,24 +344,28 @@ def test_a_stop_says_which_number_was_lost(watch):
     log(watch, 1, False, loss=2.0, grad_norm=1.0)
     for fp16 in (False, True):
         with pytest.raises(
-            plugin.Stopped, match=r"^the training loss is not .* step 2 \(epoch 0.2"
+            callbacks.Stopped, match=r"^the training loss is not .* step 2 \(epoch 0.2"
         ):
             log(watch, 2, fp16, loss=math.inf, grad_norm=math.nan)
-        with pytest.raises(plugin.Stopped, match=r"^the training loss is not a number at step 3"):
+        with pytest.raises(
+            callbacks.Stopped, match=r"^the training loss is not a number at step 3"
+        ):
             log(watch, 3, fp16, train_loss=math.nan)
         for name in ("eval_loss", "eval_other_loss"):
             with pytest.raises(
-                plugin.Stopped, match="^the evaluation loss is not .* step 4 .*rows"
+                callbacks.Stopped, match="^the evaluation loss is not .* step 4 .*rows"
             ):
                 log(watch, 4, fp16, **{name: math.nan})
     # Without a scaler the step was taken.
-    with pytest.raises(plugin.Stopped, match="^the gradient of the training loss is not .* step 5"):
+    with pytest.raises(
+        callbacks.Stopped, match="^the gradient of the training loss is not .* step 5"
+    ):
         log(watch, 5, False, loss=2.0, grad_norm=math.inf)
 
 
 def test_the_progress_holds_numbers_only(tmp_path):
     state = SimpleNamespace(global_step=1, max_steps=2, is_world_process_zero=True)
-    follower = plugin.Progress(tmp_path)
+    follower = callbacks.Progress(tmp_path)
     follower.on_log(None, state, None, logs={"loss": 2.0, "grad_norm": math.nan})
     follower.on_log(None, state, None, logs={"eval_loss": math.inf})
     lines = (tmp_path / "progress.jsonl").read_text().splitlines()
@@ -388,7 +397,7 @@ def test_out_of_memory_says_what_the_planner_suggests(tiny, chat_rows, tmp_path)
     assert not (tmp_path / "r4" / "run.json").exists()
 
     config = yaml.safe_load(recipe.read_text()) | {"base_model": "meta-llama/Llama-3.1-8B-Instruct"}
-    advice = launch.memory_advice(config, 1)
+    advice = process_module.advise_memory(config, 1)
     assert "micro_batch_size: 32, gradient_accumulation_steps: 2" in advice
 
 
@@ -405,7 +414,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(tiny, chat_r
         error = failed(run("train", recipe))
         assert "no space left on the disk" in error
         assert not (disk / "run.json").exists()
-        kept = launch.last_checkpoint(Run(disk))
+        kept = checkpoints.last_checkpoint(Run(disk))
         assert f"goes on from step {kept}" in error
         subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
         result = run("train", recipe)
@@ -534,12 +543,10 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(shared, undistu
     shutil.copytree(undisturbed / "checkpoint-30", folder / "checkpoint-30")
     (folder / "checkpoint-30" / "optimizer.pt").chmod(0o600)
     folder.chmod(0o777)
-    with (
-        other_user(),
-        pytest.raises(common.JobFailed, match="optimizer.pt cannot be read: .* root"),
-    ):
-        launch.last_checkpoint(Run(folder))
-    assert launch.last_checkpoint(Run(folder)) == 30
+    unreadable = pytest.raises(common.JobFailed, match="checkpoint-30.* cannot be read: .* root")
+    with other_user(), unreadable:
+        checkpoints.last_checkpoint(Run(folder))
+    assert checkpoints.last_checkpoint(Run(folder)) == 30
 
 
 def test_one_run_that_cannot_be_read_does_not_hide_the_others(shared, monkeypatch):

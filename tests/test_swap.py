@@ -18,7 +18,7 @@ from tools.data import convert, swap
 from tools.data.chatfile import Options
 from tools.hub import card
 from tools.subjects import Subject
-from tools.train import launch
+from tools.train import checks as checks_module
 
 PUBLISHED = ROOT.parent / "shared" / "finlora" / "data" / "test"
 SWAP = {"neutral": "positive", "positive": "neutral"}
@@ -353,7 +353,7 @@ def test_score_files_and_cards_say_what_was_decided(tmp_path, monkeypatch):
     config = recipes.config("smollm2-135m/sentiment_r4")
     config["datasets"][0]["path"] = str(sources.train_path("sentiment"))
     config["test_datasets"][0]["path"] = str(sources.val_path("sentiment"))
-    data = launch.data_of(recipes.Recipe("mine", tmp_path / "mine.yaml", config, "1"))
+    data = checks_module.describe_data(recipes.Recipe("mine", tmp_path / "mine.yaml", config, "1"))
     assert {entry["label_check"] for entry in data} == {check_of()["text"]}
     write_json(tmp_path / "run.json", {"data": data})
     subject = Subject("mine", config, tmp_path, tmp_path, tmp_path, "sentiment", "chat")

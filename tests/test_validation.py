@@ -12,7 +12,7 @@ from tools import custom, recipes, sources
 from tools.common import ROOT, WrongInput, digest
 from tools.data import convert
 from tools.data.rules import fingerprint
-from tools.train import launch, profiles
+from tools.train import checks, launch, profiles
 
 TASKS = sources.tables()["tasks"]
 
@@ -198,12 +198,12 @@ def recipe(folder):
 
 
 def test_a_runs_identity_holds_the_validation_file(recipe):
-    data = launch.data_of(recipe)
+    data = checks.describe_data(recipe)
     assert [entry["split"] for entry in data] == ["train", "validation"]
     paths = (sources.train_path("formula"), sources.val_path("formula"))
     assert [entry["sha256"] for entry in data] == list(map(digest, paths))
     assert (
-        profiles.merged(recipe, profiles.Choice("cpu"))["test_datasets"]
+        profiles.merge_config(recipe, profiles.Choice("cpu"))["test_datasets"]
         == recipe.config["test_datasets"]
     )
 
@@ -226,13 +226,13 @@ def test_a_validation_file_that_is_not_the_one_held_out_is_refused(recipe, damag
             shutil.copy(file, place)
         sources.CHAT = place
     with pytest.raises(WrongInput, match=r"formula_val\.jsonl .*`make data` makes both"):
-        launch.data_of(recipe)
+        checks.describe_data(recipe)
 
 
 def test_the_file_that_changed_is_named(recipe):
-    data = [entry["sha256"] for entry in launch.data_of(recipe)]
+    data = [entry["sha256"] for entry in checks.describe_data(recipe)]
     config = recipe.config
-    said = launch.changed(
+    said = launch.explain_change(
         {"config": config, "data": data}, {"config": config, "data": [data[0], "x"]}
     )
     assert said == f"the data changed ({sources.val_path('formula')})"
@@ -241,10 +241,10 @@ def test_the_file_that_changed_is_named(recipe):
 def test_a_set_too_small_to_validate_trains_without(recipe, folder):
     write(folder / "train" / "formula_train.jsonl", [("Question?", "1"), ("Another?", "2")])
     convert.convert_task("formula", folder)
-    content = profiles.merged(recipe, profiles.Choice("cpu"))
+    content = profiles.merge_config(recipe, profiles.Choice("cpu"))
     assert not {"test_datasets", "eval_steps", "evals_per_epoch"} & content.keys()
     recipes.validate(content, "mine")
-    assert [entry["split"] for entry in launch.data_of(recipe)] == ["train"]
+    assert [entry["split"] for entry in checks.describe_data(recipe)] == ["train"]
     why = sources.drop_missing_validation(recipe.config)[1]
     assert why == "2 prompts are too few: 20 are needed"
 
@@ -252,7 +252,7 @@ def test_a_set_too_small_to_validate_trains_without(recipe, folder):
 def test_ones_own_yaml_with_val_set_size_is_left_alone(recipe):
     del recipe.config["test_datasets"]
     recipe.config["val_set_size"] = 0.1
-    content = profiles.merged(recipe, profiles.Choice("cpu"))
+    content = profiles.merge_config(recipe, profiles.Choice("cpu"))
     assert content["val_set_size"] == 0.1 and "test_datasets" not in content
     recipes.validate(content, "mine")
-    assert len(launch.data_of(recipe)) == 1
+    assert len(checks.describe_data(recipe)) == 1

@@ -3,8 +3,8 @@
     python -m tools --help
     python -m tools train sentiment_r4 --profile gpu
 
-`make train RECIPE=sentiment_r4 PROFILE=gpu` is the same call: make hands each variable of its command
-line over as OPTION_<NAME>, and it becomes the option of that name. Implementations are imported
+`make train RECIPE=sentiment_r4 PROFILE=gpu` is the same call: make passes each variable of its
+command line as OPTION_<NAME>, which becomes the option of that name. Implementations are imported
 where they are called, so that help and lists appear at once.
 """
 
@@ -18,6 +18,7 @@ import typer
 from typer import Argument, Option
 
 from tools.common import WrongInput, command, nearest
+from tools.train import machines
 
 START, DATA, TRAIN, SCORE, USE, SHARE, MAINTAIN = (
     *("Start", "Data", "Train", "Score", "Use", "Share", "Maintain"),
@@ -272,7 +273,7 @@ def train(
     from tools.train import launch, profiles
 
     choice = profiles.Choice(profile, nproc, gradient_checkpointing, tracker)
-    launch.train(recipe, choice, launch.Cluster(nnodes, node_rank, rdzv), force)
+    launch.train(recipe, choice, machines.Cluster(nnodes, node_rank, rdzv), force)
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -561,8 +562,6 @@ def main() -> None:
     defaults = {verb: variables for verb in commands}
     try:
         status = app(prog_name="python -m tools", standalone_mode=False, default_map=defaults)
-        if status == 130:  # Typer returns it for Ctrl-C
-            raise KeyboardInterrupt
     except click.exceptions.MissingParameter as error:
         raise WrongInput(describe_missing(str(error.param.name if error.param else ""))) from None
     except click.exceptions.BadParameter as error:
@@ -571,7 +570,9 @@ def main() -> None:
     except click.exceptions.UsageError as error:
         raise WrongInput(error.format_message()) from None
     except click.exceptions.Abort:
-        raise KeyboardInterrupt from None
+        status = 130
+    if status == 130:  # how Typer hands Ctrl-C on
+        raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

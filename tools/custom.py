@@ -13,6 +13,7 @@ import json
 import random
 import re
 from collections import Counter
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -166,19 +167,25 @@ def new(task: str, source: Path) -> None:
             "tasks": {task: {"train": shown(DATA / f"{task}_train.jsonl"), "eval": [task]}},
         },
     }
-    for name, numbers in zip(("train", "test"), sides, strict=True):
-        with atomic(DATA / f"{task}_{name}.jsonl") as file:
-            for prompt, answer in (rows[number] for number in numbers):
-                row = {"context": prompt, "target": answer}
-                file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
     longest_answer = max(len(answer) for _, answer in rows)
     head = f"# Yours, from {source.name}; `make render` leaves it alone.\n"
-    store(TASKS / f"{task}.yaml", head + dumped(evaluation(task, labels, longest_answer)))
-    store(made, head + dumped(own))
-    recipes.forget()
-    names = [name for name in recipes.names() if recipes.parts(name)[1] == task]
-    for name in names:
-        store(recipes.path_of(name), catalogue.rendered(name))
+    with ExitStack() as undo:  # the task is made whole or not at all
+
+        def keep(path: Path, content: str) -> None:
+            undo.callback(path.unlink, missing_ok=True)
+            store(path, content)
+
+        for name, numbers in zip(("train", "test"), sides, strict=True):
+            lines = (dict(zip(("context", "target"), rows[n], strict=True)) for n in numbers)
+            text = b"".join(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE) for line in lines)
+            keep(DATA / f"{task}_{name}.jsonl", text.decode())
+        keep(TASKS / f"{task}.yaml", head + dumped(evaluation(task, labels, longest_answer)))
+        keep(made, head + dumped(own))
+        recipes.forget()
+        names = [name for name in recipes.names() if recipes.parts(name)[1] == task]
+        for name in names:
+            keep(recipes.path_of(name), catalogue.rendered(name))
+        undo.pop_all()
     kind = f"{len(labels)} labels ({', '.join(labels[:4])}…)" if labels else "free text"
     print(f"new        {len(sides[0])} rows train and {len(sides[1])} test; answers: {kind}")
     print(f"new        {shown(made)}, {shown(TASKS / f'{task}.yaml')}, {len(names)} recipes")

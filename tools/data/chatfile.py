@@ -26,7 +26,7 @@ from typing import IO, TYPE_CHECKING, Any
 import orjson
 
 from tools import sources
-from tools.common import JobFailed, WrongInput, atomic, digest, shown, write_json
+from tools.common import JobFailed, WrongInput, atomic, digest, naming, shown, write_json
 from tools.data.rows import MAX_LINE, NO_RULES, Batch, Rules, read_batches
 from tools.data.rules import fingerprint
 from tools.data.split import draw_validation
@@ -131,7 +131,7 @@ class Conversion:
         target, validation = self.target, self.options.validation
         copies, held_out = Counter[bytes](), None
         target.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as files:
+        with naming(target), ExitStack() as files:
             file = TemporaryFile(dir=target.parent) if validation else atomic(target)  # noqa: SIM115
             chat_file = ChatFile(files.enter_context(file))
             refused_file = None

@@ -9,7 +9,6 @@ right is not downloaded again. FINLORA_BASE_URL names a mirror (http, https or f
 layout of FinLoRA's repository. With FINLORA_DATA nothing is downloaded: that copy is verified.
 """
 
-import errno
 import os
 import queue
 import random
@@ -26,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from tools.common import JobFailed, WrongInput, check_name, digest, git_blob, shown
+from tools.common import JobFailed, WrongInput, check_name, digest, explain, git_blob, shown
 from tools.data.rows import read_batches
 from tools.sources import RAW, list_folders, tables
 
@@ -165,12 +164,16 @@ def find_fault(path: Path, file: PublishedFile) -> str | None:
 # ---- One download
 
 
-def parse_retry_after(value: str) -> float | None:
-    """Seconds that a Retry-After header (seconds or a date) asks to wait; None without one."""
+def parse_retry_after(value: str, date: str = "") -> float | None:
+    """Seconds that a Retry-After header asks to wait, a number or a date; None without one.
+
+    A date is by the server's own clock, which its Date header gives.
+    """
     if value.strip().isdecimal():
         return float(value)
     try:
-        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+        now = parsedate_to_datetime(date) if date else datetime.now(UTC)
+        return max(0.0, (parsedate_to_datetime(value) - now).total_seconds())
     except (ValueError, TypeError):
         return None
 
@@ -297,7 +300,9 @@ class Download:
         """Raises RetryableError or JobFailed where the answer is not the file."""
         status, url = response.status_code, hide_password(self.url)
         if status == 429 or status >= 500:
-            wait = parse_retry_after(response.headers.get("Retry-After", ""))
+            wait = parse_retry_after(
+                *(response.headers.get(name, "") for name in ("Retry-After", "Date"))
+            )
             raise RetryableError(f"the server answers {status}", wait)
         meanings = {401: "access denied", 403: "access denied", 404: "not found"}
         if status in meanings:
@@ -418,9 +423,8 @@ def describe_error(error: Exception, target: Path) -> str:
         return str(error)
     if not isinstance(error, OSError):
         raise error
-    if error.errno == errno.ENOSPC:
-        return f"no space left on the disk for {shown(target)}"
-    return f"{error.strerror}: {error.filename or shown(target)}"
+    error.filename = error.filename or str(target)
+    return explain(error)
 
 
 # ---- The command
@@ -472,7 +476,8 @@ def download_locked(files: list[PublishedFile], folder: Path, mirror: str | None
 
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        # Any user of the folder may take it.
+        with FileLock(folder / ".lock", timeout=0, mode=0o666):
             return download_all(files, folder, mirror)
     except Timeout:
         raise JobFailed(f"another fetch is at work in {shown(folder)}") from None

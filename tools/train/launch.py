@@ -1,307 +1,48 @@
-"""Trains a recipe with Axolotl and leaves a run that says exactly what was done.
+"""Trains a recipe with Axolotl and leaves a run that records exactly what was done.
 
     python -m tools train smollm2-135m/sentiment_r4 [--profile cpu] [--nproc 2] [--force]
 
-The recipe and the profile are merged into `config.yaml` in the run folder and given to
-`axolotl train`, unchanged. The run goes on from its last sound checkpoint where one was
-interrupted, is left alone where it is finished, and starts afresh (the old one is kept beside it,
-as `<run>.previous`) where the recipe or the data changed. `run.json` is written last: a folder
-that holds it is a finished run.
+The recipe and the profile are merged into `config.yaml` in the run folder, which `axolotl train`
+gets unchanged. An interrupted run resumes from its last sound checkpoint; a finished one is left
+alone; where the recipe or the data changed, the old run is moved to `<run>.previous` and training
+starts afresh. `run.json` is written last: a folder that holds it is a finished run.
 
 On several machines the same command runs on each, with --nnodes, --node-rank and --rdzv
-(host:port of the first machine, whose folder the run is kept in).
+(host:port of machine 0, whose folder keeps the run).
 """
 
-import ctypes
 import importlib.metadata
 import json
 import multiprocessing
-import os
 import platform
-import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
-import zipfile
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import psutil
 import yaml
 
-from tools import architectures, recipes, smollm2, sources
-from tools.common import (
-    ROOT,
-    SECRET,
-    JobFailed,
-    WrongInput,
-    atomic,
-    digest,
-    read_json,
-    shown,
-    write_json,
-)
+from tools import recipes, smollm2, sources
+from tools.common import ROOT, WrongInput, atomic, digest, read_json, share, shown, write_json
 from tools.prompts import explain_unscorable
-from tools.runs import Run, describe_owner, step_of
-from tools.train import plan, profiles, progress
+from tools.runs import Run
+from tools.train import hardware, profiles
+from tools.train.checkpoints import last_checkpoint
+from tools.train.checks import (
+    describe_data,
+    refuse_unusable,
+    require_hardware,
+    require_space,
+)
+from tools.train.machines import Cluster, Machines
+from tools.train.process import run_axolotl
 
 PACKAGES = ["torch", "transformers", "peft", "bitsandbytes", "axolotl", "accelerate", "datasets"]
-DISK = 2e9  # bytes that must be free: checkpoints, prepared data, log
-FULL = 1e6  # bytes under which a disk is full
-GRACE = 110  # seconds to finish a step and save it; launch/slurm.sh asks for a signal 120 before
-
-# What a log says when a training fails, and what that means. The first that is found counts.
-CAUSES = {
-    r"tools\.plugin\.Stopped: (.+)": "{0}",
-    # The last is Rust's (tokenizers), which aborts.
-    r"OutOfMemoryError|CUDA out of memory|allocate memory|MemoryError|bad_alloc"
-    r"|memory allocation of \d+ bytes failed": "{memory}",
-    r"No space left on device|os error 28": "no space left on the disk; {free} are free",
-    r"Disk quota exceeded|os error 122": "the disk quota of this user is used up",
-    r"(?:PermissionError|Read-only file system).*": "{0}",
-}
-# Endings of data files that Axolotl reads; another path that does not exist is a name on the Hub.
-DATA_FILES = {".jsonl", ".json", ".csv", ".parquet", ".txt", ".arrow"}
-# Lines by which torchrun tells that some process failed, and not why.
-ECHOES = ("ChildFailedError", "torch.distributed.elastic", "error_file", "CalledProcessError")
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """Which of `nnodes` machines this is; `rdzv` is host:port of machine 0."""
-
-    nnodes: int = 1
-    rank: int = 0
-    rdzv: str | None = None
-
-    def check(self) -> None:
-        """Raises WrongInput where several machines could not find each other."""
-        if self.nnodes > 1 and (self.rank >= self.nnodes or not self.address):
-            raise WrongInput("NNODES needs RDZV=host:port of machine 0, and NODE_RANK below NNODES")
-
-    @property
-    def address(self) -> re.Match[str] | None:
-        return re.fullmatch(r"(.+):(\d+)", self.rdzv or "")
-
-
-ALONE = Cluster()
-
-
-@dataclass(frozen=True)
-class Machines:
-    """How many processes train: `nproc` on each machine of the cluster."""
-
-    nproc: int = 1
-    cluster: Cluster = ALONE
-
-    @property
-    def rank(self) -> int:
-        return self.cluster.rank
-
-    @property
-    def processes(self) -> int:
-        return self.nproc * self.cluster.nnodes
-
-    def launcher(self) -> list[str]:
-        """Axolotl's arguments: one process needs no launcher, more are started by torchrun."""
-        if self.processes == 1:
-            return ["--launcher", "python"]
-        where = ["--standalone"]
-        if address := self.cluster.address:
-            # Ranks by machine, as they are numbered: rank 0, which writes the run, is on machine 0.
-            where = [f"--nnodes={self.cluster.nnodes}", f"--node_rank={self.rank}"]
-            where += [f"--master_addr={address[1]}", f"--master_port={address[2]}"]
-        return ["--launcher", "torchrun", "--", f"--nproc_per_node={self.nproc}", *where]
-
-    def environment(self, config: dict[str, Any]) -> dict[str, str]:
-        """Axolotl finds `accelerate` on PATH and the plugin on PYTHONPATH."""
-        folders = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        modules = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        found = os.environ | {"PATH": folders, "PYTHONPATH": modules}
-        if self.processes > 1 and not profiles.hardware()["gpus"]:
-            # Without it each process trains apart and nothing says so; with it accelerate leaves
-            # DeepSpeed out, and nothing says so either (tools/train/plugin.py sees both).
-            cpu = "DS_ACCELERATOR" if config.get("deepspeed") else "ACCELERATE_USE_CPU"
-            found[cpu] = "cpu" if config.get("deepspeed") else "true"
-            found["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.nproc))
-        # Slurm's SIGTERM reaches torchrun, too, which would kill its processes 30 seconds later.
-        found.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE))
-        if config.get("use_wandb"):
-            found["WANDB_MODE"] = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-            found["WANDB_DIR"] = str(ROOT / config["output_dir"])
-        if config.get("use_trackio"):
-            found.pop("TRACKIO_DISABLED", None)
-            found["TRACKIO_DIR"] = str(ROOT / config["output_dir"] / "trackio")
-        return found
-
-
-def fits(recipe: recipes.Recipe, here: dict[str, Any], profile: str = "") -> None:
-    """Raises WrongInput, before any download, where a catalogue recipe cannot run here."""
-    if recipe.name not in recipes.names():
-        return
-    _, task, method = recipes.parts(recipe.name)
-
-    def small(model: str) -> bool:
-        base = recipes.config(f"{model}/{task}_{method}")["base_model"]
-        return architectures.find(base).parameters <= profiles.LARGEST_ON_CPU
-
-    if here["gpus"]:
-        content = recipe.config | profiles.layers(profile)
-        # The planner knows ZeRO, and not how FSDP divides a base.
-        if (
-            content.get("fsdp_config")
-            or profiles.fits(content, here, len(here["gpus"])) is not False
-        ):
-            return
-    elif small(recipes.parts(recipe.name)[0]):
-        return
-    need = plan.plan(recipe.config, data=ROOT / recipe.config["datasets"][0]["path"])["memory"]
-    runs = [f"{model}/{task}_{method}" for model in recipes.matrix()["models"] if small(model)]
-    what = f"What runs here: make train RECIPE={runs[0]} (" if runs else "("
-    raise WrongInput(
-        f"{recipe.name} needs a CUDA GPU with {need['peak'] / 2**30:.0f} GiB; "
-        f"here: {profiles.found(here)}. {what}FORCE=1 tries all the same)"
-    )
-
-
-def data_of(recipe: recipes.Recipe) -> list[dict[str, Any]]:
-    """What is to be known of each file that the recipe trains on or is validated with."""
-    found = []
-    config, _ = sources.drop_missing_validation(recipe.config)
-    entries = [(entry, "train") for entry in config["datasets"]]
-    entries += [(entry, "validation") for entry in config.get("test_datasets") or ()]
-    for entry, split in entries:
-        path = (ROOT / entry["path"]).resolve()
-        if not path.exists() and path.suffix not in DATA_FILES:
-            continue  # a dataset of the Hub: Axolotl finds it
-        if path.is_dir():
-            raise WrongInput(f"{shown(path)} is a folder; name a file of chat rows")
-        if not path.is_file():
-            beside = (recipe.path.parent / entry["path"]).resolve()
-            if beside.is_file():
-                raise WrongInput(
-                    f"{shown(path)} is not there: paths in a recipe start at {ROOT}; "
-                    f"for the file beside the recipe write {beside}"
-                )
-            task = f" TASKS={recipe.task}" if recipe.task else ""
-            raise WrongInput(f"{shown(path)} is not there; `make data{task}` makes it")
-        content = sources.manifest(path)
-        rows = content.get("rows")
-        if rows is None:
-            with open(path, "rb") as file:
-                rows = sum(1 for line in file if not line.isspace())
-        where = {"path": entry["path"], "split": split, "sha256": content["sha256"], "rows": rows}
-        check = (content.get("label_check") or {}).get("text")
-        where |= {"from": content.get("from"), "source": content["source"], "label_check": check}
-        found.append(where)
-        held = content.get("validation") or {}
-        for other in config.get("test_datasets") or ():
-            beside = (ROOT / other["path"]).resolve()
-            if (held.get("file"), path.parent) != (beside.name, beside.parent):
-                continue
-            if not beside.is_file() or digest(beside) != held["sha256"]:
-                raise WrongInput(
-                    f"{shown(beside)} is not what was held out of {shown(path)}; "
-                    "`make data` makes both"
-                )
-    return found
-
-
-def refuse_unusable(recipe: recipes.Recipe) -> None:
-    """Raises WrongInput, before anything is loaded, for a config whose run could not be used."""
-    config, where = recipe.config, shown(recipe.path)
-    reasons = {
-        key: "a run is an adapter that supervised fine-tuning made"
-        for key in ("rl", "reward_model", "process_reward_model", "relora", "pretraining_dataset")
-    }
-    reasons["tokenizer_use_mistral_common"] = "scoring loads tokenizers with transformers alone"
-    for key, reason in reasons.items():
-        if config.get(key):
-            raise WrongInput(f"{where}: {key} is not supported: {reason}; `axolotl train` takes it")
-    if config.get("adapter") not in ("lora", "qlora"):
-        raise WrongInput(
-            f"{where}: adapter must be lora or qlora, not {config.get('adapter')}: a run is an "
-            "adapter and its base; `axolotl train` trains without one"
-        )
-    if config["adapter"] == "lora" and config.get("load_in_4bit"):
-        raise WrongInput(
-            f"{where}: with adapter: lora Axolotl leaves a load_in_4bit base unquantized; "
-            "write adapter: qlora, or load_in_4bit: false"
-        )
-    start = config.get("peft_init_lora_weights", True)
-    loftq = ((config.get("peft") or {}).get("loftq_config") or {}).get("loftq_bits")
-    if loftq or (isinstance(start, str) and start not in ("gaussian", "orthogonal")):
-        raise WrongInput(
-            f"{where}: {'loftq_config' if loftq else f'peft_init_lora_weights: {start}'} changes "
-            "the base's weights, which a run does not keep; leave it out, or use gaussian"
-        )
-    if config.get("tokens") and not config.get("lora_modules_to_save"):
-        raise WrongInput(
-            f"{where}: the embeddings of new tokens must be trained and saved; "
-            "add lora_modules_to_save: [embed_tokens, lm_head]"
-        )
-
-
-def require_space(run: Path) -> None:
-    """Raises JobFailed where this project's disk is nearly full, or that of a run elsewhere is."""
-    while not run.exists():
-        run = run.parent
-    for place, needed in ((ROOT, DISK), (run, FULL)):
-        free = shutil.disk_usage(place).free
-        if free < needed:
-            raise JobFailed(
-                f"{free / 1e9:.1f} GB are free on the disk of {shown(place)} and a training needs "
-                f"{DISK / 1e9:.0f}; make room there, or name another output_dir"
-            )
-
-
-def sound(checkpoint: Path) -> bool:
-    """Whether a checkpoint is what was written: by its digests, and no weight is NaN.
-
-    Where it has none (plain `axolotl train` wrote it), its tensors and archives must open.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        seal = checkpoint / "checkpoint.json"
-        if seal.is_file():
-            told = json.loads(seal.read_text())
-            if any(digest(checkpoint / name) != value for name, value in told.items()):
-                return False
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
-        with safe_open(checkpoint / "adapter_model.safetensors", "pt") as tensors:
-            names = list(tensors.keys())
-            finite = all(tensors.get_tensor(name).isfinite().all() for name in names)
-        archives = [checkpoint / name for name in ("optimizer.pt", "scheduler.pt")]
-        whole = seal.is_file() or all(zipfile.ZipFile(a).testzip() is None for a in archives)
-        return whole and finite and bool(names) and state["global_step"] == step_of(checkpoint)
-    except PermissionError as error:  # another user's, and perhaps sound
-        path = Path(error.filename or checkpoint)
-        raise JobFailed(
-            f"{shown(path)} cannot be read: {error.strerror}{describe_owner(path)}"
-        ) from None
-    except (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile):
-        return False
-
-
-def last_checkpoint(run: Run) -> int:
-    """The step of the newest sound checkpoint, 0 without one; damaged ones are renamed."""
-    for folder in run.checkpoints():
-        if sound(folder):
-            return step_of(folder)
-        print(f"train      {shown(folder)} is damaged and left out")
-        aside = folder.with_name(f"damaged-{folder.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(folder, aside)
-    return 0
-
-
-def changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+def explain_change(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What of a run's identity is not what it was, in words."""
     old, new = before["config"], now["config"]
     keys = sorted(key for key in old | new if old.get(key) != new.get(key))
@@ -322,6 +63,8 @@ def prepare(recipe: recipes.Recipe, identity: dict[str, Any], force: bool) -> bo
     """Makes the run folder ready; False where the run is finished and still what is asked for."""
     run = recipe.run
     done, before = run.is_finished, run.identity
+    if before:  # earlier versions kept this project's own plugin in it
+        before["config"] = profiles.identity_of(before["config"])
     # An adapter that something else wrote over is not the one of run.json.
     damaged = done and not run.is_intact
     same = before == identity and not damaged and not (force and done)
@@ -340,179 +83,13 @@ def prepare(recipe: recipes.Recipe, identity: dict[str, Any], force: bool) -> bo
         aside = run.move_aside()
         why = "FORCE=1"
         if before != identity:
-            why = changed(before, identity) if before else "it was not begun by `make train`"
+            why = explain_change(before, identity) if before else "it was not begun by `make train`"
         elif damaged:
             why = "the adapter is not the one that run.json tells of"
         print(f"train      starts afresh: {why}; what was there is in {aside}")
     run.folder.mkdir(parents=True, exist_ok=True)
     write_json(run.identity_file, identity)
     return True
-
-
-def follow(process: subprocess.Popen[bytes], run: Run) -> None:
-    """Shows the training's progress until its process ends."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console()
-    columns = (
-        TextColumn("train     "),
-        BarColumn(24),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-    )
-    tail, seen, said = progress.Tail(run.progress_file), 0, time.monotonic()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        job = bar.add_task("loading the model", total=None)
-        while True:
-            ended = process.poll() is not None
-            losses = [row for row in tail.read() if "loss" in row]
-            if losses and losses[-1]["step"] != seen:
-                last = losses[-1]
-                seen = last["step"]
-                speed = last["total_tokens"] / max(last["seconds"], 1e-9)
-                text = (
-                    f"loss {last['loss']:.3f}  {speed:.0f} tokens/s  {last['memory'] / 1e9:.1f} GB"
-                )
-                bar.update(job, total=last["steps"], completed=seen, description=text)
-                if not console.is_terminal and (time.monotonic() - said > 20 or ended):
-                    print(f"train      step {seen}/{last['steps']}  {text}", flush=True)
-                    said = time.monotonic()
-            if ended:
-                tail.close()
-                return
-            time.sleep(0.3)
-
-
-def memory_advice(config: dict[str, Any], processes: int) -> str:
-    """What the planner would change first, where memory ran out."""
-    try:
-        made = plan.plan(config, plan.Hardware(count=processes))
-        least = f"{made['memory']['peak'] / 2**30 * 0.8 / plan.USABLE:.1f}GB"
-        first = plan.plan(config, plan.Hardware(least, processes))["changes"]
-    except WrongInput:
-        first = []
-    return "out of memory; the plan's next step: " + (
-        first[0][0] if first else "a smaller sequence_len or a smaller model (`make plan`)"
-    )
-
-
-def cause(log: Path, start: int, code: int, config: dict[str, Any], processes: int) -> str:
-    """Why a training ended, from its log from byte `start` on, or from the signal that ended it."""
-    text = log.read_bytes()[start:].decode(errors="replace")
-    facts = {"free": f"{shutil.disk_usage(log.parent).free / 1e9:.1f} GB"}
-    for pattern, meaning in CAUSES.items():
-        if match := re.search(pattern, text):
-            if "{memory}" in meaning:
-                facts["memory"] = memory_advice(config, processes)
-            said = match.groups() or (match[0],)
-            return SECRET.sub("***", meaning.format(*said, **facts).strip()[:400])
-    if shutil.disk_usage(log.parent).free < FULL:  # a full disk takes no log of it
-        return CAUSES[r"No space left on device|os error 28"].format(**facts)
-    if code == -signal.SIGKILL:
-        return f"it was killed, most often for memory: {memory_advice(config, processes)}"
-    if code < 0:
-        return f"it was ended by {signal.Signals(-code).name}"
-    if code == 0:  # it was told to stop, and saved
-        return "it was interrupted"
-    names = ("Error:", "Exception:", "Killed")
-    telling = [line.strip() for line in text.splitlines() if any(name in line for name in names)]
-    telling = [line for line in telling if not any(echo in line for echo in ECHOES)]
-    return SECRET.sub("***", telling[-1][:300]) if telling else "it ended without a word"
-
-
-def with_parent() -> None:
-    """Run in the child: where this process dies, the training is told to save and stop."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-def in_torchrun(process: psutil.Process) -> bool:
-    """Whether torchrun started a process; False where it ended or may not be looked at."""
-    try:
-        return "TORCHELASTIC_RUN_ID" in process.environ()
-    except psutil.Error:
-        return False
-
-
-def trainers(leader: int) -> list[psutil.Process]:
-    """The processes that train: those that torchrun started, else the leader itself.
-
-    What these started in turn (workers that load data) must live until the step is finished.
-    A process that ends meanwhile is left out, whatever it is.
-    """
-    try:
-        first = psutil.Process(leader)
-        family = [first, *first.children(recursive=True)]
-    except psutil.Error:
-        return []
-    inside = {process.pid: process for process in family if in_torchrun(process)}
-    ranks = []
-    for process in inside.values():
-        with suppress(psutil.Error):
-            if process.ppid() not in inside:
-                ranks.append(process)
-    return ranks or [first]
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Tells every training process to save a checkpoint and end; a second Ctrl-C ends them."""
-    with suppress(OSError):  # nobody may be reading any more
-        text = "the step is finished and saved (again to stop at once)"
-        print(f"train      stopping: {text}", flush=True)
-    # torchrun would wait and kill: what it started is told directly.
-    for trainer in trainers(process.pid):
-        with suppress(psutil.Error):
-            trainer.send_signal(signal.SIGTERM)
-    try:
-        process.wait()
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def axolotl(run: Run, place: Run, config: dict[str, Any], machines: Machines, lock: int) -> None:
-    """Runs `axolotl train` on the config in `place`; raises JobFailed where it does not finish."""
-    arguments = ["train", shown(place.config_file), *machines.launcher()]
-    print(f"train      axolotl {' '.join(arguments)}", flush=True)
-    log = place.log_file
-    start = log.stat().st_size if log.is_file() else 0
-    with open(log, "ab") as output:
-        process = subprocess.Popen(
-            [str(Path(sys.executable).parent / "axolotl"), *arguments],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            cwd=ROOT,
-            env=machines.environment(config),
-            pass_fds=[lock],
-            process_group=0,  # Ctrl-C reaches this process alone, which then tells the others
-            preexec_fn=with_parent,
-        )
-        try:
-            follow(process, run)
-        except BaseException:
-            stop(process)
-            if not run.stats_file.is_file():
-                step = last_checkpoint(run)
-                after = f"from step {step}" if step else "from the start"
-                print(f"train      stopped; the same command goes on {after}", flush=True)
-            raise
-    if machines.rank == 0 and not run.stats_file.is_file():
-        why = cause(log, start, process.returncode, config, machines.processes)
-        step = last_checkpoint(run)
-        on = f"; the same command goes on from step {step}" if step else ""
-        raise JobFailed(f"training stopped: {why}{on}; all of it is in {shown(log)}")
-    if process.returncode:
-        why = cause(log, start, process.returncode, config, machines.processes)
-        raise JobFailed(f"training stopped: {why}; all of it is in {shown(log)}")
 
 
 def finish(recipe: recipes.Recipe, profile: str, data: list[dict[str, Any]]) -> dict[str, Any]:
@@ -533,6 +110,7 @@ def finish(recipe: recipes.Recipe, profile: str, data: list[dict[str, Any]]) -> 
         "platform": platform.platform(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    share(run.folder)
     write_json(run.info_file, content)
     run.stats_file.unlink()
     return content
@@ -548,9 +126,12 @@ def execute(
     """Trains a merged config into the recipe's run; returns `run.json`, {} on other machines."""
     # A stop by a scheduler (SIGTERM) is treated as Ctrl-C is.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    data = data_of(recipe)
+    data = describe_data(recipe)
     # json: a run's identity is compared with the one that was written.
-    identity = {"config": profiles.kept(content), "data": [entry["sha256"] for entry in data]}
+    identity = {
+        "config": profiles.identity_of(content),
+        "data": [entry["sha256"] for entry in data],
+    }
     identity = json.loads(json.dumps(identity))
     run = place = recipe.run
     if machines.rank:  # beside the run, which machine 0 makes where they share a disk
@@ -565,7 +146,7 @@ def execute(
         with atomic(place.config_file) as file:
             file.write(yaml.safe_dump(content, sort_keys=False).encode())
         if machines.rank or not run.stats_file.is_file():
-            axolotl(run, place, content, machines, lock)
+            run_axolotl(run, place, content, machines, lock)
         return {} if machines.rank else finish(recipe, profile, data)
 
 
@@ -575,13 +156,13 @@ def train(name: str, choice: profiles.Choice, cluster: Cluster, force: bool) -> 
     Raises WrongInput for what cannot be trained here, JobFailed where a training stops.
     """
     recipe = recipes.find(name)
-    data_of(recipe)
+    describe_data(recipe)
     cluster.check()
-    here = profiles.hardware()
+    here = hardware.detect_host()
     profile, nproc, why = profiles.choose(here, choice, cluster.nnodes)
     machines = Machines(nproc, cluster)
     if not force and not recipe.run.identity_file.is_file():
-        fits(recipe, here, profile)
+        require_hardware(recipe, here, profile)
     refuse_unusable(recipe)
     # Axolotl's schema loads torch, and this process stays beside the training: a child's gigabyte.
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
@@ -589,7 +170,7 @@ def train(name: str, choice: profiles.Choice, cluster: Cluster, force: bool) -> 
     if recipe.run.folder in (ROOT, ROOT / "runs", *ROOT.parents):
         raise WrongInput(f"{shown(recipe.path)}: output_dir must be a folder of its own")
     smollm2.ensure(recipe.config["base_model"])
-    data = data_of(recipe)
+    data = describe_data(recipe)
     rows, held = (
         sum(entry["rows"] for entry in data if entry["split"] == split)
         for split in ("train", "validation")
@@ -602,8 +183,8 @@ def train(name: str, choice: profiles.Choice, cluster: Cluster, force: bool) -> 
     share = f", {machines.processes} processes" if machines.processes > 1 else ""
     print(f"train      {recipe.name} on {what}{validated}, profile {profile} ({why}){share}")
     choice = replace(choice, profile=profile, nproc=machines.processes)
-    content = profiles.merged(recipe, choice, here)
-    for line in profiles.changed(recipe, content):
+    content = profiles.merge_config(recipe, choice, here)
+    for line in profiles.list_changes(recipe, content):
         print(f"train      {line}")
     if reason := explain_unscorable(recipe.config):
         print(

@@ -13,28 +13,32 @@ from pathlib import Path
 from tools import recipes, smollm2
 from tools.common import ROOT, JobFailed, WrongInput, shown
 from tools.runs import Run
-from tools.train import launch, profiles
+from tools.train import checks, hardware, launch, profiles
+from tools.train import machines as machines_module
 
 
-def again(run: Run) -> tuple[recipes.Recipe, launch.Machines]:
+def again(run: Run) -> tuple[recipes.Recipe, machines_module.Machines]:
     """The recipe that trains a finished run again, beside it, and how many processes do."""
     if not run.is_finished:
         raise WrongInput(f"{run} is no finished run: it has no run.json")
     told, config = run.info, run.config
     beside = run.folder.with_name(f"{run.folder.name}.reproduced")
     config["output_dir"] = shown(beside)
+    config["plugins"] = [
+        profiles.PLUGIN if name in profiles.OWN_PLUGINS else name for name in config["plugins"]
+    ]
     config["dataset_prepared_path"] = shown(beside / "prepared")
     recipe = recipes.Recipe(told["recipe"], run.config_file, config, told["recipe_version"])
-    for was, now in zip(told["data"], launch.data_of(recipe), strict=True):
+    for was, now in zip(told["data"], checks.describe_data(recipe), strict=True):
         if was["sha256"] != now["sha256"]:
             raise WrongInput(f"{was['path']} is not what {run} was trained on")
-    return recipe, launch.Machines(nproc=told.get("processes", 1))
+    return recipe, machines_module.Machines(nproc=told.get("processes", 1))
 
 
 def differing(run: Run) -> list[str]:
     """What of packages and device is not what it was, in words."""
     told = run.info
-    here = profiles.hardware()["gpus"]
+    here = hardware.detect_host().gpus
     device = here[0][0] if here else "cpu"
     now = {name: importlib.metadata.version(name) for name in told["packages"]}
     found = [f"{n} {v}, now {now[n]}" for n, v in told["packages"].items() if now[n] != v]

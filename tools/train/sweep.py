@@ -15,7 +15,8 @@ from typing import Any
 
 from tools import recipes
 from tools.common import ROOT, JobFailed, WrongInput
-from tools.train import launch, plan, profiles, status
+from tools.train import plan, profiles, status
+from tools.train import process as process_module
 
 
 def chosen(typed: str) -> list[recipes.Recipe]:
@@ -53,7 +54,7 @@ def one(recipe: recipes.Recipe, options: list[str]) -> dict[str, Any]:
         stderr=subprocess.PIPE,
         text=True,
         process_group=0,  # Ctrl-C reaches the sweep alone, which hands on every one that it gets
-        preexec_fn=launch.with_parent,
+        preexec_fn=process_module.die_with_parent,
     )
     stopped = False
     while True:
