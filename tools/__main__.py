@@ -18,7 +18,6 @@ import typer
 from typer import Argument, Option
 
 from tools.common import WrongInput, command, nearest
-from tools.train import machines
 
 START, DATA, TRAIN, SCORE, USE, SHARE, MAINTAIN = (
     *("Start", "Data", "Train", "Score", "Use", "Share", "Maintain"),
@@ -36,7 +35,7 @@ app = typer.Typer(
 def complete_recipe(incomplete: str) -> list[str]:
     from tools import recipes
 
-    return [name for name in recipes.places() if name.startswith(incomplete)]
+    return [name for name in recipes.list_aliases() if name.startswith(incomplete)]
 
 
 def complete_task(incomplete: str) -> list[str]:
@@ -174,7 +173,7 @@ def new(
     """
     from tools import custom
 
-    custom.new(task, data.expanduser())
+    custom.create_task(task, data.expanduser())
 
 
 # ---- Train
@@ -270,7 +269,7 @@ def train(
 
     Example: python -m tools train smollm2-135m/sentiment_r4
     """
-    from tools.train import launch, profiles
+    from tools.train import launch, machines, profiles
 
     choice = profiles.Choice(profile, nproc, gradient_checkpointing, tracker)
     launch.train(recipe, choice, machines.Cluster(nnodes, node_rank, rdzv), force)
@@ -486,7 +485,7 @@ def import_config(config: Annotated[Path, Argument(help="A FinLoRA config file."
     """
     from tools import custom
 
-    custom.import_(config.expanduser())
+    custom.import_runs(config.expanduser())
 
 
 @app.command(rich_help_panel=MAINTAIN)
