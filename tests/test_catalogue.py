@@ -14,7 +14,8 @@ import yaml
 from tests.conftest import run
 from tools import architectures, catalogue, evidence, prompts, recipes, rendering
 from tools.common import ROOT, JobFailed, WrongInput
-from tools.train import checks, plan, sweep
+from tools.hub import client
+from tools.train import checks, plan, profiles, sweep
 
 MODELS = ["llama-3.1-8b", "llama-3.1-70b", "llama-3.2-1b", "llama-3.2-3b", "qwen3-8b", "qwen3-4b"]
 MODELS += ["mistral-7b-v0.3", "gemma-3-4b", "smollm2-135m"]
@@ -38,7 +39,6 @@ def test_finloras_methods_have_files_for_its_base_and_the_laptops_and_the_others
         assert recipes.has_file(name) == file
 
 
-@pytest.mark.slow
 def test_every_recipe_is_what_the_tables_give_and_valid_for_axolotl_with_every_profile(capsys):
     catalogue.check()
     assert capsys.readouterr().out.startswith("757 recipes: current, and valid for Axolotl with")
@@ -97,8 +97,18 @@ def test_a_message_about_a_recipe_without_a_file_names_the_recipe():
         checks.describe_data(
             replace(recipe, config=recipe.config | {"datasets": [{"path": "nowhere/x.jsonl"}]})
         )
-    found = sweep.chosen("qwen3-8b/ner_r8*")
-    assert name in [recipe.name for recipe in found] and len(found) == 5
+
+
+def test_a_recipe_without_a_file_is_swept_merged_with_a_profile_and_named_on_the_hub():
+    recipe = recipes.find("qwen3-8b/ner_r8_dora")
+    swept = [other.name for other in sweep.chosen("qwen3-8b/ner_r8*")]
+    methods = ("r8", "r8_dora", "r8_dora_a32", "r8_rslora", "r8_fp16")
+    assert swept == [f"qwen3-8b/ner_{method}" for method in methods]
+    merged = profiles.merged(recipe, profiles.Choice("cpu"))
+    assert merged == merged | recipes.select_learned(recipe.config) | {
+        key: merged[key] for key in ("datasets", "test_datasets", "optimizer")
+    }
+    assert client.repository(recipe, "me") == "me/qwen3-8b-ner_r8_dora"
 
 
 # ---- pages and evidence
@@ -397,10 +407,12 @@ def test_a_file_that_the_tables_no_longer_give_is_named_and_removed(copy):
 
 def test_a_file_of_the_users_own_among_the_rendered_ones_is_left_alone(copy):
     folder, table, write = copy
-    own = folder / "qwen3-8b" / "mine.yaml"
-    own.write_text("base_model: x\n")
+    own = {"mine.yaml": b"base_model: \xff\n"}
+    own["copy.yaml"] = (folder / "qwen3-8b" / "ner_r4.yaml").read_bytes()
+    for name, content in own.items():
+        (folder / "qwen3-8b" / name).write_bytes(content)
     catalogue.render()
-    assert own.is_file()
+    assert own == {name: (folder / "qwen3-8b" / name).read_bytes() for name in own}
 
 
 def test_a_key_without_a_group_stops_the_rendering(copy):
@@ -444,8 +456,8 @@ def test_the_list_shows_every_recipe_with_a_file_and_loads_no_heavy_library():
     assert names == {
         recipes.shorten(name) for name in recipes.list_catalogue() if recipes.has_file(name)
     }
-    assert rest.startswith("337 recipes: ")
-    assert "420 more have no file and train by their names: METHOD=r8_dora" in rest
+    assert rest.startswith("337 recipes, ")
+    assert "420 more have no file and train by their names; METHOD=r8_dora" in rest
 
 
 def test_a_method_lists_its_recipes_with_a_file_and_without():
@@ -453,7 +465,7 @@ def test_a_method_lists_its_recipes_with_a_file_and_without():
     assert names == {
         recipes.shorten(name) for name in recipes.list_catalogue() if name.endswith("_r8_dora")
     }
-    assert rest.startswith("108 recipes: ") and "more have no file" not in rest
+    assert rest.startswith("108 recipes, ") and "more have no file" not in rest
     rows = json.loads(ran("recipes", "--method", "r8_dora", "--task", "ner", "--json"))
     assert [row["has_file"] for row in rows] == [
         row["model"] in ("llama-3.1-8b", "smollm2-135m") for row in rows

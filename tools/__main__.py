@@ -188,7 +188,9 @@ def recipes(
 ) -> None:
     """List the catalogue with planned GPU memory.
 
-    Example: python -m tools recipes --task sentiment --model qwen3-8b
+    Without a method, the recipes that have a file; with one, all of its recipes.
+
+    Example: python -m tools recipes --task sentiment --method r8_dora
     """
     from tools import catalogue
 
@@ -490,7 +492,10 @@ def import_config(config: Annotated[Path, Argument(help="A FinLoRA config file."
 
 @app.command(rich_help_panel=MAINTAIN)
 def render(recipe: Recipe = None) -> None:
-    """Write every recipe from recipes/matrix.yaml; with a name, print that one."""
+    """Write the recipes and their pages from recipes/matrix.yaml; with a name, print that recipe.
+
+    Example: python -m tools render qwen3-8b/ner_r8_dora > my.yaml
+    """
     from tools import catalogue
 
     catalogue.render(recipe)

@@ -62,7 +62,13 @@ def describe_identity(name: str) -> str:
 def list_strays(files: dict[Path, str]) -> list[Path]:
     """Files that `make render` wrote and that are not among those that it would write now."""
     places = {*recipes.FOLDER.glob("*/*.yaml"), *recipes.FOLDER.glob("*/README.md")}
-    return sorted(path for path in places - files.keys() if rendering.MARK in path.read_text())
+    return sorted(path for path in places - files.keys() if is_rendered(path))
+
+
+def is_rendered(path: Path) -> bool:
+    """Whether `make render` wrote a file under the name that it has; a renamed copy is the user's."""
+    name, content = f"recipes/{path.parent.name}/{path.name}", path.read_bytes()
+    return rendering.MARK.encode() in content and name.encode() in content
 
 
 def render(name: str | None = None) -> None:
@@ -129,11 +135,11 @@ def check() -> None:
     """Raises JobFailed where a file is not what the tables give, WrongInput for what is invalid."""
     require_versions()
     files = render_all()
+    for path in list_strays(files):
+        raise JobFailed(f"{shown(path)} is not in recipes/matrix.yaml; `make render` removes it")
     for path, text in files.items():
         if not path.is_file() or path.read_text() != text:
             raise JobFailed(f"{shown(path)} is not what recipes/matrix.yaml gives; `make render`")
-    for path in list_strays(files):
-        raise JobFailed(f"{shown(path)} is not in recipes/matrix.yaml; `make render` removes it")
     configs = {
         name: parse_yaml(rendering.render_recipe(name), name) for name in recipes.list_catalogue()
     }
@@ -198,7 +204,7 @@ def list_recipes(
     else:
         print_table(rows)
         if rest := len(names) - len(rows):
-            print(f"{rest} more have no file and train by their names: METHOD=r8_dora lists such")
+            print(f"{rest} more have no file and train by their names; METHOD=r8_dora lists such")
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -216,10 +222,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         columns = (f"{cells.get(method, ''):>{len(method) + 3}}" for method in methods)
         print(f"{stem:<{width}}", *columns)
     trained = sum(row["trained"] for row in rows)
-    print(
-        f"\n{len(rows)} recipes: planned GiB of GPU memory, at the task's longest row; a name is "
-        f"row + column, such as {recipes.shorten(rows[0]['recipe'])}; {trained} trained (*)"
-    )
+    print(f"\n{len(rows)} recipes, {trained} trained (*): planned GiB of GPU memory, longest rows")
+    print(f"A name is row + column, such as {recipes.shorten(rows[0]['recipe'])}")
 
 
 def show(name: str) -> None:

@@ -141,14 +141,14 @@ def render_model_page(model: str) -> str:
     parameters = architectures.find(base["hub"]).parameters
     names = [name for name in recipes.list_catalogue() if recipes.split_name(name)[0] == model]
     lines = [
-        f"<!-- {MARK} -->",
+        f"<!-- recipes/{model}/README.md: {MARK} -->",
         f"# {base['title']}",
         "",
         f"[{base['hub']}](https://huggingface.co/{base['hub']}), {parameters / 1e9:.2f} billion "
         f"parameters. Gated: {describe_gate(base)}.",
         "",
-        f"`make train RECIPE={recipes.shorten(names[0])}` trains a recipe, and `make plan` says what",
-        "it takes. A recipe without a link has no file: it trains by its name, and",
+        f"`make train RECIPE={recipes.shorten(names[0])}` trains a recipe; `make plan` computes its",
+        "memory and hours. A recipe without a link has no file: it trains by its name, and",
         "`make render RECIPE=… > my.yaml` writes it.",
         "",
         evidence.LEGEND,
