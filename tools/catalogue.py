@@ -66,7 +66,7 @@ def list_strays(files: dict[Path, str]) -> list[Path]:
 
 
 def is_rendered(path: Path) -> bool:
-    """Whether `make render` wrote a file under the name that it has; a renamed copy is the user's."""
+    """Whether `make render` wrote a file under its present name; a renamed copy is the user's."""
     name, content = f"recipes/{path.parent.name}/{path.name}", path.read_bytes()
     return rendering.MARK.encode() in content and name.encode() in content
 

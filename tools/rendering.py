@@ -147,7 +147,7 @@ def render_model_page(model: str) -> str:
         f"[{base['hub']}](https://huggingface.co/{base['hub']}), {parameters / 1e9:.2f} billion "
         f"parameters. Gated: {describe_gate(base)}.",
         "",
-        f"`make train RECIPE={recipes.shorten(names[0])}` trains a recipe; `make plan` computes its",
+        f"`make train RECIPE={recipes.shorten(names[0])}` trains a recipe; `make plan` computes",
         "memory and hours. A recipe without a link has no file: it trains by its name, and",
         "`make render RECIPE=… > my.yaml` writes it.",
         "",
