@@ -347,9 +347,9 @@ def test_ten_thousand_runs_are_read(mine, capsys):
 
 def test_the_commands_answer_with_one_line():
     for arguments, said in (
-        (("new", "", ""), "TASK=my_task and DATA=my.jsonl are needed"),
+        (("new",), "TASK=my_task and DATA=my.jsonl are needed"),
         (("new", "x", "nowhere.jsonl"), "DATA=nowhere.jsonl is not there"),
-        (("import", ""), "CONFIG=finetune_configs.json is needed"),
+        (("import",), "CONFIG=finetune_configs.json is needed"),
     ):
         done = run(*arguments)
         assert done.returncode == 2
