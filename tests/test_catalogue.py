@@ -50,7 +50,7 @@ def test_a_recipe_tells_how_to_run_it_what_it_needs_and_what_it_learns():
         found = recipes.find(text.split("make train RECIPE=")[1].split()[0])
         assert (found.name, found.run.folder) == (name, ROOT / "runs" / name)
         assert f"# Version: 1.1.0 ({found.digest[:12]})\n" in text
-        assert f"# Evidence: {evidence.describe(name)}\n" in text
+        assert f"# Evidence: {evidence.describe(name)}" in text.replace("\n#   ", " ")
         row = recipes.read_matrix()["models"][name.split("/")[0]]
         assert (f"https://huggingface.co/{row['hub']}," in text) == row["gated"]
         assert ("# Gated: no\n" in text) != row["gated"]
@@ -137,13 +137,17 @@ def results(tmp_path, monkeypatch):
     evidence.read_measurements.cache_clear()
 
 
-def measure(name, version, **changed):
-    scores = {"fpb": {"metric": "accuracy", "adapter": {"value": 0.7148}}}
-    return {"recipe": name, "version": version, "device": "two CPU cores", "seconds": 378} | {
-        "peak_memory_bytes": 3_900_000_000,
-        "scores": scores,
-        **changed,
-    }
+def write_result(folder, name, version="1.1.0", **changed):
+    """Writes a measurement of a recipe; returns its file."""
+    content = {"recipe": name, "version": version, "variant": None, "device": "two CPU cores"}
+    content |= {"seconds": 378, "peak_memory_bytes": 3_900_000_000}
+    fpb = {"metric": "accuracy", "base": {"value": 0.2853}, "adapter": {"value": 0.7147}}
+    content |= {"datasets": {"fpb": fpb}} | changed
+    path = folder / "smollm2-135m" / f"{len(list(folder.rglob('*.json')))}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content))
+    evidence.read_measurements.cache_clear()
+    return path
 
 
 def test_the_evidence_is_measured_planned_or_never_run(results):
@@ -152,27 +156,31 @@ def test_the_evidence_is_measured_planned_or_never_run(results):
     assert evidence.describe("llama-3.1-8b/cfa_r4") == "never run"  # its rows are the user's
     assert evidence.describe("llama-3.1-70b/ner_r8_fp16") == "never run"  # no card holds it
     (results / "experiment.json").write_text('{"parts": {}}')
-    (results / "one.json").write_text(json.dumps(measure(name, "1.1.0")))
-    evidence.read_measurements.cache_clear()
-    figures = "fpb accuracy 71.5 %, 3.9 GB, 6.3 min, two CPU cores"
-    assert evidence.describe(name) == f"measured: {figures}"
-    assert f"# Evidence: measured: {figures}\n" in rendering.render_recipe(name)
-    assert f"| measured: {figures} |" in rendering.render_model_page("smollm2-135m")
+    write_result(results, name)
+    text = "measured: fpb accuracy 28.5 → 71.5 %, 3.9 GB, 6.3 min, two CPU cores"
+    assert evidence.describe(name) == text
+    assert f"# Evidence: {text}\n" in rendering.render_recipe(name)
+    assert f"| {text} |" in rendering.render_model_page("smollm2-135m")
 
 
-def test_a_measurement_of_an_earlier_version_is_called_that(results):
+def test_a_measurement_says_what_was_other_than_the_recipe_is_now(results):
     name = "smollm2-135m/cfa_r4"
-    (results / "one.json").write_text(json.dumps(measure(name, "1.0.0")))
-    assert evidence.describe(name).startswith("never run; version 1.0.0 measured: fpb accuracy")
+    write_result(results, name, "1.0.0", seconds=None, peak_memory_bytes=None)
+    write_result(results, name, variant="60 steps")
+    assert evidence.describe(name) == (
+        "measured as version 1.0.0: fpb accuracy 28.5 → 71.5 %, two CPU cores; "
+        "measured with 60 steps: fpb accuracy 28.5 → 71.5 %, 3.9 GB, 6.3 min, two CPU cores"
+    )
+    text = rendering.render_recipe(name)
+    assert max(map(len, text.splitlines())) <= 100 and yaml.safe_load(text)
 
 
 @pytest.mark.parametrize(
-    "changed", [{"scores": None}, {"scores": {"fpb": {}}}, {"seconds": "long"}], ids=str
+    "changed", [{"datasets": None}, {"datasets": {"fpb": {}}}, {"recipe": []}], ids=str
 )
 def test_a_malformed_measurement_is_named(results, changed):
-    path = results / "one.json"
-    path.write_text(json.dumps(measure("smollm2-135m/ner_r4", "1.1.0", **changed)))
-    with pytest.raises(WrongInput, match="one.json: not a measurement of a recipe"):
+    path = write_result(results, "smollm2-135m/ner_r4", **changed)
+    with pytest.raises(WrongInput, match=f"{path.name}: not a measurement of a recipe"):
         evidence.describe("smollm2-135m/ner_r4")
 
 

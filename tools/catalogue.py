@@ -45,11 +45,12 @@ def render_all() -> dict[Path, str]:
     for model in recipes.read_matrix()["models"]:
         files[recipes.FOLDER / model / "README.md"] = rendering.render_model_page(model)
     digests = {name: describe_identity(name) for name in names if not recipes.has_file(name)}
-    files[digests_file()] = json.dumps(digests, indent=0) + "\n"
+    files[locate_digests()] = json.dumps(digests, indent=0) + "\n"
     return files
 
 
-def digests_file() -> Path:
+def locate_digests() -> Path:
+    """The record of version and digest of the recipes without a file."""
     return recipes.FOLDER / "digests.json"
 
 
@@ -117,7 +118,7 @@ def diff_learned(name: str, digests: dict[str, Any]) -> str:
 
 def require_versions() -> None:
     """Raises JobFailed where what a recipe learns changed and its version did not."""
-    digests = read_json(digests_file()) if digests_file().is_file() else {}
+    digests = read_json(locate_digests()) if locate_digests().is_file() else {}
     changes = {
         name: text for name in recipes.list_catalogue() if (text := diff_learned(name, digests))
     }

@@ -2,8 +2,7 @@
 
     evidence.describe("llama-3.1-8b/ner_r4")      "planned: 2.6 h on one A5000 24GB"
 
-A measurement is a JSON file in results/ that names its recipe. Only `read_measurements` knows its
-keys.
+A measurement is a JSON file in results/<model>/. Only `read_measurements` knows its keys.
 """
 
 from dataclasses import dataclass
@@ -25,51 +24,53 @@ class Measurement:
     """What the training and scoring of a recipe took and gave on one machine."""
 
     version: str
+    variant: str | None  # what was changed in the recipe
     device: str
-    seconds: float
-    peak_bytes: int
-    scores: tuple[str, ...]  # such as "fpb accuracy 71.5 %"
+    seconds: float | None
+    peak_bytes: int | None
+    scores: list[str]  # such as "fpb accuracy 28.5 → 71.5 %", base and adapter
 
-    def __str__(self) -> str:
-        memory, time = f"{self.peak_bytes / 1e9:.1f} GB", f"{self.seconds / 60:.1f} min"
-        return ", ".join((*self.scores, memory, time, self.device))
+    def describe(self, version: str) -> str:
+        """The measurement as text, for a recipe whose present version is `version`."""
+        earlier = f" as version {self.version}" if self.version != version else ""
+        variant = f" with {self.variant}" if self.variant else ""
+        figures = [*self.scores]
+        figures += [f"{self.peak_bytes / 1e9:.1f} GB"] if self.peak_bytes else []
+        figures += [f"{self.seconds / 60:.1f} min"] if self.seconds else []
+        return f"measured{earlier}{variant}: {', '.join((*figures, self.device))}"
 
 
 @cache
 def read_measurements() -> dict[str, list[Measurement]]:
-    """The measurements of each recipe in results/; {} where the folder is missing."""
+    """The measurements of each recipe, results/<model>/*.json; {} where the folder is missing."""
     measurements: dict[str, list[Measurement]] = {}
-    for path in sorted(RESULTS.glob("*.json")):
+    for path in sorted(RESULTS.glob("*/*.json")):
         content = read_json(path)
-        if "recipe" not in content:
-            continue  # an experiment of its own
         try:
-            scores = tuple(
-                f"{dataset} {row['metric']} {100 * row['adapter']['value']:.1f} %"
-                for dataset, row in content["scores"].items()
-            )
+            scores = [
+                f"{dataset} {row['metric'].replace('_', ' ')} {100 * row['base']['value']:.1f} → "
+                f"{100 * row['adapter']['value']:.1f} %"
+                for dataset, row in content["datasets"].items()
+            ]
             measurement = Measurement(
-                version=str(content["version"]),
-                device=str(content["device"]),
-                seconds=float(content["seconds"]),
-                peak_bytes=int(content["peak_memory_bytes"]),
+                version=content["version"],
+                variant=content["variant"],
+                device=content["device"],
+                seconds=content["seconds"],
+                peak_bytes=content["peak_memory_bytes"],
                 scores=scores,
             )
+            measurements.setdefault(content["recipe"], []).append(measurement)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise WrongInput(f"{shown(path)}: not a measurement of a recipe: {error!r}") from None
-        measurements.setdefault(str(content["recipe"]), []).append(measurement)
     return measurements
 
 
 def describe(name: str) -> str:
     """The evidence for a recipe of the catalogue, as one line."""
+    version = recipes.find_version(name)
     measurements = read_measurements().get(name, [])
-    current = [row for row in measurements if row.version == recipes.find_version(name)]
-    if current:
-        return f"measured: {'; '.join(map(str, current))}"
-    earlier = "; ".join(f"version {row.version} measured: {row}" for row in measurements)
-    status = describe_plan(name)
-    return f"{status}; {earlier}" if earlier else status
+    return "; ".join(row.describe(version) for row in measurements) or describe_plan(name)
 
 
 def describe_plan(name: str) -> str:

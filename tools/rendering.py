@@ -65,7 +65,7 @@ def render_recipe(name: str) -> str:
         f"(rows of up to {find_longest_row(name, config)} tokens; `make plan`)",
         f"Gated: {describe_gate(base)}",
         f"Version: {recipe.version} ({recipe.digest[:12]})",
-        f"Evidence: {evidence.describe(name)}",
+        *textwrap.wrap(f"Evidence: {evidence.describe(name)}", WIDTH - 2, subsequent_indent="  "),
         source,
     ]
     return format_recipe(header, config, name)
