@@ -147,7 +147,9 @@ def measure(folder: str, bits: int, double: bool, rows: int, tokens: int) -> dic
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer_of(trained)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, model.config.vocab_size, (rows, tokens), generator=generator)
+    ids = torch.randint(
+        5, model.config.get_text_config().vocab_size, (rows, tokens), generator=generator
+    )
     ids = ids.to(model.device)
 
     # The optimizer makes its states in its first step: here one without a gradient.

@@ -20,7 +20,7 @@ from typing import Any
 
 from tools import architectures, recipes, smollm2
 from tools.common import ROOT, WrongInput, command, quiet, shown, write_json
-from tools.train import launch, machines, plan, profiles
+from tools.train import hardware, launch, machines, plan, profiles
 
 FOLDER = ROOT / "runs" / "bench"
 WARM = 4  # steps that are not timed
@@ -39,15 +39,15 @@ FINLORA = {
 ON_CPU = ("bf16", "fp16", "tf32", "optimizer")
 
 
-def settings(recipe: recipes.Recipe, profile: str, here: dict[str, Any]) -> dict[str, Any]:
+def settings(recipe: recipes.Recipe, profile: str, here: hardware.Host) -> dict[str, Any]:
     """The two merged configs to compare, by name."""
-    ours = profiles.merged(recipe, profiles.Choice(profile), here)
+    ours = profiles.merge_config(recipe, profiles.Choice(profile), here)
     theirs = (
         recipe.config
         | FINLORA
         | {"plugins": ["tools.train.plugin.RunPlugin"], "include_tkps": True}
     )
-    if not here["gpus"]:
+    if not here.gpus:
         theirs |= {key: ours[key] for key in ON_CPU}
     return {"FinLoRA's settings": theirs, f"profile {profile}": ours}
 
@@ -106,7 +106,7 @@ def measured(lines: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def bench(recipe: recipes.Recipe, profile: str, steps: int, here: dict[str, Any]) -> dict[str, Any]:
+def bench(recipe: recipes.Recipe, profile: str, steps: int, here: hardware.Host) -> dict[str, Any]:
     """Trains both settings for `steps` steps; returns what was measured, by name."""
     found = {}
     for number, (name, content) in enumerate(settings(recipe, profile, here).items()):
@@ -158,15 +158,15 @@ def main() -> None:
     given = parser.parse_args()
     steps = int(plan.number("--steps", given.steps, least=WARM + 2) or 24)
     quiet()
-    here = profiles.hardware()
+    here = hardware.detect_host()
     profile, _, _ = profiles.choose(here, given.profile, "", 1)
-    name = "sentiment_r4" if here["gpus"] else "smollm2-135m/sentiment_r4"
+    name = "sentiment_r4" if here.gpus else "smollm2-135m/sentiment_r4"
     recipe = recipes.find(given.recipe or name)
     base = recipe.config["base_model"]
     smollm2.ensure(base)
     if not at_hand(base):
         folder = FOLDER / f"shape-of-{Path(base).name}"
-        if not here["gpus"]:
+        if not here.gpus:
             raise WrongInput(f"{base} is not at hand, and too slow without a GPU")
         print(
             f"bench      {base} is not at hand: a model of its shape with random weights",
@@ -178,7 +178,7 @@ def main() -> None:
         config["special_tokens"] = {"pad_token": smollm2.PAD}
         recipe = recipes.Recipe(recipe.name, recipe.path, config, recipe.version)
     found = bench(recipe, profile, steps, here)
-    where = profiles.found(here)
+    where = here
     show(found, where)
     made = {"recipe": recipe.name, "machine": where, "steps": steps, "measured": found}
     write_json(FOLDER / recipe.name.replace("/", "_") / "result.json", made)

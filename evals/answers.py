@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import prompts
-from tools.common import WrongInput, json_lines
+from tools.common import WrongInput, atomic
 from tools.prompts import FORMATS
 
 GAP = "\n[…]\n"  # stands where a prompt was cut
@@ -80,7 +80,7 @@ class Progress:
 
     def progress(self, rows: int) -> None:
         self.done += rows
-        seconds = time.monotonic() - self.start
+        seconds = max(time.monotonic() - self.start, 1e-3)
         text = f"eval       {self.label} {self.done}/{self.rows} rows, {self.done / seconds:.1f}/s"
         last = self.done >= self.rows
         if sys.stdout.isatty():
@@ -93,40 +93,44 @@ class Answers:
     """Answers by prompt: those that `known` has, and those in `file` if they are of `identity`.
 
     An answer is {"prompt": SHA-256, "answer"}, with {"probabilities": {label: share}} where the
-    model tells them.
+    model tells them, and {"refused": the reason} where an endpoint gave none. A refused prompt is
+    asked again by the next job.
     """
 
     def __init__(self, file: Path, identity: Any, known: dict[str, dict[str, Any]] | None = None):
         self.file, self.known = file, {} if known is None else known
-        lines = json_lines(file)
+        lines = _sound_lines(file)
         kept = lines[1:] if lines and lines[0] == identity else []
+        kept = [line for line in kept if "prompt" in line and "refused" not in line]
         self.known |= {line["prompt"]: line for line in kept}
         self.probabilities: list[Any] = []
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # Written anew: a torn last line is gone, and answers of another identity are.
-        with open(file, "w", encoding="utf-8") as out:
+        self.refusals: dict[str, str] = {}
+        # Written anew, whole or not at all: torn lines are gone, and answers of another identity.
+        with atomic(file) as out:
             for line in [identity, *kept]:
-                out.write(json.dumps(line, ensure_ascii=False) + "\n")
+                out.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
     def add_partial(self, kind: str, request: Any, answer: str) -> None:
         """lm-eval calls this, its cache hook, with every answer of a batch that is done."""
         line: dict[str, Any] = {"prompt": _key(request[0]), "answer": answer}
         if self.probabilities:
             line["probabilities"] = self.probabilities.pop(0)
+        if reason := self.refusals.get(request[0]):
+            line["refused"] = reason
         self.known[line["prompt"]] = line
         with open(self.file, "a", encoding="utf-8") as out:
             out.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-    def likely(self, text: str) -> dict[str, float] | None:
-        """The probabilities of the labels as the answer to a prompt, where the model gave them."""
-        found: dict[str, float] | None = self.known[_key(text)].get("probabilities")
-        return found
+    def recall(self, text: str) -> dict[str, Any]:
+        """What is kept of a prompt's answer."""
+        return self.known[_key(text)]
 
     def attach(self, lm: Any, told: Callable[[str], None] = lambda text: None) -> None:
         """Makes an lm-eval model answer only what is not known yet, and keep what it answers."""
         plain = lm.generate_until
         lm.set_cache_hook(self)
         self.probabilities = getattr(lm, "probabilities", [])
+        self.refusals = getattr(lm, "refusals", {})
 
         def generate_until(requests: list[Any], **options: Any) -> list[str]:
             keys = [_key(request.args[0]) for request in requests]
@@ -134,12 +138,27 @@ class Answers:
             left = [request for key, request in asked.items() if key not in self.known]
             if len(left) < len(asked):
                 told(f"{len(asked) - len(left)} of {len(asked)} prompts are answered already")
-            lm.rows = len(left)  # for the progress line
+            lm.rows, lm.answered = len(left), len(asked) - len(left)
             if left:
                 plain(left, **options)
             return [self.known[key]["answer"] for key in keys]
 
         lm.generate_until = generate_until
+
+
+def _sound_lines(file: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file's lines. A disk that ran full, or a machine that stopped, may
+    have torn any of them.
+    """
+    lines = []
+    for text in file.read_bytes().splitlines() if file.is_file() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
 
 
 def _key(text: str) -> str:

@@ -27,7 +27,6 @@ from urllib.parse import urlsplit
 
 from tools import adapters, models, runs
 from tools.common import ROOT, JobFailed, WrongInput
-from tools.hub import card
 from tools.prompts import changes_tokenizer
 from tools.subjects import Subject
 
@@ -38,6 +37,11 @@ RETRIES = 12  # of a request: a minute of back-off, enough for a limit by the mi
 TIMEOUT = 120.0  # seconds without a byte
 # Together says `eos` for `stop`. `length` is the task's answer budget, which is meant.
 ENDS = ("stop", "eos", "length")
+# What an endpoint says of a row that it does not answer: a filter, or a prompt that is too long.
+REFUSED = (400, 413, 422, 451)
+FILTERED = 3  # tries of a row whose answer is filtered
+# Rows that are all refused, none answered: then it is the request that is wrong, not the rows.
+ALL = 16
 
 Models = Callable[[str, str, int], Any]  # (side, label, rows) → context manager of an LM
 
@@ -70,7 +74,7 @@ def vllm_arguments(subject: Subject) -> dict[str, Any]:
         raise WrongInput(f"vLLM quantizes no base to {precision}; BACKEND=transformers scores it")
     base = config["base_model"]
     base = str(ROOT / base) if (ROOT / base).is_dir() else base
-    length = AutoConfig.from_pretrained(base).max_position_embeddings
+    length = AutoConfig.from_pretrained(base).get_text_config(decoder=True).max_position_embeddings
     arguments = {
         "pretrained": base,
         "dtype": config.get("dtype") or "bfloat16",
@@ -83,10 +87,10 @@ def vllm_arguments(subject: Subject) -> dict[str, Any]:
         plain, _ = adapters.read(subject.adapter)
         if changes_tokenizer(config):
             arguments["tokenizer"] = str(subject.adapter)
-        rank = card.vllm_rank(plain.rank)
+        rank = adapters.vllm_rank(plain.rank)
         if rank is None:
             raise WrongInput(
-                f"vLLM takes no rank over {card.RANKS[-1]}, and the adapter has {plain.rank}; "
+                f"vLLM takes no rank over {adapters.RANKS[-1]}, and the adapter has {plain.rank}; "
                 "BACKEND=transformers scores it"
             )
         unusual = "DoRA" if plain.dora else models.check_adapter(config, subject.adapter).unusual
@@ -231,9 +235,19 @@ def whole(reply: Any) -> str | None:
     return text
 
 
+def _end(reply: Any) -> str:
+    """Why an answer ended."""
+    choice = next(iter(getattr(reply, "choices", None) or []), None)
+    return str(getattr(choice, "finish_reason", None) or "")
+
+
+class Refusal(Exception):
+    """An endpoint does not answer a row; says why."""
+
+
 def openai(asked: Endpoint) -> Models:
     from lm_eval.api.model import LM
-    from openai import AsyncOpenAI, OpenAIError
+    from openai import APIStatusError, AsyncOpenAI, OpenAIError
 
     from evals.answers import Progress
 
@@ -245,6 +259,11 @@ def openai(asked: Endpoint) -> Models:
         """
 
         tokenizer_name = "the endpoint's"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.refusals: dict[str, str] = {}  # {prompt: reason}
+            self.answered = 0
 
         def apply_chat_template(
             self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -264,7 +283,13 @@ def openai(asked: Endpoint) -> Models:
             async def work(client: AsyncOpenAI) -> None:
                 for number, request in left:
                     text, settings = request.args
-                    answers[number] = hidden(await self._one(client, text, settings))
+                    try:
+                        answers[number] = hidden(await self._one(client, text, settings))
+                        self.answered += 1
+                    except Refusal as refusal:
+                        self.refusals[text] = str(refusal)
+                        if not self.answered and len(self.refusals) >= min(ALL, len(requests)):
+                            raise JobFailed(f"{asked.url} refuses every row: {refusal}") from None
                     self.cache_hook.add_partial("generate_until", request.args, answers[number])
                     self.progress(1)
 
@@ -292,13 +317,17 @@ def openai(asked: Endpoint) -> Models:
                     else:
                         reply = await client.completions.create(prompt=text, **told)
                 except OpenAIError as error:
+                    if isinstance(error, APIStatusError) and error.status_code in REFUSED:
+                        reason = " ".join(hidden(error.message).split())[:200]
+                        raise Refusal(reason or "no reason") from None
                     raise _stopped(asked, error, "") from None
                 except ValueError:  # JSON that is cut
                     reply = None
                 if (answer := whole(reply)) is not None:
                     return answer
-            choice = next(iter(getattr(reply, "choices", None) or []), None)
-            end = hidden(str(getattr(choice, "finish_reason", None) or "none"))[:40]
+                if _end(reply) == "content_filter" and attempt + 1 >= min(FILTERED, RETRIES + 1):
+                    raise Refusal("finish_reason: content_filter")
+            end = hidden(_end(reply) or "none")[:40]
             raise JobFailed(
                 f"{asked.url} gave no whole answer in {RETRIES + 1} tries (finish_reason: {end}); "
                 "what was answered is kept, and the same command goes on from there"

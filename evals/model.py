@@ -15,14 +15,18 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from evals.answers import Progress
 from tools import prompts as prompt
 
 SHORTEST_PREFIX = 16  # tokens; computing a shorter one apart saves nothing
-# Tokens of a batch, prompts and answers: enough to keep two cores, or a GPU, busy. More would only
-# put rows of more different lengths together, and pad them.
+# Tokens of a batch that go through the model, prompts and answers: enough to keep two cores, or a
+# GPU, busy. More would only put rows of more different lengths together, and pad them.
 TOKENS = {"cpu": 1024, "cuda": 16384}
+CACHED = (
+    16384  # tokens whose keys and values a batch holds; each row holds the shared prefix's, too
+)
 
 
 def common_prefix(rows: list[list[int]]) -> int:
@@ -77,8 +81,9 @@ class Model(Progress, HFLM):
     def __init__(self, model: Any, tokenizer: Any, label: str, rows: int):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
         self.expect(label, rows)
-        kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-        self.share = kinds == {"full_attention"}
+        # Sliding windows, chunks and linear attention keep less of a prefix than all of it.
+        layers = DynamicCache(config=model.config).layers
+        self.share = all(type(layer) is DynamicLayer for layer in layers)
         head = model.get_output_embeddings()
         if not head._forward_pre_hooks:
             # Every row's last token is a slice, of which torch makes a product for each row.
@@ -86,6 +91,19 @@ class Model(Progress, HFLM):
         self.tokens = TOKENS["cuda" if self.device.type == "cuda" else "cpu"]
         self.labels: Sequence[str] = ()
         self.probabilities: list[dict[str, float]] = []
+
+    @property
+    def max_length(self) -> int:
+        """The context; a wrapper of several modalities keeps it in its text model's config."""
+        config = self.model.config.get_text_config(decoder=True)
+        names = ("n_positions", "max_position_embeddings", "n_ctx")
+        sizes = (getattr(config, name, None) for name in names)
+        return next((int(size) for size in sizes if size), super().max_length)
+
+    def batch_size_of(self, longest: int, shared: int, budget: int) -> int:
+        """How many rows of at most `longest` tokens go together."""
+        whole = longest + budget
+        return max(1, min(self.tokens // (whole - shared), CACHED // whole))
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -111,7 +129,7 @@ class Model(Progress, HFLM):
         order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
         answers = [""] * len(prompts)
         while order:
-            size = max(1, self.tokens // (len(prompts[order[0]]) - shared + budget))
+            size = self.batch_size_of(len(prompts[order[0]]), shared, budget)
             batch, order = order[:size], order[size:]
             context, mask = self._padded([prompts[row] for row in batch], shared)
             first = _First(labels)
@@ -141,7 +159,8 @@ class Model(Progress, HFLM):
             return None
         ids = torch.tensor([prompts[0][:shared]], device=self.device)
         with torch.inference_mode():
-            return self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+            output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        return output.past_key_values if type(output.past_key_values) is DynamicCache else None
 
     def _padded(self, rows: list[list[int]], shared: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, length) int64 prompts and their mask, with the padding behind `shared` tokens."""

@@ -66,20 +66,11 @@ class Scored:
 
 
 def read(file: Path) -> Content:
-    """A score file; WrongInput where it is damaged, of another version or of another adapter."""
-    try:
-        content: Content = json.loads(file.read_text())
-        told, rows = content["evaluated"], content["predictions"]
-        first = next(iter(content["metrics"]))
-        complete = all(first in row["values"] for row in rows)
-        complete = complete and {"data_sha256", "precision", "limit", "data_from"} <= told.keys()
-    except (OSError, ValueError, KeyError, StopIteration, TypeError):
-        complete = False
-    if not complete:
-        raise WrongInput("no score file of this version; `make eval` scores again")
+    """A score file; WrongInput where it is damaged, or of an adapter that was trained again."""
+    content = report.read(file)
     run = file.parent.parent / "run.json"
     now = json.loads(run.read_text()).get("adapter_sha256") if run.is_file() else None
-    if now and told.get("adapter_sha256") not in (None, now):
+    if now and content["evaluated"].get("adapter_sha256") not in (None, now):
         raise WrongInput("of an adapter that was trained again; `make eval` scores it")
     return content
 
@@ -143,8 +134,11 @@ def numbers(value: dict[str, Any] | None, signed: bool = False) -> dict[str, Any
     if not value:
         return None
     plus = "+" if signed else ""
-    point, low, high = (f"{100 * value[key]:{plus}.1f}" for key in ("value", "low", "high"))
-    return {"point": point, "range": f"{low} … {high}", "sort": value["value"]}
+    point = f"{100 * value['value']:{plus}.1f}"
+    reach = report.NO_INTERVAL
+    if not value.get("no_interval"):
+        reach = f"{100 * value['low']:{plus}.1f} … {100 * value['high']:{plus}.1f}"
+    return {"point": point, "range": reach, "sort": value["value"]}
 
 
 def published(scored: Scored) -> dict[str, dict[str, float]]:
@@ -165,6 +159,8 @@ def table(scored: Scored, gains: dict[str, dict[str, dict[str, Any]]]) -> list[d
     rows, theirs = [], published(scored)
     for dataset, content in scored.contents.items():
         own = content["evaluated"]["data_from"] == "data/sample"
+        told = ["examples" if own else content["evaluated"].get("data_selected")]
+        told.append(evaluation.explain_old(content))
         for place, (metric, value) in enumerate(content["metrics"].items()):
             gain = gains.get(dataset, {}).get(metric)
             score = (
@@ -175,7 +171,7 @@ def table(scored: Scored, gains: dict[str, dict[str, dict[str, Any]]]) -> list[d
             rows.append(
                 {
                     "dataset": dataset,
-                    "note": "examples" if own else content["evaluated"].get("data_selected"),
+                    "note": "; ".join(filter(None, told)),
                     "model": scored.model,
                     "method": scored.method,
                     "setting": scored.setting,
@@ -184,9 +180,9 @@ def table(scored: Scored, gains: dict[str, dict[str, dict[str, Any]]]) -> list[d
                     "score": numbers(value),
                     "gain": numbers(gain, signed=True),
                     "better": gain and (gain["value"] > 0) != (metric in stats.LOWER_IS_BETTER),
-                    "p": gain["corrected"] if gain else None,
+                    "p": gain.get("corrected") if gain else None,
                     "published": score,
-                    "rows": content["examples"],
+                    "rows": len(report.values(content, metric)),
                 }
             )
     return rows
@@ -215,14 +211,9 @@ def verdicts(scored: Scored, gains: dict[str, dict[str, dict[str, Any]]]) -> lis
     for dataset, content in scored.contents.items():
         if published(scored) and (why := report.explain_incomparable(dataset)):
             said.append(f"{dataset}: compared with no published score: {why}.")
-        for part, text in content.get("label_checks", {}).items():
-            said.append(f"{dataset}: labels of the {part} rows: {text}.")
-        if count := report.differing(content):
-            said.append(f"{dataset}: FinLoRA's rule scores {count} rows otherwise.")
-        left = content.get("left_out", {})
-        said += [f"{dataset}: {report.title(metric)} {why}." for metric, why in left.items()]
-        if content.get("cut_prompts"):
-            said.append(f"{dataset}: {content['cut_prompts']} prompts were cut to fit.")
+        if old := evaluation.explain_old(content):
+            said.append(f"{dataset}: {old}; it is compared with no new score.")
+        said += [f"{dataset}: {note}." for note in report.notes_on(content)]
     return said
 
 
@@ -340,15 +331,14 @@ def limited(scored: Scored) -> bool:
 def mean_scores(adapters: list[Scored]) -> tuple[list[str], list[dict[str, float]]]:
     """The datasets that all adapters were scored on, and the mean of each over their first metrics.
 
-    The half-widths of intervals of different datasets add in quadrature.
+    The half-widths of intervals of different datasets add in quadrature; where one has none, the
+    mean has none.
     """
     common = [
         dataset
         for dataset, content in (adapters[0].contents if adapters else {}).items()
         if all(
-            dataset in one.contents
-            and one.contents[dataset]["evaluated"]["data_sha256"]
-            == content["evaluated"]["data_sha256"]
+            dataset in one.contents and report.paired(one.contents[dataset], content)
             for one in adapters
         )
     ]
@@ -356,17 +346,21 @@ def mean_scores(adapters: list[Scored]) -> tuple[list[str], list[dict[str, float
     for one in adapters if common else []:
         first = [next(iter(one.contents[dataset]["metrics"].values())) for dataset in common]
         low, high = (
-            math.sqrt(sum((each["value"] - each[end]) ** 2 for each in first)) / len(first)
+            math.sqrt(sum((each["value"] - each.get(end, each["value"])) ** 2 for each in first))
+            / len(first)
             for end in ("low", "high")
         )
         mean = sum(each["value"] for each in first) / len(first)
+        if any(each.get("no_interval") for each in first):
+            low = high = 0.0
         means.append({"value": mean, "low": mean - low, "high": mean + high})
     return common, means
 
 
 def bars(axes: Any, x: float, y: float, value: dict[str, float], place: int, **more: Any) -> None:
     """A point and its interval, in %; upright where `upright`."""
-    point, low, high = (100 * value[key] for key in ("value", "low", "high"))
+    point = 100 * value["value"]
+    low, high = (100 * value.get(end, value["value"]) for end in ("low", "high"))
     upright = more.pop("upright", False)
     reach = [[point - low], [high - point]]
     where = {"x": x, "y": point, "yerr": reach} if upright else {"x": point, "y": y, "xerr": reach}
@@ -569,5 +563,7 @@ def build(out: Path, planner: Planner) -> list[Path]:
 
 def write(planner: Planner) -> None:
     """Writes runs/report/ and says where."""
-    files = build(runs_module.RUNS / "report", planner)
+    out = runs_module.RUNS / "report"
+    with evaluation.writing(out / "index.html", "; the scores are not touched"):
+        files = build(out, planner)
     print(f"report     {', '.join(map(shown, files))}")

@@ -10,11 +10,20 @@ import sys
 from functools import cache
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    model_validator,
+)
 
 from evals import stats
 from tools import recipes, sources
-from tools.common import ROOT, shown
+from tools.common import ROOT, WrongInput, shown
 
 PUBLISHED = ROOT / "evals" / "published.tsv"
 TITLES = {
@@ -26,9 +35,78 @@ TITLES = {
     "bertscore": "BERTScore F1",
     "rouge_l": "ROUGE-L",
     "token_f1": "token F1",
-    "ece": "ECE, lower is better",
+    "ece": "ECE (biased upwards), lower is better",
 }
 Content = dict[str, Any]  # of a score file
+NO_INTERVAL = "no interval"
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class Metric(Part):
+    value: FiniteFloat
+    low: FiniteFloat | None = None
+    high: FiniteFloat | None = None
+    no_interval: str = ""
+
+    @model_validator(mode="after")
+    def check_interval(self) -> Self:
+        if (self.low is None) != (self.high is None) or (self.low is None) != bool(
+            self.no_interval
+        ):
+            raise ValueError("low and high are needed, or no_interval")
+        return self
+
+
+class Evaluated(Part):
+    dataset: str
+    data_sha256: str
+    precision: str
+    limit: int | None
+    data_from: str | None
+
+
+class Prediction(Part):
+    row: int
+    values: dict[str, FiniteFloat | list[tuple[str, str]] | list[tuple[FiniteFloat, FiniteFloat]]]
+
+
+class ScoreFile(Part):
+    """What every reader of a score file relies on."""
+
+    evaluated: Evaluated
+    metrics: dict[str, Metric] = Field(min_length=1)
+    examples: int
+    predictions: list[Prediction] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def check_rows(self) -> Self:
+        if self.examples != len(self.predictions):
+            raise ValueError(f"examples is {self.examples}, and there are {len(self.predictions)}")
+        for metric in self.metrics:
+            if not any(metric in row.values for row in self.predictions):
+                raise ValueError(f"no row has a value of {metric}")
+        return self
+
+
+def read(file: Path) -> Content:
+    """A score file; raises WrongInput that says what is wrong where it is damaged."""
+    try:
+        text = file.read_bytes()
+        ScoreFile.model_validate_json(text)
+        content: Content = json.loads(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise WrongInput(
+            f"no sound score file: {place}: {first['msg'].lower()}; `make eval` scores again"
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise WrongInput(f"cannot be read: {reason}; `make eval` scores again") from None
+    return content
 
 
 def title(metric: str) -> str:
@@ -37,21 +115,30 @@ def title(metric: str) -> str:
     return f"{known}, FinLoRA's" if plain != metric else known
 
 
-def percent(value: dict[str, float], signed: bool = False) -> str:
+def percent(value: dict[str, Any], signed: bool = False) -> str:
     plus = "+" if signed else ""
-    point, low, high = (100 * value[key] for key in ("value", "low", "high"))
-    return f"{point:{plus}.1f}  [dim]{low:{plus}.1f} … {high:{plus}.1f}[/dim]"
+    point = f"{100 * value['value']:{plus}.1f}"
+    if value.get("no_interval"):
+        return f"{point}  [dim]{NO_INTERVAL}[/dim]"
+    return f"{point}  [dim]{100 * value['low']:{plus}.1f} … {100 * value['high']:{plus}.1f}[/dim]"
+
+
+# What two scores must share to be compared; a file of an earlier version may lack some.
+SAME = ("data_sha256", "task_version", "task", "scoring")
 
 
 def paired(first: Content, second: Content) -> bool:
-    """Whether two score files hold answers to the same rows of the same data."""
+    """Whether two score files hold answers to the same rows, read and scored in the same way."""
     numbers = ([row["row"] for row in one["predictions"]] for one in (first, second))
-    same = first["evaluated"]["data_sha256"] == second["evaluated"]["data_sha256"]
+    sides = (first["evaluated"], second["evaluated"])
+    same = all(sides[0].get(key) == sides[1].get(key) for key in SAME)
     return same and len({tuple(one) for one in numbers}) == 1
 
 
 def values(content: Content, metric: str) -> list[Any]:
-    return [row["values"][metric] for row in content["predictions"]]
+    """The rows' values of a metric, of those rows that have one."""
+    rows = [row["values"] for row in content["predictions"]]
+    return [row[metric] for row in rows if metric in row]
 
 
 def differences(
@@ -66,13 +153,25 @@ def differences(
     for dataset in first:
         one, other = first[dataset], second.get(dataset)
         if other and paired(one, other):
-            both = [metric for metric in one["metrics"] if metric in other["metrics"]]
-            found[dataset] = {
-                metric: stats.compare(metric, values(one, metric), values(other, metric))
-                for metric in both
+            both = {
+                metric: (values(one, metric), values(other, metric))
+                for metric in one["metrics"]
+                if metric in other["metrics"]
             }
+            found[dataset] = {
+                metric: stats.compare(metric, *columns)
+                for metric, columns in both.items()
+                if len(columns[0]) == len(columns[1])
+            }
+    return correct(found)
+
+
+def correct(
+    found: dict[str, dict[str, dict[str, Any]]],
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Adds "corrected" and "family" to differences by dataset and metric that have a p."""
     for metric in {metric for gains in found.values() for metric in gains}:
-        family = [gains[metric] for gains in found.values() if metric in gains]
+        family = [g[metric] for g in found.values() if metric in g and g[metric]["p"] is not None]
         for gain, corrected in zip(family, stats.holm([g["p"] for g in family]), strict=True):
             gain |= {"corrected": corrected, "family": len(family)}
     return found
@@ -117,11 +216,7 @@ def against_published(
             if metric in content["metrics"]:
                 gain = stats.against(metric, values(content, metric), score)
                 found.setdefault(dataset, {})[metric] = gain | {"published": score}
-    for metric in {metric for gains in found.values() for metric in gains}:
-        family = [g[metric] for g in found.values() if metric in g and g[metric]["p"] is not None]
-        for gain, corrected in zip(family, stats.holm([g["p"] for g in family]), strict=True):
-            gain |= {"corrected": corrected, "family": len(family)}
-    return found
+    return correct(found)
 
 
 def explain_incomparable(dataset: str) -> str:
@@ -160,11 +255,34 @@ def differing(content: Content) -> int | None:
 def sentences(gains: dict[str, dict[str, dict[str, Any]]], contents: dict[str, Content]) -> Any:
     """(dataset, metric, verdict) on the first metric of each dataset."""
     for dataset, of_dataset in gains.items():
-        metric = next(iter(of_dataset))
+        metric = next(iter(of_dataset), None)
+        if metric is None:
+            continue
         found = of_dataset[metric]
         rows = contents[dataset]["examples"]
         told = stats.verdict(found, found.get("corrected"), found.get("family", 0), rows)
         yield dataset, metric, told
+
+
+def notes_on(content: Content) -> list[str]:
+    """What a reader of a score must know beside it."""
+    notes = [
+        f"labels of the {part} rows: {text}"
+        for part, text in content.get("label_checks", {}).items()
+    ]
+    if rows := differing(content):
+        notes.append(f"FinLoRA's rule scores {rows} rows otherwise")
+    notes += [f"{title(metric)} {why}" for metric, why in content.get("left_out", {}).items()]
+    reasons: dict[str, list[str]] = {}
+    for metric, value in content["metrics"].items():
+        if reason := value.get("no_interval"):
+            reasons.setdefault(reason, []).append(title(metric))
+    notes += [f"no interval of {', '.join(names)}: {why}" for why, names in reasons.items()]
+    if content.get("cut_prompts"):
+        notes.append(f"{content['cut_prompts']} prompts were cut in their middle to fit")
+    if rows := content.get("refused_rows"):
+        notes.append(f"{rows} rows were refused and count as no answer")
+    return notes
 
 
 def show(name: str, files: dict[str, dict[str, Path]]) -> None:
@@ -173,7 +291,7 @@ def show(name: str, files: dict[str, dict[str, Path]]) -> None:
     from rich.table import Table
 
     scored = {
-        dataset: {side: json.loads(file.read_text()) for side, file in sides.items()}
+        dataset: {side: read(file) for side, file in sides.items()}
         for dataset, sides in files.items()
     }
     sides = list(next(iter(files.values())))
@@ -198,7 +316,11 @@ def show(name: str, files: dict[str, dict[str, Path]]) -> None:
             label = f"{dataset} (examples)" if own else dataset
             theirs = metric.startswith("finlora_")
             table.add_row(
-                label, title(metric), *cells, f"{one['examples']:,}", style="dim" if theirs else ""
+                label,
+                title(metric),
+                *cells,
+                f"{len(values(one, metric)):,}",
+                style="dim" if theirs else "",
             )
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print()
@@ -226,15 +348,7 @@ def show(name: str, files: dict[str, dict[str, Path]]) -> None:
                 f"{dataset}: compared with no published score: {why}.", soft_wrap=True, markup=False
             )
         for side, content in both.items():
-            notes = []
-            for part, text in content.get("label_checks", {}).items():
-                notes.append(f"labels of the {part} rows: {text}")
-            if differing(content):
-                notes.append(f"FinLoRA's rule scores {differing(content)} rows otherwise")
-            notes += [f"{title(metric)} {why}" for metric, why in content["left_out"].items()]
-            if content["cut_prompts"]:
-                notes.append(f"{content['cut_prompts']} prompts were cut in their middle to fit")
-            for note in notes:
+            for note in notes_on(content):
                 console.print(f"{dataset}, {side}: {note}.", soft_wrap=True, markup=False)
     console.print()
     for dataset, places in files.items():
@@ -247,7 +361,7 @@ def between(scored: dict[str, dict[str, dict[str, Path]]]) -> None:
 
     def load(files: dict[str, dict[str, Path]]) -> dict[str, Content]:
         return {
-            dataset: json.loads(sides["adapter"].read_text())
+            dataset: read(sides["adapter"])
             for dataset, sides in files.items()
             if "adapter" in sides
         }
@@ -260,8 +374,8 @@ def between(scored: dict[str, dict[str, dict[str, Path]]]) -> None:
             for dataset, content in one.items()
             if dataset in other
             and all(
-                content["evaluated"][key] == other[dataset]["evaluated"][key]
-                for key in ("base_model", "precision")
+                content["evaluated"].get(key) == other[dataset]["evaluated"].get(key)
+                for key in ("base_model", "precision", "device_class", "backend")
             )
         }
         if not same:

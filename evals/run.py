@@ -14,10 +14,16 @@ and one that was cut off goes on from its last finished batch. Metrics, the pars
 answer budget are those of the task file; nothing here knows a dataset.
 """
 
+import errno
+import fcntl
+import hashlib
 import importlib.metadata
 import json
+import os
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -25,7 +31,7 @@ from typing import Any
 
 import yaml
 
-from evals import report, stats
+from evals import backends, report, stats
 from evals.answers import Answers, Prompts
 from evals.backends import BACKENDS, Endpoint
 from tools import models as weights
@@ -37,6 +43,7 @@ from tools.common import (
     digest,
     nearest,
     quiet,
+    shown,
     write_json,
 )
 from tools.prompts import TOKENIZER, with_template
@@ -45,6 +52,9 @@ from tools.subjects import Subject
 TASKS = ROOT / "evals" / "tasks"
 # What answers depend on beside the model; torch's builds for CPU and CUDA count as one.
 LIBRARIES = ["torch", "transformers", "peft", "bitsandbytes", "lm_eval"]
+# Goes up with every change of the code that makes, reads or scores answers (a test holds the two
+# together), so that scores of before are made anew and compared with none of now.
+SCORING = 2
 
 # ---- tasks
 
@@ -122,7 +132,8 @@ def evaluated(
     backend: str = "transformers",
 ) -> dict[str, Any]:
     """What a score depends on; where it is the same, the score stands."""
-    content, files = read(tasks()[dataset])
+    content, _ = read(tasks()[dataset])
+    task = json.dumps(content, sort_keys=True).encode()
     manifest = sources.manifest(test_path(dataset))
     told = subject.identity() if isinstance(subject, Endpoint) else _identity_of(subject, side)
     return {
@@ -134,9 +145,33 @@ def evaluated(
         "data_sha256": manifest["sha256"],
         "data_from": manifest.get("from"),
         "data_selected": manifest.get("selected"),
-        "task_files": {path.name: digest(path)[:12] for path in [*files, TASKS / "utils.py"]},
+        "task": hashlib.sha256(task).hexdigest()[:12],
+        "scoring": SCORING,
         "limit": limit,
     }
+
+
+def device_class() -> str:
+    """What kernels a device computes with: `cpu`, or `cuda` and the GPU's capability."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    return "cuda {}.{}".format(*torch.cuda.get_device_capability())
+
+
+def explain_old(content: dict[str, Any]) -> str:
+    """Why a score is an old one; empty where it was made by the task and the code of now."""
+    depends = content["evaluated"]
+    dataset, version = depends["dataset"], depends.get("task_version")
+    if dataset not in tasks():
+        return "old: its task is not there any more"
+    now = read(tasks()[dataset])[0]["metadata"]["version"]
+    if version != now:
+        return f"old: task version {version}, now {now}"
+    if depends.get("scoring") != SCORING:
+        return "old: scored by an earlier version"
+    return ""
 
 
 def _identity_of(subject: Subject, side: str) -> dict[str, Any]:
@@ -154,6 +189,7 @@ def _identity_of(subject: Subject, side: str) -> dict[str, Any]:
         "adapter_sha256": digest(adapter / "adapter_model.safetensors") if adapter else None,
         "prompt_format": subject.prompt_format,
         "chat_template_kwargs": subject.options,
+        "device_class": device_class(),
         **({"tokenizer": tokenizer} if tokenizer else {}),
     }
 
@@ -218,7 +254,9 @@ def measure(
         pairs = values.get("f1_weighted") or [(sample["target"], answer.strip())]
         row["expected"], row["answered"] = (", ".join(side) for side in zip(*pairs, strict=True))
         row |= {"answer": answer} | ({"cut": prompts.cut[text]} if text in prompts.cut else {})
-        if answers and (shares := answers.likely(text)) and sample["target"] in shares:
+        kept = answers.recall(text) if answers else {}
+        row |= {"refused": kept["refused"]} if "refused" in kept else {}
+        if (shares := kept.get("probabilities")) and sample["target"] in shares:
             likeliest = max(shares, key=lambda label: shares[label])
             right = float(likeliest == sample["target"])
             row |= {"probabilities": shares, "calibration": [(shares[likeliest], right)]}
@@ -238,12 +276,13 @@ def measure(
     return ordered, left_out
 
 
-def score(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Every metric of the rows with its interval."""
-    return {
-        metric: stats.estimate(metric, [row["values"][metric] for row in rows])
-        for metric in rows[0]["values"]
-    }
+def score(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Every metric with its interval, of the rows that have a value of it."""
+    columns: dict[str, list[Any]] = {}
+    for row in rows:
+        for metric, value in row["values"].items():
+            columns.setdefault(metric, []).append(value)
+    return {metric: stats.estimate(metric, column) for metric, column in columns.items()}
 
 
 @dataclass(frozen=True)
@@ -260,54 +299,137 @@ def run(subject: Subject | Endpoint, request: Request) -> dict[str, dict[str, Pa
     """Scores what has no score yet; returns the score files: dataset → side → file."""
     limit, force, backend = request.limit, request.force, request.backend
     names = datasets(subject.task, request.datasets)
+    job = Job(subject, limit, force, backend)
     if isinstance(subject, Subject):
         smollm2.ensure(subject.config["base_model"])
     files = {
         name: {side: subject.file(side, name, limit) for side in subject.sides} for name in names
     }
+    if isinstance(subject, Subject) and weights.base_folder(subject.config["base_model"]) is None:
+        quiet()
+        # The commit of a base is known once it is downloaded, and a score depends on it.
+        job.load()
     todo = []
     for side in subject.sides:
         for name in names:
             identity = evaluated(subject, side, name, limit, backend)
-            if force or _kept(files[name][side]) != identity:
+            if force or _kept(files[name][side], warn=True) != identity:
                 todo.append((side, name, identity))
-    if not todo:
-        return files
-    print(f"eval       {subject.name} on {', '.join(names)}", flush=True)
-    quiet()
-    models = BACKENDS[backend](subject)
-    # Datasets that share prompts (other labels, other classes) share the answers.
-    known: dict[str, dict[str, Any]] = {}
+    if todo:
+        print(f"eval       {subject.name} on {', '.join(names)}", flush=True)
+        quiet()
+    for side, name, _ in todo:  # before hours of work, not after
+        folder = files[name][side].parent
+        with writing(files[name][side]):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     for side, name, identity in todo:
         file = files[name][side]
-        label = f"{name}, {side}:"
+        # Two jobs may share a base: the second one waits, and then finds the score.
+        with writing(file), locked(file):
+            if force or _kept(file) != identity:
+                job.score(side, name, identity, file)
+    return files
+
+
+class Job:
+    """Scores a subject; its model is loaded when the first answer is needed."""
+
+    def __init__(self, subject: Subject | Endpoint, limit: int | None, force: bool, backend: str):
+        self.subject, self.limit, self.force, self.backend = subject, limit, force, backend
+        # Datasets that share prompts (other labels, other classes) share the answers.
+        self.known: dict[str, dict[str, Any]] = {}
+
+    @cache  # noqa: B019 (a job lives as long as the command)
+    def load(self) -> backends.Models:
+        return BACKENDS[self.backend](self.subject)
+
+    def score(self, side: str, name: str, identity: dict[str, Any], file: Path) -> None:
+        subject = self.subject
         budget = json.dumps(read(tasks()[name])[0]["generation_kwargs"])
         kept = file.with_name(f".{file.stem}.partial.jsonl")
-        if force:
+        if self.force:
             kept.unlink(missing_ok=True)
-        answers = Answers(kept, identity, known.setdefault(side + budget, {}))
+        answers = Answers(kept, identity, self.known.setdefault(side + budget, {}))
         prompts = Prompts(subject.prompt_format, subject.options)
-        with models(side, label, len(picked(name, limit))) as lm:
-            rows, left_out = measure(lm, name, limit, prompts, answers)
+        with self.load()(side, f"{name}, {side}:", len(picked(name, self.limit))) as lm:
+            rows, left_out = measure(lm, name, self.limit, prompts, answers)
+        refused = [row["refused"] for row in rows if "refused" in row]
+        if len(refused) == len(rows):
+            raise JobFailed(f"{subject.name} refuses every row of {name}: {refused[0]}")
         content = {
             "evaluated": identity,
-            "device": str(getattr(lm, "device", backend)),
+            "device": str(getattr(lm, "device", self.backend)),
             "examples": len(rows),
             "metrics": score(rows),
             "left_out": left_out,
             "cut_prompts": sum("cut" in row for row in rows),
+            "refused_rows": len(refused),
             "label_checks": collect_label_checks(subject, side, name),
             "predictions": rows,
         }
         write_json(file, content)
         kept.unlink()
-    return files
 
 
-def _kept(file: Path) -> Any:
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+
+
+KEPT = "; what was answered is kept, and the same command goes on from there"
+
+
+@contextmanager
+def writing(file: Path, kept: str = KEPT) -> Iterator[None]:
+    """Makes one line of what a full disk, or a folder that may not be written, raises."""
     try:
-        return json.loads(file.read_text())["evaluated"]
-    except (OSError, ValueError, KeyError):
+        yield
+    except Exception as error:
+        cause: BaseException | None = error  # libraries wrap what the disk says
+        while cause and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        name = str(getattr(cause, "filename", None) or "")
+        inside = Path(name).is_relative_to(file.parent)
+        if not isinstance(cause, OSError) or (cause.errno not in FULL and not inside):
+            raise
+        place = Path(name) if name and not inside else file
+        raise JobFailed(
+            f"{shown(place)} cannot be written: {str(cause.strerror).lower()}{kept}"
+        ) from error
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Holds the lock of a score file, and waits while another job has it."""
+    path = file.with_name(f".{file.stem}.lock")
+    while True:
+        lock = open(path, "w")  # noqa: SIM115 (closed below)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"eval       waits for another job that scores {shown(file)}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        # The job before removed the file that this one waited for; it may be there again.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                break
+        lock.close()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.close()
+
+
+def _kept(file: Path, warn: bool = False) -> Any:
+    """What a score file was made of; None where there is none, or a damaged one."""
+    if not file.is_file():
+        return None
+    try:
+        return report.read(file)["evaluated"]
+    except WrongInput as error:
+        if warn:
+            print(f"eval       {shown(file)} is scored again: {error}", file=sys.stderr)
         return None
 
 

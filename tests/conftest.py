@@ -12,6 +12,7 @@ import yaml
 from tools import common, recipes, sources
 from tools import smollm2 as export
 from tools.data import convert
+from tools.use import serve
 
 common.quiet()
 # Several workers share the cores: one thread each, for what they start too.
@@ -19,6 +20,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 # Files that take longest, which start first, so that no worker is left alone with one at the end.
 LONGEST = ["test_survival", "test_train", "test_eval", "test_multi", "test_hub", "test_serve"]
+# What vLLM answers on a GPU of the Ampere generation.
+GPU = serve.Engine(
+    ["vllm", "serve"],
+    device="cuda",
+    ranks=[1, 8, 16, 32, 64, 128, 256, 320, 512],
+    dtypes=["bfloat16", "float16", "float32"],
+    quantizes=True,
+)
 # Some tests work in another folder.
 if os.environ.get("FINLORA_DATA"):
     os.environ["FINLORA_DATA"] = os.path.abspath(os.environ["FINLORA_DATA"])

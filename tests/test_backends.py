@@ -194,7 +194,10 @@ def test_a_wrong_an_empty_and_a_long_answer_are_answers(server, monkeypatch):
 # ---- what goes on going wrong stops the job
 
 
-@pytest.mark.parametrize("fault", [name for name in FAULTS if name != "a rate limit"])
+PASSING = ("a rate limit", "a filter")  # a filter refuses a row, not the job
+
+
+@pytest.mark.parametrize("fault", [name for name in FAULTS if name not in PASSING])
 def test_a_fault_that_stays_stops_the_job_and_the_same_command_goes_on(
     fault, server, monkeypatch, capsys
 ):
@@ -223,7 +226,7 @@ def test_a_fault_that_stays_stops_the_job_and_the_same_command_goes_on(
     assert len(server.asked) == 3 and not set(server.asked) & set(spoken)
 
 
-@pytest.mark.parametrize("status, code", [(401, 2), (403, 2), (404, 2), (400, 1)])
+@pytest.mark.parametrize("status, code", [(401, 2), (403, 2), (404, 2), (402, 1), (405, 1)])
 def test_what_no_retry_helps_is_asked_once(status, code, server, monkeypatch, capsys):
     monkeypatch.setattr(backends, "CONCURRENT", 1)
     refuse = {"error": {"message": "no\nway"}}
@@ -233,6 +236,80 @@ def test_what_no_retry_helps_is_asked_once(status, code, server, monkeypatch, ca
     assert stopped.value.code == code
     assert len(server.asked) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+REFUSALS = {
+    "a prompt that is too long": lambda handler: handler.reply(refuse("context length"), 400),
+    "a request that is too large": lambda handler: handler.reply(refuse("too large"), 413),
+    "a row that cannot be processed": lambda handler: handler.reply(refuse("no"), 422),
+    "a filter": FAULTS["a filter"],
+}
+
+
+def refuse(reason):
+    return {"error": {"message": f"{reason}\nfor key {KEY}"}}
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_a_refused_row_is_no_answer_and_the_others_count(kind, server, monkeypatch, capsys):
+    monkeypatch.setattr(backends, "RETRIES", 1)
+    chosen = []
+
+    def refuse_one(handler, times, body):
+        with server.lock:
+            text = body["messages"][0]["content"]
+            chosen[:] = chosen or [text]
+        if text == chosen[0]:
+            REFUSALS[kind](handler)
+        return text == chosen[0]
+
+    server.misbehave = refuse_one
+    ask(monkeypatch, server)
+    content = scored()
+    refused = [row for row in content["predictions"] if "refused" in row]
+    assert len(refused) == content["refused_rows"] == 1
+    (row,) = refused
+    assert row["answer"] == "" and row["values"]["accuracy"] == 0
+    assert row["refused"] and "\n" not in row["refused"] and KEY not in row["refused"]
+    assert content["metrics"]["accuracy"]["value"] == 7 / 8
+    assert "1 rows were refused and count as no answer" in capsys.readouterr().out
+    asked = len(server.asked)
+    ask(monkeypatch, server)  # the score stands
+    assert len(server.asked) == asked
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_where_every_row_is_refused_the_job_ends_and_keeps_no_refusal(
+    kind, server, monkeypatch, capsys
+):
+    monkeypatch.setattr(backends, "RETRIES", 1)
+    server.misbehave = lambda handler, times, body: REFUSALS[kind](handler) or True
+    with pytest.raises(SystemExit) as stopped:
+        ask(monkeypatch, server, limit=40)
+    assert stopped.value.code == 1
+    lines = capsys.readouterr().err.splitlines()  # the server here complains of clients that go
+    (line,) = [line for line in lines if line.startswith("error: ")]
+    assert "refuses every row" in line
+    assert len(set(server.asked)) < 40  # it is not asked to the end
+    server.misbehave = lambda handler, times, body: False
+    ask(monkeypatch, server, limit=40)
+    assert "refused_rows" in (content := scored("fpb_sample40")) and not content["refused_rows"]
+
+
+def test_the_last_rows_of_a_job_that_goes_on_may_all_be_refused(server, monkeypatch):
+    monkeypatch.setattr(backends, "CONCURRENT", 1)
+    monkeypatch.setattr(backends, "RETRIES", 0)
+    answers = iter([False] * 6)
+
+    def stop(handler, times, body):
+        return next(answers, None) is None and (handler.reply({}, 500) or True)
+
+    server.misbehave = stop
+    with pytest.raises(SystemExit):
+        ask(monkeypatch, server)
+    server.misbehave = lambda handler, times, body: handler.reply(refuse("no"), 400) or True
+    ask(monkeypatch, server)
+    assert scored()["refused_rows"] == 2
 
 
 def test_a_server_that_is_not_there_is_one_line(server, monkeypatch, capsys):

@@ -104,7 +104,7 @@ def test_a_recipe_without_a_file_is_swept_merged_with_a_profile_and_named_on_the
     swept = [other.name for other in sweep.chosen("qwen3-8b/ner_r8*")]
     methods = ("r8", "r8_dora", "r8_dora_a32", "r8_rslora", "r8_fp16")
     assert swept == [f"qwen3-8b/ner_{method}" for method in methods]
-    merged = profiles.merged(recipe, profiles.Choice("cpu"))
+    merged = profiles.merge_config(recipe, profiles.Choice("cpu"))
     assert merged == merged | recipes.select_learned(recipe.config) | {
         key: merged[key] for key in ("datasets", "test_datasets", "optimizer")
     }

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from evals import run as scoring
-from tests.conftest import run
+from tests.conftest import GPU, run
 from tools import models, prompts, recipes, sources, subjects
 from tools.common import ROOT, WrongInput, parse_yaml
 from tools.data import convert
@@ -106,7 +106,7 @@ def trained(tiny, rows, tmp_path_factory):
     [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in CONFIGS],
 )
 def test_what_a_config_trained_is_rendered_loaded_merged_and_served_as_it_was_trained(
-    trained, name
+    trained, name, tmp_path
 ):
     import torch
     from datasets import load_from_disk
@@ -151,14 +151,15 @@ def test_what_a_config_trained_is_rendered_loaded_merged_and_served_as_it_was_tr
         tokenizer, ROWS[0]["messages"][:1]
     )
     assert again.get_input_embeddings().num_embeddings >= len(tokenizer)
-    line = serve.on_vllm(who, "mine", [])
+    line = serve.on_vllm(who, "mine", [], GPU, tmp_path)
     if who.config.get("lora_modules_to_save"):
         assert line[2] == str(target)
-    if (
-        prompts.changes_tokenizer(recipes.find(str(trained[name])).config)
-        and "merged" not in line[2]
-    ):
-        assert "--chat-template" in line
+    template = Path(line[line.index("--chat-template") + 1]).read_text()
+    assert tokenizer.apply_chat_template(
+        ROWS[0]["messages"][:1], chat_template=template, tokenize=False, add_generation_prompt=True
+    ) == prompts.render(tokenizer, ROWS[0]["messages"][:1], who.options)
+    if prompts.changes_tokenizer(who.config) and "merged" not in line[2]:
+        assert line[line.index("--tokenizer") + 1] == str(who.adapter)
 
 
 @pytest.mark.parametrize("name", ["tokens", "template_of_rows", "compute_dtype"])
@@ -334,7 +335,7 @@ def test_merged_mappings_and_anchors_may_repeat_keys():
 )
 def test_no_profile_changes_what_a_config_of_ones_own_learns(own, profile, tiny, rows, tmp_path):
     recipe = recipes.find(str(write(tmp_path, tiny, rows, **own)))
-    content = profiles.merged(recipe, profiles.Choice(profile))
+    content = profiles.merge_config(recipe, profiles.Choice(profile))
     for key in ("sample_packing", "pad_to_sequence_len", "liger_rope", "attn_implementation"):
         if key in own:
             assert content[key] == own[key]
@@ -348,7 +349,7 @@ def test_no_profile_changes_what_a_config_of_ones_own_learns(own, profile, tiny,
 def test_what_a_profile_changes_of_ones_own_keys_is_said(tiny, rows, tmp_path):
     own = {"optimizer": "paged_adamw_8bit", "bf16": "auto", "plugins": ["my.Plugin"]}
     recipe = recipes.find(str(write(tmp_path, tiny, rows, **own, flash_attention=True)))
-    lines = profiles.changed(recipe, profiles.merged(recipe, profiles.Choice("cpu")))
+    lines = profiles.list_changes(recipe, profiles.merge_config(recipe, profiles.Choice("cpu")))
     for said in (
         "optimizer: paged_adamw_8bit → adamw_torch (the same algorithm",
         "bf16: auto → False",
@@ -357,7 +358,10 @@ def test_what_a_profile_changes_of_ones_own_keys_is_said(tiny, rows, tmp_path):
     ):
         assert any(line.startswith(said) for line in lines), (said, lines)
     catalogue = recipes.find("sentiment_r4")
-    assert profiles.changed(catalogue, profiles.merged(catalogue, profiles.Choice("cpu"))) == []
+    assert (
+        profiles.list_changes(catalogue, profiles.merge_config(catalogue, profiles.Choice("cpu")))
+        == []
+    )
 
 
 def test_gradient_checkpointing_is_turned_on_and_off(tiny, rows, tmp_path):

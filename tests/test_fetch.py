@@ -446,6 +446,9 @@ def test_the_time_between_tries_doubles_up_to_a_limit_and_varies(
         times = {fetch.backoff(tries, "") for _ in range(50)}
         assert len(times) > 1 and longest / 2 <= min(times) <= max(times) <= longest
     assert fetch.backoff(1, "7") == 7
+    # A date is by the server's clock, whatever this machine's says.
+    dates = ("Wed, 21 Oct 2099 07:28:05 GMT", "Wed, 21 Oct 2099 07:28:00 GMT")
+    assert fetch.backoff(1, *dates) == 5
     assert fetch.backoff(1, "soon") <= 1
 
 

@@ -124,22 +124,147 @@ C. lower
 Answer:"""
 
 
+# fmt: off
+DECIDED_ON_B = [
+    "B", "B is correct", "Answer: **B**", "The correct answer is B because cash falls",
+    "\\boxed{B}", "(b)", "B) lower cash flow", "b.", "Option B", "The answer is (B).", "**B**",
+    "B: lower cash flow", "Choice B", "I would choose B", "Final answer: B", "<answer>B</answer>",
+    "B\n\nExplanation: A is wrong.", "It's B", "Correct option: [B]", "B.", "B. lower cash flow",
+    "(B)", "[B]", "b", "b)", "\"B\"", "'B'", "**B. lower cash flow**", "**B) lower cash flow**",
+    "*B*", "`B`", "__B__", "B - lower cash flow", "B – lower cash flow", "B — lower cash flow",
+    "B, because cash falls", "B because cash falls", "B lower cash flow", "Answer: B",
+    "answer: b", "ANSWER: B", "Answer is B", "Answer - B", "Answer:\nB", "The answer is: B",
+    "The answer is B", "the answer is b", "The answer is option B", "The answer is \"B\"",
+    "The answer would be B.", "The correct answer is option (B).", "The correct choice is B.",
+    "The best answer is B", "The right answer is B, not A.", "My answer is B.", "My choice: B",
+    "So the answer is B.", "Therefore, the answer is B.", "Therefore, B.",
+    "Therefore B is correct.", "Thus, option B is correct.", "Hence the correct option is B",
+    "Option B is correct.", "Option B is the correct answer.", "Option (B)", "option b",
+    "Choice (B)", "Choice B is right.", "B is the answer.", "B is the correct answer",
+    "B is the best choice", "B is right", "B is true", "(B) is correct", "I choose B",
+    "I choose option B.", "I'd choose B.", "I would select B", "I'd go with B.",
+    "I will go with option B", "I pick B", "I think B", "I think B.", "I think the answer is B.",
+    "I think it's B", "I believe B is correct.", "I believe the correct answer is B.",
+    "I'd say B.", "It is B.", "It must be B.", "It would be B", "That would be B.",
+    "It's option B.", "Definitely B.", "Probably B", "Most likely B.", "Sure! The answer is B.",
+    "Sure, B.", "Letter B", "The letter is B.", "The correct letter is B", "Correct answer: B",
+    "Correct: B", "Selected answer: B", "Final Answer: **B**", "**Final answer:** B",
+    "**Answer:** B", "**Answer: B. lower cash flow**", "### Answer\nB", "#### B", "Ans: B",
+    "ans. B", "Solution: B", "Response: B", "Answer = B", "Answer → B", "$\\boxed{B}$",
+    "\\boxed{\\text{B}}", "The final answer is $\\boxed{B}$.", "The answer is \\(B\\).",
+    "<answer>\nB\n</answer>", "<answer>b</answer>", "<b>B</b>", "{\"answer\": \"B\"}",
+    "{\"answer\":\"B\"}", "{'answer': 'B'}", "Ｂ", "Ⓑ", "B.\n", "\nB", "  B  ", "B!", "B;",
+    "B\nA company may…", "lower cash flow", "It reports lower cash flow.",
+    "The answer is lower cash flow.", "The statement that fits best is B.",
+    "The correct answer to this question is B.", "The correct answer here is B",
+    "Based on the rule, the answer is B.", "A is wrong, so B is correct.",
+    "A is incorrect. B is correct.", "A is not correct; the answer is B.",
+    "Neither A nor C is right. The answer is B.", "A and C are incorrect, so the answer is B.",
+    "The answer is not A, it's B.", "The answer is A. Wait, no, the answer is B.",
+    "A. higher net income is wrong. The answer is B.", "B, not A", "B rather than C",
+    "B (lower cash flow)", "The answer, B, follows from the rule.", "B it is.",
+    "Only B is correct.", "The correct answer is:\n\nB. lower cash flow",
+    "The correct answer is **B. lower cash flow**.", "Q: x\nA: B", "Answer (B)", "Answer B",
+    "B is my answer.", "B would be the correct answer.", "B seems correct.",
+    "B\n\nQuestion: next one\nAnswer: C",
+    "B. lower cash flow\n\nQuestion: another?\nA. x\nB. y\nAnswer: A", "Answer: Option B",
+    "Answer: (b) lower cash flow", "The choice is B", "Choose B.", "Select B",
+    "the solution is B", "B - because the firm pays", "Answer: B, as cash falls",
+    "Answer: B (lower cash flow)", "the correct option would be B", "Statement B is correct.",
+    "We choose B.", "B. Because cash falls, A is not right.", "B is the most appropriate answer",
+    "B is the most likely correct answer.", "The most accurate choice is B.", "It has to be B.",
+    "My final answer is B.", "Final answer is B", "Final answer:\nB", "The final choice: B",
+    "B.lower cash flow", "B:", "B)", "(B", "B]", "A or B? I would choose B.",
+    "Yes, B is correct.", "Both A and C are wrong; B is correct.",
+    "I'm confident the answer is B", "The answer must be B", "Option B because cash falls",
+    "Option B: lower cash flow", "Option B. lower cash flow", "option B - lower cash flow",
+    "Answer: b) lower cash flow", "The correct answer is b) lower cash flow",
+    "The answer is b. lower cash flow", "Let me think. Costs are capitalized, so the answer is B",
+    "b is correct", "The answer is b because", "I'm going with B", "The answer can only be B",
+    "C is wrong. A is wrong. B", "1. B", "B ✓", "Assistant: B", "Answer: <B>",
+    "The answer is _B_", "Between A and C, B is best", "Yes. B.",
+    "Answer: B. A company spreads the cost", "<|assistant|>B", "Incorrect: A. Correct: B",
+]
+UNDECIDED = [
+    "A company is", "I think a bond", "A or B", "A bond is safer", "x", "A company capitalizes",
+    "A and B", "Both A and B", "A, B", "A/B", "A & B", "Either A or B", "A, B or C",
+    "A, B, and C", "It could be A or B.", "The answer is A or B.", "The answer is either A or B",
+    "The answer could be B", "It might be B", "Neither A nor B", "Not A", "Not B.", "It is not B",
+    "B is incorrect", "B is wrong", "B is not correct", "Option B is wrong",
+    "I do not think B is correct", "I don't think it's B.", "The answer isn't B",
+    "The answer is not B", "I doubt that B is correct.", "If B is correct, then",
+    "whether B is correct", "because B is wrong",
+    "A. higher net income\nB. lower cash flow\nC. lower",
+    "A) higher net income\nB) lower cash flow", "(A) higher net income (B) lower cash flow",
+    "The answer is A. The answer is B.", "A is correct. B is correct.",
+    "A is correct and B is also correct.", "A-rated bonds", "Class B shares", "B shares",
+    "Series B is best", "Plan B is the best", "Bond B is the best choice.", "Vitamin B",
+    "I have a B rating", "The rating is B.", "Its grade is B", "Grade B", "U.S. companies",
+    "D&O insurance", "E.g. bonds", "e.g. bonds", "i.e. bonds", "C corporation", "An increase",
+    "As a rule", "I am not sure", "I cannot tell", "None of the above", "",
+    "The answer is a bond", "The answer is a company", "Answer: A company", "Answer: a bond",
+    "I think A company is", "I would choose a bond", "I choose a fund", "It's a bond",
+    "It is a company", "Choose between A and B", "A vs B", "A versus B",
+    "which of A, B and C is correct", "A? B?", "B?", "Maybe A, maybe B", "A to C",
+    "The correct answer is a lower-rated bond",
+    "Option A is higher net income and option B is lower cash flow", "Choices A and B",
+    "Options: A, B, C", "The answer is A and B", "It is between A and B", "A's income",
+    "B's income", "AB", "ABC", "BB", "higher net income or lower cash flow",
+    "not lower cash flow", "All of A, B, and C are correct", "A 5% increase", "E = mc2",
+    "Answer: A, B", "Answer: A and C", "B or not B", "B and C are correct",
+    "I'm torn between A and B.", "I'd say A or B.", "slower", "The incorrect answer is B",
+    "It's not B", "The answer depends on whether the rating is B", "A+", "C++",
+    "D. E. Shaw is a fund", "A (incorrect)", "Wrong: A", "A is false", "\\boxed{A or B}",
+    "B or perhaps another one", "Answer: None", "Tier B is best",
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("answer", DECIDED_ON_B)
+def test_a_letter_is_read_however_it_is_put(answer):
+    result = scores(utils.exam, "B. lower cash flow", answer, PROMPT)
+    assert result["f1_weighted"] == [("B", "B")] and result["accuracy"] == 1
+
+
+@pytest.mark.parametrize("answer", UNDECIDED)
+def test_an_answer_that_decides_on_no_letter_has_none(answer):
+    result = scores(utils.exam, "B. lower cash flow", answer, PROMPT)
+    assert result["f1_weighted"] == [("B", "[none]")] and result["accuracy"] == 0
+
+
 @pytest.mark.parametrize(
     ("answer", "letter"),
     [
-        *(("A. higher net income", "A"), ("B", "B"), ("(C)", "C"), ("B) lower", "B"), ("A\n", "A")),
-        *(("The answer is B.", "B"), ("Answer: C. x", "C"), ("**B. lower**", "B")),
+        *(("A. higher net income", "A"), ("(C)", "C"), ("A\n", "A"), ("a", "A"), ("A", "A")),
+        *(("Answer: C. x", "C"), ("A is correct.", "A"), ("The answer is A because", "A")),
         # The text of a choice, without its letter; of those that it holds, the longest.
         *(("higher net income", "A"), ("It reports lower cash flow.", "B"), ("LOWER", "C")),
         # The letter counts where the two differ.
         ("B. higher net income", "B"),
-        *(("A company", "[none]"), ("because B is wrong", "[none]"), ("", "[none]")),
+        *(("It is B, not A.", "B"), ("A, because B is wrong", "A"), ("D", "[none]")),
     ],
 )
-def test_the_letter_of_an_exam_answer_is_found(answer, letter):
-    found = scores(utils.exam, "B. lower cash flow", answer, PROMPT)
-    assert found["f1_weighted"] == [("B", letter)]
-    assert found["accuracy"] == float(letter == "B")
+def test_the_letter_of_an_exam_answer_is_read(answer, letter):
+    result = scores(utils.exam, "B. lower cash flow", answer, PROMPT)
+    assert result["f1_weighted"] == [("B", letter)]
+    assert result["accuracy"] == float(letter == "B")
+
+
+def test_finloras_scoring_of_an_exam_is_not_touched():
+    docs = [row(PROMPT, "B. lower cash flow"), row(PROMPT, "A. higher net income")]
+    outputs = [["The answer is B."], ["it is a. higher net income"]]
+    judged = [one for (one,) in utils.finlora(outputs, docs)]
+    assert [expected == answered for expected, answered in judged] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "text", ["a ", "B ", "A, B, ", "A is ", "answer is ", "\\boxed{", "111 ", "("]
+)
+def test_a_long_answer_takes_no_time_that_grows_with_its_square(text):
+    """Quadratic work on 50,000 characters would take minutes."""
+    long = text * (50_000 // len(text))
+    utils.letter(long, {"A": "higher", "B": "lower"})
+    utils.read_number(long)
 
 
 def test_an_exam_key_without_a_letter_is_text_and_no_answer_does_not_match_it():
@@ -183,6 +308,78 @@ def test_a_tag_may_leave_out_its_prefix_but_not_have_another(answer, right):
 # ---- numbers
 
 
+# fmt: off
+NUMBERS = [
+    ("75 bps", 75, "bp"), ("\\boxed{$9{,}500}", 9500, ""),
+    ("In fiscal 2023, revenue was $5.2 million", 5200000.0, ""), ("1.2 bil", 1200000000.0, ""),
+    ("3,14", 3.14, ""), ("1.234,56", 1234.56, ""), ("(3.14)", -3.14, ""), ("(3.14)%", -3.14, "%"),
+    ("(3.14%)", -3.14, "%"), ("−3.14", -3.14, ""), ("–5", -5, ""), ("4 400 people", 4400, ""),
+    ("250 m above", 250, ""), ("4\u2009400 people", 4400, ""), ("4\u00a0400", 4400, ""),
+    ("4\u202f400,50", 4400.5, ""), ("5.2bn", 5200000000.0, ""), ("$1.2M", 1200000.0, ""),
+    ("12k", 12000, ""), ("1.5e9", 1500000000.0, ""), ("1.5 × 10^9", 1500000000.0, ""),
+    ("1.5×10⁹", 1500000000.0, ""), ("1.2E-4", 0.00012, ""),
+    ("$1.5 \\times 10^{9}$", 1500000000.0, ""), ("10^6", 1000000.0, ""),
+    ("1.5e9.", 1500000000.0, ""), ("1,234,567", 1234567, ""), ("1,234.56", 1234.56, ""),
+    ("1'234'567", 1234567, ""), ("1’234", 1234, ""), ("1.234.567", 1234567, ""),
+    ("1.234.567,89", 1234567.89, ""), ("0,075", 0.075, ""), ("12,34,567", 1234567, ""),
+    ("12,5 %", 12.5, "%"), ("7.5 percent", 7.5, "%"), ("50 basis points", 50, "bp"),
+    ("25bp", 25, "bp"), ("-$5", -5, ""), ("$-5", -5, ""), ("$(473)", -473, ""),
+    ("($5.2 million)", -5200000.0, ""), ("(5,000,000)", -5000000.0, ""),
+    ("minus 3.2%", -3.2, "%"), ("negative $5 million", -5000000.0, ""), ("- 5.2", -5.2, ""),
+    ("+7", 7, ""), ("-.5", -0.5, ""), ("US$ 12.5 billion", 12500000000.0, ""),
+    ("€1.2 bn", 1200000000.0, ""), ("£250m", 250000000.0, ""), ("USD 250 m", 250000000.0, ""),
+    ("250 m USD", 250000000.0, ""), ("$5 mm", 5000000.0, ""), ("5 mm", 5, ""),
+    ("5.2 million dollars", 5200000.0, ""), ("2.1 trillion", 2100000000000.0, ""),
+    ("$1.2T", 1200000000000.0, ""), ("5 t of steel", 5, ""), ("9.5x", 9.5, ""),
+    ("9.5 times", 9.5, ""), ("The answer is 42.", 42, ""),
+    ("The final answer is $\\boxed{42}$", 42, ""), ("Q3 2022: 15", 15, ""),
+    ("FY2021: 20", 20, ""), ("As of December 31, 2022, 3,500", 3500, ""),
+    ("On 2022-12-31 it was 12", 12, ""), ("In 2022, it fell from 5 to 4", 5, ""),
+    ("2021", 2021, ""), ("The 10-K says 12.5", 12.5, ""),
+    ("3M's revenue was $32.8 billion", 32800000000.0, ""),
+    ("Over 3 years, it grew by 7.5%", 7.5, "%"), ("1. Revenue was $5 million", 5000000.0, ""),
+    ("**$5.2 million**", 5200000.0, ""), ("SI = 28000 * 7 * 0.09 = 17640.00", 17640, ""),
+    ("= 5", 5, ""), ("x = ", None, ""), ("none", None, ""), ("", None, ""),
+    ("24207000</us-gaap>", 24207000, ""), ("487 282 000", 487282000, ""),
+    ("$5-million", 5000000.0, ""), ("5 thousand", 5000, ""), ("12 mio", 12000000.0, ""),
+    ("0.5 Mrd", 500000000.0, ""), ("５００", 500, ""), ("1 234,5 million", 1234500000.0, ""),
+    ("5-10", 5, ""), ("2021-2022: 7", 7, ""), ("FY 2019-20 growth: 3%", 3, "%"),
+    ("COVID-19 cost 5 million", 5000000.0, ""), ("See Note 5: 12.3", 12.3, ""),
+    ("$9,500.00", 9500, ""), ("9\\,500", 9500, ""), ("€ 1.234,56", 1234.56, ""),
+    ("1,234", 1234, ""), ("1.234", 1.234, ""), ("12,3456", 12.3456, ""),
+    ("\\$5.2 \\text{ million}", 5200000.0, ""), ("45\\%", 45, "%"), ("May 2023 sales: 7", 7, ""),
+    ("$3.5K", 3500, ""), ("100 K", 100000, ""), ("20 M&A deals", 20, ""),
+    ("The S&P 500 rose 12 %", 12, "%"), ("rose 0.75 percentage points", 0.75, "%"),
+    ("5.2 (2022: 4.8)", 5.2, ""), ("Revenue: $1,577 million", 1577000000.0, ""),
+    ("Yes, 16% of revenue", 16, "%"), ("1 million", 1000000.0, ""),
+    ("$1,2 million", 1200000.0, ""), ("12.5 crore", 12.5, ""), ("0", 0, ""), ("0.0", 0, ""),
+    ("-0", 0, ""), (".5%", 0.5, "%"), ("1e6", 1000000.0, ""), ("6.02e+23", 6.02e+23, ""),
+    ("3.4e-2%", 0.034, "%"), ("($1,234)", -1234, ""), ("(1,234.5) million", -1234.5, ""),
+    ("\\(-5\\)", -5, ""), ("−$1.2bn", -1200000000.0, ""),
+    ("The answer to question 2 is 7", 7, ""), ("Answer: 7.5", 7.5, ""),
+    ("$5.2 million in fiscal 2023", 5200000.0, ""), ("fiscal year 2023: 5.2", 5.2, ""),
+    ("(2.5)x", -2.5, ""), ("USD5.2m", 5200000.0, ""), ("5.2m", 5200000.0, ""),
+    ("5,2 Mio. €", 5200000.0, ""), ("12 345,67 €", 12345.67, ""), ("1 000 000", 1000000.0, ""),
+    ("1,000,000.00 USD", 1000000.0, ""), ("CHF 1'000.50", 1000.5, ""), ("~5%", 5, "%"),
+    ("≈ 5.2", 5.2, ""), ("about 5.2 million", 5200000.0, ""), (">5", 5, ""),
+    ("$0.5B", 500000000.0, ""), ("-1.5e-3", -0.0015, ""), ("(0.02)", -0.02, ""),
+    ("$ (0.82)", -0.82, ""), ("2.5‰", 2.5, ""), ("one", None, ""), ("USD5.2m", 5200000.0, ""),
+    ("In 2021 and 2022, it paid $7 million and $8 million", 7000000.0, ""),
+    ("The 3-year CAGR is 4.5%", 4.5, "%"), ("an increase of 75bps", 75, "bp"),
+    ("3,141592", 3.141592, ""), ("1 234", 1234, ""),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("text", "value", "unit"), NUMBERS)
+def test_the_number_that_a_text_answers_with_is_read(text, value, unit):
+    number = utils.read_number(text)
+    if value is None:
+        assert number is None
+    else:
+        assert (number.value, number.unit) == (pytest.approx(value), unit)
+
+
 @pytest.mark.parametrize(
     ("key", "answer"),
     [
@@ -194,6 +391,8 @@ def test_a_tag_may_leave_out_its_prefix_but_not_have_another(answer, right):
         *(("4250000000000.0", "4.25 trillion"), ("12000", "12k"), ("0.00012", "1.2E-4")),
         *(("7.5", "7.5 %"), ("0.075", "7.5%"), ("7.5%", "0.075"), ("7.5", "7.5 percent")),
         # Within 0.1 % of the key, or half a unit of its last decimal.
+        *(("7.5%", "0.075"), ("0.75%", "75 bps"), ("75 bps", "0.75%"), ("75 bps", "0.0075")),
+        *(("75", "75 bps"), ("0.75", "75 bps"), ("17.64", "17,64 €"), ("-473", "(473)%")),
         *(("0.02", "0.0234"), ("18.45", "18.454"), ("11717.85", "11720"), ("11.0", "11.01")),
         *(("18.45", "It is 18.45."), ("24207000", "24207000</us-gaap>"), ("20.0", "FY2021: 20")),
     ],
@@ -208,12 +407,22 @@ def test_a_number_is_right_however_it_is_written(key, answer):
         *(("18.45", ""), ("18.45", "none"), ("18.45", "-18.45"), ("473", "(473)"), ("1", "1.4")),
         *(("0.02", "0.026"), ("11.0", "11.02"), ("1000", "1002"), ("0", "0.3"), ("5", "5 million")),
         *(("7.5", "0.075"), ("1.5", "15"), ("12", "1,2"), ("3725", "2021")),
+        # Where both have a unit, it counts.
+        *(("7.5%", "0.075%"), ("75 bps", "75%"), ("7.5%", "7.5 bps")),
         # A key that is more than a number is text.
         *(("2020-12-31", "2020-01-01"), ("12 months", "12 years")),
     ],
 )
 def test_another_number_is_wrong(key, answer):
     assert scores(utils.number, key, answer)["accuracy"] == 0
+
+
+def test_where_the_prompt_asks_for_millions_five_million_is_five():
+    prompt = "What was net income in USD millions? (In thousands) 5,466,312"
+    assert scores(utils.number, "5466", "$5,466 million", prompt)["accuracy"] == 1
+    assert scores(utils.number, "5466 million", "5466", prompt)["accuracy"] == 1
+    assert scores(utils.number, "5466", "5,466 billion", prompt)["accuracy"] == 0
+    assert scores(utils.number, "5466", "5,466 million")["accuracy"] == 0
 
 
 def test_exact_match_is_to_the_letter():
@@ -275,6 +484,21 @@ def test_a_calculation_is_right_by_its_value_where_it_is_worked_out():
 
 
 # ---- text
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [("-0.02", 1), ("(0.02)", 1), ("-2%", 1), ("0.02", 0), ("-2", 0), ("-0.2", 0), ("", 0)],
+)
+def test_a_text_answer_that_is_a_number_is_scored_as_one_too(answer, right):
+    result = scores(utils.text, "-0.02", answer)
+    assert result["numeric_accuracy"] == right
+    assert {"token_f1", "rouge_l", "bertscore"} < result.keys()
+
+
+@pytest.mark.parametrize("key", ["Yes, 16%", "In 2022", "Walmart", "2020-12-31", ""])
+def test_a_text_answer_that_is_more_than_a_number_is_not(key):
+    assert "numeric_accuracy" not in scores(utils.text, key, key)
 
 
 def test_token_f1_is_squads():

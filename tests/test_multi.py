@@ -16,7 +16,7 @@ import yaml
 from tests.conftest import losses, run, write_recipe
 from tools import architectures, common, recipes
 from tools.runs import Run
-from tools.train import checkpoints, plan, profiles, smoke
+from tools.train import checkpoints, hardware, plan, profiles, smoke
 from tools.train import machines as machines_module
 
 # Without dropout, whose random numbers each process draws for itself. 94 rows in batches of 8 are
@@ -161,10 +161,10 @@ def test_training_apart_is_refused(tiny, chat_rows, tmp_path, profile, told):
     """Plain `torchrun` without, and with, the variable that accelerate wants on a CPU."""
     recipe = recipes.find(str(write_recipe(tmp_path, "r4", tiny, chat_rows, **EXACT)))
     recipe.run.folder.mkdir()
-    content = profiles.merged(recipe, profiles.Choice(profile, 2))
+    content = profiles.merge_config(recipe, profiles.Choice(profile, 2))
     recipe.run.config_file.write_text(yaml.safe_dump(content))
     machines = machines_module.Machines(nproc=2)
-    environment = machines.environment({"output_dir": "."})
+    environment = machines.build_environment({"output_dir": "."})
     if profile == "cpu":
         del environment["ACCELERATE_USE_CPU"]
     done = subprocess.run(
@@ -184,7 +184,7 @@ def test_different_data_on_two_processes_is_refused(tmp_path):
     script = tmp_path / "apart.py"
     script.write_text(
         "import os, sys, types, torch, torch.distributed as dist\n"
-        "from tools.train.plugin import Stopped, Watch\n"
+        "from tools.train.callbacks import Watch\n"
         "dist.init_process_group('gloo')\n"
         "rank = dist.get_rank()\n"
         f"path = f'{tmp_path}/data-{{rank}}.jsonl'\n"
@@ -275,7 +275,7 @@ def test_every_profile_is_valid_for_axolotl():
     for name in ("multi_gpu,zero3", "multi_node,zero3", "multi_gpu,fsdp"):
         valid("sentiment_r4", name)
         with pytest.raises(common.WrongInput, match="8-bit weights cannot be divided"):
-            profiles.merged(recipes.find("sentiment_r8"), profiles.Choice(name, 2))
+            profiles.merge_config(recipes.find("sentiment_r8"), profiles.Choice(name, 2))
 
 
 def test_axolotl_knows_the_ray_options_of_the_scale_document():
@@ -286,7 +286,7 @@ def test_axolotl_knows_the_ray_options_of_the_scale_document():
 def valid(name: str, profile: str) -> None:
     from axolotl.integrations.liger.args import LigerArgs
 
-    content = recipes.find(name).config | profiles.layers(profile)
+    content = recipes.find(name).config | profiles.read_profiles(profile)
     liger = {key: content.pop(key) for key in list(content) if key.startswith("liger_")}
     assert liger and set(liger) <= set(LigerArgs.model_fields)
     content.pop("plugins")
@@ -325,7 +325,7 @@ def test_fsdp_reads_the_class_of_a_base_that_lies_here(tmp_path):
         other = replace(
             recipe, config=recipe.config | {"base_model": str(tmp_path / name)}, name="mine"
         )
-        content = profiles.merged(other, "multi_gpu,fsdp", 2)
+        content = profiles.merge_config(other, profiles.Choice("multi_gpu,fsdp", 2))
         assert content["fsdp_config"]["transformer_layer_cls_to_wrap"] == name
     with pytest.raises(
         common.WrongInput, match="decoder layers of .*nowhere, whose config.json cannot"
@@ -337,10 +337,10 @@ def test_the_layers_that_a_recipe_names_for_fsdp_are_kept():
     recipe = recipes.find("sentiment_r4")
     fsdp = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": "Mine"}
     own = replace(recipe, config=recipe.config | {"fsdp_version": 2, "fsdp_config": fsdp})
-    assert profiles.merged(own, "multi_gpu", 2)["fsdp_config"] == fsdp
+    assert profiles.merge_config(own, profiles.Choice("multi_gpu", 2))["fsdp_config"] == fsdp
 
 
-CARDS = {"gpus": [("a card", 24 << 30)], "cores": 8, "memory": 64 << 30, "capability": (8, 6)}
+CARDS = hardware.Host([("a card", 24 << 30)], 8, 64 << 30, (8, 6))
 
 
 @pytest.mark.parametrize(
@@ -357,29 +357,29 @@ def test_flash_attn_counts_where_it_imports(tmp_path, monkeypatch, module, reaso
     (tmp_path / "flash_attn.py").write_text(module)
     monkeypatch.syspath_prepend(tmp_path)
     recipe = recipes.find("sentiment_r4")
-    said = profiles.explain_no_flash(CARDS)
+    said = hardware.explain_no_flash(CARDS)
     assert reason in said and bool(said) == bool(reason)
-    content = profiles.merged(recipe, "gpu", here=CARDS)
+    content = profiles.merge_config(recipe, profiles.Choice("gpu"), CARDS)
     used = "sdpa" if reason else "flash_attention_2"
     assert content["attn_implementation"] == used
-    assert reason in profiles.reasons(content, CARDS, 1)["attention"]
+    assert reason in profiles.explain_settings(content, CARDS, 1)["attention"]
     assert reason in smoke.check_attention(content, CARDS)
 
 
 def test_flash_attn_needs_a_gpu_that_it_has_kernels_for(tmp_path, monkeypatch):
     recipe = recipes.find("sentiment_r4")
-    assert "not installed" in profiles.explain_no_flash(CARDS)
+    assert "not installed" in hardware.explain_no_flash(CARDS)
     (tmp_path / "flash_attn.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     for capability, reason in (
         ((7, 5), "needs compute capability 8.0, a GPU here has 7.5"),
         ((9, 0), ""),
     ):
-        here = CARDS | {"capability": capability}
-        assert reason in profiles.explain_no_flash(here)
-        content = profiles.merged(recipe, "gpu", here=here)
+        here = replace(CARDS, capability=capability)
+        assert reason in hardware.explain_no_flash(here)
+        content = profiles.merge_config(recipe, profiles.Choice("gpu"), here)
         assert content["attn_implementation"] == ("sdpa" if reason else "flash_attention_2")
-    assert "needs a CUDA GPU" in profiles.explain_no_flash(CARDS | {"gpus": []})
+    assert "needs a CUDA GPU" in hardware.explain_no_flash(replace(CARDS, gpus=[]))
 
 
 def test_a_package_that_is_broken_is_named_before_anything_is_loaded(tmp_path, monkeypatch):
@@ -389,7 +389,7 @@ def test_a_package_that_is_broken_is_named_before_anything_is_loaded(tmp_path, m
     recipe = recipes.find("smollm2-135m/sentiment_r4")
     for options in ({"tracker": "trackio"}, {"profile": "cpu,zero1"}):
         with pytest.raises(common.WrongInput, match=r"does not import \(OSError: libbroken.so\)"):
-            profiles.merged(recipe, **{"profile": "cpu"} | options)
+            profiles.merge_config(recipe, profiles.Choice(**{"profile": "cpu"} | options))
 
 
 def test_the_70b_qlora_fits_two_cards_of_24_gb_by_fsdp():
@@ -399,23 +399,22 @@ def test_the_70b_qlora_fits_two_cards_of_24_gb_by_fsdp():
     recipe = recipes.find("sentiment_r4")
     base = {"base_model": "meta-llama/Llama-3.1-70B-Instruct"}
     large = recipes.Recipe("70b", recipe.path, recipe.config | base, "0")
-    content = profiles.merged(large, profiles.Choice("multi_gpu,fsdp", 2))
+    content = profiles.merge_config(large, profiles.Choice("multi_gpu,fsdp", 2))
     assert content["fsdp_version"] == 2 and content["load_in_4bit"]
     assert content["fsdp_config"]["transformer_layer_cls_to_wrap"] == "LlamaDecoderLayer"
     assert plan.plan(large.config)["weight_bytes"] == pytest.approx(40e9, rel=0.06)
 
 
 def test_a_profile_is_chosen_by_what_is_there():
-    cards = {"gpus": [("A5000", 24 << 30)] * 4, "cores": 8, "memory": 64 << 30}
-    none = cards | {"gpus": []}
-    assert profiles.choose(none, "", "", 1)[:2] == ("cpu", 1)
-    assert profiles.choose(none, "", "2", 1)[:2] == ("cpu", 2)
-    assert profiles.choose(cards, "", "", 1)[:2] == ("gpu", 1)
-    assert profiles.choose(cards, "", "4", 1)[:2] == ("multi_gpu", 4)
-    assert profiles.choose(cards, "multi_gpu,zero2", "", 1)[:2] == ("multi_gpu,zero2", 4)
-    assert profiles.choose(cards, "", "4", 2)[:2] == ("multi_node", 4)
+    cards = hardware.Host([("A5000", 24 << 30)] * 4, 8, 64 << 30)
+    none, Choice = replace(cards, gpus=[]), profiles.Choice
+    assert profiles.choose(none, Choice(), 1)[:2] == ("cpu", 1)
+    assert profiles.choose(none, Choice(None, 2), 1)[:2] == ("cpu", 2)
+    assert profiles.choose(cards, Choice(), 1)[:2] == ("gpu", 1)
+    assert profiles.choose(cards, Choice(None, 4), 1)[:2] == ("multi_gpu", 4)
+    assert profiles.choose(cards, Choice("multi_gpu,zero2"), 1)[:2] == ("multi_gpu,zero2", 4)
+    assert profiles.choose(cards, Choice(None, 4), 2)[:2] == ("multi_node", 4)
     # Every GPU of each of several machines, unless it is told how many.
-    Choice = profiles.Choice
     assert profiles.choose(cards, Choice(), 2)[:2] == ("multi_node", 4)
     assert profiles.choose(cards, Choice("multi_node,zero3"), 2)[:2] == ("multi_node,zero3", 4)
     assert profiles.choose(cards, Choice("gpu"), 2)[:2] == ("gpu", 4)
@@ -423,9 +422,7 @@ def test_a_profile_is_chosen_by_what_is_there():
     assert profiles.choose(cards, Choice("cpu"), 2)[:2] == ("cpu", 1)
     assert profiles.choose(none, Choice(), 2)[:2] == ("cpu", 1)
     with pytest.raises(common.WrongInput, match="4 GPUs"):
-        profiles.choose(cards, "", "8", 1)
-    with pytest.raises(common.WrongInput, match='NPROC "two"'):
-        profiles.choose(cards, "", "two", 1)
+        profiles.choose(cards, Choice(None, 8), 1)
 
 
 def test_checkpoints_of_activations_are_on_only_where_the_plan_needs_them(tmp_path):
@@ -434,10 +431,10 @@ def test_checkpoints_of_activations_are_on_only_where_the_plan_needs_them(tmp_pa
     config |= {"datasets": [{"path": str(tmp_path / "rows of 256 tokens are planned for")}]}
     short = recipes.Recipe(recipe.name, recipe.path, config, recipe.version)
     for gib, needed in ((16, True), (80, False)):
-        here = {"gpus": [("a card", gib << 30)], "cores": 8, "memory": 64 << 30}
-        content = profiles.merged(short, profiles.Choice("gpu"), here)
+        here = hardware.Host([("a card", gib << 30)], 8, 64 << 30)
+        content = profiles.merge_config(short, profiles.Choice("gpu"), here)
         assert content["gradient_checkpointing"] == needed
-        assert profiles.fits(content, here, 1)
+        assert profiles.fits_gpus(content, here, 1)
 
 
 def test_make_profile_says_what_is_used_and_why():

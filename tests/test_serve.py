@@ -1,19 +1,24 @@
 """An adapter is merged, served and talked to as it was trained."""
 
+import importlib.util
 import json
 import os
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
-import time
-import urllib.request
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.conftest import run
+from tests.conftest import GPU, run
+from tests.hub_server import Hub
 from tools import models, subjects
-from tools.common import ROOT, JobFailed
+from tools.common import ROOT, JobFailed, WrongInput
 from tools.use import chat, merge, serve
 
 METHODS = {
@@ -67,6 +72,7 @@ def test_the_merged_model_is_base_and_adapter_at_the_precision_of_training(adapt
     folder = adapters[method]
     who = subjects.find("", str(folder))
     target = merge.merge(who.config, folder)
+    assert {path.stat().st_mode & 0o444 for path in target.iterdir()} == {0o444}
     told = json.loads((target / "merge.json").read_text())
     assert told["precision"] == method.split(",")[0]
     # The tiny model's logits are of the order of 1; the adapter moves them by far more than this.
@@ -98,8 +104,6 @@ def test_a_merged_model_is_not_made_twice_and_anew_for_another_adapter(adapters)
 def test_a_merge_that_is_not_base_and_adapter_is_refused_and_leaves_nothing(
     adapters, tmp_path, monkeypatch
 ):
-    import shutil
-
     folder = tmp_path / "adapter"
     shutil.copytree(adapters["full"], folder, ignore=shutil.ignore_patterns("merged"))
     monkeypatch.setitem(merge.TOLERANCE, "float32", 0.0)
@@ -112,15 +116,89 @@ def test_a_merge_that_is_not_base_and_adapter_is_refused_and_leaves_nothing(
 def test_the_command_for_vllm_keeps_the_base_quantized_and_the_adapter_apart(adapters, tmp_path):
     folder = adapters["nf4"]
     who = subjects.find("", str(folder))
-    line = serve.on_vllm(who, "mine", ["--port", "1"])
+    line = serve.on_vllm(who, "mine", ["--port", "1"], GPU, tmp_path)
     assert line[:3] == ["vllm", "serve", who.config["base_model"]]
     assert line[line.index("--lora-modules") + 1] == f"mine={folder}"
+    assert line[line.index("--served-model-name") + 1] == "mine-base"
     assert line[line.index("--quantization") + 1] == "bitsandbytes"
     assert line[line.index("--max-lora-rank") + 1] == "8"
-    # vLLM has no DoRA: the merged model is served.
-    dora = subjects.find("", str(adapters["nf4, DoRA"]))
-    line = serve.on_vllm(dora, "mine", [])
-    assert line == ["vllm", "serve", str(adapters["nf4, DoRA"] / "merged")]
+    assert line[line.index("--dtype") + 1] == "bfloat16"
+    # vLLM has no DoRA, and no 4 bits on a CPU or without bitsandbytes: the merged model is served.
+    merged = {"nf4, DoRA": GPU, "nf4": replace(GPU, quantizes=False)}
+    for name, engine in merged.items():
+        who = subjects.find("", str(adapters[name]))
+        line = serve.on_vllm(who, "mine", [], engine, tmp_path)
+        assert line[:3] == ["vllm", "serve", str(adapters[name] / "merged")]
+        assert line[line.index("--served-model-name") + 1] == "mine"
+        assert "--lora-modules" not in line
+
+
+def test_a_gpu_computes_in_half_precision_and_a_cpu_in_float32():
+    old = replace(GPU, dtypes=["float16", "float32"])  # Turing has no bfloat16
+    cpu = replace(GPU, device="cpu")
+    for engine, config, dtype in (
+        (GPU, {}, "bfloat16"),
+        (GPU, {"dtype": "float16"}, "float16"),
+        (old, {}, "float16"),
+        (old, {"dtype": "bfloat16"}, "float16"),
+        (cpu, {}, "float32"),
+    ):
+        assert engine.choose_dtype(config) == dtype
+
+
+def test_a_folder_with_its_own_chat_template_is_served_talked_to_and_merged_with_it(
+    adapters, tmp_path
+):
+    folder = Path(shutil.copytree(adapters["full"], tmp_path / "a,b=c d"))
+    shutil.rmtree(folder / "merged", ignore_errors=True)
+    for path in (*folder.glob("tokenizer*"), folder / "config.yaml"):
+        path.unlink()
+    own = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
+    (folder / "chat_template.jinja").write_text(own)
+    who = subjects.find("", str(folder), "fp32")
+    line = serve.on_vllm(who, "mine", [], GPU, tmp_path)
+    assert Path(line[line.index("--chat-template") + 1]).read_text() == own
+    # vLLM splits `name=path` at the first "=", and takes what has a comma for JSON.
+    module = json.loads(line[line.index("--lora-modules") + 1])
+    assert module == {"name": "mine", "path": str(folder)}
+    _, tokenizer = models.load(who.config, who.adapter)
+    merged = merge.merge(who.config, who.adapter)
+    _, of_merged = models.load({"base_model": str(merged)})
+    assert tokenizer.chat_template == of_merged.chat_template == own
+    # Folders of older versions of transformers have it in another file.
+    (folder / "chat_template.jinja").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "old" + own}))
+    assert models.load_tokenizer(who.config, who.adapter).chat_template == "old" + own
+
+
+def make_script(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_vllm_is_searched_beside_python_then_in_its_own_environment_then_on_the_path(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(serve, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "beside" / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    assert serve.find_vllm() is None
+    for folder in ("path", ".venv-vllm/bin", "beside"):
+        script = make_script(tmp_path / folder / "vllm", "#!/bin/sh\n")
+        assert serve.find_vllm() == script
+
+
+@pytest.mark.parametrize("head", ["#!{}\n", '#!/bin/sh\n\'\'\'exec\' "{}" "$0" "$@"\n'])
+def test_a_vllm_that_does_not_start_says_why_in_one_line(tmp_path, head):
+    if importlib.util.find_spec("vllm"):
+        pytest.skip("vLLM is installed beside this Python")
+    with pytest.raises(JobFailed, match="does not start here .*No module named 'vllm'"):
+        serve.ask_vllm(make_script(tmp_path / "vllm", head.format(sys.executable)))
+    for other in ("#!/no/such/python\n", "#!/bin/sh\n", "", "\x7fELF"):
+        with pytest.raises(JobFailed, match="does not start here"):
+            serve.ask_vllm(make_script(tmp_path / "vllm", other))
 
 
 def free_port():
@@ -129,40 +207,120 @@ def free_port():
         return taken.getsockname()[1]
 
 
-def test_the_openai_client_gets_the_answer_that_chat_gives(adapters):
+@contextmanager
+def serving(*arguments, **environment):
+    """What a server says that is ready; afterwards SIGTERM stops it and its children."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools", "serve", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    lines = []
+    try:
+        while not any("curl" in line for line in lines):
+            line = process.stdout.readline()
+            assert line, "".join(lines)
+            lines.append(line)
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        yield "".join(lines)
+    finally:
+        process.terminate()
+        status = process.wait(60)
+    assert (status, process.stdout.read()) == (0, "serve      stopped\n")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(child), 0)
+
+
+def ask(said, *models):
+    """What each model answers, by the address and names that were printed and by the curl line."""
     import openai
 
+    url = said.split("ready: ")[1].split(",")[0]
+    turn = [{"role": "user", "content": "Is it good?"}]
+    with openai.OpenAI(base_url=url, api_key="none") as client:
+        assert {model.id for model in client.models.list()} == set(models)
+        answers = [
+            client.chat.completions.create(model=name, messages=turn, max_tokens=12, temperature=0)
+            for name in models
+        ]
+    curl = shlex.split(said[said.index("curl ") :])
+    done = subprocess.run([*curl, "--silent", "--noproxy", "*"], capture_output=True, text=True)
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"], done.stdout
+    return [answer.choices[0].message.content.strip() for answer in answers]
+
+
+def test_the_openai_client_gets_the_answer_that_chat_gives(adapters, tmp_path):
     folder, port = adapters["nf4"], free_port()
     who = subjects.find("", str(folder))
     merge.merge(who.config, folder)
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tools", "serve", "--adapter", str(folder), "--port", str(port)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        name = server.stdout.readline().split('model "')[1].split('"')[0]
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://localhost:{port}/health", timeout=5).read()
-                break
-            except OSError:
-                assert server.poll() is None, server.stdout.read()
-                time.sleep(0.5)
-        client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none")
-        asked = [{"role": "user", "content": "Is it good?"}]
-        said = client.chat.completions.create(
-            model=name, messages=asked, max_tokens=12, temperature=0
-        )
-        served = said.choices[0].message.content
-    finally:
-        server.terminate()
-        server.wait(60)
+    if shutil.which("vllm", path=f"{ROOT}/.venv-vllm/bin:{Path(sys.executable).parent}"):
+        pytest.skip("vLLM is installed in this checkout, and serves instead")
+    places = os.environ["PATH"].split(os.pathsep)
+    path = os.pathsep.join(place for place in places if not Path(place, "vllm").exists())
+    arguments = ("--adapter", str(folder), "--port", str(port))
+    with serving(*arguments, PATH=path, http_proxy="http://127.0.0.1:9") as said:
+        assert ".venv-vllm/bin/pip install vllm" in said
+        (served,) = ask(said, folder.name)
+        again = run("serve", *arguments)
+        assert (again.returncode, again.stderr.count("\n")) == (2, 1)
+        assert f"port {port} is taken" in again.stderr
     model, tokenizer = models.load({"base_model": str(folder / "merged")})
-    expected = chat.answer(model, tokenizer, asked)
-    assert served and expected.startswith(served.strip())
+    expected = chat.answer(model, tokenizer, [{"role": "user", "content": "Is it good?"}])
+    assert served and expected.startswith(served)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [4, 12])
+def test_vllm_answers_as_chat_does_under_the_names_that_are_printed(smollm2, tmp_path, rank):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    if not serve.find_vllm():
+        pytest.skip("vLLM is not installed (.venv-vllm or PATH)")
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(smollm2)
+    lora = LoraConfig(
+        r=rank, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False
+    )
+    folder = tmp_path / "my adapter"
+    get_peft_model(base, lora).save_pretrained(folder)
+    arguments = ("--adapter", str(folder), "--precision", "fp32", "--max-model-len", "512")
+    with serving(*arguments, "--port", str(free_port())) as said:
+        served = ask(said, "my-adapter", "my-adapter-base")
+    config = subjects.find("", str(folder), "fp32").config
+    for adapter, text in zip((folder, None), served, strict=True):
+        model, tokenizer = models.load(config, adapter)
+        expected = chat.answer(model, tokenizer, [{"role": "user", "content": "Is it good?"}])
+        assert text and expected.startswith(text)
+
+
+def test_a_base_of_the_hub_is_downloaded_and_offline_one_line_says_that_it_is_not_here(
+    tiny, adapters, tmp_path
+):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    shutil.copy(adapters["full"] / "adapter_model.safetensors", folder)
+    settings = json.loads((adapters["full"] / "adapter_config.json").read_text())
+    settings |= {"base_model_name_or_path": "me/tiny"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    with Hub() as hub:
+        files = {path.name: path.read_bytes() for path in tiny.iterdir()}
+        hub.put("me/tiny", files | {"pytorch_model.bin": b"a pickle"})
+        own = {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"}
+        asked = ("--adapter", folder, "--precision", "fp32")
+        for tool in ("serve", "merge", "chat"):
+            done = run(tool, *asked, **own)
+            assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+            assert "the base me/tiny is not in the Hub's cache; HF_HUB_OFFLINE" in done.stderr
+        done = run("merge", *asked, **own | {"HF_HUB_OFFLINE": "0"})
+        assert done.returncode == 0, done.stderr
+    done = run("chat", "", "Is it good?", *asked, **own)
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "cache").rglob("*.bin"))
 
 
 def test_one_prompt_is_answered_by_base_and_adapter_and_lines_are_a_conversation(adapters):
@@ -202,5 +360,20 @@ def test_without_a_recipe_or_with_a_wrong_adapter_one_line_says_so(tool, tmp_pat
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert said in done.stderr
     if tool == "serve":
-        done = run("serve", "x", "--port", "99999")
-        assert "PORT must be a number from 1 to 65535" in done.stderr
+        for port in ("99999", "0", "²", "80 "):
+            done = run("serve", "x", "--port", port)
+            assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+            assert "PORT must be a number from 1 to 65535" in done.stderr
+
+
+@pytest.mark.parametrize("text", ["4096", "0", "1e3"])
+def test_a_length_that_the_base_has_no_room_for_is_refused(adapters, text):
+    done = run("serve", "--adapter", adapters["full"], "--max-model-len", text)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "MAX_MODEL_LEN must be a number from 1 to 2048" in done.stderr
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no such host"])
+def test_a_host_that_is_not_this_machine_is_one_line(host):
+    with pytest.raises(WrongInput, match=host):
+        serve.check_port(host, 8000)

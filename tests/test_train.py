@@ -15,7 +15,7 @@ import yaml
 from tests.conftest import losses, run, write_recipe
 from tools import common, recipes
 from tools.runs import Run
-from tools.train import batches, checkpoints, checks, launch, machines, profiles
+from tools.train import batches, checkpoints, checks, hardware, launch, machines, profiles
 
 METHODS = [
     "r4",
@@ -122,7 +122,7 @@ def test_a_run_killed_in_the_middle_goes_on_with_the_same_losses(runs, tiny, cha
         member.kill()
     process.wait()
     assert not (tmp_path / "r4" / "run.json").exists()
-    kept = checkpoints.last_checkpoint(tmp_path / "r4")
+    kept = checkpoints.last_checkpoint(Run(tmp_path / "r4"))
     assert kept >= 4
 
     result = run("train", recipe)
@@ -138,7 +138,7 @@ def test_a_run_killed_in_the_middle_goes_on_with_the_same_losses(runs, tiny, cha
 def test_a_damaged_checkpoint_is_left_out_and_the_one_before_is_used(runs, tmp_path):
     shutil.copytree(runs["r4"], tmp_path / "run")
     (tmp_path / "run" / "checkpoint-12" / "optimizer.pt").write_bytes(b"PK half a file")
-    assert checkpoints.last_checkpoint(tmp_path / "run") == 8
+    assert checkpoints.last_checkpoint(Run(tmp_path / "run")) == 8
     assert not (tmp_path / "run" / "checkpoint-12").exists()
 
 
@@ -169,12 +169,12 @@ def test_two_trainings_of_one_recipe_at_once_are_refused(tmp_path):
 
 
 def test_a_recipe_for_a_gpu_is_refused_with_one_that_runs_here():
-    if profiles.hardware()["gpus"]:
+    if hardware.detect_host().gpus:
         pytest.skip("this machine has a GPU")
     with pytest.raises(
         common.WrongInput, match=r"needs a CUDA GPU with \d+ GiB.*smollm2-135m"
     ) as refused:
-        checks.require_hardware(recipes.find("sentiment_r4"), profiles.hardware())
+        checks.require_hardware(recipes.find("sentiment_r4"), hardware.detect_host())
     assert "\n" not in str(refused.value)
 
 
@@ -274,7 +274,7 @@ def test_plain_axolotl_trains_the_recipe_with_the_profile_as_flags(smollm2, chat
             *flags,
         ],
         cwd=tmp_path,
-        env=machines.Machines().environment({}) | {"PYTHONPATH": ""},
+        env=machines.Machines().build_environment({}) | {"PYTHONPATH": ""},
         capture_output=True,
         text=True,
     )
@@ -293,14 +293,14 @@ def test_a_run_cut_off_after_training_is_finished_without_training_again(runs, t
     shutil.copytree(runs["r4"], copy)
     recipe = recipes.find(str(runs["r4"].parent / "r4.yaml"))
     moved = recipes.Recipe(recipe.name, recipe.path, recipe.config | {"output_dir": str(copy)}, "0")
-    config = profiles.kept(profiles.merged(moved, profiles.Choice("cpu")))
+    config = profiles.identity_of(profiles.merge_config(moved, profiles.Choice("cpu")))
     data = checks.describe_data(moved)
     common.write_json(
         copy / "identity.json", {"config": config, "data": [entry["sha256"] for entry in data]}
     )
     (copy / "run.json").unlink()
     common.write_json(copy / "stats.json", {"steps": content["steps"], "seconds": 1.0})
-    merged = profiles.merged(moved, profiles.Choice("cpu"))
+    merged = profiles.merge_config(moved, profiles.Choice("cpu"))
     again = launch.execute(moved, merged, "cpu", False, machines.Machines())
     assert again["adapter_sha256"] == content["adapter_sha256"]
     assert (copy / "run.json").is_file() and not (copy / "stats.json").exists()

@@ -206,7 +206,7 @@ def test_a_runs_identity_holds_the_validation_file(recipe):
     paths = (sources.train_path("formula"), sources.val_path("formula"))
     assert [entry["sha256"] for entry in data] == list(map(digest, paths))
     assert (
-        profiles.merged(recipe, profiles.Choice("cpu"))["test_datasets"]
+        profiles.merge_config(recipe, profiles.Choice("cpu"))["test_datasets"]
         == recipe.config["test_datasets"]
     )
 
@@ -244,7 +244,7 @@ def test_the_file_that_changed_is_named(recipe):
 def test_a_set_too_small_to_validate_trains_without(recipe, folder):
     write(folder / "train" / "formula_train.jsonl", [("Question?", "1"), ("Another?", "2")])
     convert.convert_task("formula", folder)
-    content = profiles.merged(recipe, profiles.Choice("cpu"))
+    content = profiles.merge_config(recipe, profiles.Choice("cpu"))
     assert not {"test_datasets", "eval_steps", "evals_per_epoch"} & content.keys()
     recipes.validate(content, "mine")
     assert [entry["split"] for entry in checks.describe_data(recipe)] == ["train"]
@@ -255,7 +255,7 @@ def test_a_set_too_small_to_validate_trains_without(recipe, folder):
 def test_ones_own_yaml_with_val_set_size_is_left_alone(recipe):
     del recipe.config["test_datasets"]
     recipe.config["val_set_size"] = 0.1
-    content = profiles.merged(recipe, profiles.Choice("cpu"))
+    content = profiles.merge_config(recipe, profiles.Choice("cpu"))
     assert content["val_set_size"] == 0.1 and "test_datasets" not in content
     recipes.validate(content, "mine")
     assert len(checks.describe_data(recipe)) == 1

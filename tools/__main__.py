@@ -3,8 +3,8 @@
     python -m tools --help
     python -m tools train sentiment_r4 --profile gpu
 
-`make train RECIPE=sentiment_r4 PROFILE=gpu` is the same call: make hands each variable of its command
-line over as OPTION_<NAME>, and it becomes the option of that name. Implementations are imported
+`make train RECIPE=sentiment_r4 PROFILE=gpu` is the same call: make passes each variable of its
+command line as OPTION_<NAME>, which becomes the option of that name. Implementations are imported
 where they are called, so that help and lists appear at once.
 """
 
@@ -565,7 +565,7 @@ def main() -> None:
     commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     defaults = {verb: variables for verb in commands}
     try:
-        app(prog_name="python -m tools", standalone_mode=False, default_map=defaults)
+        status = app(prog_name="python -m tools", standalone_mode=False, default_map=defaults)
     except click.exceptions.MissingParameter as error:
         raise WrongInput(describe_missing(str(error.param.name if error.param else ""))) from None
     except click.exceptions.BadParameter as error:
@@ -574,7 +574,9 @@ def main() -> None:
     except click.exceptions.UsageError as error:
         raise WrongInput(error.format_message()) from None
     except click.exceptions.Abort:
-        raise KeyboardInterrupt from None
+        status = 130
+    if status == 130:  # how Typer hands Ctrl-C on
+        raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

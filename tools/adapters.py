@@ -12,6 +12,7 @@ imports torch or PEFT.
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,8 @@ DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
 LARGEST_HEADER = 4 * 2**20  # bytes; 80 layers with all modules and DoRA make 0.3 MB
 MOST_ADDED_TOKENS = 2**16
 # Where transformers keeps the decoder layers: alone, and inside a model with a vision tower.
+# Values of --max-lora-rank in vLLM 0.32; `make serve` asks the vLLM that is installed.
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 STEMS = ("model.layers", "model.language_model.layers", "language_model.model.layers")
 
 # Initializations that leave the base's weights alone. The others (PiSSA, OLoRA, LoftQ, CorDA,
@@ -505,3 +508,8 @@ def _check_saved(
             "it was trained with must lie beside it"
         )
     return tuple(saved), rows, whole
+
+
+def vllm_rank(rank: int, ranks: Iterable[int] = RANKS) -> int | None:
+    """The least of vLLM's values of --max-lora-rank that holds a rank; None where none does."""
+    return next((most for most in ranks if most >= rank), None)

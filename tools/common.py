@@ -10,12 +10,13 @@ import functools
 import hashlib
 import json
 import os
+import pwd
 import re
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import IO, Any
@@ -88,6 +89,7 @@ def command(function: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
         try:
             function()
+            sys.stdout.flush()  # a full disk shows here, or else after the exit status is decided
         except KeyboardInterrupt:
             _stop("interrupted; the same command goes on from here", 130)
         except BrokenPipeError:
@@ -96,19 +98,84 @@ def command(function: Callable[[], None]) -> Callable[[], None]:
             _stop(str(error), 2)
         except JobFailed as error:
             _stop(str(error), 1)
-        except OSError as error:
-            if os.environ.get("DEBUG"):
-                raise
-            if error.errno == errno.ENOSPC:
-                _stop(f"no space left on the disk for {error.filename or 'the output'}", 1)
-            _stop(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
         except Exception as error:
             if os.environ.get("DEBUG"):
                 raise
+            if refusal := find_refusal(error):
+                _stop(explain(refusal), 1)
             first = (str(error).strip().splitlines() or [""])[0]
             _stop(f"{type(error).__name__}: {first} (DEBUG=1 shows where)", 1)
 
     return run
+
+
+# What a disk or its rights refuse; other errors of the system say more in a library's own words.
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+def find_refusal(error: BaseException) -> OSError | None:
+    """What the system refused, where that is why `error` was raised.
+
+    Libraries in Rust, such as safetensors and tokenizers, tell it in their message alone.
+    """
+    if isinstance(error, OSError) and error.errno:
+        return error
+    cause: BaseException | None = error
+    while cause:
+        if isinstance(cause, OSError) and cause.errno in REFUSALS:
+            return cause
+        number = re.search(r"\(os error (\d+)\)", str(cause))
+        if number and int(number[1]) in REFUSALS:
+            return OSError(int(number[1]), os.strerror(int(number[1])))
+        cause = cause.__cause__
+    return None
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Names `path` in what the system refuses, where the error names nothing: a full disk does not,
+    nor do libraries in Rust.
+    """
+    try:
+        yield
+    except (WrongInput, JobFailed):
+        raise
+    except Exception as error:
+        if not (refusal := find_refusal(error)):
+            raise
+        refusal.filename = refusal.filename or str(path)
+        raise refusal from (None if refusal is error else error)
+
+
+def explain(error: OSError) -> str:
+    """One line for what the system refused: what, where, and what to do."""
+    name = error.filename2 or error.filename
+    path = Path(os.fsdecode(name)) if isinstance(name, str | bytes) else None
+    place = shown(path) if path else "the output"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on the disk for {place}; free some and run it again"
+    if error.errno == errno.EROFS:
+        return f"{place} is on a disk that is read-only; it cannot be written"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"no permission for {place}{name_owner(path)}"
+    return f"{error.strerror or error}: {place}" if path else str(error.strerror or error)
+
+
+def name_owner(path: Path | None) -> str:
+    """The clause that names whose a path is, where it is not this user's; else empty."""
+    for place in (path, *path.absolute().parents) if path else ():
+        if os.path.exists(place):  # False where even looking is not permitted
+            owner, me = place.stat().st_uid, os.geteuid()
+            same = owner == me
+            return "" if same else f": {shown(place)} belongs to {user(owner)}, you are {user(me)}"
+    return ""
+
+
+def user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:  # of another machine or container
+        return f"user {number}"
 
 
 def _stop(message: str, status: int) -> None:
@@ -119,6 +186,10 @@ def _stop(message: str, status: int) -> None:
     # One line, and nothing in it that steers a terminal.
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in SECRET.sub("***", message))
     print(f"error: {line}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # or the interpreter tries once more, and says more than one line
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
 
@@ -139,8 +210,25 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        # A full disk has no name in the error, and the name of the part says little.
+        if error.filename in (None, str(part)):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only disk it was not made
+            part.unlink(missing_ok=True)
+
+
+def share(folder: Path) -> None:
+    """Lets others read the files of a folder, as the umask has it: safetensors writes them for
+    their owner alone, and then nobody else can use a model of this checkout.
+    """
+    mask = os.umask(0o022)
+    os.umask(mask)
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def write_json(path: Path, content: Any) -> None:

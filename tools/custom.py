@@ -14,6 +14,7 @@ import json
 import random
 import re
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -61,6 +62,12 @@ def write_own(path: Path, source: Path, content: dict[str, Any]) -> None:
     """Writes a YAML file of the user's own that says which file it was made from."""
     header = f"# Yours, from {source.name}; `make render` leaves it alone.\n"
     write_text(path, header + format_yaml(content))
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    """Writes rows as FinLoRA has them."""
+    lines = ({"context": prompt, "target": answer} for prompt, answer in rows)
+    write_text(path, "".join(f"{orjson.dumps(line).decode()}\n" for line in lines))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -196,18 +203,23 @@ def create_task(task: str, source: Path) -> None:
         )
     answers = [answer for _, answer in rows]
     labels, sides = find_labels(answers), split_rows(rows)
-    for side, numbers in zip(("train", "test"), sides, strict=True):
-        with atomic(DATA / f"{task}_{side}.jsonl") as file:
-            for prompt, answer in (rows[number] for number in numbers):
-                row = {"context": prompt, "target": answer}
-                file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
     own_file, evaluation_file = recipes.LOCAL / f"{task}.yaml", TASKS / f"{task}.yaml"
-    write_own(evaluation_file, source, build_evaluation(task, labels, max(map(len, answers))))
-    write_own(own_file, source, build_task(task, rows, labels))
-    recipes.clear_caches()
-    names = [name for name, parts in recipes.list_names().items() if parts[1] == task]
-    for name in names:
-        write_text(recipes.LOCAL / f"{name}.yaml", rendering.render_recipe(name))
+    with ExitStack() as undo:  # the task appears whole or not at all
+        for side, numbers in zip(("train", "test"), sides, strict=True):
+            path = DATA / f"{task}_{side}.jsonl"
+            undo.callback(path.unlink, missing_ok=True)
+            write_rows(path, [rows[number] for number in numbers])
+        undo.callback(evaluation_file.unlink, missing_ok=True)
+        write_own(evaluation_file, source, build_evaluation(task, labels, max(map(len, answers))))
+        undo.callback(own_file.unlink, missing_ok=True)
+        write_own(own_file, source, build_task(task, rows, labels))
+        recipes.clear_caches()
+        names = [name for name, parts in recipes.list_names().items() if parts[1] == task]
+        for path in (recipes.LOCAL / f"{name}.yaml" for name in names):
+            undo.callback(path.unlink, missing_ok=True)
+        for name in names:
+            write_text(recipes.LOCAL / f"{name}.yaml", rendering.render_recipe(name))
+        undo.pop_all()
     kind = f"{len(labels)} labels ({', '.join(labels[:4])}…)" if labels else "free text"
     print(f"new        {len(sides[0])} rows train and {len(sides[1])} test; answers: {kind}")
     print(f"new        {shown(own_file)}, {shown(evaluation_file)}, {len(names)} recipes")

@@ -11,8 +11,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tools import adapters, common, prompts
-from tools.common import ROOT, WrongInput, shown
+from tools import adapters, common, prompts, smollm2
+from tools.common import ROOT, JobFailed, WrongInput, shown
+from tools.hub_errors import plainly
 
 
 def dequantize_once(model: Any, training: bool = False) -> int:
@@ -145,7 +146,19 @@ def load_tokenizer(config: dict[str, Any], adapter: Path | None = None) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(config["base_model"])
     for name, token in (config.get("special_tokens") or {}).items():
         setattr(tokenizer, name, token)
+    if adapter and (own := read_template(adapter)):
+        tokenizer.chat_template = own
     return tokenizer
+
+
+def read_template(adapter: Path) -> str | None:
+    """The chat template that an adapter brings along, which counts more than its base's."""
+    if (path := adapter / "chat_template.jinja").is_file():
+        return path.read_text(encoding="utf-8")
+    path = adapter / "tokenizer_config.json"
+    settings = common.parse_json(path.read_bytes(), shown(path)) if path.is_file() else {}
+    own = settings.get("chat_template")
+    return own if isinstance(own, str) else None
 
 
 def base_folder(base: str) -> Path | None:
@@ -160,6 +173,42 @@ def base_folder(base: str) -> Path | None:
     except HFValidationError:
         return None
     return Path(cached).parent if isinstance(cached, str) else None
+
+
+# What a base is loaded from: no pickle, no second copy of the weights.
+BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+COPIES = ["consolidated*", "original/*", "onnx/*"]
+
+
+def bring_base(base: str) -> Path:
+    """The folder with a base's files: SmolLM2 is written, a base of the Hub is downloaded, where it
+    is not here yet. Raises WrongInput or JobFailed where it cannot be had.
+    """
+    smollm2.ensure(base)
+    if (ROOT / base).is_dir():
+        return ROOT / base
+    check_base(base)
+    from huggingface_hub import constants, snapshot_download
+
+    offline = "; HF_HUB_OFFLINE forbids its download" if constants.HF_HUB_OFFLINE else ""
+    with plainly(f"the base {base}"):
+        try:
+            folder = Path(
+                snapshot_download(base, allow_patterns=BASE_FILES, ignore_patterns=COPIES)
+            )
+        except FileNotFoundError as error:  # the Hub's LocalEntryNotFoundError
+            if not offline:
+                raise
+            raise JobFailed(f"the base {base} is not in the Hub's cache{offline}") from error
+    index = folder / "model.safetensors.index.json"
+    shards = {"model.safetensors"}
+    if index.is_file():
+        content = common.parse_json(index.read_bytes(), shown(index))
+        shards = set((content.get("weight_map") or {}).values())
+    if missing := sorted(name for name in shards if not (folder / name).is_file()):
+        where = "in the Hub's cache" if offline else "on the Hub; no other weights are loaded"
+        raise JobFailed(f"the base {base} has no {missing[0]} {where}{offline}")
+    return folder
 
 
 @cache

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from tools import versions
-from tools.common import ROOT, JobFailed, quiet, shown
+from tools.common import ROOT, JobFailed, naming, quiet, share, shown
 
 FOLDER = ROOT / "models" / "smollm2-135m"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -56,11 +56,15 @@ def export(folder: Path) -> None:
     model.generation_config = GenerationConfig(**ids)
 
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
+    try:
+        with naming(folder):
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+        share(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def ensure(base_model: str) -> None:

@@ -4,7 +4,8 @@ This file stands alone, so that plain `lm_eval --include_path evals/tasks` finds
 A row goes through a filter (the parse rule) and a `process_results` function. What that returns for
 a metric is a number, or pairs (expected, answered) where a score such as F1 is made from all rows:
 
-    number           accuracy, exact_match, numeric_accuracy, rouge_l, token_f1: their mean counts
+    number           accuracy, exact_match, numeric_accuracy, rouge_l, token_f1: their mean counts,
+                     over the rows that have one
     [pair, …]        f1_weighted, f1_macro; and accuracy, where one row holds several tags
     [pair]           bertscore, which a model computes for all rows together
 
@@ -12,11 +13,12 @@ a metric is a number, or pairs (expected, answered) where a score such as F1 is 
 """
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, wraps
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 Pair = tuple[str, str]
 Value = float | list[Pair]
@@ -120,30 +122,11 @@ def label(expected: str, answer: str, prompt: str) -> Scores:
 def exam(expected: str, answer: str, prompt: str) -> Scores:
     """A multiple-choice answer, `B. text of the choice`; the letter counts."""
     choices = dict(re.findall(r"^\W*([A-Z])[.):]\s+(.+?)\s*$", prompt, re.MULTILINE))
-    right = letter(expected, choices)
+    right = letter(expected, choices, LETTERS | choices.keys())
     if right == NONE:  # a key of another form is text
         return labelled(normal(expected), normal(answer))
-    return labelled(right, letter(answer, choices))
-
-
-def letter(answer: str, choices: dict[str, str]) -> str:
-    """The letter that an answer gives or, without one, that of the choice whose text it holds.
-
-    A letter alone, before `.`, `)` or `:`, in brackets, or after `answer is`; the `A` of
-    `A company …` is none. Where the text of several choices occurs, the earliest (and of those, the
-    longest) is taken.
-    """
-    letters = r"([A-E])(?=[.):,\]*]|\s*$|\s*\n)"
-    given = r"(?:\A\W*|\(|\[|\b(?i:answer|choice|option)(?i:\s+is)?\W{0,3})"
-    if found := re.search(given + letters, answer):
-        return str(found.group(1))
-    text = normal(answer)
-    places = [
-        (text.find(normal(choice)), -len(choice), name)
-        for name, choice in choices.items()
-        if normal(choice) in text
-    ]
-    return min(places)[2] if places else NONE
+    allowed = choices.keys() if len(choices) > 1 else LETTERS
+    return labelled(right, letter(answer, choices, allowed | {right}))
 
 
 @process_results
@@ -174,7 +157,7 @@ def tag(expected: str, answer: str, prompt: str) -> Scores:
 @process_results
 def number(expected: str, answer: str, prompt: str) -> Scores:
     """A number, within the tolerance of `close`."""
-    return written(expected, answer, close(expected, answer))
+    return written(expected, answer, close(expected, answer, prompt))
 
 
 @process_results
@@ -190,7 +173,7 @@ def calculation(expected: str, answer: str, prompt: str) -> Scores:
     scores = formula.__wrapped__(expected, answer, prompt)  # type: ignore[attr-defined]
     wanted, given = result(expected), result(answer)
     if wanted is None or given is None:
-        right = close(expected, answer)
+        right = close(expected, answer, prompt)
     else:
         right = abs(given - wanted) <= RELATIVE * abs(wanted)
     return dict(scores) | {"numeric_accuracy": float(scores["accuracy"] == 1 or right)}
@@ -198,69 +181,373 @@ def calculation(expected: str, answer: str, prompt: str) -> Scores:
 
 @process_results
 def text(expected: str, answer: str, prompt: str) -> Scores:
-    """Free text."""
-    return {
+    """Free text. Where the key is a number, token F1 sees neither its sign nor its decimal point,
+    and numeric_accuracy stands beside it, of those rows alone.
+    """
+    scores: Scores = {
         "bertscore": [(expected, answer)],
         "rouge_l": rouge_l(expected, answer),
         "token_f1": token_f1(expected, answer),
     }
+    if is_number(expected):
+        scores["numeric_accuracy"] = float(close(expected, answer, prompt))
+    return scores
+
+
+# ---- the letter of a multiple-choice answer
+
+LETTERS = frozenset("ABCDE")
+# A letter is meant as one only where it stands alone. "A bond", "B shares", "Series B", "A-rated",
+# "D&O", "e.g." and "D. E. Shaw" name no choice: what stands before and after decides.
+_ALONE = re.compile(
+    r"[(\[{<\"'](?P<sure>[A-Za-z])[)\]}>\"']|(?<![\w&'.+-])(?P<bare>[A-Za-z])(?![\w&'+%])"
+)
+_BEFORE = re.compile(
+    r"(?:\A|[^\w\s]|\n|\b(?:answer|ans|option|choice|letter|alternative|statement|selection|is|be|was|it's"
+    r"|that's|that|think|believe|say|guess|choose|choosing|pick|select|selected|correct|with|for|so"
+    r"|therefore|thus|hence|only|both|either|neither|between|and|or|nor|than|not|to|maybe|perhaps"
+    r"|possibly|probably|likely|definitely|clearly|certainly|obviously|indeed|sure|ok|yes|because|why|but|if"
+    r"|whether|also|versus|vs))\s*\Z",
+    re.IGNORECASE,
+)
+_AFTER = re.compile(
+    r"\s*(?:\Z|[\n;!?)\]}/&<—。✓✔✅]|,(?!\d)|[.:](?!\w|\s?[A-Z]\.))|\s+[-–(]"
+    r"|\s+(?:because|since|as|due|given|which|based|not|rather|instead|but|with|and|or|nor|versus|vs|to|is"
+    r"|isn't|was|are|aren't|would|must|should|seems|appears|could|might|may|has|it is)\b"
+)
+_LIST = re.compile(
+    r"⟦\w*⟧(?:\s*(?:,?\s*(?:and|or(?:\s+not)?|nor|to|vs\.?|versus|&|/)|,(?!\s*⟦\w*⟧\s+(?:is|was|would|must|should"
+    r"|seems|appears)\b))\s*(?:(?:maybe|perhaps|possibly|even|also"
+    r"|option|choice|answer)\s+)?⟦\w*⟧)+",
+    re.IGNORECASE,
+)
+_IS = r"(?:'s|\s+(?:(?:would|should|must|will|has\s+to|can\s+only)\s+be|is|was|seems|appears))"
+_MOST = (
+    r"(?:\s+(?:to|be|the|clearly|definitely|certainly|obviously|most|likely|probably|also|indeed|thus"
+    r"|therefore|simply|only|my|final|best))*"
+)
+_NOUN = (
+    r"(?:answer|ans|choice|option|selection|response|letter|alternative|solution|conclusion|pick"
+    r"|result|output|assistant)"
+)
+_ANNOUNCED = re.compile(rf"(?:\b{_NOUN}|\bis)\s*\Z", re.IGNORECASE)
+_NAME = rf"(?:\s+{_NOUN})?[\s:#]*"
+# A cue before the letter, or what is said of the letter after it.
+_CUES = [
+    # The answer is B. Correct option: B. The statement that fits best is B. The answer, B, is …
+    rf"\b(?:{_NOUN}|statement|correct|selected|verdict)\b"
+    rf"(?:\s+(?!(?:is|was|not|never|whether|if|depends|could|might|may)\b)[\w'-]+){{0,6}}?"
+    rf"(?:{_IS}{_MOST}|[\"']?\s*[:=>→.,–—-])+(?:\s+(?:i\s+think|it\s+is|it's|that\s+is))?{_MOST}{_NAME}",
+    # Option B. The correct answer B.
+    rf"(?:\A|[.:;,!\n#])\s*(?:the\s+)?(?:(?:correct|final|best|right)\s+)?{_NOUN}\]?\s+",
+    # I would choose option B. I think that it is B.
+    r"\b(?:choose|choosing|pick|select|go(?:ing)?\s+with|opt\s+for|vote\s+for|say|think|believe|guess|suggest"
+    rf"|conclude)(?:\s+(?:that|it\s+is|it's|the))*{_NAME}",
+    # It's B. Therefore, B.
+    rf"\b(?:it|that|this){_IS}{_MOST}{_NAME}",
+    r"(?:\A|[.;!\n])\s*(?:so|therefore|thus|hence|definitely|certainly|clearly|obviously|sure|ok|okay|yes"
+    rf"|probably|likely|most\s+likely)[\s,:!.]*{_NAME}",
+]
+_DOUBT = (
+    r"(?!,?\s+(?:is|was|are|isn't|aren't|could|might|may|would|must|should|seems|appears|has|or)\b"
+    r"|\W{0,3}(?:incorrect|wrong|false)\b)"
+)
+_ASSERTED = [re.compile(rf"(?:{cue})⟦(\w*)⟧{_DOUBT}", re.IGNORECASE) for cue in _CUES] + [
+    re.compile(
+        rf"⟦(\w*)⟧,?(?:{_IS}{_MOST}\s+(?:correct|right|true|accurate|appropriate|answer|choice|option"
+        r"|solution|one|it|best)\b|\s+it\s+is\b)",
+        re.IGNORECASE,
+    )
+]
+# Before the letter, in the same clause, this takes back what is said of it.
+_DENIED = re.compile(
+    r"(?:\b(?:not|never|neither|nor|cannot|no|doubt|unlikely|unclear|unsure|whether|if|unless|incorrect"
+    r"|wrong|except|rather\s+than|instead\s+of)\b|n't\b)[^.;,\n]*\Z",
+    re.IGNORECASE,
+)
+_REVISED = re.compile(r"\b(?:wait|actually|correction|second thought|sorry)\b", re.IGNORECASE)
+# What an answer marks as its last word.
+_MARKED = [
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"\\boxed\s*\{([^{}]*)",
+        r"<answer>(.*?)(?:</answer>|\Z)",
+        r"\bfinal (?:answer|choice)\b(?:\s+is)?\s*[:=-]?(.*)",
+        r"####(.*)",
+    )
+]
+_TYPOGRAPHY = str.maketrans(
+    {"“": '"', "”": '"', "‘": "'", "’": "'", "*": "", "_": " ", "`": "", "$": ""}
+)
+
+
+def letter(answer: str, choices: dict[str, str], allowed: Iterable[str] = LETTERS) -> str:
+    """The letter that an answer decides on or, without one, that of the one choice that it quotes.
+
+    What it marks as final counts first (`\\boxed{B}`, `<answer>`, `Final answer: B`), then what it
+    says (`B is correct`, `I would choose B`), then a letter that it begins with. An answer that
+    names several letters without deciding gives none.
+    """
+    text = unicodedata.normalize("NFKC", answer).translate(_TYPOGRAPHY)
+    # A small model may go on with a question of its own.
+    text = re.split(r"\n\s*(?:Question|Q\d*)\s*[:.]", text, maxsplit=1, flags=re.IGNORECASE)[0]
+    text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"(?m)^A:\s*(?=\W*[A-E]\b)", "Answer: ", text)
+    text = re.sub(r"\\[()\[\]]|<\|[^|>]*\|>", "", text)
+    text = re.sub(r"<(b|strong|p)>(.*?)</\1>", r"\2", text, flags=re.IGNORECASE)
+    parts = [part for pattern in _MARKED for part in reversed(pattern.findall(text))]
+    decided = (_decided(part.strip(), choices, allowed) for part in [*parts, text])
+    return next(filter(None, decided), "") or _quoted(text, choices)
+
+
+def _decided(text: str, choices: dict[str, str], allowed: Iterable[str]) -> str:
+    """The letter that a text says or begins with; empty where it decides on none."""
+
+    listed: set[str] = set()  # letters that their choice's text follows
+
+    def mark(mention: re.Match[str]) -> str:
+        name, small = str(mention["sure"] or mention["bare"]), mention["bare"] or ""
+        start, end = mention.span()
+        quoted = normal(choices.get(name.upper(), ""))
+        after = normal(text[end : end + 2 * len(quoted) + 9]).lstrip(".:) -")
+        if quoted and after.startswith(quoted):
+            listed.add(name)
+        alone = mention["sure"] or (
+            _BEFORE.search(text, max(0, start - 30), start)
+            and (_AFTER.match(text, end) or name in listed)
+        )
+        # A small letter, the article above all, needs punctuation or a word that announces it.
+        if small.islower():
+            alone = alone and (
+                re.compile(r"[.):,]?\s*(?:\Z|\n)|[.):]\s").match(text, end)
+                or (small != "a" and _ANNOUNCED.search(text, max(0, start - 30), start))
+                or (small != "a" and text.startswith((" is correct", " is right", " is the"), end))
+            )
+        return f"⟦{name.upper()}⟧" if alone and name.upper() in allowed else mention[0]
+
+    text = _LIST.sub("⟦⟧", _ALONE.sub(mark, text))
+    said = [
+        (match.start(1), match[1])
+        for pattern in _ASSERTED
+        for match in pattern.finditer(text)
+        if not _DENIED.search(text, max(0, match.start(1) - 80), match.start(1))
+    ]
+    if said:
+        place, last = max(said)
+        others = {name for _, name in said} - {last}
+        return last if not others or _REVISED.search(text[:place]) else ""
+    # The choices said again are no decision.
+    lines = re.findall(r"^\W*⟦(\w)⟧[.):]", text, re.MULTILINE)
+    if len(listed) > 1 or lines[:2] == ["A", "B"]:
+        return ""
+    alone = re.match(rf"\W*(?:\d+[.)]\s+)?⟦(\w+)⟧(?!\?){_DOUBT}", text)
+    alone = alone or re.search(r"[.!\n]\s*⟦(\w+)⟧[.!]?\s*\Z", text)
+    return alone[1] if alone else ""
+
+
+def _quoted(text: str, choices: dict[str, str]) -> str:
+    """The letter of the one choice whose text an answer holds, not inside of another's."""
+    places = {}
+    body = normal(text)
+    for name, choice in choices.items():
+        found = re.search(rf"(?<![\w.,-]){re.escape(normal(choice))}(?![\w-]|[.,]\d)", body)
+        if found and not re.search(
+            r"(?:\b(?:not|nor|neither|than|instead of|except)\b|n't)[^.;,]*\Z",
+            body[: found.start()],
+        ):
+            places[name] = found.span()
+    outer = [
+        name
+        for name, (start, end) in places.items()
+        if not any(a <= start and end <= b and (a, b) != (start, end) for a, b in places.values())
+    ]
+    return outer[0] if len(outer) == 1 else NONE
 
 
 # ---- numbers
 
 RELATIVE = 0.001  # of the expected number
-SCALES = {"thousand": 3, "k": 3, "million": 6, "mm": 6, "mn": 6, "m": 6}
-SCALES |= {"billion": 9, "bn": 9, "b": 9, "trillion": 12, "tn": 12}
+SCALES = dict.fromkeys(("hundred",), 2) | dict.fromkeys(("thousand", "thousands"), 3)
+SCALES |= dict.fromkeys(("million", "millions", "mil", "mill", "mln", "mio", "mn"), 6)
+SCALES |= dict.fromkeys(("billion", "billions", "bil", "bill", "bln", "bn", "mrd"), 9)
+SCALES |= dict.fromkeys(("trillion", "trillions", "tril", "trn", "tn"), 12)
+# One letter is a scale behind a currency's number or right behind the digits. "250 m above" and
+# "4 400 people" have none.
+SHORT = {"k": 3, "m": 6, "mm": 6, "b": 9, "t": 12}
+PER_ONE = {"": 1.0, "%": 100.0, "bp": 10_000.0}
+
+_CURRENCY = (
+    r"(?:(?:US|CA|AU|HK|NZ|[CAS])?[$€£¥₹₩]"
+    r"|\b(?:USD|EUR|GBP|JPY|CHF|CAD|AUD|INR|CNY|RMB|dollars|euros|pounds)(?![A-Za-z])|\bRs\.?)"
+)
 NUMBER = re.compile(
-    r"""(?<![\w.,])
-    (?P<open>\(\s*)? (?P<sign>[-−–+]?)\s*(?:(?:US|USD|EUR|GBP)?\s*[$€£¥]|USD|EUR|GBP)?\s*
-    (?P<inner>\(\s*)? (?P<second>[-−]?)
-    (?P<digits>\d{1,3}(?:[,'’\u00a0\u202f\ ]\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)
-    (?:\s*(?:e|[x×*]\s*10\s*(?:\^|\*\*))\s*(?P<exponent>[-−+]?\d{1,3})(?![\d.]))?
-    (?P<close>\s*\))?
-    (?:\s*(?P<scale>"""
-    + "|".join(sorted(SCALES, key=len, reverse=True))
-    + r""")\b)?
-    \s*(?P<percent>%|percent\b|per\ cent\b)?""",
+    rf"""(?<![\w.,])(?<![A-Za-z]-)
+    (?P<open>\(\s*)? (?P<currency>{_CURRENCY}\s*)? (?P<sign>-\s?|\+\s?|\b(?:minus|negative)\s)?
+    (?P<late>{_CURRENCY}\s*)? (?P<inner>\(\s*)? (?P<second>-)?
+    (?: (?P<point> (?!0,)\d{{1,3}}(?:,\d{{3}})+(?!\d)(?:\.\d+)?
+                 | \d{{1,2}}(?:,\d{{2}})+,\d{{3}}(?!\d)(?:\.\d+)?  )      # 1,234.56  12,34,567
+      | (?P<comma> \d{{1,3}}(?:\.\d{{3}})+,\d+ | \d{{1,3}}(?:\.\d{{3}}){{2,}}(?!\d) )  # 1.234,56
+      | (?P<plain> (?: \d{{1,3}}(?:['\ ]\d{{3}})+(?!\d) | \d+ )           # 1 234,56
+                   (?:\.\d+|,\d+(?![,.]?\d))? | \.\d+ ) )
+    (?:e(?P<exponent>[-+]?\d{{1,3}})(?!\w|\.\d))?
+    (?: (?:\s|-)?(?P<scale>{"|".join(sorted(SCALES, key=len, reverse=True))})\b
+      | (?P<space>\s?)(?P<short>mm|[kmbt])\b(?!&) )?
+    \s*(?P<unit>%|percent\b|per\ cent\b|pct\b|percentage\ points?\b|bps?\b|basis\ points?\b)?
+    (?P<close>\s*\))? \s*(?P<outer>%|percent\b|per\ cent\b)?""",
     re.VERBOSE | re.IGNORECASE,
 )
+_BEHIND = re.compile(rf"\s*{_CURRENCY}", re.IGNORECASE)
+_MONTH = r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)[a-z]*\.?"
+# Dates, spans of years, and the first number of a numbered list.
+_DATE = re.compile(
+    r"\b\d{4}-\d\d-\d\d\b|\b\d{1,2}/\d{1,2}/\d{2,4}\b|\b(?:19|20)\d\d\s?[-/]\s?(?:\d\d)?\d\d\b"
+    rf"|\b{_MONTH}\s\d{{1,2}}(?:st|nd|rd|th)?\b(?:,?\s\d{{4}}\b)?|\b\d{{1,2}}\s{_MONTH}(?:\s\d{{4}}\b)?"
+    r"|^\s*\(?1[.)]\s+(?=[^\d\s])",
+    re.MULTILINE,
+)
+# A number after one of these is a name, and before one of those a span of time. 3M is a company.
+_NAMED = re.compile(
+    r"(?:\b(?:note|item|form|section|table|page|figure|step|level|question|exhibit|chapter|part|phase"
+    r"|S&P|russell|fortune|nasdaq|no\.|FY|CY|fiscal|years?|Q[1-4])\s?'?|[#\[])\Z",
+    re.IGNORECASE,
+)
+_SPAN = re.compile(
+    r"[\s-]?(?:years?|quarters?|months?|weeks?|days?|hours?)\b|-[A-Z]\b", re.IGNORECASE
+)
+_SIGNS = str.maketrans("−–‒‑﹣⁻⁺", "------+")
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
 
 
-def numbers(text: str) -> list[tuple[float, float]]:
-    """What the number in a text may mean, as (value, what half of its last place is worth).
+class Number(NamedTuple):
+    """A number of a text, e.g. `$1.2 million` or `75 bps`."""
 
-    It is the first number after the last `=`; a text without digits has none. Understood are
-    currency signs, thousands separators, minus signs, brackets around a negative number, exponents,
-    thousand to trillion, and percent, which may mean 7.5 or 0.075.
+    value: float
+    half: float  # what half of its last decimal is worth
+    unit: str  # of PER_ONE
+    scale: int  # a power of ten that is written out as a word or letter
+
+
+def read_number(text: str) -> Number | None:
+    """The number that a text answers with; None where it has none.
+
+    What is in `\\boxed{}` counts, then what follows `answer is`, then what follows the last `=`. Of
+    several numbers it is the first one that is no date, year, span of time or name (`Note 5`), if
+    there is one. Understood are currency signs, separators of thousands, decimal commas, minus
+    signs, brackets around a negative number, exponents, thousand to trillion, percent and basis
+    points.
     """
-    found = NUMBER.search(text.rpartition("=")[2])
-    if not found:
-        return []
-    digits = re.sub(r"[^\d.]", "", found["digits"])
-    power = int((found["exponent"] or "0").replace("−", "-"))
-    power += SCALES.get((found["scale"] or "").lower(), 0)
+    text = _tidy(text)
+    for part in (
+        *reversed(re.findall(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}", text)),
+        *reversed(
+            re.split(r"\banswer\b[^.\n]{0,40}?(?:\bis\b|\bbe\b|[:=])", text, flags=re.IGNORECASE)[
+                1:
+            ]
+        ),
+        text.rpartition("=")[2],
+        text,
+    ):
+        undated = _DATE.sub(" ", part)
+        for body in (undated, part):
+            matches = list(NUMBER.finditer(body))
+            meant = [match for match in matches if not _is_aside(match, body)]
+            if meant or (matches and body is part):
+                return _number((meant or matches)[0], body)
+    return None
+
+
+def _tidy(text: str) -> str:
+    """A text with its typography and LaTeX written plainly, and powers of ten as exponents."""
+    text = re.sub(
+        r"(?<=10)[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda power: "^" + power[0].translate(_RAISED), text
+    )
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹]+", "", text)  # marks of footnotes
+    text = unicodedata.normalize("NFKC", text.translate(_SIGNS)).replace("’", "'")
+    text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\(?:times|cdot)\b", "×", text.replace("{,}", ","))
+    text = re.sub(r"\\([$%])", r"\1", re.sub(r"\\[,;: !]|~", " ", text))
+    power = r"10\s*(?:\^|\*\*)\s*\{?\s*([-+]?\d{1,3})\}?"
+    text = re.sub(rf"(?<=\d)\s*[x×*·]\s*{power}", r"e\1", text)
+    text = re.sub(rf"(?<![\w.]){power}", r"1e\1", text)
+    text = re.sub(r" {2,}", " ", re.sub(r"\*\*|__|`", "", text)).strip()
+    return re.sub(r"(?m)^\s*[-•]\s+", "", text) if "\n" in text else text
+
+
+def _is_aside(match: re.Match[str], text: str) -> bool:
+    plain = match["plain"] or ""
+    bare = not (
+        match["currency"] or match["late"] or match["scale"] or match["unit"] or match["outer"]
+    )
+    year = bare and not match["short"] and re.fullmatch(r"(?:19|20)\d\d", plain)
+    named = bare and _NAMED.search(text[: match.start()])
+    company = plain == "3" and match["short"] == "M" and not match["space"] and bare
+    return bool(year or named or company or (bare and _SPAN.match(text, match.end())))
+
+
+def _number(match: re.Match[str], text: str) -> Number:
+    if match["point"]:
+        digits = match["point"].replace(",", "")
+    elif match["comma"]:
+        digits = match["comma"].replace(".", "").replace(",", ".")
+    else:
+        digits = re.sub("[' ]", "", match["plain"]).replace(",", ".")
+    scale = SCALES.get((match["scale"] or "").lower(), 0)
+    if short := match["short"]:
+        money = match["currency"] or match["late"] or _BEHIND.match(text, match.end("short"))
+        if money or short in ("KMBT" if match["space"] else "kmbKMBT"):
+            scale = SHORT[short.lower()]
+    power = int(match["exponent"] or 0) + scale
     value = float(f"{digits}e{power}")
-    in_brackets = bool(found["close"] and (found["open"] or found["inner"]))
-    if in_brackets or "-" in (found["sign"] + found["second"]).replace("−", "-").replace("–", "-"):
+    in_brackets = bool(match["close"] and (match["open"] or match["inner"]))
+    signs = (match["sign"] or "").lower() + (match["second"] or "")
+    if in_brackets or re.search("-|minus|negative", signs):
         value = -value
     places = len(digits.partition(".")[2])
     half = 0.5 * 10.0 ** (power - max(places, 2)) if places else 0.0
-    meanings = [(value, half)]
-    return meanings + [(value / 100, half / 100)] if found["percent"] else meanings
+    unit = (match["unit"] or match["outer"] or "").lower()
+    kind = "" if not unit else "bp" if unit.startswith("b") else "%"
+    return Number(value, half, kind, scale)
 
 
-def close(expected: str, answer: str) -> bool:
+def is_number(text: str) -> bool:
+    """Whether a text is a number and no more."""
+    return bool(NUMBER.fullmatch(_tidy(text)))
+
+
+def close(expected: str, answer: str, prompt: str = "") -> bool:
     """Whether the answer's number is the expected one, within the larger of two tolerances.
 
     0.1 % of the expected number; and where that has decimals, half of a unit of the last one, 0.005
     at the most: FinLoRA's keys are rounded to 2 decimals. An expected text that is more than a
-    number, such as a date, is none.
+    number, such as a date, is none. Where one of the two has a unit (7.5 %, 75 bps), the other one
+    may be written in it or not. Where the prompt asks for a number in millions, so is 5 million 5.
     """
-    return bool(NUMBER.fullmatch(expected.strip())) and any(
-        abs(given - wanted) <= max(RELATIVE * abs(wanted), half) * (1 + 1e-9)
-        for wanted, half in numbers(expected)
-        for given, _ in numbers(answer)
+    if not is_number(expected):
+        return False
+    wanted, got = read_number(expected), read_number(answer)
+    if wanted is None or got is None:
+        return False
+    scales = [1.0]
+    asked = re.search(
+        r"\bin\s+(?:\w*[$€£]\s?|\w+\s+)?(thousands|millions|billions)\b", prompt, re.IGNORECASE
     )
+    if asked and bool(wanted.scale) != bool(got.scale):
+        factor = 10.0 ** SCALES[asked[1].lower()]
+        scales.append(factor if wanted.scale else 1 / factor)
+    return any(
+        abs(got.value * there * scale - wanted.value * here)
+        <= max(RELATIVE * abs(wanted.value * here), wanted.half * here) * (1 + 1e-9)
+        for scale in scales
+        for here, there in _pairs(wanted.unit, got.unit)
+    )
+
+
+def _pairs(wanted: str, got: str) -> list[tuple[float, float]]:
+    """Factors of an expected and an answered number under which their units are the same."""
+    if wanted and got:
+        return [(1 / PER_ONE[wanted], 1 / PER_ONE[got])]
+    sizes = {"": [1.0], "%": [1.0, 0.01], "bp": [1.0, 0.01, 0.0001]}
+    return [(here, there) for here in sizes[wanted] for there in sizes[got]]
 
 
 # ---- formulas

@@ -44,6 +44,7 @@ from tools.common import (
     WrongInput,
     atomic,
     git_blob,
+    naming,
     nearest,
     shown,
     write_json,
@@ -243,7 +244,7 @@ def write(
     tally = None if isinstance(how.lengths, str) else how.lengths.fresh()
     first, copies = None, Counter[bytes]()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as files:
+    with naming(target), ExitStack() as files:
         out: IO[bytes]
         if how.validation:
             out = files.enter_context(TemporaryFile(dir=target.parent))

@@ -9,7 +9,6 @@ is not fetched again. FINLORA_BASE_URL names a mirror (http, https or file:) wit
 FinLoRA's repository. With FINLORA_DATA nothing is fetched: that copy is verified where it lies.
 """
 
-import errno
 import fcntl
 import os
 import queue
@@ -28,7 +27,7 @@ from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from tools.common import JobFailed, WrongInput, digest, git_blob, nearest, shown
+from tools.common import JobFailed, WrongInput, digest, explain, git_blob, nearest, shown
 from tools.data.rows import batches
 from tools.sources import RAW, folders, tables
 
@@ -62,11 +61,11 @@ class Published:
 
 
 class Passing(Exception):
-    """What may be gone at the next try: `wait` is what the server's Retry-After asks for."""
+    """What may be gone at the next try."""
 
-    def __init__(self, message: str, wait: str = "") -> None:
+    def __init__(self, message: str, wait: str = "", date: str = "") -> None:
         super().__init__(message)
-        self.wait = wait
+        self.wait, self.date = wait, date  # the answer's Retry-After and Date
 
 
 def published(path: str) -> Published | None:
@@ -157,13 +156,15 @@ def bare(url: str) -> str:
     return re.sub(r"(?<=://)[^/]*@", "", url)
 
 
-def backoff(tries: int, asked: str) -> float:
-    """Seconds until the next try: what Retry-After asks (seconds or a date), else a doubling
-    time, of which a random part is left out so that clients do not come back together."""
+def backoff(tries: int, asked: str, date: str = "") -> float:
+    """Seconds until the next try: what Retry-After asks (seconds, or a date by the server's own
+    clock, which `date` tells), else a doubling time, of which a random part is left out so that
+    clients do not come back together."""
     if asked.strip().isdecimal():
         return float(asked)
     try:
-        return max(0.0, (parsedate_to_datetime(asked) - datetime.now(UTC)).total_seconds())
+        now = parsedate_to_datetime(date) if date else datetime.now(UTC)
+        return max(0.0, (parsedate_to_datetime(asked) - now).total_seconds())
     except (ValueError, TypeError):
         return min(LONGEST_BACKOFF, BACKOFF * 2 ** (tries - 1)) * random.uniform(0.5, 1)
 
@@ -196,7 +197,7 @@ class Download:
                     file.flush()
                     tries = 1 if file.tell() > best else tries + 1
                     best = max(best, file.tell())
-                    wait = backoff(tries, error.wait)
+                    wait = backoff(tries, error.wait, error.date)
                     if tries == TRIES or wait > LONGEST_WAIT:
                         again = f"; it asks to wait {wait:.0f} s" if wait > LONGEST_WAIT else ""
                         raise JobFailed(
@@ -259,7 +260,8 @@ class Download:
     def check(self, response: "Response") -> None:
         status = response.status_code
         if status == 429 or status >= 500:
-            raise Passing(f"the server answers {status}", response.headers.get("Retry-After", ""))
+            wait, date = (response.headers.get(name, "") for name in ("Retry-After", "Date"))
+            raise Passing(f"the server answers {status}", wait, date)
         if status == 404:
             raise JobFailed(f"404, not found: {bare(self.url)}")
         if status in (401, 403):
@@ -371,10 +373,9 @@ def fetch_all(files: list[Published], folder: Path, base: str) -> dict[str, str]
                 path, error = finished(done)
                 if isinstance(error, JobFailed):
                     failed[path] = str(error)
-                elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                    failed[path] = f"no space left on the disk for {shown(folder / path)}"
                 elif isinstance(error, OSError):
-                    failed[path] = f"{error.strerror}: {error.filename or shown(folder / path)}"
+                    error.filename = error.filename or str(folder / path)
+                    failed[path] = explain(error)
                 elif error:
                     raise error
         finally:
@@ -397,12 +398,16 @@ def own(path: Path) -> int:
 def alone(folder: Path) -> Iterator[None]:
     """Keeps a second call out of the folder: two would write to the same file."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    # Read-only, so that the lock of another user of the folder can be taken, too.
+    lock = os.open(folder / ".lock", os.O_RDONLY | os.O_CREAT, 0o666)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise JobFailed(f"another fetch is at work in {shown(folder)}") from None
         yield
+    finally:
+        os.close(lock)
 
 
 def licence(origin: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools import recipes
+from tools import adapters, recipes
 from tools import sources as sources_module
 from tools.common import ROOT, WrongInput
 
@@ -41,7 +41,6 @@ OWN = {
 }
 # What the Hub calls a metric; others keep their names.
 METRICS = {"f1_weighted": "f1", "f1_macro": "f1", "token_f1": "f1", "rouge_l": "rouge"}
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes for its largest
 
 
 def origins(data: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -106,18 +105,20 @@ def licence(base: str, data: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def interval(value: dict[str, float], signed: bool = False) -> str:
+def interval(value: dict[str, Any], signed: bool = False) -> str:
     plus = "+" if signed else ""
-    point, low, high = (100 * value[key] for key in ("value", "low", "high"))
-    return f"{point:{plus}.1f} ({low:{plus}.1f} … {high:{plus}.1f})"
+    point = f"{100 * value['value']:{plus}.1f}"
+    if value.get("no_interval"):
+        return f"{point} (no interval: {value['no_interval']})"
+    return f"{point} ({100 * value['low']:{plus}.1f} … {100 * value['high']:{plus}.1f})"
 
 
-def metrics(content: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The metrics of a score file that have a value and an interval."""
+def metrics(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The metrics of a score file that have a value, and an interval or why there is none."""
     return {
         name: value
         for name, value in content["metrics"].items()
-        if isinstance(value, dict) and {"value", "low", "high"} <= value.keys()
+        if isinstance(value, dict) and "value" in value and {"high", "no_interval"} & value.keys()
     }
 
 
@@ -173,9 +174,12 @@ def results(scores: dict[str, dict[str, Any]]) -> list[Any]:
                     metric_name=report.title(name),
                     metric_value=value["value"],
                     metric_args={
-                        "interval": [value["low"], value["high"]],
-                        "confidence": 0.95,
-                        "examples": content["examples"],
+                        **(
+                            {"no_interval": value["no_interval"]}
+                            if value.get("no_interval")
+                            else {"interval": [value["low"], value["high"]], "confidence": 0.95}
+                        ),
+                        "examples": len(report.values(content, name)),
                         "precision": content["evaluated"].get("precision"),
                     },
                 )
@@ -244,11 +248,6 @@ def collect_label_checks(
 def read_label_check(pair: dict[str, Any]) -> str:
     """What was decided on swapped labels of the rows that an adapter was scored on."""
     return str(pair["adapter"].get("label_checks", {}).get("test", ""))
-
-
-def vllm_rank(rank: int) -> int | None:
-    """What vLLM is told of an adapter's rank; None for one that it does not serve unmerged."""
-    return next((most for most in RANKS if most >= rank), None)
 
 
 def hours(told: dict[str, Any]) -> float | None:
@@ -326,7 +325,7 @@ def make(
         sample=sample,
         prompt=example(recipe.task),
         template_kwargs=config.get("chat_template_kwargs") or {},
-        lora_rank=vllm_rank(config["lora_r"]),
+        lora_rank=adapters.vllm_rank(config["lora_r"]),
         hours=spent,
         cost=None if spent is None or price is None else spent * price,
         price=price,

@@ -9,7 +9,8 @@ import sys
 from typing import Any
 
 from tools.hub import card
-from tools.hub.client import hub, plainly
+from tools.hub.client import hub
+from tools.hub_errors import plainly
 from tools.runs import list_runs
 
 

@@ -31,11 +31,11 @@ from tools.hub.client import (
     hub,
     hub_name,
     matches,
-    plainly,
     repository,
     same_base,
     tree,
 )
+from tools.hub_errors import plainly
 from tools.runs import RUNS, UNKNOWN, Run
 
 
@@ -118,7 +118,7 @@ def safe_config(content: bytes, where: str) -> dict[str, Any]:
         raise WrongInput(f"{where}: no Axolotl config")
     if config.get("trust_remote_code"):
         raise WrongInput(f"{where}: trust_remote_code would run code from the Hub")
-    known = ("tools.train.plugin.", "tools.plugin.", "axolotl.integrations.")
+    known = ("tools.train.plugin.", "tools.train.plugin.", "axolotl.integrations.")
     if odd := [p for p in config.get("plugins") or () if not str(p).startswith(known)]:
         raise WrongInput(f"{where}: the plugin {str(odd[0])[:60]!r} is not known here")
     tokens = config.get("special_tokens") or {}

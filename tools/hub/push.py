@@ -10,6 +10,7 @@ version is refused; what was cut off is repeated with the same command.
 import json
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import yaml
 
 from tools import adapters, architectures, common, models, recipes
-from tools.common import ROOT, SECRET, JobFailed, WrongInput
+from tools.common import ROOT, SECRET, JobFailed, WrongInput, shown
 from tools.hub import card
 from tools.hub.client import (
     CARD,
@@ -31,10 +32,10 @@ from tools.hub.client import (
     different,
     hub,
     hub_name,
-    plainly,
     repository,
     tree,
 )
+from tools.hub_errors import plainly
 from tools.runs import Run
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -55,7 +56,7 @@ ANSWERS = {
 PAIRED = (
     *("dataset", "task_version", "data_sha256", "limit", "base_model", "base_revision"),
     *("base_files", "quantization", "precision", "prompt_format", "chat_template_kwargs"),
-    "backend",
+    *("backend", "task", "scoring", "device_class"),
 )
 LONGEST = 200  # characters of such a text
 
@@ -91,11 +92,17 @@ def scores(
     At the precision that it was trained on; where there are several of a dataset, the one with the
     prompt that it was trained on and with most rows.
     """
+    from evals import report
+
     precision = models.precision(config)
     beside = Run(recipe.run.folder.with_name(f"base_{precision}")).scores_folder
     found: dict[str, tuple[tuple[bool, int], dict[str, Any]]] = {}
     for path in recipe.run.score_files:
-        content = json.loads(path.read_text())
+        try:
+            content = report.read(path)
+        except WrongInput as error:
+            print(f"push       {shown(path)} left out: {error}", file=sys.stderr)
+            continue
         about = content["evaluated"]
         here = (about.get("adapter_sha256"), about.get("precision"))
         if here != (told["adapter_sha256"], precision):
@@ -106,8 +113,14 @@ def scores(
             continue
         pair = {"adapter": content}
         for other in (beside / path.name, path.parent / "base" / f"{dataset}.json"):
-            base = json.loads(other.read_text()) if other.is_file() else {"evaluated": {}}
-            if other.is_file() and all(base["evaluated"].get(k) == about.get(k) for k in PAIRED):
+            if not other.is_file():
+                continue
+            try:
+                base = report.read(other)
+            except WrongInput as error:
+                print(f"push       {shown(other)} left out: {error}", file=sys.stderr)
+                continue
+            if all(base["evaluated"].get(k) == about.get(k) for k in PAIRED):
                 pair["base"] = base
                 break
         found[dataset] = rank, pair

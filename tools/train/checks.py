@@ -6,7 +6,7 @@ from typing import Any
 
 from tools import architectures, recipes, sources
 from tools.common import ROOT, JobFailed, WrongInput, digest, shown
-from tools.train import plan, profiles
+from tools.train import hardware, plan, profiles
 
 DISK = 2e9  # bytes that must be free: checkpoints, prepared data, log
 FULL = 1e6  # bytes under which a disk is full
@@ -14,7 +14,7 @@ FULL = 1e6  # bytes under which a disk is full
 DATA_FILES = {".jsonl", ".json", ".csv", ".parquet", ".txt", ".arrow"}
 
 
-def require_hardware(recipe: recipes.Recipe, here: dict[str, Any], profile: str = "") -> None:
+def require_hardware(recipe: recipes.Recipe, here: hardware.Host, profile: str = "") -> None:
     """Raises WrongInput, before any download, where a catalogue recipe cannot run here."""
     if recipe.name not in recipes.list_names():
         return
@@ -22,30 +22,30 @@ def require_hardware(recipe: recipes.Recipe, here: dict[str, Any], profile: str 
 
     def small(model: str) -> bool:
         base = recipes.build_config(f"{model}/{task}_{method}")["base_model"]
-        return architectures.find(base).parameters <= profiles.LARGEST_ON_CPU
+        return architectures.find(base).parameters <= hardware.LARGEST_ON_CPU
 
-    if here["gpus"]:
-        content = recipe.config | profiles.layers(profile)
+    if here.gpus:
+        content = recipe.config | profiles.read_profiles(profile)
         # The planner knows ZeRO, and not how FSDP divides a base.
         if (
             content.get("fsdp_config")
-            or profiles.fits(content, here, len(here["gpus"])) is not False
+            or profiles.fits_gpus(content, here, len(here.gpus)) is not False
         ):
             return
     elif small(recipes.split_name(recipe.name)[0]):
         return
-    need = plan.plan(recipe.config, data=ROOT / recipe.config["datasets"][0]["path"])["memory"]
+    memory = plan.plan(recipe.config, data=ROOT / recipe.config["datasets"][0]["path"])["memory"]
     runs = [f"{model}/{task}_{method}" for model in recipes.read_matrix()["models"] if small(model)]
-    what = f"What runs here: make train RECIPE={runs[0]} (" if runs else "("
+    example = f"What runs here: make train RECIPE={runs[0]} (" if runs else "("
     raise WrongInput(
-        f"{recipe.name} needs a CUDA GPU with {need['peak'] / 2**30:.0f} GiB; "
-        f"here: {profiles.found(here)}. {what}FORCE=1 tries all the same)"
+        f"{recipe.name} needs a CUDA GPU with {memory['peak'] / 2**30:.0f} GiB; "
+        f"here: {here}. {example}FORCE=1 tries all the same)"
     )
 
 
 def describe_data(recipe: recipes.Recipe) -> list[dict[str, Any]]:
-    """What is to be known of each file that the recipe trains on or is validated with."""
-    found = []
+    """Path, split, digest, rows and origin of each file that the recipe trains or validates on."""
+    files = []
     config, _ = sources.drop_missing_validation(recipe.config)
     entries = [(entry, "train") for entry in config["datasets"]]
     entries += [(entry, "validation") for entry in config.get("test_datasets") or ()]
@@ -69,10 +69,10 @@ def describe_data(recipe: recipes.Recipe) -> list[dict[str, Any]]:
         if rows is None:
             with open(path, "rb") as file:
                 rows = sum(1 for line in file if not line.isspace())
-        where = {"path": entry["path"], "split": split, "sha256": content["sha256"], "rows": rows}
+        facts = {"path": entry["path"], "split": split, "sha256": content["sha256"], "rows": rows}
         check = (content.get("label_check") or {}).get("text")
-        where |= {"from": content.get("from"), "source": content["source"], "label_check": check}
-        found.append(where)
+        facts |= {"from": content.get("from"), "source": content["source"], "label_check": check}
+        files.append(facts)
         held = content.get("validation") or {}
         for other in config.get("test_datasets") or ():
             beside = (ROOT / other["path"]).resolve()
@@ -83,11 +83,11 @@ def describe_data(recipe: recipes.Recipe) -> list[dict[str, Any]]:
                     f"{shown(beside)} is not what was held out of {shown(path)}; "
                     "`make data` makes both"
                 )
-    return found
+    return files
 
 
 def refuse_unusable(recipe: recipes.Recipe) -> None:
-    """Raises WrongInput, before anything is loaded, for a config whose run could not be used."""
+    """Raises WrongInput, before anything loads, for a config whose run nothing here could use."""
     config, where = recipe.config, recipe.where
     reasons = {
         key: "a run is an adapter that supervised fine-tuning made"
@@ -122,7 +122,7 @@ def refuse_unusable(recipe: recipes.Recipe) -> None:
 
 
 def require_space(run: Path) -> None:
-    """Raises JobFailed where this project's disk is nearly full, or that of a run elsewhere is."""
+    """Raises JobFailed where the disk of this project, or of a run elsewhere, is nearly full."""
     while not run.exists():
         run = run.parent
     for place, needed in ((ROOT, DISK), (run, FULL)):

@@ -25,12 +25,17 @@ from typing import Any
 import yaml
 
 from tools import recipes, smollm2, sources
-from tools.common import ROOT, WrongInput, atomic, digest, read_json, write_json
+from tools.common import ROOT, WrongInput, atomic, digest, read_json, share, write_json
 from tools.prompts import explain_unscorable
 from tools.runs import Run
-from tools.train import profiles
+from tools.train import hardware, profiles
 from tools.train.checkpoints import last_checkpoint
-from tools.train.checks import describe_data, refuse_unusable, require_hardware, require_space
+from tools.train.checks import (
+    describe_data,
+    refuse_unusable,
+    require_hardware,
+    require_space,
+)
 from tools.train.machines import Cluster, Machines
 from tools.train.process import run_axolotl
 
@@ -59,7 +64,7 @@ def prepare(recipe: recipes.Recipe, identity: dict[str, Any], force: bool) -> bo
     run = recipe.run
     done, before = run.is_finished, run.identity
     if before:  # earlier versions kept this project's own plugin in it
-        before["config"] = profiles.kept(before["config"])
+        before["config"] = profiles.identity_of(before["config"])
     # An adapter that something else wrote over is not the one of run.json.
     damaged = done and not run.is_intact
     same = before == identity and not damaged and not (force and done)
@@ -105,6 +110,7 @@ def finish(recipe: recipes.Recipe, profile: str, data: list[dict[str, Any]]) -> 
         "platform": platform.platform(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    share(run.folder)
     write_json(run.info_file, content)
     run.stats_file.unlink()
     return content
@@ -122,7 +128,10 @@ def execute(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     data = describe_data(recipe)
     # json: a run's identity is compared with the one that was written.
-    identity = {"config": profiles.kept(content), "data": [entry["sha256"] for entry in data]}
+    identity = {
+        "config": profiles.identity_of(content),
+        "data": [entry["sha256"] for entry in data],
+    }
     identity = json.loads(json.dumps(identity))
     run = place = recipe.run
     if machines.rank:  # beside the run, which machine 0 makes where they share a disk
@@ -149,7 +158,7 @@ def train(name: str, choice: profiles.Choice, cluster: Cluster, force: bool) -> 
     recipe = recipes.find(name)
     describe_data(recipe)
     cluster.check()
-    here = profiles.hardware()
+    here = hardware.detect_host()
     profile, nproc, why = profiles.choose(here, choice, cluster.nnodes)
     machines = Machines(nproc, cluster)
     if not force and not recipe.run.identity_file.is_file():
@@ -174,8 +183,8 @@ def train(name: str, choice: profiles.Choice, cluster: Cluster, force: bool) -> 
     share = f", {machines.processes} processes" if machines.processes > 1 else ""
     print(f"train      {recipe.name} on {what}{validated}, profile {profile} ({why}){share}")
     choice = replace(choice, profile=profile, nproc=machines.processes)
-    content = profiles.merged(recipe, choice, here)
-    for line in profiles.changed(recipe, content):
+    content = profiles.merge_config(recipe, choice, here)
+    for line in profiles.list_changes(recipe, content):
         print(f"train      {line}")
     if reason := explain_unscorable(recipe.config):
         print(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.common import ROOT, WrongInput
-from tools.train import profiles
+from tools.train import hardware
 
 GRACE = 110  # seconds to finish a step and save it; launch/slurm.sh asks for a signal 120 before
 
@@ -60,23 +60,23 @@ class Machines:
             where += [f"--master_addr={address[1]}", f"--master_port={address[2]}"]
         return ["--launcher", "torchrun", "--", f"--nproc_per_node={self.nproc}", *where]
 
-    def environment(self, config: dict[str, Any]) -> dict[str, str]:
-        """Axolotl finds `accelerate` on PATH and the plugin on PYTHONPATH."""
+    def build_environment(self, config: dict[str, Any]) -> dict[str, str]:
+        """Axolotl's environment: `accelerate` on PATH, the plugin on PYTHONPATH."""
         folders = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         modules = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        found = os.environ | {"PATH": folders, "PYTHONPATH": modules}
-        if self.processes > 1 and not profiles.hardware()["gpus"]:
-            # Without it each process trains apart and nothing says so; with it accelerate leaves
-            # DeepSpeed out, and nothing says so either (tools/train/plugin.py sees both).
+        environment = os.environ | {"PATH": folders, "PYTHONPATH": modules}
+        if self.processes > 1 and not hardware.detect_host().gpus:
+            # Without it each process silently trains alone; with it accelerate silently leaves
+            # DeepSpeed out (callbacks.Watch detects both).
             cpu = "DS_ACCELERATOR" if config.get("deepspeed") else "ACCELERATE_USE_CPU"
-            found[cpu] = "cpu" if config.get("deepspeed") else "true"
-            found["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.nproc))
-        # Slurm's SIGTERM reaches torchrun, too, which would kill its processes 30 seconds later.
-        found.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE))
+            environment[cpu] = "cpu" if config.get("deepspeed") else "true"
+            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.nproc))
+        # Slurm's SIGTERM also reaches torchrun, which would kill its processes after 30 seconds.
+        environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE))
         if config.get("use_wandb"):
-            found["WANDB_MODE"] = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-            found["WANDB_DIR"] = str(ROOT / config["output_dir"])
+            environment["WANDB_MODE"] = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+            environment["WANDB_DIR"] = str(ROOT / config["output_dir"])
         if config.get("use_trackio"):
-            found.pop("TRACKIO_DISABLED", None)
-            found["TRACKIO_DIR"] = str(ROOT / config["output_dir"] / "trackio")
-        return found
+            environment.pop("TRACKIO_DISABLED", None)
+            environment["TRACKIO_DIR"] = str(ROOT / config["output_dir"] / "trackio")
+        return environment

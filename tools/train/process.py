@@ -21,7 +21,7 @@ from tools.train.checkpoints import last_checkpoint
 from tools.train.checks import FULL
 from tools.train.machines import Machines
 
-# What a log says when a training fails, and what that means. The first that is found counts.
+# What a log says when training fails, and what it means. The first match counts.
 CAUSES = {
     r"tools\.train\.callbacks\.Stopped: (.+)": "{0}",
     # The last is Rust's (tokenizers), which aborts.
@@ -31,7 +31,7 @@ CAUSES = {
     r"Disk quota exceeded|os error 122": "the disk quota of this user is used up",
     r"(?:PermissionError|Read-only file system).*": "{0}",
 }
-# Lines by which torchrun tells that some process failed, and not why.
+# Lines in which torchrun reports that a process failed, without the reason.
 ECHOES = ("ChildFailedError", "torch.distributed.elastic", "error_file", "CalledProcessError")
 
 
@@ -54,23 +54,23 @@ def follow(process: subprocess.Popen[bytes], run: Run) -> None:
         TextColumn("{task.description}"),
         TimeRemainingColumn(),
     )
-    tail, seen, said = progress.Tail(run.progress_file), 0, time.monotonic()
+    tail, last_step, printed = progress.Tail(run.progress_file), 0, time.monotonic()
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         job = bar.add_task("loading the model", total=None)
         while True:
             ended = process.poll() is not None
             losses = [row for row in tail.read() if "loss" in row]
-            if losses and losses[-1]["step"] != seen:
+            if losses and losses[-1]["step"] != last_step:
                 last = losses[-1]
-                seen = last["step"]
+                last_step = last["step"]
                 speed = last["total_tokens"] / max(last["seconds"], 1e-9)
                 text = (
                     f"loss {last['loss']:.3f}  {speed:.0f} tokens/s  {last['memory'] / 1e9:.1f} GB"
                 )
-                bar.update(job, total=last["steps"], completed=seen, description=text)
-                if not console.is_terminal and (time.monotonic() - said > 20 or ended):
-                    print(f"train      step {seen}/{last['steps']}  {text}", flush=True)
-                    said = time.monotonic()
+                bar.update(job, total=last["steps"], completed=last_step, description=text)
+                if not console.is_terminal and (time.monotonic() - printed > 20 or ended):
+                    print(f"train      step {last_step}/{last['steps']}  {text}", flush=True)
+                    printed = time.monotonic()
             if ended:
                 tail.close()
                 return
@@ -78,51 +78,51 @@ def follow(process: subprocess.Popen[bytes], run: Run) -> None:
 
 
 def advise_memory(config: dict[str, Any], processes: int) -> str:
-    """What the planner would change first, where memory ran out."""
+    """The planner's first suggestion after memory ran out."""
     try:
-        made = plan.plan(config, plan.Hardware(count=processes))
-        least = f"{made['memory']['peak'] / 2**30 * 0.8 / plan.USABLE:.1f}GB"
-        first = plan.plan(config, plan.Hardware(least, processes))["changes"]
+        planned = plan.plan(config, plan.Hardware(count=processes))
+        less = f"{planned['memory']['peak'] / 2**30 * 0.8 / plan.USABLE:.1f}GB"
+        changes = plan.plan(config, plan.Hardware(less, processes))["changes"]
     except WrongInput:
-        first = []
+        changes = []
     return "out of memory; the plan's next step: " + (
-        first[0][0] if first else "a smaller sequence_len or a smaller model (`make plan`)"
+        changes[0][0] if changes else "a smaller sequence_len or a smaller model (`make plan`)"
     )
 
 
 def explain_failure(
     log: Path, start: int, code: int, config: dict[str, Any], processes: int
 ) -> str:
-    """Why a training ended, from its log from byte `start` on, or from the signal that ended it."""
+    """Why training ended: from its log after byte `start`, or from the signal that ended it."""
     text = log.read_bytes()[start:].decode(errors="replace")
     facts = {"free": f"{shutil.disk_usage(log.parent).free / 1e9:.1f} GB"}
     for pattern, meaning in CAUSES.items():
         if match := re.search(pattern, text):
             if "{memory}" in meaning:
                 facts["memory"] = advise_memory(config, processes)
-            said = match.groups() or (match[0],)
-            return SECRET.sub("***", meaning.format(*said, **facts).strip()[:400])
-    if shutil.disk_usage(log.parent).free < FULL:  # a full disk takes no log of it
+            groups = match.groups() or (match[0],)
+            return SECRET.sub("***", meaning.format(*groups, **facts).strip()[:400])
+    if shutil.disk_usage(log.parent).free < FULL:  # then the log cannot say so
         return CAUSES[r"No space left on device|os error 28"].format(**facts)
     if code == -signal.SIGKILL:
         return f"it was killed, most often for memory: {advise_memory(config, processes)}"
     if code < 0:
         return f"it was ended by {signal.Signals(-code).name}"
-    if code == 0:  # it was told to stop, and saved
+    if code == 0:  # it was asked to stop, and saved
         return "it was interrupted"
     names = ("Error:", "Exception:", "Killed")
-    telling = [line.strip() for line in text.splitlines() if any(name in line for name in names)]
-    telling = [line for line in telling if not any(echo in line for echo in ECHOES)]
-    return SECRET.sub("***", telling[-1][:300]) if telling else "it ended without a word"
+    errors = [line.strip() for line in text.splitlines() if any(name in line for name in names)]
+    errors = [line for line in errors if not any(echo in line for echo in ECHOES)]
+    return SECRET.sub("***", errors[-1][:300]) if errors else "it exited without an error message"
 
 
 def die_with_parent() -> None:
-    """Run in the child: where this process dies, the training is told to save and stop."""
+    """Runs in the child: when this process dies, training is asked to save and stop."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def in_torchrun(process: psutil.Process) -> bool:
-    """Whether torchrun started a process; False where it ended or may not be looked at."""
+    """Whether torchrun started a process; False where it has ended or cannot be inspected."""
     try:
         return "TORCHELASTIC_RUN_ID" in process.environ()
     except psutil.Error:
@@ -150,11 +150,11 @@ def find_trainers(leader: int) -> list[psutil.Process]:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Tells every training process to save a checkpoint and end; a second Ctrl-C ends them."""
-    with suppress(OSError):  # nobody may be reading any more
+    """Asks every training process to save a checkpoint and exit; a second Ctrl-C kills them."""
+    with suppress(OSError):  # stdout may be closed
         text = "the step is finished and saved (again to stop at once)"
         print(f"train      stopping: {text}", flush=True)
-    # torchrun would wait and kill: what it started is told directly.
+    # torchrun would wait and kill, so the processes that it started get the signal directly.
     for trainer in find_trainers(process.pid):
         with suppress(psutil.Error):
             trainer.send_signal(signal.SIGTERM)
@@ -169,7 +169,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 def run_axolotl(
     run: Run, place: Run, config: dict[str, Any], machines: Machines, lock: int
 ) -> None:
-    """Runs `axolotl train` on the config in `place`; raises JobFailed where it does not finish."""
+    """Runs `axolotl train` on the config in `place`; raises JobFailed unless it finishes."""
     arguments = ["train", shown(place.config_file), *machines.launcher()]
     print(f"train      axolotl {' '.join(arguments)}", flush=True)
     log = place.log_file
@@ -181,7 +181,7 @@ def run_axolotl(
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             cwd=ROOT,
-            env=machines.environment(config),
+            env=machines.build_environment(config),
             pass_fds=[lock],
             process_group=0,  # Ctrl-C reaches this process alone, which then tells the others
             preexec_fn=die_with_parent,

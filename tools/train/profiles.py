@@ -1,18 +1,12 @@
-"""Where a recipe runs: what this machine has, the profiles that suit it, and the merged config.
+"""Where a recipe runs: the profiles that suit this machine, and the merged config.
 
     python -m tools profile [RECIPE] [--profile multi_gpu,zero2] [--nproc 4]
 
-A profile is a YAML file of Axolotl options in recipes/profiles/; several, parted by commas, are
-laid over each other. What is learned stays the recipe's: more processes take their share of the
-same batches, and a number of processes that cannot is refused.
+A profile is a YAML file of Axolotl options in recipes/profiles/; of several, separated by commas,
+later ones override earlier ones. What is learned stays the recipe's: more processes share the same
+batches, and a process count that does not divide the batch is rejected.
 """
 
-import importlib.util
-import os
-import shutil
-import signal
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -22,15 +16,11 @@ from tools import architectures, recipes, sources
 from tools.common import ROOT, WrongInput, quiet
 from tools.prompts import with_template
 from tools.train import plan
+from tools.train.hardware import Host, detect_host, explain_import, explain_no_flash
 
 PLUGIN = "tools.train.plugin.RunPlugin"
 # Its names, today's and that of earlier versions, whose runs and pulled configs still hold it.
-OWN_PLUGINS = (PLUGIN, "tools.plugin.RunPlugin")
-LARGEST_ON_CPU = 1e9  # parameters; a step of an 8B model takes minutes on a desktop CPU
-# NVIDIA's architecture from which flash-attn 2 has kernels: Ampere. T4 and V100 are older.
-FLASH_CAPABILITY = (8, 0)
-IMPORT_SECONDS = 120  # a package with CUDA kernels on a cold network disk
-DRIVERS = ("nvidia-smi", "rocm-smi")  # a machine without either has no GPU that torch can use
+OWN_PLUGINS = (PLUGIN, "tools.train.plugin.RunPlugin")
 # Chosen by what a machine has, and the same numbers either way: not part of what a run is.
 CHOSEN = {"attn_implementation", "gradient_checkpointing"}
 # Axolotl's options for the trackers; what each writes stays in the run folder or on this machine.
@@ -40,72 +30,18 @@ TRACKERS: dict[str, dict[str, Any]] = {
     "mlflow": {"use_mlflow": True, "mlflow_experiment_name": "finlora-recipes"},
     "trackio": {"use_trackio": True, "trackio_project_name": "finlora-recipes"},
 }
-
-
-def hardware() -> dict[str, Any]:
-    """What this machine has: `gpus` [(name, bytes)], `cores`, `memory` in bytes, and the lowest
-    CUDA `capability` of its GPUs, (8, 6), None without one.
-    """
-    import psutil
-
-    gpus, capabilities = [], []
-    if any(map(shutil.which, DRIVERS)):  # importing torch takes seconds
-        import torch
-
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            gpus.append((properties.name, properties.total_memory))
-            capabilities.append((properties.major, properties.minor))
-    cores = len(os.sched_getaffinity(0))
-    memory = psutil.virtual_memory().total
-    capability = min(capabilities, default=None)
-    return {"gpus": gpus, "cores": cores, "memory": memory, "capability": capability}
-
-
-def explain_import(package: str) -> str:
-    """Why a package does not import here, in words; empty where it does."""
-    if not importlib.util.find_spec(package):
-        return f"{package} is not installed"
-    return try_import(package, os.pathsep.join(filter(None, sys.path)))
-
-
-@cache
-def try_import(package: str, search_path: str) -> str:
-    """`explain_import` of an installed package, by a child process.
-
-    Compiled kernels that do not match this torch or this CPU may end the process that loads them.
-    """
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", f"import {package}"],
-            env=os.environ | {"PYTHONPATH": search_path},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=IMPORT_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        return f"{package} does not import within {IMPORT_SECONDS} seconds"
-    if done.returncode < 0:
-        return f"{package} does not import: it ends with {signal.Signals(-done.returncode).name}"
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        return f"{package} does not import ({lines[-1].strip()[:200]})"
-    return ""
-
-
-def explain_no_flash(here: dict[str, Any]) -> str:
-    """Why flash-attn is not used on this machine, in words; empty where it can be."""
-    if not here["gpus"]:
-        return "flash-attn needs a CUDA GPU"
-    capability = here.get("capability")
-    if capability and capability < FLASH_CAPABILITY:
-        needed, has = (f"{major}.{minor}" for major, minor in (FLASH_CAPABILITY, capability))
-        return f"flash-attn needs compute capability {needed}, a GPU here has {has}"
-    if not importlib.util.find_spec("flash_attn"):
-        return "flash-attn is not installed (requirements/gpu.txt)"
-    return explain_import("flash_attn")
+# The AdamW of several programs: the same algorithm, with states in other places or at 8 bits.
+ADAMW = {
+    *("adamw_hf", "adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "adamw_8bit"),
+    *("adamw_bnb_8bit", "paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit"),
+}
+# Ways to ask Axolotl for a kind of attention; the last is today's.
+ATTENTION = [
+    *("flash_attention", "sdp_attention", "xformers_attention", "flex_attention"),
+    *("sage_attention", "eager_attention", "s2_attention", "attn_implementation"),
+]
+# Keys by which a run differs from its recipe on purpose: what is kept where, and counted.
+BOOKKEEPING = {"dataset_prepared_path", "include_tkps", "auto_resume_from_checkpoints"}
 
 
 @cache
@@ -147,14 +83,6 @@ def find_decoder_layers(base: str) -> str:
     )
 
 
-def found(here: dict[str, Any]) -> str:
-    """The hardware in words."""
-    if here["gpus"]:
-        name, memory = here["gpus"][0]
-        return f"{len(here['gpus'])} x {name} with {memory / 2**30:.0f} GiB"
-    return f"{here['cores']} CPU cores with {here['memory'] / 2**30:.0f} GiB and no GPU"
-
-
 @dataclass(frozen=True)
 class Choice:
     """What a user decides about where a recipe runs; None leaves it to this module."""
@@ -165,13 +93,13 @@ class Choice:
     tracker: str | None = None  # one of TRACKERS
 
 
-def choose(here: dict[str, Any], choice: Choice, nnodes: int) -> tuple[str, int, str]:
+def choose(here: Host, choice: Choice, nnodes: int) -> tuple[str, int, str]:
     """(profile, processes on this machine, why) from what is asked for and what is there.
 
     Raises WrongInput for a profile that does not exist.
     """
-    gpus, profile, nproc = len(here["gpus"]), choice.profile or "", choice.nproc
-    layers(profile)
+    gpus, profile, nproc = len(here.gpus), choice.profile or "", choice.nproc
+    read_profiles(profile)
     count, names = nproc or 1, profile.replace(",", " ").split()
     if not nproc and "cpu" not in names and (nnodes > 1 or {"multi_gpu", "multi_node"} & {*names}):
         count = max(gpus, 1)
@@ -189,7 +117,7 @@ def choose(here: dict[str, Any], choice: Choice, nnodes: int) -> tuple[str, int,
     return "gpu", 1, f"a CUDA GPU was found{spare}"
 
 
-def layers(profile: str) -> dict[str, Any]:
+def read_profiles(profile: str) -> dict[str, Any]:
     """The options of one profile or of several, `multi_gpu,zero2`, the later over the earlier."""
     content: dict[str, Any] = {}
     for name in profile.replace(",", " ").split():
@@ -197,21 +125,7 @@ def layers(profile: str) -> dict[str, Any]:
     return content
 
 
-# The AdamW of several programs: the same algorithm, with states in other places or at 8 bits.
-ADAMW = {
-    *("adamw_hf", "adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "adamw_8bit"),
-    *("adamw_bnb_8bit", "paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit"),
-}
-# Ways to ask Axolotl for a kind of attention; the last is today's.
-ATTENTION = [
-    *("flash_attention", "sdp_attention", "xformers_attention", "flex_attention"),
-    *("sage_attention", "eager_attention", "s2_attention", "attn_implementation"),
-]
-# Keys by which a run differs from its recipe on purpose: what is kept where, and counted.
-BOOKKEEPING = {"dataset_prepared_path", "include_tkps", "auto_resume_from_checkpoints"}
-
-
-def laid_over(own: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def apply_profiles(own: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """A config with a profile's options over it, but for those that change what it learns.
 
     Packing, the family of the optimizer and 16-bit floats are the user's where the config names
@@ -241,7 +155,7 @@ def laid_over(own: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     return own | options | {"plugins": [*plugins, *(options.get("plugins") or [])]}
 
 
-def changed(recipe: recipes.Recipe, content: dict[str, Any]) -> list[str]:
+def list_changes(recipe: recipes.Recipe, content: dict[str, Any]) -> list[str]:
     """What a merged config changes of a user's own YAML, a line each; none for the catalogue's."""
     if recipe.name in recipes.list_names():
         return []
@@ -270,18 +184,18 @@ def changed(recipe: recipes.Recipe, content: dict[str, Any]) -> list[str]:
     return lines
 
 
-def fits(config: dict[str, Any], here: dict[str, Any], processes: int) -> bool | None:
+def fits_gpus(config: dict[str, Any], here: Host, processes: int) -> bool | None:
     """Whether the plan of a config fits this machine's GPUs; None where it cannot be planned."""
     try:
-        size = f"{here['gpus'][0][1] / 2**30:.1f}GB"
+        size = f"{here.gpus[0][1] / 2**30:.1f}GB"
         data = ROOT / config["datasets"][0]["path"]
         return bool(plan.plan(config, plan.Hardware(size, processes), data=data)["fits"])
     except WrongInput:
         return None
 
 
-def merged(
-    recipe: recipes.Recipe, choice: Choice, here: dict[str, Any] | None = None
+def merge_config(
+    recipe: recipes.Recipe, choice: Choice, here: Host | None = None
 ) -> dict[str, Any]:
     """The config that Axolotl gets: the recipe, the profiles over it, and tools/train/plugin.py.
 
@@ -290,7 +204,7 @@ def merged(
     run = Path(recipe.config["output_dir"])
     profile, processes = choice.profile or "", choice.nproc or 1
     config, _ = sources.drop_missing_validation(recipe.config)
-    content = with_template(laid_over(config, layers(profile)))
+    content = with_template(apply_profiles(config, read_profiles(profile)))
     if processes > 1:
         content |= plan.divided(content, processes)
     if content.get("load_in_8bit") and (content.get("fsdp_config") or "zero3" in profile):
@@ -310,17 +224,17 @@ def merged(
         )
         content["fsdp_config"] = {**fsdp, "transformer_layer_cls_to_wrap": layers_of_base}
     wants_flash = content.get("attn_implementation") == "flash_attention_2"
-    if (wants_flash or content.get("flash_attention")) and explain_no_flash(here or hardware()):
+    if (wants_flash or content.get("flash_attention")) and explain_no_flash(here or detect_host()):
         content.pop("flash_attention", None)
         content["attn_implementation"] = "sdpa"  # and `batch_flattening: auto` is off
     if content.get("deepspeed") and (reason := explain_import("deepspeed")):
         raise WrongInput(f"PROFILE={profile}: {reason}")
     if choice.gradient_checkpointing is not None:
         content["gradient_checkpointing"] = choice.gradient_checkpointing
-    elif content.get("gradient_checkpointing") and here and here["gpus"]:
+    elif content.get("gradient_checkpointing") and here and here.gpus:
         # Recomputing costs a third of the time: only where the plan does not fit without.
         without = content | {"gradient_checkpointing": False}
-        content["gradient_checkpointing"] = not fits(without, here, processes)
+        content["gradient_checkpointing"] = not fits_gpus(without, here, processes)
     if tracker := choice.tracker:
         if reason := explain_import(tracker):
             raise WrongInput(f"TRACKER={tracker}: {reason}; .venv/bin/pip install {tracker}")
@@ -336,7 +250,7 @@ def merged(
     return content
 
 
-def kept(content: dict[str, Any]) -> dict[str, Any]:
+def identity_of(content: dict[str, Any]) -> dict[str, Any]:
     """What of a merged config makes another run of it where it changes."""
     aside = CHOSEN | {key for options in TRACKERS.values() for key in options}
     identity = {
@@ -346,14 +260,14 @@ def kept(content: dict[str, Any]) -> dict[str, Any]:
     return identity | ({"plugins": plugins} if "plugins" in content else {})
 
 
-def reasons(content: dict[str, Any], here: dict[str, Any], processes: int) -> dict[str, str]:
+def explain_settings(content: dict[str, Any], here: Host, processes: int) -> dict[str, str]:
     """What is used, and why, in words; for `make profile`."""
     flash = content.get("attn_implementation") == "flash_attention_2"
     checkpointing = "on" if content.get("gradient_checkpointing") else "off"
-    if here["gpus"]:
+    if here.gpus:
         unusable = explain_no_flash(here)
         attention = "flash-attn, it imports" if flash else f"SDPA, {unusable or 'as configured'}"
-        verdict = fits(content | {"gradient_checkpointing": False}, here, processes)
+        verdict = fits_gpus(content | {"gradient_checkpointing": False}, here, processes)
         known = {True: "it fits without", False: "it does not fit without", None: "no plan"}
         checkpointing += f", {known[verdict]}"
     else:
@@ -377,13 +291,13 @@ def reasons(content: dict[str, Any], here: dict[str, Any], processes: int) -> di
 
 def explain(name: str | None, choice: Choice) -> None:
     """Prints what was detected here, what a recipe would be trained with, and why."""
-    here = hardware()
+    here = detect_host()
     profile, processes, why = choose(here, choice, 1)
-    rows = {"found": found(here), "profile": f"{profile} ({why})"}
+    rows = {"detected": str(here), "profile": f"{profile} ({why})"}
     recipe = recipes.find(name or "smollm2-135m/sentiment_r4")
-    content = merged(recipe, replace(choice, profile=profile, nproc=processes), here=here)
-    rows |= {"recipe": recipe.name} | reasons(content, here, processes)
+    content = merge_config(recipe, replace(choice, profile=profile, nproc=processes), here=here)
+    rows |= {"recipe": recipe.name} | explain_settings(content, here, processes)
     for label, text in rows.items():
         print(f"{label:<16} {text}")
-    for line in changed(recipe, content):
+    for line in list_changes(recipe, content):
         print(f"{'changed':<16} {line}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from tools import recipes, smollm2
 from tools.common import ROOT, JobFailed, WrongInput, shown
 from tools.runs import Run
-from tools.train import checks, launch, profiles
+from tools.train import checks, hardware, launch, profiles
 from tools.train import machines as machines_module
 
 
@@ -38,7 +38,7 @@ def again(run: Run) -> tuple[recipes.Recipe, machines_module.Machines]:
 def differing(run: Run) -> list[str]:
     """What of packages and device is not what it was, in words."""
     told = run.info
-    here = profiles.hardware()["gpus"]
+    here = hardware.detect_host().gpus
     device = here[0][0] if here else "cpu"
     now = {name: importlib.metadata.version(name) for name in told["packages"]}
     found = [f"{n} {v}, now {now[n]}" for n, v in told["packages"].items() if now[n] != v]

@@ -26,7 +26,7 @@ from tools.common import ROOT, JobFailed, WrongInput, json_lines, quiet, shown
 from tools.data import lengths
 from tools.runs import Run
 from tools.train import checks as checks_module
-from tools.train import launch, machines, plan, profiles
+from tools.train import hardware, launch, machines, plan, profiles
 
 FOLDER = ROOT / "runs" / ".smoke"
 STEPS = 3  # the first one warms up; speed is the others'
@@ -233,14 +233,14 @@ def check_base(base: str) -> str:
     return "on the Hub; the first run downloads it"
 
 
-def check_attention(config: dict[str, Any], here: dict[str, Any]) -> str:
+def check_attention(config: dict[str, Any], here: hardware.Host) -> str:
     """Which attention the run gets, in words."""
-    if reason := profiles.explain_no_flash(here):
+    if reason := hardware.explain_no_flash(here):
         return f"SDPA; {reason}"
     return "flash-attn" if config.get("attn_implementation") else "SDPA, as the profile says"
 
 
-def check_kernels(here: dict[str, Any]) -> str:
+def check_kernels(here: hardware.Host) -> str:
     """Whether bitsandbytes' own kernels load, in words."""
     quiet()
     import bitsandbytes.cextension as extension
@@ -251,8 +251,8 @@ def check_kernels(here: dict[str, Any]) -> str:
     return f"bitsandbytes' kernels load ({here_name(here)})"
 
 
-def here_name(here: dict[str, Any]) -> str:
-    return "GPU" if here["gpus"] else "CPU"
+def here_name(here: hardware.Host) -> str:
+    return "GPU" if here.gpus else "CPU"
 
 
 def count_parameters(base: str) -> int:
@@ -283,11 +283,11 @@ def whole_run(recipe: recipes.Recipe, batch: Batch, tokens_per_second: float) ->
 
 def try_recipe(recipe: recipes.Recipe, asked: str | None) -> list[str]:
     """Runs the trial and prints what it shows; returns what is not ready."""
-    here = profiles.hardware()
+    here = hardware.detect_host()
     profile, _, why = profiles.choose(here, profiles.Choice(asked, 1), 1)
     (entry, *_) = checks_module.describe_data(recipe)
     base = str(recipe.config["base_model"])
-    large = not here["gpus"] and count_parameters(base) > profiles.LARGEST_ON_CPU
+    large = not here.gpus and count_parameters(base) > hardware.LARGEST_ON_CPU
     with smoke_folder():
         twin = FOLDER / "twin" if large else None
         if twin:
@@ -308,7 +308,7 @@ def try_recipe(recipe: recipes.Recipe, asked: str | None) -> list[str]:
         if batch.too_long:
             say("", f"{batch.too_long} rows are over sequence_len; Axolotl drops them")
         trial = replace(recipe, config=smoke_config(recipe, batch, twin))
-        content = profiles.merged(trial, profiles.Choice(profile), here)
+        content = profiles.merge_config(trial, profiles.Choice(profile), here)
         run = launch.execute(trial, content, profile, True, machines.Machines())
         first, *_, last = [e for e in json_lines(FOLDER / "run/progress.jsonl") if "loss" in e]
         say("trains", f"{STEPS} steps, loss {first['loss']:.3f} to {last['loss']:.3f}")
@@ -320,10 +320,10 @@ def try_recipe(recipe: recipes.Recipe, asked: str | None) -> list[str]:
         say("saves, loads", f"adapter of {size / 1e6:.1f} MB, at {models.precision(config)}")
         for key, plain, adapted in answers:
             say("answers", f"base {plain[:24]!r}, adapter {adapted[:24]!r}, key {key[:24]!r}")
-        report_sizes(recipe, batch, run, speed(FOLDER / "run"), bool(twin), bool(here["gpus"]))
+        report_sizes(recipe, batch, run, speed(FOLDER / "run"), bool(twin), bool(here.gpus))
     checks = {
         "base": state,
-        "attention": check_attention(recipe.config | profiles.layers(profile), here),
+        "attention": check_attention(recipe.config | profiles.read_profiles(profile), here),
         "kernels": check_kernels(here),
         "disk": check_disk(recipe.config),
     }

@@ -12,7 +12,7 @@ import sys
 from contextlib import nullcontext
 from typing import Any
 
-from tools import models, prompts, smollm2, subjects
+from tools import models, prompts, subjects
 from tools.common import quiet
 
 BUDGET = 200  # new tokens at most
@@ -91,7 +91,7 @@ def conversation(model: Any, tokenizer: Any, who: subjects.Subject) -> None:
 
 def chat(who: subjects.Subject, prompt: str | None) -> None:
     """Answers `prompt` with base and adapter, or holds a conversation without one."""
-    smollm2.ensure(who.config["base_model"])
+    models.bring_base(who.config["base_model"])
     quiet()
     model, tokenizer = models.load(who.config, who.adapter)
     if prompt and prompt.strip():

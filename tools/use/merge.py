@@ -22,8 +22,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tools import models, prompts, smollm2, subjects
-from tools.common import JobFailed, WrongInput, digest, quiet, shown, write_json
+from tools import models, prompts, subjects
+from tools.common import (
+    JobFailed,
+    WrongInput,
+    digest,
+    naming,
+    quiet,
+    share,
+    shown,
+    write_json,
+)
 
 # Largest difference of a logit, merged against base + adapter, both computing in float32. They add
 # the same products in another order; in bfloat16 the sums themselves are rounded to 3 digits, and
@@ -78,7 +87,7 @@ def merge(config: dict[str, Any], adapter: Path, form: str = "chat") -> Path:
         made = json.loads((target / "merge.json").read_bytes())
         if all(made.get(key) == value for key, value in origin.items()):
             return target
-    smollm2.ensure(config["base_model"])
+    models.bring_base(config["base_model"])
     quiet()
     options = config.get("chat_template_kwargs")
     with tempfile.TemporaryDirectory(dir=adapter, prefix=".merging-") as name:
@@ -92,10 +101,11 @@ def merge(config: dict[str, Any], adapter: Path, form: str = "chat") -> Path:
         expected = logits(model, tokenizer, options, shape)
         base = model.unload()
         del model
-        write_merged(base, config, adapter, work)
+        with naming(target):
+            write_merged(base, config, adapter, work)
+            tokenizer.save_pretrained(work)
         del base
         gc.collect()
-        tokenizer.save_pretrained(work)
         merged, _ = models.load({"base_model": str(work), "dtype": dtype})
         made = {
             **origin,
@@ -115,6 +125,7 @@ def merge(config: dict[str, Any], adapter: Path, form: str = "chat") -> Path:
                 "nothing is kept"
             )
         write_json(work / "merge.json", made)
+        share(work)
         shutil.rmtree(target, ignore_errors=True)
         work.chmod(adapter.stat().st_mode)
         os.rename(work, target)

@@ -1,0 +1,93 @@
+"""What this machine has for training: GPUs, cores, memory, and packages that really import."""
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+
+LARGEST_ON_CPU = 1e9  # parameters; a step of an 8B model takes minutes on a desktop CPU
+# NVIDIA's architecture from which flash-attn 2 has kernels: Ampere. T4 and V100 are older.
+FLASH_CAPABILITY = (8, 0)
+IMPORT_SECONDS = 120  # a package with CUDA kernels on a cold network disk
+DRIVERS = ("nvidia-smi", "rocm-smi")  # a machine without either has no GPU that torch can use
+
+
+@dataclass(frozen=True)
+class Host:
+    """The hardware of this machine. `gpus`: (name, bytes of memory) of each CUDA device."""
+
+    gpus: list[tuple[str, int]]
+    cores: int
+    memory: int  # bytes
+    capability: tuple[int, int] | None = None  # the lowest CUDA capability of the GPUs
+
+    def __str__(self) -> str:
+        if self.gpus:
+            name, memory = self.gpus[0]
+            return f"{len(self.gpus)} x {name} with {memory / 2**30:.0f} GiB"
+        return f"{self.cores} CPU cores with {self.memory / 2**30:.0f} GiB and no GPU"
+
+
+def detect_host() -> Host:
+    import psutil
+
+    gpus, capabilities = [], []
+    if any(map(shutil.which, DRIVERS)):  # importing torch takes seconds
+        import torch
+
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            gpus.append((properties.name, properties.total_memory))
+            capabilities.append((properties.major, properties.minor))
+    cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory().total
+    return Host(gpus, cores, memory, min(capabilities, default=None))
+
+
+def explain_import(package: str) -> str:
+    """Why a package does not import here, in words; empty where it does."""
+    if not importlib.util.find_spec(package):
+        return f"{package} is not installed"
+    return try_import(package, os.pathsep.join(filter(None, sys.path)))
+
+
+@cache
+def try_import(package: str, search_path: str) -> str:
+    """`explain_import` of an installed package, by a child process.
+
+    Compiled kernels that do not match this torch or this CPU may end the process that loads them.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {package}"],
+            env=os.environ | {"PYTHONPATH": search_path},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=IMPORT_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return f"{package} does not import within {IMPORT_SECONDS} seconds"
+    if done.returncode < 0:
+        return f"{package} does not import: it ends with {signal.Signals(-done.returncode).name}"
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        return f"{package} does not import ({lines[-1].strip()[:200]})"
+    return ""
+
+
+def explain_no_flash(host: Host) -> str:
+    """Why flash-attn is not used on this machine, in words; empty where it can be."""
+    if not host.gpus:
+        return "flash-attn needs a CUDA GPU"
+    capability = host.capability
+    if capability and capability < FLASH_CAPABILITY:
+        needed, has = (f"{major}.{minor}" for major, minor in (FLASH_CAPABILITY, capability))
+        return f"flash-attn needs compute capability {needed}, a GPU here has {has}"
+    if not importlib.util.find_spec("flash_attn"):
+        return "flash-attn is not installed (requirements/gpu.txt)"
+    return explain_import("flash_attn")
