@@ -23,7 +23,7 @@ from bench.parity import called, machine
 from evals import stats
 from tools import recipes
 from tools.common import ROOT, JobFailed, WrongInput, atomic, command, shown, write_json
-from tools.data import convert
+from tools.data.rules import fingerprint
 
 SPEC = ROOT / "bench" / "beyond.yaml"
 RESULTS = ROOT / "bench" / "beyond.json"
@@ -35,7 +35,7 @@ def hash_question(line: bytes) -> bytes:
     """What tells the prompts of chat rows apart: all of a row but its answer."""
     row = json.loads(line)
     turns = row.pop("messages", [])[:-1]
-    return convert.fingerprint(json.dumps([row, turns]))
+    return fingerprint(json.dumps([row, turns]))
 
 
 def divide(rows: Path, validation: int) -> dict[str, Path]:

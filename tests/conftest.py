@@ -11,7 +11,8 @@ import yaml
 
 from tools import common, recipes, sources
 from tools import smollm2 as export
-from tools.data import convert
+from tools.data.chatfile import Options, convert_rows
+from tools.data.rows import Rules
 from tools.use import serve
 
 common.quiet()
@@ -75,8 +76,8 @@ def chat_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sample's first 96 sentiment rows as chat data: 94 train, 2 validate."""
     target = tmp_path_factory.mktemp("chat") / "sentiment_train.jsonl"
     source = sources.SAMPLE / "train" / "finlora_sentiment_train.jsonl"
-    how = convert.How(validation=target.with_name("sentiment_val.jsonl"))
-    convert.convert(source, target, convert.Rules(), frozenset(range(96)), how)
+    options = Options(validation=target.with_name("sentiment_val.jsonl"))
+    convert_rows(source, target, Rules(), frozenset(range(96)), options)
     return target
 
 

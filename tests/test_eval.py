@@ -21,6 +21,9 @@ from tools import common, models, recipes, runs, sources
 from tools import prompts as prompt
 from tools import subjects as subject_of
 from tools.data import convert
+from tools.data.chatfile import convert_rows
+from tools.data.rows import Rules
+from tools.data.rules import load_test_rules
 
 NF4 = {
     "load_in_4bit": True,
@@ -70,7 +73,7 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, row in sources.tables()["datasets"].items():
         source = sources.SAMPLE / row["file"]
-        convert.convert(source, sources.test_path(name), convert.rules(name, source))
+        convert_rows(source, sources.test_path(name), load_test_rules(name, source))
     return tmp_path
 
 
@@ -178,7 +181,7 @@ def test_a_new_dataset_is_a_file_of_yaml(workplace, monkeypatch):
     rows = [{"context": f"Bill {n}\nAnswer:", "target": ["paid", "due"][n % 2]} for n in range(20)]
     source = workplace / "bills.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    convert.convert(source, sources.CHAT / "bills_test.jsonl", convert.Rules())
+    convert_rows(source, sources.CHAT / "bills_test.jsonl", Rules())
     (workplace / "tasks" / "local").mkdir(exist_ok=True)
     (workplace / "tasks" / "local" / "bills.yaml").write_text(
         """include: ../_labels.yaml

@@ -10,6 +10,7 @@ from tests.conftest import run
 from tools import catalogue, custom, recipes, sources
 from tools.common import ROOT, JobFailed, WrongInput
 from tools.data import convert
+from tools.data.rules import fingerprint
 
 
 @pytest.fixture
@@ -102,7 +103,7 @@ def test_one_prompt_is_never_on_both_sides():
     rows = [(spelt[n % 3].format(n % 20), f"answer {n}") for n in range(100)]
     train, test = custom.split_rows(rows)
     assert sorted(train + test) == list(range(100))
-    sides = ({convert.fingerprint(rows[n][0]) for n in side} for side in (train, test))
+    sides = ({fingerprint(rows[n][0]) for n in side} for side in (train, test))
     assert not set.intersection(*sides)
     assert len(test) == 20
 
@@ -134,7 +135,7 @@ def test_labels_are_few_short_and_frequent(answers, labels):
     ],
 )
 def test_rows_of_the_usual_shapes_are_taken(row, plain):
-    assert tuple(custom.parse_row(row).values()) == plain
+    assert tuple(custom.find_pair(row).values()) == plain
 
 
 WRONG = {

@@ -11,6 +11,7 @@ import pytest
 from tools import custom, recipes, sources
 from tools.common import ROOT, WrongInput, digest
 from tools.data import convert
+from tools.data.rules import fingerprint
 from tools.train import checks, launch, profiles
 
 TASKS = sources.tables()["tasks"]
@@ -31,7 +32,7 @@ def write(path, rows):
 
 def prompts(path):
     rows = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
-    return Counter(convert.fingerprint(user["content"]) for user, _ in rows)
+    return Counter(fingerprint(user["content"]) for user, _ in rows)
 
 
 def sides(task):
@@ -155,7 +156,7 @@ def test_a_prompt_that_two_parts_share_does_not_train_where_one_validates_with_i
     rows = [(f"Question {n} of financebench?", "1") for n in range(100)] + [shared]
     write(folder / "train" / "financebench_train.jsonl", rows)
     convert.convert_task("financebench", folder)
-    assert convert.fingerprint(shared[0]) in sides("financebench")[0]
+    assert fingerprint(shared[0]) in sides("financebench")[0]
     convert.convert_task("analysis_multi", folder)
     trains, validates = sides("analysis_multi")
     assert not trains.keys() & validates.keys()
@@ -164,13 +165,9 @@ def test_a_prompt_that_two_parts_share_does_not_train_where_one_validates_with_i
 
 
 def test_rows_of_ones_own_are_split_by_prompt_too(folder, monkeypatch):
-    for module, name in (
-        (custom, "DATA"),
-        (custom, "TASKS"),
-        (recipes, "LOCAL"),
-        (sources, "OWN"),
-    ):
+    for module, name in ((custom, "DATA"), (custom, "TASKS"), (recipes, "LOCAL")):
         monkeypatch.setattr(module, name, folder / name.lower())
+    monkeypatch.setattr(sources, "OWN", recipes.LOCAL)
     rows = copied(200)
     source = write(folder / "mine.jsonl", rows)
     try:

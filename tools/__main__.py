@@ -146,9 +146,9 @@ def convert(
     """
     from tools.data import convert
 
-    lengths, _ = convert.lengths_of(recipe, tokenizer, sequence_len)
-    how = convert.How(on_error == "quarantine", lengths, repair=repair)
-    convert.convert_file(dataset, source, target, how)
+    lengths, _ = convert.load_lengths(recipe, tokenizer, sequence_len)
+    options = convert.Options(on_error == "quarantine", lengths, repair=repair)
+    convert.convert_file(dataset, source, target, options)
 
 
 @app.command(rich_help_panel=DATA)

@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -197,6 +197,12 @@ def nearest(name: str, known: list[str], cutoff: float = 0.5) -> str:
     """The clause that names what is near to a misspelt `name`: `; did you mean a, b?`."""
     close = get_close_matches(name, known, n=3, cutoff=cutoff)
     return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+def check_name(kind: str, name: str, names: Collection[str]) -> None:
+    """Raises WrongInput where no such `kind` (task, dataset) has that name."""
+    if name not in names:
+        raise WrongInput(f'unknown {kind} "{name}"{nearest(name, list(names))}')
 
 
 @contextmanager

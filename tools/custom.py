@@ -35,7 +35,8 @@ from tools.common import (
     read_yaml,
     shown,
 )
-from tools.data import convert
+from tools.data.rows import parse_row
+from tools.data.rules import fingerprint
 from tools.train import plan
 
 # Keys of a row that hold prompt and answer; the first pair that a row has is taken.
@@ -78,7 +79,7 @@ def write_text(path: Path, text: str) -> None:
 # ---- make new
 
 
-def parse_row(content: Any) -> dict[str, Any]:
+def find_pair(content: Any) -> dict[str, Any]:
     """A row as FinLoRA has it, {"context", "target"}; raises ValueError where it has no pair."""
     if not isinstance(content, dict):
         raise ValueError(f"an object is needed, not {type(content).__name__}")
@@ -106,8 +107,8 @@ def read_rows(source: Path) -> list[Row]:
                 continue
             try:
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                row = orjson.dumps(parse_row(orjson.loads(line)))
-                rows.append(convert.row(row, convert.Rules()))
+                row = orjson.dumps(find_pair(orjson.loads(line)))
+                rows.append(parse_row(row))
             except ValueError as error:
                 raise WrongInput(f"{shown(source)}, line {number}: {error}") from None
     return rows
@@ -115,13 +116,13 @@ def read_rows(source: Path) -> list[Row]:
 
 def split_rows(rows: list[Row]) -> tuple[list[int], list[int]]:
     """Row numbers to train and to test on; a prompt that occurs twice stays on one side."""
-    fingerprints = [convert.fingerprint(prompt) for prompt, _ in rows]
+    fingerprints = [fingerprint(prompt) for prompt, _ in rows]
     prompts = list(dict.fromkeys(fingerprints))
     count = max(1, min(MOST_TEST_PROMPTS, round(TEST_SHARE * len(prompts))))
     test_prompts = set(random.Random(SEED).sample(prompts, count))
     sides: tuple[list[int], list[int]] = ([], [])
-    for number, fingerprint in enumerate(fingerprints):
-        sides[fingerprint in test_prompts].append(number)
+    for number, mark in enumerate(fingerprints):
+        sides[mark in test_prompts].append(number)
     return sides
 
 
@@ -197,7 +198,7 @@ def create_task(task: str, source: Path) -> None:
     if not source.is_file():
         raise WrongInput(f"DATA={source} is not there; a JSONL file is needed")
     rows = read_rows(source)
-    if len({convert.fingerprint(prompt) for prompt, _ in rows}) < LEAST_PROMPTS:
+    if len({fingerprint(prompt) for prompt, _ in rows}) < LEAST_PROMPTS:
         raise WrongInput(
             f"{shown(source)}: {len(rows)} rows; at least {LEAST_PROMPTS} prompts are needed"
         )
