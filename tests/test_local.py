@@ -98,6 +98,14 @@ def test_an_imported_recipe_claims_no_value_as_finloras(mine, capsys):
         assert "  # " in entry and "FinLoRA" not in entry
 
 
+@pytest.mark.parametrize(
+    "base", ["a # b", "a\n\nb: c", "- a", "x" * 200 + " " + "y" * 200], ids=repr
+)
+def test_a_reason_never_becomes_part_of_a_value(mine, capsys, base):
+    custom.import_runs(config(mine / "c.json", odd=RUN | {"base_model": base}))
+    assert recipes.find("imported/odd").config["base_model"] == base
+
+
 def test_one_prompt_is_never_on_both_sides():
     spelt = ("prompt {}", "Prompt  {}", "PROMPT {}\n")
     rows = [(spelt[n % 3].format(n % 20), f"answer {n}") for n in range(100)]

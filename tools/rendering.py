@@ -114,7 +114,7 @@ def split_entries(text: str) -> dict[str, list[str]]:
     """The lines of each top-level key of a YAML mapping."""
     entries: dict[str, list[str]] = {}
     for line in text.splitlines():
-        if line[0] not in " -":
+        if line[:1] not in ("", " ", "-"):
             key = line.partition(":")[0]
         entries.setdefault(key, []).append(line)
     return entries
@@ -125,7 +125,8 @@ def add_reason(lines: list[str], reason: str | None) -> list[str]:
     if not reason:
         return lines
     beside = f"{lines[0]}  # {reason}"
-    if len(beside) <= WIDTH:
+    # Inside a value of several lines, such as a quoted text, the reason would become part of it.
+    if len(beside) <= WIDTH and (len(lines) == 1 or lines[0].endswith(":")):
         return [beside, *lines[1:]]
     return [*textwrap.wrap(reason, WIDTH, initial_indent="# ", subsequent_indent="# "), *lines]
 
