@@ -294,7 +294,7 @@ def valid(name: str, profile: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "base", sorted({model.source for model in architectures.models().values()})
+    "base", sorted({model.source for model in architectures.read_architectures().values()})
 )
 def test_fsdp_wraps_the_decoder_layers_of_the_base(base):
     """By transformers' class of the model itself, built without weights."""

@@ -261,7 +261,7 @@ def write_base_recipe(root, base):
 
     from tools import recipes
 
-    content = recipes.config("smollm2-135m/sentiment_r4")
+    content = recipes.build_config("smollm2-135m/sentiment_r4")
     content |= {"base_model": base, "output_dir": str(root / "runs" / "tiny" / "r4")}
     path = root / "recipe.yaml"
     path.write_text(yaml.safe_dump(content))

@@ -241,7 +241,7 @@ def test_data_that_changed_under_a_half_done_run_is_told(undisturbed, tmp_path, 
     shutil.copytree(undisturbed, tmp_path / "run")
     (tmp_path / "run" / "run.json").unlink()
     before = json.loads((tmp_path / "run" / "identity.json").read_text())
-    recipe = launch.recipes.load(undisturbed.parent / "r4.yaml", "r4")
+    recipe = launch.recipes.load_file(undisturbed.parent / "r4.yaml", "r4")
     moved = launch.recipes.Recipe(
         "r4", recipe.path, recipe.config | {"output_dir": str(tmp_path / "run")}, "1"
     )

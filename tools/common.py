@@ -360,6 +360,20 @@ def read_yaml(path: Path) -> Any:
     return parse_yaml(path.read_bytes(), shown(path))
 
 
+def format_yaml(content: Any) -> str:
+    """YAML as this project writes it: keys in their order, lists of plain values on one line."""
+    import yaml
+
+    return yaml.dump(
+        content,
+        Dumper=yaml.CSafeDumper,
+        sort_keys=False,
+        width=100,
+        allow_unicode=True,
+        default_flow_style=None,
+    )
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:

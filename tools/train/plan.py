@@ -222,7 +222,7 @@ def weight_bytes(model: Model, setup: Setup) -> tuple[int, int]:
 
 def kept_bytes(model: Model, setup: Setup) -> int:
     """Bytes of embedding, head and norms while training."""
-    return model.kept * (setup.kept_bits if setup.bits < 16 else setup.bits) // 8
+    return model.unquantized * (setup.kept_bits if setup.bits < 16 else setup.bits) // 8
 
 
 def activation_bytes(model: Model, setup: Setup, checkpointing: bool) -> int:
@@ -273,7 +273,7 @@ def memory(model: Model, setup: Setup) -> Memory:
     per_parameter = OPTIMIZERS["8bit" if "8bit" in setup.optimizer else "adamw"]
     optimizer = int(count * per_parameter) // share[0]
     largest = max(a * b for a, b in model.shapes.values())
-    before = weights + constants + (4 * model.kept if quantized else kept)
+    before = weights + constants + (4 * model.unquantized if quantized else kept)
     return Memory(
         linear_weights=weights // share[2],
         quantization_constants=constants // share[2],

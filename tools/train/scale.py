@@ -43,11 +43,11 @@ LARGE = ("llama-3.1-70b/*", "smollm2-135m/*")  # FSDP or a laptop: not in these 
 
 def planned(name: str) -> dict[str, Any] | None:
     """The plan of a recipe on the first card that holds it, with `card` and `usd`."""
-    _, task, _ = recipes.parts(name)
+    _, task, _ = recipes.split_name(name)
     rows, tokens, _ = TASKS[task]
-    config = recipes.config(name)
+    config = recipes.build_config(name)
     rows = plan.count_training_rows(config, rows)
-    longest = recipes.matrix()["tasks"][task]["longest"]
+    longest = recipes.read_matrix()["tasks"][task]["longest"]
     for card, gpus, price in CARDS:
         made = plan.plan(config, plan.Hardware(card, gpus, price), rows, longest)
         if made["fits"]:
@@ -72,7 +72,7 @@ def numbers() -> str:
     heads = " | ".join(f"hours on {n}" for n in GPUS)
     lines += ["", f"| recipes | number | card | GPU-hours | {heads} | USD |"]
     lines += ["| --- | ---: | --- | ---: | " + "---: | " * len(GPUS) + "---: |"]
-    names = [n for n in recipes.names() if recipes.parts(n)[1] in TASKS]
+    names = [n for n in recipes.list_names() if recipes.split_name(n)[1] in TASKS]
     names = [n for n in names if not any(fnmatchcase(n, large) for large in LARGE)]
     plans = {name: planned(name) for name in names}
     for title, pattern in SETS.items():

@@ -314,7 +314,7 @@ def try_recipe(recipe: recipes.Recipe, asked: str | None) -> list[str]:
         say("trains", f"{STEPS} steps, loss {first['loss']:.3f} to {last['loss']:.3f}")
         if run.get("last_eval_loss") is not None:
             say("evaluates", f"two rows, loss {run['last_eval_loss']:.3f}")
-        config = recipes.load(FOLDER / "run" / "config.yaml", "smoke").config
+        config = recipes.load_file(FOLDER / "run" / "config.yaml", "smoke").config
         size = (FOLDER / "run" / "adapter_model.safetensors").stat().st_size
         answers = answer_rows(config, batch)
         say("saves, loads", f"adapter of {size / 1e6:.1f} MB, at {models.precision(config)}")
@@ -363,7 +363,7 @@ def report_sizes(
 def run(name: str, profile: str | None) -> None:
     """Tries a recipe and prints what it took; raises JobFailed with what is missing here."""
     recipe = recipes.find(name)
-    recipes.validate(recipe.config, shown(recipe.path))
+    recipes.validate(recipe.config, recipe.where)
     if missing := try_recipe(recipe, profile):
         raise JobFailed("; ".join(missing))
     say("ready", f"make train RECIPE={recipe.name}")

@@ -23,7 +23,9 @@ def chosen(typed: str) -> list[recipes.Recipe]:
     """The recipes that are named, patterns of the catalogue among them, each once."""
     names: list[str] = []
     for word in typed.replace(",", " ").split():
-        fits = [n for n in recipes.names() if fnmatchcase(n, word) or fnmatchcase(n, f"*/{word}")]
+        fits = [
+            n for n in recipes.list_names() if fnmatchcase(n, word) or fnmatchcase(n, f"*/{word}")
+        ]
         if any(c in word for c in "*?["):
             if not fits:
                 raise WrongInput(f'RECIPES: no recipe fits "{word}"; `make recipes` lists them')
