@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tools import runs
 from tools.common import WrongInput
-from tools.runs import RUNS, Run, step_of
+from tools.runs import Run, step_of
 from tools.train import progress
 
 STATES = ["training", "interrupted", "unreadable", "finished"]
@@ -71,7 +72,7 @@ def all_runs() -> list[dict[str, Any]]:
         if not isinstance(error, FileNotFoundError):
             rows.append(unreadable(Run(Path(error.filename)), str(error.strerror)))
 
-    for name, folders, files in os.walk(RUNS, onerror=note):
+    for name, folders, files in os.walk(runs.RUNS, onerror=note):
         run = Run(Path(name))
         if run.identity_file.name not in files:
             continue
