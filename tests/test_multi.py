@@ -136,7 +136,7 @@ def test_two_processes_told_to_stop_save_together(tiny, chat_rows, tmp_path):
 def test_a_batch_that_cannot_be_shared_is_refused_with_what_can():
     config = {"micro_batch_size": 8, "gradient_accumulation_steps": 2}
     for processes, micro, steps, parts in [(1, 8, 2, 1), (2, 8, 1, 1), (4, 4, 1, 2), (16, 1, 1, 8)]:
-        shared = plan.divided(config, processes)
+        shared = plan.divide_batch(config, processes)
         assert shared == {
             "processes": processes,
             "micro_batch_size": micro,
@@ -147,7 +147,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_what_can():
     with pytest.raises(
         common.WrongInput, match=r"3 processes .* 16 rows .*NPROC may be 1, 2, 4, 8, 16"
     ):
-        plan.divided(config, 3)
+        plan.divide_batch(config, 3)
 
 
 @pytest.mark.parametrize(
