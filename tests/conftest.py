@@ -83,7 +83,7 @@ def chat_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_recipe(folder: Path, method: str, base: Path, data: Path, **changes: object) -> Path:
     """A recipe file: SmolLM2's sentiment recipe of a method, on another base and other data."""
-    content = recipes.config(f"smollm2-135m/sentiment_{method}")
+    content = recipes.build_config(f"smollm2-135m/sentiment_{method}")
     content |= {"base_model": str(base), "output_dir": str(folder / method)}
     content |= {"dataset_prepared_path": str(folder / method / "prepared")}
     content["datasets"][0]["path"] = str(data)

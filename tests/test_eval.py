@@ -562,7 +562,7 @@ def test_the_adapter_of_the_demo_beats_its_base_by_20_points(
     smollm2, workplace, monkeypatch, capsys
 ):
     convert.convert_task("sentiment", sources.SAMPLE)
-    catalogue = recipes.config("smollm2-135m/sentiment_r4")
+    catalogue = recipes.build_config("smollm2-135m/sentiment_r4")
     kept = ("max_steps", "save_steps", "eval_steps", "warmup_steps")
     same = {key: catalogue[key] for key in kept}
     recipe = write_recipe(workplace, "r4", smollm2, sources.train_path("sentiment"), **same)

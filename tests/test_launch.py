@@ -297,7 +297,9 @@ def test_a_sweep_goes_on_after_a_failure_and_ends_with_a_table(tiny, chat_rows, 
 
 
 def test_a_sweep_takes_patterns_and_starts_with_the_small_ones():
-    found = [recipe.name for recipe in sweep.select_recipes("smollm2-135m/sentiment_* sentiment_r4")]
+    found = [
+        recipe.name for recipe in sweep.select_recipes("smollm2-135m/sentiment_* sentiment_r4")
+    ]
     assert len(found) == len(set(found)) > 3 and "llama-3.1-8b/sentiment_r4" in found
     large, small = (recipes.find(n) for n in ("sentiment_r4", "smollm2-135m/sentiment_r4"))
     assert sweep.estimate_operations(small) <= sweep.estimate_operations(large)

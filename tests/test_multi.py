@@ -294,7 +294,7 @@ def valid(name: str, profile: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "base", sorted({model.source for model in architectures.models().values()})
+    "base", sorted({model.source for model in architectures.read_architectures().values()})
 )
 def test_fsdp_wraps_the_decoder_layers_of_the_base(base):
     """By transformers' class of the model itself, built without weights."""
@@ -363,7 +363,7 @@ def test_flash_attn_counts_where_it_imports(tmp_path, monkeypatch, module, reaso
     used = "sdpa" if reason else "flash_attention_2"
     assert content["attn_implementation"] == used
     assert reason in profiles.explain_settings(content, CARDS, 1)["attention"]
-    assert reason in smoke.check_attention(content, CARDS)
+    assert reason in smoke.check_attention(content, CARDS).text
 
 
 def test_flash_attn_needs_a_gpu_that_it_has_kernels_for(tmp_path, monkeypatch):

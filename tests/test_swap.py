@@ -350,7 +350,7 @@ def test_score_files_and_cards_say_what_was_decided(tmp_path, monkeypatch):
     write(tmp_path, construct(parts, swapped(parts["tfns"])))
     write(tmp_path, parts["tfns"], "test/tfns_test.jsonl")
     convert.convert_task("sentiment", tmp_path)
-    config = recipes.config("smollm2-135m/sentiment_r4")
+    config = recipes.build_config("smollm2-135m/sentiment_r4")
     config["datasets"][0]["path"] = str(sources.train_path("sentiment"))
     config["test_datasets"][0]["path"] = str(sources.val_path("sentiment"))
     data = checks_module.describe_data(recipes.Recipe("mine", tmp_path / "mine.yaml", config, "1"))

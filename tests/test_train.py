@@ -261,7 +261,7 @@ def test_plain_axolotl_trains_the_recipe_with_the_profile_as_flags(smollm2, chat
     own = {"dequantize_once", "answer_logits_only"}
     options = {option.name: option for option in axolotl.commands["train"].params}
     flags = ["--max-steps", "2"]
-    for key, value in recipes.profile("cpu").items():
+    for key, value in recipes.read_profile("cpu").items():
         if key not in own:
             off = options[key].secondary_opts  # --no-… where the option is a switch
             flags += off if off and value is False else [options[key].opts[0], str(value).lower()]

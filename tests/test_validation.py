@@ -172,7 +172,7 @@ def test_rows_of_ones_own_are_split_by_prompt_too(folder, monkeypatch):
     source = write(folder / "mine.jsonl", rows)
     try:
         sources.tables.cache_clear()
-        custom.new("house", source)
+        custom.create_task("house", source)
         sources.tables.cache_clear()
         convert.convert_task("house", folder)
         (entry,) = recipes.find("smollm2-135m/house_r4").config["test_datasets"]
@@ -181,7 +181,7 @@ def test_rows_of_ones_own_are_split_by_prompt_too(folder, monkeypatch):
         assert all(three) and sum(map(len, three)) == len(set().union(*three)) == 200
     finally:
         sources.tables.cache_clear()
-        recipes.forget()
+        recipes.clear_caches()
 
 
 # ---- What a training makes of it
@@ -189,7 +189,7 @@ def test_rows_of_ones_own_are_split_by_prompt_too(folder, monkeypatch):
 
 @pytest.fixture
 def recipe(folder):
-    config = recipes.config("smollm2-135m/formula_r4")
+    config = recipes.build_config("smollm2-135m/formula_r4")
     for key, path in (("datasets", sources.train_path), ("test_datasets", sources.val_path)):
         config[key][0]["path"] = str(path("formula"))
     write(folder / "train" / "formula_train.jsonl", copied())

@@ -360,6 +360,20 @@ def read_yaml(path: Path) -> Any:
     return parse_yaml(path.read_bytes(), shown(path))
 
 
+def format_yaml(content: Any) -> str:
+    """YAML as this project writes it: keys in their order, lists of plain values on one line."""
+    import yaml
+
+    return yaml.dump(
+        content,
+        Dumper=yaml.CSafeDumper,
+        sort_keys=False,
+        width=100,
+        allow_unicode=True,
+        default_flow_style=None,
+    )
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
@@ -369,6 +383,16 @@ def digest(path: Path) -> str:
 def shown(path: Path) -> str:
     """A path as a person types it: relative to the project where it lies inside."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def format_table(rows: Sequence[Sequence[str]], sides: str) -> str:
+    """Rows as aligned columns; `sides` has `<` for each column that is flush left, `>` for right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    columns = list(zip(sides, widths, strict=True))
+    return "\n".join(
+        "  ".join(f"{cell:{side}{width}}" for cell, (side, width) in zip(row, columns, strict=True))
+        for row in rows
+    )
 
 
 def git_blob(path: Path) -> str:

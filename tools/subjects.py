@@ -65,7 +65,7 @@ class Subject:
 def of_recipe(
     recipe: recipes.Recipe, base_only: bool, precision: str | None, form: str | None
 ) -> Subject:
-    config = recipe.config if base_only else recipe.trained()
+    config = recipe.config if base_only else recipe.read_trained_config()
     folder = recipe.run.folder
     form = form or (None if base_only else recipe.run.info.get("prompt_format"))
     adapter = None if base_only else folder
@@ -94,7 +94,7 @@ def of_folder(
         base = str(settings.get("base_model_name_or_path") or "")
         if not base:
             raise WrongInput(f"{shown(path)} names no base; RECIPE=… with the same base does")
-        row = recipes.base_model(base)[1]
+        row = recipes.find_base(base)[1]
         config = {"base_model": row.get("base_model") or row.get("hub") or base}
         config |= row.get("settings") or {}
         config |= BITS[published["bits"].lower()] if published else {}
@@ -112,7 +112,7 @@ def of_folder(
     form = form or run_info.get("prompt_format")
     form = form or ("finlora" if published and not trained.is_file() else None)
     base = str(config["base_model"])
-    model = recipes.base_model(base)[0] or re.sub(r"\W+", "-", base).strip("-")
+    model = recipes.find_base(base)[0] or re.sub(r"\W+", "-", base).strip("-")
     inside = folder.is_relative_to(RUNS)
     name = str(folder.relative_to(RUNS)) if inside else (published or [folder.name])[0]
     place = RUNS / model

@@ -90,11 +90,16 @@ class Batch:
 def read_batches(source: Path, rules: Rules = NO_RULES) -> Iterator[Batch]:
     """Reads a file of FinLoRA's rows."""
     for first, block in read_blocks(source):
-        lines = list(enumerate(block.split(b"\n"), first))
-        lines = [(number, line) for number, line in lines if line and not line.isspace()]
-        batch = parse_lines(source, lines, rules, is_plain(block, len(lines)))
-        # Where a row lacks a key, another may have it twice.
-        yield parse_lines(source, lines, rules, False) if batch.refused else batch
+        yield parse_block(source, first, block, rules)
+
+
+def parse_block(source: Path, first: int, block: bytes, rules: Rules) -> Batch:
+    """The rows of some whole lines; `first` is the number of the first line."""
+    lines = list(enumerate(block.split(b"\n"), first))
+    lines = [(number, line) for number, line in lines if line and not line.isspace()]
+    batch = parse_lines(source, lines, rules, is_plain(block, len(lines)))
+    # Where a row lacks a key, another may have it twice.
+    return parse_lines(source, lines, rules, False) if batch.refused else batch
 
 
 def parse_lines(source: Path, lines: list[tuple[int, bytes]], rules: Rules, plain: bool) -> Batch:

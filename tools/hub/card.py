@@ -86,7 +86,7 @@ def licence(base: str, data: list[dict[str, Any]]) -> dict[str, Any]:
     Where base and data both have terms of their own, or those of the data are unknown, it is
     `other`, with a name and where to read more.
     """
-    name = recipes.canonical(base)
+    name = recipes.resolve_mirror(base)
     of_base, link = next((v for k, v in BASES.items() if name.startswith(k)), ("unknown", None))
     rows = origins(data)
     strict = min(rows, key=strictness, default=OWN)
@@ -196,14 +196,14 @@ def hub_dataset(address: str) -> str | None:
 def titles(recipe: recipes.Recipe) -> dict[str, str]:
     """The names of model, task and method as a person reads them."""
     try:
-        model, task, method = recipes.parts(recipe.name)
+        model, task, method = recipes.split_name(recipe.name)
     except WrongInput:
         return {
             "model": str(recipe.config["base_model"]).rstrip("/").rsplit("/", 1)[-1],
             "task": recipe.task or recipe.run.folder.name,
             "method": str(recipe.config.get("adapter")),
         }
-    rows = recipes.matrix()
+    rows = recipes.read_matrix()
     return {
         "model": rows["models"][model]["title"],
         "task": rows["tasks"][task]["title"],

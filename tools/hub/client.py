@@ -83,8 +83,8 @@ def different(files: Contents, there: dict[str, tuple[int, str]]) -> list[str]:
 def repository(recipe: recipes.Recipe, namespace: str) -> str:
     """The repository of a recipe's adapter; without a namespace, the one that FinLoRA published."""
     name, theirs = Path(recipe.name).stem, None
-    if recipe.name in recipes.names():
-        theirs = recipes.finlora_name(recipe.name)
+    if recipe.name in recipes.list_names():
+        theirs = recipes.find_finlora_name(recipe.name)
         name = theirs or recipe.name.replace("/", "-")
     if not namespace and not theirs:
         raise WrongInput(f"FinLoRA published no {recipe.name}; NAMESPACE=… says whose to take")
@@ -93,11 +93,11 @@ def repository(recipe: recipes.Recipe, namespace: str) -> str:
 
 def hub_name(base: str) -> str:
     """A base's name on the Hub; raises WrongInput for a folder whose name there is not known."""
-    if name := recipes.base_model(base)[1].get("hub"):
+    if name := recipes.find_base(base)[1].get("hub"):
         return str(name)
     if not (base.startswith(("/", ".", "~")) or (ROOT / base).is_dir()):
-        return recipes.canonical(base)
-    if model := architectures.models().get(base.lower()):
+        return recipes.resolve_mirror(base)
+    if model := architectures.read_architectures().get(base.lower()):
         return model.source
     raise WrongInput(
         f'base_model "{base}" is a folder of this machine; what it is called on the Hub must stand '
@@ -107,7 +107,7 @@ def hub_name(base: str) -> str:
 
 def same_base(one: str, other: str) -> bool:
     """Whether two names on the Hub are one model: the same, or a mirror of recipes/matrix.yaml."""
-    return recipes.canonical(one).lower() == recipes.canonical(other).lower()
+    return recipes.resolve_mirror(one).lower() == recipes.resolve_mirror(other).lower()
 
 
 def base_revision(base: str, config: dict[str, Any]) -> str:
@@ -121,4 +121,4 @@ def base_revision(base: str, config: dict[str, Any]) -> str:
     cached = try_to_load_from_cache(base, "config.json") if config["base_model"] == base else None
     if isinstance(cached, str):
         return Path(cached).parent.name
-    return str(recipes.base_model(base)[1].get("revision", "main"))
+    return str(recipes.find_base(base)[1].get("revision", "main"))

@@ -152,7 +152,7 @@ def describe(
     A config that came along is kept to the byte, unless base or output lie elsewhere here.
     """
     settings = common.parse_json((folder / adapters.CONFIG).read_bytes(), adapters.CONFIG)
-    row = recipes.base_model(base)[1]
+    row = recipes.find_base(base)[1]
     local = recipe.config["base_model"] if recipe else row.get("base_model") or row.get("hub", base)
     sha, run = digest(folder / adapters.WEIGHTS), folder / RUN
     published = subjects.FINLORA.fullmatch(source.name)
@@ -205,7 +205,7 @@ def generic(name: str, base: str) -> dict[str, Any]:
     except WrongInput:
         entry = {"path": "unknown", "type": "chat_template", "chat_template": "tokenizer_default"}
         config = {"base_model": base, "adapter": "lora", "datasets": [entry]}
-        config |= recipes.base_model(base)[1].get("settings") or {}
+        config |= recipes.find_base(base)[1].get("settings") or {}
         published = subjects.FINLORA.fullmatch(name)
         return config | (subjects.BITS[published["bits"].lower()] if published else {})
 
@@ -219,13 +219,13 @@ def check_precision(base: str, precision: str | None) -> None:
 
 def architecture(api: Any, base: str) -> architectures.Model:
     """The base's architecture, from recipes/models/ or from its own config.json on the Hub."""
-    if model := architectures.models().get(recipes.canonical(base).lower()):
+    if model := architectures.read_architectures().get(recipes.resolve_mirror(base).lower()):
         return model
     with plainly(f"the base {base}"):
         if api.hf_hub_download(base, "config.json", dry_run=True).file_size > MIB:
             raise WrongInput(f"{base}: its config.json is larger than 1 MB")
         path = Path(api.hf_hub_download(base, "config.json"))
-    return architectures.of_config(
+    return architectures.parse_config(
         base, common.parse_json(path.read_bytes(), f"{base}/config.json")
     )
 

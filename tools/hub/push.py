@@ -67,7 +67,7 @@ def finished(recipe: recipes.Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     if not run.is_finished and run.checkpoints():
         name = recipe.name
         raise WrongInput(f"{run} is unfinished; `make train RECIPE={name}` goes on")
-    config = recipe.trained()
+    config = recipe.read_trained_config()
     told = run.info
     stale = (
         told.get("recipe_version") == recipe.version and told.get("recipe_digest") != recipe.digest
@@ -78,8 +78,8 @@ def finished(recipe: recipes.Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
             f"`make train RECIPE={recipe.name}` trains it"
         )
     adapters.inspect(run.folder)
-    base = recipes.canonical(hub_name(str(config["base_model"])))
-    if model := architectures.models().get(base.lower()):
+    base = recipes.resolve_mirror(hub_name(str(config["base_model"])))
+    if model := architectures.read_architectures().get(base.lower()):
         adapters.check(run.folder, model)
     return told, config
 

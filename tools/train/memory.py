@@ -227,7 +227,7 @@ def compute_weight_bytes(model: Model, setup: Setup) -> tuple[int, int, int]:
     ]
     weights, constants = (model.layers * sum(sizes) for sizes in zip(*layers, strict=True))
     other_bits = setup.kept_bits if setup.bits < 16 else setup.bits
-    return weights, constants, model.kept * other_bits // 8
+    return weights, constants, model.unquantized * other_bits // 8
 
 
 def compute_activation_bytes(model: Model, setup: Setup, checkpointing: bool) -> int:
@@ -268,7 +268,7 @@ def compute_memory(model: Model, setup: Setup) -> Memory:
     per_parameter = OPTIMIZERS["8bit" if "8bit" in setup.optimizer else "adamw"]
     optimizer = int(count * per_parameter) // states
     paged = int(optimizer * compute_paged_share(model, setup)) if "paged" in setup.optimizer else 0
-    loaded = weights + constants + (4 * model.kept if quantized else unquantized)
+    loaded = weights + constants + (4 * model.unquantized if quantized else unquantized)
     largest = max(math.prod(shape) for shape in model.shapes.values())
     return Memory(
         linear_weights=weights // parameters,
@@ -294,7 +294,7 @@ def compute_memory(model: Model, setup: Setup) -> Memory:
 # ---- What to change where it does not fit
 
 
-def list_changes(setup: Setup, unpacked: int) -> Iterator[tuple[str, Setup]]:
+def list_reductions(setup: Setup, unpacked: int) -> Iterator[tuple[str, Setup]]:
     """Changes that take less memory, each on top of those before.
 
     Checkpointing, micro-batch and ZeRO change nothing that is learned and come first.
@@ -328,7 +328,7 @@ def suggest_changes(
 ) -> list[tuple[str, int]]:
     """(change, new peak) for a setup over `limit` bytes, up to the first one that fits."""
     suggestions = []
-    for text, changed in list_changes(setup, unpacked):
+    for text, changed in list_reductions(setup, unpacked):
         suggestions.append((text, compute_memory(model, changed).least))
         if suggestions[-1][1] <= limit:
             break

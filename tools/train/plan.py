@@ -158,9 +158,9 @@ def count_flops(model: Model, setup: Setup) -> int:
 def estimate_cost(
     config: dict[str, Any], hardware: Hardware, flops: int, rows: int | None, row: int | None
 ) -> dict[str, Any]:
-    """Steps, tokens, hours and USD of a training on `rows` rows of `row` tokens, at `flops` a token.
+    """Steps, tokens, hours and USD of a training on `rows` rows of `row` tokens.
 
-    What depends on something unknown is None.
+    `flops`: operations a token. A figure that depends on something unknown is None.
     """
     steps = tokens = hours = usd = None
     tflops = find_gpu(hardware.gpu).tflops

@@ -4,11 +4,10 @@ python -m tools plan sentiment_r4 --gpu "A5000 24GB" --nproc 4 --price 0.26 --ro
 """
 
 import json
-import sys
 from typing import Any
 
 from tools import recipes
-from tools.common import ROOT
+from tools.common import ROOT, format_table
 from tools.train.memory import GIB
 from tools.train.plan import Hardware, count_training_rows, plan
 
@@ -24,25 +23,6 @@ LABELS = {
 }
 
 
-def print_table(title: str, rows: list[tuple[str, ...]], headings: tuple[str, ...] = ()) -> None:
-    """Prints a title and rows of a label and right-aligned values."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, show_header=bool(headings))
-    for index, heading in enumerate(headings or ("", "")):
-        table.add_column(heading, justify="right" if index else "left")
-    for row in rows:
-        table.add_row(*row)
-    print_wrapped(title)
-    print_wrapped(table)
-
-
-def print_wrapped(content: Any) -> None:
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 100, highlight=False).print(content)
-
-
 def describe_cost(rows: str, cost: dict[str, Any], planned: dict[str, Any]) -> str:
     """What a training on `rows` takes, as a line."""
     line = f"{rows}: {cost['tokens']:,} tokens in {cost['steps']:,} steps"
@@ -53,8 +33,8 @@ def describe_cost(rows: str, cost: dict[str, Any], planned: dict[str, Any]) -> s
 
 
 def list_lines(planned: dict[str, Any]) -> list[str]:
-    """What a plan says below its table: whether it fits, what to change, hours and cost."""
-    setup, gpu = planned["setup"], planned["gpu"]
+    """The lines below a plan's table: whether it fits, what to change, hours and cost."""
+    setup, gpu, published = planned["setup"], planned["gpu"], planned["published"]
     fits = "fits" if planned["fits"] else "does not fit"
     paging = ", with the optimizer's states paged to the host" if planned["fits_by_paging"] else ""
     lines = [
@@ -70,7 +50,6 @@ def list_lines(planned: dict[str, Any]) -> list[str]:
         source = f"counted by {planned['tokenizer']}" if planned["tokenizer"] else "estimated"
         lines.append(f"{planned['tokens_per_row']:,} tokens a row in the mean, {source}")
         lines.append(describe_cost(f"the {planned['rows']:,} rows at hand", planned, planned))
-    published = planned["published"]
     if published and published["tokens"]:
         name = f"FinLoRA's whole file, {published['rows']:,} rows"
         lines.append(describe_cost(name, published, planned))
@@ -78,10 +57,8 @@ def list_lines(planned: dict[str, Any]) -> list[str]:
 
 
 def print_plan_table(recipe: str, planned: dict[str, Any]) -> None:
-    rows = [
-        ("parameters", f"{planned['parameters']:,}"),
-        ("trainable", f"{planned['trainable_parameters']:,}"),
-    ]
+    rows = [("parameters", f"{planned['parameters']:,}")]
+    rows.append(("trainable", f"{planned['trainable_parameters']:,}"))
     if size := planned["adapter_file_bytes"]:
         rows.append(("adapter on disk", f"{size / 1e6:.1f} MB"))
     rows.append(("weights, nominal", f"{planned['nominal_bytes'] / 1e9:.2f} GB"))
@@ -90,9 +67,8 @@ def print_plan_table(recipe: str, planned: dict[str, Any]) -> None:
         if size and part != "paged":
             label = LABELS.get(part, part.replace("_", " ")).format(**planned["setup"])
             rows.append((label, f"{size / GIB:.2f} GiB"))
-    print_table(f"{recipe} on {planned['model']}", rows)
-    for line in list_lines(planned):
-        print_wrapped(line)
+    title = f"{recipe} on {planned['model']}"
+    print(title, format_table(rows, "<>"), *list_lines(planned), sep="\n")
 
 
 def print_comparison(planned: dict[str, Any], run_info: dict[str, Any]) -> None:
@@ -104,19 +80,20 @@ def print_comparison(planned: dict[str, Any], run_info: dict[str, Any]) -> None:
     peaks = planned["memory"]["peak"] / GIB, run_info["peak_memory_bytes"] / GIB
     trainable = "trainable_parameters"
     rows = [
+        ("", "planned", "took"),
         ("trainable", f"{planned[trainable]:,}", f"{run_info[trainable]:,}"),
         ("steps", f"{steps:,}" if steps else "", f"{run_info['steps']:,}"),
-        ("peak memory, GiB", *(f"{peak:.2f}" for peak in peaks)),
+        ("peak memory, GiB", f"{peaks[0]:.2f}", f"{peaks[1]:.2f}"),
         ("hours", "" if hours is None else f"{hours:.2f}", f"{run_info['seconds'] / 3600:.2f}"),
         ("tokens/s", "", f"{run_info['tokens_per_second']:,.0f}"),
         ("loss", "", f"{run_info['train_loss']:.3f}"),
     ]
-    title = (
+    print(
         f"\nplanned for one {planned['gpu']['name']}; trained as version "
         f"{run_info['recipe_version']} on {run_info['processes']} x {run_info['device']}, "
         f"{run_info['finished']}"
     )
-    print_table(title, rows, ("", "planned", "took"))
+    print(format_table(rows, "<>>"))
 
 
 def print_plan(

@@ -1,4 +1,4 @@
-"""What the whole catalogue takes on 1, 4 and 64 GPUs, from `tools.train.plan`; writes docs/scale.md.
+"""Plans what the whole catalogue takes on 1, 4 and 64 GPUs, and writes it to docs/scale.md.
 
     make render
 
@@ -50,11 +50,11 @@ class Training:
 
 def plan_training(recipe: str) -> Training | None:
     """The training of a recipe on the first card that holds it."""
-    _, task, _ = recipes.parts(recipe)
+    _, task, _ = recipes.split_name(recipe)
     all_rows, tokens, _ = TASKS[task]
-    config = recipes.config(recipe)
+    config = recipes.build_config(recipe)
     rows = count_training_rows(config, all_rows)
-    longest = recipes.matrix()["tasks"][task]["longest"]
+    longest = recipes.read_matrix()["tasks"][task]["longest"]
     for card in CARDS:
         # The peak is that of the longest row, the hours are those of the mean one.
         if plan(config, card, rows, longest)["fits"]:
@@ -78,11 +78,8 @@ def format_numbers() -> str:
     headings = " | ".join(f"hours on {count}" for count in GPU_COUNTS)
     lines += ["", f"| recipes | number | card | GPU-hours | {headings} | USD |"]
     lines += ["| --- | ---: | --- | ---: | " + "---: | " * len(GPU_COUNTS) + "---: |"]
-    names = [
-        name
-        for name in recipes.names()
-        if recipes.parts(name)[1] in TASKS and not any(fnmatchcase(name, large) for large in LARGE)
-    ]
+    names = [name for name, (_, task, _) in recipes.list_names().items() if task in TASKS]
+    names = [name for name in names if not any(fnmatchcase(name, large) for large in LARGE)]
     trainings = [training for name in names if (training := plan_training(name))]
     for title, pattern in SETS.items():
         for card in CARDS:
