@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -386,7 +386,7 @@ def shown(path: Path) -> str:
 
 
 def format_table(rows: Sequence[Sequence[str]], sides: str) -> str:
-    """Rows as aligned columns; `sides` has `<` for each column that is flush left, `>` for right."""
+    """Rows as aligned columns; `sides` has `<` for a column that is flush left, `>` for right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     columns = list(zip(sides, widths, strict=True))
     return "\n".join(

@@ -52,7 +52,7 @@ class Gpu(NamedTuple):
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a plan is for: `count` GPUs of one kind (see `find_gpu`), each for `price` USD an hour."""
+    """The GPUs of a plan: `count` of one kind (see `find_gpu`), each for `price` USD an hour."""
 
     gpu: str = DEFAULT_GPU
     count: int = 1
@@ -116,7 +116,7 @@ def count_training_rows(config: dict[str, Any], rows: int) -> int:
 
 @cache
 def count_published_rows() -> dict[str, int]:
-    """Rows of FinLoRA's own training files, where sources.yaml has them, by name of the chat file."""
+    """Rows of FinLoRA's own training files, by name of the chat file; without unknown ones."""
     tables = sources.published_tables()
     counts = {t: tables["files"][row["train"]].get("rows") for t, row in tables["tasks"].items()}
     return {f"{task}_train.jsonl": count for task, count in counts.items() if count}
