@@ -15,7 +15,7 @@ from tests.conftest import run
 from tools import architectures, catalogue, evidence, prompts, recipes, rendering
 from tools.common import ROOT, JobFailed, WrongInput
 from tools.hub import client
-from tools.train import checks, plan, profiles, sweep
+from tools.train import checks, memory, plan, profiles, sweep
 
 MODELS = ["llama-3.1-8b", "llama-3.1-70b", "llama-3.2-1b", "llama-3.2-3b", "qwen3-8b", "qwen3-4b"]
 MODELS += ["mistral-7b-v0.3", "gemma-3-4b", "smollm2-135m"]
@@ -101,7 +101,7 @@ def test_a_message_about_a_recipe_without_a_file_names_the_recipe():
 
 def test_a_recipe_without_a_file_is_swept_merged_with_a_profile_and_named_on_the_hub():
     recipe = recipes.find("qwen3-8b/ner_r8_dora")
-    swept = [other.name for other in sweep.chosen("qwen3-8b/ner_r8*")]
+    swept = [other.name for other in sweep.select_recipes("qwen3-8b/ner_r8*")]
     methods = ("r8", "r8_dora", "r8_dora_a32", "r8_rslora", "r8_fp16")
     assert swept == [f"qwen3-8b/ner_{method}" for method in methods]
     merged = profiles.merge_config(recipe, profiles.Choice("cpu"))
@@ -199,7 +199,7 @@ def test_the_planned_memory_in_a_recipe_is_the_planners():
 @pytest.mark.parametrize("model", MODELS)
 def test_qlora_all_adapts_every_linear_layer_of_the_language_model_alone(model):
     recipe = recipes.find(f"{model}/ner_qlora_all")
-    setup = plan.setup_of(recipe.config, 128, 1)
+    setup = memory.read_setup(recipe.config, 128, 1)
     assert (setup.modules, setup.rank, setup.bits) == (architectures.MODULES, 16, 4)
     assert recipe.config["lora_alpha"] == 32
     assert recipe.config["lr_scheduler"] == "constant_with_warmup"

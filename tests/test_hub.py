@@ -25,7 +25,7 @@ from tests.conftest import call
 from tests.hub_server import Hold, Hub, busy, cut, once
 from tools import adapters, architectures, common, recipes
 from tools.hub import card, client, push
-from tools.train import plan
+from tools.train import memory
 
 RECIPE = "smollm2-135m/sentiment_r4"
 REPO = "me/smollm2-135m-sentiment_r4"
@@ -780,8 +780,8 @@ def test_finloras_own_adapter_comes_by_the_name_of_its_recipe(place, server):
         yaml.safe_load((run / "config.yaml").read_text()),
     )
     assert told["prompt_format"] == "finlora" and told["recipe"] == "llama-3.1-8b/sentiment_r4"
-    assert told["trainable_parameters"] == plan.trainable(
-        llama, plan.Setup(rank=4, modules=("q_proj", "k_proj", "v_proj"))
+    assert told["trainable_parameters"] == memory.count_trainable(
+        llama, memory.Setup(rank=4, modules=("q_proj", "k_proj", "v_proj"))
     )
     assert (made["lora_alpha"], made["load_in_4bit"]) == (32, True)
     code = "from tools import recipes; recipes.find('sentiment_r4').read_trained_config()"

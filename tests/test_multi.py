@@ -136,7 +136,7 @@ def test_two_processes_told_to_stop_save_together(tiny, chat_rows, tmp_path):
 def test_a_batch_that_cannot_be_shared_is_refused_with_what_can():
     config = {"micro_batch_size": 8, "gradient_accumulation_steps": 2}
     for processes, micro, steps, parts in [(1, 8, 2, 1), (2, 8, 1, 1), (4, 4, 1, 2), (16, 1, 1, 8)]:
-        shared = plan.divided(config, processes)
+        shared = plan.divide_batch(config, processes)
         assert shared == {
             "processes": processes,
             "micro_batch_size": micro,
@@ -147,7 +147,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_what_can():
     with pytest.raises(
         common.WrongInput, match=r"3 processes .* 16 rows .*NPROC may be 1, 2, 4, 8, 16"
     ):
-        plan.divided(config, 3)
+        plan.divide_batch(config, 3)
 
 
 @pytest.mark.parametrize(
@@ -363,7 +363,7 @@ def test_flash_attn_counts_where_it_imports(tmp_path, monkeypatch, module, reaso
     used = "sdpa" if reason else "flash_attention_2"
     assert content["attn_implementation"] == used
     assert reason in profiles.explain_settings(content, CARDS, 1)["attention"]
-    assert reason in smoke.check_attention(content, CARDS)
+    assert reason in smoke.check_attention(content, CARDS).text
 
 
 def test_flash_attn_needs_a_gpu_that_it_has_kernels_for(tmp_path, monkeypatch):

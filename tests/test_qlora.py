@@ -17,7 +17,7 @@ from bench import memory
 from tests import nf4
 from tests.conftest import run, write_recipe
 from tools import architectures, recipes
-from tools.train import plan
+from tools.train.memory import OPTIMIZERS
 
 METHODS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 RANK, ALPHA = 8, 16
@@ -412,7 +412,7 @@ def test_the_cpu_profile_puts_float32_adamw_in_ordinary_memory_in_their_place(
     assert {moment.dtype for moment in moments} == {torch.float32}
     assert any(moment.any() for moment in moments)
     trained = json.loads((tmp_path / "r4" / "run.json").read_text())["trainable_parameters"]
-    assert sum(m.nbytes for m in moments) == plan.OPTIMIZERS["adamw"] * trained
+    assert sum(m.nbytes for m in moments) == OPTIMIZERS["adamw"] * trained
 
 
 def test_the_states_of_rank_4_are_too_small_to_be_paged():

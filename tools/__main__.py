@@ -222,10 +222,10 @@ def plan(
 
     Example: python -m tools plan sentiment_r4 --gpu "A5000 24GB" --price 0.26
     """
-    from tools.train import plan
+    from tools.train import plan, plan_table
 
     hardware = plan.Hardware(gpu or plan.DEFAULT_GPU, nproc, price)
-    plan.print_plan(recipe, hardware, rows, tokens_per_row, json)
+    plan_table.print_plan(recipe, hardware, rows, tokens_per_row, json)
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -282,7 +282,7 @@ def status() -> None:
     """List what is training, finished or interrupted."""
     from tools.train import status
 
-    status.show_all()
+    status.print_all()
 
 
 @app.command(rich_help_panel=TRAIN)

@@ -29,7 +29,7 @@ from tools.common import (
     shown,
 )
 from tools.runs import Run
-from tools.train import plan
+from tools.train import plan, plan_table
 
 # ---- rendering
 
@@ -232,6 +232,6 @@ def show(name: str) -> None:
     recipe = recipes.find(name)
     print(rendering.read_or_render(recipe))
     planned = plan.plan(recipe.config, data=recipes.ROOT / recipe.config["datasets"][0]["path"])
-    plan.show(recipe.name, planned)
+    plan_table.print_plan_table(recipe.name, planned)
     if recipe.run.is_finished:
-        plan.compare(planned, recipe.run.info)
+        plan_table.print_comparison(planned, recipe.run.info)

@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -383,6 +383,16 @@ def digest(path: Path) -> str:
 def shown(path: Path) -> str:
     """A path as a person types it: relative to the project where it lies inside."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def format_table(rows: Sequence[Sequence[str]], sides: str) -> str:
+    """Rows as aligned columns; `sides` has `<` for a column that is flush left, `>` for right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    columns = list(zip(sides, widths, strict=True))
+    return "\n".join(
+        "  ".join(f"{cell:{side}{width}}" for cell, (side, width) in zip(row, columns, strict=True))
+        for row in rows
+    )
 
 
 def git_blob(path: Path) -> str:

@@ -37,7 +37,7 @@ from tools.common import (
 )
 from tools.data.rows import parse_row
 from tools.data.rules import fingerprint
-from tools.train import plan
+from tools.train.tokens import CHARACTERS_PER_TOKEN, TEMPLATE_TOKENS
 
 # Keys of a row that hold prompt and answer; the first pair that a row has is taken.
 PAIRS = [
@@ -155,7 +155,7 @@ def build_evaluation(task: str, labels: list[str], longest: int) -> dict[str, An
 def build_task(task: str, rows: list[Row], labels: list[str]) -> dict[str, Any]:
     """The rows that a task adds to the tables of recipes/matrix.yaml and data/sources.yaml."""
     characters = max(len(prompt) + len(answer) for prompt, answer in rows)
-    longest = int(characters / plan.CHARACTERS_PER_TOKEN) + plan.TEMPLATE_TOKENS
+    longest = int(characters / CHARACTERS_PER_TOKEN) + TEMPLATE_TOKENS
     micro_batch, accumulation = (8, 2) if longest <= 512 else (1, 8)
     dataset = {"file": shown(DATA / f"{task}_test.jsonl")} | ({"labels": labels} if labels else {})
     return {

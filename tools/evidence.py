@@ -76,8 +76,8 @@ def describe(name: str) -> str:
 def describe_plan(name: str) -> str:
     """Planned hours where the task's rows are known and a card holds the recipe."""
     task = recipes.split_name(name)[1]
-    plan = scale.planned(name) if task in scale.TASKS else None
-    if not plan:
+    training = scale.plan_training(name) if task in scale.TASKS else None
+    if not training:
         return "never run"
-    hours = f"{plan['hours']:.1f} h" if plan["hours"] >= 0.1 else "under 0.1 h"
-    return f"planned: {hours} on one {plan['card']}"
+    hours = f"{training.hours:.1f} h" if training.hours >= 0.1 else "under 0.1 h"
+    return f"planned: {hours} on one {training.card.gpu}"

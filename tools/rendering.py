@@ -11,7 +11,7 @@ from typing import Any
 
 from tools import architectures, evidence, recipes
 from tools.common import JobFailed, format_yaml, shown
-from tools.train import plan
+from tools.train.memory import GIB, compute_memory, read_setup
 
 # Files with this line are `make render`'s to write and to remove.
 MARK = "Rendered from recipes/matrix.yaml by `make render`."
@@ -28,13 +28,13 @@ def plan_memory(name: str) -> int:
     """Planned peak of one GPU in bytes, for the longest row of the recipe's task."""
     config = recipes.build_config(name)
     hub = recipes.read_matrix()["models"][recipes.split_name(name)[0]]["hub"]
-    setup = plan.setup_of(config, find_longest_row(name, config), 1)
-    return plan.memory(architectures.find(hub), setup).peak
+    setup = read_setup(config, find_longest_row(name, config), 1)
+    return compute_memory(architectures.find(hub), setup).peak
 
 
 def round_to_gib(size: int) -> int:
     """Bytes as whole GiB, upwards."""
-    return math.ceil(size / plan.GIB)
+    return math.ceil(size / GIB)
 
 
 def render_recipe(name: str) -> str:

@@ -206,7 +206,7 @@ def merge_config(
     config, _ = sources.drop_missing_validation(recipe.config)
     content = with_template(apply_profiles(config, read_profiles(profile)))
     if processes > 1:
-        content |= plan.divided(content, processes)
+        content |= plan.divide_batch(content, processes)
     if content.get("load_in_8bit") and (content.get("fsdp_config") or "zero3" in profile):
         raise WrongInput(
             f"{recipe.name}: bitsandbytes' 8-bit weights cannot be divided by {profile}"
