@@ -1,6 +1,6 @@
 """What the whole catalogue takes on 1, 4 and 64 GPUs, from `tools.train.plan`; writes docs/scale.md.
 
-    python -m tools.train.scale [--check]
+    python -m tools render
 
 A recipe trains on the smallest kind of card that holds it, as many cards as `CARDS` gives; several
 GPUs train several recipes at once, the longest first. Rows and tokens of a task are in `TASKS`.
@@ -16,7 +16,7 @@ from tools.common import ROOT, JobFailed, atomic, shown
 from tools.train import plan
 
 DOC = ROOT / "docs" / "scale.md"
-START, END = "<!-- numbers: python -m tools.train.scale -->", "<!-- end of numbers -->"
+START, END = "<!-- numbers: python -m tools render -->", "<!-- end of numbers -->"
 GPUS = (1, 4, 64)
 
 # Rows of the training set, mean tokens of a row, and where both are from.
