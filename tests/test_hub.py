@@ -567,18 +567,22 @@ def test_the_card_holds_every_score_with_its_interval_and_reads_back(me, server)
     ],
 )
 def test_the_cards_licence_follows_from_base_and_data(base, source, licence):
-    found = card.licence(base, [{"path": "x", "source": source}])
+    found = card.choose_licence(base, [{"path": "x", "source": source}])
     assert found["license"] == licence
     assert (licence == "other") == ("license_name" in found)
 
 
 def test_exams_and_no_derivatives_may_not_be_shared_and_the_examples_may():
-    assert "not published" in card.forbidden([{"path": "x", "source": "train/cfa_train.jsonl"}])
-    assert "ND" in card.forbidden([{"path": "x", "source": "test/headline_test.jsonl"}])
-    assert card.forbidden([{"path": "x", "source": "train/financebench_train.jsonl"}]) is None
+    assert "not published" in card.explain_forbidden(
+        [{"path": "x", "source": "train/cfa_train.jsonl"}]
+    )
+    assert "ND" in card.explain_forbidden([{"path": "x", "source": "test/headline_test.jsonl"}])
+    assert (
+        card.explain_forbidden([{"path": "x", "source": "train/financebench_train.jsonl"}]) is None
+    )
     sample = [{"path": "x", "source": "train/headline_train.jsonl", "from": "data/sample"}]
-    assert card.forbidden(sample) is None
-    assert card.licence("Qwen/Qwen3-8B", sample) == {"license": "apache-2.0"}
+    assert card.explain_forbidden(sample) is None
+    assert card.choose_licence("Qwen/Qwen3-8B", sample) == {"license": "apache-2.0"}
 
 
 def test_the_cards_code_runs_as_it_stands(me, server, tiny, tmp_path):
@@ -809,7 +813,7 @@ def test_an_adapter_for_a_base_that_only_the_hub_knows_is_held_against_its_confi
     good(bob.run("pull", "--adapter", THEIRS))
     run = bob.root / "runs" / "hub" / THEIRS
     assert yaml.safe_load((run / "config.yaml").read_text())["peft_use_dora"] is True
-    assert "stranger/adapter at " in good(bob.run("hub"))
+    assert "stranger/adapter at " in good(bob.run("adapters"))
     # Nothing says at which precision it was trained, so that is asked for.
     assert json.loads((run / "run.json").read_text())["precision"] == "unknown"
     refused(bob.run("chat", "", "x", "--adapter", THEIRS), "PRECISION= is one of")
@@ -887,7 +891,7 @@ def hostile() -> dict[str, tuple[dict[str, bytes], str]]:
         ),
         "a name twice": (
             weights(struct.pack("<Q", 17) + b'{"a": 1, "a": 2 }'),
-            "stands twice",
+            "is repeated",
         ),
         "overlapping tensors": (
             weights(
@@ -948,7 +952,7 @@ def hostile() -> dict[str, tuple[dict[str, bytes], str]]:
         "a module that is none": (changed(target_modules=["nothing"]), "is no linear layer of"),
         "a config that is no object": (plain | {adapters.CONFIG: b"[]"}, "an object is needed"),
         "a large config": (plain | {adapters.CONFIG: b" " * (2**20 + 1)}, "is the most"),
-        "another run.json": (plain | {"run.json": run}, "tells of another adapter"),
+        "another run.json": (plain | {"run.json": run}, "describes another adapter"),
         "remote code": (
             plain | {"config.yaml": yaml.safe_dump(axolotl | {"trust_remote_code": True}).encode()},
             "trust_remote_code",
@@ -1023,13 +1027,13 @@ def test_infinities_of_every_type_of_number_are_found(tmp_path):
 
 def test_adapters_lists_the_runs_here_and_what_a_namespace_holds(me, server):
     good(me.push())
-    said = good(me.run("hub", "--namespace", "me"))
+    said = good(me.run("adapters", "--namespace", "me"))
     here, there = said.split("me on ")
     assert RECIPE in here and "fpb accuracy 75.0" in here and "trained here" in here
     assert REPO in there and "v1.1.0" in there and "fpb accuracy 75.0" in there
     assert "private" in there
     me.token = ""
-    assert "0 adapters" in good(me.run("hub", "--namespace", "me"))
+    assert "0 adapters" in good(me.run("adapters", "--namespace", "me"))
 
 
 def test_the_token_is_in_nothing_that_was_written_printed_or_sent_astray(me, place, server):
@@ -1037,7 +1041,7 @@ def test_the_token_is_in_nothing_that_was_written_printed_or_sent_astray(me, pla
     server.at["tag"] = once(cut)
     me.push()
     good(me.push("--public", HF_DEBUG="1", DEBUG="1"))
-    good(me.run("hub", "--namespace", "me"))
+    good(me.run("adapters", "--namespace", "me"))
     server.change[adapters.WEIGHTS] = lambda content: content[::-1]
     bob.run("pull", RECIPE, "--namespace", "me", DEBUG="1")
     server.change.clear()
@@ -1061,10 +1065,12 @@ def test_what_is_compared_on_the_hub_is_gits_digest_or_sha256(tmp_path):
     blob = "ce013625030ba8dba906f756967f9e9ca394464a"
     sha = "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"
     for content in (path, b"hello\n"):
-        assert client.matches(content, blob) and client.matches(content, sha)
-        assert not client.matches(content, blob[::-1])
+        assert client.has_digest(content, blob) and client.has_digest(content, sha)
+        assert not client.has_digest(content, blob[::-1])
 
 
 def test_texts_of_a_score_file_are_kept_only_where_they_are_answers():
     rows = [{"row": 3, "expected": "x" * 500, "doc": {"q": "secret", "n": 2}, "p": [0.5, "t"]}]
-    assert push.public(rows) == [{"row": 3, "expected": "x" * 200, "doc": {"n": 2}, "p": [0.5]}]
+    assert push.strip_texts(rows) == [
+        {"row": 3, "expected": "x" * 200, "doc": {"n": 2}, "p": [0.5]}
+    ]
