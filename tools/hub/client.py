@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tools import adapters, architectures, recipes, runs
-from tools.common import ROOT, WrongInput, digest, git_blob, parse_json
+from tools.common import ROOT, WrongInput, digest, git_blob, read_json, shown
 
 FINLORA = "wangd12"  # publishes FinLoRA's adapters
 CARD = "README.md"
@@ -68,21 +68,21 @@ class Origin(External):
 Model = TypeVar("Model", bound=External)
 
 
-def parse_model(model: type[Model], content: bytes, where: str) -> Model:
-    """A JSON text as `model`; raises WrongInput that names `where`, the key and the fault."""
+def validate(model: type[Model], content: Any, where: str) -> Model:
+    """`content` as `model`; raises WrongInput that names `where`, the key and the fault."""
     try:
-        return model.model_validate(parse_json(content, where))
+        return model.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        raise WrongInput(f'{where}: "{key[:80]}" is malformed: {first["msg"]}') from None
+        key = ".".join(map(str, first["loc"])) or "the file"
+        raise WrongInput(f"{where}: {key[:80]} is malformed: {first['msg']}") from None
 
 
 def read_origin(run: runs.Run) -> Origin | None:
     """The hub.json of a run; None of a run that was trained here."""
     if not run.origin_file.is_file():
         return None
-    return parse_model(Origin, run.origin_file.read_bytes(), f"{run}/{run.origin_file.name}")
+    return validate(Origin, read_json(run.origin_file), shown(run.origin_file))
 
 
 def connect() -> Any:

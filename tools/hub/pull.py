@@ -18,9 +18,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import yaml
+from pydantic import Field
 
 from evals import report
 from tools import adapters, architectures, common, models, recipes, runs, subjects
@@ -83,6 +84,24 @@ class RunInfo(External):
     peak_memory_bytes: float | None = None
     trainable_parameters: int | None = None
     packages: dict[str, str] | None = None
+
+
+class Dataset(External):
+    path: str
+
+
+class AxolotlConfig(External):
+    """What this project reads of a published config.yaml, without what it replaces."""
+
+    datasets: list[Dataset] = Field(min_length=1)
+    test_datasets: list[Dataset] | None = None
+    adapter: Literal["lora", "qlora"] = "lora"
+    load_in_4bit: bool | None = None
+    load_in_8bit: bool | None = None
+    bnb_config_kwargs: dict[str, str | bool] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    special_tokens: dict[str, str] | None = None
+    plugins: list[str] | None = None
 
 
 def find_source(
@@ -230,17 +249,22 @@ def check_precision(base: str, precision: str | None) -> None:
 def parse_config(content: bytes, where: str) -> dict[str, Any]:
     """An Axolotl config that somebody else wrote; raises WrongInput where it could run code."""
     config = parse_yaml(content, where)
-    if not isinstance(config, dict) or not isinstance(config.get("datasets"), list):
-        raise WrongInput(f"{where}: no Axolotl config")
-    if config.get("trust_remote_code"):
+    settings = client.validate(AxolotlConfig, config, where)
+    if holds_key(config, "trust_remote_code"):
         raise WrongInput(f"{where}: trust_remote_code would run code from the Hub")
-    for plugin in config.get("plugins") or ():
-        if not str(plugin).startswith(PLUGINS):
-            raise WrongInput(f"{where}: the plugin {str(plugin)[:60]!r} is not one of this project")
-    tokens = config.get("special_tokens") or {}
-    if not isinstance(tokens, dict) or any(not str(k).endswith("_token") for k in tokens):
+    for plugin in settings.plugins or ():
+        if not plugin.startswith(PLUGINS):
+            raise WrongInput(f"{where}: the plugin {plugin[:60]!r} is not one of this project")
+    if any(not name.endswith("_token") for name in settings.special_tokens or ()):
         raise WrongInput(f"{where}: special_tokens may only name tokens")
-    return config
+    return dict(config)
+
+
+def holds_key(value: Any, key: str) -> bool:
+    """Whether a mapping has a key with a value, at any depth."""
+    if isinstance(value, dict):
+        return bool(value.get(key)) or any(holds_key(part, key) for part in value.values())
+    return isinstance(value, list) and any(holds_key(part, key) for part in value)
 
 
 def check_scores(file: Path, where: str) -> None:
@@ -259,7 +283,7 @@ def complete_info(source: Source, part: Run, base_model: str, parameters: int) -
     sha = digest(part.adapter_file)
     if part.is_finished:
         where = f"{source}/{runs.INFO}"
-        run_info = client.parse_model(RunInfo, part.info_file.read_bytes(), where)
+        run_info = client.validate(RunInfo, parse_json(part.info_file.read_bytes(), where), where)
         if run_info.adapter_sha256 != sha:
             raise WrongInput(f"{where} describes another adapter")
         return
