@@ -322,8 +322,8 @@ EXPANDING = "a0: &a0 [1]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
 )
 UNBOUNDED = {
-    "deep lists": ("[" * 100_000, "line 1: nested deeper than 100 levels"),
-    "deep blocks": ("- " * 100_000, "line 1: nested deeper than 100 levels"),
+    "deep lists": ("[" * 100_000, "nested deeper than 100 levels"),
+    "deep blocks": ("- " * 100_000, "nested deeper than 100 levels"),
     "aliases of aliases": (EXPANDING, "its aliases expand to over"),
     "a circle": ("a: &a [*a]", "its aliases expand to over"),
     "a date that is none": ("a: 2001-99-99", "not YAML"),

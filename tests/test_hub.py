@@ -25,7 +25,7 @@ from evals import stats
 from tests.conftest import call
 from tests.hub_server import Hold, Hub, busy, cut, once
 from tools import adapters, architectures, common, recipes
-from tools.hub import card, client, push
+from tools.hub import card, client, pull, push
 from tools.train import plan
 
 RECIPE = "smollm2-135m/sentiment_r4"
@@ -741,6 +741,28 @@ def test_a_run_that_was_trained_here_is_never_written_over(me, server):
     good(me.pull("--force"))
     previous = me.folder.with_name("sentiment_r4.previous")
     assert {p.name: p.read_bytes() for p in previous.iterdir() if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("address", "repo", "folder"),
+    [
+        ("me/mine", "me/mine", ""),
+        ("https://huggingface.co/me/mine/", "me/mine", ""),
+        ("https://huggingface.co/me/mine/tree/main/4bits/r4", "me/mine", "4bits/r4/"),
+        ("me/mine/tree/mainly", "me/mine", "tree/mainly/"),
+        *(
+            (wrong, None, "")
+            for wrong in ("mine", "me/tree/main", "../../etc", "me//mine", "me/.x")
+        ),
+    ],
+)
+def test_an_address_names_a_repository_or_a_folder_of_one(address, repo, folder):
+    if repo:
+        source = pull.find_source(None, None, address, None, None)
+        assert (source.repo, source.folder, source.revision) == (repo, folder, "main")
+        return
+    with pytest.raises(common.WrongInput, match="is no name on the Hub"):
+        pull.find_source(None, None, address, None, None)
 
 
 def test_unknown_names_are_one_line_each(me, place, server):

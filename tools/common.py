@@ -339,8 +339,7 @@ def _refuse_deep_nesting(text: str, where: str) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         if depth > DEEPEST_YAML:
-            line = event.start_mark.line + 1
-            raise WrongInput(f"{where}, line {line}: nested deeper than {DEEPEST_YAML} levels")
+            raise WrongInput(f"{where}: nested deeper than {DEEPEST_YAML} levels")
 
 
 def _expanded_size(node: Any, sizes: dict[int, float]) -> float:

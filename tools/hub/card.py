@@ -326,20 +326,6 @@ def make_card(publication: Publication) -> "ModelCard":
         **describe_data(publication.data, publication.scores),
         **describe_scores(publication.scores),
     )
-    check_metadata(card)
-    return card
-
-
-def check_metadata(card: "ModelCard") -> None:
-    """Raises WrongInput where huggingface_hub reads other metadata from a card than went into it.
-
-    The client asks the Hub for the Hub's own rules before a commit (`/api/validate-yaml`).
-    """
-    from huggingface_hub import ModelCard
-
-    try:
-        parsed = ModelCard(str(card))
-    except (ValueError, TypeError) as error:
-        raise WrongInput(f"the model card's metadata: {str(error).splitlines()[0]}") from None
-    if parsed.data.to_dict() != card.data.to_dict() or not parsed.text.strip():
+    if ModelCard(str(card)).data.to_dict() != metadata.to_dict():
         raise WrongInput("the model card does not read back as it was written")
+    return card

@@ -125,11 +125,12 @@ def find_source(
         repo = client.name_repository(named, (namespace or "").strip())
         return Source(repo, "", revision, named, None)
     address = str(adapter).strip().removeprefix("https://huggingface.co/").strip("/")
+    address = re.sub("/tree/main(?=/|$)", "", address)
     if not re.fullmatch(r"([A-Za-z0-9][\w.-]*/)+[A-Za-z0-9][\w.-]*", address) or ".." in address:
         raise WrongInput(
             f'ADAPTER "{adapter}" is no name on the Hub: owner/name, or owner/name/folder'
         )
-    owner, name, *folders = address.replace("/tree/main", "").split("/")
+    owner, name, *folders = address.split("/")
     folder = "".join(f"{part}/" for part in folders)
     return Source(f"{owner}/{name}", folder, revision, None, precision)
 
@@ -294,9 +295,8 @@ def complete_info(source: Source, part: Run, base_model: str, parameters: int) -
         "adapter_sha256": sha,
         "trainable_parameters": parameters,
     }
-    if subjects.FINLORA.fullmatch(
-        source.name
-    ):  # FinLoRA trained on [INST] … [/INST], without a chat template
+    # FinLoRA trained on [INST] … [/INST] and not on the chat template.
+    if subjects.FINLORA.fullmatch(source.name):
         content["prompt_format"] = "finlora"
     elif not (source.recipe or source.precision or part.config_file.is_file()):
         content["precision"] = UNKNOWN
