@@ -91,9 +91,9 @@ def optimizer_of(parameters: list[Any]) -> Any:
     import torch
     from transformers import Trainer, TrainingArguments
 
-    name = recipes.config(RECIPE)["optimizer"]
+    name = recipes.build_config(RECIPE)["optimizer"]
     if not torch.cuda.is_available():
-        name = recipes.profile("cpu")["optimizer"]
+        name = recipes.read_profile("cpu")["optimizer"]
     arguments = TrainingArguments(optim=name, learning_rate=5e-4, report_to=[])
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     return kind(parameters, **options)
@@ -127,7 +127,7 @@ def measure(folder: str, bits: int, double: bool, rows: int, tokens: int) -> dic
 
     from tools.train.callbacks import measure_peak_memory
 
-    config = recipes.config(RECIPE)
+    config = recipes.build_config(RECIPE)
     model = load(folder, bits, double)
     base = held(model)
     model = get_peft_model(
@@ -176,12 +176,12 @@ def planned(folder: str, bits: int, double: bool, rows: int, tokens: int) -> dic
     """The same from tools/train/plan.py, without the CUDA context."""
     import torch
 
-    config = recipes.config(RECIPE)
+    config = recipes.build_config(RECIPE)
     model = architectures.find(config["base_model"])
     setup = plan.setup_of(config | {"micro_batch_size": rows}, tokens, 1)
     setup = replace(setup, bits=bits, double_quant=double)
     if not torch.cuda.is_available():
-        setup = replace(setup, optimizer=recipes.profile("cpu")["optimizer"])
+        setup = replace(setup, optimizer=recipes.read_profile("cpu")["optimizer"])
     need = plan.memory(model, setup)
     base = sum(plan.weight_bytes(model, setup)) + plan.kept_bytes(model, setup)
     return {"base": base, "adapter": need.adapter, "peak": need.training - need.cuda_context}

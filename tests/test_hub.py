@@ -26,7 +26,7 @@ from tests.conftest import call
 from tests.hub_server import Hold, Hub, busy, cut, once
 from tools import adapters, architectures, common, recipes
 from tools.hub import card, client, pull, push
-from tools.train import plan
+from tools.train import memory
 
 RECIPE = "smollm2-135m/sentiment_r4"
 REPO = "me/smollm2-135m-sentiment_r4"
@@ -520,7 +520,7 @@ def test_a_repository_that_holds_something_else_is_left_alone(me, server):
 
 
 def test_paths_of_this_machine_do_not_leave_it(me, server, tmp_path):
-    content = recipes.config(RECIPE) | {"output_dir": str(tmp_path / "secret-place" / "mine")}
+    content = recipes.build_config(RECIPE) | {"output_dir": str(tmp_path / "secret-place" / "mine")}
     content["datasets"][0]["path"] = str(tmp_path / "secret-place" / "sentiment_train.jsonl")
     path = tmp_path / "mine.yaml"
     path.write_text("# Version: 2.0.0\n" + yaml.safe_dump(content))
@@ -615,7 +615,7 @@ def test_the_cards_code_runs_as_it_stands(me, server, tiny, tmp_path):
     from transformers import AutoModelForCausalLM
 
     server.put("tester/tiny", {p.name: p.read_bytes() for p in tiny.iterdir() if p.is_file()})
-    content = recipes.config(RECIPE) | {
+    content = recipes.build_config(RECIPE) | {
         "base_model": "tester/tiny",
         "output_dir": "runs/local/tiny",
     }
@@ -665,7 +665,7 @@ def test_what_was_pulled_at_a_tag_gives_the_same_logits_to_the_bit(me, place, se
     assert not torch.equal(before, base(torch.arange(5, 45).reshape(2, 20)).logits)
 
     # What was pulled is a finished run for the rest of the project.
-    assert bob.ask(f"print(recipes.find('{RECIPE}').trained()['lora_r'])") == "4"
+    assert bob.ask(f"print(recipes.find('{RECIPE}').read_trained_config()['lora_r'])") == "4"
     assert not list(bob.folder.parent.glob(".*.part"))
 
 
@@ -821,11 +821,11 @@ def test_finloras_own_adapter_comes_by_the_name_of_its_recipe(place, server):
     assert not (run / "training_args.bin").exists()
     info, config = read_json(run / "run.json"), read_yaml(run / "config.yaml")
     assert info["prompt_format"] == "finlora" and info["recipe"] == "llama-3.1-8b/sentiment_r4"
-    assert info["trainable_parameters"] == plan.trainable(
-        llama, plan.Setup(rank=4, modules=("q_proj", "k_proj", "v_proj"))
+    assert info["trainable_parameters"] == memory.count_trainable(
+        llama, memory.Setup(rank=4, modules=("q_proj", "k_proj", "v_proj"))
     )
     assert (config["lora_alpha"], config["load_in_4bit"]) == (32, True)
-    bob.ask("recipes.find('sentiment_r4').trained()")
+    bob.ask("recipes.find('sentiment_r4').read_trained_config()")
 
     # By the repository's own name it lies apart, and its config is a recipe.
     good(bob.run("pull", "--adapter", name))
@@ -839,7 +839,7 @@ def test_an_adapter_for_a_base_that_only_the_hub_knows_is_held_against_its_confi
 ):
     shape = read_json(tiny / "config.json")
     server.put("tester/tiny", {"config.json": json.dumps(shape).encode()})
-    model = architectures.of_config("tester/tiny", shape)
+    model = architectures.parse_config("tester/tiny", shape)
     assert (model.layers, model.hidden, model.kv_heads, model.head_dim) == (2, 64, 2, 16)
     config, tensors = lora(model, modules=("q_proj", "down_proj"), use_dora=True)
     server.put(THEIRS, files_of(config, tensors))
@@ -1015,7 +1015,7 @@ def test_a_malicious_repository_is_refused_before_anything_is_loaded(
     """In this process, which the command would leave in the same way."""
     files, why = hostile()[case]
     server.put("me/mine", files)
-    content = recipes.config(RECIPE) | {"output_dir": str(tmp_path / "runs" / "mine")}
+    content = recipes.build_config(RECIPE) | {"output_dir": str(tmp_path / "runs" / "mine")}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -1030,7 +1030,7 @@ def test_an_adapter_of_every_kind_that_peft_writes_fits_its_own_config(tiny, tmp
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model = architectures.of_config("x/tiny", read_json(tiny / "config.json"))
+    model = architectures.parse_config("x/tiny", read_json(tiny / "config.json"))
     kinds = {
         "dora": {"use_dora": True, "target_modules": ["q_proj", "down_proj"]},
         "rslora": {"use_rslora": True, "target_modules": ["v_proj"]},

@@ -15,7 +15,7 @@ from tools.train import plan
 from tools.train.plan import GIB, Setup
 
 QKV = ("q_proj", "k_proj", "v_proj")
-METHODS = list(recipes.matrix()["methods"])
+METHODS = list(recipes.read_matrix()["methods"])
 
 
 def model(name):
@@ -50,7 +50,7 @@ def test_each_model_has_its_known_number_of_parameters():
 
 
 def test_a_model_is_found_by_every_base_of_the_catalogue():
-    for name, row in recipes.matrix()["models"].items():
+    for name, row in recipes.read_matrix()["models"].items():
         for base in {row["hub"], row.get("base_model", row["hub"])}:
             assert architectures.find(base) == model(name)
 
@@ -118,14 +118,14 @@ def test_the_published_memory_is_in_gib_and_keeps_embedding_and_head_at_32_bits(
     llama = model("llama-3.1-8b")
     over = {}
     for rank, bits, _, four, eight, _ in QUANTIZED:
-        real = sum(plan.weight_bytes(llama, ner(rank, bits, 4))) + 2 * llama.kept
+        real = sum(plan.weight_bytes(llama, ner(rank, bits, 4))) + 2 * llama.unquantized
         over[rank, bits] = (four - real / GIB, eight - real / GIB, four - real / 1e9)
     for rank in (4, 8):
         assert over[rank, 4][0] == pytest.approx(over[rank, 8][0], abs=0.02)
         assert over[rank, 4][1] == pytest.approx(over[rank, 8][1], abs=0.03)
         assert abs(over[rank, 4][2] - over[rank, 8][2]) > 0.2
         without_rows = 2 * over[rank, 4][0] - over[rank, 4][1]
-        assert 0.4 < without_rows - 2 * llama.kept / GIB < 0.7
+        assert 0.4 < without_rows - 2 * llama.unquantized / GIB < 0.7
 
 
 @pytest.mark.parametrize("rank", [4, 8])
@@ -190,7 +190,7 @@ def test_parameters_are_those_that_peft_counts(which, method, request, tiny_mode
     from transformers import AutoModelForCausalLM
 
     ours = tiny_model if which == "tiny" else model(which)
-    config = recipes.config(f"smollm2-135m/sentiment_{method}")
+    config = recipes.build_config(f"smollm2-135m/sentiment_{method}")
     architecture = config_of(which, request)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(architecture)
@@ -341,7 +341,7 @@ def test_what_a_config_adapts_and_saves_is_what_peft_trains(changed, tiny):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = recipes.config("smollm2-135m/sentiment_r4") | {"base_model": str(tiny)} | changed
+    config = recipes.build_config("smollm2-135m/sentiment_r4") | {"base_model": str(tiny)} | changed
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny))
         if tokens := config.get("tokens"):
@@ -363,7 +363,7 @@ def test_what_a_config_adapts_and_saves_is_what_peft_trains(changed, tiny):
 
 
 def test_a_module_to_save_that_cannot_be_planned_is_named():
-    config = recipes.config("smollm2-135m/sentiment_r4") | {"lora_modules_to_save": ["score"]}
+    config = recipes.build_config("smollm2-135m/sentiment_r4") | {"lora_modules_to_save": ["score"]}
     with pytest.raises(WrongInput, match='lora_modules_to_save: "score" cannot be planned'):
         plan.plan(config, row=64)
 
@@ -418,7 +418,7 @@ def test_hours_name_the_rows_they_are_for_and_finloras_whole_file_beside(tmp_pat
     rows = tmp_path / "sentiment_train.jsonl"
     text = {"messages": [{"role": "user", "content": "up " * 60}]}
     rows.write_text((json.dumps(text) + "\n") * 900)
-    config = recipes.config("llama-3.1-8b/sentiment_r4")
+    config = recipes.build_config("llama-3.1-8b/sentiment_r4")
     config["datasets"][0]["path"] = str(rows)
     made = plan.plan(config, plan.Hardware(price=0.26), data=rows)
     assert (made["rows"], made["published"]["rows"]) == (900, 72_824)

@@ -46,7 +46,7 @@ def test_a_large_file_is_read_once(tmp_path):
     assert steps(tail.read()) == [50_001]
     assert count_bytes() - before < 10_000
     before = count_bytes()
-    assert progress.last_step(path)["step"] == 50_001
+    assert progress.read_last_step(path)["step"] == 50_001
     assert count_bytes() - before < 2 * progress.BLOCK
 
 
@@ -81,18 +81,18 @@ def test_lines_that_a_crash_left_unreadable_are_skipped(tmp_path):
     path = tmp_path / "progress.jsonl"
     path.write_bytes(row(1).encode() + b"\0" * 40 + b"\n" + row(2).encode() + b"\0\0")
     assert steps(progress.Tail(path).read()) == [1, 2]
-    assert progress.last_step(path)["step"] == 2
+    assert progress.read_last_step(path)["step"] == 2
 
 
 def test_the_last_step_has_a_loss_wherever_it_stands(tmp_path):
     path = tmp_path / "progress.jsonl"
-    assert progress.last_step(path) == {}
+    assert progress.read_last_step(path) == {}
     path.write_text("")
-    assert progress.last_step(path) == {}
+    assert progress.read_last_step(path) == {}
     evaluations = json.dumps({"step": 2, "eval_loss": 1.0}) + "\n"
     path.write_text(row(1) + row(2) + evaluations * (2 * progress.BLOCK // len(evaluations)))
-    assert progress.last_step(path) == json.loads(row(2))
+    assert progress.read_last_step(path) == json.loads(row(2))
     path.write_text(evaluations)
-    assert progress.last_step(path) == {}
+    assert progress.read_last_step(path) == {}
     path.write_text(row(1) + row(2)[:-5])
-    assert progress.last_step(path)["step"] == 1
+    assert progress.read_last_step(path)["step"] == 1

@@ -17,7 +17,7 @@ from bench import memory
 from tests import nf4
 from tests.conftest import run, write_recipe
 from tools import architectures, recipes
-from tools.train import plan
+from tools.train.memory import OPTIMIZERS
 
 METHODS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 RANK, ALPHA = 8, 16
@@ -398,13 +398,13 @@ def test_bitsandbytes_pages_nothing_on_a_cpu_and_steps_as_torch_does():
 def test_the_cpu_profile_puts_float32_adamw_in_ordinary_memory_in_their_place(
     tiny, chat_rows, tmp_path
 ):
-    assert recipes.config("smollm2-135m/sentiment_r4")["optimizer"] == "paged_adamw_8bit"
+    assert recipes.build_config("smollm2-135m/sentiment_r4")["optimizer"] == "paged_adamw_8bit"
     steps = {"max_steps": 2, "save_steps": 2, "eval_steps": 2}
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, **steps)
     done = run("train", recipe, "--profile", "cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     config = yaml.safe_load((tmp_path / "r4" / "config.yaml").read_text())
-    assert config["optimizer"] == recipes.profile("cpu")["optimizer"] == "adamw_torch"
+    assert config["optimizer"] == recipes.read_profile("cpu")["optimizer"] == "adamw_torch"
     states = torch.load(tmp_path / "r4" / "checkpoint-2" / "optimizer.pt", weights_only=True)
     moments = [
         state[key] for state in states["state"].values() for key in ("exp_avg", "exp_avg_sq")
@@ -412,7 +412,7 @@ def test_the_cpu_profile_puts_float32_adamw_in_ordinary_memory_in_their_place(
     assert {moment.dtype for moment in moments} == {torch.float32}
     assert any(moment.any() for moment in moments)
     trained = json.loads((tmp_path / "r4" / "run.json").read_text())["trainable_parameters"]
-    assert sum(m.nbytes for m in moments) == plan.OPTIMIZERS["adamw"] * trained
+    assert sum(m.nbytes for m in moments) == OPTIMIZERS["adamw"] * trained
 
 
 def test_the_states_of_rank_4_are_too_small_to_be_paged():

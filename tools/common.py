@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -200,6 +200,12 @@ def nearest(name: str, known: list[str], cutoff: float = 0.5) -> str:
     return f"; did you mean {', '.join(close)}?" if close else ""
 
 
+def check_name(kind: str, name: str, names: Collection[str]) -> None:
+    """Raises WrongInput where no such `kind` (task, dataset) has that name."""
+    if name not in names:
+        raise WrongInput(f'unknown {kind} "{name}"{nearest(name, list(names))}')
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that appears at `path` whole or not at all."""
@@ -228,7 +234,8 @@ def share(folder: Path) -> None:
     mask = os.umask(0o022)
     os.umask(mask)
     for path in folder.iterdir():
-        path.chmod(0o666 & ~mask)
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -390,6 +397,20 @@ def read_yaml(path: Path) -> Any:
     return parse_yaml(path.read_bytes(), shown(path))
 
 
+def format_yaml(content: Any) -> str:
+    """YAML as this project writes it: keys in their order, lists of plain values on one line."""
+    import yaml
+
+    return yaml.dump(
+        content,
+        Dumper=yaml.CSafeDumper,
+        sort_keys=False,
+        width=100,
+        allow_unicode=True,
+        default_flow_style=None,
+    )
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
@@ -399,6 +420,16 @@ def digest(path: Path) -> str:
 def shown(path: Path) -> str:
     """A path as a person types it: relative to the project where it lies inside."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def format_table(rows: Sequence[Sequence[str]], sides: str) -> str:
+    """Rows as aligned columns; `sides` has `<` for a column that is flush left, `>` for right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    columns = list(zip(sides, widths, strict=True))
+    return "\n".join(
+        "  ".join(f"{cell:{side}{width}}" for cell, (side, width) in zip(row, columns, strict=True))
+        for row in rows
+    )
 
 
 def git_blob(path: Path) -> str:

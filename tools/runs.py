@@ -27,7 +27,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.common import ROOT, JobFailed, digest, json_lines, read_json, read_yaml, shown
+from tools.common import (
+    ROOT,
+    JobFailed,
+    digest,
+    json_lines,
+    name_owner,
+    read_json,
+    read_yaml,
+    shown,
+)
 
 RUNS = ROOT / "runs"
 ADAPTER, INFO, CONFIG = "adapter_model.safetensors", "run.json", "config.yaml"
@@ -163,7 +172,7 @@ class Run:
 
     def _unwritable(self, path: Path, reason: str) -> JobFailed:
         return JobFailed(
-            f"{self}, the output_dir, cannot be written to: {reason}{describe_owner(path)}"
+            f"{self}, the output_dir, cannot be written to: {reason}{name_owner(path)}"
         )
 
     def losses(self) -> list[dict[str, Any]]:
@@ -182,18 +191,6 @@ class Run:
             place = self.folder.with_name(f"{self.folder.name}.previous-{number}")
         os.replace(self.folder, place)
         return Run(place)
-
-
-def describe_owner(path: Path) -> str:
-    """Whose a file or folder is, in words, where two users share a checkout; else ""."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    try:
-        if path.stat().st_uid == os.geteuid():
-            return ""
-        return f" ({shown(path)} belongs to the user {path.owner()})"
-    except (OSError, KeyError):  # a user without a name
-        return ""
 
 
 def step_of(checkpoint: Path) -> int:

@@ -101,7 +101,7 @@ def choose_licence(base: str, data: list[dict[str, Any]]) -> dict[str, Any]:
     It is `other`, with a name and a link, where base and data both have terms of their own, or the
     data's are unknown.
     """
-    name, table = recipes.canonical(base), recipes.matrix()["licences"]
+    name, table = recipes.resolve_mirror(base), recipes.read_matrix()["licences"]
     row = next((row for start, row in table.items() if name.startswith(start)), ["unknown"])
     base_licence, link = row[0], row[1] if len(row) > 1 else None
     origins = list_origins(data)
@@ -216,14 +216,14 @@ def find_hub_dataset(origin: dict[str, Any]) -> str | None:
 def read_titles(recipe: recipes.Recipe) -> dict[str, str]:
     """The names of model, task and method as a person reads them."""
     try:
-        names = dict(zip(("model", "task", "method"), recipes.parts(recipe.name), strict=True))
+        names = dict(zip(("model", "task", "method"), recipes.split_name(recipe.name), strict=True))
     except WrongInput:
         return {
             "model": str(recipe.config["base_model"]).rstrip("/").rsplit("/", 1)[-1],
             "task": recipe.task or recipe.run.folder.name,
             "method": str(recipe.config.get("adapter")),
         }
-    return {part: recipes.matrix()[f"{part}s"][name]["title"] for part, name in names.items()}
+    return {part: recipes.read_matrix()[f"{part}s"][name]["title"] for part, name in names.items()}
 
 
 def read_example(task: str | None) -> str:

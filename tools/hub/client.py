@@ -135,8 +135,8 @@ def list_differences(files: Contents, remote: dict[str, RemoteFile]) -> list[str
 def name_repository(recipe: recipes.Recipe, namespace: str) -> str:
     """The repository of a recipe's adapter; without a namespace, the one that FinLoRA published."""
     name, finlora_name = Path(recipe.name).stem, None
-    if recipe.name in recipes.names():
-        finlora_name = recipes.finlora_name(recipe.name)
+    if recipe.name in recipes.list_names():
+        finlora_name = recipes.find_finlora_name(recipe.name)
         name = finlora_name or recipe.name.replace("/", "-")
     if not namespace and not finlora_name:
         raise WrongInput(f"FinLoRA published no {recipe.name}; NAMESPACE=… says whose to take")
@@ -145,11 +145,11 @@ def name_repository(recipe: recipes.Recipe, namespace: str) -> str:
 
 def find_hub_name(base: str) -> str:
     """A base's name on the Hub; raises WrongInput for a folder of which none is recorded."""
-    if name := recipes.base_model(base)[1].get("hub"):
+    if name := recipes.find_base(base)[1].get("hub"):
         return str(name)
     if not (base.startswith(("/", ".", "~")) or (ROOT / base).is_dir()):
-        return recipes.canonical(base)
-    if model := architectures.models().get(base.lower()):
+        return recipes.resolve_mirror(base)
+    if model := architectures.read_architectures().get(base.lower()):
         return model.source
     raise WrongInput(
         f'base_model "{base}" is a folder of this machine; add its name on the Hub to '
@@ -159,7 +159,7 @@ def find_hub_name(base: str) -> str:
 
 def is_same_base(first: str, second: str) -> bool:
     """Whether two names on the Hub are one model, or one is a mirror of the other."""
-    return recipes.canonical(first).lower() == recipes.canonical(second).lower()
+    return recipes.resolve_mirror(first).lower() == recipes.resolve_mirror(second).lower()
 
 
 def find_base_revision(base: str, config: dict[str, Any]) -> str:
@@ -171,4 +171,4 @@ def find_base_revision(base: str, config: dict[str, Any]) -> str:
     cached = try_to_load_from_cache(base, "config.json") if config["base_model"] == base else None
     if isinstance(cached, str):
         return Path(cached).parent.name
-    return str(recipes.base_model(base)[1].get("revision", "main"))
+    return str(recipes.find_base(base)[1].get("revision", "main"))

@@ -29,7 +29,7 @@ from tools.common import JobFailed, WrongInput, atomic, digest, parse_json, pars
 from tools.hub import client
 from tools.hub.client import External, Origin, RemoteFile, find_hub_name
 from tools.hub_errors import explain_errors
-from tools.runs import RUNS, UNKNOWN, Run
+from tools.runs import UNKNOWN, Run
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl")
 PLUGINS = ("tools.train.plugin.", "axolotl.integrations.")
@@ -50,7 +50,7 @@ class Source:
 
     @property
     def run(self) -> Run:
-        return self.recipe.run if self.recipe else Run(RUNS / "hub" / str(self))
+        return self.recipe.run if self.recipe else Run(runs.RUNS / "hub" / str(self))
 
     @property
     def name(self) -> str:
@@ -231,13 +231,13 @@ def find_base(source: Source, settings: dict[str, Any]) -> str:
 
 def find_architecture(api: Any, base: str) -> architectures.Model:
     """The base's architecture, from recipes/models/ or from its own config.json on the Hub."""
-    if model := architectures.models().get(recipes.canonical(base).lower()):
+    if model := architectures.read_architectures().get(recipes.resolve_mirror(base).lower()):
         return model
     with explain_errors(f"the base {base}"):
         if api.hf_hub_download(base, "config.json", dry_run=True).file_size > client.MIB:
             raise WrongInput(f"{base}: its config.json is larger than 1 MB")
         path = Path(api.hf_hub_download(base, "config.json"))
-    return architectures.of_config(base, parse_json(path.read_bytes(), f"{base}/config.json"))
+    return architectures.parse_config(base, parse_json(path.read_bytes(), f"{base}/config.json"))
 
 
 def check_precision(base: str, precision: str | None) -> None:
@@ -344,7 +344,7 @@ def guess_config(name: str, base_model: str) -> dict[str, Any]:
     except WrongInput:
         entry = {"path": "unknown", "type": "chat_template", "chat_template": "tokenizer_default"}
         config = {"base_model": base_model, "adapter": "lora", "datasets": [entry]}
-        config |= recipes.base_model(base_model)[1].get("settings") or {}
+        config |= recipes.find_base(base_model)[1].get("settings") or {}
         published = subjects.FINLORA.fullmatch(name)
         return config | (subjects.BITS[published["bits"].lower()] if published else {})
 
@@ -396,7 +396,7 @@ def bring(api: Any, source: Source) -> bool:
         parameters = adapters.check(part.folder, model)
         for name in filter(client.SCORES.fullmatch, names):
             check_scores(part.folder / name, f"{source}/{name}")
-        row = recipes.base_model(base)[1]
+        row = recipes.find_base(base)[1]
         base_model = row.get("base_model") or row.get("hub", base)
         if source.recipe:
             base_model = source.recipe.config["base_model"]

@@ -67,7 +67,7 @@ def check_run(recipe: recipes.Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     run = recipe.run
     if not run.is_finished and run.checkpoints():
         raise WrongInput(f"{run} is unfinished; `make train RECIPE={recipe.name}` goes on")
-    config, run_info = recipe.trained(), run.info
+    config, run_info = recipe.read_trained_config(), run.info
     same_version = run_info.get("recipe_version") == recipe.version
     is_stale = same_version and run_info.get("recipe_digest") != recipe.digest
     if is_stale and not run.origin_file.is_file():
@@ -76,8 +76,8 @@ def check_run(recipe: recipes.Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
             f"`make train RECIPE={recipe.name}` trains it"
         )
     adapters.inspect(run.folder)
-    base = recipes.canonical(client.find_hub_name(str(config["base_model"])))
-    if model := architectures.models().get(base.lower()):
+    base = recipes.resolve_mirror(client.find_hub_name(str(config["base_model"])))
+    if model := architectures.read_architectures().get(base.lower()):
         adapters.check(run.folder, model)
     return run_info, config
 
