@@ -351,8 +351,12 @@ def test_a_push_killed_at_any_step_publishes_nothing_and_the_next_one_all(me, se
 @pytest.mark.parametrize("step", ["create", "upload", "commit", "tag"])
 def test_a_connection_that_breaks_is_one_line_and_the_same_command_repairs_it(me, server, step):
     server.at[step] = once(cut)
-    refused(me.push(), "connection to the Hub broke.*run it again", status=1)
-    assert not (server.repos[REPO].tags if REPO in server.repos else {})
+    first = me.push()
+    if first.returncode:  # huggingface_hub 1.31 tries an upload again by itself
+        refused(first, "connection to the Hub broke.*run it again", status=1)
+        assert not (server.repos[REPO].tags if REPO in server.repos else {})
+    else:
+        assert step == "upload"
     good(me.push())
     assert server.repos[REPO].tags == {"v1.1.0": server.repos[REPO].head}
 
@@ -723,10 +727,12 @@ def test_a_download_that_was_cut_goes_on_where_it_stopped(place, server):
     server.put("wangd12/sentiment_llama_3_1_8b_8bits_r8", files_of(config, tensors))
     bob = place("bob")
     server.shorten[adapters.WEIGHTS] = 12_000_000
-    refused(bob.run("pull", "sentiment_r8"), "connection to the Hub broke.*run it again", status=1)
     folder = bob.root / "runs" / "llama-3.1-8b" / "sentiment_r8"
-    assert not folder.exists() and server.ranges == []
-    good(bob.run("pull", "sentiment_r8"))
+    first = bob.run("pull", "sentiment_r8")
+    if first.returncode:  # huggingface_hub 1.31 goes on by itself
+        refused(first, "connection to the Hub broke.*run it again", status=1)
+        assert not folder.exists() and server.ranges == []
+        good(bob.run("pull", "sentiment_r8"))
     assert server.ranges == [adapters.WEIGHTS]
     assert (folder / adapters.WEIGHTS).read_bytes() == save(tensors)
 
