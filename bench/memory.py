@@ -2,7 +2,8 @@
 
     python -m bench.memory [--rows 8] [--tokens 147] [--json FILE]
 
-Beside each figure stands what `tools/train/plan.py` computes. Every precision gets a process of its own.
+Each figure is printed beside what `tools/train/memory.py` computes, and each precision runs in a
+process of its own.
 
 base   bytes of all tensors that the loaded model holds, with the quantization's constants.
 peak   the most bytes of tensors alive at once in a training step of a rank-4 adapter on q, k, v,

@@ -486,7 +486,8 @@ def test_the_command_prints_a_table_or_json_or_one_line():
 def test_the_plan_loads_no_heavy_library():
     code = (
         "import sys; from tools.__main__ import main;"
-        "sys.argv = ['tools', 'plan', 'sentiment_r4', '--json']; main(); heavy = {'torch', 'transformers', 'axolotl', 'peft'};"
+        "sys.argv = ['tools', 'plan', 'sentiment_r4', '--json']; main();"
+        "heavy = {'torch', 'transformers', 'axolotl', 'peft'};"
         "print(*(heavy & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
