@@ -26,7 +26,7 @@ $(READY): requirements.txt $(wildcard requirements/*.txt) $(PY)
 $(PY):
 	@$(SETUP)
 
-.PHONY: help setup wheelhouse demo model fetch data audit new recipes show plan smoke profile train status sweep reproduce eval report parity chat merge serve push pull adapters import render check test test-all lock clean
+.PHONY: help setup wheelhouse demo model fetch data audit new recipes show plan smoke profile train status sweep reproduce eval report parity chat merge serve push pull adapters import render results check test test-all lock clean
 
 help:
 	@sed -n 's/^##@ \(.*\)/\n\1/p; s/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -98,8 +98,11 @@ adapters: $(READY) ## List the runs here and those on the Hub · [NAMESPACE=me]
 ##@ Maintain
 import: $(READY) ## Recipes from a FinLoRA config file · CONFIG=finetune_configs.json
 	@$(RUN) import
-render: $(READY) ## Write every recipe from recipes/matrix.yaml; print one · [RECIPE=…]
+render: $(READY) ## Write recipes, docs/commands.md and docs/scale.md; print a recipe · [RECIPE=…]
 	@$(RUN) render
+	@$(RUN) reference
+results: $(READY) ## Write the README's table and figure from results/
+	@$(RUN) results
 model: $(READY) ## Write SmolLM2-135M-Instruct to models/
 	@$(RUN) model
 

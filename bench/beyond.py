@@ -4,7 +4,7 @@
 
 Training rows are divided once, seeded, into those that train and those that judge. Test rows are
 not read. What is trained stays in runs/.beyond/, so the command can be interrupted and repeated;
-results go to bench/beyond.json. Candidates that run side by side share the cores alike, so their
+results go to results/beyond.json. Candidates that run side by side share the cores alike, so their
 seconds compare. Where the recipe that came of it and the one that it is to beat are trained and
 scored in runs/, their test scores are compared as well.
 """
@@ -26,7 +26,7 @@ from tools.common import ROOT, JobFailed, WrongInput, atomic, command, shown, wr
 from tools.data.rules import fingerprint
 
 SPEC = ROOT / "bench" / "beyond.yaml"
-RESULTS = ROOT / "bench" / "beyond.json"
+RESULTS = ROOT / "results" / "beyond.json"
 RUNS = ROOT / "runs" / ".beyond"
 SEED = 20231107
 

@@ -3,11 +3,11 @@
     python -m bench.parity                       bench/parity.yaml: everything, or what is missing
     python -m bench.parity --workers 2 --only precision
     python -m bench.parity --finished            trains nothing, publishes what parts are finished
-    python -m bench.parity --check               fails where docs/qlora.md is not bench/parity.json
+    python -m bench.parity --check               fails where docs/experiments.md is out of date
 
 What is trained and scored stays in runs/.parity/ and is not done again, so the command can be
-interrupted and repeated. Results go to bench/parity.json, from there a table into docs/qlora.md and
-a figure beside it.
+interrupted and repeated. Results go to results/parity.json, and from there as tables into
+docs/experiments.md with a figure beside it.
 
 A difference is that of a metric's mean over rows and seeds, on the same rows, with the same seeds.
 Both are resampled, independently of each other, so that its interval covers another choice of rows
@@ -42,8 +42,8 @@ from tools import models, recipes, sources
 from tools.common import ROOT, JobFailed, WrongInput, atomic, command, shown, write_json
 
 SPEC = ROOT / "bench" / "parity.yaml"
-RESULTS = ROOT / "bench" / "parity.json"
-DOC = ROOT / "docs" / "qlora.md"
+RESULTS = ROOT / "results" / "parity.json"
+DOC = ROOT / "docs" / "experiments.md"
 FIGURE = ROOT / "docs" / "parity.png"
 RUNS = ROOT / "runs" / ".parity"  # hidden from `make report`, `eval` and `status`
 BEGIN, END = "<!-- parity: begin -->\n", "<!-- parity: end -->\n"
@@ -288,47 +288,41 @@ def points(value: float, signed: bool = False) -> str:
     return f"{100 * value:{'+' if signed else ''}.1f}"
 
 
-def table(content: dict[str, Any]) -> str:
-    """The results as Markdown: a table for each part, and a sentence for each comparison."""
-    spec, lines = content["spec"], []
+def format_sections(content: dict[str, Any]) -> str:
+    """The results as Markdown: a heading for each part and task, its table and its comparisons."""
+    sections = []
     for part, tasks in content["parts"].items():
-        told = spec["parts"][part]
+        plan = content["spec"]["parts"][part]
         for task, entry in tasks.items():
-            title = report.title(entry["metric"])
-            lines += [
-                f"| {part}, {task} | base | {title}, % (each seed) | against {told['against']}, "
-                "points | training loss | adapter's parameters |",
-                "| --- | ---: | ---: | ---: | ---: | ---: |",
-            ]
+            lines = [f"### {plan['title']}, {task}", "", *format_table(entry, plan["against"]), ""]
             for name, variant in entry["variants"].items():
-                seeds = ", ".join(points(one) for one in variant["scores"])
-                mean = points(sum(variant["scores"]) / len(variant["scores"]))
-                found = variant.get("against")
-                gain = "–"
-                if found:
-                    gain = f"{points(found['value'], True)} ({points(found['low'], True)} … "
-                    gain += f"{points(found['high'], True)})"
-                loss = sum(variant["loss"]) / len(variant["loss"])
-                count = f"{variant['trainable_parameters']:,}"
-                base = points(variant["base"])
-                lines.append(
-                    f"| {name} | {base} | {mean} ({seeds}) | {gain} | {loss:.3f} | {count} |"
-                )
-            lines.append("")
-    return "\n".join(lines)
+                if "against" in variant:
+                    sentence = verdict(variant["against"], plan)
+                    lines.append(f"- {name} against {plan['against']}: {sentence}.")
+            sections.append("\n".join(lines) + "\n")
+    return "\n".join(sections)
 
 
-def verdicts(content: dict[str, Any]) -> list[str]:
-    """What each comparison of a part means, in a sentence."""
-    said = []
-    for part, tasks in content["parts"].items():
-        told = content["spec"]["parts"][part]
-        for task, entry in tasks.items():
-            for name, variant in entry["variants"].items():
-                if found := variant.get("against"):
-                    pair = f"{name} against {told['against']}"
-                    said.append(f"{part}, {task}: {pair}: {verdict(found, told)}")
-    return said
+def format_table(entry: dict[str, Any], reference: str) -> list[str]:
+    """The rows of one part and task: a line for each variant, compared with `reference`."""
+    lines = [
+        f"| variant | base | {report.title(entry['metric'])}, % (each seed) "
+        f"| against {reference}, points | training loss | adapter's parameters |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, variant in entry["variants"].items():
+        seeds = ", ".join(points(score) for score in variant["scores"])
+        mean = points(sum(variant["scores"]) / len(variant["scores"]))
+        gain = "–"
+        if difference := variant.get("against"):
+            low, high = points(difference["low"], True), points(difference["high"], True)
+            gain = f"{points(difference['value'], True)} ({low} … {high})"
+        loss = sum(variant["loss"]) / len(variant["loss"])
+        lines.append(
+            f"| {name} | {points(variant['base'])} | {mean} ({seeds}) | {gain} | {loss:.3f} "
+            f"| {variant['trainable_parameters']:,} |"
+        )
+    return lines
 
 
 def verdict(found: dict[str, Any], told: dict[str, Any]) -> str:
@@ -345,15 +339,17 @@ def verdict(found: dict[str, Any], told: dict[str, Any]) -> str:
 
 
 def block(content: dict[str, Any]) -> str:
-    told = content["spec"]["settings"]
+    settings = content["spec"]["settings"]
+    entries = [entry for tasks in content["parts"].values() for entry in tasks.items()]
+    rows = ", ".join(f"{entry['rows']} rows of {task}" for task, entry in dict(entries).items())
     head = (
-        f"SmolLM2-135M, {told['max_steps']} steps of {told['micro_batch_size']} rows, "
-        f"{content['machine']}: `make parity`, from [bench/parity.yaml](../bench/parity.yaml) to "
-        "[bench/parity.json](../bench/parity.json). Intervals are of 95 %, over rows and seeds; "
-        "p is corrected over a part.\n"
+        f"SmolLM2-135M, {settings['max_steps']} steps of {settings['micro_batch_size']} rows, "
+        f"{content['machine']}; scored on {rows}. `make parity` trains the variants of "
+        "[bench/parity.yaml](../bench/parity.yaml) and writes "
+        "[results/parity.json](../results/parity.json). Intervals are 95 % intervals over rows and "
+        "seeds; p is corrected over the comparisons of a part.\n"
     )
-    said = "".join(f"- {text}.\n" for text in verdicts(content))
-    return f"{head}\n{table(content)}\n{said}\n![Scores by variant](parity.png)\n"
+    return f"{head}\n![Scores by variant](parity.png)\n\n{format_sections(content)}"
 
 
 def written(text: str, content: dict[str, Any]) -> str:
@@ -436,8 +432,7 @@ def main() -> None:
         draw(content, FIGURE)
         with atomic(DOC) as file:
             file.write(written(text, content).encode())
-    print(table(content))
-    print("\n".join(verdicts(content)))
+    print(format_sections(content))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import yaml
 
 from bench import beyond
 from tools import recipes
-from tools.common import WrongInput
+from tools.common import ROOT, WrongInput
 
 SPEC = yaml.safe_load(beyond.SPEC.read_text())
 
@@ -83,3 +83,10 @@ def test_figures_are_those_of_the_log(tmp_path):
         "| b | 0.250 | 2 | 125 % |",
         "| a | 0.500 | 2 | 100 % |",
     ]
+
+
+def test_the_page_shows_the_committed_figures():
+    content = json.loads(beyond.RESULTS.read_text())
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    assert beyond.table(content) in page
+    assert beyond.confirmation(content) in page

@@ -1,7 +1,9 @@
-"""The method pages say what runs: their examples, the recipe keys that they show, their links."""
+"""The pages say what is: links, anchors, commands, recipe keys and examples."""
 
 import doctest
+import itertools
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,9 @@ import torch
 import yaml
 
 from bench import memory
-from tools import prompts, recipes
-from tools.common import ROOT
+from tools import prompts, recipes, reference
+from tools.__main__ import build_commands
+from tools.common import ROOT, JobFailed
 
 PAGES = ["qlora", "lora", "dora", "rslora"]
 
@@ -29,10 +32,10 @@ def examples(page: str) -> doctest.DocTest:
 
 def question() -> str:
     """What the example of docs/qlora.md asks."""
-    found: dict[str, str] = {}
-    (asks,) = [e.source for e in examples("qlora").examples if e.source.startswith("question =")]
-    exec(asks, found)  # noqa: S102  a string of this repository
-    return found["question"]
+    names: dict[str, str] = {}
+    (line,) = [e.source for e in examples("qlora").examples if e.source.startswith("question =")]
+    exec(line, names)  # noqa: S102  a string of this repository
+    return names["question"]
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +100,161 @@ def test_the_recipe_keys_on_a_page_are_those_of_the_recipe_that_it_names(page):
         assert content == content | yaml.safe_load(block), name
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_a_link_or_a_file_on_a_page_leads_somewhere(page):
-    text = (ROOT / "docs" / f"{page}.md").read_text()
-    for target in re.findall(r"\]\(([^)#]+\.md)", text):
-        assert (ROOT / "docs" / target).is_file(), target
-    for path in re.findall(r"`((?:tests|bench|tools|recipes)/[\w/.-]+\.\w+)`", text):
-        assert (ROOT / path).is_file(), path
-    for name in re.findall(r"RECIPE=([\w/.-]*\w)", text):
-        assert recipes.find(name)
+# ---- all pages
+
+GENERATED = {"runs", "models", "wheelhouse", "raw", "chat", "local"}
+TEMPLATE = ROOT / "tools" / "hub" / "card.md"
+MAKEFILE = (ROOT / "Makefile").read_text()
+FROM_ENVIRONMENT = set(re.search(r"^FROM_ENVIRONMENT := (.*)$", MAKEFILE, re.M).group(1).split())
+TARGETS = dict(re.findall(r"^([a-z-]+):.*?## (.*)$", MAKEFILE, re.M))
+
+
+def list_pages(folder: Path = ROOT) -> list[Path]:
+    pages = [page for page in folder.glob("*.md") if page != TEMPLATE]
+    for child in folder.iterdir():
+        if child.is_dir() and child.name[0] != "." and child.name not in GENERATED:
+            pages += list_pages(child)
+    return sorted(pages)
+
+
+ALL_PAGES = list_pages()
+every_page = pytest.mark.parametrize(
+    "page", ALL_PAGES, ids=lambda page: str(page.relative_to(ROOT))
+)
+
+
+def remove_code(text: str) -> str:
+    return re.sub(r"^```.*?^```$|`[^`]*`", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def list_anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    plain = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title).lower() for title in titles]
+    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in plain}
+
+
+@every_page
+def test_a_link_leads_to_a_file_and_a_heading(page):
+    targets = re.findall(r"\]\(([^)\s]+)\)", remove_code(page.read_text()))
+    for target in targets:
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in list_anchors(file), target
+
+
+@every_page
+def test_a_file_that_is_named_exists(page):
+    text = page.read_text()
+    pattern = r"`((?:tests|bench|tools|recipes|evals|data|docs|results|launch)/[\w/.-]+\.\w+)`"
+    for path in re.findall(pattern, text):
+        if not GENERATED & set(Path(path).parts):
+            assert (ROOT / path).is_file(), path
+
+
+def list_make_calls(text: str) -> list[str]:
+    """What follows `make` in code: one string of targets and variables for each call."""
+    fenced = re.findall(r"^```\w*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    outside = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    lines = [line for block in fenced for line in block.splitlines()]
+    lines += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", outside)]
+    lines = [line.partition("#")[0] for line in lines]
+    return [call for line in lines for call in re.findall(r"(?:^|\s)make ([a-z].*)", line)]
+
+
+def list_variables(target: str) -> set[str]:
+    verbs = build_commands().commands
+    names = (
+        {parameter.name.upper() for parameter in verbs[target].params} if target in verbs else set()
+    )
+    return names | set(re.findall(r"\b([A-Z_]+)=", TARGETS[target])) | FROM_ENVIRONMENT
+
+
+@every_page
+def test_a_make_target_and_its_variables_exist(page):
+    for call in list_make_calls(page.read_text()):
+        targets = list(itertools.takewhile(re.compile(r"[a-z-]+$").match, call.split()))
+        assert targets and set(targets) <= TARGETS.keys(), call
+        typed = set(re.findall(r"\b([A-Z][A-Z_]+)=", call))
+        assert typed <= set().union(*map(list_variables, targets)), call
+
+
+@every_page
+def test_a_recipe_that_is_named_exists(page):
+    for name in re.findall(r"RECIPE=([\w/.-]*\w)", page.read_text()):
+        assert "my" in name or recipes.find(name), name
+
+
+def test_the_checks_of_pages_see_what_is_wrong(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A b: `c`, 2e-3\n\n[x](#nowhere) `make nosuch A=1`\n\n```\nmake train NOSUCH=1\n```\n"
+    )
+    assert list_anchors(page) == {"a-b-c-2e-3"}
+    assert list_make_calls(page.read_text()) == ["train NOSUCH=1", "nosuch A=1"]
+    for check_page in (
+        test_a_link_leads_to_a_file_and_a_heading,
+        test_a_make_target_and_its_variables_exist,
+    ):
+        with pytest.raises(AssertionError):
+            check_page(page)
+
+
+def test_the_readme_is_short_and_links_every_page():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"(docs/{page.name}" in text, page.name
+
+
+def test_the_readme_counts_the_recipes_and_their_parts():
+    text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "training.md").read_text()
+    models = [
+        folder for folder in (ROOT / "recipes").iterdir() if (folder / "sentiment_r4.yaml").exists()
+    ]
+    files = [file for folder in models for file in folder.glob("*.yaml")]
+    matrix = yaml.safe_load((ROOT / "recipes" / "matrix.yaml").read_text())
+    assert f"{len(files)} recipes" in " ".join(text.split())
+    models, tasks, methods = (matrix[part] for part in ("models", "tasks", "methods"))
+    shared = [name for name in methods if "only" not in methods[name]]
+    table = f"{len(models)} models × {len(tasks)} tasks × {len(shared)} methods"
+    assert table in " ".join(text.split())
+    for name in itertools.chain(models, tasks, methods):
+        assert re.search(rf"`(\S+_)?{name}`", text), name
+
+
+def test_every_verb_and_option_is_in_the_reference_and_drift_is_an_error(tmp_path, monkeypatch):
+    group = build_commands()
+    reference.write(group, check=True)
+    text = reference.PAGE.read_text()
+    for name, verb in group.commands.items():
+        section = text.partition(f"### {name}\n")[2].partition("\n### ")[0]
+        assert section, name
+        assert "python -m tools " + name in section, f"{name} has no example"
+        for parameter in verb.params:
+            row = next(
+                line for line in section.splitlines() if f"`{parameter.name.upper()}`" in line
+            )
+            assert len(row.split("|")[3].strip()) > 5, f"{name}: {parameter.name} has no help"
+    old = tmp_path / "commands.md"
+    old.write_text(text.replace("### train", "### trane"))
+    monkeypatch.setattr(reference, "PAGE", old)
+    monkeypatch.setattr(reference, "shown", str)
+    with pytest.raises(JobFailed, match="commands.md does not match"):
+        reference.write(group, check=True)
+    reference.write(group)
+    assert old.read_text() == text
+
+
+def test_the_picture_of_the_layers_is_that_of_the_import_linter():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    layers = project["tool"]["importlinter"]["contracts"][0]["layers"]
+    picture = (ROOT / "CONTRIBUTING.md").read_text().partition("## Layers")[2].split("```")[1]
+    places = [picture.find(module) for layer in layers for module in layer.split(" : ")[:1]]
+    assert -1 not in places and places == sorted(places)
+    assert all(module in picture for layer in layers for module in layer.split(" : "))

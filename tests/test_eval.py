@@ -194,7 +194,7 @@ filter_list:
       - {function: take_first}
 """
     )
-    assert evaluation.datasets(None, "bills") == ["bills"]
+    assert evaluation.datasets(None, ["bills"]) == ["bills"]
     scored, _ = evaluation.measure(Speaker(lambda doc: "Paid!"), "bills", None, Prompts("chat"))
     found = evaluation.score(scored)
     assert found["accuracy"]["value"] == 0.5
@@ -382,7 +382,7 @@ def test_an_untrained_recipe_and_an_unknown_dataset_are_one_line_each(tmp_path, 
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "is not trained" in result.stderr
     with pytest.raises(common.WrongInput, match="did you mean fpb"):
-        evaluation.datasets(recipes.find(str(recipe)).task, "fbp")
+        evaluation.datasets(recipes.find(str(recipe)).task, ["fbp"])
 
 
 def test_a_score_is_kept_until_what_it_depends_on_changes(trained, workplace, monkeypatch, capsys):

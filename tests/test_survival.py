@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from tests.conftest import losses, run, write_recipe
-from tools import common
+from tools import common, runs
 from tools.runs import Run
 from tools.train import callbacks, checkpoints, launch, reproduce, status
 from tools.train import process as process_module
@@ -464,9 +464,9 @@ def test_a_tracker_writes_only_where_it_is_asked_for(undisturbed, tiny, chat_row
 
 
 def test_status_tells_what_trains_and_what_is_done(undisturbed, monkeypatch):
-    monkeypatch.setattr(status, "RUNS", undisturbed.parent)
+    monkeypatch.setattr(runs, "RUNS", undisturbed.parent)
     statuses = {row.run: row for row in status.list_statuses()}
-    finished = statuses[str(undisturbed)]
+    finished = statuses["r4"]
     assert (finished.state, finished.step) == ("finished", 30)
     with Run(undisturbed).lock():
         assert status.list_statuses()[0].state == "training"
@@ -552,7 +552,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(shared, undistu
 
 def test_one_run_that_cannot_be_read_does_not_hide_the_others(shared, monkeypatch):
     folder, other_user = shared
-    monkeypatch.setattr(status, "RUNS", folder)
+    monkeypatch.setattr(runs, "RUNS", folder)
     for name in ("closed", "damaged", "locked", "mine", "private"):
         (folder / name).mkdir()
         (folder / name / "identity.json").write_text("{}")

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 from typer import Argument, Option
@@ -52,48 +52,74 @@ def check_finite(value: float | None) -> float | None:
 
 Recipe = Annotated[
     str | None,
-    Argument(help="A name of `recipes` or a YAML file.", autocompletion=complete_recipe),
+    Argument(
+        help="A recipe of the catalogue, or an Axolotl YAML file.", autocompletion=complete_recipe
+    ),
 ]
 NeededRecipe = Annotated[
-    str, Argument(help="A name of `recipes` or a YAML file.", autocompletion=complete_recipe)
+    str,
+    Argument(
+        help="A recipe of the catalogue, or an Axolotl YAML file.", autocompletion=complete_recipe
+    ),
 ]
 Tasks = Annotated[
-    str | None, Argument(help="Tasks, comma-separated; all without.", autocompletion=complete_task)
+    str | None,
+    Argument(help="Tasks, comma-separated; all if omitted.", autocompletion=complete_task),
 ]
-Adapter = Annotated[str | None, Option(help="A PEFT folder, or owner/name of a pulled one.")]
+Adapter = Annotated[str | None, Option(help="A PEFT folder, or owner/name of a pulled adapter.")]
 Precision = Annotated[
     Literal["nf4", "int8", "bf16", "fp16", "fp32"] | None,
-    Option(help="Precision of the base; the adapter's own without."),
+    Option(help="Precision of the base; that of the training if omitted."),
 ]
 PromptFormat = Annotated[
     Literal["chat", "finlora", "bare"] | None,
-    Option(help="How prompts are written; as in training without."),
+    Option(help="How prompts are written; as in training if omitted."),
 ]
 Profile = Annotated[
-    str | None, Option(help="Of recipes/profiles/, several with commas; chosen without.")
+    str | None,
+    Option(help="Files of recipes/profiles/, comma-separated; chosen for the hardware if omitted."),
 ]
-Nproc = Annotated[int | None, Option(min=1, help="Processes on this machine, one per GPU.")]
+Nproc = Annotated[
+    int | None, Option(min=1, help="Processes on this machine, one per GPU; chosen if omitted.")
+]
 Checkpointing = Annotated[
     bool | None,
-    Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Chosen without."),
+    Option(
+        "--gradient-checkpointing/--no-gradient-checkpointing",
+        help="Less memory for more time; chosen for the hardware if omitted.",
+    ),
 ]
 Tracker = Annotated[
-    Literal["tensorboard", "trackio", "wandb"] | None, Option(help="Where losses are logged too.")
+    Literal["tensorboard", "trackio", "wandb"] | None, Option(help="Also log losses there.")
 ]
-Force = Annotated[bool, Option("--force", help="Do it again, or in spite of a check.")]
-Gpu = Annotated[str | None, Option(help='A name of the table, such as "A5000 24GB", or a size.')]
-Price = Annotated[
-    float | None, Option(min=0, callback=check_finite, help="USD for one GPU and hour.")
+Force = Annotated[
+    bool, Option("--force", help="Repeat a finished job, or skip a check that stopped it.")
 ]
+Check = Annotated[
+    bool, Option("--check", help="Write nothing; fail where a file does not match its source.")
+]
+Gpu = Annotated[
+    str | None,
+    Option(
+        help='A GPU such as "A5000 24GB", or its memory, such as "24GB"; A5000 24GB if omitted.'
+    ),
+]
+Price = Annotated[float | None, Option(min=0, callback=check_finite, help="USD for one GPU-hour.")]
 CountingRecipe = Annotated[
-    str | None, Option(help="Count tokens as its training does.", autocompletion=complete_recipe)
+    str | None,
+    Option(
+        help="Count tokens as the training of this recipe does.", autocompletion=complete_recipe
+    ),
 ]
 OnError = Annotated[
-    Literal["stop", "quarantine"], Option(help="What happens to a row that breaks a rule.")
+    Literal["stop", "quarantine"], Option(help="What to do at a row that breaks a rule.")
 ]
 Repair = Annotated[
     bool | None,
-    Option("--repair/--no-repair", help="Swap labels or not; decided from the rows without."),
+    Option(
+        "--repair/--no-repair",
+        help="Repair swapped labels or not; decided from the rows if omitted.",
+    ),
 ]
 Json = Annotated[bool, Option("--json", help="Print JSON.")]
 Namespace = Annotated[str | None, Option(help="A user or organisation on the Hub.")]
@@ -131,14 +157,18 @@ def data(
 
 @app.command(rich_help_panel=DATA)
 def convert(
-    dataset: Annotated[str, Argument(help="A dataset of data/sources.yaml, whose rules hold.")],
-    source: Annotated[Path, Argument(help="A file of FinLoRA-like rows.")],
-    target: Annotated[Path, Argument(help="The chat rows.")],
+    dataset: Annotated[str, Argument(help="A dataset of data/sources.yaml, whose rules apply.")],
+    source: Annotated[Path, Argument(help="A file of rows in FinLoRA's format.")],
+    target: Annotated[Path, Argument(help="The file to write chat rows to.")],
     on_error: OnError = "stop",
     repair: Repair = None,
     recipe: CountingRecipe = None,
-    tokenizer: Annotated[str | None, Option(help="Count tokens with this folder's.")] = None,
-    sequence_len: Annotated[int | None, Option(min=1, help="Longest row in tokens.")] = None,
+    tokenizer: Annotated[
+        str | None, Option(help="Count tokens with the tokenizer in this folder.")
+    ] = None,
+    sequence_len: Annotated[
+        int | None, Option(min=1, help="Tokens of the longest row that is accepted.")
+    ] = None,
 ) -> None:
     """Convert one file by the rules of one dataset.
 
@@ -164,7 +194,7 @@ def audit(tasks: Tasks = None, json: Json = False) -> None:
 
 @app.command(rich_help_panel=DATA)
 def new(
-    task: Annotated[str, Argument(help="Its name: letters, digits, underscores.")],
+    task: Annotated[str, Argument(help="A name of letters, digits and underscores.")],
     data: Annotated[Path, Argument(help="A file of your rows.")],
 ) -> None:
     """Make a task of your own rows: a split, recipes and an evaluation.
@@ -212,10 +242,14 @@ def show(recipe: NeededRecipe) -> None:
 def plan(
     recipe: NeededRecipe,
     gpu: Gpu = None,
-    nproc: Annotated[int, Option(min=1, help="GPUs.")] = 1,
+    nproc: Annotated[int, Option(min=1, help="Number of GPUs.")] = 1,
     price: Price = None,
-    rows: Annotated[int | None, Option(min=1, help="Rows of the file; counted without.")] = None,
-    tokens_per_row: Annotated[int | None, Option(min=1, help="Estimated without.")] = None,
+    rows: Annotated[
+        int | None, Option(min=1, help="Training rows; counted in the file if omitted.")
+    ] = None,
+    tokens_per_row: Annotated[
+        int | None, Option(min=1, help="Mean tokens of a row; counted or estimated if omitted.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Compute memory, hours and cost of a recipe before a GPU is rented.
@@ -263,9 +297,11 @@ def train(
     force: Force = False,
     tracker: Tracker = None,
     gradient_checkpointing: Checkpointing = None,
-    nnodes: Annotated[int, Option(min=1, help="Machines.")] = 1,
-    node_rank: Annotated[int, Option(min=0, help="Which machine this is, from 0.")] = 0,
-    rdzv: Annotated[str | None, Option(help="host:port of machine 0.")] = None,
+    nnodes: Annotated[int, Option(min=1, help="Number of machines.")] = 1,
+    node_rank: Annotated[int, Option(min=0, help="The number of this machine, from 0.")] = 0,
+    rdzv: Annotated[
+        str | None, Option(help="host:port of machine 0, where all machines meet.")
+    ] = None,
 ) -> None:
     """Train a recipe with Axolotl; an interrupted run resumes.
 
@@ -279,7 +315,10 @@ def train(
 
 @app.command(rich_help_panel=TRAIN)
 def status() -> None:
-    """List what is training, finished or interrupted."""
+    """List what is training, finished or interrupted.
+
+    Example: python -m tools status
+    """
     from tools.train import status
 
     status.print_all()
@@ -287,7 +326,9 @@ def status() -> None:
 
 @app.command(rich_help_panel=TRAIN)
 def sweep(
-    recipes: Annotated[str, Argument(help='Names and patterns: "sentiment_r4 ner_*".')],
+    recipes: Annotated[
+        str, Argument(help='Recipe names and patterns, such as "sentiment_r4 ner_*".')
+    ],
     profile: Profile = None,
     nproc: Nproc = None,
     tracker: Tracker = None,
@@ -320,17 +361,25 @@ def reproduce(run: Annotated[Path, Argument(help="The folder of a finished run."
 def evaluate(
     recipe: Annotated[
         str | None,
-        Argument(help="Every finished run without.", autocompletion=complete_recipe),
+        Argument(help="A recipe; every finished run if omitted.", autocompletion=complete_recipe),
     ] = None,
     tasks: Annotated[str | None, Option(help="Datasets, comma-separated.")] = None,
-    limit: Annotated[int | None, Option(min=1, help="Rows of each dataset.")] = None,
-    base: Annotated[bool, Option("--base", help="The base alone.")] = False,
+    limit: Annotated[
+        int | None, Option(min=1, help="Rows of each dataset to score; all if omitted.")
+    ] = None,
+    base: Annotated[bool, Option("--base", help="Score only the base.")] = False,
     adapter: Adapter = None,
     precision: Precision = None,
     prompt_format: PromptFormat = None,
-    backend: Annotated[Literal["transformers", "vllm", "openai"], Option()] = "transformers",
-    base_url: Annotated[str | None, Option(help="Of an OpenAI-compatible endpoint.")] = None,
-    model_name: Annotated[str | None, Option(help="The endpoint's model.")] = None,
+    backend: Annotated[
+        Literal["transformers", "vllm", "openai"], Option(help="What answers the prompts.")
+    ] = "transformers",
+    base_url: Annotated[
+        str | None, Option(help="Address of an OpenAI-compatible endpoint.")
+    ] = None,
+    model_name: Annotated[
+        str | None, Option(help="Model of the endpoint; can be omitted if it serves only one.")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Score base and adapter with 95 % intervals and paired tests.
@@ -375,7 +424,7 @@ def report(gpu: Gpu = None, price: Price = None) -> None:
 @app.command(rich_help_panel=USE)
 def chat(
     recipe: Recipe = None,
-    prompt: Annotated[str | None, Argument(help="A conversation starts without.")] = None,
+    prompt: Annotated[str | None, Argument(help="Starts a conversation if omitted.")] = None,
     adapter: Adapter = None,
     precision: Precision = None,
     prompt_format: PromptFormat = None,
@@ -411,10 +460,10 @@ def serve(
     recipe: Recipe = None,
     adapter: Adapter = None,
     host: Annotated[str, Option(help="Address to listen on.")] = "localhost",
-    port: Annotated[int, Option(min=1, max=65535)] = 8000,
+    port: Annotated[int, Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     precision: Precision = None,
     prompt_format: PromptFormat = None,
-    max_model_len: Annotated[int | None, Option(min=1, help="Longest context, tokens.")] = None,
+    max_model_len: Annotated[int | None, Option(min=1, help="Longest context, in tokens.")] = None,
 ) -> None:
     """Serve an adapter as an OpenAI-compatible endpoint.
 
@@ -434,7 +483,7 @@ def serve(
 def push(
     recipe: NeededRecipe,
     namespace: Namespace = None,
-    public: Annotated[bool, Option("--public", help="Visible to everybody.")] = False,
+    public: Annotated[bool, Option("--public", help="Visible to everyone.")] = False,
     dry_run: Annotated[
         bool, Option("--dry-run", help="Show files and card; send nothing.")
     ] = False,
@@ -470,7 +519,10 @@ def pull(
 
 @app.command(rich_help_panel=SHARE)
 def adapters(namespace: Namespace = None) -> None:
-    """List the runs here and, with a namespace, those on the Hub."""
+    """List the runs here and, with a namespace, those on the Hub.
+
+    Example: python -m tools adapters --namespace me
+    """
     from tools.hub import listing
 
     listing.show(namespace)
@@ -497,13 +549,41 @@ def render(recipe: Recipe = None) -> None:
     Example: python -m tools render qwen3-8b/ner_r8_dora > my.yaml
     """
     from tools import catalogue
+    from tools.train import scale
 
     catalogue.render(recipe)
+    if not recipe:
+        scale.write()
+
+
+@app.command(rich_help_panel=MAINTAIN)
+def reference() -> None:
+    """Write docs/commands.md from the command line.
+
+    Example: python -m tools reference
+    """
+    from tools import reference
+
+    reference.write(build_commands())
+
+
+@app.command(rich_help_panel=MAINTAIN)
+def results(check: Check = False) -> None:
+    """Write the README's table and figure from results/.
+
+    Example: python -m tools results --check
+    """
+    from evals import results
+
+    results.write(check)
 
 
 @app.command(rich_help_panel=MAINTAIN)
 def model() -> None:
-    """Write SmolLM2-135M-Instruct to models/; training does it where it is needed."""
+    """Write SmolLM2-135M-Instruct to models/; training does it where it is needed.
+
+    Example: python -m tools model
+    """
     from tools import smollm2
 
     smollm2.ensure(str(smollm2.FOLDER))
@@ -511,14 +591,34 @@ def model() -> None:
 
 @app.command(rich_help_panel=MAINTAIN)
 def check() -> None:
-    """Compare every generated file with its source, and every recipe with Axolotl's schema."""
-    from tools import catalogue
+    """Compare every generated file with its source, and every recipe with Axolotl's schema.
+
+    Example: python -m tools check
+    """
+    from evals import results
+    from tools import catalogue, reference
     from tools.data import card
     from tools.train import scale
 
+    reference.write(build_commands(), check=True)
+    results.write(check=True)
     card.write(check=True)
     scale.write(check=True)
     catalogue.check()
+
+
+def build_commands() -> Any:
+    """The verbs as a Click group.
+
+    Click 8.5 clears the help of Typer's arguments, so it is restored from the annotations.
+    """
+    group: Any = typer.main.get_command(app)
+    for verb in group.commands.values():
+        annotations = get_type_hints(verb.callback, include_extras=True)
+        for parameter in verb.params:
+            if parameter.param_type_name == "argument":
+                parameter.help = annotations[parameter.name].__metadata__[0].help
+    return group
 
 
 def split(names: str | None) -> list[str]:
@@ -536,8 +636,8 @@ def read_make_variables() -> dict[str, str]:
         for name in sorted(os.environ)
         if name.startswith("OPTION_")
     }
-    commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
-    known = {parameter.name for verb in commands for parameter in verb.params}
+    verbs = build_commands().commands.values()
+    known = {parameter.name for verb in verbs for parameter in verb.params}
     for name in values.keys() - known:
         if hint := nearest(name.upper(), [option.upper() for option in known], cutoff=0.8):
             raise WrongInput(f"make has no variable {name.upper()}{hint}")
@@ -562,10 +662,10 @@ def main() -> None:
     import click
 
     variables = read_make_variables()
-    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    defaults = {verb: variables for verb in commands}
+    commands = build_commands()
+    defaults = {verb: variables for verb in commands.commands}
     try:
-        status = app(prog_name="python -m tools", standalone_mode=False, default_map=defaults)
+        status = commands(prog_name="python -m tools", standalone_mode=False, default_map=defaults)
     except click.exceptions.MissingParameter as error:
         raise WrongInput(describe_missing(str(error.param.name if error.param else ""))) from None
     except click.exceptions.BadParameter as error:

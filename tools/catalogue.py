@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tools import recipes, rendering
+from tools import recipes, rendering, runs
 from tools.common import (
     JobFailed,
     WrongInput,
@@ -28,7 +28,7 @@ from tools.common import (
     read_json,
     shown,
 )
-from tools.runs import RUNS, Run
+from tools.runs import Run
 from tools.train import plan, plan_table
 
 # ---- rendering
@@ -186,7 +186,7 @@ def describe_recipe(name: str) -> dict[str, Any]:
         "version": recipes.find_version(name),
         "has_file": recipes.has_file(name),
         "planned_gpu_bytes": rendering.plan_memory(name),
-        "trained": Run(RUNS / name).is_finished,
+        "trained": Run(runs.RUNS / name).is_finished,
     }
 
 

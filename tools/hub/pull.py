@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from tools import adapters, architectures, common, models, recipes, subjects
+from tools import adapters, architectures, common, models, recipes, runs, subjects
 from tools.common import ROOT, JobFailed, WrongInput, atomic, digest, shown, write_json
 from tools.hub.client import (
     CONFIG,
@@ -36,7 +36,7 @@ from tools.hub.client import (
     tree,
 )
 from tools.hub_errors import plainly
-from tools.runs import RUNS, UNKNOWN, Run
+from tools.runs import UNKNOWN, Run
 
 
 @dataclass(frozen=True)
@@ -357,7 +357,7 @@ def pull(request: Request, force: bool = False) -> Path:
                 f'ADAPTER "{named}" is no name on the Hub: owner/name, or owner/name/folder'
             )
         source = Source(f"{owner}/{repo}", f"{folder}/" if folder else "")
-        run = Run(RUNS / "hub" / str(source))
+        run = Run(runs.RUNS / "hub" / str(source))
     repo = str(source)
     # Folders of the same repository that were pulled before may lie inside, with their locks.
     name = run.origin_file.name

@@ -1,6 +1,6 @@
 """Plans what the whole catalogue takes on 1, 4 and 64 GPUs, and writes it to docs/scale.md.
 
-    make render
+    python -m tools render
 
 A recipe trains on the first kind of card in `CARDS` that holds it; several GPUs train several
 recipes at once, the longest first. Rows and tokens of a task are in `TASKS`.
@@ -15,7 +15,7 @@ from tools.common import ROOT, JobFailed, atomic, shown
 from tools.train.plan import Hardware, count_training_rows, plan
 
 DOC = ROOT / "docs" / "scale.md"
-START, END = "<!-- numbers: python -m tools.train.scale -->", "<!-- end of numbers -->"
+START, END = "<!-- numbers: python -m tools render -->", "<!-- end of numbers -->"
 GPU_COUNTS = (1, 4, 64)
 
 # Rows of the training set, mean tokens of a row, and where both are from.

@@ -10,8 +10,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools import runs
 from tools.common import WrongInput, format_table
-from tools.runs import RUNS, Run, step_of
+from tools.runs import Run, step_of
 from tools.train.progress import read_last_step
 
 STATES = ["training", "interrupted", "unreadable", "finished"]  # in the order of the table
@@ -66,7 +67,7 @@ def list_statuses() -> list[Status]:
             name = Run(Path(error.filename)).name
             statuses.append(Status(name, "unreadable", str(error.strerror)))
 
-    for folder, folders, files in os.walk(RUNS, onerror=add_unreadable):
+    for folder, folders, files in os.walk(runs.RUNS, onerror=add_unreadable):
         run = Run(Path(folder))
         if run.identity_file.name not in files:
             continue
