@@ -231,6 +231,8 @@ ADAPTED = {
     "no layer": {"peft_layers_to_transform": [0], "lora_rank_pattern": {"layers.1.*": 16}},
     "rank by name": {"lora_rank_pattern": {"q_proj": 16}},
     "rank by layer": {"lora_rank_pattern": {r"model.layers.1.self_attn.\w+": 2, "v_proj": 8}},
+    "expression": {"lora_target_modules": r".*\.(q|k)_proj", "lora_rank_pattern": {"q_proj": 16}},
+    "a module twice": {"lora_target_modules": ["q_proj", "q_proj"]},
     "modules": {"lora_modules_to_save": ["embed_tokens", "lm_head"]},
     "tokens": {"lora_modules_to_save": ["embed_tokens", "lm_head"], "tokens": ["<a>", "<b>"]},
     "a layer": {"lora_modules_to_save": ["down_proj"], "peft_use_dora": True},
