@@ -27,7 +27,6 @@ from typing import Any
 
 from tools import architectures, recipes, smollm2
 from tools.common import WrongInput, command, format_table, quiet, write_json
-from tools.train.callbacks import measure_peak_memory
 from tools.train.memory import compute_memory, compute_weight_bytes, read_setup
 
 RECIPE = "smollm2-135m/sentiment_r4"
@@ -128,6 +127,8 @@ def measure(bits: int, double_quant: bool, rows: int, tokens: int) -> dict[str, 
     quiet()
     import torch
     from peft import LoraConfig, get_peft_model
+
+    from tools.train.callbacks import measure_peak_memory
 
     config = recipes.build_config(RECIPE)
     model = load_model(smollm2.FOLDER, bits, double_quant)
