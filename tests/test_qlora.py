@@ -276,12 +276,12 @@ def four_bit(folder, method, **load):
         **METHODS[method],
     )
     torch.manual_seed(0)
-    return get_peft_model(memory.load(str(folder), 4, True), wanted, **load).train()
+    return get_peft_model(memory.load_model(folder, 4, True), wanted, **load).train()
 
 
 def digests(model):
     """SHA-256 of every tensor that is no part of the adapter, constants of quantization too."""
-    frozen = [t for t in memory.tensors(model) if not t.requires_grad]
+    frozen = [t for t in memory.list_tensors(model) if not t.requires_grad]
     return [
         hashlib.sha256(
             t.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes()
@@ -298,7 +298,7 @@ def test_only_a_b_and_m_train_and_no_byte_of_w0_changes(tiny, method):
     assert {next(part for part in parts if part in name) for name in trained} == parts
     assert len(trained) == 2 * 3 * len(parts)  # layers, modules
     before, start = digests(model), {name: p.detach().clone() for name, p in trained.items()}
-    optimizer = memory.optimizer_of(list(trained.values()))
+    optimizer = memory.make_optimizer(list(trained.values()))
     ids = torch.randint(5, 40000, (2, 24), generator=torch.Generator().manual_seed(0))
     ids = ids.to(model.device)
     for _ in range(3):
@@ -357,9 +357,10 @@ def test_merging_into_4_bits_rounds_the_sum_to_nf4_again(real):
 
 @pytest.mark.parametrize("name", memory.PRECISIONS)
 def test_a_loaded_base_takes_the_bytes_that_are_planned(smollm2, name):
-    setting = (str(smollm2), *memory.PRECISIONS[name])
-    planned = memory.planned(*setting, memory.ROWS, memory.TOKENS)
-    assert memory.held(memory.load(*setting)) == pytest.approx(planned["base"], rel=0.001)
+    precision = memory.PRECISIONS[name]
+    planned = memory.plan_bytes(*precision, memory.ROWS, memory.TOKENS)
+    model = memory.load_model(smollm2, *precision)
+    assert memory.count_bytes(model) == pytest.approx(planned["base"], rel=0.001)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU its allocator counts")
@@ -371,7 +372,7 @@ def test_the_peak_counts_every_byte_that_is_alive_at_once():
         del kept
         torch.zeros(2**19)
 
-    assert memory.peak_of(steps, before=1000) == pytest.approx(1000 + 2 * 2**22, abs=1024)
+    assert memory.measure_step(steps, before=1000) == pytest.approx(1000 + 2 * 2**22, abs=1024)
 
 
 # ---- paged optimizers

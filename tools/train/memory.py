@@ -127,15 +127,15 @@ def list_target_modules(config: dict[str, Any]) -> tuple[str, ...]:
         return MODULES
     targets = config.get("lora_target_modules") or []
     if isinstance(targets, str):
+        paths = {name: f"layers.0.{BLOCKS[name]}.{name}" for name in MODULES}
         modules = tuple(
             name
-            for name in MODULES
-            for stem in ("model.layers", "model.language_model.layers")
-            if re.fullmatch(targets, f"{stem}.0.{BLOCKS[name]}.{name}")
+            for name, path in paths.items()
+            if any(re.fullmatch(targets, f"model.{stem}{path}") for stem in ("", "language_model."))
         )
         unplanned = [] if modules else [targets]
     else:
-        modules = tuple(targets)
+        modules = tuple(dict.fromkeys(targets))
         unplanned = [name for name in modules if name not in MODULES]
     if unplanned:
         raise WrongInput(

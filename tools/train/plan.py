@@ -115,11 +115,17 @@ def count_training_rows(config: dict[str, Any], rows: int) -> int:
 
 
 @cache
-def count_published_rows() -> dict[str, int]:
+def read_published_rows() -> dict[str, int]:
     """Rows of FinLoRA's own training files, by name of the chat file; without unknown ones."""
     tables = sources.published_tables()
     counts = {t: tables["files"][row["train"]].get("rows") for t, row in tables["tasks"].items()}
     return {f"{task}_train.jsonl": count for task, count in counts.items() if count}
+
+
+def find_published_rows(config: dict[str, Any]) -> int | None:
+    """Rows of FinLoRA's own file of the training data; None for other data."""
+    entries = config.get("datasets") or [{}]
+    return read_published_rows().get(Path(str(entries[0].get("path"))).name)
 
 
 def count_steps(rows: int, row: int, config: dict[str, Any]) -> tuple[int, int]:
@@ -217,9 +223,8 @@ def plan(
     trainable = memory.count_trainable(model, setup)
     flops = count_flops(model, setup)
     mean = None if lengths.mean is None else min(lengths.mean, most)
-    entries = config.get("datasets") or [{}]
     published = None
-    published_rows = count_published_rows().get(Path(str(entries[0].get("path"))).name)
+    published_rows = find_published_rows(config)
     if published_rows and published_rows != lengths.rows:
         trained = count_training_rows(config, published_rows)
         published = estimate_cost(config, hardware, flops, trained, mean)

@@ -33,7 +33,9 @@ TRIAL = Run(FOLDER / "run")
 STEPS = 3  # the first one warms up; speed is measured on the others
 ANSWER_TOKENS = 8
 CANDIDATES = 512  # rows, the longest by characters, whose tokens are counted
-TWIN = {"layers": 2, "hidden": 64, "intermediate": 128, "heads": 4, "kv_heads": 2}
+# The sizes of a twin, as transformers' configs name them.
+TWIN = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+TWIN |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
 
 
 @dataclass(frozen=True)
@@ -120,24 +122,14 @@ def make_twin(base: str, folder: Path) -> None:
     except (OSError, ValueError):
         smollm2.ensure(str(smollm2.FOLDER))
         tokenizer = AutoTokenizer.from_pretrained(smollm2.FOLDER)
-    sizes = {
-        "num_hidden_layers": TWIN["layers"],
-        "hidden_size": TWIN["hidden"],
-        "intermediate_size": TWIN["intermediate"],
-        "num_attention_heads": TWIN["heads"],
-        "num_key_value_heads": TWIN["kv_heads"],
-        "head_dim": TWIN["hidden"] // TWIN["heads"],
-        "vocab_size": len(tokenizer),
-        "tie_word_embeddings": True,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    sizes = TWIN | ids | {"vocab_size": len(tokenizer)}
     try:
         config = AutoConfig.from_pretrained(base, local_files_only=True)
         config = getattr(config, "text_config", config)
         config.update({key: value for key, value in sizes.items() if hasattr(config, key)})
         if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[-TWIN["layers"] :]
+            config.layer_types = config.layer_types[-TWIN["num_hidden_layers"] :]
     except (OSError, ValueError):
         config = LlamaConfig(**sizes)
     torch.manual_seed(0)
