@@ -1,4 +1,4 @@
-"""What the whole catalogue takes on 1, 4 and 64 GPUs, from `tools.train.plan`; writes docs/scale.md.
+"""What the whole catalogue takes on 1, 4 and 64 GPUs, by `tools.train.plan`, for docs/scale.md.
 
     python -m tools render
 
