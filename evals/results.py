@@ -104,14 +104,16 @@ def format_table(measurements: list[Measurement]) -> str:
 
 
 def format_caption(measurements: list[Measurement]) -> str:
-    """Which versions, on which machine, and on what they were trained."""
-    versions = ", ".join(sorted({m.version for m in measurements}))
-    devices = "; ".join(sorted({m.device for m in measurements}))
+    """Which models and versions, on which machine, and how to read the table."""
+    models, versions, devices = (
+        ", ".join(sorted({getattr(m, key) for m in measurements}))
+        for key in ("model", "version", "device")
+    )
     return (
-        f"Version {versions} of the recipes, on {devices}. In brackets: 95 % intervals, where "
-        "they were measured. Recipes with a note were trained as it says, and their adapters' "
-        "scores are means over seeds. [results/](results/) holds seeds, training rows, time and "
-        "memory.\n"
+        f"{models}, version {versions} of the recipes, on {devices}. In brackets: 95 % intervals, "
+        "where they were measured. Recipes with a note were trained as it says, and the scores of "
+        "their adapters are means over seeds. [results/](results/) holds seeds, training rows, "
+        "time and memory.\n"
     )
 
 

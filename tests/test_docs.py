@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from bench import memory
+from tests.conftest import run
 from tools import prompts, recipes, reference
 from tools.__main__ import build_commands
 from tools.common import ROOT, JobFailed
@@ -232,6 +233,7 @@ def test_every_verb_and_option_is_in_the_reference_and_drift_is_an_error(tmp_pat
     group = build_commands()
     reference.write(group, check=True)
     text = reference.PAGE.read_text()
+    assert "every finished run if omitted" in run("eval", "--help").stdout
     for name, verb in group.commands.items():
         section = text.partition(f"### {name}\n")[2].partition("\n### ")[0]
         assert section, name
