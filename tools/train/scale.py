@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """Plans what the whole catalogue takes on 1, 4 and 64 GPUs, and writes it to docs/scale.md.
-=======
-"""What the whole catalogue takes on 1, 4 and 64 GPUs, by `tools.train.plan`, for docs/scale.md.
->>>>>>> wt-e
 
     python -m tools render
 
