@@ -69,7 +69,7 @@ class Place:
         return self.run("push", name, "--namespace", "me", *arguments, **env)
 
     def pull(self, *arguments: object, **env: str):
-        return self.pull(*arguments, **env)
+        return self.run("pull", RECIPE, "--namespace", "me", *arguments, **env)
 
     @property
     def folder(self) -> Path:

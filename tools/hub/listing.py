@@ -4,10 +4,10 @@ python -m tools adapters [--namespace me]
 """
 
 import math
-import sys
 from collections.abc import Iterable
 from typing import Any
 
+from tools.common import format_table
 from tools.hub.card import read_scores
 from tools.hub.client import connect, read_origin
 from tools.hub_errors import explain_errors
@@ -64,30 +64,21 @@ def list_remote(api: Any, namespace: str) -> list[Row]:
     return rows
 
 
+def print_rows(heads: Row, rows: list[Row]) -> None:
+    cells = [["".join(c for c in cell if c.isprintable()) for cell in row] for row in rows]
+    print(format_table([heads, *cells], "<<<<"))
+
+
 def show_adapters(namespace: str | None = None) -> None:
     """Prints the runs here and, with a namespace, the adapters that it has on the Hub."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 140)
-
-    def print_table(heads: tuple[str, ...], rows: list[Row]) -> None:
-        table = Table(box=None, pad_edge=False)
-        for head in heads:
-            table.add_column(head, overflow="fold")
-        for row in rows:
-            table.add_row(*(escape("".join(c for c in cell if c.isprintable())) for cell in row))
-        console.print(table)
-
     if rows := list_local():
-        print_table(("run", "version", "scores, %", "from"), rows)
+        print_rows(("run", "version", "scores, %", "from"), rows)
     else:
         print("no finished run is here; `make train` or `make pull` makes one")
     if namespace:
         api = connect()
         with explain_errors(namespace):
             rows = list_remote(api, namespace)
-        console.print(f"\n{namespace} on {api.endpoint}: {len(rows)} adapters", highlight=False)
+        print(f"\n{namespace} on {api.endpoint}: {len(rows)} adapters")
         if rows:
-            print_table(("repository", "versions", "scores, %", ""), rows)
+            print_rows(("repository", "versions", "scores, %", ""), rows)
