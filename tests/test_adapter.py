@@ -427,7 +427,7 @@ def test_finloras_adapters_have_their_precision_and_prompt_format(tmp_path, row)
 
     from tools.hub import pull
 
-    config = pull.generic(folder.name, row["base"])
+    config = pull.guess_config(folder.name, row["base"])
     assert models.precision(config) == expected
 
 
@@ -437,9 +437,9 @@ def test_a_mirror_is_its_base_and_other_names_are_themselves():
     llama = "meta-llama/Llama-3.1-8B-Instruct"
     mirror = "NousResearch/Meta-Llama-3.1-8B-Instruct"
     assert recipes.resolve_mirror(mirror) == recipes.resolve_mirror(mirror.lower()) == llama
-    assert client.same_base(mirror, llama) and client.hub_name(mirror) == llama
+    assert client.is_same_base(mirror, llama) and client.find_hub_name(mirror) == llama
     assert architectures.find(mirror) == architectures.find(llama)
-    assert not client.same_base(mirror, "meta-llama/Llama-3.1-70B-Instruct")
+    assert not client.is_same_base(mirror, "meta-llama/Llama-3.1-70B-Instruct")
     assert recipes.resolve_mirror("me/mine") == "me/mine"
     for hub_id in recipes.read_matrix()["mirrors"]:
         assert recipes.find_base(hub_id)[0], hub_id
@@ -607,7 +607,7 @@ def test_real_keys_are_masked_and_not_published(key):
     for text in (key, f"token={key}", f'"{key}"', f"Bearer {key}."):
         assert key not in common.SECRET.sub("***", text)
         with pytest.raises(WrongInput, match="looks like a secret"):
-            push.secrets({"README.md": text.encode()})
+            push.refuse_secrets({"README.md": text.encode()})
 
 
 @pytest.mark.parametrize("text", PROSE)
@@ -615,7 +615,7 @@ def test_ordinary_prose_is_no_secret(text):
     from tools.hub import push
 
     assert common.SECRET.sub("***", text) == text
-    push.secrets({"README.md": text.encode()})
+    push.refuse_secrets({"README.md": text.encode()})
 
 
 # --- A base's path that Axolotl misreads ---

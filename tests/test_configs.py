@@ -318,6 +318,25 @@ def test_merged_mappings_and_anchors_may_repeat_keys():
         parse_yaml("a: [", "x.yaml")
 
 
+EXPANDING = "a0: &a0 [1]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
+)
+UNBOUNDED = {
+    "deep lists": ("[" * 100_000, "nested deeper than 100 levels"),
+    "deep blocks": ("- " * 100_000, "nested deeper than 100 levels"),
+    "aliases of aliases": (EXPANDING, "its aliases expand to over"),
+    "a circle": ("a: &a [*a]", "its aliases expand to over"),
+    "a date that is none": ("a: 2001-99-99", "not YAML"),
+    "a number without end": ("a: " + "1" * 5000, "not YAML"),
+}
+
+
+@pytest.mark.parametrize(("text", "reason"), UNBOUNDED.values(), ids=UNBOUNDED)
+def test_yaml_that_would_exhaust_the_process_is_refused(text, reason):
+    with pytest.raises(WrongInput, match=f"x.yaml.*{reason}"):
+        parse_yaml(text, "x.yaml")
+
+
 # ---- profiles
 
 

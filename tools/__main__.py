@@ -496,7 +496,7 @@ def push(
     """
     from tools.hub import push
 
-    push.push(recipe, namespace, push.Options(public, dry_run, force, price))
+    push.push_run(recipe, namespace, push.Options(public, dry_run, force, price))
 
 
 @app.command(rich_help_panel=SHARE)
@@ -514,7 +514,8 @@ def pull(
     """
     from tools.hub import pull
 
-    pull.pull(pull.Request(recipe, namespace, adapter, revision, precision), force)
+    source = pull.find_source(recipe, namespace, adapter, revision, precision)
+    pull.pull_adapter(source, force)
 
 
 @app.command(rich_help_panel=SHARE)
@@ -525,7 +526,7 @@ def adapters(namespace: Namespace = None) -> None:
     """
     from tools.hub import listing
 
-    listing.show(namespace)
+    listing.show_adapters(namespace)
 
 
 # ---- Maintain

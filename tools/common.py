@@ -9,6 +9,7 @@ import errno
 import functools
 import hashlib
 import json
+import math
 import os
 import pwd
 import re
@@ -302,6 +303,10 @@ def json_lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
+DEEPEST_YAML = 100  # levels; PyYAML recurses in C, and some ten thousand end the process
+LARGEST_YAML = 10**6  # values; a few hundred bytes of nested aliases stand for billions
+
+
 def parse_yaml(text: str | bytes, where: str) -> Any:
     """The content of a YAML text; raises WrongInput that names `where`, the line, and the fault.
 
@@ -316,15 +321,47 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
             raise WrongInput(f"{where}: not UTF-8 at byte {error.start + 1}") from None
     loader = yaml.CSafeLoader(text)
     try:
+        _refuse_deep_nesting(text, where)
         root = loader.get_single_node()
+        if _expanded_size(root, {}) > LARGEST_YAML:
+            raise WrongInput(f"{where}: its aliases expand to over {LARGEST_YAML:,} values")
         _refuse_repeated_keys(root, where)
         return None if root is None else loader.construct_document(root)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: of 2001-99-99
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise WrongInput(f"{where}{line}: not YAML") from None
     finally:
         loader.dispose()
+
+
+def _refuse_deep_nesting(text: str, where: str) -> None:
+    """Raises WrongInput where a YAML text is nested too deep to be read, without recursion."""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, yaml.CSafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > DEEPEST_YAML:
+            raise WrongInput(f"{where}: nested deeper than {DEEPEST_YAML} levels")
+
+
+def _expanded_size(node: Any, sizes: dict[int, float]) -> float:
+    """How many values a YAML tree holds with its aliases written out; infinite in a circle."""
+    import yaml
+
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf  # for an alias inside of what it stands for
+        parts = node.value
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        sizes[id(node)] = 1 + sum(_expanded_size(part, sizes) for part in parts)
+    return sizes[id(node)]
 
 
 def _refuse_repeated_keys(root: Any, where: str) -> None:

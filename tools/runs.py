@@ -39,7 +39,7 @@ from tools.common import (
 )
 
 RUNS = ROOT / "runs"
-ADAPTER = "adapter_model.safetensors"
+ADAPTER, INFO, CONFIG = "adapter_model.safetensors", "run.json", "config.yaml"
 UNKNOWN = "unknown"  # the precision in run.json of an adapter that was pulled without one
 # C's `struct flock` for a whole file: type, whence, start, length, process, and padding.
 FLOCK = "hhqqi4x"
@@ -64,11 +64,11 @@ class Run:
 
     @property
     def info_file(self) -> Path:
-        return self.folder / "run.json"
+        return self.folder / INFO
 
     @property
     def config_file(self) -> Path:
-        return self.folder / "config.yaml"
+        return self.folder / CONFIG
 
     @property
     def identity_file(self) -> Path:
@@ -120,11 +120,6 @@ class Run:
     @property
     def identity(self) -> dict[str, Any] | None:
         return read_json(self.identity_file) if self.identity_file.is_file() else None
-
-    @property
-    def origin(self) -> dict[str, Any]:
-        """The hub.json; {} of a run that was trained here."""
-        return read_json(self.origin_file) if self.origin_file.is_file() else {}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -212,5 +207,5 @@ def _walk(folder: Path) -> Iterator[Run]:
         folders[:] = [
             name for name in folders if not name.startswith(NO_RUNS) and ".previous" not in name
         ]
-        if {"run.json", "identity.json"} & set(files):
+        if {INFO, "identity.json"} & set(files):
             yield Run(Path(place))
