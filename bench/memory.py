@@ -2,7 +2,7 @@
 
     python -m bench.memory [--rows 8] [--tokens 147] [--json FILE]
 
-Beside each figure stands the one that `tools/train/memory.py` computes. Every precision gets a
+Each figure is printed beside what `tools/train/memory.py` computes, and each precision runs in a
 process of its own.
 
 base   bytes of all tensors that the loaded model holds, with the quantization's constants.
