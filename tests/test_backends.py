@@ -418,7 +418,7 @@ def test_a_models_name_leads_out_of_no_folder(workplace):  # noqa: F811
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        (["--backend", "gemini"], 'BACKEND: 'gemini' is not one of'),
+        (["--backend", "gemini"], "BACKEND: 'gemini' is not one of"),
         (["--backend", "openai"], "needs BASE_URL"),
         (["--backend", "openai", "--base-url", "ftp://me:pass@h/v1"], "needs BASE_URL"),
         (["--backend", "openai", "--base-url", "https://h/v1?key=pass"], "needs BASE_URL"),
