@@ -23,7 +23,7 @@ from bench.parity import called, machine
 from evals import stats
 from tools import recipes
 from tools.common import ROOT, JobFailed, WrongInput, atomic, command, shown, write_json
-from tools.data import convert
+from tools.data.rules import fingerprint
 
 SPEC = ROOT / "bench" / "beyond.yaml"
 RESULTS = ROOT / "results" / "beyond.json"
@@ -35,7 +35,7 @@ def hash_question(line: bytes) -> bytes:
     """What tells the prompts of chat rows apart: all of a row but its answer."""
     row = json.loads(line)
     turns = row.pop("messages", [])[:-1]
-    return convert.fingerprint(json.dumps([row, turns]))
+    return fingerprint(json.dumps([row, turns]))
 
 
 def divide(rows: Path, validation: int) -> dict[str, Path]:
@@ -63,7 +63,7 @@ def divide(rows: Path, validation: int) -> dict[str, Path]:
 
 def config(spec: dict[str, Any], name: str, files: dict[str, Path]) -> dict[str, Any]:
     """A candidate's whole config; `name` is its name in the YAML."""
-    content = recipes.config(spec["recipe"]) | spec["settings"] | spec["candidates"][name]
+    content = recipes.build_config(spec["recipe"]) | spec["settings"] | spec["candidates"][name]
     folder = RUNS / "".join(c if c.isalnum() else "_" for c in name)
     entry = content["datasets"][0]
     return content | {
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()
     spec = yaml.safe_load(SPEC.read_text())
-    rows = ROOT / recipes.config(spec["recipe"])["datasets"][0]["path"]
+    rows = ROOT / recipes.build_config(spec["recipe"])["datasets"][0]["path"]
     files = divide(rows, spec["validation"])
     configs = {name: config(spec, name, files) for name in spec["candidates"]}
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // given.workers))

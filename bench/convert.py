@@ -1,17 +1,17 @@
-"""Measures tools/data/convert.py against the least that such a job costs and against what people use.
+"""Measures a conversion against the least that such a job costs and against what people use.
 
     python -m bench.convert                      files of 100 MB with short, long and mixed rows
     python -m bench.convert --mb 2000 --kinds mixed --rounds 1
 
     limit      a loop that parses each row with orjson and writes its chat row with orjson
-    convert    tools.data.convert: every check, labels, digests of source and output, manifest
+    convert    tools.data.chatfile: every check, labels, digests of source and output, manifest
     datasets   load_dataset("json").map(…).to_json(…)
 
 Rows are made up, in the shapes of FinLoRA's: `short` as in sentiment (0.3 kB), `long` as in XBRL
 extraction (15 kB), `mixed` of both and of what lies between, by row. Every measurement is a process
-of its own, on one core and on all, and the best of the rounds counts. Seconds do not hold the
-start of Python; limit and convert end with the bytes on the disk. Seconds of work (CPU time) tell
-more than the clock where other programs run. Memory is the peak of the process' resident set.
+of its own, and the best of the rounds counts. Seconds leave out the start of Python; limit and
+convert end with the bytes on the disk. Where other programs run, seconds of work (CPU time) say
+more than the clock. Memory is the peak of the process' resident set.
 """
 
 import argparse
@@ -51,31 +51,32 @@ def make(path: Path, kind: str, size: int) -> None:
         answer = " ".join(draw.choices(words[:4000], k=words_of_answer)) or draw.choice(LABELS)
         return json.dumps({"context": prompt, "target": answer}).encode() + b"\n"
 
-    drawn = draw.choices(list(KINDS[kind]), list(KINDS[kind].values()), k=2000)
-    rows = [row(*ROWS[name]) for name in drawn]
+    kinds = draw.choices(list(KINDS[kind]), list(KINDS[kind].values()), k=2000)
+    rows = [row(*ROWS[name]) for name in kinds]
     with open(path, "wb") as file:
         while file.tell() < size:
             file.writelines(draw.choices(rows, k=200))
 
 
 def limit(source: Path, target: Path, kind: str) -> None:
-    with open(source, "rb") as read, open(target, "wb") as written:
-        for line in read:
+    with open(source, "rb") as rows, open(target, "wb") as chat_file:
+        for line in rows:
             row = orjson.loads(line)
             turns = [
                 {"role": "user", "content": row["context"]},
                 {"role": "assistant", "content": row["target"]},
             ]
             chat = orjson.dumps({"messages": turns}, option=orjson.OPT_APPEND_NEWLINE)
-            written.write(chat)
-        written.flush()
-        os.fsync(written.fileno())
+            chat_file.write(chat)
+        chat_file.flush()
+        os.fsync(chat_file.fileno())
 
 
 def convert(source: Path, target: Path, kind: str) -> None:
-    from tools.data.convert import Rules, convert
+    from tools.data.chatfile import convert_rows
+    from tools.data.rows import Rules
 
-    convert(source, target, Rules(frozenset(LABELS if kind == "short" else ())))
+    convert_rows(source, target, Rules(frozenset(LABELS if kind == "short" else ())))
 
 
 def datasets(source: Path, target: Path, kind: str) -> None:
@@ -91,47 +92,37 @@ def datasets(source: Path, target: Path, kind: str) -> None:
     rows.map(chat, remove_columns=rows.column_names).to_json(str(target), force_ascii=False)
 
 
-def measure(
-    name: str, source: Path, target: Path, kind: str, cores: int | None
-) -> dict[str, float]:
+def measure(name: str, source: Path, target: Path, kind: str) -> dict[str, float]:
     """Seconds by the clock, seconds of work and MB of one conversion in a process of its own."""
-    arguments = ["--run", name, str(source), str(target), kind, str(cores or 0)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_DATASETS_OFFLINE": "1"}
     environment |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments], env=environment, stdout=subprocess.PIPE, check=True
-    )
+    command = [sys.executable, __file__, "--run", name, str(source), str(target), kind]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
     target.unlink()
     return json.loads(done.stdout)
 
 
-def run(name: str, source: str, target: str, kind: str, cores: str) -> None:
-    """What the process does: imports, conversion, and one line of JSON."""
-    if int(cores):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(cores)])
+def run(name: str, source: str, target: str, kind: str) -> None:
+    """The measured process: imports, conversion, and one line of JSON."""
     if name == "datasets":
         import datasets as _datasets  # noqa: F401
     else:
-        import numpy  # noqa: F401
-
-        import tools.data.convert  # noqa: F401
-    before, worked = time.perf_counter(), time.process_time()
+        import tools.data.chatfile  # noqa: F401
+    clock, work = time.perf_counter(), time.process_time()
     globals()[name](Path(source), Path(target), kind)
-    found = {"seconds": time.perf_counter() - before, "worked": time.process_time() - worked}
+    figures = {"seconds": time.perf_counter() - clock, "work": time.process_time() - work}
     with open("/proc/self/status") as status:  # ru_maxrss would hold the parent's, too
-        found["memory"] = int(next(li for li in status if li.startswith("VmHWM")).split()[1]) / 1024
-    print(json.dumps(found))
+        peak = next(line for line in status if line.startswith("VmHWM"))
+    print(json.dumps(figures | {"memory": int(peak.split()[1]) / 1024}))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="the speed and memory of tools/data/convert.py")
+    parser = argparse.ArgumentParser(description="the speed and memory of a conversion")
     parser.add_argument("--mb", type=int, default=100)
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--folder", help="where the files lie meanwhile; a temporary folder if unset"
-    )
-    parser.add_argument("--run", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help="for the files; a temporary folder if unset")
+    parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
         run(*arguments.run)
@@ -142,34 +133,22 @@ def main() -> None:
             source = folder / f"{kind}.jsonl"
             make(source, kind, arguments.mb * 10**6)
             size = source.stat().st_size / 1e6
-            best: dict[tuple[str, int | None], dict[str, float]] = {}
-            for _ in range(arguments.rounds):
-                # The slow one once is enough: it is further off than any noise.
-                wanted = [("limit", 1), ("convert", 1), ("limit", None), ("convert", None)]
-                wanted += [("datasets", None)] if ("datasets", None) not in best else []
-                for each in wanted:
-                    found = measure(each[0], source, folder / "out.jsonl", kind, each[1])
-                    so_far = best.setdefault(each, found)
-                    best[each] = {key: min(so_far[key], found[key]) for key in found}
-            source.unlink()
             print(f"{kind}: {size:.0f} MB, load {os.getloadavg()[0]:.1f}")
-            for (what, cores), found in best.items():
-                where = "one core" if cores else f"{os.cpu_count()} cores"
-                rate = size / found["seconds"]
-                print(f"  {what:<9} {where:<9} {found['seconds']:8.2f} s {rate:7.0f} MB/s", end="")
-                print(f" {found['worked']:8.2f} s of work", end="")
-                print(f" {found['memory']:7.0f} MB of memory")
-            speed = {each: found["seconds"] for each, found in best.items()}
-            one = speed["limit", 1] / speed["convert", 1]
-            all_ = speed["limit", None] / speed["convert", None]
-            times = speed["datasets", None] / speed["convert", None]
-            alone = speed["datasets", None] / speed["convert", 1]
-            work = best["limit", 1]["worked"] / best["convert", 1]["worked"]
-            print(f"  of the limit: {one:.2f} on one core ({work:.2f} by work), {all_:.2f} on all")
-            print(
-                f"  times as fast as datasets: {alone:.1f} on one core, {times:.1f} on all",
-                flush=True,
-            )
+            seconds = {}
+            for what in ("limit", "convert", "datasets"):
+                # The slow one once is enough: it is further off than any noise.
+                rounds = 1 if what == "datasets" else arguments.rounds
+                runs = [measure(what, source, folder / "out.jsonl", kind) for _ in range(rounds)]
+                best = {key: min(figures[key] for figures in runs) for key in runs[0]}
+                seconds[what] = best["seconds"]
+                print(
+                    f"  {what:<9} {seconds[what]:8.2f} s {size / seconds[what]:7.0f} MB/s "
+                    f"{best['work']:8.2f} s of work {best['memory']:7.0f} MB of memory"
+                )
+            share = seconds["limit"] / seconds["convert"]
+            times = seconds["datasets"] / seconds["convert"]
+            print(f"  {share:.2f} of the limit, {times:.1f} times as fast as datasets", flush=True)
+            source.unlink()
 
 
 if __name__ == "__main__":

@@ -26,16 +26,16 @@ from typing import Any
 from evals import run
 from evals.answers import Prompts
 from tools import models, recipes, smollm2
-from tools.common import JobFailed, WrongInput, command, quiet
+from tools.common import JobFailed, WrongInput, command, format_table, quiet
 
 FINLORAS_BATCH = 8
 BATCH = 16
 
 
-def load(recipe: recipes.Recipe, base: bool = False) -> tuple[Any, Any, str]:
+def load_model(recipe: recipes.Recipe, base_only: bool) -> tuple[Any, Any, str]:
     """The recipe's base with its adapter, the tokenizer, and which adapter it is."""
     smollm2.ensure(recipe.config["base_model"])
-    if base:
+    if base_only:
         return *models.load(recipe.config), "no adapter"
     if recipe.run.adapter_file.is_file():
         return *models.load(recipe.config, recipe.run.folder), "its adapter"
@@ -52,7 +52,7 @@ def load(recipe: recipes.Recipe, base: bool = False) -> tuple[Any, Any, str]:
 
 
 @contextmanager
-def dequantizing(model: Any) -> Iterator[None]:
+def remove_dense_copies(model: Any) -> Iterator[None]:
     """Takes the dense copies of 4-bit weights away, so that every pass makes them anew."""
     dense = {
         module: vars(module).pop("forward")
@@ -66,7 +66,7 @@ def dequantizing(model: Any) -> Iterator[None]:
             module.forward = forward
 
 
-def ways(model: Any, tokenizer: Any, rows: int) -> dict[str, Any]:
+def build_contenders(model: Any, tokenizer: Any, rows: int) -> dict[str, Any]:
     """An lm-eval model for each way to answer, by name."""
     import torch
     from lm_eval.models.huggingface import HFLM
@@ -76,40 +76,36 @@ def ways(model: Any, tokenizer: Any, rows: int) -> dict[str, Any]:
     class FinLoRAs(HFLM):
         batch, sort = FINLORAS_BATCH, False
 
-        def answers(self, ids: Any, budget: int) -> list[str]:
-            with dequantizing(model):
-                told = model.generate(
-                    **ids,
-                    max_new_tokens=budget,
-                    do_sample=False,
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-            new = told[:, ids["input_ids"].shape[1] :]
+        def answer(self, inputs: Any, budget: int) -> list[str]:
+            options = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+            with remove_dense_copies(model):
+                ids = model.generate(**inputs, max_new_tokens=budget, **options)
+            new = ids[:, inputs["input_ids"].shape[1] :]
             return tokenizer.batch_decode(new, skip_special_tokens=True)
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
             order = list(range(len(requests)))
             if self.sort:
                 order.sort(key=lambda n: -len(tokenizer.encode(requests[n].args[0])))
-            found = [""] * len(requests)
+            answers = [""] * len(requests)
             for start in range(0, len(order), self.batch):
                 batch = order[start : start + self.batch]
                 texts = [requests[n].args[0] for n in batch]
-                ids = tokenizer(
+                inputs = tokenizer(
                     texts, return_tensors="pt", padding=True, add_special_tokens=False
                 ).to(model.device)
                 budget = requests[batch[0]].args[1]["max_gen_toks"]
-                for n, text in zip(batch, self.answers(ids, budget), strict=True):
-                    found[n] = text
-            return found
+                for n, text in zip(batch, self.answer(inputs, budget), strict=True):
+                    answers[n] = text
+            return answers
 
     class Prefill(FinLoRAs):
         batch, sort = BATCH, True
 
-        def answers(self, ids: Any, budget: int) -> list[str]:
+        def answer(self, inputs: Any, budget: int) -> list[str]:
             with torch.inference_mode():
-                model(**ids, use_cache=True, logits_to_keep=1)
-            return [""] * len(ids["input_ids"])
+                model(**inputs, use_cache=True, logits_to_keep=1)
+            return [""] * len(inputs["input_ids"])
 
     loaded = {"pretrained": model, "tokenizer": tokenizer}
     return {
@@ -120,15 +116,15 @@ def ways(model: Any, tokenizer: Any, rows: int) -> dict[str, Any]:
     }
 
 
-def timed(lm: Any, dataset: str, limit: int, form: Prompts) -> tuple[float, list[str]]:
+def time_answers(lm: Any, dataset: str, limit: int, form: Prompts) -> tuple[float, list[str]]:
     """Seconds that a model takes to answer, and the labels that it answers, by row."""
-    plain, seconds = lm.generate_until, []
+    generate, seconds = lm.generate_until, []
 
     def generate_until(requests: list[Any], **options: Any) -> list[str]:
         start = time.perf_counter()
-        told = plain(requests, disable_tqdm=True)
+        answers = generate(requests, disable_tqdm=True)
         seconds.append(time.perf_counter() - start)
-        return told
+        return answers
 
     lm.generate_until = generate_until
     rows, _ = run.measure(lm, dataset, limit, form)
@@ -144,36 +140,38 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--base", action="store_true", help="without an adapter")
-    given = parser.parse_args()
-    run.datasets(None, given.dataset)
-    if given.limit < 1 or given.rounds < 1:
+    options = parser.parse_args()
+    run.datasets(None, [options.dataset])
+    if options.limit < 1 or options.rounds < 1:
         raise WrongInput("--limit and --rounds are numbers from 1")
     quiet()
-    recipe = recipes.find(given.recipe)
-    model, tokenizer, which = load(recipe, given.base)
+    recipe = recipes.find(options.recipe)
+    model, tokenizer, adapter = load_model(recipe, options.base)
+    rows = len(run.picked(options.dataset, options.limit))
     precision = models.precision(recipe.config)
-    rows = len(run.picked(given.dataset, given.limit))
-    print(f"{recipe.name} with {which}, {precision}, {rows} rows of {given.dataset}")
+    print(f"{recipe.name} with {adapter}, {precision}, {rows} rows of {options.dataset}")
+    form = Prompts("chat", recipe.config.get("chat_template_kwargs"))
     best: dict[str, float] = {}
     labels: dict[str, list[str]] = {}
-    for number in range(given.rounds + 1):
-        for name, lm in ways(model, tokenizer, rows).items():
+    for number in range(options.rounds + 1):
+        for name, lm in build_contenders(model, tokenizer, rows).items():
             # The first round warms up, on a few rows.
-            limit = given.limit if number else BATCH
-            options = recipe.config.get("chat_template_kwargs")
-            took, labels[name] = timed(lm, given.dataset, limit, Prompts("chat", options))
+            limit = options.limit if number else BATCH
+            seconds, labels[name] = time_answers(lm, options.dataset, limit, form)
             if number:
-                best[name] = min(took, best.get(name, took))
+                best[name] = min(seconds, best.get(name, seconds))
         print(f"round {number}, load {os.getloadavg()[0]:.1f}", flush=True)
-    print(f"\n{'':<10} rows/s   ours is … times as fast   other labels")
-    differ = {}
-    for name, took in best.items():
-        differ[name] = sum(a != b for a, b in zip(labels[name], labels["ours"], strict=True))
-        told = "" if name == "prefill" else f"{differ[name]} of {rows}"
-        print(f"{name:<10} {rows / took:6.2f} {took / best['ours']:15.2f} {told:>23}")
-    wrong = [name for name in ("FinLoRA's", "lm-eval") if differ[name]]
-    if wrong:
-        raise JobFailed(f"labels differ from ours: {', '.join(wrong)}")
+    table = [("", "rows/s", "ours is … times as fast", "other labels")]
+    differing = []
+    for name, seconds in best.items():
+        count = sum(a != b for a, b in zip(labels[name], labels["ours"], strict=True))
+        text = "" if name == "prefill" else f"{count} of {rows}"
+        table.append((name, f"{rows / seconds:.2f}", f"{seconds / best['ours']:.2f}", text))
+        if text and count:
+            differing.append(name)
+    print(f"\n{format_table(table, '<>>>')}")
+    if differing:
+        raise JobFailed(f"labels differ from ours: {', '.join(differing)}")
 
 
 if __name__ == "__main__":

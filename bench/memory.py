@@ -2,7 +2,8 @@
 
     python -m bench.memory [--rows 8] [--tokens 147] [--json FILE]
 
-Beside each figure stands what `tools/train/plan.py` computes. Every precision gets a process of its own.
+Each figure is printed beside what `tools/train/memory.py` computes, and each precision runs in a
+process of its own.
 
 base   bytes of all tensors that the loaded model holds, with the quantization's constants.
 peak   the most bytes of tensors alive at once in a training step of a rank-4 adapter on q, k, v,
@@ -18,14 +19,15 @@ optimizer is the recipe's on a GPU and the `cpu` profile's on a CPU. MB are 10^6
 import argparse
 import multiprocessing
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tools import architectures, recipes, smollm2
-from tools.common import WrongInput, command, quiet, write_json
-from tools.train import plan
+from tools.common import WrongInput, command, format_table, quiet, write_json
+from tools.train.memory import compute_memory, compute_weight_bytes, read_setup
 
 RECIPE = "smollm2-135m/sentiment_r4"
 # Name: bits of the linear layers, double quantization.
@@ -39,7 +41,7 @@ PRECISIONS = {
 ROWS, TOKENS = 8, 147  # the micro-batch, and the longest row that `make plan` finds in FPB
 
 
-def load(folder: str, bits: int, double: bool, dtype: Any = None) -> Any:
+def load_model(folder: Path, bits: int, double_quant: bool, dtype: Any = None) -> Any:
     """The model in `folder`: linear layers at `bits` bits, all else and the computation in `dtype`.
 
     Without a dtype: float32 at 32 bits, bfloat16 below.
@@ -49,13 +51,12 @@ def load(folder: str, bits: int, double: bool, dtype: Any = None) -> Any:
 
     dtype = dtype or (torch.float32 if bits == 32 else torch.bfloat16)
     quantization = None
-    if bits == 8:
-        quantization = BitsAndBytesConfig(load_in_8bit=True)
-    elif bits == 4:
+    if bits < 16:
         quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
+            load_in_8bit=bits == 8,
+            load_in_4bit=bits == 4,
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=double,
+            bnb_4bit_use_double_quant=double_quant,
             bnb_4bit_compute_dtype=dtype,
         )
     return AutoModelForCausalLM.from_pretrained(
@@ -66,40 +67,42 @@ def load(folder: str, bits: int, double: bool, dtype: Any = None) -> Any:
     )
 
 
-def tensors(model: Any) -> list[Any]:
-    """Every tensor that a model holds: parameters, buffers and the constants of quantization."""
-    found = [*model.parameters(), *model.buffers()]
+def list_tensors(model: Any) -> list[Any]:
+    """A model's parameters, buffers and constants of quantization."""
+    tensors = [*model.parameters(), *model.buffers()]
     for weight in model.parameters():
-        found.append(getattr(weight, "SCB", None))  # 8 bits
+        if (scales := getattr(weight, "SCB", None)) is not None:  # 8 bits
+            tensors.append(scales)
         if state := getattr(weight, "quant_state", None):  # 4 bits
-            found += [state.absmax, state.code]
+            tensors += [state.absmax, state.code]
             if state.nested:
-                found += [state.offset, state.state2.absmax, state.state2.code]
-    return [tensor for tensor in found if tensor is not None]
+                tensors += [state.offset, state.state2.absmax, state.state2.code]
+    return tensors
 
 
-def held(model: Any) -> int:
+def count_bytes(model: Any) -> int:
     """Bytes of a model's tensors; a storage that several share counts once."""
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(model)
-    }
-    return sum(storages.values())
+    storages = (tensor.untyped_storage() for tensor in list_tensors(model))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def optimizer_of(parameters: list[Any]) -> Any:
+def name_optimizer() -> str:
     """The optimizer of the recipe on a GPU, of the profile `cpu` on a CPU."""
     import torch
+
+    config = recipes.build_config(RECIPE)
+    return (config if torch.cuda.is_available() else recipes.read_profile("cpu"))["optimizer"]
+
+
+def make_optimizer(parameters: list[Any]) -> Any:
     from transformers import Trainer, TrainingArguments
 
-    name = recipes.config(RECIPE)["optimizer"]
-    if not torch.cuda.is_available():
-        name = recipes.profile("cpu")["optimizer"]
-    arguments = TrainingArguments(optim=name, learning_rate=5e-4, report_to=[])
+    arguments = TrainingArguments(optim=name_optimizer(), learning_rate=5e-4, report_to=[])
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     return kind(parameters, **options)
 
 
-def peak_of(step: Any, before: int) -> int:
+def measure_step(step: Callable[[], None], before: int) -> int:
     """The most bytes of tensors alive at once while `step` runs; `before` are alive already."""
     import torch
 
@@ -119,45 +122,42 @@ def peak_of(step: Any, before: int) -> int:
     return most
 
 
-def measure(folder: str, bits: int, double: bool, rows: int, tokens: int) -> dict[str, int]:
-    """Bytes of the base, of the base with its adapter, and the peak of a training step."""
+def measure(bits: int, double_quant: bool, rows: int, tokens: int) -> dict[str, int]:
+    """Bytes of the base, of its adapter, of the peak of a training step, and of this process."""
     quiet()
     import torch
     from peft import LoraConfig, get_peft_model
 
     from tools.train.callbacks import measure_peak_memory
 
-    config = recipes.config(RECIPE)
-    model = load(folder, bits, double)
-    base = held(model)
-    model = get_peft_model(
-        model,
-        LoraConfig(
-            r=config["lora_r"],
-            lora_alpha=config["lora_alpha"],
-            lora_dropout=config["lora_dropout"],
-            target_modules=config["lora_target_modules"],
-            task_type="CAUSAL_LM",
-        ),
+    config = recipes.build_config(RECIPE)
+    model = load_model(smollm2.FOLDER, bits, double_quant)
+    base = count_bytes(model)
+    adapter = LoraConfig(
+        r=config["lora_r"],
+        lora_alpha=config["lora_alpha"],
+        lora_dropout=config["lora_dropout"],
+        target_modules=config["lora_target_modules"],
+        task_type="CAUSAL_LM",
     )
+    model = get_peft_model(model, adapter)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     model.config.use_cache = False
     model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = optimizer_of(trained)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(trained)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(
-        5, model.config.get_text_config().vocab_size, (rows, tokens), generator=generator
-    )
-    ids = ids.to(model.device)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(5, vocabulary, (rows, tokens), generator=generator).to(model.device)
 
     # The optimizer makes its states in its first step: here one without a gradient.
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    states = [s for each in optimizer.state.values() for s in each.values() if torch.is_tensor(s)]
+    states = (value for state in optimizer.state.values() for value in state.values())
+    before = count_bytes(model) + sum(s.nbytes for s in states if torch.is_tensor(s))
 
     def step() -> None:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bits < 32):
@@ -166,34 +166,36 @@ def measure(folder: str, bits: int, double: bool, rows: int, tokens: int) -> dic
         optimizer.step()
         optimizer.zero_grad()
 
-    peak = peak_of(step, held(model) + sum(s.nbytes for s in states))
-    return {"base": base, "adapter": sum(p.nbytes for p in trained), "peak": peak} | {
-        "process": measure_peak_memory()
+    return {
+        "base": base,
+        "adapter": sum(parameter.nbytes for parameter in trained),
+        "peak": measure_step(step, before),
+        "process": measure_peak_memory(),
     }
 
 
-def planned(folder: str, bits: int, double: bool, rows: int, tokens: int) -> dict[str, int]:
-    """The same from tools/train/plan.py, without the CUDA context."""
-    import torch
-
-    config = recipes.config(RECIPE)
+def plan_bytes(bits: int, double_quant: bool, rows: int, tokens: int) -> dict[str, int]:
+    """The same as the planner computes it, without the CUDA context."""
+    config = recipes.build_config(RECIPE) | {"micro_batch_size": rows}
     model = architectures.find(config["base_model"])
-    setup = plan.setup_of(config | {"micro_batch_size": rows}, tokens, 1)
-    setup = replace(setup, bits=bits, double_quant=double)
-    if not torch.cuda.is_available():
-        setup = replace(setup, optimizer=recipes.profile("cpu")["optimizer"])
-    need = plan.memory(model, setup)
-    base = sum(plan.weight_bytes(model, setup)) + plan.kept_bytes(model, setup)
+    setup = replace(
+        read_setup(config, tokens, 1),
+        bits=bits,
+        double_quant=double_quant,
+        optimizer=name_optimizer(),
+    )
+    need = compute_memory(model, setup)
+    base = sum(compute_weight_bytes(model, setup))
     return {"base": base, "adapter": need.adapter, "peak": need.training - need.cuda_context}
 
 
-def show(results: dict[str, dict[str, dict[str, int]]]) -> None:
-    head = ("base", "planned", "peak", "planned", "process")
-    print(f"{'MB':28}" + "".join(f"{name:>9}" for name in head))
-    for name, both in results.items():
-        real, ours = both["measured"], both["planned"]
-        numbers = (real["base"], ours["base"], real["peak"], ours["peak"], real["process"])
-        print(f"{name:28}" + "".join(f"{number / 1e6:9.1f}" for number in numbers))
+def print_results(results: dict[str, dict[str, dict[str, int]]]) -> None:
+    rows = [("MB", "base", "planned", "peak", "planned", "process")]
+    for name, result in results.items():
+        real, planned = result["measured"], result["planned"]
+        sizes = (real["base"], planned["base"], real["peak"], planned["peak"], real["process"])
+        rows.append((name, *(f"{size / 1e6:.1f}" for size in sizes)))
+    print(format_table(rows, "<>>>>>"))
 
 
 @command
@@ -201,22 +203,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="measure memory beside the plan")
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of a row")
-    parser.add_argument("--json", default="", help="write the bytes to this file")
-    given = parser.parse_args()
-    if given.rows < 1 or given.tokens < 2:
+    parser.add_argument("--json", type=Path, help="write the bytes to this file")
+    options = parser.parse_args()
+    if options.rows < 1 or options.tokens < 2:
         raise WrongInput("--rows must be at least 1 and --tokens at least 2")
     smollm2.ensure(str(smollm2.FOLDER))
     spawn = multiprocessing.get_context("spawn")
     results = {}
-    for name, (bits, double) in PRECISIONS.items():
+    for name, precision in PRECISIONS.items():
         print(f"memory     {name}", file=sys.stderr, flush=True)
-        setting = (str(smollm2.FOLDER), bits, double, given.rows, given.tokens)
+        setting = (*precision, options.rows, options.tokens)
         with ProcessPoolExecutor(1, spawn) as pool:
             measured = pool.submit(measure, *setting).result()
-        results[name] = {"measured": measured, "planned": planned(*setting)}
-    show(results)
-    if given.json:
-        write_json(Path(given.json), results)
+        results[name] = {"measured": measured, "planned": plan_bytes(*setting)}
+    print_results(results)
+    if options.json:
+        write_json(options.json, results)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ class Job:
 
 
 def job(spec: dict[str, Any], task: str, changes: dict[str, Any], seed: int) -> Job:
-    config = recipes.config(f"{spec['model']}/{task}_{spec['method']}")
+    config = recipes.build_config(f"{spec['model']}/{task}_{spec['method']}")
     config = config | spec["settings"] | changes | {"seed": seed}
     precision = config.pop("precision")
     config = {k: v for k, v in config.items() if not k.startswith(("load_in_", "bnb_"))}

@@ -12,15 +12,27 @@ model of its shape with random ones, which takes the same time and memory.
 """
 
 import argparse
-import json
 import shutil
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tools import architectures, recipes, smollm2
-from tools.common import ROOT, WrongInput, command, quiet, shown, write_json
-from tools.train import hardware, launch, machines, plan, profiles
+from tools import architectures, smollm2
+from tools.common import (
+    ROOT,
+    WrongInput,
+    command,
+    format_table,
+    json_lines,
+    quiet,
+    shown,
+    write_json,
+)
+from tools.recipes import Recipe, find
+from tools.runs import Run
+from tools.train import launch, profiles
+from tools.train.hardware import Host, detect_host
+from tools.train.machines import Machines
 
 FOLDER = ROOT / "runs" / "bench"
 WARM = 4  # steps that are not timed
@@ -37,22 +49,20 @@ FINLORA = {
 }
 # What a CPU cannot do, and the optimizer that it has: FinLoRA's settings run nowhere without.
 ON_CPU = ("bf16", "fp16", "tf32", "optimizer")
+# A benchmark neither evaluates nor saves.
+SCHEDULE = ("test_datasets", "eval_steps", "evals_per_epoch", "save_steps", "saves_per_epoch")
 
 
-def settings(recipe: recipes.Recipe, profile: str, here: hardware.Host) -> dict[str, Any]:
+def build_configs(recipe: Recipe, profile: str, host: Host) -> dict[str, dict[str, Any]]:
     """The two merged configs to compare, by name."""
-    ours = profiles.merge_config(recipe, profiles.Choice(profile), here)
-    theirs = (
-        recipe.config
-        | FINLORA
-        | {"plugins": ["tools.train.plugin.RunPlugin"], "include_tkps": True}
-    )
-    if not here.gpus:
-        theirs |= {key: ours[key] for key in ON_CPU}
-    return {"FinLoRA's settings": theirs, f"profile {profile}": ours}
+    ours = profiles.merge_config(recipe, profiles.Choice(profile), host)
+    finlora = recipe.config | FINLORA | {"plugins": [profiles.PLUGIN], "include_tkps": True}
+    if not host.gpus:
+        finlora |= {key: ours[key] for key in ON_CPU if key in ours}
+    return {"FinLoRA's settings": finlora, f"profile {profile}": ours}
 
 
-def stand_in(base: str, folder: Path) -> None:
+def make_stand_in(base: str, folder: Path) -> None:
     """Writes a Llama of a base's shape with random 16-bit weights and SmolLM2's tokenizer."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -79,62 +89,60 @@ def stand_in(base: str, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def at_hand(base: str) -> bool:
-    """Whether a base's weights are a folder here, or in the Hub's cache."""
+def replace_missing_base(recipe: Recipe, host: Host) -> Recipe:
+    """The recipe on a model of its base's shape, where the base's weights are not here."""
     from huggingface_hub import try_to_load_from_cache
 
-    cached = [try_to_load_from_cache(base, f) for f in ("model.safetensors.index.json",)]
-    return (ROOT / base).is_dir() or any(isinstance(path, str) for path in cached)
+    base = recipe.config["base_model"]
+    cached = try_to_load_from_cache(base, "model.safetensors.index.json")
+    if (ROOT / base).is_dir() or isinstance(cached, str):
+        return recipe
+    if not host.gpus:
+        raise WrongInput(f"{base} is not at hand, and too slow without a GPU")
+    text = f"{base} is not at hand: a model of its shape with random weights"
+    print(f"bench      {text}", flush=True)
+    folder = FOLDER / f"shape-of-{Path(base).name}"
+    if not (folder / "config.json").is_file():
+        make_stand_in(base, folder)
+    special_tokens = {"pad_token": smollm2.PAD}
+    changed = {"base_model": shown(folder), "special_tokens": special_tokens}
+    return replace(recipe, config=recipe.config | changed)
 
 
-def measured(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """Rates between the last warm-up step and the last one of a progress file; seconds, tokens."""
+def compute_rates(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Rates between the last warm-up step and the last step of a progress file."""
     steps = [line for line in lines if "loss" in line]
     first, last = steps[WARM - 1], steps[-1]
     seconds = last["seconds"] - first["seconds"]
-    rate = {
-        name: (last[f"{name}_tokens"] - first[f"{name}_tokens"]) / seconds
-        for name in ("real", "trained", "total")
-    }
+    real, trained, total = (
+        (last[f"{kind}_tokens"] - first[f"{kind}_tokens"]) / seconds
+        for kind in ("real", "trained", "total")
+    )
     return {
         "seconds_per_step": seconds / (last["step"] - first["step"]),
-        "real_tokens_per_second": rate["real"],
-        "trained_tokens_per_second": rate["trained"],
-        "padding": 1 - rate["real"] / rate["total"],
+        "real_tokens_per_second": real,
+        "trained_tokens_per_second": trained,
+        "padding": 1 - real / total,
         "peak_memory_bytes": max(line["memory"] for line in lines),
         "loss": last["loss"],
     }
 
 
-def bench(recipe: recipes.Recipe, profile: str, steps: int, here: hardware.Host) -> dict[str, Any]:
-    """Trains both settings for `steps` steps; returns what was measured, by name."""
-    found = {}
-    for number, (name, content) in enumerate(settings(recipe, profile, here).items()):
-        run = FOLDER / recipe.name.replace("/", "_").removesuffix(".yaml").strip("_") / f"{number}"
-        shutil.rmtree(run, ignore_errors=True)
-        content |= {"output_dir": shown(run), "dataset_prepared_path": shown(run / "prepared")}
-        content |= {"max_steps": steps, "val_set_size": 0, "save_strategy": "no"}
-        evaluation = ("test_datasets", "eval_steps", "evals_per_epoch")
-        for key in (*evaluation, "save_steps", "saves_per_epoch"):
-            content.pop(key, None)
-        print(f"bench      {name}", flush=True)
-        trial = recipes.Recipe(recipe.name, recipe.path, content, recipe.version)
-        launch.execute(trial, content, profile, False, machines.Machines())
-        lines = (run / "progress.jsonl").read_text().splitlines()
-        found[name] = measured([json.loads(line) for line in lines])
-    return found
+def train_config(recipe: Recipe, config: dict[str, Any], run: Run, steps: int) -> dict[str, float]:
+    """Trains a merged config for `steps` steps; returns its rates."""
+    shutil.rmtree(run.folder, ignore_errors=True)
+    config = {key: value for key, value in config.items() if key not in SCHEDULE}
+    config |= {"output_dir": str(run), "dataset_prepared_path": f"{run}/prepared"}
+    config |= {"max_steps": steps, "val_set_size": 0, "save_strategy": "no"}
+    trial = replace(recipe, config=config)
+    launch.execute(trial, config, "bench", False, Machines())
+    return compute_rates(json_lines(run.progress_file))
 
 
-def show(found: dict[str, Any], where: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
+def print_rates(rates: dict[str, dict[str, float]], host: Host) -> None:
     headings = ("", "s/step", "real tokens/s", "trained tokens/s", "padding", "peak GB", "loss")
-    for heading in headings:
-        table.add_column(heading, justify="right" if heading else "left")
-    for name, row in found.items():
-        table.add_row(
+    rows = [headings] + [
+        (
             name,
             f"{row['seconds_per_step']:.2f}",
             f"{row['real_tokens_per_second']:.0f}",
@@ -143,45 +151,36 @@ def show(found: dict[str, Any], where: str) -> None:
             f"{row['peak_memory_bytes'] / 1e9:.2f}",
             f"{row['loss']:.4f}",
         )
-    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
-    theirs, ours = (row["real_tokens_per_second"] for row in found.values())
-    console.print(table)
-    console.print(f"{ours / theirs:.2f} times the real tokens per second, on {where}")
+        for name, row in rates.items()
+    ]
+    print(format_table(rows, "<>>>>>>"))
+    finlora, ours = (row["real_tokens_per_second"] for row in rates.values())
+    print(f"{ours / finlora:.2f} times the real tokens per second, on {host}")
 
 
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description="a profile against FinLoRA's settings")
-    parser.add_argument("recipe", nargs="?", default="")
-    parser.add_argument("--steps", default="", help="optimizer steps, 24 without it")
-    parser.add_argument("--profile", default="")
-    given = parser.parse_args()
-    steps = int(plan.number("--steps", given.steps, least=WARM + 2) or 24)
+    parser.add_argument("recipe", nargs="?")
+    parser.add_argument("--steps", type=int, default=24, help="optimizer steps")
+    parser.add_argument("--profile")
+    options = parser.parse_args()
+    if options.steps < WARM + 2:
+        raise WrongInput(f"--steps must be at least {WARM + 2}: {WARM} of them are not timed")
     quiet()
-    here = hardware.detect_host()
-    profile, _, _ = profiles.choose(here, given.profile, "", 1)
-    name = "sentiment_r4" if here.gpus else "smollm2-135m/sentiment_r4"
-    recipe = recipes.find(given.recipe or name)
-    base = recipe.config["base_model"]
-    smollm2.ensure(base)
-    if not at_hand(base):
-        folder = FOLDER / f"shape-of-{Path(base).name}"
-        if not here.gpus:
-            raise WrongInput(f"{base} is not at hand, and too slow without a GPU")
-        print(
-            f"bench      {base} is not at hand: a model of its shape with random weights",
-            flush=True,
-        )
-        if not (folder / "config.json").is_file():
-            stand_in(base, folder)
-        config = recipe.config | {"base_model": shown(folder)}
-        config["special_tokens"] = {"pad_token": smollm2.PAD}
-        recipe = recipes.Recipe(recipe.name, recipe.path, config, recipe.version)
-    found = bench(recipe, profile, steps, here)
-    where = here
-    show(found, where)
-    made = {"recipe": recipe.name, "machine": where, "steps": steps, "measured": found}
-    write_json(FOLDER / recipe.name.replace("/", "_") / "result.json", made)
+    host = detect_host()
+    profile, _, _ = profiles.choose(host, profiles.Choice(options.profile), 1)
+    recipe = find(options.recipe or ("sentiment_r4" if host.gpus else "smollm2-135m/sentiment_r4"))
+    smollm2.ensure(recipe.config["base_model"])
+    recipe = replace_missing_base(recipe, host)
+    folder = FOLDER / recipe.name.replace("/", "_").removesuffix(".yaml").strip("_")
+    rates = {}
+    for number, (name, config) in enumerate(build_configs(recipe, profile, host).items()):
+        print(f"bench      {name}", flush=True)
+        rates[name] = train_config(recipe, config, Run(folder / f"{number}"), options.steps)
+    print_rates(rates, host)
+    result = {"recipe": recipe.name, "machine": str(host), "steps": options.steps}
+    write_json(folder / "result.json", result | {"measured": rates})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What answers: transformers here, vLLM on a GPU, or a model behind an OpenAI-compatible endpoint.
 
-    python -m evals.run sentiment_r4 --backend vllm
-    OPENAI_API_KEY=… python -m evals.run --backend openai --base-url https://api.openai.com/v1 \
+    python -m tools eval sentiment_r4 --backend vllm
+    OPENAI_API_KEY=… python -m tools eval --backend openai --base-url https://api.openai.com/v1 \
         --model-name gpt-4o --tasks fpb --limit 200
 
 Each backend takes what is scored and returns a function (side, label, rows) → context manager of

@@ -146,8 +146,8 @@ def published(scored: Scored) -> dict[str, dict[str, float]]:
     if not scored.adapter:
         return report.published()["base"] if scored.method == "base" else {}
     try:
-        method = recipes.parts(recipes.find(scored.recipe).name)[2]
-        theirs = str(recipes.matrix()["methods"][method].get("finlora"))
+        method = recipes.split_name(recipes.find(scored.recipe).name)[2]
+        theirs = str(recipes.read_matrix()["methods"][method].get("finlora"))
     except WrongInput:
         named = report.method(scored.folder.name)
         theirs = named[1] if named else ""
@@ -194,7 +194,7 @@ def verdicts(scored: Scored, gains: dict[str, dict[str, dict[str, Any]]]) -> lis
         f"{dataset}, {report.title(metric)}: {told}."
         for dataset, metric, told in report.sentences(gains, scored.contents)
     ]
-    llama = recipes.matrix()["models"]["llama-3.1-8b"]
+    llama = recipes.read_matrix()["models"]["llama-3.1-8b"]
     theirs = report.method(scored.recipe or scored.folder.name)
     told_base = next(iter(scored.contents.values()))["evaluated"].get("base_model")
     if scored.adapter:

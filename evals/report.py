@@ -227,12 +227,12 @@ def explain_incomparable(dataset: str) -> str:
 
 def method(name: str) -> tuple[str, str] | None:
     """FinLoRA's names (model, method) of a recipe or of its own adapter, where it has both."""
-    known, last = recipes.names(), name.rsplit("/", 1)[-1]
-    found = [entry for entry in known if entry == name or recipes.finlora_name(entry) == last]
+    known, last = recipes.list_names(), name.rsplit("/", 1)[-1]
+    found = [entry for entry in known if entry == name or recipes.find_finlora_name(entry) == last]
     if not found:
         return None
-    model, _, how = recipes.parts(found[0])
-    table = recipes.matrix()
+    model, _, how = recipes.split_name(found[0])
+    table = recipes.read_matrix()
     names = table["models"][model].get("finlora"), table["methods"][how].get("finlora")
     return (str(names[0]), str(names[1])) if all(names) else None
 
@@ -329,7 +329,7 @@ def show(name: str, files: dict[str, dict[str, Path]]) -> None:
     for dataset, metric, told in sentences(gains, of_side[sides[-1]]):
         console.print(f"{dataset}, {title(metric)}: {told}.", soft_wrap=True)
     theirs = method(name)
-    known = recipes.matrix()["models"]["llama-3.1-8b"].get("finlora")
+    known = recipes.read_matrix()["models"]["llama-3.1-8b"].get("finlora")
     for side in sides:
         if not theirs or theirs[0] != known:
             break

@@ -86,7 +86,7 @@ def test_path(task: str) -> Path:
 
 
 def datasets(task: str | None, asked: list[str]) -> list[str]:
-    """The tasks to score on: those asked for, else those at hand of what a recipe was trained for."""
+    """The tasks to score on: those asked for, else those at hand that a recipe was trained for."""
     for name in asked:
         if name not in tasks():
             raise WrongInput(f'unknown dataset "{name}" in TASKS{nearest(name, list(tasks()))}')
@@ -287,7 +287,7 @@ def score(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Request:
-    """What to score and how: `datasets` of evals/tasks/ (none: those at hand), `limit` rows of each."""
+    """What to score: `datasets` of evals/tasks/ (those at hand without), `limit` rows of each."""
 
     datasets: list[str] = field(default_factory=list)
     limit: int | None = None

@@ -23,6 +23,6 @@ export RECIPE=${recipes[$index]} RDZV="$first:$((20000 + SLURM_JOB_ID % 10000))"
 export PROFILE=${PROFILE:-} NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-}}
 
 # srun starts one command a node and hands signals on to all of them.
-exec srun --kill-on-bad-exit=1 bash -c 'exec .venv/bin/python -m tools.train.launch "$RECIPE" \
-  --profile "$PROFILE" --nproc "$NPROC" \
-  --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" --rendezvous "$RDZV"'
+exec srun --kill-on-bad-exit=1 bash -c 'exec .venv/bin/python -m tools train "$RECIPE" \
+  ${PROFILE:+--profile "$PROFILE"} ${NPROC:+--nproc "$NPROC"} \
+  --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" --rdzv "$RDZV"'

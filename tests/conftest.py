@@ -11,7 +11,8 @@ import yaml
 
 from tools import common, recipes, sources
 from tools import smollm2 as export
-from tools.data import convert
+from tools.data.chatfile import Options, convert_rows
+from tools.data.rows import Rules
 from tools.use import serve
 
 common.quiet()
@@ -75,14 +76,14 @@ def chat_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sample's first 96 sentiment rows as chat data: 94 train, 2 validate."""
     target = tmp_path_factory.mktemp("chat") / "sentiment_train.jsonl"
     source = sources.SAMPLE / "train" / "finlora_sentiment_train.jsonl"
-    how = convert.How(validation=target.with_name("sentiment_val.jsonl"))
-    convert.convert(source, target, convert.Rules(), frozenset(range(96)), how)
+    options = Options(validation=target.with_name("sentiment_val.jsonl"))
+    convert_rows(source, target, Rules(), frozenset(range(96)), options)
     return target
 
 
 def write_recipe(folder: Path, method: str, base: Path, data: Path, **changes: object) -> Path:
     """A recipe file: SmolLM2's sentiment recipe of a method, on another base and other data."""
-    content = recipes.config(f"smollm2-135m/sentiment_{method}")
+    content = recipes.build_config(f"smollm2-135m/sentiment_{method}")
     content |= {"base_model": str(base), "output_dir": str(folder / method)}
     content |= {"dataset_prepared_path": str(folder / method / "prepared")}
     content["datasets"][0]["path"] = str(data)

@@ -169,39 +169,41 @@ class Hub:
     def put(self, repo: str, files: dict[str, bytes], tag: str = "", private: bool = False) -> str:
         """A commit that holds exactly these files, without asking anybody; returns it."""
         entry = self.repos.setdefault(repo, Repo(private))
-        made = {name: File(text, name.endswith(".safetensors")) for name, text in files.items()}
-        self.lfs |= {file.sha256: file.content for file in made.values() if file.lfs}
-        oid = entry.commit("put", made)
+        stored = {name: File(text, name.endswith(".safetensors")) for name, text in files.items()}
+        self.lfs |= {file.sha256: file.content for file in stored.values() if file.lfs}
+        oid = entry.commit("put", stored)
         if tag:
             entry.tags[tag] = oid
         return oid
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
-        found = self.repos[repo].at(revision)[1]
-        return {name: file.content for name, file in found.items() if name != ".gitattributes"}
+        files = self.repos[repo].at(revision)[1]
+        return {name: file.content for name, file in files.items() if name != ".gitattributes"}
 
     def sent(self, step: str) -> int:
         return sum(request == step for request in self.requests)
 
 
+REPO = r"(?P<repo>[^/]+/[^/]+)"
+MODEL = rf"/api/models/{REPO}"
 ROUTES = [
     ("whoami", "GET", r"/api/whoami-v2"),
     ("create", "POST", r"/api/repos/create"),
     ("validate", "POST", r"/api/validate-yaml"),
     ("list", "GET", r"/api/models"),
-    ("preupload", "POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<rev>[^/]+)"),
-    ("commit", "POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<rev>[^/]+)"),
-    ("tag", "POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/tag/(?P<rev>[^/]+)"),
-    ("refs", "GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/refs"),
-    ("settings", "PUT", r"/api/models/(?P<repo>[^/]+/[^/]+)/settings"),
-    ("tree", "GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<rev>[^/]+)"),
-    ("info", "GET", r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<rev>[^/]+))?"),
-    ("batch", "POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch"),
-    ("verify", "POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/verify"),
+    ("preupload", "POST", rf"{MODEL}/preupload/(?P<rev>[^/]+)"),
+    ("commit", "POST", rf"{MODEL}/commit/(?P<rev>[^/]+)"),
+    ("tag", "POST", rf"{MODEL}/tag/(?P<rev>[^/]+)"),
+    ("refs", "GET", rf"{MODEL}/refs"),
+    ("settings", "PUT", rf"{MODEL}/settings"),
+    ("tree", "GET", rf"{MODEL}/tree/(?P<rev>[^/]+)"),
+    ("info", "GET", rf"{MODEL}(/revision/(?P<rev>[^/]+))?"),
+    ("batch", "POST", rf"/{REPO}\.git/info/lfs/objects/batch"),
+    ("verify", "POST", rf"/{REPO}\.git/info/lfs/objects/verify"),
     ("upload", "PUT", r"/storage/(?P<oid>[0-9a-f]{64})"),
     ("download", "GET", r"/storage/(?P<oid>[0-9a-f]{64})/(?P<path>.+)"),
-    ("resolve", "GET", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)"),
-    ("head", "HEAD", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)"),
+    ("resolve", "GET", rf"/{REPO}/resolve/(?P<rev>[^/]+)/(?P<path>.+)"),
+    ("head", "HEAD", rf"/{REPO}/resolve/(?P<rev>[^/]+)/(?P<path>.+)"),
 ]
 WRITES = {"preupload", "commit", "tag", "settings", "batch", "verify"}
 
@@ -309,8 +311,8 @@ class Handler(BaseHTTPRequestHandler):
         headers = {}
         if start + PAGE < len(entries):
             place = urlsplit(self.path)
-            kept = "&".join(p for p in place.query.split("&") if p and not p.startswith("cursor="))
-            following = f"{self.hub.url}{place.path}?{kept}&cursor={start + PAGE}"
+            query = "&".join(p for p in place.query.split("&") if p and not p.startswith("cursor="))
+            following = f"{self.hub.url}{place.path}?{query}&cursor={start + PAGE}"
             headers["Link"] = f'<{following}>; rel="next"'
         self.answer(entries[start : start + PAGE], headers=headers)
 
@@ -323,20 +325,20 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(me)
 
     def create(self) -> None:
-        asked, me = self.json(), self.me()
-        namespace = asked.get("organization") or (me or {}).get("name", "")
-        name = f"{namespace}/{asked['name']}"
+        order, me = self.json(), self.me()
+        namespace = order.get("organization") or (me or {}).get("name", "")
+        name = f"{namespace}/{order['name']}"
         if not self.rights(namespace, True):
             raise Refused(403, f'You don\'t have the rights to create a model under "{namespace}"')
         with self.hub.lock:
             if name in self.hub.repos:
                 url = f"{self.hub.url}/{name}"
                 raise Refused(409, f"You already created this model repo: {name}", url=url)
-            repo = self.hub.repos[name] = Repo(asked.get("visibility") == "private")
+            repo = self.hub.repos[name] = Repo(order.get("visibility") == "private")
             repo.commit("initial commit", {".gitattributes": File(ATTRIBUTES, False)})
         self.answer({"url": f"{self.hub.url}/{name}", "name": name})
 
-    def described(self, name: str, repo: Repo, revision: str = "main") -> dict[str, Any]:
+    def describe(self, name: str, repo: Repo, revision: str = "main") -> dict[str, Any]:
         oid, files = repo.at(revision)
         text = files["README.md"].content.decode() if "README.md" in files else ""
         match = re.match(r"---\n(.*?)\n---\n", text, re.S)
@@ -354,16 +356,16 @@ class Handler(BaseHTTPRequestHandler):
         }
 
     def info(self) -> None:
-        self.answer(self.described(self.part["repo"], self.repo, self.part.get("rev", "main")))
+        self.answer(self.describe(self.part["repo"], self.repo, self.part.get("rev", "main")))
 
     def list(self) -> None:
-        author, wanted = self.query["author"][0], set(self.query.get("filter", ()))
-        found = [
-            self.described(name, repo)
+        author, tags = self.query["author"][0], set(self.query.get("filter", ()))
+        models = [
+            self.describe(name, repo)
             for name, repo in sorted(self.hub.repos.items())
             if name.startswith(f"{author}/") and (not repo.private or self.rights(author, False))
         ]
-        self.paged([entry for entry in found if wanted <= set(entry["tags"])])
+        self.paged([entry for entry in models if tags <= set(entry["tags"])])
 
     def settings(self) -> None:
         self.repo.private = self.json()["visibility"] == "private"
@@ -410,36 +412,36 @@ class Handler(BaseHTTPRequestHandler):
             for result in model["results"]:
                 if not {"task", "dataset", "metrics"} <= result.keys():
                     errors.append('"model-index[0].results" is not valid')
-        told = [{"message": message} for message in errors]
-        self.answer({"errors": told, "warnings": []}, 400 if errors else 200)
+        messages = [{"message": message} for message in errors]
+        self.answer({"errors": messages, "warnings": []}, 400 if errors else 200)
 
     # --- Uploads ---
 
     def preupload(self) -> None:
         _, files = self.repo.at(self.part["rev"])
-        found = []
+        modes = []
         for file in self.json()["files"]:
             path = file["path"]
             sample = base64.b64decode(file["sample"])
             large = fnmatch.fnmatch(path, "*.safetensors") or file["size"] > 10 * 2**20
             mode = "lfs" if large or b"\0" in sample else "regular"
             oid = files[path].oid if path in files else None
-            found.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
-        self.answer({"files": found})
+            modes.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        self.answer({"files": modes})
 
     def batch(self) -> None:
-        asked = self.json()
-        assert asked["operation"] == "upload" and "basic" in asked["transfers"]
+        order = self.json()
+        assert order["operation"] == "upload" and "basic" in order["transfers"]
         objects = []
-        for entry in asked["objects"]:
-            made = {"oid": entry["oid"], "size": entry["size"]}
+        for entry in order["objects"]:
+            reply = {"oid": entry["oid"], "size": entry["size"]}
             if entry["oid"] not in self.hub.lfs:
                 verify = f"{self.hub.url}/{self.part['repo']}.git/info/lfs/objects/verify"
-                made["actions"] = {
+                reply["actions"] = {
                     "upload": {"href": f"{self.hub.storage}/storage/{entry['oid']}"},
                     "verify": {"href": verify},
                 }
-            objects.append(made)
+            objects.append(reply)
         self.answer({"transfer": "basic", "objects": objects})
 
     def upload(self) -> None:
@@ -450,8 +452,8 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({})
 
     def verify(self) -> None:
-        asked = self.json()
-        if len(self.hub.lfs.get(asked["oid"], b"")) != asked["size"]:
+        order = self.json()
+        if len(self.hub.lfs.get(order["oid"], b"")) != order["size"]:
             raise Refused(404, "Object does not exist")
         self.answer({})
 
@@ -529,8 +531,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "GET" and path in self.hub.change:
             content = self.hub.change[path](content)
         total, status = len(content), 200
-        if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
-            start = int(asked[1])
+        if span := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            start = int(span[1])
             self.hub.ranges.append(path)
             content, status = content[start:], 206
             headers["Content-Range"] = f"bytes {start}-{total - 1}/{total}"

@@ -149,7 +149,7 @@ def test_the_tensors_that_a_config_gives_are_those_that_peft_writes(tiny, tmp_pa
     """On the architecture as `make pull` knows it, without torch."""
     folder = make(tiny, tmp_path / "adapter", **KINDS[kind])
     shape = json.loads((tiny / "config.json").read_text())
-    count = adapters.check(folder, architectures.of_config("x/tiny", shape))
+    count = adapters.check(folder, architectures.parse_config("x/tiny", shape))
     with safe_open(folder / adapters.WEIGHTS, "pt") as file:
         names = [name for name in file.keys() if not FROZEN.search(name)]  # noqa: SIM118
         assert count == sum(file.get_tensor(name).numel() for name in names)
@@ -421,13 +421,13 @@ def test_finloras_adapters_have_their_precision_and_prompt_format(tmp_path, row)
     expected = {"4bits": "nf4", "8bits": "int8", "fp16": "full"}[bits]
     assert (models.precision(who.config), who.prompt_format) == (expected, "finlora")
     model = "llama-3.1-70b" if "70b" in row["folder"] else "llama-3.1-8b"
-    assert who.config["base_model"] == recipes.matrix()["models"][model]["hub"]
+    assert who.config["base_model"] == recipes.read_matrix()["models"][model]["hub"]
     assert who.base_folder.name == f"base_{expected}" and who.base_folder.parent.name == model
-    assert recipes.published(folder.name) == numbers
+    assert recipes.find_published_settings(folder.name) == numbers
 
     from tools.hub import pull
 
-    config = pull.generic(folder.name, row["base"])
+    config = pull.guess_config(folder.name, row["base"])
     assert models.precision(config) == expected
 
 
@@ -436,13 +436,13 @@ def test_a_mirror_is_its_base_and_other_names_are_themselves():
 
     llama = "meta-llama/Llama-3.1-8B-Instruct"
     mirror = "NousResearch/Meta-Llama-3.1-8B-Instruct"
-    assert recipes.canonical(mirror) == recipes.canonical(mirror.lower()) == llama
-    assert client.same_base(mirror, llama) and client.hub_name(mirror) == llama
+    assert recipes.resolve_mirror(mirror) == recipes.resolve_mirror(mirror.lower()) == llama
+    assert client.is_same_base(mirror, llama) and client.find_hub_name(mirror) == llama
     assert architectures.find(mirror) == architectures.find(llama)
-    assert not client.same_base(mirror, "meta-llama/Llama-3.1-70B-Instruct")
-    assert recipes.canonical("me/mine") == "me/mine"
-    for hub_id in recipes.matrix()["mirrors"]:
-        assert recipes.base_model(hub_id)[0], hub_id
+    assert not client.is_same_base(mirror, "meta-llama/Llama-3.1-70B-Instruct")
+    assert recipes.resolve_mirror("me/mine") == "me/mine"
+    for hub_id in recipes.read_matrix()["mirrors"]:
+        assert recipes.find_base(hub_id)[0], hub_id
 
 
 def test_a_precision_is_asked_for_and_taken_at_every_door(copy):
@@ -607,7 +607,7 @@ def test_real_keys_are_masked_and_not_published(key):
     for text in (key, f"token={key}", f'"{key}"', f"Bearer {key}."):
         assert key not in common.SECRET.sub("***", text)
         with pytest.raises(WrongInput, match="looks like a secret"):
-            push.secrets({"README.md": text.encode()})
+            push.refuse_secrets({"README.md": text.encode()})
 
 
 @pytest.mark.parametrize("text", PROSE)
@@ -615,7 +615,7 @@ def test_ordinary_prose_is_no_secret(text):
     from tools.hub import push
 
     assert common.SECRET.sub("***", text) == text
-    push.secrets({"README.md": text.encode()})
+    push.refuse_secrets({"README.md": text.encode()})
 
 
 # --- A base's path that Axolotl misreads ---
@@ -623,7 +623,7 @@ def test_ordinary_prose_is_no_secret(text):
 
 def test_a_training_whose_base_axolotl_would_misread_is_refused(tiny, tmp_path):
     base = Path(shutil.copytree(tiny, tmp_path / "attempt"))
-    content = recipes.config("smollm2-135m/ner_r4") | {"base_model": str(base)}
+    content = recipes.build_config("smollm2-135m/ner_r4") | {"base_model": str(base)}
     content |= {"gradient_checkpointing": True}
     with pytest.raises(WrongInput, match='"mpt" in its path; rename'):
         recipes.validate(yaml.safe_load(yaml.safe_dump(content)), "mine.yaml")

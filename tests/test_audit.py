@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import call
+from tests.conftest import call, run
 from tools import sources
 from tools.common import ROOT, JobFailed
-from tools.data import audit, convert
+from tools.data import audit, duplicates
 from tools.data import card as datacard
 from tools.data import formulas as finance
+from tools.data.parts import find_parts
+from tools.data.rows import read_batches
+from tools.data.templates import check_templates
 
 FINLORA = os.environ.get("FINLORA_DATA")
 needs_finlora = pytest.mark.skipif(not FINLORA, reason="FINLORA_DATA is unset: no FinLoRA data")
@@ -62,19 +65,9 @@ def write(tmp_path, monkeypatch):
     return file
 
 
-def found(*tasks):
+def audit_tasks(*tasks):
     """{(file, check): finding} of an audit."""
     return {(f["file"], f["check"]): f for f in audit.audit(list(tasks))["findings"]}
-
-
-def command(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "tools", "audit", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | environment,
-    )
 
 
 # ---- Rows
@@ -82,7 +75,7 @@ def command(*arguments, **environment):
 
 def test_sound_rows_have_no_findings(write):
     write("test/fiqa_test.jsonl", plenty(40) + plenty(40, "positive"))
-    assert found("sentiment") == {}
+    assert audit_tasks("sentiment") == {}
 
 
 def test_rows_that_cannot_be_read_are_findings_and_the_others_are_still_read(write):
@@ -99,7 +92,7 @@ def test_rows_that_cannot_be_read_are_findings_and_the_others_are_still_read(wri
 
 
 def test_an_endless_line_is_one_unreadable_row(write, monkeypatch):
-    monkeypatch.setattr(convert, "MAX_LINE", 1000)
+    monkeypatch.setattr("tools.data.rows.MAX_LINE", 1000)
     endless = json.dumps(news("x" * 5000)).encode()
     again = [news("Sales rose in Kemi")] * 2
     write("test/fiqa_test.jsonl", [*plenty(10), endless, *plenty(10, "positive"), *again])
@@ -115,14 +108,14 @@ def test_an_endless_line_is_one_unreadable_row(write, monkeypatch):
 def test_a_file_with_a_bom_and_crlf_is_audited_by_the_same_lines(write):
     lines = [json.dumps(row).encode() + b"\r" for row in plenty(20)]
     write("test/fiqa_test.jsonl", [b"\xef\xbb\xbf" + lines[0], *lines[1:], lines[0]])
-    finding = found("sentiment")["test/fiqa_test.jsonl", "duplicates"]
+    finding = audit_tasks("sentiment")["test/fiqa_test.jsonl", "duplicates"]
     assert [example["line"] for example in finding["examples"]] == [1, 21]
 
 
 def test_a_repeated_prompt_is_counted_but_for_case_and_spaces(write):
     again, shouted = news("Sales rose in Kemi"), news("SALES  rose in  Kemi")
     write("test/fiqa_test.jsonl", [*plenty(30), again, again, shouted])
-    finding = found("sentiment")["test/fiqa_test.jsonl", "duplicates"]
+    finding = audit_tasks("sentiment")["test/fiqa_test.jsonl", "duplicates"]
     assert (finding["count"], finding["confidence"]) == (2, "certain")
     assert "1 of them letter for letter" in finding["text"]
 
@@ -130,7 +123,7 @@ def test_a_repeated_prompt_is_counted_but_for_case_and_spaces(write):
 def test_a_test_prompt_in_the_training_set_is_a_leak(write):
     write("train/finlora_sentiment_train.jsonl", [*plenty(50), news("Exports fell in Porto")])
     write("test/fiqa_test.jsonl", [*plenty(20, "positive"), news("exports FELL in Porto")])
-    leak = found("sentiment")["test/fiqa_test.jsonl", "leak"]
+    leak = audit_tasks("sentiment")["test/fiqa_test.jsonl", "leak"]
     assert (leak["severity"], leak["count"], leak["of"]) == ("error", 1, 21)
     assert [(e["file"], e["line"]) for e in leak["examples"]] == [
         ("train/finlora_sentiment_train.jsonl", 51),
@@ -141,21 +134,21 @@ def test_a_test_prompt_in_the_training_set_is_a_leak(write):
 def test_a_prompt_with_two_labels_is_a_contradiction(write):
     twice = [news("Costs fell in Brno", answer) for answer in ("positive", "negative")]
     write("test/fiqa_test.jsonl", plenty(30) + twice)
-    finding = found("sentiment")["test/fiqa_test.jsonl", "contradiction"]
+    finding = audit_tasks("sentiment")["test/fiqa_test.jsonl", "contradiction"]
     assert (finding["severity"], finding["count"]) == ("warning", 1)
 
 
 def test_prompts_that_differ_in_a_word_are_near_and_those_with_other_numbers_are_not(write):
     text = "The board of the shipyard in Turku proposed a dividend of {} euros a share for {}"
-    one, other_word, other_number = (
+    usual, other_word, other_number = (
         news(text.format("2.50", "the last year")),
         news(text.format("2.50", "the past year")),
         news(text.format("3.75", "the last year")),
     )
-    write("test/fiqa_test.jsonl", [*plenty(30), one, other_number])
-    assert found("sentiment") == {}
-    write("test/fiqa_test.jsonl", [*plenty(30), one, other_word])
-    finding = found("sentiment")["test/fiqa_test.jsonl", "near duplicates"]
+    write("test/fiqa_test.jsonl", [*plenty(30), usual, other_number])
+    assert audit_tasks("sentiment") == {}
+    write("test/fiqa_test.jsonl", [*plenty(30), usual, other_word])
+    finding = audit_tasks("sentiment")["test/fiqa_test.jsonl", "near duplicates"]
     assert (finding["count"], finding["severity"]) == (1, "note")
     assert [example["line"] for example in finding["examples"]] == [31, 32]
 
@@ -166,7 +159,7 @@ def test_a_near_duplicate_of_a_training_row_with_its_answer_is_a_warning(write):
         "train/finlora_sentiment_train.jsonl", [*plenty(40), news(text.format("old"), "positive")]
     )
     write("test/fiqa_test.jsonl", [*plenty(20, "negative"), news(text.format("the"), "positive")])
-    assert found("sentiment")["test/fiqa_test.jsonl", "near leak"]["severity"] == "warning"
+    assert audit_tasks("sentiment")["test/fiqa_test.jsonl", "near leak"]["severity"] == "warning"
 
 
 def test_lsh_finds_nearly_every_pair_that_comparing_all_rows_finds(write):
@@ -178,17 +171,16 @@ def test_lsh_finds_nearly_every_pair_that_comparing_all_rows_finds(write):
         words[draw.randrange(25)] = f"changed{n % 7}" if n % 2 else "Oslo"
         rows.append(news(" ".join(words)))
     write("test/fiqa_test.jsonl", rows)
-    (part,) = audit.parts("sentiment", sources.source_folder("sentiment"))
-    list(audit.scan(part))
-    near = audit.Near([part])
-    list(audit.second_reading(part, 4096, near))
-    texts = [audit.shingles(audit.varying(part.at(n)[0], part)) for n in range(300)]
-    numbers = [sorted(audit.NUMBERS.findall(part.at(n)[0])) for n in range(300)]
+    (part,) = find_parts("sentiment", sources.source_folder("sentiment"))
+    list(check_templates(part))
+    near = duplicates.Near([part])
+    texts = list(map(duplicates.cut_shingles, part.texts))
+    numbers = [sorted(duplicates.NUMBERS.findall(prompt)) for prompt in part.prompts]
     every = {
         b
         for b in range(300)
         for a in range(b)
-        if len(texts[a] & texts[b]) >= audit.SIMILAR * len(texts[a] | texts[b])
+        if len(texts[a] & texts[b]) >= duplicates.SIMILAR * len(texts[a] | texts[b])
         and numbers[a] == numbers[b]
     }
     proposed = {row for _, row in near.pairs[0, 0]}
@@ -218,17 +210,17 @@ def test_a_prompt_about_a_placeholder_is_named(write):
     ]
     empty = {"context": "Explain this XBRL term in one sentence: nan. Answer:", "target": "y"}
     write("test/xbrl_term_test.jsonl", [*terms, empty])
-    assert found("xbrl_term")["test/xbrl_term_test.jsonl", "empty"]["count"] == 1
+    assert audit_tasks("xbrl_term")["test/xbrl_term_test.jsonl", "empty"]["count"] == 1
 
 
 def test_rows_longer_than_the_sequence_are_counted_in_tokens(write, smollm2):
     long_prompt = news("the mill " * 6000)
     long_answer = {"context": "Explain this: mill. Answer:", "target": "the mill " * 6000}
     write("test/fiqa_test.jsonl", [*plenty(30), long_prompt])
-    finding = found("sentiment")["test/fiqa_test.jsonl", "length"]
+    finding = audit_tasks("sentiment")["test/fiqa_test.jsonl", "length"]
     assert (finding["severity"], finding["count"]) == ("warning", 1)
     write("test/xbrl_term_test.jsonl", [long_answer])
-    assert found("xbrl_term")["test/xbrl_term_test.jsonl", "length"]["severity"] == "error"
+    assert audit_tasks("xbrl_term")["test/xbrl_term_test.jsonl", "length"]["severity"] == "error"
 
 
 def test_token_counts_are_those_of_transformers(write, smollm2):
@@ -253,14 +245,14 @@ def test_without_the_tokenizer_the_report_says_that_tokens_were_not_counted(writ
     report = audit.audit(["sentiment"])
     assert report["tokenizer"] is None
     assert "tokens" not in report["files"][0]
-    assert "Tokens were not counted" in audit.page(report)
+    assert "Tokens were not counted" in audit.render_page(report)
 
 
 def test_a_tokenizer_that_comes_later_is_found(smollm2, monkeypatch):
     monkeypatch.setattr(audit, "TOKENIZER", audit.OUT / "none.json")
-    assert audit.tokenizer() is None
+    assert audit.load_tokenizer() is None
     monkeypatch.undo()
-    assert audit.tokenizer() is not None
+    assert audit.load_tokenizer() is not None
 
 
 # ---- Class balance
@@ -278,7 +270,7 @@ def classes(negative, neutral, positive):
 
 def test_swapped_labels_are_certain_where_the_counts_fit_the_source_exactly(write):
     write("test/tfns_test.jsonl", classes(347, 475, 1566))
-    finding = found("sentiment")["test/tfns_test.jsonl", "balance"]
+    finding = audit_tasks("sentiment")["test/tfns_test.jsonl", "balance"]
     assert (finding["severity"], finding["confidence"]) == ("error", "certain")
     assert finding["count"] == 475 + 1566
     assert "neutral stands where the source has positive" in finding["text"]
@@ -289,17 +281,17 @@ def test_swapped_labels_are_certain_where_the_counts_fit_the_source_exactly(writ
 
 def test_the_counts_of_the_source_are_no_finding(write):
     write("test/tfns_test.jsonl", classes(347, 1566, 475))
-    assert ("test/tfns_test.jsonl", "balance") not in found("sentiment")
+    assert ("test/tfns_test.jsonl", "balance") not in audit_tasks("sentiment")
 
 
 def test_a_part_of_the_source_is_compared_by_its_shares(write):
     write("test/fpb_test.jsonl", classes(60, 288, 136))  # a tenth of the Financial PhraseBank
-    assert ("test/fpb_test.jsonl", "balance") not in found("sentiment")
+    assert ("test/fpb_test.jsonl", "balance") not in audit_tasks("sentiment")
     write("test/fpb_test.jsonl", classes(60, 136, 288))
-    finding = found("sentiment")["test/fpb_test.jsonl", "balance"]
+    finding = audit_tasks("sentiment")["test/fpb_test.jsonl", "balance"]
     assert (finding["severity"], finding["confidence"]) == ("error", "high")
     write("test/fpb_test.jsonl", classes(160, 160, 160))
-    finding = found("sentiment")["test/fpb_test.jsonl", "balance"]
+    finding = audit_tasks("sentiment")["test/fpb_test.jsonl", "balance"]
     assert (finding["severity"], finding["confidence"]) == ("warning", "high")
 
 
@@ -364,7 +356,7 @@ SOUND = [
 @pytest.mark.parametrize(("name", "formula", "question", "value"), SOUND)
 def test_a_key_that_its_formula_gives_is_reproduced(name, formula, question, value):
     row = maths(name, formula, question, f"{value:.2f}")
-    verdict = finance.check(row["context"], row["target"])
+    verdict = finance.check_key(row["context"], row["target"])
     assert verdict is not None
     assert verdict.agrees
     assert verdict.value == pytest.approx(float(value), rel=1e-9)
@@ -373,7 +365,7 @@ def test_a_key_that_its_formula_gives_is_reproduced(name, formula, question, val
 @pytest.mark.parametrize(("name", "formula", "question", "value"), SOUND)
 def test_the_same_key_a_little_off_is_not(name, formula, question, value):
     row = maths(name, formula, question, f"{value * Decimal('1.03') + Decimal('0.02'):.2f}")
-    verdict = finance.check(row["context"], row["target"])
+    verdict = finance.check_key(row["context"], row["target"])
     assert verdict is not None
     assert not verdict.agrees
 
@@ -390,7 +382,7 @@ def test_the_same_key_a_little_off_is_not(name, formula, question, value):
 def test_a_wrong_key_is_explained_by_the_reading_that_gives_it(key, confidence, why):
     question = "A kiln costs $900 now and brings $400 annually for 3 years. NPV at 5%?"
     row = maths(*NPV, question, f"{key:.2f}")
-    verdict = finance.check(row["context"], row["target"])
+    verdict = finance.check_key(row["context"], row["target"])
     assert (verdict.agrees, verdict.confidence) == (False, confidence)
     assert verdict.why.startswith(why)
 
@@ -409,7 +401,7 @@ def test_a_wrong_key_is_explained_by_the_reading_that_gives_it(key, confidence, 
 )
 def test_what_cannot_be_computed_without_a_doubt_is_not_judged(name, formula, question, key):
     row = maths(name, formula, question, key)
-    assert finance.check(row["context"], row["target"]) is None
+    assert finance.check_key(row["context"], row["target"]) is None
 
 
 @pytest.mark.parametrize(
@@ -423,7 +415,7 @@ def test_what_cannot_be_computed_without_a_doubt_is_not_judged(name, formula, qu
 )
 def test_a_hostile_question_is_left_alone_at_once(question):
     row = maths(*NPV, question, "5")
-    assert finance.check(row["context"], row["target"]) is None
+    assert finance.check_key(row["context"], row["target"]) is None
 
 
 def test_wrong_keys_are_counted_among_those_that_could_be_computed(write):
@@ -448,7 +440,7 @@ HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> [red]boo[/] \u2
 
 def test_rows_cannot_run_anything_in_the_page(write):
     write("test/fiqa_test.jsonl", [news(HOSTILE), news(HOSTILE), news("Sales", f"</pre>{HOSTILE}")])
-    page = audit.page(audit.audit(["sentiment"]))
+    page = audit.render_page(audit.audit(["sentiment"]))
     assert "&lt;script&gt;" in page
     assert not re.search(r"<(script|img|iframe|object|link|base)\b", page)
     assert "49" not in page
@@ -464,13 +456,13 @@ def test_the_command_leaves_a_table_a_json_file_and_a_page(write, monkeypatch, c
     assert re.search(r"warning +test/fiqa_test\.jsonl +1 row repeats", printed)
     report = json.loads((audit.OUT / "audit.json").read_text())
     assert report["findings"][0]["confidence"] == "certain"
-    assert "<svg" in (audit.OUT / "index.html").read_text()
+    assert "<table" in (audit.OUT / "index.html").read_text()
     call(monkeypatch, "audit", "sentiment", "--json")
     assert json.loads(capsys.readouterr().out) == report
 
 
 def test_an_unknown_task_is_one_line():
-    done = command("sentimnt")
+    done = run("audit", "sentimnt")
     assert done.returncode == 2
     assert done.stderr == 'error: unknown task "sentimnt"; did you mean sentiment?\n'
 
@@ -482,13 +474,12 @@ def test_help_answers_without_loading_a_model_library():
 
 
 def test_more_rows_than_are_compared_are_sampled_evenly(write, monkeypatch):
-    monkeypatch.setattr(audit, "NEAR_ROWS", 100)
+    monkeypatch.setattr(duplicates, "NEAR_ROWS", 100)
     write("test/fiqa_test.jsonl", plenty(450))
-    (part,) = audit.parts("sentiment", sources.source_folder("sentiment"))
-    list(audit.scan(part))
-    near = audit.Near([part])
-    list(audit.second_reading(part, 4096, near))
-    assert len(near.seen) == 90
+    (part,) = find_parts("sentiment", sources.source_folder("sentiment"))
+    list(check_templates(part))
+    near = duplicates.Near([part])
+    assert len(near.compared) == 90
     assert audit.audit(["sentiment"])["limits"]["rows compared for likeness, a task"] == 100
 
 
@@ -498,9 +489,9 @@ def test_the_examples_have_no_errors(task, monkeypatch):
     monkeypatch.setattr(sources, "RAW", Path("nowhere"))
     report = audit.audit([task])
     assert [f for f in report["findings"] if f["severity"] == "error"] == []
-    for each in report["files"]:
-        if "formulas" in each:
-            assert each["formulas"]["agree"] == each["formulas"]["checked"] == each["rows"]
+    for file in report["files"]:
+        if "formulas" in file:
+            assert file["formulas"]["agree"] == file["formulas"]["checked"] == file["rows"]
 
 
 # ---- The data card
@@ -533,7 +524,7 @@ def test_a_card_that_differs_fails_the_check(tmp_path, monkeypatch):
 
 def test_a_file_that_is_not_the_published_one_does_not_enter_the_card(write):
     write("test/fiqa_test.jsonl", plenty(30))
-    assert datacard.verified(audit.audit(["sentiment"])) == {}
+    assert datacard.select_facts(audit.audit(["sentiment"])) == {}
 
 
 # ---- FinLoRA's own files
@@ -541,13 +532,13 @@ def test_a_file_that_is_not_the_published_one_does_not_enter_the_card(write):
 
 @pytest.fixture(scope="module")
 def published():
-    return audit.audit(audit.at_hand())
+    return audit.audit(audit.list_tasks())
 
 
 @needs_finlora
 def test_the_defects_of_the_published_files_are_found(published):
-    whole = {each["file"] for each in published["files"] if each["as_published"]}
-    known = {
+    whole = {file["file"] for file in published["files"] if file["as_published"]}
+    expected = {
         ("test/tfns_test.jsonl", "balance"): ("error", "certain", 475 + 1566),
         ("test/xbrl_term_test.jsonl", "leak"): ("error", "certain", 2),
         ("test/fpb_test.jsonl", "duplicates"): ("warning", "certain", 2),
@@ -555,13 +546,13 @@ def test_the_defects_of_the_published_files_are_found(published):
         ("train/xbrl_term_train.jsonl", "duplicates"): ("warning", "certain", 15),
         ("train/xbrl_term_train.jsonl", "empty"): ("warning", "high", 7),
     }
-    seen = {
+    reported = {
         (f["file"], f["check"]): (f["severity"], f["confidence"], f["count"])
         for f in published["findings"]
     }
-    for place, finding in known.items():
-        assert place[0] not in whole or seen[place] == finding
-    assert whole & {file for file, _ in known}
+    for place, finding in expected.items():
+        assert place[0] not in whole or reported[place] == finding
+    assert whole & {file for file, _ in expected}
     (repeats,) = [
         f
         for f in published["findings"]
@@ -579,7 +570,7 @@ def test_the_published_npv_without_its_outlay_is_found_and_computed(published):
     ]
     notes = " ".join(example["note"] for example in finding["examples"])
     assert "gives 974.49, the key is 15,092.44: the outlay is left out" in notes
-    by_file = {each["file"]: each for each in published["files"]}
+    by_file = {file["file"]: file for file in published["files"]}
     # All of the formulas but three have a rule, and nearly all of their questions are plain.
     assert by_file["test/formula_test.jsonl"]["formulas"]["share"] > 0.85
     assert by_file["train/formula_train.jsonl"]["formulas"]["share"] > 0.85
@@ -588,13 +579,14 @@ def test_the_published_npv_without_its_outlay_is_found_and_computed(published):
 @needs_finlora
 def test_the_card_holds_the_counts_of_the_files_and_none_of_their_rows(published):
     card = datacard.CARD.read_text()
-    facts = datacard.kept_facts()
-    for file, measured in datacard.verified(published).items():
+    facts = datacard.read_facts()
+    for file, measured in datacard.select_facts(published).items():
         # Leaks and likeness depend on which other files are there; this does not.
         for key in ("rows", "labels", "fit", "formulas"):
             assert facts[file][key] == measured[key]
-    for each in published["files"]:
-        for _, _, row in audit.rows(Path(FINLORA) / "data" / each["file"]):
-            own = row[0].split("Input:")[-1].split("sentence:")[-1].split("Question:")[-1]
+    for file in published["files"]:
+        batches = read_batches(Path(FINLORA) / "data" / file["file"])
+        for prompt in (prompt for batch in batches for prompt in batch.prompts):
+            own = prompt.split("Input:")[-1].split("sentence:")[-1].split("Question:")[-1]
             own = own.removesuffix("Answer:").strip()
             assert len(own) < 25 or own not in card

@@ -36,7 +36,7 @@ def test_every_candidate_is_a_recipe_that_axolotl_takes(files, name):
     recipes.validate(content, name)
     for key, value in SPEC["candidates"][name].items():
         assert content[key] == value
-    assert content["base_model"] == recipes.config(SPEC["recipe"])["base_model"]
+    assert content["base_model"] == recipes.build_config(SPEC["recipe"])["base_model"]
     judged = [entry["path"] for entry in content["test_datasets"]]
     trained = [entry["path"] for entry in content["datasets"]]
     assert judged[0].endswith("validation.jsonl") and trained[0].endswith("train.jsonl")

@@ -1,17 +1,21 @@
 """The catalogue is what its tables give, complete, versioned, and trains on what is scored."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tools import architectures, catalogue, prompts, recipes
+from tests.conftest import run
+from tools import architectures, catalogue, evidence, prompts, recipes, rendering
 from tools.common import ROOT, JobFailed, WrongInput
-from tools.train import plan
+from tools.hub import client
+from tools.train import checks, memory, plan, profiles, sweep
 
 MODELS = ["llama-3.1-8b", "llama-3.1-70b", "llama-3.2-1b", "llama-3.2-3b", "qwen3-8b", "qwen3-4b"]
 MODELS += ["mistral-7b-v0.3", "gemma-3-4b", "smollm2-135m"]
@@ -22,26 +26,167 @@ def test_every_model_has_every_task_by_every_method():
     tasks += ["financebench", "cfa", "general_multi", "reporting_multi", "analysis_multi"]
     methods = ["r4", "r8", "r8_dora", "r8_dora_a32", "r8_rslora", "r8_fp16", "qlora_all"]
     expected = [f"{m}/{t}_{method}" for m in MODELS for t in tasks for method in methods]
-    found = catalogue.ours()
-    found.remove("smollm2-135m/sentiment_r4_all")  # the one method that is not for all
-    assert found == expected
-    assert all((ROOT / "recipes" / f"{name}.yaml").is_file() for name in expected)
+    names = recipes.list_catalogue()
+    names.remove("smollm2-135m/sentiment_r4_all")  # the one method that is not for all
+    assert names == expected
 
 
-def test_every_file_is_what_the_tables_give_and_valid_for_axolotl_with_every_profile(capsys):
+def test_finloras_methods_have_files_for_its_base_and_the_laptops_and_the_others_for_all():
+    complete = ("llama-3.1-8b/", "smollm2-135m/")
+    for name in recipes.list_catalogue():
+        file = name.startswith(complete) or name.endswith(("_r4", "_qlora_all"))
+        assert (ROOT / "recipes" / f"{name}.yaml").is_file() == file, name
+        assert recipes.has_file(name) == file
+
+
+def test_every_recipe_is_what_the_tables_give_and_valid_for_axolotl_with_every_profile(capsys):
     catalogue.check()
     assert capsys.readouterr().out.startswith("757 recipes: current, and valid for Axolotl with")
 
 
 def test_a_recipe_tells_how_to_run_it_what_it_needs_and_what_it_learns():
-    for name in catalogue.ours():
-        text = (ROOT / "recipes" / f"{name}.yaml").read_text()
+    for name in recipes.list_catalogue():
+        text = rendering.render_recipe(name)
         found = recipes.find(text.split("make train RECIPE=")[1].split()[0])
         assert (found.name, found.run.folder) == (name, ROOT / "runs" / name)
         assert f"# Version: 1.1.0 ({found.digest[:12]})\n" in text
-        row = recipes.matrix()["models"][name.split("/")[0]]
+        assert f"# Evidence: {evidence.describe(name)}" in text.replace("\n#   ", " ")
+        row = recipes.read_matrix()["models"][name.split("/")[0]]
         assert (f"https://huggingface.co/{row['hub']}," in text) == row["gated"]
-        assert yaml.safe_load(text) == recipes.config(name)
+        assert ("# Gated: no\n" in text) != row["gated"]
+        assert (f"axolotl train recipes/{name}.yaml" in text) == recipes.has_file(name)
+        assert yaml.safe_load(text) == recipes.build_config(name) == found.config
+        assert recipes.read_version(text.splitlines()) == found.version
+
+
+def test_a_reason_stands_beside_every_value_that_a_user_might_change():
+    plain = {"logging_steps", "evals_per_epoch"}
+    for name in recipes.list_catalogue():
+        lines = rendering.render_recipe(name).splitlines()
+        for before, line in zip(lines, lines[1:], strict=False):
+            key = line.partition(":")[0]
+            if line[:1] not in ("", "#", " ", "-") and key not in plain:
+                assert "  # " in line or re.match(r"# \S", before), f"{name}: {line}"
+
+
+def test_the_groups_name_the_keys_that_a_profile_may_change_and_those_of_the_output():
+    groups = recipes.read_matrix()["keys"]
+    running = next(keys for title, keys in groups.items() if "profile" in title)
+    assert list(running) == recipes.RUNTIME_KEYS
+    assert set(groups["Output"]) == set(recipes.OUTPUT_KEYS)
+
+
+def test_a_recipe_without_a_file_is_printed_and_trains_as_a_file(tmp_path):
+    name = "qwen3-8b/ner_r8_dora"
+    done = run("render", name)
+    path = tmp_path / "my.yaml"
+    path.write_text(done.stdout)
+    assert (done.returncode, done.stderr) == (0, "")
+    written, table = recipes.find(str(path)), recipes.find(name)
+    assert written.version == table.version
+    assert (written.config, written.digest) == (table.config, table.digest)
+
+
+def test_a_message_about_a_recipe_without_a_file_names_the_recipe():
+    name = "qwen3-8b/ner_r8_dora"
+    recipe = recipes.find(name)
+    broken = replace(recipe, config=recipe.config | {"adapter": None})
+    with pytest.raises(WrongInput, match=f"^{name}: adapter must be lora or qlora"):
+        checks.refuse_unusable(broken)
+    with pytest.raises(WrongInput, match="`make data TASKS=ner` makes it|is not there"):
+        checks.describe_data(
+            replace(recipe, config=recipe.config | {"datasets": [{"path": "nowhere/x.jsonl"}]})
+        )
+
+
+def test_a_recipe_without_a_file_is_swept_merged_with_a_profile_and_named_on_the_hub():
+    recipe = recipes.find("qwen3-8b/ner_r8_dora")
+    swept = [other.name for other in sweep.select_recipes("qwen3-8b/ner_r8*")]
+    methods = ("r8", "r8_dora", "r8_dora_a32", "r8_rslora", "r8_fp16")
+    assert swept == [f"qwen3-8b/ner_{method}" for method in methods]
+    merged = profiles.merge_config(recipe, profiles.Choice("cpu"))
+    assert merged == merged | recipes.select_learned(recipe.config) | {
+        key: merged[key] for key in ("datasets", "test_datasets", "optimizer")
+    }
+    assert client.repository(recipe, "me") == "me/qwen3-8b-ner_r8_dora"
+
+
+# ---- pages and evidence
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_page_of_a_model_lists_all_its_recipes_and_links_those_with_a_file(model):
+    folder = ROOT / "recipes" / model
+    rows = [line for line in (folder / "README.md").read_text().splitlines() if "GiB |" in line]
+    names = [name for name in recipes.list_catalogue() if name.startswith(f"{model}/")]
+    assert [re.search("`(.+?)`", row)[1] for row in rows] == [*map(recipes.shorten, names)]
+    for name, row in zip(names, rows, strict=True):
+        memory = rendering.round_to_gib(rendering.plan_memory(name))
+        assert f"| {memory} GiB | 1.1.0 | {evidence.describe(name)} |" in row
+        link = re.search(r"\]\((.+?)\)", row)
+        assert bool(link) == recipes.has_file(name)
+        assert not link or (folder / link[1]).is_file()
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A folder of measurements, which a test may fill."""
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    evidence.read_measurements.cache_clear()
+    yield tmp_path
+    evidence.read_measurements.cache_clear()
+
+
+def write_result(folder, name, version="1.1.0", **changed):
+    """Writes a measurement of a recipe; returns its file."""
+    content = {"recipe": name, "version": version, "variant": None, "device": "two CPU cores"}
+    content |= {"seconds": 378, "peak_memory_bytes": 3_900_000_000}
+    fpb = {"metric": "accuracy", "base": {"value": 0.2853}, "adapter": {"value": 0.7147}}
+    content |= {"datasets": {"fpb": fpb}} | changed
+    path = folder / "smollm2-135m" / f"{len(list(folder.rglob('*.json')))}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content))
+    evidence.read_measurements.cache_clear()
+    return path
+
+
+def test_the_evidence_is_measured_planned_or_never_run(results):
+    name = "smollm2-135m/sentiment_r4"
+    assert evidence.describe("llama-3.1-8b/ner_r8_dora") == "planned: 2.6 h on one A5000 24GB"
+    assert evidence.describe("llama-3.1-8b/cfa_r4") == "never run"  # its rows are the user's
+    assert evidence.describe("llama-3.1-70b/ner_r8_fp16") == "never run"  # no card holds it
+    (results / "experiment.json").write_text('{"parts": {}}')
+    write_result(results, name)
+    text = "measured: fpb accuracy 28.5 → 71.5 %, 3.9 GB, 6.3 min, two CPU cores"
+    assert evidence.describe(name) == text
+    assert f"# Evidence: {text}\n" in rendering.render_recipe(name)
+    assert f"| {text} |" in rendering.render_model_page("smollm2-135m")
+
+
+def test_a_measurement_says_what_was_other_than_the_recipe_is_now(results):
+    name = "smollm2-135m/cfa_r4"
+    write_result(results, name, "1.0.0", seconds=None, peak_memory_bytes=None)
+    write_result(results, name, variant="60 steps")
+    assert evidence.describe(name) == (
+        "measured as version 1.0.0: fpb accuracy 28.5 → 71.5 %, two CPU cores; "
+        "measured with 60 steps: fpb accuracy 28.5 → 71.5 %, 3.9 GB, 6.3 min, two CPU cores"
+    )
+    text = rendering.render_recipe(name)
+    assert max(map(len, text.splitlines())) <= 100 and yaml.safe_load(text)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"datasets": None}, {"datasets": {"fpb": {}}}, {"recipe": []}], ids=str
+)
+def test_a_malformed_measurement_is_named(results, changed):
+    path = write_result(results, "smollm2-135m/ner_r4", **changed)
+    with pytest.raises(WrongInput, match=f"{path.name}: not a measurement of a recipe"):
+        evidence.describe("smollm2-135m/ner_r4")
+
+
+def test_without_results_nothing_is_measured(results):
+    results.rmdir()
+    assert evidence.read_measurements() == {}
 
 
 def test_the_planned_memory_in_a_recipe_is_the_planners():
@@ -54,7 +199,7 @@ def test_the_planned_memory_in_a_recipe_is_the_planners():
 @pytest.mark.parametrize("model", MODELS)
 def test_qlora_all_adapts_every_linear_layer_of_the_language_model_alone(model):
     recipe = recipes.find(f"{model}/ner_qlora_all")
-    setup = plan.setup_of(recipe.config, 128, 1)
+    setup = memory.read_setup(recipe.config, 128, 1)
     assert (setup.modules, setup.rank, setup.bits) == (architectures.MODULES, 16, 4)
     assert recipe.config["lora_alpha"] == 32
     assert recipe.config["lr_scheduler"] == "constant_with_warmup"
@@ -155,22 +300,26 @@ def test_what_axolotl_trains_on_begins_with_the_prompt_that_is_scored(model, smo
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
-    """A copy of the tables and of two recipes, which a test may change."""
+    """A copy of the tables and the recipes of two models, which a test may change."""
     folder = tmp_path / "recipes"
-    shutil.copytree(recipes.FOLDER / "llama-3.1-8b", folder / "llama-3.1-8b")
+    models = ["llama-3.1-8b", "qwen3-8b"]
+    for model in models:
+        shutil.copytree(recipes.FOLDER / model, folder / model)
+    recorded = json.loads((recipes.FOLDER / "digests.json").read_text())
+    own = {name: text for name, text in recorded.items() if name.startswith("qwen3-8b/")}
+    (folder / "digests.json").write_text(json.dumps(own, indent=0) + "\n")
     table = yaml.safe_load((recipes.FOLDER / "matrix.yaml").read_text())
-    table["models"] = {"llama-3.1-8b": table["models"]["llama-3.1-8b"]}
+    table["models"] = {model: table["models"][model] for model in models}
     monkeypatch.setattr(recipes, "FOLDER", folder)
     monkeypatch.setattr(recipes, "LOCAL", folder / "local")
-    monkeypatch.setattr(catalogue, "shown", lambda path: f"recipes/{path.relative_to(folder)}")
 
     def write(table):
         (folder / "matrix.yaml").write_text(yaml.safe_dump(table, sort_keys=False))
-        recipes.forget()
+        recipes.clear_caches()
 
     write(table)
     yield folder, table, write
-    recipes.forget()
+    recipes.clear_caches()
 
 
 def test_what_a_recipe_learns_cannot_change_under_the_same_version(copy, capsys):
@@ -180,7 +329,7 @@ def test_what_a_recipe_learns_cannot_change_under_the_same_version(copy, capsys)
     before = {path: path.read_bytes() for path in folder.rglob("*.yaml")}
     for verb in (catalogue.render, catalogue.check):
         with pytest.raises(
-            JobFailed, match="12 recipes learn something else under the same version"
+            JobFailed, match="24 recipes learn something else under the same version"
         ):
             verb()
         said = capsys.readouterr().err
@@ -198,6 +347,45 @@ def test_with_a_new_version_it_can(copy):
     assert recipes.find("sentiment_r4").config["lora_r"] == 5
     assert recipes.find("sentiment_r8").version == "1.1.0"
     catalogue.check()
+
+
+def test_what_a_recipe_without_a_file_learns_cannot_change_either(copy, capsys):
+    folder, table, write = copy
+    table["overrides"]["qwen3-8b/ner_r8_dora"] = {"lora_r": 6}
+    write(table)
+    for verb in (catalogue.render, catalogue.check):
+        with pytest.raises(JobFailed, match="1 recipe learns something else.*qwen3-8b/ner_r8_dora"):
+            verb()
+        assert re.search(r"1\.1\.0:\n    digest \w{12}, now \w{12}\n", capsys.readouterr().err)
+    table["versions"]["qwen3-8b/ner_r8_dora"] = "1.2.0"
+    write(table)
+    catalogue.render()
+    assert recipes.find("qwen3-8b/ner_r8_dora").version == "1.2.0"
+    table["overrides"]["qwen3-8b/ner_r8_dora"] = {"lora_r": 7}
+    write(table)
+    with pytest.raises(JobFailed, match="1 recipe learns something else"):
+        catalogue.render()
+
+
+def test_a_file_may_come_and_go_but_not_change_on_the_way(copy, capsys):
+    folder, table, write = copy
+    name = "qwen3-8b/ner_r8_dora"
+    before = recipes.find(name)
+    table["files"].append(name)
+    write(table)
+    catalogue.render()
+    after = recipes.find(name)
+    assert (before.path, after.path) == (None, folder / f"{name}.yaml")
+    assert (before.digest, before.version) == (after.digest, after.version)
+    table["files"].remove(name)
+    table["overrides"][name] = {"lora_r": 6}
+    write(table)
+    with pytest.raises(JobFailed, match="1 recipe learns something else"):
+        catalogue.render()
+    del table["overrides"][name]
+    write(table)
+    catalogue.render()
+    assert recipes.find(name).path is None
 
 
 def test_how_it_runs_may_change_without_a_new_version(copy):
@@ -218,7 +406,30 @@ def test_a_file_that_the_tables_no_longer_give_is_named_and_removed(copy):
         catalogue.check()
     catalogue.render()
     assert not list(folder.glob("*/cfa_*"))
+    del table["models"]["qwen3-8b"]
+    write(table)
+    catalogue.render()
+    assert not list((folder / "qwen3-8b").iterdir())
     catalogue.check()
+
+
+def test_a_file_of_the_users_own_among_the_rendered_ones_is_left_alone(copy):
+    folder, table, write = copy
+    own = {"mine.yaml": b"base_model: \xff\n"}
+    own["copy.yaml"] = (folder / "qwen3-8b" / "ner_r4.yaml").read_bytes()
+    for name, content in own.items():
+        (folder / "qwen3-8b" / name).write_bytes(content)
+    catalogue.render()
+    assert own == {name: (folder / "qwen3-8b" / name).read_bytes() for name in own}
+
+
+def test_a_key_without_a_group_stops_the_rendering(copy):
+    folder, table, write = copy
+    table["methods"]["r4"]["settings"]["lora_fan_in_fan_out"] = False
+    table["versions"]["*"] = "2.0.0"
+    write(table)
+    with pytest.raises(JobFailed, match="no group has lora_fan_in_fan_out"):
+        catalogue.render()
 
 
 # ---- list and show
@@ -234,12 +445,39 @@ def ran(*arguments):
     return done.stdout
 
 
-def test_the_list_shows_every_recipe_and_loads_no_heavy_library():
-    lines = ran("recipes").splitlines()
-    heads = lines[0].split()[1:]
-    rows = [[cell for cell in line.split() if cell != "*"] for line in lines[1 : 1 + 9 * 12]]
-    shown = {row[0] + head for row in rows for head, _ in zip(heads, row[1:], strict=False)}
-    assert shown == {name.removeprefix("llama-3.1-8b/") for name in catalogue.ours()}
+def read_table(text):
+    """The names in a table of recipes, and the lines after it."""
+    table, _, rest = text.partition("\n\n")
+    head, *lines = table.splitlines()
+    names = set()
+    for line in lines:
+        stem = line.split()[0]
+        for match in re.finditer(r"\S+", head[len("recipe") :]):
+            start, end = match.start() + len("recipe"), match.end() + len("recipe") + 1
+            if line[start:end].strip(" *"):
+                names.add(stem + match[0])
+    return names, rest
+
+
+def test_the_list_shows_every_recipe_with_a_file_and_loads_no_heavy_library():
+    names, rest = read_table(ran("recipes"))
+    assert names == {
+        recipes.shorten(name) for name in recipes.list_catalogue() if recipes.has_file(name)
+    }
+    assert rest.startswith("337 recipes, ")
+    assert "420 more have no file and train by their names; METHOD=r8_dora" in rest
+
+
+def test_a_method_lists_its_recipes_with_a_file_and_without():
+    names, rest = read_table(ran("recipes", "--method", "r8_dora"))
+    assert names == {
+        recipes.shorten(name) for name in recipes.list_catalogue() if name.endswith("_r8_dora")
+    }
+    assert rest.startswith("108 recipes, ") and "more have no file" not in rest
+    rows = json.loads(ran("recipes", "--method", "r8_dora", "--task", "ner", "--json"))
+    assert [row["has_file"] for row in rows] == [
+        row["model"] in ("llama-3.1-8b", "smollm2-135m") for row in rows
+    ]
 
 
 def test_the_list_is_filtered_and_has_a_form_for_machines():
@@ -264,8 +502,14 @@ def test_the_list_is_filtered_and_has_a_form_for_machines():
 )
 def test_an_unknown_filter_is_answered_with_what_there_is(asked, said):
     with pytest.raises(WrongInput) as error:
-        catalogue.chosen(*asked)
+        catalogue.select_names(*asked)
     assert str(error.value).startswith(said)
+
+
+def test_show_prints_a_recipe_without_a_file_as_well():
+    out = ran("show", "qwen3-8b/ner_r8_dora")
+    assert out.startswith(rendering.render_recipe("qwen3-8b/ner_r8_dora"))
+    assert "qwen3-8b/ner_r8_dora on Qwen/Qwen3-8B" in out
 
 
 def test_show_prints_the_file_the_plan_and_what_a_run_took(tmp_path, capsys):

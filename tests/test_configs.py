@@ -167,7 +167,7 @@ def test_what_a_config_trained_is_scored_and_chatted_with(trained, name, tmp_pat
     monkeypatch.setattr(sources, "CHAT", tmp_path / "data" / "chat")
     convert.convert_task("sentiment", sources.SAMPLE)
     monkeypatch.chdir(tmp_path)  # lm-eval finds data/chat from here
-    files = scoring.run(subjects.find(str(trained[name])), "fpb", 4, False)
+    files = scoring.run(subjects.find(str(trained[name])), scoring.Request(["fpb"], 4))
     for side in ("base", "adapter"):
         assert json.loads(files["fpb"][side].read_text())["examples"] == 4
     done = run("chat", trained[name], "Is <fin_a> good?")
@@ -318,6 +318,25 @@ def test_merged_mappings_and_anchors_may_repeat_keys():
         parse_yaml("a: [", "x.yaml")
 
 
+EXPANDING = "a0: &a0 [1]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
+)
+UNBOUNDED = {
+    "deep lists": ("[" * 100_000, "nested deeper than 100 levels"),
+    "deep blocks": ("- " * 100_000, "nested deeper than 100 levels"),
+    "aliases of aliases": (EXPANDING, "its aliases expand to over"),
+    "a circle": ("a: &a [*a]", "its aliases expand to over"),
+    "a date that is none": ("a: 2001-99-99", "not YAML"),
+    "a number without end": ("a: " + "1" * 5000, "not YAML"),
+}
+
+
+@pytest.mark.parametrize(("text", "reason"), UNBOUNDED.values(), ids=UNBOUNDED)
+def test_yaml_that_would_exhaust_the_process_is_refused(text, reason):
+    with pytest.raises(WrongInput, match=f"x.yaml.*{reason}"):
+        parse_yaml(text, "x.yaml")
+
+
 # ---- profiles
 
 
@@ -366,8 +385,13 @@ def test_what_a_profile_changes_of_ones_own_keys_is_said(tiny, rows, tmp_path):
 
 def test_gradient_checkpointing_is_turned_on_and_off(tiny, rows, tmp_path):
     path = write(tmp_path, tiny, rows, gradient_checkpointing=True)
-    for value, state in (("1", "on"), ("0", "off"), ("", "off")):
-        done = run("profile", path, "--gradient-checkpointing", value, "--profile", "cpu")
+    for option, state in (("", "on"), ("no-", "off")):
+        done = run("profile", path, f"--{option}gradient-checkpointing", "--profile", "cpu")
         assert f"checkpointing    {state}" in done.stdout, done.stderr
-    done = run("train", path, "--gradient-checkpointing", "yes")
-    assert done.returncode == 2 and 'GRADIENT_CHECKPOINTING "yes": 1 or 0' in done.stderr
+    # As make passes what was typed.
+    for value, state in (("1", "on"), ("0", "off"), ("", "off")):
+        typed = {"OPTION_GRADIENT_CHECKPOINTING": value, "OPTION_PROFILE": "cpu"}
+        done = run("profile", path, **typed)
+        assert f"checkpointing    {state}" in done.stdout, done.stderr
+    done = run("train", path, OPTION_GRADIENT_CHECKPOINTING="maybe")
+    assert done.returncode == 2 and "GRADIENT_CHECKPOINTING: 'maybe' is not" in done.stderr

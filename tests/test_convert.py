@@ -12,13 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import call
+from tests.conftest import call, run
 from tools import common, sources
-from tools.common import ROOT, WrongInput
+from tools.common import ROOT, WrongInput, unique
 from tools.data import convert, lengths, rows
+from tools.data.chatfile import Options, convert_rows
+from tools.data.rows import MAX_LINE, Rules
+from tools.data.rules import REMOVALS, load_test_rules
 
 GOOD = b'{"context": "How is it? Answer: ", "target": "neutral"}\n'
-FREE, SENTIMENT = convert.Rules(), convert.Rules(frozenset({"negative", "neutral", "positive"}))
+FREE, SENTIMENT = Rules(), Rules(frozenset({"negative", "neutral", "positive"}))
 FINLORA = os.environ.get("FINLORA_DATA")
 needs_finlora = pytest.mark.skipif(not FINLORA, reason="FINLORA_DATA is unset: no FinLoRA data")
 
@@ -33,16 +36,6 @@ def turns(path):
 
 def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def command(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "tools", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | environment,
-    )
 
 
 def refusal(done):
@@ -68,7 +61,7 @@ def target(tmp_path):
 
 def test_a_row_becomes_a_user_turn_and_an_assistant_turn_and_nothing_else(source, target):
     source.write_bytes(GOOD)
-    convert.convert(source, target, FREE)
+    convert_rows(source, target, FREE)
     user = {"role": "user", "content": "How is it? Answer:"}
     assistant = {"role": "assistant", "content": "neutral"}
     assert lines(target) == [{"messages": [user, assistant]}]
@@ -84,34 +77,34 @@ def test_only_outer_white_space_goes_and_rows_keep_their_order(source, target):
     source.write_text(
         "".join(json.dumps({"context": c, "target": t, "url": "x"}) + "\n" for c, t in rows)
     )
-    convert.convert(source, target, FREE)
+    convert_rows(source, target, FREE)
     assert turns(target) == [(prompt.strip(), answer.strip()) for prompt, answer in rows]
     assert "日本 🙂".encode() in target.read_bytes()
 
 
 def test_numbers_become_strings(source, target):
     source.write_bytes(b'{"context": 7, "target": 1.5}\n{"context": "a", "target": -3}\n')
-    convert.convert(source, target, FREE)
+    convert_rows(source, target, FREE)
     assert turns(target) == [("7", "1.5"), ("a", "-3")]
 
 
 def test_a_number_of_any_length_keeps_its_digits(source, target):
     source.write_bytes(b'{"context": "a", "target": 123456789012345678901234567890}\n')
-    convert.convert(source, target, FREE)
+    convert_rows(source, target, FREE)
     assert turns(target) == [("a", "123456789012345678901234567890")]
 
 
 def test_the_same_input_gives_the_same_bytes(source, target):
     source.write_bytes(GOOD * 3)
-    convert.convert(source, target, SENTIMENT)
+    convert_rows(source, target, SENTIMENT)
     first = content(target.parent)
-    convert.convert(source, target, SENTIMENT)
+    convert_rows(source, target, SENTIMENT)
     assert content(target.parent) == first and len(first) == 2
 
 
 def test_the_manifest_says_what_was_converted(source, target):
     source.write_bytes(GOOD * 2 + GOOD.replace(b"neutral", b"positive"))
-    returned = convert.convert(source, target, SENTIMENT)
+    returned = convert_rows(source, target, SENTIMENT)
     assert returned == json.loads(sources.manifest_path(target).read_bytes())
     assert returned == sources.manifest(target)
     assert returned["rows"] == 3
@@ -125,11 +118,11 @@ def test_the_manifest_says_what_was_converted(source, target):
 def test_a_byte_order_mark_crlf_blank_lines_and_a_missing_last_newline_are_no_rows(source, target):
     crlf = GOOD.replace(b"\n", b"\r\n")
     source.write_bytes(b"\xef\xbb\xbf" + crlf + b"\r\n  \n" + crlf + GOOD.rstrip())
-    assert convert.convert(source, target, SENTIMENT)["rows"] == 3
+    assert convert_rows(source, target, SENTIMENT)["rows"] == 3
     assert turns(target) == [("How is it? Answer:", "neutral")] * 3
 
 
-LONG = b'{"context": "' + b"x" * convert.MAX_LINE + b'", "target": "neutral"}\n'
+LONG = b'{"context": "' + b"x" * MAX_LINE + b'", "target": "neutral"}\n'
 REFUSED = {
     "not JSON": (b'{"context": "a", "target"\n', "not JSON"),
     "not a number of JSON": (b'{"context": "a", "target": NaN}\n', "not JSON"),
@@ -142,15 +135,15 @@ REFUSED = {
     "infinite": (b'{"context": "a", "target": 1e999}\n', "not JSON"),
     "a key twice": (
         b'{"target": "x", "context": "a", "target": "neutral"}\n',
-        '"target" stands tw',
+        'the key "target" is repeated',
     ),
     "a key spelt twice": (
         b'{"context": "a \\u0022\\u0022", "target": "neutral", "t\\u0061rget": "neutral"}\n',
-        'the key "target" stands twice',
+        'the key "target" is repeated',
     ),
     "another key twice": (
         b'{"context": "a", "target": "neutral", "pages": [{"n": 1, "n": 2}]}\n',
-        'the key "n" stands twice',
+        'the key "n" is repeated',
     ),
     "half a character": (b'{"context": "\\ud83d", "target": "neutral"}\n', "not JSON"),
     "a truth value": (b'{"context": "a", "target": true}\n', '"target" must be text, not bool'),
@@ -171,16 +164,16 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["no older target", "older target"])
-@pytest.mark.parametrize(("line", "said"), REFUSED.values(), ids=REFUSED)
-def test_a_bad_row_is_named_and_the_target_is_as_before(source, target, line, said, older):
+@pytest.mark.parametrize(("line", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_bad_row_is_named_and_the_target_is_as_before(source, target, line, message, older):
     if older:
         source.write_bytes(GOOD)
-        convert.convert(source, target, SENTIMENT)
+        convert_rows(source, target, SENTIMENT)
     before = content(target.parent)
     source.write_bytes(GOOD + b"\n" + line + GOOD)
     with pytest.raises(WrongInput) as error:
-        convert.convert(source, target, SENTIMENT)
-    assert f"{source}, line 3: " in str(error.value) and said in str(error.value)
+        convert_rows(source, target, SENTIMENT)
+    assert f"{source}, line 3: " in str(error.value) and message in str(error.value)
     assert "\n" not in str(error.value)
     assert content(target.parent) == before
     assert bool(before) is older
@@ -188,10 +181,10 @@ def test_a_bad_row_is_named_and_the_target_is_as_before(source, target, line, sa
 
 @pytest.mark.parametrize("name", ["not JSON", "invalid UTF-8", "a foreign label", "control"])
 def test_the_command_refuses_a_bad_row_in_one_line(source, target, name):
-    line, said = REFUSED[name]
+    line, message = REFUSED[name]
     source.write_bytes(GOOD + line)
-    told = refusal(command("convert", "fpb", source, target))
-    assert f"{source}, line 2: " in told and said in told
+    error = refusal(run("convert", "fpb", source, target))
+    assert f"{source}, line 2: " in error and message in error
     assert content(target.parent) == {}
 
 
@@ -199,37 +192,37 @@ def test_the_command_refuses_a_bad_row_in_one_line(source, target, name):
 def test_a_file_without_rows_is_refused(source, target, nothing):
     source.write_bytes(nothing)
     with pytest.raises(WrongInput, match=r"rows.jsonl holds no rows"):
-        convert.convert(source, target, FREE)
+        convert_rows(source, target, FREE)
     assert content(target.parent) == {}
 
 
 def test_a_source_is_never_overwritten_by_its_own_conversion(source):
     source.write_bytes(GOOD)
-    told = refusal(command("convert", "fpb", source, source))
-    assert str(source) in told
+    error = refusal(run("convert", "fpb", source, source))
+    assert str(source) in error
     assert content(source.parent) == {source.name: GOOD}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["convert", "fbp", "in", "out"], 'unknown dataset "fbp"; did you mean fpb'),
         (["convert", "fpb", "/nowhere/in.jsonl", "out"], "/nowhere/in.jsonl is not there"),
         (["data", "sentimnt"], 'unknown task "sentimnt"; did you mean sentiment'),
     ],
 )
-def test_a_wrong_argument_is_named_with_what_is_near(arguments, said):
-    assert said in refusal(command(*arguments))
+def test_a_wrong_argument_is_named_with_what_is_near(arguments, message):
+    assert message in refusal(run(*arguments))
 
 
 def test_a_data_folder_that_is_not_finloras_is_named(tmp_path):
-    told = refusal(command("data", "sentiment", FINLORA_DATA=str(tmp_path)))
-    assert f"FINLORA_DATA={tmp_path} has no folder data/" in told
+    error = refusal(run("data", "sentiment", FINLORA_DATA=str(tmp_path)))
+    assert f"FINLORA_DATA={tmp_path} has no folder data/" in error
 
 
 def test_a_chat_file_that_was_changed_is_refused(source, target):
     source.write_bytes(GOOD)
-    convert.convert(source, target, SENTIMENT)
+    convert_rows(source, target, SENTIMENT)
     target.write_bytes(target.read_bytes().replace(b"neutral", b"positive"))
     with pytest.raises(WrongInput, match="chat.jsonl was changed after its conversion"):
         sources.manifest(target)
@@ -282,7 +275,7 @@ def test_a_bad_row_does_not_keep_a_set_from_being_split_where_such_rows_are_kept
         file.write(REFUSED["null"][0])
     with pytest.raises(WrongInput, match="fpb_test.jsonl, line 1201"):
         convert.convert_task("sentiment", folder)
-    convert.convert_task("sentiment", folder, convert.How(quarantine=True))
+    convert.convert_task("sentiment", folder, Options(quarantine=True))
     assert sources.manifest(sources.train_path("sentiment"))["rows"] == 882
     assert sources.manifest(sources.test_path("fpb"))["refused"] == 1
 
@@ -330,30 +323,46 @@ def nasty_line(draw):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_rows_taken_at_once_are_those_taken_one_by_one(seed):
+def test_rows_of_a_block_are_those_that_a_strict_parser_reads(seed):
     draw, taken = random.Random(seed), 0
-    for _ in range(4000):
+    for _ in range(2000):
         lines = [nasty_line(draw) for _ in range(draw.randint(1, 2))]
-        at_once = rows.at_once(b"\n".join(lines), lines, FREE)
-        one_by_one = rows.one_by_one(Path("rows.jsonl"), lines, 1, FREE)
-        if at_once:
-            assert one_by_one.refused == [], lines
-            assert at_once == (one_by_one.prompts, one_by_one.answers, one_by_one.chat)
+        batch = rows.parse_block(Path("rows.jsonl"), 1, b"\n".join(lines), FREE)
+        refused = {number for number, _, _ in batch.refused}
+        parsed = dict(
+            zip(batch.numbers, zip(batch.prompts, batch.answers, strict=True), strict=True)
+        )
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line, object_pairs_hook=unique)
+                texts = [rows.read_text(row, key).strip() for key in ("context", "target")]
+                assert all(texts)
+            except (ValueError, AssertionError):
+                assert number in refused, line
+                continue
+            assert parsed[number] == tuple(texts), line
             taken += 1
     assert taken > 500
 
 
-def test_escaped_backslashes_hide_no_key_that_stands_twice():
-    line = rb'{"context": "a\\", "target": 1, "target": "b\\"}'
-    (refused,) = rows.one_by_one(Path("rows.jsonl"), [line], 1, FREE).refused
-    assert refused[1] == 'the key "target" stands twice'
-    assert rows.at_once(line, [line], FREE) is None
+@pytest.mark.parametrize(
+    "line",
+    [
+        rb'{"context": "a\\", "target": 1, "target": "b\\"}',
+        rb'{"context": "\"target\"", "target": "a", "target": "b"}',
+        rb'{"context": "a", "target": "b", "\u0074arget": "c"}',
+    ],
+)
+def test_escapes_hide_no_key_that_is_repeated(line):
+    assert not rows.is_plain(line, 1)
+    with pytest.raises(ValueError, match='the key "target" is repeated'):
+        rows.parse_row(line)
 
 
-def test_the_way_of_most_rows_is_the_quick_one():
-    source = sources.SAMPLE / "train" / "finlora_sentiment_train.jsonl"
-    block = source.read_bytes().rstrip()
-    assert rows.at_once(block, block.split(b"\n"), SENTIMENT)
+def test_a_repeated_key_is_refused_beside_a_row_that_lacks_it(source, target):
+    source.write_bytes(GOOD + b'{"context": "a"}\n{"context": "a", "target": "b", "target": "c"}\n')
+    convert_rows(source, target, options=Options(quarantine=True))
+    assert turns(target) == [("How is it? Answer:", "neutral")]
 
 
 def test_the_size_of_a_block_and_the_number_of_cores_change_no_byte(source, target, monkeypatch):
@@ -367,7 +376,7 @@ def test_the_size_of_a_block_and_the_number_of_cores_change_no_byte(source, targ
         for size, used in [(rows.CHUNK, cores), (100, cores), (1, {min(cores)})]:
             monkeypatch.setattr(rows, "CHUNK", size)
             os.sched_setaffinity(0, used)
-            convert.convert(source, target, FREE, how=convert.How(quarantine=True))
+            convert_rows(source, target, FREE, options=Options(quarantine=True))
             results.append(content(target.parent))
     finally:
         os.sched_setaffinity(0, cores)
@@ -378,9 +387,8 @@ def test_the_size_of_a_block_and_the_number_of_cores_change_no_byte(source, targ
 PEAK = """
 import sys
 from pathlib import Path
-from tools.data import convert
-how = convert.How(quarantine=True)
-convert.convert(Path(sys.argv[1]), Path(sys.argv[2]), convert.Rules(), how=how)
+from tools.data.chatfile import Options, convert_rows
+convert_rows(Path(sys.argv[1]), Path(sys.argv[2]), options=Options(quarantine=True))
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """
 
@@ -417,37 +425,37 @@ def test_a_line_of_50_mb_is_refused_in_little_memory_and_the_rows_around_it_are_
 def test_refused_rows_are_kept_beside_the_output_and_every_row_is_accounted_for(source, target):
     bad = [line for line, _ in REFUSED.values() if line != LONG]
     source.write_bytes(GOOD + b"".join(bad) + b"\n" + GOOD)
-    manifest = convert.convert(source, target, SENTIMENT, how=convert.How(quarantine=True))
+    manifest = convert_rows(source, target, SENTIMENT, options=Options(quarantine=True))
     assert manifest["rows_in"] == len(bad) + 2
     assert (manifest["rows"], manifest["refused"]) == (2, len(bad)) == (2, manifest["rows_in"] - 2)
-    kept = lines(sources.refused_path(target))
-    assert [row["line"] for row in kept] == list(range(2, len(bad) + 2))
-    for row, (name, (line, said)) in zip(kept, REFUSED.items(), strict=False):
-        assert said in row["reason"] and row["file"] == source.name, name
+    refused = lines(sources.refused_path(target))
+    assert [row["line"] for row in refused] == list(range(2, len(bad) + 2))
+    for row, (name, (line, message)) in zip(refused, REFUSED.items(), strict=False):
+        assert message in row["reason"] and row["file"] == source.name, name
         raw = row["text"].encode() if "text" in row else base64.b64decode(row["base64"])
         assert raw == line.removesuffix(b"\n"), name
     source.write_bytes(GOOD)
-    convert.convert(source, target, SENTIMENT)
+    convert_rows(source, target, SENTIMENT)
     assert not sources.refused_path(target).exists()
 
 
 def test_the_command_keeps_refused_rows_only_where_it_is_told_to(source, target):
     source.write_bytes(GOOD + REFUSED["null"][0])
     convert_it = ("convert", "fpb", source, target)
-    done = command(*convert_it, "--on-error", "quarantine")
+    done = run(*convert_it, "--on-error", "quarantine")
     assert done.returncode == 0, done.stderr
     assert f"1 refused: {sources.refused_path(target)}" in done.stdout
     for option in ([], ["--on-error", "stop"]):
-        message = refusal(command(*convert_it, *option, ON_ERROR="quarantine"))
+        message = refusal(run(*convert_it, *option, ON_ERROR="quarantine"))
         assert f"{source}, line 2: " in message
-    told = refusal(command(*convert_it, "--on-error", "skip"))
-    assert "ON_ERROR: 'skip' is not one of 'stop', 'quarantine'" in told
+    error = refusal(run(*convert_it, "--on-error", "skip"))
+    assert "ON_ERROR: 'skip' is not one of 'stop', 'quarantine'" in error
 
 
 def test_a_file_of_which_no_row_can_be_used_is_refused_even_so(source, target):
     source.write_bytes(REFUSED["null"][0] * 2)
     with pytest.raises(WrongInput, match=r'no rows that can be used; the first, line 1: "context"'):
-        convert.convert(source, target, FREE, how=convert.How(quarantine=True))
+        convert_rows(source, target, FREE, options=Options(quarantine=True))
     assert content(target.parent) == {}
 
 
@@ -469,12 +477,12 @@ def write_rows(path, pairs):
 def test_leaked_repeated_and_broken_rows_leave_the_training_set_and_stay_in_the_test(
     tmp_path, chat, capsys
 ):
-    asked = "Explain this term in one sentence: {}. Answer:"
-    test = [(asked.format(term), "is") for term in ("Domain Member", "fact")]
+    question = "Explain this term in one sentence: {}. Answer:"
+    test = [(question.format(term), "is") for term in ("Domain Member", "fact")]
     train = [
-        (asked.format(t), f"{n}") for n, t in enumerate(("a", "nan", "domain  member", "a", "A"))
+        (question.format(t), f"{n}") for n, t in enumerate(("a", "nan", "domain  member", "a", "A"))
     ]
-    train.append((asked.format("b"), "nan"))
+    train.append((question.format("b"), "nan"))
     write_rows(tmp_path / "test" / "xbrl_term_test.jsonl", test)
     write_rows(tmp_path / "train" / "xbrl_term_train.jsonl", train)
     convert.convert_task("xbrl_term", tmp_path)
@@ -499,7 +507,7 @@ def test_a_leak_that_cannot_be_looked_for_is_told_of(tmp_path, chat, capsys):
 def test_every_repair_has_a_known_kind_a_reason_and_evidence():
     for name, spec in sources.tables()["tasks"].items():
         for repair in spec.get("repairs", ()):
-            assert len(repair.keys() & convert.REMOVALS.keys()) == 1, name
+            assert len(repair.keys() & REMOVALS.keys()) == 1, name
             assert repair["reason"] and repair["evidence"], name
 
 
@@ -531,12 +539,12 @@ def test_a_task_is_taken_from_the_first_folder_that_has_any_of_its_files(
     write_rows(raw / "train" / "ner_train.jsonl", [("Where is Oslo?", "location")])
     write_rows(raw / "train" / "headline_train.jsonl", [("Did gold rise?", "Yes")])
     assert sources.source_folder() == own / "data"
-    found = {task: sources.source_folder(task) for task in ("ner", "headline", "formula")}
-    assert found == {"ner": own / "data", "headline": raw, "formula": sources.SAMPLE}
+    folders = {task: sources.source_folder(task) for task in ("ner", "headline", "formula")}
+    assert folders == {"ner": own / "data", "headline": raw, "formula": sources.SAMPLE}
 
     call(monkeypatch, "data", "ner,headline,formula")
-    told = capsys.readouterr().out
-    assert "(examples)" in told and f"from {raw}" in told
+    output = capsys.readouterr().out
+    assert "(examples)" in output and f"from {raw}" in output
     assert not sources.train_path("ner").exists()  # nothing is filled up from another folder
     origins = {path.name: sources.manifest(path)["from"] for path in chat.glob("*.jsonl")}
     assert origins == {
@@ -569,9 +577,9 @@ def test_a_multi_task_set_is_joined_from_its_parts(name, chat, monkeypatch):
     parts = [turns(sources.train_path(part)) for part in MULTI[name]["parts"]]
     joined = turns(sources.train_path(name))
     equal = min(map(len, parts))
-    kept = [equal if "equal" in MULTI[name] else len(part) for part in parts]
-    assert len(joined) == sum(kept)
-    for part, size in zip(parts, kept, strict=True):
+    sizes = [equal if "equal" in MULTI[name] else len(part) for part in parts]
+    assert len(joined) == sum(sizes)
+    for part, size in zip(parts, sizes, strict=True):
         mine, joined = joined[:size], joined[size:]
         assert mine == [row for row in part if row in mine]  # in their order, none twice
     manifest = sources.manifest(sources.train_path(name))
@@ -611,7 +619,7 @@ def ruler(smollm2):
 def test_tokens_are_counted_as_training_sees_them(ruler, source, target):
     pairs = [("How is it? Answer:", "neutral"), ("é 🙂\n\nx", "A, B"), ("1", "2.50"), ("a b", "c")]
     write_rows(source, pairs)
-    manifest = convert.convert(source, target, FREE, how=convert.How(lengths=ruler))
+    manifest = convert_rows(source, target, FREE, options=Options(lengths=ruler))
     prompts, answers = [], []
     for prompt, answer in pairs:
         turn = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
@@ -626,8 +634,13 @@ def test_tokens_are_counted_as_training_sees_them(ruler, source, target):
         answers.append(len(whole) - len(asked))
     for name, counts in (("prompt", prompts), ("answer", answers)):
         counts.sort()
-        told = manifest["tokens"][name]
-        assert told == {"min": counts[0], "median": counts[1], "p95": counts[3], "max": counts[3]}
+        quantiles = manifest["tokens"][name]
+        assert quantiles == {
+            "min": counts[0],
+            "median": counts[1],
+            "p95": counts[3],
+            "max": counts[3],
+        }
     assert manifest["tokens"]["over"] is None
 
 
@@ -637,10 +650,10 @@ def test_quantiles_are_by_nearest_rank():
     draw = random.Random(1)
     for size in (1, 2, 19, 20, 21, 1000):
         counts = [draw.randint(1, 50) for _ in range(size)]
-        told = lengths.quantiles(Counter(counts))
+        quantiles = lengths.compute_quantiles(Counter(counts))
         expected = numpy.quantile(counts, [0, 0.5, 0.95, 1], method="inverted_cdf")
-        assert list(told) == ["min", "median", "p95", "max"]
-        assert list(told.values()) == expected.tolist()
+        assert list(quantiles) == ["min", "median", "p95", "max"]
+        assert list(quantiles.values()) == expected.tolist()
 
 
 def bounded(ruler, length):
@@ -652,13 +665,13 @@ LONG_PROMPT = "Read this. " + "The cat sat on the mat. " * 200 + "What sat on th
 
 def test_a_row_that_is_too_long_is_named_or_kept_aside_and_never_cut(ruler, source, target):
     write_rows(source, [("Short?", "yes"), (LONG_PROMPT, "cat")])
-    how = convert.How(lengths=bounded(ruler, 100))
+    options = Options(lengths=bounded(ruler, 100))
     with pytest.raises(
         WrongInput, match=r"rows.jsonl, line 2: 14\d\d tokens, 3 of them the answer"
     ):
-        convert.convert(source, target, FREE, how=how)
-    manifest = convert.convert(
-        source, target, FREE, how=convert.How(quarantine=True, lengths=bounded(ruler, 100))
+        convert_rows(source, target, FREE, options=options)
+    manifest = convert_rows(
+        source, target, FREE, options=Options(quarantine=True, lengths=bounded(ruler, 100))
     )
     assert turns(target) == [("Short?", "yes")]
     assert (manifest["rows"], manifest["refused"]) == (1, 1)
@@ -672,11 +685,11 @@ def test_only_where_the_task_says_so_a_prompt_loses_its_middle(tmp_path, chat, r
         tmp_path / "train" / "formula_train.jsonl", [("Short?", "yes"), (LONG_PROMPT, answer)]
     )
     write_rows(tmp_path / "test" / "formula_test.jsonl", [(LONG_PROMPT, answer)])
-    how = convert.How(lengths=bounded(ruler, 150))
+    options = Options(lengths=bounded(ruler, 150))
     with pytest.raises(WrongInput, match="formula_train.jsonl, line 2: .* sequence_len of 150"):
-        convert.convert_task("formula", tmp_path, how)
+        convert.convert_task("formula", tmp_path, options)
     monkeypatch.setitem(sources.tables()["tasks"]["formula"], "cut_long_prompts", "middle")
-    convert.convert_task("formula", tmp_path, how)
+    convert.convert_task("formula", tmp_path, options)
     train = turns(sources.train_path("formula"))
     assert train[0] == ("Short?", "yes") and train[1][1] == answer
     start, end = train[1][0].split(lengths.GAP)
@@ -691,9 +704,9 @@ def test_only_where_the_task_says_so_a_prompt_loses_its_middle(tmp_path, chat, r
 
 def test_an_answer_that_leaves_no_room_for_a_prompt_is_refused_even_so(ruler, source, target):
     write_rows(source, [("Short?", "yes"), ("Why?", "because " * 200)])
-    rule = convert.Rules(cut=True)
+    rule = Rules(cut=True)
     with pytest.raises(WrongInput, match=r"line 2: 2\d\d tokens, 20\d of them the answer's"):
-        convert.convert(source, target, rule, how=convert.How(lengths=bounded(ruler, 100)))
+        convert_rows(source, target, rule, options=Options(lengths=bounded(ruler, 100)))
 
 
 def main(monkeypatch, *arguments):
@@ -715,17 +728,17 @@ def test_the_command_counts_with_the_tokenizer_of_a_folder(
     smollm2, source, target, monkeypatch, capsys
 ):
     write_rows(source, [("How is it?", "neutral"), (LONG_PROMPT, "neutral")])
-    told = ["convert", "fpb", source, target, "--tokenizer", smollm2]
-    main(monkeypatch, *told)
+    arguments = ["convert", "fpb", source, target, "--tokenizer", smollm2]
+    main(monkeypatch, *arguments)
     assert sources.manifest(target)["tokens"]["prompt"]["max"] > 1000
-    for more, said in [
+    for more, message in [
         (["--sequence-len", "100"], "more than the sequence_len of 100"),
         (["--sequence-len", "long"], "SEQUENCE_LEN: 'long' is not a valid integer"),
         (["--tokenizer", source.parent], f"{source.parent} holds no tokenizer"),
     ]:
         with pytest.raises(SystemExit, match="2"):
-            main(monkeypatch, *told, *more)
-        assert said in capsys.readouterr().err
+            main(monkeypatch, *arguments, *more)
+        assert message in capsys.readouterr().err
 
 
 def test_a_recipe_whose_tokenizer_is_not_at_hand_converts_and_says_so(
@@ -739,7 +752,7 @@ def test_a_recipe_whose_tokenizer_is_not_at_hand_converts_and_says_so(
     main(monkeypatch, "convert", "fpb", source, target, "--recipe", recipe)
     tokens = sources.manifest(target)["tokens"]
     assert tokens == "not counted: the tokenizer of nobody/gated is not at hand"
-    assert "RECIPE" in convert.convert(source, target, FREE)["tokens"]
+    assert "RECIPE" in convert_rows(source, target, FREE)["tokens"]
 
 
 # ---- FinLoRA's published data
@@ -750,9 +763,9 @@ def published():
     if not FINLORA:
         return []
     folder, table = sources.source_folder(), sources.tables()
-    found = [(n, folder / d["file"]) for n, d in table["datasets"].items()]
-    found += [(f"{n} train", folder / t["train"]) for n, t in table["tasks"].items()]
-    return [(name, path) for name, path in found if path.is_file()]
+    files = [(n, folder / d["file"]) for n, d in table["datasets"].items()]
+    files += [(f"{n} train", folder / t["train"]) for n, t in table["tasks"].items()]
+    return [(name, path) for name, path in files if path.is_file()]
 
 
 @needs_finlora
@@ -761,7 +774,7 @@ def published():
 )
 def test_tfns_is_repaired_only_under_its_repaired_name(target, dataset, counts):
     path = sources.source_folder() / "test" / "tfns_test.jsonl"
-    manifest = convert.convert(path, target, convert.rules(dataset, path))
+    manifest = convert_rows(path, target, load_test_rules(dataset, path))
     assert tuple(manifest["labels"].values()) == counts
     assert list(manifest["labels"]) == ["negative", "neutral", "positive"]
     assert bool(manifest["repair"]) is (dataset == "tfns")
@@ -774,7 +787,7 @@ def test_a_changed_tfns_file_is_repaired_where_its_rows_show_the_swap(tmp_path, 
     published = sources.source_folder() / "test" / "tfns_test.jsonl"
     changed = tmp_path / "tfns_test.jsonl"
     changed.write_bytes(published.read_bytes() + GOOD)
-    manifest = convert.convert(changed, target, convert.rules("tfns", changed))
+    manifest = convert_rows(changed, target, load_test_rules("tfns", changed))
     # The row that was added has not TFNS's instruction, so it keeps its label.
     assert manifest["labels"] == {"negative": 347, "neutral": 1567, "positive": 475}
     assert manifest["label_check"]["outcome"] == "repaired"
@@ -799,8 +812,8 @@ def test_sentiment_trains_on_900_rows_whose_prompts_are_not_tested(tmp_path, mon
 @needs_finlora
 @pytest.mark.parametrize(("name", "path"), published(), ids=[name for name, _ in published()])
 def test_every_published_row_is_converted(target, name, path):
-    rule = FREE if name.endswith(" train") else convert.rules(name, path)
-    manifest = convert.convert(path, target, rule)
+    rule = FREE if name.endswith(" train") else load_test_rules(name, path)
+    manifest = convert_rows(path, target, rule)
     rows = [json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
     assert manifest["rows"] == len(rows) > 0
     expected = [(str(row["context"]).strip(), str(row["target"]).strip()) for row in rows]
@@ -823,10 +836,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
         pytest.skip("this machine does not let a small disk be mounted")
     try:
         source = sources.SAMPLE / "train" / "finlora_sentiment_train.jsonl"
-        arguments = ["tools", "convert", "fpb", source, disk / "out.jsonl"]
-        done = subprocess.run(
-            [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True
-        )
+        done = run("convert", "fpb", source, disk / "out.jsonl")
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
         assert "no space left" in done.stderr
         assert list(disk.iterdir()) == []

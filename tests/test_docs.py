@@ -50,7 +50,7 @@ def adapter(smollm2, tmp_path_factory) -> Path:
     wanted = LoraConfig(
         r=4, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM"
     )
-    model = get_peft_model(memory.load(str(smollm2), 4, True, torch.float32), wanted).train()
+    model = get_peft_model(memory.load_model(smollm2, 4, True, torch.float32), wanted).train()
     asked = prompts.tokens(tokenizer, [{"role": "user", "content": question()}])
     answer = tokenizer.encode("positive") + [tokenizer.eos_token_id]
     ids = torch.tensor([asked + answer], device=model.device)

@@ -21,6 +21,9 @@ from tools import common, models, recipes, runs, sources
 from tools import prompts as prompt
 from tools import subjects as subject_of
 from tools.data import convert
+from tools.data.chatfile import convert_rows
+from tools.data.rows import Rules
+from tools.data.rules import load_test_rules
 
 NF4 = {
     "load_in_4bit": True,
@@ -70,7 +73,7 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, row in sources.tables()["datasets"].items():
         source = sources.SAMPLE / row["file"]
-        convert.convert(source, sources.test_path(name), convert.rules(name, source))
+        convert_rows(source, sources.test_path(name), load_test_rules(name, source))
     return tmp_path
 
 
@@ -178,7 +181,7 @@ def test_a_new_dataset_is_a_file_of_yaml(workplace, monkeypatch):
     rows = [{"context": f"Bill {n}\nAnswer:", "target": ["paid", "due"][n % 2]} for n in range(20)]
     source = workplace / "bills.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    convert.convert(source, sources.CHAT / "bills_test.jsonl", convert.Rules())
+    convert_rows(source, sources.CHAT / "bills_test.jsonl", Rules())
     (workplace / "tasks" / "local").mkdir(exist_ok=True)
     (workplace / "tasks" / "local" / "bills.yaml").write_text(
         """include: ../_labels.yaml
@@ -191,7 +194,7 @@ filter_list:
       - {function: take_first}
 """
     )
-    assert evaluation.datasets(None, "bills") == ["bills"]
+    assert evaluation.datasets(None, ["bills"]) == ["bills"]
     scored, _ = evaluation.measure(Speaker(lambda doc: "Paid!"), "bills", None, Prompts("chat"))
     found = evaluation.score(scored)
     assert found["accuracy"]["value"] == 0.5
@@ -379,7 +382,7 @@ def test_an_untrained_recipe_and_an_unknown_dataset_are_one_line_each(tmp_path, 
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "is not trained" in result.stderr
     with pytest.raises(common.WrongInput, match="did you mean fpb"):
-        evaluation.datasets(recipes.find(str(recipe)).task, "fbp")
+        evaluation.datasets(recipes.find(str(recipe)).task, ["fbp"])
 
 
 def test_a_score_is_kept_until_what_it_depends_on_changes(trained, workplace, monkeypatch, capsys):
@@ -559,7 +562,7 @@ def test_the_adapter_of_the_demo_beats_its_base_by_20_points(
     smollm2, workplace, monkeypatch, capsys
 ):
     convert.convert_task("sentiment", sources.SAMPLE)
-    catalogue = recipes.config("smollm2-135m/sentiment_r4")
+    catalogue = recipes.build_config("smollm2-135m/sentiment_r4")
     kept = ("max_steps", "save_steps", "eval_steps", "warmup_steps")
     same = {key: catalogue[key] for key in kept}
     recipe = write_recipe(workplace, "r4", smollm2, sources.train_path("sentiment"), **same)

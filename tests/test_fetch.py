@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tenacity
 
 from tools import common, sources
 from tools.__main__ import main
@@ -129,7 +130,7 @@ class Site:
         self.files: dict[str, bytes] = {}
         self.next: dict[str, list[Act]] = {}
         self.always: dict[str, Act] = {}
-        self.asked: list[tuple[str, str, str]] = []  # path, Range, If-Range
+        self.requests: list[tuple[str, str, str]] = []  # path, Range, If-Range
         self.released = threading.Event()
         site = self
 
@@ -138,13 +139,13 @@ class Site:
 
             def do_GET(self) -> None:
                 path = self.path.removeprefix("/finlora/data/")
-                asked = self.headers.get("Range", "")
-                site.asked.append((path, asked, self.headers.get("If-Range", "")))
+                span = self.headers.get("Range", "")
+                site.requests.append((path, span, self.headers.get("If-Range", "")))
                 if path not in site.files:
                     return send(self, b"", 404)
                 queue = site.next.get(path)
                 act = queue.pop(0) if queue else site.always.get(path, serve)
-                start = int(asked.removeprefix("bytes=").removesuffix("-") or 0)
+                start = int(span.removeprefix("bytes=").removesuffix("-") or 0)
                 with contextlib.suppress(ConnectionError):
                     act(self, site.files[path], start)
 
@@ -177,8 +178,8 @@ class Site:
 
         return act
 
-    def requests(self, path: str) -> int:
-        return sum(asked == path for asked, _, _ in self.asked)
+    def count_requests(self, path: str) -> int:
+        return sum(name == path for name, _, _ in self.requests)
 
     def table(self) -> dict[str, Any]:
         files: dict[str, Any] = {}
@@ -221,7 +222,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     for seed, path in enumerate([FPB, FIQA, NER, TRAIN, MULTI]):
         site.files[path] = content(seed)
     table = site.table()
-    monkeypatch.setattr(fetch, "sources", lambda: table)
+    monkeypatch.setattr(fetch, "tables", lambda: table)
     monkeypatch.setattr(fetch, "RAW", site.raw)
     monkeypatch.setattr(fetch, "BACKOFF", 0.0)
     monkeypatch.setenv("FINLORA_BASE_URL", site.url)
@@ -253,7 +254,7 @@ def call(
 Call = Callable[..., tuple[int, str, str]]
 
 
-def held(site: Site) -> list[str]:
+def list_files(site: Site) -> list[str]:
     """What lies in the folder, but for the lock."""
     return sorted(
         str(path.relative_to(site.raw))
@@ -266,20 +267,20 @@ def test_every_file_lands_in_finloras_layout_and_is_never_fetched_twice(
     site: Site, call: Call
 ) -> None:
     assert call()[0] == 0
-    assert held(site) == sorted(site.files)
+    assert list_files(site) == sorted(site.files)
     for path, body in site.files.items():
         assert (site.raw / path).read_bytes() == body
-    assert sorted(path for path, _, _ in site.asked) == sorted(site.files)
+    assert sorted(path for path, _, _ in site.requests) == sorted(site.files)
     status, out, _ = call()
-    assert status == 0 and len(site.asked) == 5
+    assert status == 0 and len(site.requests) == 5
     assert out.count("verified") == 5 and "fetched" not in out
 
 
 def test_a_task_fetches_what_it_trains_on_and_is_scored_on(site: Site, call: Call) -> None:
     assert call("sentiment")[0] == 0
-    assert held(site) == sorted([FPB, FIQA, TRAIN])
+    assert list_files(site) == sorted([FPB, FIQA, TRAIN])
     assert call("general, ner")[0] == 0
-    assert held(site) == sorted(site.files)
+    assert list_files(site) == sorted(site.files)
 
 
 def test_an_unknown_task_is_named_with_its_neighbour_and_nothing_is_asked(
@@ -287,7 +288,7 @@ def test_an_unknown_task_is_named_with_its_neighbour_and_nothing_is_asked(
 ) -> None:
     status, _, err = call("sentmient")
     assert status == 2 and err == 'error: unknown task "sentmient"; did you mean sentiment?\n'
-    assert not site.asked
+    assert not site.requests
 
 
 def test_a_cut_connection_is_resumed_at_the_byte_and_only_of_the_same_file(
@@ -297,7 +298,7 @@ def test_a_cut_connection_is_resumed_at_the_byte_and_only_of_the_same_file(
     assert call("sentiment")[0] == 0
     assert (site.raw / TRAIN).read_bytes() == site.files[TRAIN]
     tag = f'"{hashlib.md5(site.files[TRAIN]).hexdigest()}"'
-    ranges = [(range_, tag_) for path, range_, tag_ in site.asked if path == TRAIN]
+    ranges = [(range_, tag_) for path, range_, tag_ in site.requests if path == TRAIN]
     assert ranges == [("", ""), ("bytes=5000-", tag), ("bytes=7000-", tag)]
 
 
@@ -312,7 +313,7 @@ def test_a_server_without_ranges_starts_again(site: Site, call: Call) -> None:
     site.next[TRAIN], site.always[TRAIN] = [whole_cut, unsized_cut], whole
     assert call("sentiment")[0] == 0
     assert (site.raw / TRAIN).read_bytes() == site.files[TRAIN]
-    assert site.requests(TRAIN) == 3
+    assert site.count_requests(TRAIN) == 3
 
 
 def test_a_file_that_changed_under_way_is_fetched_anew_and_not_mixed(
@@ -329,16 +330,16 @@ def test_a_file_that_changed_under_way_is_fetched_anew_and_not_mixed(
 def test_a_server_that_always_cuts_at_the_same_byte_is_given_up(site: Site, call: Call) -> None:
     site.always[FPB] = whole_cut
     status, _, err = call("sentiment")
-    assert status == 1 and site.requests(FPB) == fetch.TRIES
+    assert status == 1 and site.count_requests(FPB) == fetch.TRIES
     assert err == (
         f"error: {FPB}: the connection was cut ({site.url}/data/{FPB}, 1,000 bytes are kept); "
         "the same command goes on from here\n"
     )
-    assert held(site) == sorted([FIQA, f"{FPB}.part", TRAIN])
+    assert list_files(site) == sorted([FIQA, f"{FPB}.part", TRAIN])
     del site.always[FPB]
     assert call("sentiment")[0] == 0
-    assert site.asked[-1] == (FPB, "bytes=1000-", "")
-    assert held(site) == sorted([FIQA, FPB, TRAIN])
+    assert site.requests[-1] == (FPB, "bytes=1000-", "")
+    assert list_files(site) == sorted([FIQA, FPB, TRAIN])
 
 
 def test_a_range_that_was_not_asked_for_is_not_appended(site: Site, call: Call) -> None:
@@ -347,7 +348,7 @@ def test_a_range_that_was_not_asked_for_is_not_appended(site: Site, call: Call) 
         send(handler, body[: len(body) - start], 206, Content_Range=span)
 
     site.next[FPB], site.always[FPB] = [cut(5000)], other
-    assert call("sentiment")[0] == 0 and site.requests(FPB) == 3
+    assert call("sentiment")[0] == 0 and site.count_requests(FPB) == 3
     assert (site.raw / FPB).read_bytes() == site.files[FPB]
 
 
@@ -367,7 +368,7 @@ def test_a_complete_part_is_verified_and_put_in_place(site: Site, call: Call) ->
     part.parent.mkdir(parents=True)
     part.write_bytes(site.files[FPB])
     assert call("sentiment")[0] == 0
-    assert site.requests(FPB) == 1 and held(site) == sorted([FIQA, FPB, TRAIN])
+    assert site.count_requests(FPB) == 1 and list_files(site) == sorted([FIQA, FPB, TRAIN])
 
 
 def test_a_torn_copy_in_place_is_completed_and_a_changed_one_replaced(
@@ -377,7 +378,7 @@ def test_a_torn_copy_in_place_is_completed_and_a_changed_one_replaced(
     (site.raw / FPB).write_bytes(site.files[FPB][:4000])
     (site.raw / FIQA).write_bytes(site.files[FIQA].replace(b"down", b"DOWN"))
     assert call("sentiment")[0] == 0
-    assert (FPB, "bytes=4000-", "") in site.asked
+    assert (FPB, "bytes=4000-", "") in site.requests
     assert (site.raw / FIQA).read_bytes() == site.files[FIQA]
 
 
@@ -387,7 +388,7 @@ def test_a_stalled_answer_is_asked_again(
     monkeypatch.setattr(fetch, "TIMEOUT", 0.3)
     site.next[TRAIN] = [site.stall(3000)]
     assert call("sentiment")[0] == 0
-    assert (TRAIN, "bytes=3000-", "") in site.asked
+    assert (TRAIN, "bytes=3000-", "") in site.requests
     assert (site.raw / TRAIN).read_bytes() == site.files[TRAIN]
 
 
@@ -397,26 +398,26 @@ def test_a_server_that_is_not_there_is_one_line(
     monkeypatch.setenv("FINLORA_BASE_URL", "http://127.0.0.1:1/x")
     status, _, err = call("sentiment")
     assert status == 1 and err.count("no connection: [Errno 111] Connection refused") == 3
-    assert held(site) == []
+    assert list_files(site) == []
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_busy_server_is_asked_again(site: Site, call: Call, status: int) -> None:
     site.next[FPB] = [answer(status), answer(status)]
     assert call("sentiment")[0] == 0
-    assert site.requests(FPB) == 3
+    assert site.count_requests(FPB) == 3
 
 
 def test_a_redirection_is_followed_and_one_without_an_end_is_one_line(
     site: Site, call: Call
 ) -> None:
     site.next[FPB] = [answer(302, Location=f"{site.url}/data/{FPB}")]
-    assert call("sentiment")[0] == 0 and site.requests(FPB) == 2
+    assert call("sentiment")[0] == 0 and site.count_requests(FPB) == 2
     (site.raw / FPB).unlink()
     site.always[FPB] = answer(302, Location=f"{site.url}/data/{FPB}")
     status, _, err = call("sentiment")
     assert status == 1 and f"{FPB}: redirected without an end" in err
-    assert held(site) == sorted([FIQA, TRAIN])
+    assert list_files(site) == sorted([FIQA, TRAIN])
 
 
 def test_retry_after_is_kept_to(site: Site, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -439,21 +440,26 @@ def test_a_server_that_asks_for_an_hour_is_not_waited_for(site: Site, call: Call
     assert status == 1 and "the server answers 429; it asks to wait 3600 s" in err
 
 
-def test_the_time_between_tries_doubles_up_to_a_limit_and_varies(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_time_between_tries_doubles_up_to_a_limit_and_varies() -> None:
+    def wait(tries: int, error: Exception) -> float:
+        state = tenacity.RetryCallState(tenacity.Retrying(), None, (), {})
+        state.attempt_number = tries
+        state.set_exception((type(error), error, None))
+        return fetch.choose_wait(state)
+
+    cut_off = fetch.RetryableError("the connection was cut")
     for tries, longest in [(1, 1), (2, 2), (3, 4), (5, 16), (9, fetch.LONGEST_BACKOFF)]:
-        times = {fetch.backoff(tries, "") for _ in range(50)}
+        times = {wait(tries, cut_off) for _ in range(50)}
         assert len(times) > 1 and longest / 2 <= min(times) <= max(times) <= longest
-    assert fetch.backoff(1, "7") == 7
+    assert wait(1, fetch.RetryableError("busy", fetch.parse_retry_after("7"))) == 7
     # A date is by the server's clock, whatever this machine's says.
     dates = ("Wed, 21 Oct 2099 07:28:05 GMT", "Wed, 21 Oct 2099 07:28:00 GMT")
-    assert fetch.backoff(1, *dates) == 5
-    assert fetch.backoff(1, "soon") <= 1
+    assert fetch.parse_retry_after(*dates) == 5
+    assert wait(1, fetch.RetryableError("busy", fetch.parse_retry_after("soon"))) <= 1
 
 
 @pytest.mark.parametrize(
-    ("act", "said"),
+    ("act", "message"),
     [
         (answer(404), "404, not found: "),
         (answer(403), "403, access denied: "),
@@ -468,13 +474,13 @@ def test_the_time_between_tries_doubles_up_to_a_limit_and_varies(
     ],
 )
 def test_what_is_not_the_file_is_one_line_and_leaves_nothing_and_is_asked_for_once(
-    site: Site, call: Call, act: Act, said: str
+    site: Site, call: Call, act: Act, message: str
 ) -> None:
     site.always[FPB] = act
     status, _, err = call("sentiment")
-    assert status == 1 and err.startswith(f"error: {FPB}: {said}") and err.count("\n") == 1
-    assert held(site) == sorted([FIQA, TRAIN])
-    assert site.requests(FPB) == 1
+    assert status == 1 and err.startswith(f"error: {FPB}: {message}") and err.count("\n") == 1
+    assert list_files(site) == sorted([FIQA, TRAIN])
+    assert site.count_requests(FPB) == 1
 
 
 def test_an_error_page_does_not_cost_what_was_already_fetched(site: Site, call: Call) -> None:
@@ -503,7 +509,7 @@ def test_an_answer_without_an_end_is_cut_off(
     site: Site, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetch, "LARGEST", 2**20)
-    sent = []
+    sizes = []
 
     def endless(handler: Any, body: bytes, start: int) -> None:
         handler.send_response(200)
@@ -511,12 +517,12 @@ def test_an_answer_without_an_end_is_cut_off(
         handler.close_connection = True
         while not site.released.is_set():
             handler.wfile.write(b"x" * 2**16)
-            sent.append(2**16)
+            sizes.append(2**16)
 
     site.always[NER] = endless
     status, _, err = call("general")
-    assert status == 1 and "wrong checksum" in err and held(site) == [MULTI]
-    assert sum(sent) < 2**25
+    assert status == 1 and "wrong checksum" in err and list_files(site) == [MULTI]
+    assert sum(sizes) < 2**25
 
 
 def test_when_several_fail_the_others_are_fetched_and_every_failure_is_named(
@@ -524,7 +530,7 @@ def test_when_several_fail_the_others_are_fetched_and_every_failure_is_named(
 ) -> None:
     site.always[FPB], site.always[TRAIN] = answer(404), html
     status, out, err = call()
-    assert status == 1 and held(site) == sorted([FIQA, NER, MULTI])
+    assert status == 1 and list_files(site) == sorted([FIQA, NER, MULTI])
     lines = err.splitlines()
     assert lines[0].startswith(f"error: {FPB}: 404") and lines[1].startswith(
         f"error: {TRAIN}: an H"
@@ -534,12 +540,12 @@ def test_when_several_fail_the_others_are_fetched_and_every_failure_is_named(
 
 
 def test_a_task_of_files_that_are_not_finloras_is_refused(site: Site, call: Call) -> None:
-    table = fetch.sources()
+    table = fetch.tables()
     table["datasets"]["own"] = {"file": "/home/me/own.jsonl"}
     table["tasks"]["own"] = {"train": TRAIN, "eval": ["own"]}
     status, _, err = call("own")
     assert status == 2 and err.startswith("error: /home/me/own.jsonl is no file of FinLoRA")
-    assert not site.asked
+    assert not site.requests
 
 
 def test_files_come_side_by_side(site: Site, call: Call) -> None:
@@ -562,14 +568,14 @@ def test_files_come_side_by_side(site: Site, call: Call) -> None:
 def test_a_hostile_path_in_the_table_is_refused_before_anything_is_asked(
     site: Site, call: Call, path: str
 ) -> None:
-    fetch.sources()["files"][path] = fetch.sources()["files"][FPB]
+    fetch.tables()["files"][path] = fetch.tables()["files"][FPB]
     status, _, err = call()
     assert status == 2 and "is no path inside of a folder" in err and err.count("\n") == 1
-    assert not site.asked and not site.raw.exists()
+    assert not site.requests and not site.raw.exists()
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"blob": "d41d8cd9"}, "no checksum of 40 digits"),
         ({"blob": None}, "no checksum of 40 digits"),
@@ -578,11 +584,11 @@ def test_a_hostile_path_in_the_table_is_refused_before_anything_is_asked(
     ],
 )
 def test_a_row_of_the_table_without_a_checksum_is_refused(
-    site: Site, call: Call, change: dict[str, Any], said: str
+    site: Site, call: Call, change: dict[str, Any], message: str
 ) -> None:
-    fetch.sources()["files"][FPB] |= change
+    fetch.tables()["files"][FPB] |= change
     status, _, err = call()
-    assert status == 2 and said in err and not site.asked
+    assert status == 2 and message in err and not site.requests
 
 
 def test_a_full_disk_is_one_line_and_the_next_call_goes_on(
@@ -600,7 +606,7 @@ def test_a_full_disk_is_one_line_and_the_next_call_goes_on(
         big = content(7, 20_000)
         site.files[TRAIN] = big
         table = site.table()
-        monkeypatch.setattr(fetch, "sources", lambda: table)
+        monkeypatch.setattr(fetch, "tables", lambda: table)
         status, _, err = call("sentiment")
         assert status == 1 and err.count("\n") <= 4
         assert f"error: {TRAIN}: no space left on the disk for {small}/raw/{TRAIN}" in err
@@ -610,7 +616,7 @@ def test_a_full_disk_is_one_line_and_the_next_call_goes_on(
         subprocess.run(["mount", "-o", "remount,size=4m", str(small)], check=True)
         assert call("sentiment")[0] == 0
         assert (small / "raw" / TRAIN).read_bytes() == big
-        assert any(path == TRAIN and range_ for path, range_, _ in site.asked)
+        assert any(path == TRAIN and range_ for path, range_, _ in site.requests)
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
@@ -654,18 +660,18 @@ def test_an_interrupted_fetch_ends_at_once_and_the_next_one_resumes_it(
     if how == signal.SIGINT:
         assert process.returncode == 130
         assert err == b"error: interrupted; the same command goes on from here\n"
-    kept = part.stat().st_size
+    size = part.stat().st_size
     assert not (site.raw / TRAIN).exists() and site.files[TRAIN].startswith(part.read_bytes())
     again = start(site, stderr=subprocess.PIPE)
     assert again.wait(60) == 0
-    assert kept and (TRAIN, f"bytes={kept}-", "") in site.asked
+    assert size and (TRAIN, f"bytes={size}-", "") in site.requests
     assert (site.raw / TRAIN).read_bytes() == site.files[TRAIN]
 
 
 def test_a_second_fetch_into_the_same_folder_is_kept_out(site: Site, call: Call) -> None:
     site.next[TRAIN] = [site.stall(1000)]
     process = start(site)
-    wait_for(lambda: site.requests(TRAIN) == 1)
+    wait_for(lambda: site.count_requests(TRAIN) == 1)
     status, _, err = call("sentiment")
     process.kill()
     process.wait()
@@ -691,14 +697,14 @@ def test_a_terminal_shows_one_progress_bar_in_bytes_and_a_log_none(site: Site) -
     outer, inner = pty.openpty()
     process = start(site, stderr=inner, stdout=subprocess.PIPE, env=os.environ | {"TERM": "xterm"})
     os.close(inner)
-    seen = b""
+    output = b""
     with contextlib.suppress(OSError):
         while chunk := os.read(outer, 4096):
-            seen += chunk
+            output += chunk
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and b"fetched, verified" in out and b"\x1b" not in out
     total = sum(len(site.files[path]) for path in (FPB, FIQA, TRAIN)) / 1e6
-    assert f"/{total:.1f} MB".encode() in seen
+    assert f"/{total:.1f} MB".encode() in output
 
 
 def test_a_copy_in_finlora_data_is_verified_where_it_lies(
@@ -718,7 +724,7 @@ def test_a_copy_in_finlora_data_is_verified_where_it_lies(
     assert f"error: {FPB}: wrong size: 5 bytes, not {len(site.files[FPB]):,}\n" in err
     assert f"error: {FIQA}: not in {copy}/data\n" in err
     assert (copy / "data" / FPB).read_bytes() == b"mine\n"  # the user's own is not touched
-    assert not site.asked and not site.raw.exists()
+    assert not site.requests and not site.raw.exists()
     monkeypatch.setenv("FINLORA_DATA", str(tmp_path))
     assert call("sentiment")[0] == 2
 
@@ -733,11 +739,11 @@ def test_a_folder_serves_as_a_mirror(
     monkeypatch.setenv("FINLORA_BASE_URL", mirror.as_uri())
     status, _, err = call("sentiment")
     assert status == 1 and err == f"error: {FIQA}: not found: {mirror}/data/{FIQA}\n"
-    assert held(site) == sorted([FPB, TRAIN])
+    assert list_files(site) == sorted([FPB, TRAIN])
     (mirror / "data" / FIQA).write_bytes(site.files[FIQA][:500])
     assert "wrong size: 500 bytes" in call("sentiment")[2]
     (mirror / "data" / FIQA).write_bytes(site.files[FIQA])
-    assert call("sentiment")[0] == 0 and not site.asked
+    assert call("sentiment")[0] == 0 and not site.requests
 
 
 @pytest.mark.parametrize(
@@ -800,7 +806,7 @@ def test_the_exams_are_brought_by_the_user_and_their_shape_is_checked(
     assert status == 1 and f'{own}, line 2: the key "context" is missing' in err
     own.write_text("\n")
     assert "holds no rows" in call("exam")[2]
-    assert own.exists() and not site.asked
+    assert own.exists() and not site.requests
 
 
 def test_every_file_of_every_dataset_and_task_has_a_row_with_its_origin() -> None:
@@ -808,11 +814,11 @@ def test_every_file_of_every_dataset_and_task_has_a_row_with_its_origin() -> Non
     named = {row["file"] for row in table["datasets"].values()}
     named |= {row["train"] for row in table["tasks"].values()}
     assert named <= set(table["files"])
-    assert set(fetch.wanted([])) == set(table["files"])
-    assert {MULTI, FPB, NER} <= set(fetch.wanted(["general_multi"]))
+    assert set(fetch.list_paths([])) == set(table["files"])
+    assert {MULTI, FPB, NER} <= set(fetch.list_paths(["general_multi"]))
     for path in table["files"]:
-        file = fetch.published(path)
-        for origin in fetch.origins([path]).values():
+        file = fetch.look_up(path)
+        for origin in fetch.list_origins([path]):
             assert origin["name"] and origin["attribution"]
             assert origin["url"].startswith("https://")
             assert origin["commercial"] in (True, False, None)
@@ -828,11 +834,11 @@ def test_every_file_of_every_dataset_and_task_has_a_row_with_its_origin() -> Non
 
 def test_without_a_mirror_files_are_asked_of_github_at_the_pinned_commit() -> None:
     base, commit = "Open-Finance-Lab/FinLoRA", sources.tables()["commit"]
-    plain, lfs = fetch.published(FPB), fetch.published(MULTI)
+    plain, lfs = fetch.look_up(FPB), fetch.look_up(MULTI)
     assert plain and lfs and not plain.lfs and lfs.lfs and len(commit) == 40
     raw = f"https://raw.githubusercontent.com/{base}/{commit}/data/{FPB}"
     media = f"https://media.githubusercontent.com/media/{base}/{commit}/data/{MULTI}"
-    assert (fetch.address(plain, ""), fetch.address(lfs, "")) == (raw, media)
+    assert (fetch.build_url(plain, None), fetch.build_url(lfs, None)) == (raw, media)
 
 
 @pytest.mark.skipif(not os.environ.get("FINLORA_DATA"), reason="FINLORA_DATA is not set")
@@ -841,10 +847,10 @@ def test_finloras_own_files_are_right_and_git_names_them_the_same() -> None:
     there = [path for path in sources.tables()["files"] if (folder / path).is_file()]
     assert there
     for path in there:
-        file = fetch.published(path)
+        file = fetch.look_up(path)
         if file is None:
             continue
-        assert fetch.fault(folder / path, file) is None
+        assert fetch.find_fault(folder / path, file) is None
         if not file.lfs:
             git = ["git", "hash-object", "--no-filters", str(folder / path)]
             assert subprocess.check_output(git, text=True).strip() == file.digest

@@ -127,7 +127,7 @@ def call(root: Path, hub: Hub, verb: str, *prefix: str) -> subprocess.CompletedP
     environment |= {"HF_TOKEN": hub.user("me"), "PATH": "/usr/bin:/bin", "DEBUG": ""}
     environment |= {"FINLORA_BASE_URL": f"file://{root}/mirror", "FINLORA_DATA": ""}
     return subprocess.run(
-        [*prefix, sys.executable, "-B", "-m", *VERBS[verb].arguments],
+        [*prefix, sys.executable, "-B", "-m", "tools", *VERBS[verb].arguments],
         cwd=root,
         env=environment,
         capture_output=True,
@@ -219,7 +219,7 @@ def test_a_verb_says_in_one_line_what_it_cannot_do_and_loses_nothing(verb, state
 def test_a_full_disk_behind_standard_output_is_one_line():
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", *VERBS["recipes"].arguments],
+            [sys.executable, "-m", "tools", *VERBS["recipes"].arguments],
             cwd=common.ROOT,
             stdout=full,
             stderr=subprocess.PIPE,

@@ -297,23 +297,25 @@ def test_a_sweep_goes_on_after_a_failure_and_ends_with_a_table(tiny, chat_rows, 
 
 
 def test_a_sweep_takes_patterns_and_starts_with_the_small_ones():
-    found = [recipe.name for recipe in sweep.chosen("smollm2-135m/sentiment_* sentiment_r4")]
+    found = [
+        recipe.name for recipe in sweep.select_recipes("smollm2-135m/sentiment_* sentiment_r4")
+    ]
     assert len(found) == len(set(found)) > 3 and "llama-3.1-8b/sentiment_r4" in found
     large, small = (recipes.find(n) for n in ("sentiment_r4", "smollm2-135m/sentiment_r4"))
-    assert sweep.size(small) <= sweep.size(large)
+    assert sweep.estimate_operations(small) <= sweep.estimate_operations(large)
     with pytest.raises(common.WrongInput, match='no recipe fits "nosuch_\\*"'):
-        sweep.chosen("nosuch_*")
+        sweep.select_recipes("nosuch_*")
     with pytest.raises(common.WrongInput, match="RECIPES="):
-        sweep.chosen(" ")
+        sweep.select_recipes(" ")
 
 
 def test_the_numbers_of_the_scale_document_are_what_the_planner_gives():
-    assert scale.written(scale.DOC.read_text(encoding="utf-8")) == scale.DOC.read_text(
+    assert scale.replace_numbers(scale.DOC.read_text(encoding="utf-8")) == scale.DOC.read_text(
         encoding="utf-8"
     )
 
 
 def test_several_gpus_take_the_longest_first():
-    assert scale.makespan([1, 2, 3, 4], 1) == 10
-    assert scale.makespan([1, 2, 3, 4], 2) == 5
-    assert scale.makespan([1, 2, 3, 4], 64) == 4
+    assert scale.compute_makespan([1, 2, 3, 4], 1) == 10
+    assert scale.compute_makespan([1, 2, 3, 4], 2) == 5
+    assert scale.compute_makespan([1, 2, 3, 4], 64) == 4

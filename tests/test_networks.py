@@ -115,10 +115,10 @@ def test_files_are_fetched_by_way_of_a_proxy(files, tmp_path, proxied):
     (folder / "data" / "test").mkdir(parents=True)
     (folder / "data" / "test" / "fpb_test.jsonl").write_bytes(content)
     sha = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-    published = fetch.Published("test/fpb_test.jsonl", sha, lfs=False, size=None)
+    published = fetch.PublishedFile("test/fpb_test.jsonl", sha, lfs=False, size=None)
     proxy = Proxy({"mirror.example": url})
     proxied(proxy)
-    assert fetch.fetch_all([published], tmp_path / "raw", "http://mirror.example") == {}
+    assert fetch.download_all([published], tmp_path / "raw", "http://mirror.example") == {}
     assert (tmp_path / "raw" / "test" / "fpb_test.jsonl").read_bytes() == content
     assert set(proxy.hosts) == {"mirror.example"}
 

@@ -17,7 +17,7 @@ from bench import memory
 from tests import nf4
 from tests.conftest import run, write_recipe
 from tools import architectures, recipes
-from tools.train import plan
+from tools.train.memory import OPTIMIZERS
 
 METHODS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 RANK, ALPHA = 8, 16
@@ -276,12 +276,12 @@ def four_bit(folder, method, **load):
         **METHODS[method],
     )
     torch.manual_seed(0)
-    return get_peft_model(memory.load(str(folder), 4, True), wanted, **load).train()
+    return get_peft_model(memory.load_model(folder, 4, True), wanted, **load).train()
 
 
 def digests(model):
     """SHA-256 of every tensor that is no part of the adapter, constants of quantization too."""
-    frozen = [t for t in memory.tensors(model) if not t.requires_grad]
+    frozen = [t for t in memory.list_tensors(model) if not t.requires_grad]
     return [
         hashlib.sha256(
             t.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes()
@@ -298,7 +298,7 @@ def test_only_a_b_and_m_train_and_no_byte_of_w0_changes(tiny, method):
     assert {next(part for part in parts if part in name) for name in trained} == parts
     assert len(trained) == 2 * 3 * len(parts)  # layers, modules
     before, start = digests(model), {name: p.detach().clone() for name, p in trained.items()}
-    optimizer = memory.optimizer_of(list(trained.values()))
+    optimizer = memory.make_optimizer(list(trained.values()))
     ids = torch.randint(5, 40000, (2, 24), generator=torch.Generator().manual_seed(0))
     ids = ids.to(model.device)
     for _ in range(3):
@@ -357,9 +357,10 @@ def test_merging_into_4_bits_rounds_the_sum_to_nf4_again(real):
 
 @pytest.mark.parametrize("name", memory.PRECISIONS)
 def test_a_loaded_base_takes_the_bytes_that_are_planned(smollm2, name):
-    setting = (str(smollm2), *memory.PRECISIONS[name])
-    planned = memory.planned(*setting, memory.ROWS, memory.TOKENS)
-    assert memory.held(memory.load(*setting)) == pytest.approx(planned["base"], rel=0.001)
+    precision = memory.PRECISIONS[name]
+    planned = memory.plan_bytes(*precision, memory.ROWS, memory.TOKENS)
+    model = memory.load_model(smollm2, *precision)
+    assert memory.count_bytes(model) == pytest.approx(planned["base"], rel=0.001)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU its allocator counts")
@@ -371,7 +372,7 @@ def test_the_peak_counts_every_byte_that_is_alive_at_once():
         del kept
         torch.zeros(2**19)
 
-    assert memory.peak_of(steps, before=1000) == pytest.approx(1000 + 2 * 2**22, abs=1024)
+    assert memory.measure_step(steps, before=1000) == pytest.approx(1000 + 2 * 2**22, abs=1024)
 
 
 # ---- paged optimizers
@@ -398,13 +399,13 @@ def test_bitsandbytes_pages_nothing_on_a_cpu_and_steps_as_torch_does():
 def test_the_cpu_profile_puts_float32_adamw_in_ordinary_memory_in_their_place(
     tiny, chat_rows, tmp_path
 ):
-    assert recipes.config("smollm2-135m/sentiment_r4")["optimizer"] == "paged_adamw_8bit"
+    assert recipes.build_config("smollm2-135m/sentiment_r4")["optimizer"] == "paged_adamw_8bit"
     steps = {"max_steps": 2, "save_steps": 2, "eval_steps": 2}
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, **steps)
     done = run("train", recipe, "--profile", "cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     config = yaml.safe_load((tmp_path / "r4" / "config.yaml").read_text())
-    assert config["optimizer"] == recipes.profile("cpu")["optimizer"] == "adamw_torch"
+    assert config["optimizer"] == recipes.read_profile("cpu")["optimizer"] == "adamw_torch"
     states = torch.load(tmp_path / "r4" / "checkpoint-2" / "optimizer.pt", weights_only=True)
     moments = [
         state[key] for state in states["state"].values() for key in ("exp_avg", "exp_avg_sq")
@@ -412,7 +413,7 @@ def test_the_cpu_profile_puts_float32_adamw_in_ordinary_memory_in_their_place(
     assert {moment.dtype for moment in moments} == {torch.float32}
     assert any(moment.any() for moment in moments)
     trained = json.loads((tmp_path / "r4" / "run.json").read_text())["trainable_parameters"]
-    assert sum(m.nbytes for m in moments) == plan.OPTIMIZERS["adamw"] * trained
+    assert sum(m.nbytes for m in moments) == OPTIMIZERS["adamw"] * trained
 
 
 def test_the_states_of_rank_4_are_too_small_to_be_paged():

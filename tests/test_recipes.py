@@ -1,5 +1,6 @@
 """The catalogue is what its tables give, is FinLoRA's to the number, and has no misspelt key."""
 
+import shutil
 from typing import Any
 
 import pytest
@@ -94,6 +95,61 @@ def test_a_recipe_is_found_by_each_of_its_names(typed, name):
 
 
 @pytest.mark.parametrize(
+    "typed",
+    [
+        "qwen3-8b/ner_r8_dora",
+        "recipes/qwen3-8b/ner_r8_dora.yaml",
+        str(ROOT / "recipes/qwen3-8b/ner_r8_dora.yaml"),
+    ],
+)
+def test_a_recipe_without_a_file_is_found_and_named_like_any_other(typed):
+    found = recipes.find(typed)
+    assert (found.name, found.path) == ("qwen3-8b/ner_r8_dora", None)
+    assert (found.where, found.task, found.version) == (found.name, "ner", "1.1.0")
+    assert found.run.folder == ROOT / "runs/qwen3-8b/ner_r8_dora"
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b/ner_r8_dora", "smollm2-135m/sentiment_r4_all"])
+def test_a_recipe_is_the_same_with_its_file_and_without(name, tmp_path, monkeypatch):
+    """What a recipe is, its digest and version do not come from its file."""
+    file = recipes.find(name)
+    assert file.path == ROOT / "recipes" / f"{name}.yaml"
+    shutil.copy(recipes.FOLDER / "matrix.yaml", tmp_path)
+    monkeypatch.setattr(recipes, "FOLDER", tmp_path)
+    recipes.clear_caches()
+    try:
+        table = recipes.find(name)
+    finally:
+        monkeypatch.undo()
+        recipes.clear_caches()
+    assert table.path is None
+    assert (table.config, table.digest, table.version) == (file.config, file.digest, file.version)
+
+
+def test_a_config_that_a_caller_changes_leaves_the_tables_as_they_are():
+    name = "qwen3-8b/ner_r8_dora"
+    config = recipes.find(name).config
+    config["lora_target_modules"].append("o_proj")
+    config["datasets"][0]["roles_to_train"].append("user")
+    config["special_tokens"]["pad_token"] = "x"
+    assert recipes.find(name).config != config
+    assert recipes.find(name).config["test_datasets"][0]["roles_to_train"] == ["assistant"]
+
+
+def test_a_users_own_file_goes_before_the_catalogues(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "LOCAL", tmp_path)
+    recipes.clear_caches()
+    (tmp_path / "qwen3-8b").mkdir()
+    own = tmp_path / "qwen3-8b" / "ner_r8_dora.yaml"
+    write(own, recipes.build_config("qwen3-8b/ner_r8_dora") | {"lora_r": 12})
+    try:
+        assert recipes.find("qwen3-8b/ner_r8_dora").config["lora_r"] == 12
+        assert recipes.find(str(own)).name == "qwen3-8b/ner_r8_dora"
+    finally:
+        recipes.clear_caches()
+
+
+@pytest.mark.parametrize(
     ("typed", "near"),
     [
         ("sentimnet_r4", "sentiment_r4"),
@@ -157,7 +213,7 @@ def digest(**changed):
     return recipes.Recipe("x", ROOT / "x.yaml", config, "1").digest
 
 
-@pytest.mark.parametrize("key", [*recipes.RUNNING, *recipes.OUTPUT])
+@pytest.mark.parametrize("key", [*recipes.RUNTIME_KEYS, *recipes.OUTPUT_KEYS])
 def test_the_digest_is_the_same_wherever_things_lie(key):
     assert digest(**{key: "elsewhere"}) == digest()
 
@@ -223,7 +279,7 @@ class Schema(BaseModel):
     ],
 )
 def test_a_key_that_the_schema_does_not_know_is_found_at_any_depth(config, unknown):
-    assert recipes.unknown_keys(config, Schema) == unknown
+    assert recipes.list_unknown_keys(config, Schema) == unknown
 
 
 def test_a_misspelt_key_is_refused_although_axolotl_takes_it():

@@ -17,6 +17,7 @@ from tools.data import convert
 SAMPLE = ROOT / "data" / "sample"
 MAKE = runpy.run_path(str(SAMPLE / "make.py"), run_name="sample_make")
 TASKS, DATASETS = sources.tables()["tasks"], sources.tables()["datasets"]
+FILES = sorted(path.relative_to(SAMPLE).as_posix() for path in SAMPLE.glob("t*/*.jsonl"))
 SENTIMENT_TESTS = [DATASETS[name]["file"] for name in TASKS["sentiment"]["eval"]]
 
 
@@ -25,8 +26,8 @@ def rows(file):
 
 
 def sentences(*files):
-    found = [re.search(r"\nInput: (.*)\nAnswer: $", r["context"]) for f in files for r in rows(f)]
-    return [match.group(1) for match in found]
+    matches = [re.search(r"\nInput: (.*)\nAnswer: $", r["context"]) for f in files for r in rows(f)]
+    return [match.group(1) for match in matches]
 
 
 TRAIN_SENTENCES = sentences(TASKS["sentiment"]["train"])
@@ -50,6 +51,57 @@ def test_a_task_converts_to_at_least_twenty_rows_a_file(task, tmp_path, monkeypa
         held = (manifest["validation"] or {"rows": 0})["rows"]
         assert manifest["rows"] + held == len(rows(source)) >= 20, source
         assert manifest["from"] == "data/sample"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_row_has_the_form_of_its_file(file):
+    for row in rows(file):
+        prompt, answer = row["context"], row["target"]
+        assert prompt.rstrip(" ").endswith("Answer:") and answer.strip()
+        # No slot of a template is left, and nothing but plain text.
+        assert (prompt + answer).isascii() and not re.search(r"[\x00-\x09\x0b-\x1f]|[{}]\w", answer)
+        assert "_batched" not in file or len(answer.split(", ")) == 4
+        assert not re.search("cfa|cpa", file) or f"\n{answer}\n" in prompt
+
+
+def test_every_label_occurs():
+    for dataset in DATASETS.values():
+        if "labels" in dataset:
+            assert {row["target"] for row in rows(dataset["file"])} == set(dataset["labels"])
+
+
+def test_no_prompt_stands_twice_or_in_both_splits():
+    prompts = [row["context"] for file in FILES for row in rows(file)]
+    assert len(set(prompts)) == len(prompts)
+
+
+@pytest.mark.parametrize(
+    ("train", "tests", "column"),
+    [
+        ("TRAIN_HEADLINES", ["TEST_HEADLINES"], 0),
+        ("TRAIN_EXAM", ["LEVEL1_EXAM", "LEVEL2_EXAM", "LEVEL3_EXAM", "REG_EXAM"], 0),
+        ("TRAIN_TAGGING", ["TEST_TAGGING", "FNXL_TAGGING"], 1),
+        ("TRAIN_TERMS", ["TEST_TERMS"], 0),
+        ("TRAIN_QUESTIONS", ["TEST_QUESTIONS"], 1),
+        ("TRAIN_PAGES", ["TEST_PAGES"], 0),
+        ("TRAIN_LOAN_SENTENCES", ["TEST_LOAN_SENTENCES"], 0),
+    ],
+)
+def test_no_template_is_used_twice_or_in_both_splits(train, tests, column):
+    texts = [row[column] for name in (train, *tests) for row in MAKE["fields"](MAKE[name])]
+    assert len(set(texts)) == len(texts)
+
+
+def test_no_computed_exam_question_is_in_both_splits():
+    names = ("TRAIN_COMPUTED", "LEVEL1_COMPUTED", "LEVEL2_COMPUTED", "LEVEL3_COMPUTED")
+    texts = [question.text for name in (*names, "REG_COMPUTED") for question in MAKE[name]]
+    assert len(set(texts)) == len(texts)
+
+
+def test_every_formula_has_questions():
+    names = {spec.name for spec in MAKE["FORMULAS"]}
+    for block in (MAKE["TRAIN_QUESTIONS"], MAKE["TEST_QUESTIONS"]):
+        assert {name for name, _ in MAKE["fields"](block)} == names
 
 
 def test_every_dataset_belongs_to_a_task():

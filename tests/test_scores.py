@@ -22,7 +22,8 @@ from tests.test_eval import Speaker, evaluate, key, trained, workplace  # noqa: 
 from tests.test_report import Page, runs  # noqa: F401
 from tools import common, sources
 from tools import runs as runs_module
-from tools.data import convert
+from tools.data.chatfile import convert_rows
+from tools.data.rules import load_test_rules
 
 # ---- the code that scores
 
@@ -240,7 +241,7 @@ def project(tmp_path, tiny):
     shutil.copy(common.ROOT / "data" / "sources.yaml", root / "data")
     shutil.copytree(tiny, root / "models" / "tiny")
     source = sources.SAMPLE / sources.tables()["datasets"]["fpb"]["file"]
-    convert.convert(source, root / "data/chat/fpb_test.jsonl", convert.rules("fpb", source))
+    convert_rows(source, root / "data/chat/fpb_test.jsonl", load_test_rules("fpb", source))
     return root
 
 
@@ -260,7 +261,7 @@ def write_base_recipe(root, base):
 
     from tools import recipes
 
-    content = recipes.config("smollm2-135m/sentiment_r4")
+    content = recipes.build_config("smollm2-135m/sentiment_r4")
     content |= {"base_model": base, "output_dir": str(root / "runs" / "tiny" / "r4")}
     path = root / "recipe.yaml"
     path.write_text(yaml.safe_dump(content))

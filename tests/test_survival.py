@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from tests.conftest import losses, run, write_recipe
-from tools import common
+from tools import common, runs
 from tools.runs import Run
 from tools.train import callbacks, checkpoints, launch, reproduce, status
 from tools.train import process as process_module
@@ -100,7 +100,7 @@ def test_a_training_told_to_stop_saves_and_goes_on(undisturbed, tiny, chat_rows,
     assert (
         not (folder / "run.json").exists() and not (folder / "adapter_model.safetensors").exists()
     )
-    assert status.status(folder)["note"] == f"goes on from step {saved}"
+    assert status.read_status(Run(folder)).note == f"goes on from step {saved}"
 
     result = run("train", recipe)
     assert f"goes on from step {saved}" in result.stdout
@@ -241,7 +241,7 @@ def test_data_that_changed_under_a_half_done_run_is_told(undisturbed, tmp_path, 
     shutil.copytree(undisturbed, tmp_path / "run")
     (tmp_path / "run" / "run.json").unlink()
     before = json.loads((tmp_path / "run" / "identity.json").read_text())
-    recipe = launch.recipes.load(undisturbed.parent / "r4.yaml", "r4")
+    recipe = launch.recipes.load_file(undisturbed.parent / "r4.yaml", "r4")
     moved = launch.recipes.Recipe(
         "r4", recipe.path, recipe.config | {"output_dir": str(tmp_path / "run")}, "1"
     )
@@ -438,7 +438,7 @@ def test_a_run_is_reproduced_to_the_bit(undisturbed):
     assert "the same to the bit" in result.stdout
     same_as(undisturbed.with_name("r4.reproduced"), undisturbed)
     with pytest.raises(common.WrongInput, match="no finished run"):
-        reproduce.again(undisturbed.parent)
+        reproduce.build_recipe(Run(undisturbed.parent))
 
 
 @pytest.mark.slow
@@ -464,15 +464,16 @@ def test_a_tracker_writes_only_where_it_is_asked_for(undisturbed, tiny, chat_row
 
 
 def test_status_tells_what_trains_and_what_is_done(undisturbed, monkeypatch):
-    monkeypatch.setattr(status, "RUNS", undisturbed.parent)
-    rows = {row["run"]: row for row in status.all_runs()}
-    assert (rows["r4"]["state"], rows["r4"]["step"]) == ("finished", 30)
+    monkeypatch.setattr(runs, "RUNS", undisturbed.parent)
+    statuses = {row.run: row for row in status.list_statuses()}
+    finished = statuses["r4"]
+    assert (finished.state, finished.step) == ("finished", 30)
     with Run(undisturbed).lock():
-        assert status.all_runs()[0]["state"] == "training"
+        assert status.list_statuses()[0].state == "training"
 
 
 def test_status_keeps_no_training_from_starting(tmp_path):
-    script = "import sys, pathlib; from tools import status\nwhile True:"
+    script = "import sys, pathlib; from tools.runs import Run\nwhile True:"
     script += " Run(pathlib.Path(sys.argv[1])).is_training"
     with Run(tmp_path / "run").lock():
         looking = subprocess.Popen(
@@ -551,7 +552,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(shared, undistu
 
 def test_one_run_that_cannot_be_read_does_not_hide_the_others(shared, monkeypatch):
     folder, other_user = shared
-    monkeypatch.setattr(status, "RUNS", folder)
+    monkeypatch.setattr(runs, "RUNS", folder)
     for name in ("closed", "damaged", "locked", "mine", "private"):
         (folder / name).mkdir()
         (folder / name / "identity.json").write_text("{}")
@@ -561,10 +562,10 @@ def test_one_run_that_cannot_be_read_does_not_hide_the_others(shared, monkeypatc
     Run(folder / "locked").lock_file.touch(0o600)
     (folder / "private" / "progress.jsonl").chmod(0o600)
     with other_user():
-        rows = {row["run"]: row for row in status.all_runs()}
-    assert rows["mine"]["state"] == "interrupted" and len(rows) == 5
-    notes = {name: row["note"] for name, row in rows.items() if row["state"] == "unreadable"}
+        statuses = {Path(row.run).name: row for row in status.list_statuses()}
+    assert statuses["mine"].state == "interrupted" and len(statuses) == 5
+    notes = {name: row.note for name, row in statuses.items() if row.state == "unreadable"}
     assert notes.keys() == {"closed", "damaged", "locked", "private"}
     assert notes["damaged"].startswith("damaged: ")
     assert all("Permission denied" in note for n, note in notes.items() if n != "damaged")
-    status.show(list(rows.values()))
+    status.print_statuses(list(statuses.values()))

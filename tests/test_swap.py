@@ -15,6 +15,7 @@ from tests.conftest import run
 from tools import recipes, sources
 from tools.common import ROOT, WrongInput, write_json
 from tools.data import convert, swap
+from tools.data.chatfile import Options
 from tools.hub import card
 from tools.subjects import Subject
 from tools.train import checks as checks_module
@@ -138,10 +139,10 @@ def test_half_swapped_labels_stop_the_conversion_until_a_person_decides(folder, 
     assert "REPAIR=1 swaps them in the 4,776 rows" in said and "REPAIR=0 leaves" in said
     assert "the source has negative 14.5 %, neutral 65.6 %, positive 19.9 %" in said
     assert not sources.train_path("sentiment").exists()
-    convert.convert_task("sentiment", folder, convert.How(repair=False))
+    convert.convert_task("sentiment", folder, Options(repair=False))
     assert stripped(converted()) == stripped(rows)
     assert check_of()["text"].startswith("REPAIR=0, by hand: unchanged")
-    convert.convert_task("sentiment", folder, convert.How(repair=True))
+    convert.convert_task("sentiment", folder, Options(repair=True))
     assert stripped(converted()) == stripped(construct(parts, swapped(tfns)))
     assert check_of()["outcome"] == "forced"
 
@@ -152,7 +153,7 @@ def test_a_person_may_decide_against_the_rows(folder, right, repair):
     parts = made_up()
     tfns = parts["tfns"] if right else swapped(parts["tfns"])
     write(folder, construct(parts, tfns))
-    convert.convert_task("sentiment", folder, convert.How(repair=repair))
+    convert.convert_task("sentiment", folder, Options(repair=repair))
     expected = swapped(tfns) if repair else tfns
     assert stripped(converted()) == stripped(construct(parts, expected))
     assert check_of()["text"].startswith(f"REPAIR={int(repair)}, by hand: ")
@@ -274,7 +275,7 @@ def test_a_bad_row_is_named_before_anything_is_decided(folder):
     path.write_text(path.read_text() + '{"context": "x"}\n')
     with pytest.raises(WrongInput, match='line 7[0-9]*|the key "target" is missing'):
         convert.convert_task("sentiment", folder)
-    convert.convert_task("sentiment", folder, convert.How(quarantine=True))
+    convert.convert_task("sentiment", folder, Options(quarantine=True))
     assert check_of()["outcome"] == "repaired"
     assert sources.manifest(sources.train_path("sentiment"))["refused"] == 1
 
@@ -349,7 +350,7 @@ def test_score_files_and_cards_say_what_was_decided(tmp_path, monkeypatch):
     write(tmp_path, construct(parts, swapped(parts["tfns"])))
     write(tmp_path, parts["tfns"], "test/tfns_test.jsonl")
     convert.convert_task("sentiment", tmp_path)
-    config = recipes.config("smollm2-135m/sentiment_r4")
+    config = recipes.build_config("smollm2-135m/sentiment_r4")
     config["datasets"][0]["path"] = str(sources.train_path("sentiment"))
     config["test_datasets"][0]["path"] = str(sources.val_path("sentiment"))
     data = checks_module.describe_data(recipes.Recipe("mine", tmp_path / "mine.yaml", config, "1"))
@@ -367,7 +368,7 @@ def test_score_files_and_cards_say_what_was_decided(tmp_path, monkeypatch):
 
 
 def test_the_distance_allows_for_chance_on_few_rows():
-    few, many = (swap.Seen(Counter({"neutral": n}), n, frozenset()) for n in (50, 50_000))
+    few, many = (swap.Evidence(Counter({"neutral": n}), n, frozenset()) for n in (50, 50_000))
     assert (
         swap.compute_allowance(few, SOURCE)
         > 2 * swap.compute_allowance(many, SOURCE)
@@ -377,7 +378,7 @@ def test_the_distance_allows_for_chance_on_few_rows():
     names = list(SOURCE.elements())
     for size in (200, 2000):  # 400 honest samples: never taken for swapped, rarely for unclear
         verdicts = Counter(
-            swap.judge(swap.Seen(Counter(draw.choices(names, k=size)), size, frozenset()))[0]
+            swap.judge(swap.Evidence(Counter(draw.choices(names, k=size)), size, frozenset()))[0]
             for _ in range(200)
         )
         assert verdicts["swapped"] == 0 and verdicts["right"] >= 198

@@ -122,7 +122,7 @@ def test_a_run_killed_in_the_middle_goes_on_with_the_same_losses(runs, tiny, cha
         member.kill()
     process.wait()
     assert not (tmp_path / "r4" / "run.json").exists()
-    kept = checkpoints.last_checkpoint(tmp_path / "r4")
+    kept = checkpoints.last_checkpoint(Run(tmp_path / "r4"))
     assert kept >= 4
 
     result = run("train", recipe)
@@ -138,7 +138,7 @@ def test_a_run_killed_in_the_middle_goes_on_with_the_same_losses(runs, tiny, cha
 def test_a_damaged_checkpoint_is_left_out_and_the_one_before_is_used(runs, tmp_path):
     shutil.copytree(runs["r4"], tmp_path / "run")
     (tmp_path / "run" / "checkpoint-12" / "optimizer.pt").write_bytes(b"PK half a file")
-    assert checkpoints.last_checkpoint(tmp_path / "run") == 8
+    assert checkpoints.last_checkpoint(Run(tmp_path / "run")) == 8
     assert not (tmp_path / "run" / "checkpoint-12").exists()
 
 
@@ -261,7 +261,7 @@ def test_plain_axolotl_trains_the_recipe_with_the_profile_as_flags(smollm2, chat
     own = {"dequantize_once", "answer_logits_only"}
     options = {option.name: option for option in axolotl.commands["train"].params}
     flags = ["--max-steps", "2"]
-    for key, value in recipes.profile("cpu").items():
+    for key, value in recipes.read_profile("cpu").items():
         if key not in own:
             off = options[key].secondary_opts  # --no-… where the option is a switch
             flags += off if off and value is False else [options[key].opts[0], str(value).lower()]

@@ -11,6 +11,7 @@ import pytest
 from tools import custom, recipes, sources
 from tools.common import ROOT, WrongInput, digest
 from tools.data import convert
+from tools.data.rules import fingerprint
 from tools.train import checks, launch, profiles
 
 TASKS = sources.tables()["tasks"]
@@ -31,7 +32,7 @@ def write(path, rows):
 
 def prompts(path):
     rows = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
-    return Counter(convert.fingerprint(user["content"]) for user, _ in rows)
+    return Counter(fingerprint(user["content"]) for user, _ in rows)
 
 
 def sides(task):
@@ -155,7 +156,7 @@ def test_a_prompt_that_two_parts_share_does_not_train_where_one_validates_with_i
     rows = [(f"Question {n} of financebench?", "1") for n in range(100)] + [shared]
     write(folder / "train" / "financebench_train.jsonl", rows)
     convert.convert_task("financebench", folder)
-    assert convert.fingerprint(shared[0]) in sides("financebench")[0]
+    assert fingerprint(shared[0]) in sides("financebench")[0]
     convert.convert_task("analysis_multi", folder)
     trains, validates = sides("analysis_multi")
     assert not trains.keys() & validates.keys()
@@ -164,18 +165,14 @@ def test_a_prompt_that_two_parts_share_does_not_train_where_one_validates_with_i
 
 
 def test_rows_of_ones_own_are_split_by_prompt_too(folder, monkeypatch):
-    for module, name in (
-        (custom, "DATA"),
-        (custom, "TASKS"),
-        (recipes, "LOCAL"),
-        (sources, "OWN"),
-    ):
+    for module, name in ((custom, "DATA"), (custom, "TASKS"), (recipes, "LOCAL")):
         monkeypatch.setattr(module, name, folder / name.lower())
+    monkeypatch.setattr(sources, "OWN", recipes.LOCAL)
     rows = copied(200)
     source = write(folder / "mine.jsonl", rows)
     try:
         sources.tables.cache_clear()
-        custom.new("house", source)
+        custom.create_task("house", source)
         sources.tables.cache_clear()
         convert.convert_task("house", folder)
         (entry,) = recipes.find("smollm2-135m/house_r4").config["test_datasets"]
@@ -184,7 +181,7 @@ def test_rows_of_ones_own_are_split_by_prompt_too(folder, monkeypatch):
         assert all(three) and sum(map(len, three)) == len(set().union(*three)) == 200
     finally:
         sources.tables.cache_clear()
-        recipes.forget()
+        recipes.clear_caches()
 
 
 # ---- What a training makes of it
@@ -192,7 +189,7 @@ def test_rows_of_ones_own_are_split_by_prompt_too(folder, monkeypatch):
 
 @pytest.fixture
 def recipe(folder):
-    config = recipes.config("smollm2-135m/formula_r4")
+    config = recipes.build_config("smollm2-135m/formula_r4")
     for key, path in (("datasets", sources.train_path), ("test_datasets", sources.val_path)):
         config[key][0]["path"] = str(path("formula"))
     write(folder / "train" / "formula_train.jsonl", copied())

@@ -18,7 +18,6 @@ import typer
 from typer import Argument, Option
 
 from tools.common import WrongInput, command, nearest
-from tools.train import machines
 
 START, DATA, TRAIN, SCORE, USE, SHARE, MAINTAIN = (
     *("Start", "Data", "Train", "Score", "Use", "Share", "Maintain"),
@@ -36,7 +35,7 @@ app = typer.Typer(
 def complete_recipe(incomplete: str) -> list[str]:
     from tools import recipes
 
-    return [name for name in recipes.places() if name.startswith(incomplete)]
+    return [name for name in recipes.list_aliases() if name.startswith(incomplete)]
 
 
 def complete_task(incomplete: str) -> list[str]:
@@ -177,9 +176,9 @@ def convert(
     """
     from tools.data import convert
 
-    lengths, _ = convert.lengths_of(recipe, tokenizer, sequence_len)
-    how = convert.How(on_error == "quarantine", lengths, repair=repair)
-    convert.convert_file(dataset, source, target, how)
+    lengths, _ = convert.load_lengths(recipe, tokenizer, sequence_len)
+    options = convert.Options(on_error == "quarantine", lengths, repair=repair)
+    convert.convert_file(dataset, source, target, options)
 
 
 @app.command(rich_help_panel=DATA)
@@ -204,7 +203,7 @@ def new(
     """
     from tools import custom
 
-    custom.new(task, data.expanduser())
+    custom.create_task(task, data.expanduser())
 
 
 # ---- Train
@@ -219,7 +218,9 @@ def recipes(
 ) -> None:
     """List the catalogue with planned GPU memory.
 
-    Example: python -m tools recipes --task sentiment --model qwen3-8b
+    Without a method, the recipes that have a file; with one, all of its recipes.
+
+    Example: python -m tools recipes --task sentiment --method r8_dora
     """
     from tools import catalogue
 
@@ -255,10 +256,10 @@ def plan(
 
     Example: python -m tools plan sentiment_r4 --gpu "A5000 24GB" --price 0.26
     """
-    from tools.train import plan
+    from tools.train import plan, plan_table
 
     hardware = plan.Hardware(gpu or plan.DEFAULT_GPU, nproc, price)
-    plan.print_plan(recipe, hardware, rows, tokens_per_row, json)
+    plan_table.print_plan(recipe, hardware, rows, tokens_per_row, json)
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -306,7 +307,7 @@ def train(
 
     Example: python -m tools train smollm2-135m/sentiment_r4
     """
-    from tools.train import launch, profiles
+    from tools.train import launch, machines, profiles
 
     choice = profiles.Choice(profile, nproc, gradient_checkpointing, tracker)
     launch.train(recipe, choice, machines.Cluster(nnodes, node_rank, rdzv), force)
@@ -320,7 +321,7 @@ def status() -> None:
     """
     from tools.train import status
 
-    status.show_all()
+    status.print_all()
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -495,7 +496,7 @@ def push(
     """
     from tools.hub import push
 
-    push.push(recipe, namespace, push.Options(public, dry_run, force, price))
+    push.push_run(recipe, namespace, push.Options(public, dry_run, force, price))
 
 
 @app.command(rich_help_panel=SHARE)
@@ -513,7 +514,8 @@ def pull(
     """
     from tools.hub import pull
 
-    pull.pull(pull.Request(recipe, namespace, adapter, revision, precision), force)
+    source = pull.find_source(recipe, namespace, adapter, revision, precision)
+    pull.pull_adapter(source, force)
 
 
 @app.command(rich_help_panel=SHARE)
@@ -524,7 +526,7 @@ def adapters(namespace: Namespace = None) -> None:
     """
     from tools.hub import listing
 
-    listing.show(namespace)
+    listing.show_adapters(namespace)
 
 
 # ---- Maintain
@@ -538,14 +540,14 @@ def import_config(config: Annotated[Path, Argument(help="A FinLoRA config file."
     """
     from tools import custom
 
-    custom.import_(config.expanduser())
+    custom.import_runs(config.expanduser())
 
 
 @app.command(rich_help_panel=MAINTAIN)
 def render(recipe: Recipe = None) -> None:
-    """Write every recipe from recipes/matrix.yaml; with a name, print that one.
+    """Write the recipes and their pages from recipes/matrix.yaml; with a name, print that recipe.
 
-    Example: python -m tools render
+    Example: python -m tools render qwen3-8b/ner_r8_dora > my.yaml
     """
     from tools import catalogue
     from tools.train import scale
@@ -664,7 +666,7 @@ def main() -> None:
     commands = build_commands()
     defaults = {verb: variables for verb in commands.commands}
     try:
-        commands(prog_name="python -m tools", standalone_mode=False, default_map=defaults)
+        status = commands(prog_name="python -m tools", standalone_mode=False, default_map=defaults)
     except click.exceptions.MissingParameter as error:
         raise WrongInput(describe_missing(str(error.param.name if error.param else ""))) from None
     except click.exceptions.BadParameter as error:
@@ -673,7 +675,9 @@ def main() -> None:
     except click.exceptions.UsageError as error:
         raise WrongInput(error.format_message()) from None
     except click.exceptions.Abort:
-        raise KeyboardInterrupt from None
+        status = 130
+    if status == 130:  # how Typer hands Ctrl-C on
+        raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

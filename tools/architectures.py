@@ -1,9 +1,9 @@
-"""The architectures of the bases: what the planner and the adapter checker compute with.
+"""The architectures of the bases: the planner and the adapter checker compute with them.
 
     architectures.find("meta-llama/Llama-3.1-8B-Instruct").parameters      8,030,261,248
 
-They come from recipes/models/<model>.json, or from the config.json of a base that is on this
-machine. No weights are read, and neither torch nor transformers is loaded.
+An architecture comes from recipes/models/<model>.json, or from the config.json of a base on this
+machine. No weights are read, and neither torch nor transformers is imported.
 """
 
 import json
@@ -23,7 +23,7 @@ BLOCKS = {name: "self_attn" if name in MODULES[:4] else "mlp" for name in MODULE
 
 @dataclass(frozen=True)
 class Model:
-    """The architecture of a Llama-like decoder. `norms_per_layer` counts those of size `hidden`."""
+    """The architecture of a Llama-like decoder."""
 
     source: str
     layers: int
@@ -34,11 +34,11 @@ class Model:
     head_dim: int
     vocab: int
     tied: bool
-    norms_per_layer: int = 2
+    norms_per_layer: int = 2  # norms of size `hidden`
     qk_norm: bool = False
     model_type: str = "llama"  # as the base's config.json names it
-    also: tuple[str, ...] = ()
-    note: str = ""
+    also: tuple[str, ...] = ()  # other names of bases with this architecture
+    note: str = ""  # what the plan leaves out
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -56,96 +56,103 @@ class Model:
 
     @property
     def linear(self) -> int:
-        """Parameters that a quantized base quantizes: the linear layers without the head."""
-        return self.layers * sum(a * b for a, b in self.shapes.values())
+        """Parameters of the linear layers without the head: those that quantization packs."""
+        return self.layers * sum(rows * columns for rows, columns in self.shapes.values())
 
     @property
-    def kept(self) -> int:
-        """Parameters that stay unquantized: embedding, head (where it is another), norms."""
+    def unquantized(self) -> int:
+        """Parameters that quantization leaves alone: embedding, head (unless tied), norms."""
         norms = self.layers * self.norms_per_layer * self.hidden + self.hidden
         norms += self.layers * 2 * self.head_dim if self.qk_norm else 0
         return (1 if self.tied else 2) * self.vocab * self.hidden + norms
 
     @property
     def parameters(self) -> int:
-        return self.linear + self.kept
+        return self.linear + self.unquantized
 
 
 @cache
-def models() -> dict[str, Model]:
+def read_architectures() -> dict[str, Model]:
     """The architectures of recipes/models/, by each of their names in lower case."""
-    found: dict[str, Model] = {}
+    architectures: dict[str, Model] = {}
     for path in sorted(FOLDER.glob("*.json")):
-        facts = json.loads(path.read_bytes())
-        model = Model(**facts | {"also": tuple(facts.get("also", ()))})
-        found |= {name.lower(): model for name in (model.source, *model.also)}
-    return found
+        content = json.loads(path.read_bytes())
+        model = Model(**content | {"also": tuple(content.get("also", ()))})
+        architectures |= {name.lower(): model for name in (model.source, *model.also)}
+    return architectures
 
 
 def find_file(base: str, name: str) -> Path | None:
-    """A file of a base: in its folder, or in the Hub's cache; None where it is in neither."""
+    """A file of a base, in its folder or in the Hub's cache; None where it is in neither."""
     if (ROOT / base).is_dir():
         path = ROOT / base / name
         return path if path.is_file() else None
     home = os.environ.get("HF_HOME", "~/.cache/huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
-    if not (cache / f"models--{base.replace('/', '--')}").is_dir():
-        return None  # without the Hub's library, which takes longer to load than a plan takes
+    hub = Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
+    if not (hub / f"models--{base.replace('/', '--')}").is_dir():
+        return None  # importing the Hub's library takes longer than a whole plan
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(base, name)
     return Path(cached) if isinstance(cached, str) else None
 
 
-# What a base's config.json does not say of its architecture, by its `model_type`.
+# What a base's config.json does not say about its architecture, by `model_type`.
 BY_TYPE: dict[str, dict[str, Any]] = {
     "qwen3": {"qk_norm": True},
     "gemma3": {"qk_norm": True, "norms_per_layer": 4},
     "gemma3_text": {"qk_norm": True, "norms_per_layer": 4},
 }
+EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts"}  # keys of mixtures of experts
 
 
 def find(base: str) -> Model:
-    """The architecture of a base, from the JSON that names it or from the base's own config.json;
-    WrongInput without either.
+    """The architecture of a base, from the JSON that names it or from the base's own config.json.
+
+    Raises WrongInput without either, and for a mixture of experts.
     """
-    if model := models().get(recipes.canonical(base).lower()):
+    architectures = read_architectures()
+    if model := architectures.get(recipes.resolve_mirror(base).lower()):
         return model
-    if path := find_file(base, "config.json"):
-        content = parse_json(path.read_bytes(), shown(path))
-        text = content.get("text_config") or content
-        if any(key in text for key in ("num_experts", "num_local_experts", "n_routed_experts")):
-            raise WrongInput(f"{shown(path)}: a mixture of experts cannot be planned")
-        kind = str(content.get("model_type"))
-        extra = BY_TYPE.get(kind, {}) | {"model_type": kind}
-        return replace(of_config(base, content), **extra)
-    hint = nearest(base, [name for m in models().values() for name in (m.source, *m.also)])
-    raise WrongInput(
-        f'{shown(FOLDER)} has no JSON for the base "{base}", and its config.json is neither in a '
-        f"folder of that name nor in the Hub's cache{hint}"
-    )
+    path = find_file(base, "config.json")
+    if not path:
+        names = [name for model in architectures.values() for name in (model.source, *model.also)]
+        raise WrongInput(
+            f'{shown(FOLDER)} has no JSON for the base "{base}", and its config.json is neither in '
+            f"a folder of that name nor in the Hub's cache{nearest(base, names)}"
+        )
+    content = parse_json(path.read_bytes(), shown(path))
+    if EXPERTS & find_text_part(content).keys():
+        raise WrongInput(f"{shown(path)}: a mixture of experts cannot be planned")
+    kind = str(content.get("model_type"))
+    return replace(parse_config(base, content), model_type=kind, **BY_TYPE.get(kind, {}))
 
 
-def of_config(name: str, config: dict[str, Any]) -> Model:
-    """The architecture that a base's own `config.json` gives; WrongInput where it has none."""
-    found = config.get("text_config", config)
-    text = found if isinstance(found, dict) else {}
+def find_text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a `config.json` that describes the language model."""
+    text = config.get("text_config") or config
+    return text if isinstance(text, dict) else {}
 
-    def number(key: str, other: int = 0) -> int:
-        value = text.get(key) or other
+
+def parse_config(base: str, config: dict[str, Any]) -> Model:
+    """The architecture in a base's own `config.json`; raises WrongInput where it has none."""
+    text = find_text_part(config)
+
+    def read_size(key: str, default: int = 0) -> int:
+        value = text.get(key) or default
         if type(value) is not int or not 0 < value < 10**7:
-            raise WrongInput(f"{name}: its config.json has no {key} that a decoder could have")
+            raise WrongInput(f"{base}: its config.json has no {key} that a decoder could have")
         return value
 
-    heads, hidden = number("num_attention_heads"), number("hidden_size")
+    heads, hidden = read_size("num_attention_heads"), read_size("hidden_size")
     return Model(
-        source=name,
-        layers=number("num_hidden_layers"),
+        source=base,
+        layers=read_size("num_hidden_layers"),
         hidden=hidden,
-        intermediate=number("intermediate_size"),
+        intermediate=read_size("intermediate_size"),
         heads=heads,
-        kv_heads=number("num_key_value_heads", heads),
-        head_dim=number("head_dim", hidden // heads),
-        vocab=number("vocab_size"),
+        kv_heads=read_size("num_key_value_heads", heads),
+        head_dim=read_size("head_dim", hidden // heads),
+        vocab=read_size("vocab_size"),
         tied=bool(text.get("tie_word_embeddings")),
     )

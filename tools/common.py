@@ -9,13 +9,14 @@ import errno
 import functools
 import hashlib
 import json
+import math
 import os
 import pwd
 import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -199,6 +200,12 @@ def nearest(name: str, known: list[str], cutoff: float = 0.5) -> str:
     return f"; did you mean {', '.join(close)}?" if close else ""
 
 
+def check_name(kind: str, name: str, names: Collection[str]) -> None:
+    """Raises WrongInput where no such `kind` (task, dataset) has that name."""
+    if name not in names:
+        raise WrongInput(f'unknown {kind} "{name}"{nearest(name, list(names))}')
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that appears at `path` whole or not at all."""
@@ -227,7 +234,8 @@ def share(folder: Path) -> None:
     mask = os.umask(0o022)
     os.umask(mask)
     for path in folder.iterdir():
-        path.chmod(0o666 & ~mask)
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -295,6 +303,10 @@ def json_lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
+DEEPEST_YAML = 100  # levels; PyYAML recurses in C, and some ten thousand end the process
+LARGEST_YAML = 10**6  # values; a few hundred bytes of nested aliases stand for billions
+
+
 def parse_yaml(text: str | bytes, where: str) -> Any:
     """The content of a YAML text; raises WrongInput that names `where`, the line, and the fault.
 
@@ -309,15 +321,47 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
             raise WrongInput(f"{where}: not UTF-8 at byte {error.start + 1}") from None
     loader = yaml.CSafeLoader(text)
     try:
+        _refuse_deep_nesting(text, where)
         root = loader.get_single_node()
+        if _expanded_size(root, {}) > LARGEST_YAML:
+            raise WrongInput(f"{where}: its aliases expand to over {LARGEST_YAML:,} values")
         _refuse_repeated_keys(root, where)
         return None if root is None else loader.construct_document(root)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: of 2001-99-99
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise WrongInput(f"{where}{line}: not YAML") from None
     finally:
         loader.dispose()
+
+
+def _refuse_deep_nesting(text: str, where: str) -> None:
+    """Raises WrongInput where a YAML text is nested too deep to be read, without recursion."""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, yaml.CSafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > DEEPEST_YAML:
+            raise WrongInput(f"{where}: nested deeper than {DEEPEST_YAML} levels")
+
+
+def _expanded_size(node: Any, sizes: dict[int, float]) -> float:
+    """How many values a YAML tree holds with its aliases written out; infinite in a circle."""
+    import yaml
+
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf  # for an alias inside of what it stands for
+        parts = node.value
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        sizes[id(node)] = 1 + sum(_expanded_size(part, sizes) for part in parts)
+    return sizes[id(node)]
 
 
 def _refuse_repeated_keys(root: Any, where: str) -> None:
@@ -353,6 +397,20 @@ def read_yaml(path: Path) -> Any:
     return parse_yaml(path.read_bytes(), shown(path))
 
 
+def format_yaml(content: Any) -> str:
+    """YAML as this project writes it: keys in their order, lists of plain values on one line."""
+    import yaml
+
+    return yaml.dump(
+        content,
+        Dumper=yaml.CSafeDumper,
+        sort_keys=False,
+        width=100,
+        allow_unicode=True,
+        default_flow_style=None,
+    )
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
@@ -362,6 +420,16 @@ def digest(path: Path) -> str:
 def shown(path: Path) -> str:
     """A path as a person types it: relative to the project where it lies inside."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def format_table(rows: Sequence[Sequence[str]], sides: str) -> str:
+    """Rows as aligned columns; `sides` has `<` for a column that is flush left, `>` for right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    columns = list(zip(sides, widths, strict=True))
+    return "\n".join(
+        "  ".join(f"{cell:{side}{width}}" for cell, (side, width) in zip(row, columns, strict=True))
+        for row in rows
+    )
 
 
 def git_blob(path: Path) -> str:

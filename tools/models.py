@@ -13,7 +13,7 @@ from typing import Any
 
 from tools import adapters, common, prompts, smollm2
 from tools.common import ROOT, JobFailed, WrongInput, shown
-from tools.hub_errors import plainly
+from tools.hub_errors import explain_errors
 
 
 def dequantize_once(model: Any, training: bool = False) -> int:
@@ -191,7 +191,7 @@ def bring_base(base: str) -> Path:
     from huggingface_hub import constants, snapshot_download
 
     offline = "; HF_HUB_OFFLINE forbids its download" if constants.HF_HUB_OFFLINE else ""
-    with plainly(f"the base {base}"):
+    with explain_errors(f"the base {base}"):
         try:
             folder = Path(
                 snapshot_download(base, allow_patterns=BASE_FILES, ignore_patterns=COPIES)

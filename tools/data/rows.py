@@ -1,61 +1,61 @@
 """Reads FinLoRA's rows strictly and in constant memory: a row is taken whole, or named and refused.
 
-A block of rows is parsed at once by orjson, and whether all of them are sound is seen from a few
-counts over its bytes. Where it is not, its rows are looked at one by one.
+    for batch in read_batches(Path("data/raw/test/fpb_test.jsonl")):
+        print(batch.prompts, batch.answers, batch.refused)
+
+Repeated keys, control characters, other types than text and numbers, and empty texts are refused.
 """
 
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from tools.common import WrongInput, shown
+from tools.common import WrongInput, shown, unique
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-# How JSON may spell a control character or, as \u0022, a quotation mark.
-SUSPECT = re.compile(rb"\\(?:[bf]|u00[0-7])")
+ASCII_ESCAPE = re.compile(rb"\\(?:[bf]|u00[0-7])")  # a character of ASCII that is not spelt plainly
 MAX_LINE = 16 * 2**20  # bytes; FinLoRA's longest rows are about 20 kB
-CHUNK = 2**16  # bytes that are parsed at a time: what fits a core's cache is fastest
+CHUNK = 2**16  # bytes that are read at a time
 
 
-Test = Callable[[str, str], object]  # of prompt and answer
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What a dataset asks of its rows: the answers there are, and the repair of known defects."""
-
-    labels: frozenset[str] = frozenset()
-    relabel: dict[str, str] = field(default_factory=dict)
-    reason: str = ""
-    where: Test | None = None  # the rows to relabel; all of them without it
-    label_check: dict[str, Any] | None = None  # what tools/data/swap.py saw, for the manifest
-    removals: tuple["Removal", ...] = ()  # training sets only
-    cut: bool = False  # whether a prompt that is too long loses its middle
-
-    def repair(self, prompt: str, answer: str) -> str:
-        """The answer as the repair has it."""
-        if answer in self.relabel and (self.where is None or self.where(prompt, answer)):
-            return self.relabel[answer]
-        return answer
+RowTest = Callable[[str, str], object]  # of prompt and answer
 
 
 @dataclass(frozen=True)
 class Removal:
-    """Rows that a repair takes out. `start` makes the test of a row, or says why it cannot."""
+    """A repair that takes rows out. `start` makes the test of a row, or says why it cannot."""
 
     kind: str
     reason: str
-    start: "Callable[[], Test | str]"
+    start: Callable[[], RowTest | str]
 
 
-FREE = Rules()
+@dataclass(frozen=True)
+class Rules:
+    """What a dataset asks of its rows: the possible answers, and the repair of its defects."""
+
+    labels: frozenset[str] = frozenset()
+    relabel: dict[str, str] = field(default_factory=dict)
+    reason: str = ""
+    relabels_row: RowTest | None = None  # the rows to relabel; all rows without it
+    label_check: dict[str, Any] | None = None  # the findings of tools/data/swap.py
+    removals: tuple[Removal, ...] = ()  # training sets only
+    cut: bool = False  # whether a prompt that is too long loses its middle
+
+    def repair(self, prompt: str, answer: str) -> str:
+        """The answer after the repair."""
+        if answer in self.relabel and (not self.relabels_row or self.relabels_row(prompt, answer)):
+            return self.relabel[answer]
+        return answer
+
+
+NO_RULES = Rules()
 
 
 @dataclass
@@ -63,31 +63,21 @@ class Batch:
     """Some rows of a source in their order, by column, and the rows that broke a rule."""
 
     source: Path
-    numbers: Sequence[int]  # of the line, from 1
-    lines: Sequence[bytes]
-    prompts: list[str]
-    answers: list[str]
-    chat: list[bytes]  # the rows as they are written
-    refused: list[tuple[int, str, bytes]]  # line number, reason, line
-    read: int  # lines that were not blank
+    rows_in: int = 0  # lines that were not blank
+    numbers: list[int] = field(default_factory=list)  # of the lines, from 1
+    lines: list[bytes] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+    chat: list[bytes] = field(default_factory=list)  # the rows as they are written
+    refused: list[tuple[int, str, bytes]] = field(default_factory=list)  # line number, reason, line
 
-    def only(self, kept: list[bool]) -> "Batch":
-        if all(kept):
+    def select(self, mask: list[bool]) -> "Batch":
+        """The batch with the rows that the mask names."""
+        if all(mask):
             return self
-
-        def chosen(column: Sequence[Any]) -> list[Any]:
-            return list(compress(column, kept))
-
-        return Batch(
-            self.source,
-            chosen(self.numbers),
-            chosen(self.lines),
-            chosen(self.prompts),
-            chosen(self.answers),
-            chosen(self.chat),
-            self.refused,
-            self.read,
-        )
+        names = ("numbers", "lines", "prompts", "answers", "chat")
+        columns: dict[str, Any] = {n: list(compress(getattr(self, n), mask)) for n in names}
+        return replace(self, **columns)
 
     def stop_at_first(self) -> None:
         """Raises WrongInput that names the first row that broke a rule, if one did."""
@@ -97,134 +87,111 @@ class Batch:
             raise WrongInput(f"{where}: {reason} (ON_ERROR=quarantine leaves such rows out)")
 
 
-def batches(
-    source: Path, rule: Rules = FREE, each: Callable[[bytes], object] = lambda block: None
-) -> Iterator[Batch]:
-    """Reads a file of FinLoRA rows in constant memory; `each` gets every block of its bytes."""
+def read_batches(source: Path, rules: Rules = NO_RULES) -> Iterator[Batch]:
+    """Reads a file of FinLoRA's rows."""
+    for first, block in read_blocks(source):
+        yield parse_block(source, first, block, rules)
+
+
+def parse_block(source: Path, first: int, block: bytes, rules: Rules) -> Batch:
+    """The rows of some whole lines; `first` is the number of the first line."""
+    lines = list(enumerate(block.split(b"\n"), first))
+    lines = [(number, line) for number, line in lines if line and not line.isspace()]
+    batch = parse_lines(source, lines, rules, is_plain(block, len(lines)))
+    # Where a row lacks a key, another may have it twice.
+    return parse_lines(source, lines, rules, False) if batch.refused else batch
+
+
+def parse_lines(source: Path, lines: list[tuple[int, bytes]], rules: Rules, plain: bool) -> Batch:
+    batch = Batch(source, len(lines))
+    for number, line in lines:
+        try:
+            prompt, answer = parse_row(line, rules, plain)
+        except (ValueError, RecursionError) as error:
+            batch.refused.append((number, str(error), line))
+            continue
+        batch.numbers.append(number)
+        batch.lines.append(line)
+        batch.prompts.append(prompt)
+        batch.answers.append(answer)
+    batch.chat = list(map(build_chat_row, batch.prompts, batch.answers))
+    return batch
+
+
+def read_blocks(source: Path) -> Iterator[tuple[int, bytes]]:
+    """Yields (number of the first line, whole lines); drops the end of an endless line."""
     with open(source, "rb") as file:
         number = 1
         while block := file.read(CHUNK):
             block += file.readline(MAX_LINE + 1)
-            each(block)
-            if number == 1:
-                block = block.removeprefix(b"\xef\xbb\xbf")
-            lines = block.split(b"\n")
-            if not lines[-1]:
-                lines.pop()
-            if columns := at_once(block, lines, rule):
-                numbers = range(number, number + len(lines))
-                yield Batch(source, numbers, lines, *columns, [], len(lines))
-            else:
-                yield one_by_one(source, lines, number, rule)
-            number += len(lines)
+            yield number, block.removeprefix(b"\xef\xbb\xbf") if number == 1 else block
+            number += block.count(b"\n") + (not block.endswith(b"\n"))
             while not block.endswith(b"\n") and (block := file.readline(CHUNK)):
-                each(block)  # what is left of a line that is too long
+                pass
 
 
-def at_once(
-    block: bytes, lines: list[bytes], rule: Rules
-) -> tuple[list[str], list[str], list[bytes]] | None:
-    """Prompts, answers and chat rows of a block if none of its rows needs a second look."""
-    if len(block) > MAX_LINE:
-        return None
-    try:
-        rows = list(map(orjson.loads, lines))
-        prompts = [row["context"].strip() for row in rows]
-        answers = [row["target"].strip() for row in rows]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return None
-    if rule.relabel:
-        answers = list(map(rule.repair, prompts, answers))
-    if not all(prompts) or not all(answers):
-        return None
-    if rule.labels and not rule.labels.issuperset(answers):
-        return None
-    chat = list(map(chat_row, prompts, answers))
-    return (prompts, answers, chat) if plain(block, b"".join(chat), len(rows)) else None
+def parse_row(line: bytes, rules: Rules = NO_RULES, plain: bool = False) -> tuple[str, str]:
+    """(prompt, answer) of one line; raises ValueError that says what is wrong with it.
 
-
-def plain(block: bytes, chat: bytes, rows: int) -> bool:
-    """Whether parsed rows hold no control character and no key twice, which orjson takes silently.
-
-    A row of two keys has 8 quotation marks around its strings and its chat row has 18; the others
-    stand inside of strings. So the counts differ by 10 a row where no row has a third key or one
-    twice. What is not plain is looked at row by row.
+    `plain`: the line stands in a block that `is_plain`.
     """
-    import numpy
-
-    if b"\x7f" in block or SUSPECT.search(block):
-        return False
-    read, written = (numpy.frombuffer(text, numpy.uint8) == ord('"') for text in (block, chat))
-    return bool(numpy.count_nonzero(written) - numpy.count_nonzero(read) == 10 * rows)
-
-
-def one_by_one(source: Path, lines: list[bytes], first: int, rule: Rules) -> Batch:
-    """The rows of a block and those that break a rule; five times slower than `at_once`."""
-    count = sum(1 for line in lines if line and not line.isspace())
-    batch = Batch(source, numbers := [], kept := [], [], [], [], [], count)
-    for number, line in enumerate(lines, first):
-        if line.isspace() or not line:
-            continue
-        try:
-            prompt, answer = row(line, rule)
-        except (ValueError, RecursionError) as error:
-            batch.refused.append((number, str(error), line))
-            continue
-        numbers.append(number)
-        kept.append(line)
-        batch.prompts.append(prompt)
-        batch.answers.append(answer)
-        batch.chat.append(chat_row(prompt, answer))
-    return batch
-
-
-def row(line: bytes, rule: Rules) -> tuple[str, str]:
-    """(prompt, answer) of one line; raises ValueError that says what is wrong with it."""
     if len(line) > MAX_LINE:
         raise ValueError(f"longer than {MAX_LINE // 2**20} MB; one row stands on one line")
     try:
-        content = orjson.loads(line)
+        row = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         try:
             line.decode()
         except UnicodeDecodeError as wrong:
             raise ValueError(f"not UTF-8: byte {wrong.start + 1} of the line") from None
         raise ValueError(f"not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"an object is needed, not {type(content).__name__}")
-    content = json.loads(line, object_pairs_hook=once)  # orjson rounds long numbers, too
-    values = []
-    for key in ("context", "target"):
-        if key not in content:
-            found = ", ".join(map(str, content)) or "none"
-            raise ValueError(f'the key "{key}" is missing; the row has {found}')
-        value = content[key]
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            value = str(value)  # as FinLoRA's own loader does
-        if not isinstance(value, str):
-            raise ValueError(f'"{key}" must be text, not {type(value).__name__}')
-        if found_control := CONTROL.search(value):
-            raise ValueError(f'"{key}" holds the control character {found_control.group()!r}')
-        value = value.strip()
-        if not value:
-            raise ValueError(f'"{key}" is empty')
-        values.append(value)
-    prompt, answer = values
-    answer = rule.repair(prompt, answer)
-    if rule.labels and answer not in rule.labels:
-        raise ValueError(f'the answer "{answer[:60]}" is none of {", ".join(sorted(rule.labels))}')
+    if not isinstance(row, dict):
+        raise ValueError(f"an object is needed, not {type(row).__name__}")
+    prompt, answer = row.get("context"), row.get("target")
+    if not (isinstance(prompt, str) and isinstance(answer, str) and len(row) == 2) or not (
+        plain or is_plain(line, 1)
+    ):
+        row = json.loads(line, object_pairs_hook=unique)  # orjson rounds long numbers, too
+        prompt, answer = read_text(row, "context"), read_text(row, "target")
+    prompt, answer = prompt.strip(), answer.strip()
+    if not prompt or not answer:
+        raise ValueError(f'"{"target" if prompt else "context"}" is empty')
+    if rules.relabel:
+        answer = rules.repair(prompt, answer)
+    if rules.labels and answer not in rules.labels:
+        labels = ", ".join(sorted(rules.labels))
+        raise ValueError(f'the answer "{answer[:60]}" is none of {labels}')
     return prompt, answer
 
 
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of a JSON parser's pairs; raises ValueError where a key stands twice."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f'the key "{twice}" stands twice')
-    return content
+def is_plain(text: bytes, rows: int) -> bool:
+    """Whether `rows` rows with context and target hold no control character and no key twice.
+
+    orjson takes both silently, and Python's own parser takes twice the time. A repeated key occurs
+    twice in the text, unless an escape spells it. Rows that are not plain are parsed by Python.
+    """
+    return (
+        text.count(b'"context"') == text.count(b'"target"') == rows
+        and b"\x7f" not in text
+        and not ASCII_ESCAPE.search(text)
+    )
 
 
-def chat_row(prompt: str, answer: str) -> bytes:
+def read_text(row: dict[str, Any], key: str) -> str:
+    """A row's value as text; numbers become strings, as FinLoRA's own loader makes them."""
+    if key not in row:
+        keys = ", ".join(row) or "none"
+        raise ValueError(f'the key "{key}" is missing; the row has {keys}')
+    value = row[key]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise ValueError(f'"{key}" must be text, not {type(value).__name__}')
+    if control := CONTROL.search(value):
+        raise ValueError(f'"{key}" holds the control character {control.group()!r}')
+    return value
+
+
+def build_chat_row(prompt: str, answer: str) -> bytes:
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     return orjson.dumps({"messages": turns}, option=orjson.OPT_APPEND_NEWLINE)

@@ -1,7 +1,9 @@
 """Decides from its rows whether two labels of a file are swapped, and what to repair.
 
+    check(source, rules, repair=None, quarantine=False, mixed=True).label_check["outcome"]
+
 FinLoRA's sentiment training file joins four sources. The script that builds it swaps two labels of
-one of them (TFNS); the file that it replaced does not. Which one a file is, its rows tell:
+one of them (TFNS); the file that it replaced does not. The rows show which file it is:
 
 1. Rows of TFNS and of FiQA share an instruction ("tweet"). A row of TFNS stands twice in the file,
    a row of FiQA 21 times, so the copies of a prompt with its answer tell them apart. 42 copies fit
@@ -12,12 +14,12 @@ one of them (TFNS); the file that it replaced does not. Which one a file is, its
    points away from the right ones. SLACK is allowed, since the source's two splits differ, and
    three standard errors of the distance: few rows say little.
 3. Near the right shares and not near the swapped ones: unchanged. The reverse: repaired. Neither or
-   both: nobody can tell, and the conversion stops. REPAIR=0 and REPAIR=1 decide by hand.
+   both: the rows do not decide, and the conversion stops. REPAIR=0 and REPAIR=1 decide by hand.
 
-Where copies were dropped or drawn (one row of each prompt, a sample of the file), they tell
-nothing. All rows with the instruction are then taken together. FiQA has few neutral posts, so it
-cannot make swapped shares look right: where they do look right, nothing is changed. Where they look
-swapped, it is not known which rows are to be repaired, and the conversion stops.
+Where copies were dropped or drawn (one row of each prompt, a sample of the file), they say nothing.
+All rows with the instruction are then taken together. FiQA has few neutral posts, so it cannot make
+swapped shares look right: where they do look right, nothing is changed. Where they look swapped,
+nobody can say which rows to repair, and the conversion stops.
 
 One pass over the file; it holds 16 bytes and a number for each prompt with the instruction.
 """
@@ -32,7 +34,7 @@ from typing import Any
 
 from tools import sources
 from tools.common import WrongInput, shown
-from tools.data.rows import Rules, batches
+from tools.data.rows import Rules, read_batches
 
 SLACK, SLACK_OF_MIXED = 0.05, 0.10
 STANDARD_ERRORS = 3
@@ -40,7 +42,7 @@ STRAY = 0.01  # share of the prompts whose copies may fit neither source
 
 
 @dataclass(frozen=True)
-class Seen:
+class Evidence:
     """What a file holds with the instruction: rows of the source by class, and the rows' marks."""
 
     classes: Counter[str]  # source rows, so copies count once
@@ -48,163 +50,160 @@ class Seen:
     marks: frozenset[bytes]  # of prompt and answer
     both: int = 0  # prompts whose copies fit both sources
     neither: int = 0  # prompts whose copies fit neither
-    mixed: bool = False  # the copies tell nothing: rows of both sources are among them
+    mixed: bool = False  # the copies say nothing: rows of both sources are among them
+
+
+def check(source: Path, rules: Rules, repair: bool | None, quarantine: bool, mixed: bool) -> Rules:
+    """A file's rules with the repair that its rows call for, or that `repair` decides by hand.
+
+    `mixed`: another source's rows may be among them. Raises WrongInput where the rows do not
+    decide, and for a row that breaks a rule unless `quarantine`.
+    """
+    spec = sources.tables()["swap"]
+    copies, answers = count_copies(source, rules, quarantine)
+    if not copies:
+        return rules
+    evidence = weigh_copies(copies, answers, mixed)
+    name, pair = spec["dataset"].upper(), " and ".join(sorted(spec["relabel"]))
+    if not evidence.marks:
+        text = f"unchanged: no {name} rows, all rows with its instruction have FiQA's copies"
+        return replace(rules, label_check={"outcome": "unchanged", "text": text})
+    verdict, numbers = judge(evidence)
+    reasons = describe(evidence, numbers, name, pair)
+    if repair is not None:
+        outcome = "forced"
+        action = f"{pair} swapped in {evidence.rows:,} rows" if repair else "unchanged"
+        text = f"REPAIR={int(repair)}, by hand: {action}; {reasons}"
+    elif verdict == "right":
+        outcome, text = "unchanged", f"unchanged, shares as the source's: {reasons}"
+    elif verdict == "swapped" and not evidence.mixed:
+        outcome, repair = "repaired", True
+        text = f"repaired, {pair} were swapped in {evidence.rows:,} rows: {reasons}"
+    else:
+        open_point = "which rows are" if verdict == "swapped" else f"whether {pair} are"
+        raise WrongInput(
+            f"{shown(source)}: its rows do not tell {open_point} swapped: {reasons}. REPAIR=1 "
+            f"swaps them in the {evidence.rows:,} rows that may be {name}'s, REPAIR=0 leaves the "
+            "file as it is"
+        )
+    facts = {"outcome": outcome, "text": text, **numbers, "rows": evidence.rows}
+    facts |= {"fit_both_sources": evidence.both, "fit_neither_source": evidence.neither}
+    facts |= {"copies_tell_sources_apart": not evidence.mixed}
+    if not repair:
+        return replace(rules, label_check=facts)
+    return replace(
+        rules,
+        relabel=spec["relabel"],
+        relabels_row=lambda prompt, answer: hash_row(prompt, answer) in evidence.marks,
+        reason=text,
+        label_check=facts,
+    )
 
 
 def hash_row(prompt: str, answer: str) -> bytes:
     return hashlib.blake2b(f"{answer}\0{prompt}".encode(), digest_size=16).digest()
 
 
-def see(source: Path, rule: Rules, quarantine: bool, mixed: bool) -> Seen | None:
-    """Counts a file's rows with the instruction; None where there are none.
-
-    `mixed`: another source's rows may be among them. A row that breaks a rule raises WrongInput
-    unless such rows are kept in quarantine.
-    """
-    spec = sources.tables()["swap"]
+def count_copies(
+    source: Path, rules: Rules, quarantine: bool
+) -> tuple[Counter[bytes], dict[bytes, str]]:
+    """The copies and the answer of each distinct row that has the instruction."""
+    instruction = sources.tables()["swap"]["instruction"]
     copies: Counter[bytes] = Counter()
-    answer_of: dict[bytes, str] = {}
-    for batch in batches(source, Rules(rule.labels)):
+    answers: dict[bytes, str] = {}
+    for batch in read_batches(source, Rules(rules.labels)):
         if not quarantine:
             batch.stop_at_first()
         for prompt, answer in zip(batch.prompts, batch.answers, strict=True):
-            if spec["instruction"] in prompt:
-                key = hash_row(prompt, answer)
-                copies[key] += 1
-                answer_of[key] = answer
-    if not copies:
-        return None
+            if instruction in prompt:
+                mark = hash_row(prompt, answer)
+                copies[mark] += 1
+                answers[mark] = answer
+    return copies, answers
 
-    def count(marks: set[bytes], copies_of: Callable[[bytes], float]) -> Counter[str]:
+
+def weigh_copies(copies: Counter[bytes], answers: dict[bytes, str], mixed: bool) -> Evidence:
+    """The rows of the source among those with its instruction."""
+
+    def gather(marks: set[bytes], weigh: Callable[[bytes], int], *more: Any) -> Evidence:
         classes: Counter[str] = Counter()
-        for key in marks:
-            classes[answer_of[key]] += copies_of(key)  # type: ignore[assignment]
-        return classes
+        for mark in marks:
+            classes[answers[mark]] += weigh(mark)
+        return Evidence(classes, sum(copies[mark] for mark in marks), frozenset(marks), *more)
 
-    everything = set(copies)
+    all_marks = set(copies)
     if not mixed:
-        return Seen(count(everything, copies.__getitem__), copies.total(), frozenset(copies))
-    ours, theirs = spec["copies"], spec["other_copies"]
-    other = {key for key, number in copies.items() if number % theirs == 0}
-    both = sum(copies[key] % ours == 0 for key in other)
-    tweets = {key for key in everything - other if copies[key] % ours == 0}
-    neither = len(everything) - len(other) - len(tweets)
-    if neither > STRAY * len(everything):
-        rest = everything - other
-        return Seen(
-            count(everything, lambda key: 1),
-            sum(copies[key] for key in rest),
-            frozenset(rest),
-            both,
-            neither,
-            mixed=True,
-        )
-    return Seen(
-        count(tweets, lambda key: copies[key] // ours),
-        sum(copies[key] for key in tweets),
-        frozenset(tweets),
-        both,
-        neither,
-    )
+        return gather(all_marks, copies.__getitem__)
+    spec = sources.tables()["swap"]
+    own, other = spec["copies"], spec["other_copies"]
+    others = {mark for mark, number in copies.items() if number % other == 0}
+    rest = all_marks - others
+    tweets = {mark for mark in rest if copies[mark] % own == 0}
+    both, neither = sum(copies[mark] % own == 0 for mark in others), len(rest) - len(tweets)
+    if neither > STRAY * len(all_marks):
+        evidence = gather(rest, lambda mark: 1, both, neither, True)
+        return replace(evidence, classes=Counter(answers[mark] for mark in all_marks))
+    return gather(tweets, lambda mark: copies[mark] // own, both, neither)
 
 
-def measure_distance(seen: Counter[str], expected: dict[str, int]) -> float:
-    """Total variation between two sets of class counts, 0 to 1."""
-    names = seen.keys() | expected.keys()
-    total, of = seen.total(), sum(expected.values())
-    return sum(abs(seen[name] / total - expected.get(name, 0) / of) for name in names) / 2
-
-
-def compute_allowance(seen: Seen, expected: dict[str, int]) -> float:
-    """The distance up to which shares count as equal."""
-    of = sum(expected.values())
-    spread = sum(count / of * (1 - count / of) for count in expected.values())
-    error = math.sqrt(spread * (1 / seen.classes.total() + 1 / of)) / 2
-    return (SLACK_OF_MIXED if seen.mixed else SLACK) + STANDARD_ERRORS * error
-
-
-def format_shares(classes: dict[str, int]) -> str:
-    total = sum(classes.values())
-    return ", ".join(f"{name} {100 * classes[name] / total:.1f} %" for name in sorted(classes))
-
-
-def judge(seen: Seen) -> tuple[str, dict[str, Any]]:
+def judge(evidence: Evidence) -> tuple[str, dict[str, Any]]:
     """("right", "swapped" or "unclear", the numbers that it rests on)."""
     spec = sources.tables()["swap"]
     right = sources.tables()["audit"][spec["dataset"]]["published_classes"]
     swapped = {spec["relabel"].get(name, name): count for name, count in right.items()}
-    limit = compute_allowance(seen, right)
-    from_right, from_swapped = (measure_distance(seen.classes, each) for each in (right, swapped))
+    allowed = compute_allowance(evidence, right)
+    distances = [measure_distance(evidence.classes, classes) for classes in (right, swapped)]
     numbers = {
-        "seen": dict(sorted(seen.classes.items())),
+        "seen": dict(sorted(evidence.classes.items())),
         "source": right,
-        "distance_from_source": round(from_right, 4),
-        "distance_from_swapped": round(from_swapped, 4),
-        "allowed": round(limit, 4),
+        "distance_from_source": round(distances[0], 4),
+        "distance_from_swapped": round(distances[1], 4),
+        "allowed": round(allowed, 4),
     }
-    near = (from_right <= limit, from_swapped <= limit)
-    verdict = {(True, False): "right", (False, True): "swapped"}.get(near, "unclear")
-    return verdict, numbers
+    is_right, is_swapped = (distance <= allowed for distance in distances)
+    if is_right == is_swapped:
+        return "unclear", numbers
+    return "right" if is_right else "swapped", numbers
 
 
-def check(source: Path, rule: Rules, repair: bool | None, quarantine: bool, mixed: bool) -> Rules:
-    """A file's rules with the repair that its rows call for, or that `repair` decides by hand.
+def measure_distance(classes: Counter[str], expected: dict[str, int]) -> float:
+    """Total variation between two sets of class counts, 0 to 1."""
+    names = classes.keys() | expected.keys()
+    total, of = classes.total(), sum(expected.values())
+    return sum(abs(classes[name] / total - expected.get(name, 0) / of) for name in names) / 2
 
-    Raises WrongInput where the rows do not tell.
-    """
-    spec = sources.tables()["swap"]
-    seen = see(source, rule, quarantine, mixed)
-    if seen is None:
-        return rule
-    name, pair = spec["dataset"].upper(), " and ".join(sorted(spec["relabel"]))
-    if not seen.marks:
-        text = f"unchanged: no {name} rows, all rows with its instruction have FiQA's copies"
-        return replace(rule, label_check={"outcome": "unchanged", "text": text})
-    verdict, numbers = judge(seen)
-    facts: dict[str, Any] = numbers | {"rows": seen.rows}
-    facts |= {"fit_both_sources": seen.both, "fit_neither_source": seen.neither}
-    facts |= {"copies_tell_sources_apart": not seen.mixed}
-    evidence = (
-        f"{seen.classes.total():,} {name} rows have {format_shares(seen.classes)}; "
+
+def compute_allowance(evidence: Evidence, expected: dict[str, int]) -> float:
+    """The distance up to which shares count as equal."""
+    of = sum(expected.values())
+    spread = sum(count / of * (1 - count / of) for count in expected.values())
+    error = math.sqrt(spread * (1 / evidence.classes.total() + 1 / of)) / 2
+    return (SLACK_OF_MIXED if evidence.mixed else SLACK) + STANDARD_ERRORS * error
+
+
+def describe(evidence: Evidence, numbers: dict[str, Any], name: str, pair: str) -> str:
+    """The numbers of a verdict in words."""
+    kind = f"prompts of {name} or FiQA" if evidence.mixed else f"{name} rows"
+    text = (
+        f"{evidence.classes.total():,} {kind} have {format_shares(evidence.classes)}; "
         f"the source has {format_shares(numbers['source'])}; "
         f"{100 * numbers['distance_from_source']:.1f} points from it, "
         f"{100 * numbers['distance_from_swapped']:.1f} from its shares with {pair} swapped, "
         f"{100 * numbers['allowed']:.1f} allowed"
     )
-    if seen.mixed:
-        evidence = evidence.replace(f"{name} rows", f"prompts of {name} or FiQA", 1)
-        evidence += (
-            f"; {seen.neither:,} prompts have copies of neither, so copies do not tell them apart"
+    if evidence.mixed:
+        text += (
+            f"; {evidence.neither:,} prompts have copies of neither, so copies do not tell them "
         )
-    elif seen.neither:
-        evidence += (
-            f"; {seen.neither:,} prompts have copies of neither source and keep their answers"
-        )
-    if seen.both:
-        evidence += f"; {seen.both:,} prompts have copies that fit both sources and count as FiQA's"
-    if repair is not None:
-        outcome = "forced"
-        what = f"{pair} swapped in {seen.rows:,} rows" if repair else "unchanged"
-        text = f"REPAIR={int(repair)}, by hand: {what}; {evidence}"
-    elif verdict == "right":
-        outcome, text = "unchanged", f"unchanged, shares as the source's: {evidence}"
-    elif verdict == "swapped" and not seen.mixed:
-        outcome, repair = "repaired", True
-        text = f"repaired, {pair} were swapped in {seen.rows:,} rows: {evidence}"
-    else:
-        why = "which rows are swapped" if verdict == "swapped" else f"whether {pair} are swapped"
-        raise WrongInput(
-            f"{shown(source)}: its rows do not tell {why}: {evidence}. REPAIR=1 swaps them in the "
-            f"{seen.rows:,} rows that may be {name}'s, REPAIR=0 leaves the file as it is"
-        )
-    facts = {"outcome": outcome, "text": text, **facts}
-    if not repair:
-        return replace(rule, label_check=facts)
-    marks = seen.marks
-    return replace(
-        rule,
-        relabel=spec["relabel"],
-        where=lambda prompt, answer: hash_row(prompt, answer) in marks,
-        reason=text,
-        label_check=facts,
-    )
+        text += "apart"
+    elif evidence.neither:
+        text += f"; {evidence.neither:,} prompts have copies of neither source and keep their "
+        text += "answers"
+    if evidence.both:
+        text += f"; {evidence.both:,} prompts have copies that fit both sources and count as FiQA's"
+    return text
+
+
+def format_shares(classes: dict[str, int]) -> str:
+    total = sum(classes.values())
+    return ", ".join(f"{name} {100 * classes[name] / total:.1f} %" for name in sorted(classes))

@@ -1,39 +1,28 @@
-"""Makes the model card of a run: what the Hub reads as metadata, and what a person reads.
+"""Makes the model card of a run: the metadata that the Hub reads, and the text that people read.
 
-    card.make(recipe, told, scores, base, revision, repo, tag)   →  huggingface_hub.ModelCard
+    make_card(publication)    →  huggingface_hub.ModelCard
 
-Everything in it comes from the run's own files, the recipe and data/sources.yaml, so the same run
+Everything in it comes from the run's own files, its recipe and data/sources.yaml, so the same run
 gives the same card. The text is tools/hub/card.md, a Jinja template.
 """
 
 import json
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools import adapters, recipes
-from tools import sources as sources_module
-from tools.common import ROOT, WrongInput
+from tools import adapters, recipes, sources
+from tools.common import ROOT, WrongInput, shown
 
 if TYPE_CHECKING:
-    from huggingface_hub import ModelCard
+    from huggingface_hub import EvalResult, ModelCard
 
 TEMPLATE = ROOT / "tools" / "hub" / "card.md"
 TAG = "finlora-recipes"
-
-# The licence of a base, by the start of its name on the Hub: (identifier on the Hub, address).
-LLAMA = "https://huggingface.co/meta-llama/{}/blob/main/LICENSE"
-BASES = {
-    "meta-llama/Llama-3.1": ("llama3.1", LLAMA.format("Llama-3.1-8B-Instruct")),
-    "meta-llama/Llama-3.2": ("llama3.2", LLAMA.format("Llama-3.2-1B-Instruct")),
-    "meta-llama/Llama-3.3": ("llama3.3", LLAMA.format("Llama-3.3-70B-Instruct")),
-    "google/gemma-3": ("gemma", "https://ai.google.dev/gemma/terms"),
-    "Qwen/Qwen3": ("apache-2.0", None),
-    "mistralai/Mistral-7B": ("apache-2.0", None),
-    "HuggingFaceTB/SmolLM2": ("apache-2.0", None),
-}
-# What a data licence asks of what is made from it, the strictest first; others ask nothing.
+# Licences of data that ask something of what is made from it, the strictest first.
 STRICT = ("-NC-ND-", "-ND-", "-NC-SA-", "-NC-", "-SA-")
-OWN = {
+EXAMPLES = {
     "name": "the examples of finlora-recipes",
     "attribution": "written for that project",
     "licence": "MIT",
@@ -42,37 +31,63 @@ OWN = {
 # What the Hub calls a metric; others keep their names.
 METRICS = {"f1_weighted": "f1", "f1_macro": "f1", "token_f1": "f1", "rouge_l": "rouge"}
 
+Scores = dict[str, dict[str, Any]]  # {dataset: {"adapter": score file, "base": score file}}
 
-def origins(data: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Where the rows of a run's data files are from: rows of data/sources.yaml, each once.
 
-    A file that data/sources.yaml does not know is somebody's own, and its licence is unknown.
+@dataclass(frozen=True)
+class Publication:
+    """A finished run, and where it is published."""
+
+    recipe: recipes.Recipe
+    run_info: dict[str, Any]  # its run.json
+    config: dict[str, Any]  # its merged Axolotl config
+    scores: Scores
+    base: str  # the base's name on the Hub
+    revision: str  # of the base
+    repo: str
+    price: float | None = None  # USD for an hour of one device
+
+    @property
+    def tag(self) -> str:
+        return f"v{self.run_info.get('recipe_version')}"
+
+    @property
+    def data(self) -> list[dict[str, Any]]:
+        return self.run_info.get("data") or []
+
+
+def list_origins(data: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Where the rows of a run's data files come from: rows of data/sources.yaml, each once.
+
+    A file that data/sources.yaml does not list is the user's own, and its licence is unknown.
     """
-    table, found = sources_module.tables(), {}
+    tables = sources.tables()
+    origins: dict[str, dict[str, Any]] = {}
     for entry in data:
-        source = str(entry.get("source") or entry["path"])
         if entry.get("from") == "data/sample":
-            found["data/sample"] = OWN
+            origins["data/sample"] = EXAMPLES
             continue
-        known = [f for f in table.get("files", {}) if f == source or f.endswith(f"/{source}")]
-        row = table["files"][known[0]] if known else {}
-        for name in row.get("origins", ()):
-            found[name] = table["origins"][name] | {"published": row.get("published", True)}
-        if not known:
+        source = str(entry.get("source") or entry["path"])
+        rows = tables.get("files", {}).items()
+        row = next((row for f, row in rows if f == source or f.endswith(f"/{source}")), None)
+        if row is None:
             name = Path(source).name
-            found[name] = {"name": name, "licence": None, "commercial": None}
-    return list(found.values())
+            origins[name] = {"name": name, "licence": None, "commercial": None}
+            continue
+        for name in row.get("origins", ()):
+            origins[name] = tables["origins"][name] | {"published": row.get("published", True)}
+    return list(origins.values())
 
 
-def strictness(origin: dict[str, Any]) -> int:
+def rank_licence(origin: dict[str, Any]) -> int:
     """The place of an origin's licence in STRICT; len(STRICT) where it asks nothing."""
     text = f"{origin.get('licence') or ''}-".upper()
     return next((place for place, part in enumerate(STRICT) if part in text), len(STRICT))
 
 
-def forbidden(data: list[dict[str, Any]]) -> str | None:
-    """Why an adapter made from this data must not be made public; None where nothing forbids it."""
-    for origin in origins(data):
+def explain_forbidden(data: list[dict[str, Any]]) -> str | None:
+    """Why an adapter made from this data must not be public; None where nothing forbids it."""
+    for origin in list_origins(data):
         if not origin.get("published", True):
             return f"{origin['name']} is under copyright and not published"
         if "-ND" in (origin.get("licence") or ""):
@@ -80,32 +95,44 @@ def forbidden(data: list[dict[str, Any]]) -> str | None:
     return None
 
 
-def licence(base: str, data: list[dict[str, Any]]) -> dict[str, Any]:
+def choose_licence(base: str, data: list[dict[str, Any]]) -> dict[str, Any]:
     """The card's `license` metadata: the base's, unless the data's asks for more.
 
-    Where base and data both have terms of their own, or those of the data are unknown, it is
-    `other`, with a name and where to read more.
+    It is `other`, with a name and a link, where base and data both have terms of their own, or the
+    data's are unknown.
     """
-    name = recipes.canonical(base)
-    of_base, link = next((v for k, v in BASES.items() if name.startswith(k)), ("unknown", None))
-    rows = origins(data)
-    strict = min(rows, key=strictness, default=OWN)
-    of_data = str(strict["licence"]).lower() if strictness(strict) < len(STRICT) else ""
-    if not of_data and any(row.get("commercial") is not True for row in rows):
-        of_data = "terms-of-the-data"
-    plain = of_base in ("apache-2.0", "mit")
-    if not of_data and of_base != "unknown":
-        return {"license": of_base} | ({"license_link": link} if link else {})
-    if of_data.startswith("cc-") and plain:
-        return {"license": of_data}
+    name, table = recipes.resolve_mirror(base), recipes.read_matrix()["licences"]
+    row = next((row for start, row in table.items() if name.startswith(start)), ["unknown"])
+    base_licence, link = row[0], row[1] if len(row) > 1 else None
+    origins = list_origins(data)
+    strictest = min(origins, key=rank_licence, default=EXAMPLES)
+    has_terms = rank_licence(strictest) < len(STRICT)
+    data_licence = str(strictest["licence"]).lower() if has_terms else ""
+    if not has_terms and any(origin.get("commercial") is not True for origin in origins):
+        data_licence = "terms-of-the-data"
+    if not data_licence and base_licence != "unknown":
+        return {"license": base_licence} | ({"license_link": link} if link else {})
+    if data_licence.startswith("cc-") and base_licence in ("apache-2.0", "mit"):
+        return {"license": data_licence}
     return {
         "license": "other",
-        "license_name": "-and-".join(filter(None, [of_base, of_data])),
+        "license_name": "-and-".join(filter(None, [base_licence, data_licence])),
         "license_link": link or f"https://huggingface.co/{base}",
     }
 
 
-def interval(value: dict[str, Any], signed: bool = False) -> str:
+def read_scores(file: Path, verb: str) -> dict[str, Any] | None:
+    """A score file; None of a damaged one, which is named on stderr."""
+    from evals import report
+
+    try:
+        return report.read(file)
+    except WrongInput as error:
+        print(f"{verb:<10} {shown(file)} left out: {error}", file=sys.stderr)
+        return None
+
+
+def format_interval(value: dict[str, Any], signed: bool = False) -> str:
     plus = "+" if signed else ""
     point = f"{100 * value['value']:{plus}.1f}"
     if value.get("no_interval"):
@@ -113,109 +140,97 @@ def interval(value: dict[str, Any], signed: bool = False) -> str:
     return f"{point} ({100 * value['low']:{plus}.1f} … {100 * value['high']:{plus}.1f})"
 
 
-def metrics(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The metrics of a score file that have a value, and an interval or why there is none."""
-    return {
-        name: value
-        for name, value in content["metrics"].items()
-        if isinstance(value, dict) and "value" in value and {"high", "no_interval"} & value.keys()
-    }
-
-
-def table(scores: dict[str, dict[str, Any]]) -> tuple[list[dict[str, str]], list[str]]:
+def tabulate_scores(scores: Scores) -> tuple[list[dict[str, str]], list[str]]:
     """The rows of the card's table of scores, and sentences on what the differences mean."""
     from evals import report
 
-    rows: list[dict[str, str]] = []
-    adapters = {dataset: pair["adapter"] for dataset, pair in scores.items()}
-    bases = {dataset: pair["base"] for dataset, pair in scores.items() if "base" in pair}
-    gains = report.differences(bases, adapters)
-    for dataset, content in adapters.items():
-        there = metrics(bases[dataset]) if dataset in bases else {}
-        for name, value in metrics(content).items():
+    adapter_scores = {dataset: pair["adapter"] for dataset, pair in scores.items()}
+    base_scores = {dataset: pair["base"] for dataset, pair in scores.items() if "base" in pair}
+    gains = report.differences(base_scores, adapter_scores)
+    rows = []
+    for dataset, content in adapter_scores.items():
+        base_metrics = base_scores[dataset]["metrics"] if dataset in base_scores else {}
+        for name, value in content["metrics"].items():
             gain = gains.get(dataset, {}).get(name)
             rows.append(
                 {
                     "dataset": dataset,
                     "metric": report.title(name),
-                    "base": interval(there[name]) if name in there else "not scored",
-                    "adapter": interval(value),
-                    "difference": interval(gain, signed=True) if gain else "–",
+                    "base": format_interval(base_metrics[name])
+                    if name in base_metrics
+                    else "not scored",
+                    "adapter": format_interval(value),
+                    "difference": format_interval(gain, signed=True) if gain else "–",
                     "examples": f"{content['examples']:,}",
                 }
             )
-    told = report.sentences(gains, adapters)
-    return rows, [f"{dataset}, {report.title(name)}: {text}." for dataset, name, text in told]
+    verdicts = report.sentences(gains, adapter_scores)
+    return rows, [f"{name}, {report.title(metric)}: {text}." for name, metric, text in verdicts]
 
 
-def results(scores: dict[str, dict[str, Any]]) -> list[Any]:
+def list_results(scores: Scores) -> list["EvalResult"]:
     """Every score with its interval, as the Hub's model-index has them."""
     from huggingface_hub import EvalResult
 
     from evals import report
 
-    found, sources = [], sources_module.tables()
+    results = []
     for dataset, pair in scores.items():
-        content, row = pair["adapter"], sources["datasets"].get(dataset, {})
-        source = {"from": content["evaluated"].get("data_from"), "source": row.get("file", dataset)}
-        where = origins([source | {"path": dataset}])[0]
-        address = str(where.get("url", ""))
-        own = content["evaluated"].get("data_from") == "data/sample"
-        for name, value in metrics(content).items():
+        content, row = pair["adapter"], sources.tables()["datasets"].get(dataset, {})
+        data_from = content["evaluated"].get("data_from")
+        file = {"from": data_from, "source": row.get("file", dataset), "path": dataset}
+        origin = list_origins([file])[0]
+        collection = origin["name"] if data_from == "data/sample" else "FinLoRA"
+        for name, value in content["metrics"].items():
             kind = name.removeprefix("finlora_")
-            found.append(
+            if value.get("no_interval"):
+                interval = {"no_interval": value["no_interval"]}
+            else:
+                interval = {"interval": [value["low"], value["high"]], "confidence": 0.95}
+            arguments = interval | {
+                "examples": len(report.values(content, name)),
+                "precision": content["evaluated"].get("precision"),
+            }
+            results.append(
                 EvalResult(
                     task_type="text-classification" if row.get("labels") else "text-generation",
-                    dataset_type=hub_dataset(address) or dataset,
-                    dataset_name=f"{dataset} ({where['name'] if own else 'FinLoRA'})",
+                    dataset_type=find_hub_dataset(origin) or dataset,
+                    dataset_name=f"{dataset} ({collection})",
                     dataset_config=dataset,
                     dataset_split="test",
                     metric_type=METRICS.get(kind, kind),
                     metric_name=report.title(name),
                     metric_value=value["value"],
-                    metric_args={
-                        **(
-                            {"no_interval": value["no_interval"]}
-                            if value.get("no_interval")
-                            else {"interval": [value["low"], value["high"]], "confidence": 0.95}
-                        ),
-                        "examples": len(report.values(content, name)),
-                        "precision": content["evaluated"].get("precision"),
-                    },
+                    metric_args=arguments,
                 )
             )
-    return found
+    return results
 
 
-def hub_dataset(address: str) -> str | None:
-    """`owner/name` of a data set's address on the Hub."""
-    start = "https://huggingface.co/datasets/"
-    return address.removeprefix(start) if address.startswith(start) else None
+def find_hub_dataset(origin: dict[str, Any]) -> str | None:
+    """`owner/name` of an origin that is a data set on the Hub."""
+    _, start, name = str(origin.get("url", "")).partition("https://huggingface.co/datasets/")
+    return name if start else None
 
 
-def titles(recipe: recipes.Recipe) -> dict[str, str]:
+def read_titles(recipe: recipes.Recipe) -> dict[str, str]:
     """The names of model, task and method as a person reads them."""
     try:
-        model, task, method = recipes.parts(recipe.name)
+        names = dict(zip(("model", "task", "method"), recipes.split_name(recipe.name), strict=True))
     except WrongInput:
         return {
             "model": str(recipe.config["base_model"]).rstrip("/").rsplit("/", 1)[-1],
             "task": recipe.task or recipe.run.folder.name,
             "method": str(recipe.config.get("adapter")),
         }
-    rows = recipes.matrix()
-    return {
-        "model": rows["models"][model]["title"],
-        "task": rows["tasks"][task]["title"],
-        "method": rows["methods"][method]["title"],
-    }
+    return {part: recipes.read_matrix()[f"{part}s"][name]["title"] for part, name in names.items()}
 
 
-def example(task: str | None) -> str:
-    """A prompt of the task, from the examples that were written for this project."""
-    spec = sources_module.tables()["tasks"].get(task, {})
-    for dataset in spec.get("eval", ()):
-        path = sources_module.SAMPLE / sources_module.tables()["datasets"][dataset]["file"]
+def read_example(task: str | None) -> str:
+    """A prompt of the task, from the project's examples."""
+    tables = sources.tables()
+    for dataset in tables["tasks"].get(task, {}).get("eval", ()):
+        path = sources.SAMPLE / tables["datasets"][dataset]["file"]
         if path.is_file():
             with open(path, encoding="utf-8") as file:
                 return str(json.loads(file.readline())["context"]).strip()
@@ -225,19 +240,17 @@ def example(task: str | None) -> str:
 def describe_repair(dataset: str, pair: dict[str, Any]) -> str:
     """How the labels of a scored dataset were repaired; empty where they were not.
 
-    Score files without `label_checks` are of a time when only the published file was repaired.
+    Score files without `label_checks` were written when only the published file was repaired.
     """
-    reason = (
-        sources_module.tables()["datasets"].get(dataset, {}).get("repair", {}).get("reason", "")
-    )
     if "label_checks" not in pair["adapter"]:
-        return str(reason).strip()
+        row = sources.tables()["datasets"].get(dataset, {})
+        return str(row.get("repair", {}).get("reason", "")).strip()
     text = read_label_check(pair)
     return text if text.startswith(("repaired", "REPAIR=1")) else ""
 
 
 def collect_label_checks(
-    data: list[dict[str, Any]], scores: dict[str, dict[str, Any]], repairs: dict[str, str]
+    data: list[dict[str, Any]], scores: Scores, repairs: dict[str, str]
 ) -> dict[str, str]:
     """What was decided on swapped labels, of the training rows and of each unrepaired test set."""
     checks = {name: read_label_check(pair) for name, pair in scores.items() if name not in repairs}
@@ -250,101 +263,69 @@ def read_label_check(pair: dict[str, Any]) -> str:
     return str(pair["adapter"].get("label_checks", {}).get("test", ""))
 
 
-def hours(told: dict[str, Any]) -> float | None:
-    seconds = told.get("seconds")
-    return seconds * told.get("processes", 1) / 3600 if seconds else None
-
-
-def make(
-    recipe: recipes.Recipe,
-    told: dict[str, Any],
-    config: dict[str, Any],
-    scores: dict[str, dict[str, Any]],
-    *,
-    base: str,
-    revision: str,
-    repo: str,
-    price: float | None = None,
-) -> "ModelCard":
-    """The card of a run.
-
-    told: its run.json. config: its merged Axolotl config. scores: {dataset: {"adapter": score file,
-    "base": score file}}. base, revision: the base on the Hub. price: USD for an hour of one device.
-    """
-    from huggingface_hub import ModelCard, ModelCardData
-
+def describe_scores(scores: Scores) -> dict[str, Any]:
+    """The template's variables about scores."""
     from evals import report, stats
 
-    data = told.get("data") or []
-    rows = origins(data)
-    names = titles(recipe)
-    tests = sources_module.tables()["datasets"]
-    labels = [tests.get(name, {}).get("labels") for name in scores]
+    tests = sources.tables()["datasets"]
+    label_sets = (tests.get(name, {}).get("labels") for name in scores)
+    rows, verdicts = tabulate_scores(scores)
+    incomparable = {name: report.explain_incomparable(name) for name in scores}
+    return {
+        "rows": rows,
+        "verdicts": verdicts,
+        "small": [n for n, pair in scores.items() if pair["adapter"]["examples"] < stats.SMALL],
+        "answers": next(filter(None, label_sets), None),
+        "incomparable": {name: reason for name, reason in incomparable.items() if reason},
+    }
+
+
+def describe_data(data: list[dict[str, Any]], scores: Scores) -> dict[str, Any]:
+    """The template's variables about the data of training and scores."""
     repairs = {name: text for name, pair in scores.items() if (text := describe_repair(name, pair))}
-    sample = any(entry.get("from") == "data/sample" for entry in data)
-    sample = sample or any(
-        pair["adapter"]["evaluated"].get("data_from") == "data/sample" for pair in scores.values()
-    )
-    found, (shown_scores, verdicts) = results(scores), table(scores)
+    places = [entry.get("from") for entry in data]
+    places += [pair["adapter"]["evaluated"].get("data_from") for pair in scores.values()]
+    return {
+        "data": data,
+        "origins": list_origins(data),
+        "forbidden": explain_forbidden(data),
+        "repairs": repairs,
+        "label_checks": collect_label_checks(data, scores, repairs),
+        "sample": "data/sample" in places,
+    }
+
+
+def make_card(publication: Publication) -> "ModelCard":
+    """The model card of a run; raises WrongInput where it would not read back as written."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    recipe, config = publication.recipe, publication.config
+    results = list_results(publication.scores)
+    datasets = filter(None, map(find_hub_dataset, list_origins(publication.data)))
     metadata = ModelCardData(
-        base_model=base,
+        base_model=publication.base,
         base_model_relation="adapter",
         library_name="peft",
         pipeline_tag="text-generation",
         language="en",
-        datasets=[d for row in rows if (d := hub_dataset(str(row.get("url", ""))))] or None,
-        metrics=sorted({result.metric_type for result in found}) or None,
+        datasets=list(datasets) or None,
+        metrics=sorted({result.metric_type for result in results}) or None,
         tags=[TAG, "finance", "lora", "axolotl", str(config.get("adapter", "lora"))],
-        eval_results=found or None,
-        model_name=repo.rsplit("/", 1)[-1] if found else None,
-        **licence(base, data),
+        eval_results=results or None,
+        model_name=publication.repo.rsplit("/", 1)[-1] if results else None,
+        **choose_licence(publication.base, publication.data),
     )
-    spent = hours(told)
-    made = ModelCard.from_template(
+    card = ModelCard.from_template(
         metadata,
         template_path=str(TEMPLATE),
-        **names,
-        recipe=recipe.name,
-        typed=recipe.name.removeprefix(f"{recipes.DEFAULT_MODEL}/"),
-        repo=repo,
-        tag=f"v{told.get('recipe_version')}",
-        told=told,
-        config=config,
-        data=data,
-        origins=rows,
-        forbidden=forbidden(data),
-        revision=revision,
-        local_base=Path(str(config.get("base_model"))).as_posix() != base,
-        rows=shown_scores,
-        verdicts=verdicts,
-        small=[n for n, pair in scores.items() if pair["adapter"]["examples"] < stats.SMALL],
-        answers=next((row for row in labels if row), None),
-        repairs=repairs,
-        label_checks=collect_label_checks(data, scores, repairs),
-        incomparable={name: why for name in scores if (why := report.explain_incomparable(name))},
-        sample=sample,
-        prompt=example(recipe.task),
-        template_kwargs=config.get("chat_template_kwargs") or {},
-        lora_rank=adapters.vllm_rank(config["lora_r"]),
-        hours=spent,
-        cost=None if spent is None or price is None else spent * price,
-        price=price,
-        data_licence=[f"{row['name']}: {row.get('licence') or 'none stated'}" for row in rows],
+        publication=publication,
+        short_name=recipe.name.removeprefix(f"{recipes.DEFAULT_MODEL}/"),
+        prompt=read_example(recipe.task),
+        vllm_rank=adapters.vllm_rank(config["lora_r"]),
+        **read_titles(recipe),
+        **describe_data(publication.data, publication.scores),
+        **describe_scores(publication.scores),
     )
-    check(made)
-    return made
-
-
-def check(made: "ModelCard") -> None:
-    """Raises WrongInput where the library reads other metadata from a card than went into it.
-
-    The Hub's own rules are asked by huggingface_hub before a commit (`/api/validate-yaml`).
-    """
-    from huggingface_hub import ModelCard
-
-    try:
-        again = ModelCard(str(made))
-    except (ValueError, TypeError) as error:
-        raise WrongInput(f"the model card's metadata: {str(error).splitlines()[0]}") from None
-    if again.data.to_dict() != made.data.to_dict() or not again.text.strip():
+    if ModelCard(str(card)).data.to_dict() != metadata.to_dict():
         raise WrongInput("the model card does not read back as it was written")
+    return card

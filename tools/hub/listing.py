@@ -3,92 +3,82 @@
 python -m tools adapters [--namespace me]
 """
 
-import json
 import math
-import sys
+from collections.abc import Iterable
 from typing import Any
 
-from tools.hub import card
-from tools.hub.client import hub
-from tools.hub_errors import plainly
+from tools.common import format_table
+from tools.hub.card import read_scores
+from tools.hub.client import connect, read_origin
+from tools.hub_errors import explain_errors
 from tools.runs import list_runs
 
+Row = tuple[str, str, str, str]
 
-def shortly(found: list[tuple[str, str, float]]) -> str:
-    """`fpb accuracy 72.4` for each dataset: the first metric that is known of it."""
+
+def summarize(scores: Iterable[tuple[str, str, Any]]) -> str:
+    """`fpb accuracy 72.4` for each dataset: the first of its (dataset, metric, value)."""
     first: dict[str, str] = {}
-    for dataset, metric, value in found:
+    for dataset, metric, value in scores:
         if isinstance(value, int | float) and math.isfinite(value):
             first.setdefault(dataset, f"{dataset} {metric} {100 * value:.1f}")
     return ", ".join(first.values()) or "not scored"
 
 
-def local_runs() -> list[tuple[str, str, str, str]]:
-    """(run, version, scores, where it is from) of every finished run."""
+def list_local() -> list[Row]:
+    """(run, version, scores, origin) of every finished run."""
     from evals import report
 
     rows = []
-    for run in list_runs():
-        if not run.is_finished:
-            continue
-        told, found = run.info, []
-        for file in run.score_files:
-            content = json.loads(file.read_text())
-            if content["evaluated"].get("adapter_sha256") == told.get("adapter_sha256"):
-                name = content["evaluated"]["dataset"]
-                for metric, value in card.metrics(content).items():
-                    found.append((name, report.title(metric), value["value"]))
-        source = run.origin
-        where = f"{source['repo']} at {source['commit'][:12]}" if source else "trained here"
-        version = told.get("recipe_version") or "–"
-        rows.append((run.name, str(version), shortly(found), where))
+    for run in filter(lambda run: run.is_finished, list_runs()):
+        run_info, origin = run.info, read_origin(run)
+        contents = filter(None, (read_scores(file, "adapters") for file in run.score_files))
+        scores = [
+            (content["evaluated"]["dataset"], report.title(metric), value["value"])
+            for content in contents
+            if content["evaluated"].get("adapter_sha256") == run_info.get("adapter_sha256")
+            for metric, value in content["metrics"].items()
+        ]
+        place = f"{origin.repo} at {origin.commit[:12]}" if origin else "trained here"
+        version = run_info.get("recipe_version") or "–"
+        rows.append((run.name, str(version), summarize(scores), place))
     return rows
 
 
-def remote_runs(api: Any, namespace: str) -> list[tuple[str, str, str, str]]:
+def list_remote(api: Any, namespace: str) -> list[Row]:
     """(repository, versions, scores, visibility) of every PEFT adapter in a namespace."""
     rows = []
     for info in api.list_models(author=namespace, filter="peft", cardData=True):
         tags = [ref.name for ref in api.list_repo_refs(info.id).tags]
         results = (info.card_data.get("eval_results") if info.card_data else None) or []
-        found = [
+        scores = (
             (
-                str(r.dataset_config or r.dataset_name),
-                str(r.metric_name or r.metric_type),
-                r.metric_value,
+                str(result.dataset_config or result.dataset_name),
+                str(result.metric_name or result.metric_type),
+                result.metric_value,
             )
-            for r in results
-        ]
-        state = "private" if info.private else "public"
-        rows.append((info.id, ", ".join(tags) or "–", shortly(found), state))
+            for result in results
+        )
+        visibility = "private" if info.private else "public"
+        rows.append((info.id, ", ".join(tags) or "–", summarize(scores), visibility))
     return rows
 
 
-def show(namespace: str | None = None) -> None:
+def print_rows(heads: Row, rows: list[Row]) -> None:
+    cells = [["".join(c for c in cell if c.isprintable()) for cell in row] for row in rows]
+    print(format_table([heads, *cells], "<<<<"))
+
+
+def show_adapters(namespace: str | None = None) -> None:
     """Prints the runs here and, with a namespace, the adapters that it has on the Hub."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 140)
-
-    def print_table(heads: tuple[str, ...], rows: list[tuple[str, str, str, str]]) -> None:
-        table = Table(box=None, pad_edge=False)
-        for head in heads:
-            table.add_column(head, overflow="fold")
-        for row in rows:
-            table.add_row(*(escape("".join(c for c in cell if c.isprintable())) for cell in row))
-        console.print(table)
-
-    rows = local_runs()
-    if rows:
-        print_table(("run", "version", "scores, %", "from"), rows)
+    if rows := list_local():
+        print_rows(("run", "version", "scores, %", "from"), rows)
     else:
         print("no finished run is here; `make train` or `make pull` makes one")
     if namespace:
-        api = hub()
-        with plainly(namespace):
-            theirs = remote_runs(api, namespace)
-        console.print(f"\n{namespace} on {api.endpoint}: {len(theirs)} adapters", highlight=False)
-        if theirs:
-            print_table(("repository", "versions", "scores, %", ""), theirs)
+        api = connect()
+        with explain_errors(namespace):
+            rows = list_remote(api, namespace)
+        print(f"\n{namespace} on {api.endpoint}: {len(rows)} adapters")
+        if rows:
+            print_rows(("repository", "versions", "scores, %", ""), rows)

@@ -1,213 +1,243 @@
 """Brings a published adapter here, checked, as a run folder that scoring and chat use.
 
-    python -m tools.hub.pull sentiment_r4                          FinLoRA's own adapter
-    python -m tools.hub.pull sentiment_r4 --namespace me --revision v1.1.0
-    python -m tools pull --adapter owner/name                  any LoRA adapter, to runs/hub/
+    python -m tools pull sentiment_r4                       FinLoRA's own adapter
+    python -m tools pull sentiment_r4 --namespace me --revision v1.1.0
+    python -m tools pull --adapter owner/name               any LoRA adapter, to runs/hub/
     python -m tools pull --adapter owner/name/folder --precision nf4
 
-It is taken at one commit, which `hub.json` records beside the digests of its files, and checked as
-bytes (tools/adapters.py) before it is put in its place. What was cut off goes on where it stopped.
+A pull takes one commit, which `hub.json` records beside the digests of the files. The files are
+checked as bytes (tools/adapters.py) before they become a run. The same command continues a download
+that was cut off.
 """
 
 import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import yaml
+from pydantic import Field
 
-from tools import adapters, architectures, common, models, recipes, subjects
-from tools.common import ROOT, JobFailed, WrongInput, atomic, digest, shown, write_json
-from tools.hub.client import (
-    CONFIG,
-    LIMITS,
-    MIB,
-    RUN,
-    SCORES,
-    SCORES_LIMIT,
-    hub,
-    hub_name,
-    matches,
-    repository,
-    same_base,
-    tree,
-)
-from tools.hub_errors import plainly
-from tools.runs import RUNS, UNKNOWN, Run
+from evals import report
+from tools import adapters, architectures, common, models, recipes, runs, subjects
+from tools.common import JobFailed, WrongInput, atomic, digest, parse_json, parse_yaml, shown
+from tools.hub import client
+from tools.hub.client import External, Origin, RemoteFile, find_hub_name
+from tools.hub_errors import explain_errors
+from tools.runs import UNKNOWN, Run
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl")
+PLUGINS = ("tools.train.plugin.", "axolotl.integrations.")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where an adapter lies on the Hub: a repository, or a folder of one."""
+    """An adapter on the Hub, and the run that it becomes here."""
 
     repo: str
-    folder: str = ""  # ends with a slash where there is one
+    folder: str  # of the repository; ends with a slash, or is empty
+    revision: str
+    recipe: recipes.Recipe | None
+    precision: str | None
 
     def __str__(self) -> str:
         return f"{self.repo}/{self.folder}".rstrip("/")
+
+    @property
+    def run(self) -> Run:
+        return self.recipe.run if self.recipe else Run(runs.RUNS / "hub" / str(self))
 
     @property
     def name(self) -> str:
         return str(self).rsplit("/", 1)[-1]
 
 
-def listed(api: Any, repo: str, commit: str, config: str) -> dict[str, tuple[int, str]]:
-    """The files of a repository at a commit; without a network, those that the cache holds.
+class DataFile(External):
+    path: str
+    rows: int
+    sha256: str
 
-    config: the path of the adapter's config inside the repository.
+
+class RunInfo(External):
+    """What this project reads of a published run.json."""
+
+    adapter_sha256: str
+    recipe: str | None = None
+    recipe_version: str | None = None
+    recipe_digest: str | None = None
+    base_model: str | None = None
+    prompt_format: str | None = None
+    precision: str | None = None
+    data: list[DataFile] | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    last_loss: float | None = None
+    seconds: float | None = None
+    processes: int = 1
+    device: str | None = None
+    tokens_per_second: float | None = None
+    peak_memory_bytes: float | None = None
+    trainable_parameters: int | None = None
+    packages: dict[str, str] | None = None
+
+
+class Dataset(External):
+    path: str
+
+
+class AxolotlConfig(External):
+    """What this project reads of a published config.yaml, without what it replaces."""
+
+    datasets: list[Dataset] = Field(min_length=1)
+    test_datasets: list[Dataset] | None = None
+    adapter: Literal["lora", "qlora"] = "lora"
+    load_in_4bit: bool | None = None
+    load_in_8bit: bool | None = None
+    bnb_config_kwargs: dict[str, str | bool] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    special_tokens: dict[str, str] | None = None
+    plugins: list[str] | None = None
+
+
+def find_source(
+    recipe: str | None,
+    namespace: str | None,
+    adapter: str | None,
+    revision: str | None,
+    precision: str | None,
+) -> Source:
+    """A recipe's adapter of a namespace (FinLoRA's own without), or any adapter by its address.
+
+    adapter: owner/name[/folder]. revision: a tag, branch or commit. precision: of its training.
     """
+    revision = (revision or "").strip() or "main"
+    if bool(recipe) == bool(adapter):
+        raise WrongInput("RECIPE=… or ADAPTER=owner/name is needed, one of them")
+    if recipe:
+        if precision:
+            raise WrongInput("PRECISION= goes with ADAPTER=…; a recipe has its own")
+        named = recipes.find(recipe)
+        repo = client.name_repository(named, (namespace or "").strip())
+        return Source(repo, "", revision, named, None)
+    address = str(adapter).strip().removeprefix("https://huggingface.co/").strip("/")
+    address = re.sub("/tree/main(?=/|$)", "", address)
+    if not re.fullmatch(r"([A-Za-z0-9][\w.-]*/)+[A-Za-z0-9][\w.-]*", address) or ".." in address:
+        raise WrongInput(
+            f'ADAPTER "{adapter}" is no name on the Hub: owner/name, or owner/name/folder'
+        )
+    owner, name, *folders = address.split("/")
+    folder = "".join(f"{part}/" for part in folders)
+    return Source(f"{owner}/{name}", folder, revision, None, precision)
+
+
+def find_commit(api: Any, source: Source) -> str:
+    """The commit that a source's revision names now, on the Hub or in the cache."""
+    file = source.folder + adapters.CONFIG
+    info = api.hf_hub_download(source.repo, file, revision=source.revision, dry_run=True)
+    if not re.fullmatch("[0-9a-f]{40}", str(info.commit_hash)):
+        raise JobFailed(f"{source.repo}: the Hub names no commit")
+    return str(info.commit_hash)
+
+
+def is_pulled(source: Source, commit: str) -> bool:
+    """Whether the run holds a source at a commit, and every file is still what was pulled."""
+    origin = client.read_origin(source.run)
+    if origin is None or source.precision not in (None, origin.precision):
+        return False
+    if (origin.repo, origin.folder, origin.commit) != (source.repo, source.folder, commit):
+        return False
+    files = {source.run.folder / name: sha for name, sha in origin.local.items()}
+    return all(file.is_file() and digest(file) == sha for file, sha in files.items())
+
+
+def list_files(api: Any, source: Source, commit: str) -> dict[str, RemoteFile]:
+    """The files in a source's folder at a commit; without a network, those in the cache."""
     import httpx
-    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     try:
-        return tree(api, repo, commit)
+        files = client.list_remote_files(api, source.repo, commit)
     except (httpx.TransportError, OfflineModeIsEnabled):
-        found = try_to_load_from_cache(repo, config, revision=commit)
-        if not isinstance(found, str):
-            raise
-    print(f"pull       the Hub cannot be reached; {repo} comes from the cache")
-    folder = Path(found).parents[config.count("/")]
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    # The cache names a file's content by the digest that the Hub told.
+        folder = Path(api.snapshot_download(source.repo, revision=commit, local_files_only=True))
+        print(f"pull       the Hub cannot be reached; {source.repo} comes from the cache")
+        # The cache names a file's content by the digest that the Hub named.
+        files = {
+            path.relative_to(folder).as_posix(): RemoteFile(
+                path.stat().st_size, path.resolve().name
+            )
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
+    start = source.folder
     return {
-        path.relative_to(folder).as_posix(): (path.stat().st_size, path.resolve().name)
-        for path in paths
+        name.removeprefix(start): file for name, file in files.items() if name.startswith(start)
     }
 
 
-def wanted(repo: str, there: dict[str, tuple[int, str]]) -> list[str]:
+def choose_files(source: Source, files: dict[str, RemoteFile]) -> list[str]:
     """The files to take; raises WrongInput where a repository is not fit to be taken."""
-    for name in there:
-        parts = PurePosixPath(name).parts
-        odd = name.startswith("/") or ".." in parts or "\\" in name or not name.isprintable()
-        if odd:
-            raise WrongInput(f"{repo} holds the path {name[:80]!r}, which leaves the folder")
-    if adapters.WEIGHTS not in there:
-        pickle = next((n for n in there if n.endswith((".bin", ".pt", ".pth", ".pkl"))), None)
-        has = f"only {pickle!r}, a pickle, which can run code" if pickle else "none"
-        raise WrongInput(f"{repo}: {adapters.WEIGHTS} is needed; it has {has}")
-    names = [name for name in there if name in LIMITS or SCORES.fullmatch(name)]
+    for name in files:
+        is_inside = not name.startswith("/") and ".." not in PurePosixPath(name).parts
+        if not is_inside or "\\" in name or not name.isprintable():
+            raise WrongInput(f"{source} holds the path {name[:80]!r}, which leaves the folder")
+    if adapters.CONFIG not in files:
+        raise WrongInput(f"{source} holds no PEFT adapter: {adapters.CONFIG} is missing")
+    if adapters.WEIGHTS not in files:
+        pickle = next((name for name in files if name.endswith(PICKLES)), None)
+        reason = f"only {pickle!r}, a pickle, which can run code" if pickle else "none"
+        raise WrongInput(f"{source}: {adapters.WEIGHTS} is needed; it has {reason}")
+    names = list(filter(client.is_published_name, files))
     for name in names:
-        limit = LIMITS.get(name, SCORES_LIMIT)
-        if limit and there[name][0] > limit:
-            raise WrongInput(f"{repo}: {name} has {there[name][0]:,} bytes; {limit:,} is the most")
+        limit = client.LIMITS.get(name, client.SCORES_LIMIT)
+        if limit and files[name].size > limit:
+            raise WrongInput(
+                f"{source}: {name} has {files[name].size:,} bytes; {limit:,} is the most"
+            )
     return names
 
 
-def fetch(api: Any, source: Source, name: str, revision: str, told: str) -> Path:
-    """Downloads a file into the Hub's cache, or finds it there; what does not match is removed."""
+def download(api: Any, source: Source, name: str, revision: str, sha: str) -> Path:
+    """Takes a file from the Hub into the cache; removes it there where its digest is another.
+
+    File by file, because `snapshot_download` returns what the cache holds where the Hub fails.
+    """
     path = Path(api.hf_hub_download(source.repo, source.folder + name, revision=revision))
-    if not matches(path, told):
+    if not client.has_digest(path, sha):
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         raise JobFailed(f"{source}: {name} is damaged (its digest is another); run it again")
     return path
 
 
-def safe_config(content: bytes, where: str) -> dict[str, Any]:
-    """An Axolotl config that somebody else wrote; raises WrongInput where it could run code."""
-    try:
-        config = yaml.load(content, yaml.CSafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
-        raise WrongInput(f"{where}: not YAML") from None
-    if not isinstance(config, dict) or not isinstance(config.get("datasets"), list):
-        raise WrongInput(f"{where}: no Axolotl config")
-    if config.get("trust_remote_code"):
-        raise WrongInput(f"{where}: trust_remote_code would run code from the Hub")
-    known = ("tools.train.plugin.", "tools.train.plugin.", "axolotl.integrations.")
-    if odd := [p for p in config.get("plugins") or () if not str(p).startswith(known)]:
-        raise WrongInput(f"{where}: the plugin {str(odd[0])[:60]!r} is not known here")
-    tokens = config.get("special_tokens") or {}
-    if not isinstance(tokens, dict) or any(not str(k).endswith("_token") for k in tokens):
-        raise WrongInput(f"{where}: special_tokens may only name tokens")
-    return config
+def find_base(source: Source, settings: dict[str, Any]) -> str:
+    """The base of an adapter; raises WrongInput unless it is on the Hub and the recipe's."""
+    base = str(settings.get("base_model_name_or_path") or "")
+    needed = find_hub_name(source.recipe.config["base_model"]) if source.recipe else base
+    if not client.is_same_base(base, needed):
+        recipe = source.recipe.name if source.recipe else "it"
+        raise WrongInput(
+            f"{source} is an adapter for {base[:80] or 'an unknown base'}; {recipe} needs one for "
+            f"{needed}"
+        )
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", base) or (common.ROOT / base).is_dir():
+        raise WrongInput(f"{source}: its base {base[:80]!r} is no name on the Hub")
+    return base
 
 
-def score_file(content: bytes, where: str) -> None:
-    """Raises WrongInput unless a score file has the parts that listings and reports read."""
-    told = common.parse_json(content, where)
-    kinds = {"evaluated": dict, "metrics": dict, "predictions": list, "examples": int}
-    for key, kind in kinds.items():
-        if not isinstance(told.get(key), kind):
-            raise WrongInput(f'{where}: "{key}" is missing or malformed')
-    if not re.fullmatch("[a-z0-9_]{1,64}", str(told["evaluated"].get("dataset"))):
-        raise WrongInput(f"{where}: no name of a dataset")
-
-
-def describe(
-    source: Source,
-    folder: Path,
-    target: Path,
-    recipe: recipes.Recipe | None,
-    base: str,
-    count: int,
-    precision: str | None,
-) -> None:
-    """Writes what a run folder needs and a repository did not bring: run.json and config.yaml.
-
-    A config that came along is kept to the byte, unless base or output lie elsewhere here.
-    """
-    settings = common.parse_json((folder / adapters.CONFIG).read_bytes(), adapters.CONFIG)
-    row = recipes.base_model(base)[1]
-    local = recipe.config["base_model"] if recipe else row.get("base_model") or row.get("hub", base)
-    sha, run = digest(folder / adapters.WEIGHTS), folder / RUN
-    published = subjects.FINLORA.fullmatch(source.name)
-    if run.is_file():
-        told = common.parse_json(run.read_bytes(), f"{source}/{RUN}")
-        if told.get("adapter_sha256") != sha:
-            raise WrongInput(f"{source}: {RUN} tells of another adapter")
-    else:
-        told = {
-            "recipe": recipe.name if recipe else str(source),
-            "base_model": local,
-            "data": [],
-            "adapter_sha256": sha,
-            "trainable_parameters": count,
-        }
-        # FinLoRA trained on [INST] … [/INST] and not on the chat template.
-        told |= {"prompt_format": "finlora"} if published else {}
-        if not (recipe or published or precision or (folder / CONFIG).is_file()):
-            told |= {"precision": UNKNOWN}
-        write_json(run, told)
-    if (folder / CONFIG).is_file():
-        config = safe_config((folder / CONFIG).read_bytes(), f"{source}/{CONFIG}")
-    else:
-        config = dict(recipe.config if recipe else generic(source.name, local))
-        config = models.at(config, precision) if precision else config
-        config |= {
-            "lora_r": settings["r"],
-            "lora_alpha": settings["lora_alpha"],
-            "lora_dropout": settings.get("lora_dropout", 0.0),
-            "lora_target_modules": settings["target_modules"],
-            "peft_use_dora": bool(settings.get("use_dora")),
-            "peft_use_rslora": bool(settings.get("use_rslora")),
-        }
-    here = {"base_model": local}
-    if (ROOT / str(config.get("output_dir", ""))).resolve() != target:
-        here |= {"output_dir": shown(target), "dataset_prepared_path": shown(target / "prepared")}
-    if not (folder / CONFIG).is_file() or any(config.get(k) != v for k, v in here.items()):
-        with atomic(folder / CONFIG) as file:
-            file.write(yaml.safe_dump(config | here, sort_keys=False).encode())
-
-
-def generic(name: str, base: str) -> dict[str, Any]:
-    """An Axolotl config for an adapter of which nothing but itself is known.
-
-    FinLoRA's names tell the recipe or, where the catalogue has none, the precision. Others tell
-    none: run.json says so, and PRECISION= is asked for where the adapter is used.
-    """
-    try:
-        return recipes.find(name).config
-    except WrongInput:
-        entry = {"path": "unknown", "type": "chat_template", "chat_template": "tokenizer_default"}
-        config = {"base_model": base, "adapter": "lora", "datasets": [entry]}
-        config |= recipes.base_model(base)[1].get("settings") or {}
-        published = subjects.FINLORA.fullmatch(name)
-        return config | (subjects.BITS[published["bits"].lower()] if published else {})
+def find_architecture(api: Any, base: str) -> architectures.Model:
+    """The base's architecture, from recipes/models/ or from its own config.json on the Hub."""
+    if model := architectures.read_architectures().get(recipes.resolve_mirror(base).lower()):
+        return model
+    with explain_errors(f"the base {base}"):
+        if api.hf_hub_download(base, "config.json", dry_run=True).file_size > client.MIB:
+            raise WrongInput(f"{base}: its config.json is larger than 1 MB")
+        path = Path(api.hf_hub_download(base, "config.json"))
+    return architectures.parse_config(base, parse_json(path.read_bytes(), f"{base}/config.json"))
 
 
 def check_precision(base: str, precision: str | None) -> None:
@@ -217,160 +247,192 @@ def check_precision(base: str, precision: str | None) -> None:
         raise WrongInput(f"PRECISION={precision}: the base {base} was published quantized to {own}")
 
 
-def architecture(api: Any, base: str) -> architectures.Model:
-    """The base's architecture, from recipes/models/ or from its own config.json on the Hub."""
-    if model := architectures.models().get(recipes.canonical(base).lower()):
-        return model
-    with plainly(f"the base {base}"):
-        if api.hf_hub_download(base, "config.json", dry_run=True).file_size > MIB:
-            raise WrongInput(f"{base}: its config.json is larger than 1 MB")
-        path = Path(api.hf_hub_download(base, "config.json"))
-    return architectures.of_config(
-        base, common.parse_json(path.read_bytes(), f"{base}/config.json")
-    )
+def parse_config(content: bytes, where: str) -> dict[str, Any]:
+    """An Axolotl config that somebody else wrote; raises WrongInput where it could run code."""
+    config = parse_yaml(content, where)
+    settings = client.validate(AxolotlConfig, config, where)
+    if holds_key(config, "trust_remote_code"):
+        raise WrongInput(f"{where}: trust_remote_code would run code from the Hub")
+    for plugin in settings.plugins or ():
+        if not plugin.startswith(PLUGINS):
+            raise WrongInput(f"{where}: the plugin {plugin[:60]!r} is not one of this project")
+    if any(not name.endswith("_token") for name in settings.special_tokens or ()):
+        raise WrongInput(f"{where}: special_tokens may only name tokens")
+    return dict(config)
 
 
-def unchanged(target: Path) -> bool:
-    """Whether every file of a pulled run is still what was pulled."""
-    files = Run(target).origin.get("local", {})
-    return bool(files) and all(
-        (target / name).is_file() and digest(target / name) == sha for name, sha in files.items()
-    )
+def holds_key(value: Any, key: str) -> bool:
+    """Whether a mapping has a key with a value, at any depth."""
+    if isinstance(value, dict):
+        return bool(value.get(key)) or any(holds_key(part, key) for part in value.values())
+    return isinstance(value, list) and any(holds_key(part, key) for part in value)
 
 
-def bring(
-    api: Any,
-    source: Source,
-    revision: str,
-    target: Path,
-    recipe: recipes.Recipe | None,
-    precision: str | None,
-) -> str | None:
-    """Downloads, checks and places an adapter; returns its commit, None where it is there."""
-    repo = source.repo
-    with plainly(f"{source} at {revision}" if revision != "main" else str(source)):
-        config = source.folder + adapters.CONFIG
-        first = api.hf_hub_download(repo, config, revision=revision, dry_run=True)
-        commit = str(first.commit_hash)
-        if not re.fullmatch("[0-9a-f]{40}", commit):
-            raise JobFailed(f"{repo}: the Hub names no commit")
-        told = Run(target).origin
-        same = (told.get("repo"), told.get("folder", ""), told.get("commit"))
-        same_precision = precision in (None, told.get("precision"))
-        if same == (repo, source.folder, commit) and same_precision and unchanged(target):
-            return None
-        all_files = listed(api, repo, commit, config)
-        there = {
-            name.removeprefix(source.folder): facts
-            for name, facts in all_files.items()
-            if name.startswith(source.folder)
+def check_scores(file: Path, where: str) -> None:
+    """Raises WrongInput unless a score file has the parts that listings and reports read."""
+    content = parse_json(file.read_bytes(), where)
+    try:
+        report.read(file)
+    except WrongInput as error:
+        raise WrongInput(f"{where} is malformed: {error}") from None
+    if not re.fullmatch("[a-z0-9_]{1,64}", content["evaluated"]["dataset"]):
+        raise WrongInput(f"{where}: no name of a dataset")
+
+
+def complete_info(source: Source, part: Run, base_model: str, parameters: int) -> None:
+    """Checks the run.json that came along, or writes one."""
+    sha = digest(part.adapter_file)
+    if part.is_finished:
+        where = f"{source}/{runs.INFO}"
+        run_info = client.validate(RunInfo, parse_json(part.info_file.read_bytes(), where), where)
+        if run_info.adapter_sha256 != sha:
+            raise WrongInput(f"{where} describes another adapter")
+        return
+    content = {
+        "recipe": source.recipe.name if source.recipe else str(source),
+        "base_model": base_model,
+        "data": [],
+        "adapter_sha256": sha,
+        "trainable_parameters": parameters,
+    }
+    # FinLoRA trained on [INST] … [/INST] and not on the chat template.
+    if subjects.FINLORA.fullmatch(source.name):
+        content["prompt_format"] = "finlora"
+    elif not (source.recipe or source.precision or part.config_file.is_file()):
+        content["precision"] = UNKNOWN
+    common.write_json(part.info_file, content)
+
+
+def complete_config(source: Source, part: Run, base_model: str, settings: dict[str, Any]) -> None:
+    """Checks the config.yaml that came along, or writes one.
+
+    One that came along is kept to the byte, unless base or output lie elsewhere here.
+    """
+    config: dict[str, Any] | None = None
+    if part.config_file.is_file():
+        where = f"{source}/{runs.CONFIG}"
+        config = published = parse_config(part.config_file.read_bytes(), where)
+    else:
+        published = source.recipe.config if source.recipe else guess_config(source.name, base_model)
+        if source.precision:
+            published = models.at(published, source.precision)
+        published = published | {
+            "lora_r": settings["r"],
+            "lora_alpha": settings["lora_alpha"],
+            "lora_dropout": settings.get("lora_dropout", 0.0),
+            "lora_target_modules": settings["target_modules"],
+            "peft_use_dora": bool(settings.get("use_dora")),
+            "peft_use_rslora": bool(settings.get("use_rslora")),
         }
-        names = wanted(str(source), there)
-        # By the revision's name, so that the cache knows it without a network, too.
-        path = fetch(api, source, adapters.CONFIG, revision, there[adapters.CONFIG][1])
-        if path.parents[config.count("/")].name != commit:
-            raise JobFailed(f"{repo}: {revision} moved meanwhile; run it again")
-        settings = common.parse_json(path.read_bytes(), f"{source}/{adapters.CONFIG}")
-        plain = adapters.settings(settings, f"{source}/{adapters.CONFIG}")
-        base = str(settings.get("base_model_name_or_path") or "")
-        need = hub_name(recipe.config["base_model"]) if recipe else base
-        if not same_base(base, need):
-            raise WrongInput(
-                f"{source} is an adapter for {base[:80] or 'an unknown base'}; "
-                f"{recipe.name if recipe else 'it'} needs one for {need}"
-            )
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", base) or (ROOT / base).is_dir():
-            raise WrongInput(f"{source}: its base {base[:80]!r} is no name on the Hub")
-        model = architecture(api, base)
-        check_precision(base, precision)
-        most = adapters.largest(model, plain, f"{source}/{adapters.CONFIG}")
-        size = there[adapters.WEIGHTS][0]
-        if size > most:
-            raise WrongInput(
-                f"{source}: {adapters.WEIGHTS} has {size:,} bytes; its config implies {most:,} at "
-                "most"
-            )
-        for left in target.parent.glob(f".{target.name}.*.part"):
-            shutil.rmtree(left)  # of a pull that was killed; this one holds the lock
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
-            for name in names:
-                where = part / name
-                where.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(fetch(api, source, name, commit, there[name][1]), where)
-            count = adapters.check(part, model)
-            for name in filter(SCORES.fullmatch, names):
-                score_file((part / name).read_bytes(), f"{source}/{name}")
-            describe(source, part, target, recipe, need, count, precision)
-            local = {n: digest(part / n) for n in (*names, RUN, CONFIG) if (part / n).is_file()}
-            content = {
-                "repo": repo,
-                **({"folder": source.folder} if source.folder else {}),
-                **({"precision": precision} if precision else {}),
-                "revision": revision,
-                "commit": commit,
-                "base": base,
-                "base_revision": settings.get("revision"),
-                "pulled": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "remote": {name: there[name][1] for name in names},
-                "local": local,
-            }
-            write_json(Run(part).origin_file, content)
-            if target.is_dir() and any(target.iterdir()):
-                print(f"pull       what was there is in {Run(target).move_aside()}")
-            elif target.is_dir():
-                target.rmdir()
-            os.replace(part, target)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    return commit
+    folder = source.run.folder
+    local = published | {"base_model": base_model}
+    if (common.ROOT / str(published.get("output_dir", ""))).resolve() != folder:
+        local |= {"output_dir": shown(folder), "dataset_prepared_path": shown(folder / "prepared")}
+    if local != config:
+        with atomic(part.config_file) as file:
+            file.write(yaml.safe_dump(local, sort_keys=False).encode())
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to pull: a recipe's adapter of a namespace (FinLoRA's own without), or any adapter."""
+def guess_config(name: str, base_model: str) -> dict[str, Any]:
+    """An Axolotl config for an adapter that came without one.
 
-    recipe: str | None = None
-    namespace: str | None = None
-    adapter: str | None = None  # owner/name[/folder]
-    revision: str | None = None  # a tag, branch or commit
-    precision: str | None = None  # that an adapter was trained at
+    FinLoRA's names tell the recipe or, where the catalogue has none, the precision. Others tell
+    nothing: run.json says so, and PRECISION= is asked for where the adapter is used.
+    """
+    try:
+        return recipes.find(name).config
+    except WrongInput:
+        entry = {"path": "unknown", "type": "chat_template", "chat_template": "tokenizer_default"}
+        config = {"base_model": base_model, "adapter": "lora", "datasets": [entry]}
+        config |= recipes.find_base(base_model)[1].get("settings") or {}
+        published = subjects.FINLORA.fullmatch(name)
+        return config | (subjects.BITS[published["bits"].lower()] if published else {})
 
 
-def pull(request: Request, force: bool = False) -> Path:
-    """Brings an adapter into its run folder, which it returns."""
-    name, named, precision = request.recipe, request.adapter, request.precision
-    namespace, revision = (request.namespace or "").strip(), (request.revision or "").strip()
-    if bool(name) == bool(named):
-        raise WrongInput("RECIPE=… or ADAPTER=owner/name is needed, one of them")
-    recipe = recipes.find(name) if name else None
-    if recipe and precision:
-        raise WrongInput("PRECISION= goes with ADAPTER=…; a recipe has its own")
-    if recipe:
-        source, run = Source(repository(recipe, namespace)), recipe.run
-    else:
-        place = str(named).strip().removeprefix("https://huggingface.co/").strip("/")
-        owner, _, rest = place.replace("/tree/main", "").partition("/")
-        repo, _, folder = rest.partition("/")
-        if not re.fullmatch(r"([A-Za-z0-9][\w.-]*/)+[A-Za-z0-9][\w.-]*", place) or ".." in place:
-            raise WrongInput(
-                f'ADAPTER "{named}" is no name on the Hub: owner/name, or owner/name/folder'
-            )
-        source = Source(f"{owner}/{repo}", f"{folder}/" if folder else "")
-        run = Run(RUNS / "hub" / str(source))
-    repo = str(source)
+@contextmanager
+def write_beside(run: Run) -> Iterator[Run]:
+    """A folder beside a run that takes its place at the end; what was there is moved aside."""
+    for leftover in run.folder.parent.glob(f".{run.folder.name}.*.part"):
+        shutil.rmtree(leftover)  # of a pull that was killed; this one holds the lock
+    part = Run(run.folder.with_name(f".{run.folder.name}.{os.getpid()}.part"))
+    try:
+        yield part
+        if run.folder.is_dir() and any(run.folder.iterdir()):
+            print(f"pull       what was there is in {run.move_aside()}")
+        elif run.folder.is_dir():
+            run.folder.rmdir()
+        os.replace(part.folder, run.folder)
+    finally:
+        shutil.rmtree(part.folder, ignore_errors=True)
+
+
+def bring(api: Any, source: Source) -> bool:
+    """Downloads, checks and places an adapter; False where it is there already."""
+    commit = find_commit(api, source)
+    if is_pulled(source, commit):
+        return False
+    files = list_files(api, source, commit)
+    names = choose_files(source, files)
+    where = f"{source}/{adapters.CONFIG}"
+    # By the revision's name, so that the cache resolves it without a network, too.
+    path = download(api, source, adapters.CONFIG, source.revision, files[adapters.CONFIG].sha)
+    if path.parents[source.folder.count("/")].name != commit:
+        raise JobFailed(f"{source.repo}: {source.revision} moved meanwhile; run it again")
+    settings = parse_json(path.read_bytes(), where)
+    plain = adapters.settings(settings, where)
+    base = find_base(source, settings)
+    model = find_architecture(api, base)
+    check_precision(base, source.precision)
+    size, limit = files[adapters.WEIGHTS].size, adapters.largest(model, plain, where)
+    if size > limit:
+        raise WrongInput(
+            f"{source}: {adapters.WEIGHTS} has {size:,} bytes; its config implies {limit:,} at most"
+        )
+    with write_beside(source.run) as part:
+        for name in names:
+            target = part.folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(download(api, source, name, commit, files[name].sha), target)
+        parameters = adapters.check(part.folder, model)
+        for name in filter(client.SCORES.fullmatch, names):
+            check_scores(part.folder / name, f"{source}/{name}")
+        row = recipes.find_base(base)[1]
+        base_model = row.get("base_model") or row.get("hub", base)
+        if source.recipe:
+            base_model = source.recipe.config["base_model"]
+        complete_info(source, part, base_model, parameters)
+        complete_config(source, part, base_model, settings)
+        origin = Origin(
+            repo=source.repo,
+            folder=source.folder,
+            precision=source.precision,
+            revision=source.revision,
+            commit=commit,
+            base=base,
+            base_revision=str(settings.get("revision") or "") or None,
+            pulled=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            remote={name: files[name].sha for name in names},
+            local={
+                n: digest(part.folder / n) for n in dict.fromkeys([*names, runs.INFO, runs.CONFIG])
+            },
+        )
+        common.write_json(part.origin_file, origin.model_dump(exclude_defaults=True))
+    return True
+
+
+def pull_adapter(source: Source, force: bool = False) -> None:
+    """Brings an adapter into its run folder."""
+    run = source.run
     # Folders of the same repository that were pulled before may lie inside, with their locks.
-    name = run.origin_file.name
-    inside = [path for path in run.folder.glob("[!.]*") if not any(path.glob(f"**/{name}"))]
-    if inside and not (run.origin or force):
-        raise WrongInput(f"{run} was made here; FORCE=1 moves it aside and pulls {repo}")
-    with run.lock():
-        commit = bring(hub(), source, revision or "main", run.folder, recipe, precision)
-    told = run.origin
-    if commit is None:
-        print(f"pull       {repo} at {told['commit'][:12]} is there already: {run}")
-    else:
-        print(f"pull       {repo} at {commit[:12]}: {run}")
+    pulled = f"**/{run.origin_file.name}"
+    is_own = any(path for path in run.folder.glob("[!.]*") if not any(path.glob(pulled)))
+    if is_own and not (run.origin_file.is_file() or force):
+        raise WrongInput(f"{run} was made here; FORCE=1 moves it aside and pulls {source}")
+    subject = str(source) if source.revision == "main" else f"{source} at {source.revision}"
+    with run.lock(), explain_errors(subject):
+        is_new = bring(client.connect(), source)
+    origin = client.read_origin(run)
+    commit = origin.commit[:12] if origin else ""
+    print(f"pull       {source} at {commit}{'' if is_new else ' is there already'}: {run}")
     if run.info.get("precision") == UNKNOWN:
         print("pull       its precision is not known: say PRECISION=… where the adapter is used")
-    return run.folder

@@ -1,367 +1,46 @@
 """Publishes a finished run on the Hugging Face Hub, with its scores and a model card.
 
-    python -m tools.hub.push smollm2-135m/sentiment_r4 --namespace me --dry-run 1
+    python -m tools push smollm2-135m/sentiment_r4 --namespace me --dry-run
 
-A push is one commit, tagged `v<recipe version>`: the tag shows all of it or is not there. It is
-private unless --public 1. The same content again is nothing to do; other content under the same
-version is refused; what was cut off is repeated with the same command.
+A push is one commit, tagged `v<recipe version>`, so the tag shows all of it or is not there. It is
+private unless --public asks otherwise. Pushing the same content again does nothing; other content
+under the same version is refused; the same command repeats what was cut off.
 """
 
 import json
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tools import adapters, architectures, common, models, recipes
-from tools.common import ROOT, SECRET, JobFailed, WrongInput, shown
-from tools.hub import card
-from tools.hub.client import (
-    CARD,
-    CONFIG,
-    LIMITS,
-    MIB,
-    RUN,
-    SCORES,
-    Contents,
-    base_revision,
-    different,
-    hub,
-    hub_name,
-    repository,
-    tree,
-)
-from tools.hub_errors import plainly
+from tools import adapters, architectures, models, recipes, runs
+from tools.common import ROOT, SECRET, JobFailed, WrongInput, parse_json, read_json
+from tools.hub import client
+from tools.hub.card import Publication, Scores, explain_forbidden, make_card, read_scores
+from tools.hub_errors import explain_errors
 from tools.runs import Run
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-LATER = 5  # times that a push looks again after somebody else's
+TEMPLATE = "chat_template.jinja"
+ATTEMPTS = 5  # of a push that meets another one
 # What must not be published, besides what tools/common.py masks in messages.
 KEYS = re.compile(
     rb"(?<![A-Za-z0-9])xox[abprs]-[\w-]{10,}|(?<![A-Za-z0-9])AIza[\w-]{35}"
     rb"|-----BEGIN [A-Z ]*PRIVATE KEY-----|" + SECRET.pattern.encode()
 )
-ANSWERS = {
-    "expected",
-    "answered",
-    "answer",
-    "values",
-}  # of a prediction: texts that may be published
-# What must be the same of two scores for their difference to be the adapter's: all that a score
-# depends on, but for the adapter itself and the machine's copies of the task's files.
+SECRET_NAMES = re.compile("TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY")  # of environment variables
+ANSWERS = {"expected", "answered", "answer", "values"}  # keys whose texts may be published
+LONGEST_ANSWER = 200  # characters that are published of such a text
+# What two scores must share so that their difference is the adapter's: all that a score depends on,
+# except the adapter and the machine's copies of the task's files.
 PAIRED = (
     *("dataset", "task_version", "data_sha256", "limit", "base_model", "base_revision"),
     *("base_files", "quantization", "precision", "prompt_format", "chat_template_kwargs"),
     *("backend", "task", "scoring", "device_class"),
 )
-LONGEST = 200  # characters of such a text
-
-
-def finished(recipe: recipes.Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(run.json, merged config) of a run that may be published; raises WrongInput."""
-    run = recipe.run
-    if not run.is_finished and run.checkpoints():
-        name = recipe.name
-        raise WrongInput(f"{run} is unfinished; `make train RECIPE={name}` goes on")
-    config = recipe.trained()
-    told = run.info
-    stale = (
-        told.get("recipe_version") == recipe.version and told.get("recipe_digest") != recipe.digest
-    )
-    if stale and not run.origin:
-        raise WrongInput(
-            f"{recipe.name} {recipe.version} is not what {run} was trained with; "
-            f"`make train RECIPE={recipe.name}` trains it"
-        )
-    adapters.inspect(run.folder)
-    base = recipes.canonical(hub_name(str(config["base_model"])))
-    if model := architectures.models().get(base.lower()):
-        adapters.check(run.folder, model)
-    return told, config
-
-
-def scores(
-    recipe: recipes.Recipe, told: dict[str, Any], config: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """{dataset: {"adapter": score file, "base": score file}} of the adapter as it is now.
-
-    At the precision that it was trained on; where there are several of a dataset, the one with the
-    prompt that it was trained on and with most rows.
-    """
-    from evals import report
-
-    precision = models.precision(config)
-    beside = Run(recipe.run.folder.with_name(f"base_{precision}")).scores_folder
-    found: dict[str, tuple[tuple[bool, int], dict[str, Any]]] = {}
-    for path in recipe.run.score_files:
-        try:
-            content = report.read(path)
-        except WrongInput as error:
-            print(f"push       {shown(path)} left out: {error}", file=sys.stderr)
-            continue
-        about = content["evaluated"]
-        here = (about.get("adapter_sha256"), about.get("precision"))
-        if here != (told["adapter_sha256"], precision):
-            continue  # of an adapter that was there before, or of another precision
-        dataset = about["dataset"]
-        rank = (about.get("prompt_format", "chat") == "chat", content["examples"])
-        if dataset in found and found[dataset][0] >= rank:
-            continue
-        pair = {"adapter": content}
-        for other in (beside / path.name, path.parent / "base" / f"{dataset}.json"):
-            if not other.is_file():
-                continue
-            try:
-                base = report.read(other)
-            except WrongInput as error:
-                print(f"push       {shown(other)} left out: {error}", file=sys.stderr)
-                continue
-            if all(base["evaluated"].get(k) == about.get(k) for k in PAIRED):
-                pair["base"] = base
-                break
-        found[dataset] = rank, pair
-    return {dataset: pair for dataset, (_, pair) in sorted(found.items())}
-
-
-def public(value: Any, answers: bool = False) -> Any:
-    """A score file's predictions without the texts of its data: no prompt is ever published.
-
-    Numbers stay; texts only where they are answers or what a metric made of them, and not longer
-    than LONGEST.
-    """
-    if isinstance(value, dict):
-        each = {key: public(v, answers or key in ANSWERS) for key, v in value.items()}
-        return {key: kept for key, kept in each.items() if kept is not None}
-    if isinstance(value, list):
-        return [kept for v in value if (kept := public(v, answers)) is not None]
-    if isinstance(value, str):
-        return value[:LONGEST] if answers else None
-    return value
-
-
-def published(content: dict[str, Any]) -> bytes:
-    made = content | {"predictions": public(content.get("predictions") or [])}
-    return json.dumps(made, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-
-
-def portable(value: Any) -> Any:
-    """`value` with each path of this machine cut to what is inside the project, or to its name."""
-    if isinstance(value, dict):
-        return {key: portable(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [portable(each) for each in value]
-    if isinstance(value, str) and value.startswith("/") and not re.search(r"\s", value):
-        path = Path(value)
-        return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
-    return value
-
-
-def tokenizer(recipe: recipes.Recipe, config: dict[str, Any], base: str) -> list[Path]:
-    """The tokenizer files and chat template that are not the base's; all where that is not here."""
-    from huggingface_hub import try_to_load_from_cache
-
-    folder = ROOT / config["base_model"]
-    if not folder.is_dir():
-        cached = try_to_load_from_cache(base, "tokenizer_config.json")
-        folder = Path(cached).parent if isinstance(cached, str) else folder
-
-    def content(place: Path, name: str) -> dict[str, Any]:
-        return json.loads((place / name).read_bytes()) if (place / name).is_file() else {}
-
-    def told(place: Path) -> tuple[Any, ...]:
-        model = content(place, "tokenizer.json") | {"truncation": None, "padding": None}
-        settings = content(place, "tokenizer_config.json")
-        names = [settings.get(f"{kind}_token") for kind in ("bos", "eos", "pad", "unk")]
-        return model, [n["content"] if isinstance(n, dict) else n for n in names]
-
-    def template(place: Path) -> str | None:
-        path = place / "chat_template.jinja"
-        if path.is_file():
-            return path.read_text()
-        return content(place, "tokenizer_config.json").get("chat_template")
-
-    own = recipe.run.folder
-    names = list(TOKENIZER) if told(own) != told(folder) else []
-    names += ["chat_template.jinja"] if template(own) != template(folder) else []
-    return [own / name for name in names if (own / name).is_file()]
-
-
-def contents(
-    recipe: recipes.Recipe, repo: str, force: bool = False, price: float | None = None
-) -> tuple[str, Contents]:
-    """(tag, files) that a push sends; raises WrongInput where the run may not be published."""
-    told, config = finished(recipe)
-    found = scores(recipe, told, config)
-    if not found and not force:
-        raise WrongInput(
-            f"{recipe.name} has no scores; `make eval RECIPE={recipe.name}` makes them "
-            "(FORCE=1 publishes without, and the card says so)"
-        )
-    settings = common.read_json(recipe.run.folder / adapters.CONFIG)
-    base = hub_name(str(config["base_model"]))
-    # What training and scoring recorded counts more than what the cache holds by now.
-    known = [settings.get("revision"), told.get("base_revision")]
-    known += [pair["adapter"]["evaluated"].get("base_revision") for pair in found.values()]
-    revision = next(filter(None, known), None) or base_revision(base, config)
-    settings |= {"base_model_name_or_path": base, "revision": revision}
-    files: Contents = {
-        adapters.WEIGHTS: recipe.run.adapter_file,
-        adapters.CONFIG: json.dumps(settings, indent=2).encode() + b"\n",
-    }
-    files |= {path.name: path for path in tokenizer(recipe, config, base)}
-    # To the byte what Axolotl was given, unless it names places of this machine.
-    files[CONFIG] = recipe.run.config_file.read_bytes()
-    if (clean := portable(config)) != config:
-        clean["base_model"] = (
-            base if str(config["base_model"]).startswith("/") else config["base_model"]
-        )
-        files[CONFIG] = yaml.safe_dump(clean, sort_keys=False).encode()
-        told = portable(told) | {"base_model": clean["base_model"]}
-    files[RUN] = json.dumps(told, indent=2, ensure_ascii=False).encode() + b"\n"
-    for dataset, pair in found.items():
-        files[f"evals/{dataset}.json"] = published(pair["adapter"])
-        if "base" in pair:
-            files[f"evals/base/{dataset}.json"] = published(pair["base"])
-    made = card.make(
-        recipe, told, portable(config), found, base=base, revision=revision, repo=repo, price=price
-    )
-    files[CARD] = str(made).encode()
-    secrets(files)
-    return f"v{told['recipe_version']}", dict(sorted(files.items()))
-
-
-def secrets(files: Contents) -> None:
-    """Raises WrongInput where a file holds a key, or what a variable named like one holds."""
-    from huggingface_hub import get_token
-
-    names = re.compile("TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY")
-    texts = [v for n, v in os.environ.items() if names.search(n) and not os.path.exists(v)]
-    values = [value.encode() for value in [*texts, get_token() or ""] if len(value) >= 8]
-    for name, content in files.items():
-        text = content.read_bytes() if isinstance(content, Path) else content
-        found = KEYS.search(text)
-        places = (
-            [found.start()] if found else [text.find(value) for value in values if value in text]
-        )
-        if places:
-            line = text.count(b"\n", 0, places[0]) + 1
-            raise WrongInput(f"{name}, line {line}: this looks like a secret; nothing was sent")
-
-
-def may_write(me: dict[str, Any], namespace: str, repo: str) -> None:
-    """Raises WrongInput where the token's owner (`whoami`) may not publish in `namespace`."""
-    groups = [org["name"] for org in me.get("orgs", ()) if org.get("roleInOrg") != "read"]
-    if namespace.lower() not in {name.lower() for name in (me["name"], *groups)}:
-        others = f", or {', '.join(groups)}" if groups else ""
-        raise WrongInput(
-            f"NAMESPACE {namespace} is not yours: the token is of {me['name']}{others}"
-        )
-    token = me.get("auth", {}).get("accessToken", {})
-    need = "; one with write access is made at https://huggingface.co/settings/tokens"
-    if token.get("role") == "read":
-        raise WrongInput(f"the token can only read{need}")
-    if token.get("role") == "fineGrained":
-        scoped = token.get("fineGrained", {}).get("scoped", ())
-        entities = [e["entity"] for e in scoped if "repo.write" in e.get("permissions", ())]
-        if not {str(e.get("name")).lower() for e in entities} & {namespace.lower(), repo.lower()}:
-            raise WrongInput(f"the token may not write to {namespace}{need}")
-
-
-def existing(api: Any, repo: str) -> Any:
-    """What the Hub tells of a repository; None where there is none."""
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    try:
-        return api.model_info(repo)
-    except RepositoryNotFoundError:
-        return None
-
-
-def publish(
-    api: Any, repo: str, tag: str, files: Contents, public: bool = False, force: bool = False
-) -> str:
-    """Sends `files` in one commit and tags it, unless they are there; returns the commit.
-
-    Nothing is visible under the tag before all of it is there, and a new repository is private
-    until then. What another push does meanwhile is looked at again.
-    """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-    from huggingface_hub.errors import HfHubHTTPError
-
-    for _ in range(LATER):
-        info = existing(api, repo)
-        if info is None:
-            api.create_repo(repo, private=True, exist_ok=True)
-            continue
-        tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo).tags}
-        if tag in tags:
-            if other := different(files, tree(api, repo, tags[tag])):
-                raise WrongInput(
-                    f"{repo} has {tag} with another {', '.join(other[:4])}; what changed gets "
-                    "another version"
-                )
-            print(f"push       {repo} {tag} is there already, the same to the byte")
-            return settle(api, repo, tags[tag], public and info.private)
-        if not info.private and not public:
-            raise WrongInput(f"{repo} is public already; PUBLIC=1 says that this should be, too")
-        there = tree(api, repo, info.sha)
-        commit = info.sha
-        if different(files, there):
-            if not force:
-                ours(api, repo, info.sha, tag, there)
-            gone = [n for n in there if n not in files and (n in LIMITS or SCORES.fullmatch(n))]
-            operations = [
-                *(CommitOperationAdd(name, content) for name, content in files.items()),
-                *(CommitOperationDelete(name) for name in gone),
-            ]
-            try:
-                commit = api.create_commit(
-                    repo,
-                    operations,
-                    commit_message=f"{repo.rsplit('/', 1)[-1]} {tag}",
-                    parent_commit=info.sha,
-                ).oid
-            except HfHubHTTPError as error:
-                if error.response.status_code in (409, 412):  # another commit came first
-                    continue
-                raise
-            if other := different(files, tree(api, repo, commit)):
-                raise JobFailed(f"{repo}: {other[0]} did not arrive as it was sent; push again")
-        try:
-            api.create_tag(repo, tag=tag, revision=commit)
-        except HfHubHTTPError as error:
-            if error.response.status_code == 409:  # another push tagged first
-                continue
-            raise
-        return settle(api, repo, commit, public and info.private)
-    raise JobFailed(f"{repo}: others push to it all the while; try again later")
-
-
-def settle(api: Any, repo: str, commit: str, make_public: bool) -> str:
-    """The last step of a push: shows the repository to everybody, where that was asked for."""
-    if make_public:
-        api.update_repo_settings(repo, private=False)
-        print(f"push       {repo} is public now")
-    return commit
-
-
-def ours(api: Any, repo: str, commit: str, tag: str, there: dict[str, Any]) -> None:
-    """Raises WrongInput where a repository's untagged head must not be written over."""
-    if not there.keys() - {".gitattributes"}:
-        return
-    if RUN not in there or there[RUN][0] > MIB:
-        raise WrongInput(f"{repo} holds something else; FORCE=1 adds this run to it all the same")
-    path = Path(api.hf_hub_download(repo, RUN, revision=commit))
-    version = common.parse_json(path.read_bytes(), f"{repo}/{RUN}").get("recipe_version")
-    if f"v{version}" == tag:
-        raise WrongInput(
-            f"{repo} holds another {tag} without its tag: a push was cut off or is under way; "
-            "FORCE=1 replaces it"
-        )
 
 
 @dataclass(frozen=True)
@@ -374,28 +53,299 @@ class Options:
     price: float | None = None  # USD for one GPU and hour, for the card
 
 
-def push(name: str, namespace: str | None, options: Options) -> None:
+@dataclass(frozen=True)
+class Release:
+    """The files of a run under a tag of a repository."""
+
+    repo: str
+    tag: str
+    files: client.Contents
+
+
+def check_run(recipe: recipes.Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(run.json, merged config) of a run that may be published; raises WrongInput of another."""
+    run = recipe.run
+    if not run.is_finished and run.checkpoints():
+        raise WrongInput(f"{run} is unfinished; `make train RECIPE={recipe.name}` goes on")
+    config, run_info = recipe.read_trained_config(), run.info
+    same_version = run_info.get("recipe_version") == recipe.version
+    is_stale = same_version and run_info.get("recipe_digest") != recipe.digest
+    if is_stale and not run.origin_file.is_file():
+        raise WrongInput(
+            f"{recipe.name} {recipe.version} is not what {run} was trained with; "
+            f"`make train RECIPE={recipe.name}` trains it"
+        )
+    adapters.inspect(run.folder)
+    base = recipes.resolve_mirror(client.find_hub_name(str(config["base_model"])))
+    if model := architectures.read_architectures().get(base.lower()):
+        adapters.check(run.folder, model)
+    return run_info, config
+
+
+def collect_scores(run: Run, sha: str, precision: str) -> Scores:
+    """The scores of the adapter with this digest, at the precision that it was trained on.
+
+    Of several of a dataset, the first with the prompt of the training and the most rows counts.
+    """
+    best: dict[str, tuple[tuple[bool, int], Path, dict[str, Any]]] = {}
+    for path in run.score_files:
+        scores = read_scores(path, "push")
+        evaluated = scores["evaluated"] if scores else {}
+        # Another is of an earlier adapter, or of another precision.
+        if scores and (evaluated.get("adapter_sha256"), evaluated["precision"]) == (sha, precision):
+            rank = (evaluated.get("prompt_format", "chat") == "chat", scores["examples"])
+            if evaluated["dataset"] not in best or best[evaluated["dataset"]][0] < rank:
+                best[evaluated["dataset"]] = rank, path, scores
+    pairs: Scores = {}
+    for dataset, (_, path, scores) in sorted(best.items()):
+        pairs[dataset] = {"adapter": scores}
+        beside = Run(run.folder.with_name(f"base_{precision}")).scores_folder / path.name
+        for file in (beside, run.scores_folder / "base" / f"{dataset}.json"):
+            base = read_scores(file, "push") if file.is_file() else None
+            if base and is_paired(base["evaluated"], scores["evaluated"]):
+                pairs[dataset]["base"] = base
+                break
+    return pairs
+
+
+def is_paired(base: dict[str, Any], adapter: dict[str, Any]) -> bool:
+    """Whether two scores differ by the adapter alone."""
+    return all(base.get(key) == adapter.get(key) for key in PAIRED)
+
+
+def strip_texts(value: Any, is_answer: bool = False) -> Any:
+    """A score file's predictions without the texts of the data: no prompt is ever published.
+
+    Numbers stay. Of texts only answers stay, and what a metric made of them, up to LONGEST_ANSWER.
+    """
+    if isinstance(value, dict):
+        parts = {k: strip_texts(v, is_answer or k in ANSWERS) for k, v in value.items()}
+        return {key: part for key, part in parts.items() if part is not None}
+    if isinstance(value, list):
+        return [part for v in value if (part := strip_texts(v, is_answer)) is not None]
+    if isinstance(value, str):
+        return value[:LONGEST_ANSWER] if is_answer else None
+    return value
+
+
+def strip_paths(value: Any) -> Any:
+    """`value` with each path of this machine cut to what is inside the project, or to its name."""
+    if isinstance(value, dict):
+        return {key: strip_paths(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [strip_paths(part) for part in value]
+    if isinstance(value, str) and value.startswith("/") and not re.search(r"\s", value):
+        path = Path(value)
+        return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+    return value
+
+
+def encode_json(content: Any, indent: int = 2) -> bytes:
+    text = json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def list_tokenizer_files(run: Run, base_model: str) -> list[Path]:
+    """The run's tokenizer and chat template where they are not the base's, or that is not here."""
+    base_folder = models.base_folder(base_model) or ROOT / base_model
+
+    def read(folder: Path, name: str) -> dict[str, Any]:
+        return read_json(folder / name) if (folder / name).is_file() else {}
+
+    def read_tokenizer(folder: Path) -> tuple[Any, ...]:
+        model = read(folder, "tokenizer.json") | {"truncation": None, "padding": None}
+        settings = read(folder, "tokenizer_config.json")
+        tokens = [settings.get(f"{kind}_token") for kind in ("bos", "eos", "pad", "unk")]
+        return model, [t["content"] if isinstance(t, dict) else t for t in tokens]
+
+    same_tokenizer = read_tokenizer(run.folder) == read_tokenizer(base_folder)
+    same_template = models.read_template(run.folder) == models.read_template(base_folder)
+    names = [*(() if same_tokenizer else TOKENIZER), *(() if same_template else (TEMPLATE,))]
+    return [run.folder / name for name in names if (run.folder / name).is_file()]
+
+
+def prepare(recipe: recipes.Recipe, repo: str, options: Options) -> Release:
+    """The files that a push sends; raises WrongInput where the run may not be published."""
+    run = recipe.run
+    run_info, config = check_run(recipe)
+    scores = collect_scores(run, run_info["adapter_sha256"], models.precision(config))
+    if not scores and not options.force:
+        raise WrongInput(
+            f"{recipe.name} has no scores; `make eval RECIPE={recipe.name}` makes them "
+            "(FORCE=1 publishes without, and the card says so)"
+        )
+    base_model = str(config["base_model"])
+    base = client.find_hub_name(base_model)
+    settings = read_json(run.folder / adapters.CONFIG)
+    # What training and scoring recorded counts more than what the cache holds by now.
+    revisions = [settings.get("revision"), run_info.get("base_revision")]
+    revisions += [pair["adapter"]["evaluated"].get("base_revision") for pair in scores.values()]
+    revision = next(filter(None, revisions), None) or client.find_base_revision(base, config)
+    settings |= {"base_model_name_or_path": base, "revision": revision}
+    files: client.Contents = {
+        adapters.WEIGHTS: run.adapter_file,
+        adapters.CONFIG: encode_json(settings),
+    }
+    files |= {path.name: path for path in list_tokenizer_files(run, base_model)}
+    # To the byte what Axolotl got, unless it names places of this machine.
+    files[runs.CONFIG] = run.config_file.read_bytes()
+    if (clean_config := strip_paths(config)) != config:
+        clean_config["base_model"] = base if base_model.startswith("/") else base_model
+        files[runs.CONFIG] = yaml.safe_dump(clean_config, sort_keys=False).encode()
+        run_info = strip_paths(run_info) | {"base_model": clean_config["base_model"]}
+    files[runs.INFO] = encode_json(run_info)
+    for dataset, pair in scores.items():
+        for side, content in pair.items():
+            name = f"evals/{dataset}.json" if side == "adapter" else f"evals/base/{dataset}.json"
+            predictions = strip_texts(content["predictions"])
+            files[name] = encode_json(content | {"predictions": predictions}, indent=1)
+    publication = Publication(
+        recipe, run_info, strip_paths(config), scores, base, revision, repo, options.price
+    )
+    files[client.CARD] = str(make_card(publication)).encode()
+    refuse_secrets(files)
+    return Release(repo, publication.tag, dict(sorted(files.items())))
+
+
+def refuse_secrets(files: client.Contents) -> None:
+    """Raises WrongInput where a file holds a key, or the value of a variable named like one."""
+    from huggingface_hub import get_token
+
+    values = [v for n, v in os.environ.items() if SECRET_NAMES.search(n) and not os.path.exists(v)]
+    secrets = [value.encode() for value in [*values, get_token() or ""] if len(value) >= 8]
+    pattern = re.compile(b"|".join([KEYS.pattern, *map(re.escape, secrets)]))
+    for name, content in files.items():
+        text = content.read_bytes() if isinstance(content, Path) else content
+        if match := pattern.search(text):
+            line = text.count(b"\n", 0, match.start()) + 1
+            raise WrongInput(f"{name}, line {line}: this looks like a secret; nothing was sent")
+
+
+def check_rights(user: dict[str, Any], repo: str) -> None:
+    """Raises WrongInput where the token's owner (`whoami`) may not publish in a repository."""
+    namespace = repo.split("/")[0]
+    groups = [org["name"] for org in user.get("orgs", ()) if org.get("roleInOrg") != "read"]
+    if namespace.lower() not in {name.lower() for name in (user["name"], *groups)}:
+        others = f", or {', '.join(groups)}" if groups else ""
+        raise WrongInput(
+            f"NAMESPACE {namespace} is not yours: the token is of {user['name']}{others}"
+        )
+    token = user.get("auth", {}).get("accessToken", {})
+    remedy = "; one with write access is made at https://huggingface.co/settings/tokens"
+    if token.get("role") == "read":
+        raise WrongInput(f"the token can only read{remedy}")
+    if token.get("role") == "fineGrained":
+        scoped = token.get("fineGrained", {}).get("scoped", ())
+        entities = [e["entity"] for e in scoped if "repo.write" in e.get("permissions", ())]
+        if not {str(e.get("name")).lower() for e in entities} & {namespace.lower(), repo.lower()}:
+            raise WrongInput(f"the token may not write to {namespace}{remedy}")
+
+
+def publish(api: Any, release: Release, options: Options) -> str:
+    """Sends a release in one commit and tags it, unless it is there; returns the commit.
+
+    Nothing is visible under the tag before all of it is there, and a new repository is private
+    until then. Where another push comes first, the repository is read again.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    repo, tag = release.repo, release.tag
+    for _ in range(ATTEMPTS):
+        try:
+            info = api.model_info(repo)
+        except RepositoryNotFoundError:
+            api.create_repo(repo, private=True, exist_ok=True)
+            continue
+        tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo).tags}
+        if commit := tags.get(tag):
+            if names := client.list_differences(
+                release.files, client.list_remote_files(api, repo, commit)
+            ):
+                raise WrongInput(
+                    f"{repo} has {tag} with another {', '.join(names[:4])}; what changed gets "
+                    "another version"
+                )
+            print(f"push       {repo} {tag} is there already, the same to the byte")
+        elif not info.private and not options.public:
+            raise WrongInput(f"{repo} is public already; PUBLIC=1 says that this should be, too")
+        else:
+            try:
+                commit = send(api, release, info.sha, options.force)
+                api.create_tag(repo, tag=tag, revision=commit)
+            except HfHubHTTPError as error:
+                if error.response.status_code in (409, 412):  # another push came first
+                    continue
+                raise
+        if options.public and info.private:
+            api.update_repo_settings(repo, private=False)
+            print(f"push       {repo} is public now")
+        return str(commit)
+    raise JobFailed(f"{repo}: other pushes keep changing it; try again later")
+
+
+def send(api: Any, release: Release, head: str, force: bool) -> str:
+    """Commits a release on top of `head` unless that holds it; returns the commit."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    repo, files = release.repo, release.files
+    remote = client.list_remote_files(api, repo, head)
+    if not client.list_differences(files, remote):
+        return head
+    if not force:
+        refuse_other_content(api, release, head, remote)
+    gone = filter(client.is_published_name, remote.keys() - files.keys())
+    operations = [
+        *(CommitOperationAdd(name, content) for name, content in files.items()),
+        *(CommitOperationDelete(name) for name in sorted(gone)),
+    ]
+    message = f"{repo.rsplit('/', 1)[-1]} {release.tag}"
+    commit = api.create_commit(repo, operations, commit_message=message, parent_commit=head).oid
+    if names := client.list_differences(files, client.list_remote_files(api, repo, commit)):
+        raise JobFailed(f"{repo}: {names[0]} did not arrive as it was sent; push again")
+    return str(commit)
+
+
+def refuse_other_content(
+    api: Any, release: Release, head: str, remote: dict[str, client.RemoteFile]
+) -> None:
+    """Raises WrongInput where a repository's untagged head must not be written over."""
+    repo = release.repo
+    if not remote.keys() - {".gitattributes"}:
+        return
+    if runs.INFO not in remote or remote[runs.INFO].size > client.MIB:
+        raise WrongInput(f"{repo} holds something else; FORCE=1 adds this run to it all the same")
+    content = Path(api.hf_hub_download(repo, runs.INFO, revision=head)).read_bytes()
+    version = parse_json(content, f"{repo}/{runs.INFO}").get("recipe_version")
+    if f"v{version}" == release.tag:
+        raise WrongInput(
+            f"{repo} holds another {release.tag} without its tag: a push was cut off or is under "
+            "way; FORCE=1 replaces it"
+        )
+
+
+def push_run(name: str, namespace: str | None, options: Options) -> None:
     """Publishes the finished run of a recipe in a namespace of the Hub."""
     recipe = recipes.find(name)
     namespace = (namespace or "").strip()
     if not namespace:
         raise WrongInput("NAMESPACE=… is needed: your user name or organisation on the Hub")
-    repo = repository(recipe, namespace)
-    tag, files = contents(recipe, repo, options.force, options.price)
-    data = recipe.run.info.get("data") or []
-    if options.public and (why := card.forbidden(data)):
-        raise WrongInput(f"{recipe.name} must not be public: {why}. Without PUBLIC=1 it is private")
-    sizes = {n: c.stat().st_size if isinstance(c, Path) else len(c) for n, c in files.items()}
-    visible = "public" if options.public else "private"
-    print(f"push       {recipe.name} to {repo}, {tag}, {visible}")
-    for file, size in sizes.items():
+    release = prepare(recipe, client.name_repository(recipe, namespace), options)
+    reason = explain_forbidden(recipe.run.info.get("data") or [])
+    if options.public and reason:
+        raise WrongInput(
+            f"{recipe.name} must not be public: {reason}. Without PUBLIC=1 it is private"
+        )
+    visibility = "public" if options.public else "private"
+    print(f"push       {recipe.name} to {release.repo}, {release.tag}, {visibility}")
+    for file, content in release.files.items():
+        size = content.stat().st_size if isinstance(content, Path) else len(content)
         print(f"push         {file:<36} {size:>12,} bytes")
     if options.dry_run:
         print("push       nothing is sent (DRY_RUN=1); the card:\n")
-        print(bytes(files[CARD]).decode())  # type: ignore[arg-type]
+        print(bytes(release.files[client.CARD]).decode())  # type: ignore[arg-type]
         return
-    api = hub()
-    with plainly(repo):
-        may_write(api.whoami(), namespace, repo)
-        commit = publish(api, repo, tag, files, options.public, options.force)
-    print(f"push       {api.endpoint}/{repo} at {tag}, commit {commit[:12]}")
+    api = client.connect()
+    with explain_errors(release.repo):
+        check_rights(api.whoami(), release.repo)
+        commit = publish(api, release, options)
+    print(f"push       {api.endpoint}/{release.repo} at {release.tag}, commit {commit[:12]}")

@@ -50,10 +50,10 @@ class Watch(TrainerCallback):
         self.overflows = 0  # logged steps in a row whose gradient is not finite
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        asked = self.cfg.processes or 1
-        if not asked == args.world_size == read_rank("WORLD_SIZE"):
+        expected, started = self.cfg.processes or 1, read_rank("WORLD_SIZE")
+        if not expected == args.world_size == started:
             raise Stopped(
-                f"{asked} processes were asked for and {read_rank('WORLD_SIZE')} started, and this one "
+                f"{expected} processes were asked for and {started} started, and this one "
                 f"trains with {args.world_size}: they would train apart. `make train` with NPROC=… "
                 "starts them together (on a CPU it needs ACCELERATE_USE_CPU=true)"
             )

@@ -7,8 +7,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from tools.common import JobFailed, digest, shown, write_json
-from tools.runs import Run, describe_owner, step_of
+from tools.common import JobFailed, digest, name_owner, shown, write_json
+from tools.runs import Run, step_of
 from tools.train.ranks import gather
 
 
@@ -35,7 +35,7 @@ def is_sound(checkpoint: Path) -> bool:
     except PermissionError as error:  # another user's, and perhaps sound
         path = Path(error.filename or checkpoint)
         raise JobFailed(
-            f"{shown(path)} cannot be read: {error.strerror}{describe_owner(path)}"
+            f"{shown(path)} cannot be read: {error.strerror}{name_owner(path)}"
         ) from None
     except (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile):
         return False

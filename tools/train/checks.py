@@ -16,12 +16,12 @@ DATA_FILES = {".jsonl", ".json", ".csv", ".parquet", ".txt", ".arrow"}
 
 def require_hardware(recipe: recipes.Recipe, here: hardware.Host, profile: str = "") -> None:
     """Raises WrongInput, before any download, where a catalogue recipe cannot run here."""
-    if recipe.name not in recipes.names():
+    if recipe.name not in recipes.list_names():
         return
-    _, task, method = recipes.parts(recipe.name)
+    _, task, method = recipes.split_name(recipe.name)
 
     def small(model: str) -> bool:
-        base = recipes.config(f"{model}/{task}_{method}")["base_model"]
+        base = recipes.build_config(f"{model}/{task}_{method}")["base_model"]
         return architectures.find(base).parameters <= hardware.LARGEST_ON_CPU
 
     if here.gpus:
@@ -32,10 +32,10 @@ def require_hardware(recipe: recipes.Recipe, here: hardware.Host, profile: str =
             or profiles.fits_gpus(content, here, len(here.gpus)) is not False
         ):
             return
-    elif small(recipes.parts(recipe.name)[0]):
+    elif small(recipes.split_name(recipe.name)[0]):
         return
     memory = plan.plan(recipe.config, data=ROOT / recipe.config["datasets"][0]["path"])["memory"]
-    runs = [f"{model}/{task}_{method}" for model in recipes.matrix()["models"] if small(model)]
+    runs = [f"{model}/{task}_{method}" for model in recipes.read_matrix()["models"] if small(model)]
     example = f"What runs here: make train RECIPE={runs[0]} (" if runs else "("
     raise WrongInput(
         f"{recipe.name} needs a CUDA GPU with {memory['peak'] / 2**30:.0f} GiB; "
@@ -56,8 +56,8 @@ def describe_data(recipe: recipes.Recipe) -> list[dict[str, Any]]:
         if path.is_dir():
             raise WrongInput(f"{shown(path)} is a folder; name a file of chat rows")
         if not path.is_file():
-            beside = (recipe.path.parent / entry["path"]).resolve()
-            if beside.is_file():
+            beside = recipe.path and (recipe.path.parent / entry["path"]).resolve()
+            if beside and beside.is_file():
                 raise WrongInput(
                     f"{shown(path)} is not there: paths in a recipe start at {ROOT}; "
                     f"for the file beside the recipe write {beside}"
@@ -88,7 +88,7 @@ def describe_data(recipe: recipes.Recipe) -> list[dict[str, Any]]:
 
 def refuse_unusable(recipe: recipes.Recipe) -> None:
     """Raises WrongInput, before anything loads, for a config whose run nothing here could use."""
-    config, where = recipe.config, shown(recipe.path)
+    config, where = recipe.config, recipe.where
     reasons = {
         key: "a run is an adapter that supervised fine-tuning made"
         for key in ("rl", "reward_model", "process_reward_model", "relora", "pretraining_dataset")

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from tools import recipes, smollm2, sources
-from tools.common import ROOT, WrongInput, atomic, digest, read_json, shown, write_json
+from tools.common import ROOT, WrongInput, atomic, digest, read_json, share, write_json
 from tools.prompts import explain_unscorable
 from tools.runs import Run
 from tools.train import hardware, profiles
@@ -110,6 +110,7 @@ def finish(recipe: recipes.Recipe, profile: str, data: list[dict[str, Any]]) -> 
         "platform": platform.platform(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    share(run.folder)
     write_json(run.info_file, content)
     run.stats_file.unlink()
     return content
@@ -165,9 +166,9 @@ def train(name: str, choice: profiles.Choice, cluster: Cluster, force: bool) -> 
     refuse_unusable(recipe)
     # Axolotl's schema loads torch, and this process stays beside the training: a child's gigabyte.
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
-        child.submit(recipes.validate, recipe.config, shown(recipe.path)).result()
+        child.submit(recipes.validate, recipe.config, recipe.where).result()
     if recipe.run.folder in (ROOT, ROOT / "runs", *ROOT.parents):
-        raise WrongInput(f"{shown(recipe.path)}: output_dir must be a folder of its own")
+        raise WrongInput(f"{recipe.where}: output_dir must be a folder of its own")
     smollm2.ensure(recipe.config["base_model"])
     data = describe_data(recipe)
     rows, held = (

@@ -59,7 +59,7 @@ def find_decoder_layers(base: str) -> str:
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     )
 
-    model = architectures.models().get(recipes.canonical(base).lower())
+    model = architectures.read_architectures().get(recipes.resolve_mirror(base).lower())
     path = architectures.find_file(base, "config.json")
     try:
         if model and not path:
@@ -121,7 +121,7 @@ def read_profiles(profile: str) -> dict[str, Any]:
     """The options of one profile or of several, `multi_gpu,zero2`, the later over the earlier."""
     content: dict[str, Any] = {}
     for name in profile.replace(",", " ").split():
-        content |= recipes.profile(name)
+        content |= recipes.read_profile(name)
     return content
 
 
@@ -157,7 +157,7 @@ def apply_profiles(own: dict[str, Any], options: dict[str, Any]) -> dict[str, An
 
 def list_changes(recipe: recipes.Recipe, content: dict[str, Any]) -> list[str]:
     """What a merged config changes of a user's own YAML, a line each; none for the catalogue's."""
-    if recipe.name in recipes.names():
+    if recipe.name in recipes.list_names():
         return []
     own, lines = recipe.config, []
     reasons = {
@@ -206,7 +206,7 @@ def merge_config(
     config, _ = sources.drop_missing_validation(recipe.config)
     content = with_template(apply_profiles(config, read_profiles(profile)))
     if processes > 1:
-        content |= plan.divided(content, processes)
+        content |= plan.divide_batch(content, processes)
     if content.get("load_in_8bit") and (content.get("fsdp_config") or "zero3" in profile):
         raise WrongInput(
             f"{recipe.name}: bitsandbytes' 8-bit weights cannot be divided by {profile}"

@@ -1,6 +1,6 @@
 """Reads a run's `progress.jsonl`, which a training may be writing, without reading all of it again.
 
-`Tail` returns what was added since the last call, `last_step` the newest optimizer step.
+`Tail` returns what was added since the last call, `read_last_step` the newest optimizer step.
 """
 
 import json
@@ -13,7 +13,7 @@ BLOCK = 1 << 16  # bytes read at a time from the end: some hundred lines
 
 
 def parse_rows(lines: list[bytes]) -> Iterator[dict[str, Any]]:
-    """The rows of whole lines; what a crash of the machine left unreadable is skipped."""
+    """The rows of whole lines; a line that a crash of the machine left unreadable is skipped."""
     for line in lines:
         try:
             row = json.loads(line)
@@ -27,7 +27,7 @@ class Tail:
     """The rows that a growing JSONL file gained, call by call.
 
     A last line without its end is left for the next call. A file that was replaced or cut is read
-    from its start: a training that goes on leaves out the steps after its checkpoint.
+    from its start: a resumed training leaves out the steps after its checkpoint.
     """
 
     def __init__(self, path: Path):
@@ -42,22 +42,17 @@ class Tail:
             if self.file is None or not os.path.samestat(current, os.fstat(self.file.fileno())):
                 self.close()
                 self.file = open(self.path, "rb")  # noqa: SIM115
-            elif not self.ends_as_before():
+            self.file.seek(self.offset - len(self.last_line))
+            if self.file.read(len(self.last_line)) != self.last_line:
                 self.offset, self.last_line = 0, b""
-            self.file.seek(self.offset)
+                self.file.seek(0)
             added = self.file.read()
-        except OSError:  # not written yet, or being replaced: the next call sees it
+        except OSError:  # not written yet, or being replaced: the next call reads it
             return []
         lines = added[: added.rfind(b"\n") + 1].splitlines(keepends=True)
         self.offset += sum(map(len, lines))
         self.last_line = lines[-1] if lines else self.last_line
         return list(parse_rows(lines))
-
-    def ends_as_before(self) -> bool:
-        """Whether the line that was read last is still where it was."""
-        assert self.file is not None
-        self.file.seek(self.offset - len(self.last_line))
-        return self.file.read(len(self.last_line)) == self.last_line
 
     def close(self) -> None:
         if self.file is not None:
@@ -65,7 +60,7 @@ class Tail:
         self.file, self.offset, self.last_line = None, 0, b""
 
 
-def last_step(path: Path) -> dict[str, Any]:
+def read_last_step(path: Path) -> dict[str, Any]:
     """The newest row that has a loss, read from the end of the file; {} where there is none."""
     try:
         file = open(path, "rb")  # noqa: SIM115
@@ -79,8 +74,8 @@ def last_step(path: Path) -> dict[str, Any]:
             file.seek(start)
             rest = file.read(size) + rest
             # The first line may have begun in the block before, the last may not have ended.
-            whole = rest[: rest.rfind(b"\n") + 1].splitlines()[1 if start else 0 :]
-            for row in parse_rows(whole[::-1]):
+            lines = rest[: rest.rfind(b"\n") + 1].splitlines()[1 if start else 0 :]
+            for row in parse_rows(lines[::-1]):
                 if "loss" in row:
                     return row
     return {}

@@ -1,104 +1,94 @@
 """What trains now, what is done, and what was interrupted.
 
-    python -m tools.train.status
+    python -m tools status
 
-A run that trains holds its lock; a finished one has a `run.json`; anything else that was begun goes
-on with `make train`.
+A training holds the lock of its run; a finished run has a `run.json`; `make train` resumes the
+others.
 """
 
 import os
-import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from tools.common import WrongInput
-from tools.runs import RUNS, Run, step_of
-from tools.train import progress
+from tools import runs
+from tools.common import WrongInput, format_table
+from tools.runs import Run, step_of
+from tools.train.progress import read_last_step
 
-STATES = ["training", "interrupted", "unreadable", "finished"]
+STATES = ["training", "interrupted", "unreadable", "finished"]  # in the order of the table
 
 
-def status(run: Run) -> dict[str, Any]:
-    """State, steps, loss, seconds and what more there is to say of one run folder."""
-    last = progress.last_step(run.progress_file)
-    row = {
-        "run": run.name,
-        "state": "interrupted",
-        "step": last.get("step", 0),
-        "steps": last.get("steps"),
-        "loss": last.get("loss"),
-        "seconds": last.get("seconds", 0.0),
-        "note": "",
-    }
+@dataclass(frozen=True)
+class Status:
+    run: str
+    state: str  # of STATES; a sweep adds "failed"
+    note: str
+    step: int = 0
+    steps: int | None = None
+    loss: float | None = None
+    seconds: float = 0.0
+
+
+def read_status(run: Run) -> Status:
+    """The status of a run folder; raises OSError and others where its files cannot be read."""
+    last = read_last_step(run.progress_file)
+    step, steps, seconds = last.get("step", 0), last.get("steps"), last.get("seconds", 0.0)
+    progress = (step, steps, last.get("loss"), seconds)
     if run.is_training:
-        left = row["seconds"] / row["step"] * (row["steps"] - row["step"]) if row["step"] else None
-        row |= {
-            "state": "training",
-            "note": "starting" if left is None else f"{left / 60:.0f} min left",
-        }
-    elif info := run.info:
-        count = info.get("processes", 1)
-        device = f"{count} x {info['device']}" if count > 1 else info["device"]
-        row |= {"state": "finished", "step": info["steps"], "steps": info["steps"]}
-        row |= {"loss": info.get("last_loss"), "seconds": info["seconds"], "note": device}
-    else:
-        saved = run.checkpoints()
-        row["note"] = f"goes on from step {step_of(saved[0])}" if saved else "nothing saved yet"
-    return row
+        note = f"{seconds / step * (steps - step) / 60:.0f} min left" if step else "starting"
+        return Status(run.name, "training", note, *progress)
+    if info := run.info:
+        count, steps = info.get("processes", 1), info["steps"]
+        note = f"{count} x {info['device']}" if count > 1 else info["device"]
+        progress = (steps, steps, info.get("last_loss"), info["seconds"])
+        return Status(run.name, "finished", note, *progress)
+    saved = run.checkpoints()
+    note = f"goes on from step {step_of(saved[0])}" if saved else "nothing saved yet"
+    return Status(run.name, "interrupted", note, *progress)
 
 
-def status_or_reason(run: Run) -> dict[str, Any]:
-    """The status of a run, or why it cannot be read: one of many does not hide the others."""
+def read_status_or_reason(run: Run) -> Status:
+    """The status of a run, or why it cannot be read: one damaged run does not hide the others."""
     try:
-        return status(run)
+        return read_status(run)
     except OSError as error:
-        return unreadable(run, f"{error.strerror}: {error.filename}")
+        reason = f"{error.strerror}: {error.filename}"
     except (WrongInput, ValueError, KeyError, TypeError) as error:
-        return unreadable(run, f"damaged: {error}")
+        reason = f"damaged: {error}"
+    return Status(run.name, "unreadable", reason)
 
 
-def unreadable(run: Run, reason: str) -> dict[str, Any]:
-    """The row of a folder that this user may not read, or whose files are damaged."""
-    row = {"run": run.name, "state": "unreadable", "step": 0, "steps": None, "loss": None}
-    return row | {"seconds": 0.0, "note": reason}
+def list_statuses() -> list[Status]:
+    """The status of every run, training ones first, without runs that were moved aside."""
+    statuses = []
 
-
-def all_runs() -> list[dict[str, Any]]:
-    """The status of every run, training ones first; what FORCE=1 moved aside is left out."""
-    rows = []
-
-    def note(error: OSError) -> None:
+    def add_unreadable(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
-            rows.append(unreadable(Run(Path(error.filename)), str(error.strerror)))
+            name = Run(Path(error.filename)).name
+            statuses.append(Status(name, "unreadable", str(error.strerror)))
 
-    for name, folders, files in os.walk(RUNS, onerror=note):
-        run = Run(Path(name))
+    for folder, folders, files in os.walk(runs.RUNS, onerror=add_unreadable):
+        run = Run(Path(folder))
         if run.identity_file.name not in files:
             continue
         folders.clear()  # checkpoints and prepared data
         if ".previous" not in run.name:
-            rows.append(status_or_reason(run))
-    return sorted(rows, key=lambda row: (STATES.index(row["state"]), row["run"]))
+            statuses.append(read_status_or_reason(run))
+    return sorted(statuses, key=lambda status: (STATES.index(status.state), status.run))
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for heading in ("run", "state", "step", "loss", "minutes", ""):
-        table.add_column(
-            heading, justify="right" if heading in ("step", "loss", "minutes") else "left"
-        )
-    for row in rows:
-        steps = f"{row['step']}/{row['steps'] or '?'}"
-        loss = "-" if row["loss"] is None else f"{row['loss']:.3f}"
-        minutes = f"{row['seconds'] / 60:.1f}"
-        table.add_row(row["run"], row["state"], steps, loss, minutes, row["note"])
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+def print_statuses(statuses: list[Status]) -> None:
+    rows = [("run", "state", "step", "loss", "minutes", "")]
+    for row in statuses:
+        steps = f"{row.step}/{row.steps or '?'}"
+        loss = "-" if row.loss is None else f"{row.loss:.3f}"
+        rows.append((row.run, row.state, steps, loss, f"{row.seconds / 60:.1f}", row.note))
+    print(format_table(rows, "<<>>><"))
 
 
-def show_all() -> None:
+def print_all() -> None:
     """Prints the status of every run."""
-    rows = all_runs()
-    show(rows) if rows else print("no run yet; `make train RECIPE=…` makes one")
+    if statuses := list_statuses():
+        print_statuses(statuses)
+    else:
+        print("no run yet; `make train RECIPE=…` makes one")

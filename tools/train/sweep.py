@@ -2,59 +2,61 @@
 
     python -m tools sweep "sentiment_r4 sentiment_r8 headline_*"
 
-What is finished is left alone and what was interrupted goes on. The small ones come first, so that
-a mistake shows early; one that fails does not stop the others, and makes the exit status 1.
+A finished run is left alone and an interrupted one resumes. Small recipes come first, so that a
+mistake shows early. A recipe that fails does not stop the others, and makes the exit status 1.
 """
 
 import signal
 import subprocess
 import sys
-import time
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 from tools import recipes
 from tools.common import ROOT, JobFailed, WrongInput
-from tools.train import plan, profiles, status
-from tools.train import process as process_module
+from tools.train.plan import plan
+from tools.train.process import die_with_parent
+from tools.train.profiles import Choice
+from tools.train.status import Status, print_statuses, read_status_or_reason
 
 
-def chosen(typed: str) -> list[recipes.Recipe]:
-    """The recipes that are named, patterns of the catalogue among them, each once."""
+def select_recipes(words: str) -> list[recipes.Recipe]:
+    """The recipes of names and patterns of the catalogue, each once."""
     names: list[str] = []
-    for word in typed.replace(",", " ").split():
-        fits = [n for n in recipes.names() if fnmatchcase(n, word) or fnmatchcase(n, f"*/{word}")]
-        if any(c in word for c in "*?["):
-            if not fits:
-                raise WrongInput(f'RECIPES: no recipe fits "{word}"; `make recipes` lists them')
-            names += fits
-        else:
+    for word in words.replace(",", " ").split():
+        if not any(character in word for character in "*?["):
             names.append(word)
+            continue
+        patterns = word, f"*/{word}"
+        matches = [
+            name for name in recipes.list_names() if any(fnmatchcase(name, p) for p in patterns)
+        ]
+        if not matches:
+            raise WrongInput(f'RECIPES: no recipe fits "{word}"; `make recipes` lists them')
+        names += matches
     if not names:
         raise WrongInput('RECIPES="…" is needed: names, or patterns such as "sentiment_*"')
-    found = {recipe.run: recipe for recipe in map(recipes.find, names)}
-    return list(found.values())
+    return list({recipe.run: recipe for recipe in map(recipes.find, names)}.values())
 
 
-def size(recipe: recipes.Recipe) -> float:
-    """Operations that a recipe takes, as far as its base is known; for the order."""
+def estimate_operations(recipe: recipes.Recipe) -> float:
+    """Parameters times tokens, for the order; 0 where the base cannot be planned."""
     try:
-        made = plan.plan(recipe.config, data=ROOT / recipe.config["datasets"][0]["path"])
-        return float(made["parameters"] * (made["tokens"] or 1))
+        planned = plan(recipe.config, data=ROOT / recipe.config["datasets"][0]["path"])
+        return float(planned["parameters"] * (planned["tokens"] or 1))
     except WrongInput:
         return 0.0
 
 
-def one(recipe: recipes.Recipe, options: list[str]) -> dict[str, Any]:
-    """Trains one recipe in a process of its own; returns its row of the table."""
-    start = time.monotonic()
+def train_recipe(recipe: recipes.Recipe, options: list[str]) -> Status:
+    """Trains a recipe in a process of its own; raises KeyboardInterrupt where it is stopped."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tools", "train", recipe.name, *options],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
-        process_group=0,  # Ctrl-C reaches the sweep alone, which hands on every one that it gets
-        preexec_fn=process_module.die_with_parent,
+        process_group=0,  # Ctrl-C reaches the sweep alone, which passes each one on
+        preexec_fn=die_with_parent,
     )
     stopped = False
     while True:
@@ -66,25 +68,25 @@ def one(recipe: recipes.Recipe, options: list[str]) -> dict[str, Any]:
             process.terminate()
     if stopped or process.returncode == 130:
         raise KeyboardInterrupt
-    row = status.status_or_reason(recipe.run)
+    status = replace(read_status_or_reason(recipe.run), run=recipe.name)
     if process.returncode:
-        row |= {"state": "failed", "note": errors.strip().removeprefix("error: ")}
-        print(f"sweep      {recipe.name} failed: {row['note']}", flush=True)
-    return row | {"run": recipe.name, "took": time.monotonic() - start}
+        status = replace(status, state="failed", note=errors.strip().removeprefix("error: "))
+        print(f"sweep      {recipe.name} failed: {status.note}", flush=True)
+    return status
 
 
-def run(patterns: str, choice: profiles.Choice, force: bool) -> None:
-    """Trains the recipes that `patterns` name; raises JobFailed where any fails."""
+def run(words: str, choice: Choice, force: bool) -> None:
+    """Trains the recipes that `words` name; raises JobFailed where any fails."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    todo = sorted(chosen(patterns), key=size)
+    queue = sorted(select_recipes(words), key=estimate_operations)
     options = {"--profile": choice.profile, "--nproc": choice.nproc, "--tracker": choice.tracker}
     arguments = [word for name, value in options.items() if value for word in (name, str(value))]
     arguments += ["--force"] if force else []
-    rows = []
-    for number, recipe in enumerate(todo, 1):
-        print(f"sweep      {number}/{len(todo)} {recipe.name}", flush=True)
-        rows.append(one(recipe, arguments))
+    statuses = []
+    for number, recipe in enumerate(queue, 1):
+        print(f"sweep      {number}/{len(queue)} {recipe.name}", flush=True)
+        statuses.append(train_recipe(recipe, arguments))
     print()
-    status.show(rows)
-    if failed := [row["run"] for row in rows if row["state"] != "finished"]:
-        raise JobFailed(f"{len(failed)} of {len(rows)} failed: {', '.join(failed)}")
+    print_statuses(statuses)
+    if failures := [status.run for status in statuses if status.state != "finished"]:
+        raise JobFailed(f"{len(failures)} of {len(statuses)} failed: {', '.join(failures)}")

@@ -1,8 +1,8 @@
 """Talks to an adapter: one prompt to base and adapter side by side, or a conversation.
 
-    python -m tools.use.chat smollm2-135m/sentiment_r4 "What is the sentiment of …"
-    python -m tools.use.chat smollm2-135m/sentiment_r4          a conversation; an empty line ends it
-    python -m tools.use.chat "" "…" --adapter runs/hub/someone/some-adapter --precision nf4
+    python -m tools chat smollm2-135m/sentiment_r4 "What is the sentiment of …"
+    python -m tools chat smollm2-135m/sentiment_r4        a conversation; an empty line ends it
+    python -m tools chat "" "…" --adapter runs/hub/someone/some-adapter --precision nf4
 
 Answers are greedy, on the base at the precision that the adapter was trained on, to prompts in the
 format that it was trained on.

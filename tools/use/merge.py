@@ -1,7 +1,7 @@
 """Merges an adapter into its base, so that any program can load the result without PEFT.
 
-    python -m tools.use.merge smollm2-135m/sentiment_r4
-    python -m tools.use.merge --adapter runs/hub/someone/some-adapter [--precision nf4]
+    python -m tools merge smollm2-135m/sentiment_r4
+    python -m tools merge --adapter runs/hub/someone/some-adapter [--precision nf4]
 
 The base is first what the adapter saw in training: its linear layers quantized and dequantized,
 everything else as it is. PEFT then adds the adapter's product to that. (`axolotl merge-lora` merges

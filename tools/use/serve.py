@@ -1,6 +1,6 @@
 """Serves an adapter behind an OpenAI-compatible endpoint, at the precision that it was trained on.
 
-    python -m tools.use.serve smollm2-135m/sentiment_r4 --port 8000
+    python -m tools serve smollm2-135m/sentiment_r4 --port 8000
 
     curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \
          -d '{"model": "…", "messages": [{"role": "user", "content": "…"}], "temperature": 0}'
@@ -8,8 +8,8 @@
 vLLM serves where it is installed: beside this Python, in `.venv-vllm`, or on PATH. The adapter is
 then a LoRA module beside its base. vLLM has no DoRA, no rank over its largest, no patterns of
 ranks, no trained embeddings, no 8-bit base that it quantizes itself, and on a CPU no 4-bit one.
-There, and without vLLM, the adapter is merged into the base as training saw it (`tools/use/merge.py`).
-Without vLLM `transformers serve` serves what is merged.
+There, and without vLLM, the adapter is merged into the base as training saw it
+(`tools/use/merge.py`). Without vLLM `transformers serve` serves the merged model.
 """
 
 import errno

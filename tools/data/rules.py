@@ -1,0 +1,123 @@
+"""The rules of a dataset or task: its labels, and the repairs that data/sources.yaml has for it.
+
+    load_test_rules("fpb", Path("data/raw/test/fpb_test.jsonl")).labels
+    load_train_rules("xbrl_term", Path("data/raw")).removals
+
+A new kind of repair is a function here and a row in `REMOVALS`.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tools import sources
+from tools.common import git_blob
+from tools.data import swap
+from tools.data.rows import Removal, RowTest, Rules, read_batches
+
+
+def load_test_rules(
+    dataset: str, source: Path, repair: bool | None = None, quarantine: bool = False
+) -> Rules:
+    """The rules of one dataset. Its repair applies to the published file; in another file of the
+    dataset, and in a test file of the user's own, the rows decide (see tools/data/swap.py).
+    """
+    spec = sources.tables()["datasets"][dataset]
+    rules = Rules(frozenset(spec.get("labels", ())))
+    known_repair = spec.get("repair")
+    if known_repair and git_blob(source) == known_repair["blob"]:
+        reason = known_repair["reason"]
+        text = f"repaired: {reason.strip().removesuffix('.')}"
+        check = {"outcome": "repaired", "text": text}
+        return replace(rules, relabel=known_repair["relabel"], reason=reason, label_check=check)
+    if known_repair or Path(spec["file"]).is_absolute():
+        return check_labels(source, rules, repair, quarantine, mixed=not known_repair)
+    return rules
+
+
+def check_labels(
+    source: Path,
+    rules: Rules,
+    repair: bool | None = None,
+    quarantine: bool = False,
+    mixed: bool = True,
+) -> Rules:
+    """A file's rules with the repair that its rows call for; see `swap.check`."""
+    relabel = sources.tables()["swap"]["relabel"]
+    is_example = source.resolve().is_relative_to(sources.SAMPLE.resolve())  # of no source's shares
+    if is_example or rules.labels and not relabel.keys() <= rules.labels:
+        return rules
+    return swap.check(source, rules, repair, quarantine, mixed)
+
+
+def load_train_rules(task: str, folder: Path) -> Rules:
+    """The rules of a task's training set: the labels of all its datasets, and its repairs."""
+    spec = sources.tables()["tasks"][task]
+    removals = tuple(
+        Removal(kind, repair["reason"], partial(REMOVALS[kind], repair[kind], folder))
+        for repair in spec.get("repairs", ())
+        for kind in repair.keys() & REMOVALS.keys()
+    )
+    cut = spec.get("cut_long_prompts") == "middle"
+    return Rules(join_labels(spec["eval"]), removals=removals, cut=cut)
+
+
+def join_labels(datasets: list[str]) -> frozenset[str]:
+    """The possible answers in some datasets; empty where the answers of one are free text."""
+    table = sources.tables()["datasets"]
+    labels = [frozenset(table[name].get("labels", ())) for name in datasets]
+    return frozenset().union(*labels) if all(labels) else frozenset()
+
+
+def fingerprint(prompt: str) -> bytes:
+    """16 bytes that tell prompts apart, but for case and white space."""
+    return hashlib.blake2b(" ".join(prompt.lower().split()).encode(), digest_size=16).digest()
+
+
+# ---- Removals: each makes the test that a row must fail to stay in a training set
+
+
+def remove_rows_of(datasets: list[str], folder: Path) -> RowTest | str:
+    """Tests whether a prompt stands in a test set, but for case and white space."""
+    paths = [folder / sources.tables()["datasets"][name]["file"] for name in datasets]
+    for path in paths:
+        if not path.is_file():
+            return f"not looked for: {path.name} is not at hand"
+    batches = (batch for path in paths for batch in read_batches(path))
+    tested = {fingerprint(prompt) for batch in batches for prompt in batch.prompts}
+    return lambda prompt, answer: fingerprint(prompt) in tested
+
+
+def remove_repeats(wanted: bool, folder: Path) -> RowTest:
+    """Tests whether a prompt stood before; holds 16 bytes of each prompt."""
+    seen: set[bytes] = set()
+
+    def stood_before(prompt: str, answer: str) -> bool:
+        mark = hashlib.blake2b(prompt.encode(), digest_size=16).digest()
+        count = len(seen)
+        seen.add(mark)
+        return wanted and len(seen) == count
+
+    return stood_before
+
+
+def remove_prompts(pattern: str, folder: Path) -> RowTest:
+    search = re.compile(pattern).search
+    return lambda prompt, answer: search(prompt)
+
+
+def remove_answers(pattern: str, folder: Path) -> RowTest:
+    search = re.compile(pattern).search
+    return lambda prompt, answer: search(answer)
+
+
+REMOVALS: dict[str, Callable[[Any, Path], RowTest | str]] = {
+    "without_rows_of": remove_rows_of,
+    "unique": remove_repeats,
+    "without_prompts": remove_prompts,
+    "without_answers": remove_answers,
+}

@@ -1,0 +1,165 @@
+"""Writes recipes as text: a recipe's file with its header and reasons, and the page of a model.
+
+    rendering.render_recipe("qwen3-8b/ner_r8_dora")     with or without a file of its own
+
+The reasons beside the values are rows of `keys` in recipes/matrix.yaml.
+"""
+
+import math
+import textwrap
+from typing import Any
+
+from tools import architectures, evidence, recipes
+from tools.common import JobFailed, format_yaml, shown
+from tools.train.memory import GIB, compute_memory, read_setup
+
+# Files with this line are `make render`'s to write and to remove.
+MARK = "Rendered from recipes/matrix.yaml by `make render`."
+WIDTH = 100
+
+
+def find_longest_row(name: str, config: dict[str, Any]) -> int:
+    """Tokens of the longest row that a recipe trains on."""
+    task = recipes.read_matrix()["tasks"][recipes.split_name(name)[1]]
+    return int(min(task.get("longest", config["sequence_len"]), config["sequence_len"]))
+
+
+def plan_memory(name: str) -> int:
+    """Planned peak of one GPU in bytes, for the longest row of the recipe's task."""
+    config = recipes.build_config(name)
+    hub = recipes.read_matrix()["models"][recipes.split_name(name)[0]]["hub"]
+    setup = read_setup(config, find_longest_row(name, config), 1)
+    return compute_memory(architectures.find(hub), setup).peak
+
+
+def round_to_gib(size: int) -> int:
+    """Bytes as whole GiB, upwards."""
+    return math.ceil(size / GIB)
+
+
+def render_recipe(name: str) -> str:
+    """The text of a recipe of the catalogue, as its file has it or would have it."""
+    model, task, method = recipes.split_name(name)
+    matrix = recipes.read_matrix()
+    base, config = matrix["models"][model], recipes.build_config(name)
+    recipe = recipes.Recipe(name, None, config, recipes.find_version(name))
+    header = [
+        f"{base['title']} on {matrix['tasks'][task]['title']}",
+        matrix["methods"][method]["title"],
+        "",
+        f"  make train RECIPE={recipes.shorten(name)}",
+    ]
+    if recipes.is_local(name):
+        header += [f"  axolotl train {shown(recipes.LOCAL / f'{name}.yaml')}", ""]
+        source = "Yours to change: `make render` leaves it alone."
+    elif recipes.has_file(name):
+        header += [f"  axolotl train recipes/{name}.yaml", ""]
+        source = MARK
+    else:
+        header += [f"  make render RECIPE={name} > my.yaml && axolotl train my.yaml", ""]
+        source = "Rendered on demand from recipes/matrix.yaml: a copy is yours to change."
+    if alias := recipes.find_finlora_name(name):
+        header.append(f"FinLoRA's name: {alias}{describe_published(alias, config)}")
+    header += [
+        f"Planned GPU memory: {round_to_gib(plan_memory(name))} GiB "
+        f"(rows of up to {find_longest_row(name, config)} tokens; `make plan`)",
+        f"Gated: {describe_gate(base)}",
+        f"Version: {recipe.version} ({recipe.digest[:12]})",
+        *textwrap.wrap(f"Evidence: {evidence.describe(name)}", WIDTH - 2, subsequent_indent="  "),
+        source,
+    ]
+    return format_recipe(header, config, name)
+
+
+def describe_published(alias: str, config: dict[str, Any]) -> str:
+    """The settings of the adapter that FinLoRA published, where the recipe has others."""
+    settings = recipes.find_published_settings(alias)
+    if all(config[key] == value for key, value in settings.items()):
+        return ""
+    values = ", ".join(f"{key.removeprefix('lora_')} {value}" for key, value in settings.items())
+    return f"; its published adapter: {values}"
+
+
+def describe_gate(base: dict[str, Any]) -> str:
+    """What a user must do before a base of the tables can be downloaded."""
+    if not base["gated"]:
+        return "no"
+    page = f"https://huggingface.co/{base['hub']}"
+    return f"accept the licence at {page}, then `hf auth login`"
+
+
+def format_recipe(header: list[str], config: dict[str, Any], name: str) -> str:
+    """A recipe file: the header as comments, then the config's keys by group with their reasons.
+
+    `name` selects the reasons; a name outside the catalogue gets those that hold for any recipe.
+    """
+    groups = recipes.read_matrix()["keys"]
+    order = [key for keys in groups.values() for key in keys if key in config]
+    if missing := config.keys() - set(order):
+        raise JobFailed(f"recipes/matrix.yaml, keys: no group has {', '.join(sorted(missing))}")
+    entries = split_entries(format_yaml({key: config[key] for key in order}))
+    lines = [f"# {line}".rstrip() for line in header]
+    for title, keys in groups.items():
+        present = [key for key in keys if key in config]
+        lines += ["", f"# {title}"] if present else []
+        for key in present:
+            reason = keys[key]
+            if isinstance(reason, dict):
+                reason = recipes.find_by_pattern(reason, name)
+            lines += add_reason(entries[key], reason)
+    return "\n".join(lines) + "\n"
+
+
+def split_entries(text: str) -> dict[str, list[str]]:
+    """The lines of each top-level key of a YAML mapping."""
+    entries: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if line[:1] not in ("", " ", "-"):
+            key = line.partition(":")[0]
+        entries.setdefault(key, []).append(line)
+    return entries
+
+
+def add_reason(lines: list[str], reason: str | None) -> list[str]:
+    """The lines of a key with the reason beside the first, or above it where that is too long."""
+    if not reason:
+        return lines
+    beside = f"{lines[0]}  # {reason}"
+    # Inside a value of several lines, such as a quoted text, the reason would become part of it.
+    if len(beside) <= WIDTH and (len(lines) == 1 or lines[0].endswith(":")):
+        return [beside, *lines[1:]]
+    return [*textwrap.wrap(reason, WIDTH, initial_indent="# ", subsequent_indent="# "), *lines]
+
+
+def read_or_render(recipe: recipes.Recipe) -> str:
+    """The text of a recipe's file; of a recipe without one, the text that it would have."""
+    return recipe.path.read_text() if recipe.path else render_recipe(recipe.name)
+
+
+def render_model_page(model: str) -> str:
+    """recipes/<model>/README.md: every recipe of the model with memory, version and evidence."""
+    base = recipes.read_matrix()["models"][model]
+    parameters = architectures.find(base["hub"]).parameters
+    names = [name for name in recipes.list_catalogue() if recipes.split_name(name)[0] == model]
+    lines = [
+        f"<!-- recipes/{model}/README.md: {MARK} -->",
+        f"# {base['title']}",
+        "",
+        f"[{base['hub']}](https://huggingface.co/{base['hub']}), {parameters / 1e9:.2f} billion "
+        f"parameters. Gated: {describe_gate(base)}.",
+        "",
+        f"`make train RECIPE={recipes.shorten(names[0])}` trains a recipe; `make plan` computes",
+        "memory and hours. A recipe without a link has no file: it trains by its name, and",
+        "`make render RECIPE=… > my.yaml` writes it.",
+        "",
+        evidence.LEGEND,
+        "",
+        "| recipe | planned GPU memory | version | evidence |",
+        "| --- | ---: | --- | --- |",
+    ]
+    for name in names:
+        label = f"`{recipes.shorten(name)}`"
+        cell = f"[{label}]({name.partition('/')[2]}.yaml)" if recipes.has_file(name) else label
+        memory, version = round_to_gib(plan_memory(name)), recipes.find_version(name)
+        lines.append(f"| {cell} | {memory} GiB | {version} | {evidence.describe(name)} |")
+    return "\n".join(lines) + "\n"
