@@ -108,7 +108,7 @@ def test_a_recipe_without_a_file_is_swept_merged_with_a_profile_and_named_on_the
     assert merged == merged | recipes.select_learned(recipe.config) | {
         key: merged[key] for key in ("datasets", "test_datasets", "optimizer")
     }
-    assert client.repository(recipe, "me") == "me/qwen3-8b-ner_r8_dora"
+    assert client.name_repository(recipe, "me") == "me/qwen3-8b-ner_r8_dora"
 
 
 # ---- pages and evidence

@@ -215,11 +215,13 @@ def test_the_readme_is_short_and_links_every_page():
 
 def test_the_readme_counts_the_recipes_and_their_parts():
     text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "training.md").read_text()
-    names = recipes.list_catalogue()
-    files = [name for name in names if recipes.has_file(name)]
+    models = [
+        folder for folder in (ROOT / "recipes").iterdir() if (folder / "sentiment_r4.yaml").exists()
+    ]
+    files = [file for folder in models for file in folder.glob("*.yaml")]
     matrix = yaml.safe_load((ROOT / "recipes" / "matrix.yaml").read_text())
-    assert f"{len(names)} recipes" in " ".join(text.split())
-    assert f"{len(files)} of them are files" in " ".join(text.split())
+    assert f"{len(recipes.list_catalogue())} recipes" in " ".join(text.split())
+    assert f"{len(files)} have a file" in " ".join(text.split())
     models, tasks, methods = (matrix[part] for part in ("models", "tasks", "methods"))
     shared = [name for name in methods if "only" not in methods[name]]
     table = f"{len(models)} models × {len(tasks)} tasks × {len(shared)} methods"

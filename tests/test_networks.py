@@ -161,16 +161,16 @@ def test_training_scoring_and_chat_without_a_network_try_no_connection(tiny, cha
         pytest.skip("this machine gives no network namespaces")
     connections = tmp_path / "connections"
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, max_steps=2, save_steps=2, eval_steps=2)
-    done = isolated("train", recipe, connections=connections)
+    done = isolated("tools", "train", recipe, connections=connections)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "r4" / "run.json").read_text())["steps"] == 2
-    done = isolated("chat", recipe, "Is the sentiment positive?", connections=connections)
+    done = isolated("tools", "chat", recipe, "Is the sentiment positive?", connections=connections)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not connections.exists(), connections.read_text()
     if not sources.test_path("fpb").is_file():
         pytest.skip("trained and chatted; fpb is not converted here, so nothing is scored")
     arguments = ("--adapter", tmp_path / "r4", "--tasks", "fpb", "--limit", 2)
-    done = isolated("eval", *arguments, connections=connections)
+    done = isolated("tools", "eval", *arguments, connections=connections)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not connections.exists(), connections.read_text()
 
