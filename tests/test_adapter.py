@@ -196,7 +196,7 @@ REFUSED = {
     "bias": ("all", "none is needed"),
     "task_type": ("SEQ_CLS", "CAUSAL_LM"),
     "r": (True, "rank from 1"),
-    "lora_alpha": (float("nan"), "NaN is no number"),
+    "lora_alpha": (-16.0, "positive number"),
     "rank_pattern": ({"q_proj": 0}, "ranks from 1"),
     "alpha_pattern": ({"q_proj": "16"}, "positive numbers"),
     "target_modules": ([], "names of linear layers"),
