@@ -532,7 +532,7 @@ def test_what_another_user_began_is_one_line_that_names_the_owner(shared, whose)
     if whose == "run":
         (folder / "run").mkdir()
     refused = pytest.raises(
-        common.JobFailed, match=r"cannot be written to: Permission denied \(.* root"
+        common.JobFailed, match="cannot be written to: Permission denied: .* belongs to root"
     )
     with other_user(), refused as error, Run(folder / "run").lock():
         pass
