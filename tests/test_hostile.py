@@ -79,7 +79,7 @@ def project(hub, smollm2, tiny, trained, tmp_path_factory) -> Path:  # noqa: F81
     root = tmp_path_factory.mktemp("hostile") / "project"
     root.mkdir()
     skip = shutil.ignore_patterns("__pycache__", "local")
-    for part in ("tools", "evals", "recipes", "data/sample"):
+    for part in ("tools", "evals", "recipes", "data/sample", "docs", "results"):
         shutil.copytree(common.ROOT / part, root / part, ignore=skip)
     (root / "models").symlink_to(smollm2.parent)
     (root / "mirror").mkdir()
