@@ -133,12 +133,8 @@ def numbers(value: dict[str, Any] | None, signed: bool = False) -> dict[str, Any
     """A value with an interval for the page: text in %, and the number to sort by."""
     if not value:
         return None
-    plus = "+" if signed else ""
-    point = f"{100 * value['value']:{plus}.1f}"
-    reach = report.NO_INTERVAL
-    if not value.get("no_interval"):
-        reach = f"{100 * value['low']:{plus}.1f} … {100 * value['high']:{plus}.1f}"
-    return {"point": point, "range": reach, "sort": value["value"]}
+    point, interval = report.format_percent(value, signed)
+    return {"point": point, "range": interval or report.NO_INTERVAL, "sort": value["value"]}
 
 
 def published(scored: Scored) -> dict[str, dict[str, float]]:

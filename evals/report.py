@@ -115,12 +115,19 @@ def title(metric: str) -> str:
     return f"{known}, FinLoRA's" if plain != metric else known
 
 
-def percent(value: dict[str, Any], signed: bool = False) -> str:
+def format_percent(value: dict[str, Any], signed: bool = False) -> tuple[str, str | None]:
+    """(value, interval) in %, as text; the interval is None where the value has none."""
     plus = "+" if signed else ""
     point = f"{100 * value['value']:{plus}.1f}"
     if value.get("no_interval"):
-        return f"{point}  [dim]{NO_INTERVAL}[/dim]"
-    return f"{point}  [dim]{100 * value['low']:{plus}.1f} … {100 * value['high']:{plus}.1f}[/dim]"
+        return point, None
+    return point, f"{100 * value['low']:{plus}.1f} … {100 * value['high']:{plus}.1f}"
+
+
+def percent(value: dict[str, Any], signed: bool = False) -> str:
+    """A value with its interval, for a table in the terminal."""
+    point, interval = format_percent(value, signed)
+    return f"{point}  [dim]{interval or NO_INTERVAL}[/dim]"
 
 
 # What two scores must share to be compared; a file of an earlier version may lack some.

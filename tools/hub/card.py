@@ -133,11 +133,10 @@ def read_scores(file: Path, verb: str) -> dict[str, Any] | None:
 
 
 def format_interval(value: dict[str, Any], signed: bool = False) -> str:
-    plus = "+" if signed else ""
-    point = f"{100 * value['value']:{plus}.1f}"
-    if value.get("no_interval"):
-        return f"{point} (no interval: {value['no_interval']})"
-    return f"{point} ({100 * value['low']:{plus}.1f} … {100 * value['high']:{plus}.1f})"
+    from evals import report
+
+    point, interval = report.format_percent(value, signed)
+    return f"{point} ({interval or 'no interval: ' + value['no_interval']})"
 
 
 def tabulate_scores(scores: Scores) -> tuple[list[dict[str, str]], list[str]]:
