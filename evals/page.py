@@ -19,7 +19,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from evals import report, stats
+from evals import figures, report, stats
 from evals import run as evaluation
 from tools import recipes, sources
 from tools import runs as runs_module
@@ -29,9 +29,6 @@ TEMPLATE = ROOT / "evals" / "page.html"
 WRONG = 25  # wrong answers shown of each model and dataset
 TEXT = 3000  # characters shown of each prompt and answer
 LABELS = 12  # classes up to which a confusion matrix can be read
-INK = "#59626d"  # of figures: grey in a PNG, the page's own colour in the page
-COLOURS = ("#3b74c4", "#c8553d", "#3f8f5b", "#8a5fb0", "#a8790b", "#2a8c97")
-MARKERS = "osD^vP"
 Content = report.Content
 # The plan of a config that is trained on so many rows of a file; training lies above this module.
 Planner = Callable[[dict[str, Any], int | None, Path], dict[str, Any]]
@@ -353,120 +350,36 @@ def mean_scores(adapters: list[Scored]) -> tuple[list[str], list[dict[str, float
     return common, means
 
 
-def bars(axes: Any, x: float, y: float, value: dict[str, float], place: int, **more: Any) -> None:
-    """A point and its interval, in %; upright where `upright`."""
-    point = 100 * value["value"]
-    low, high = (100 * value.get(end, value["value"]) for end in ("low", "high"))
-    upright = more.pop("upright", False)
-    reach = [[point - low], [high - point]]
-    where = {"x": x, "y": point, "yerr": reach} if upright else {"x": point, "y": y, "xerr": reach}
-    colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
-    axes.errorbar(**where, color=colour, marker=marker, ls="", ms=6, capsize=3, **more)
-
-
-def figures(
-    adapters: list[Scored],
-    gains: list[dict[str, dict[str, dict[str, Any]]]],
-    planner: Planner,
+def draw_figures(
+    adapters: list[Scored], gains: list[figures.Gain], planner: Planner
 ) -> dict[str, dict[str, Any]]:
-    """The figures that can be drawn: {name: {"figure", "caption"}}."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    settings: dict[Any, Any] = {
-        "text.parse_math": False,  # names are not formulas
-        "svg.fonttype": "none",
-        "font.size": 11,
-        "legend.frameon": False,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        **dict.fromkeys(
-            ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
-        ),
-    }
-    mpl.rcParams.update(settings)
-    found: dict[str, dict[str, Any]] = {}
-
-    def new(name: str, height: float, caption: str) -> Any:
-        figure = Figure(figsize=(5.4, height), layout="constrained")
-        found[name] = {"figure": figure, "caption": caption}
-        return figure.add_subplot()
-
-    names = list(dict.fromkeys(dataset for gain in gains for dataset in gain))
-    with_gain = [(place, gain) for place, gain in enumerate(gains) if gain]
-    if names:
-        caption = "Gain over the base by dataset, in points of its first metric, 95 % intervals."
-        height = 1.6 + 0.16 * len(names) * (1 + len(with_gain)) + 0.2 * len(with_gain)
-        axes = new("gain", height, caption)
-        axes.axvline(0, color=INK, lw=1)
-        for order, (place, gain) in enumerate(with_gain):
-            for number, (dataset, of_dataset) in enumerate(gain.items()):
-                aside = (order - (len(with_gain) - 1) / 2) * 0.7 / len(with_gain)
-                label = adapters[place].name if not number else None
-                bars(
-                    axes,
-                    0,
-                    names.index(dataset) + aside,
-                    next(iter(of_dataset.values())),
-                    place,
-                    label=label,
-                )
-        axes.set_yticks(range(len(names)), names)
-        axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.set_xlabel("points")
+    """The figures that say something: {name: {"figure", "caption"}}."""
+    names = [one.name for one in adapters]
+    drawn = {"gain": figures.draw_gains(names, gains)}
     full = [place for place, one in enumerate(adapters) if not limited(one)]
     full = full or list(range(len(adapters)))
     common, scores = mean_scores([adapters[place] for place in full])
     means = dict(zip(full, scores, strict=False))
     plans = {place: planned(adapters[place], planner) for place in means}
-    priced = any(made.get("usd") is not None for made in plans.values())
-    over = common[0] if len(common) == 1 else f"mean of {len(common)} datasets"
-    for name, key, label in (
-        ("memory", "peak", "peak memory, GiB"),
-        ("cost", "usd", "cost, USD") if priced else ("cost", "hours", "GPU hours"),
+    label = f"%, {common[0] if len(common) == 1 else f'mean of {len(common)} datasets'}"
+    priced = any(plan.get("usd") is not None for plan in plans.values())
+    memory = {n: plan["memory"]["peak"] / 2**30 for n, plan in plans.items() if plan}
+    key, title = ("usd", "cost, USD") if priced else ("hours", "GPU hours")
+    cost = {n: plan[key] for n, plan in plans.items() if plan and plan[key] is not None}
+    gpu = next((plan["gpu"]["name"] for plan in plans.values() if plan), "")
+    for name, values, axis in (
+        ("memory", memory, figures.Axis("planned peak memory, GiB", "peak memory")),
+        ("cost", cost, figures.Axis(f"planned {title}", title.partition(",")[0], gpu)),
     ):
-        points = [
-            (made["memory"]["peak"] / 2**30 if key == "peak" else made[key], place)
-            for place, made in plans.items()
-            if made and (key == "peak" or made[key] is not None)
-        ]
-        if points:
-            what = label.partition(",")[0]
-            on = "" if key == "peak" else f" on one {plans[points[0][1]]['gpu']['name']}"
-            caption = f"Score against the planned {what} of the training{on}."
-            drawn = [place for _, place in points]
-            missing = [adapters[place].name for place in plans if place not in drawn]
-            caption += f" Not planned: {'; '.join(missing)}." if missing else ""
-            axes = new(name, 3.4 + 0.2 * len(points), caption)
-            for x, place in points:
-                bars(axes, x, 0, means[place], place, upright=True, label=adapters[place].name)
-            axes.set_xlabel(f"planned {label}")
-            axes.set_ylabel(f"%, {over}")
-            axes.margins(x=0.2)
-    runs = {one.folder: place for place, one in reversed(list(enumerate(adapters)))}
-    curves = [(json_lines(folder / "progress.jsonl"), place) for folder, place in runs.items()]
-    curves = [(lines, place) for lines, place in curves if any("loss" in line for line in lines)]
-    if curves:
-        caption = "Loss in training (lines) and on the validation split (points)."
-        axes = new("loss", 3.4 + 0.2 * len(curves), caption)
-        for lines, place in sorted(curves, key=lambda each: each[1]):
-            run: str | None = f"{adapters[place].model}/{adapters[place].method}"
-            look: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "lw": 1.2}
-            for key, style in (("loss", "-"), ("eval_loss", "o")):
-                at = [(line["step"], line[key]) for line in lines if key in line]
-                if at:
-                    axes.plot(*zip(*at, strict=True), style, label=run, **look)
-                run = None
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss")
-        axes.set_ylim(bottom=0)
-    for each in found.values():
-        axes = each["figure"].axes[0]
-        axes.grid(alpha=0.25)
-        axes.locator_params(axis="x", nbins=5)
-        axes.set_axisbelow(True)
-        each["figure"].legend(loc="outside lower left", fontsize=10)
-    return found
+        drawn[name] = figures.draw_scores(names, means, values, axis, label)
+    folders = {one.folder: place for place, one in reversed(list(enumerate(adapters)))}
+    curves = {}
+    for folder, place in sorted(folders.items(), key=lambda item: item[1]):
+        lines = json_lines(folder / "progress.jsonl")
+        if any("loss" in line for line in lines):
+            curves[place] = (f"{adapters[place].model}/{adapters[place].method}", lines)
+    drawn["loss"] = figures.draw_losses(curves)
+    return {name: figure for name, figure in drawn.items() if figure}
 
 
 def svg(figure: Any, name: str) -> str:
@@ -480,7 +393,7 @@ def svg(figure: Any, name: str) -> str:
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     text = file.getvalue()
-    return text[text.index("<svg") :].replace(INK, "currentColor")
+    return text[text.index("<svg") :].replace(figures.INK, "currentColor")
 
 
 # ---- the page
@@ -519,7 +432,7 @@ def build(out: Path, planner: Planner) -> list[Path]:
     adapters = [one for one in scored if one.adapter]
     gains = [report.differences(base_of(one, scored), one.contents) for one in adapters]
     of = {id(one): gain for one, gain in zip(adapters, gains, strict=True)}
-    drawn = figures(adapters, gains, planner)
+    drawn = draw_figures(adapters, gains, planner)
     matrices = [
         {"dataset": dataset, "name": one.name, "matrix": found}
         for one in scored

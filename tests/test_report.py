@@ -13,8 +13,8 @@ from html.parser import HTMLParser
 import pytest
 from sklearn.metrics import confusion_matrix, f1_score
 
+from evals import figures, report
 from evals import page as report_page
-from evals import report
 from evals import run as evaluation
 from evals.answers import Prompts
 from tests.conftest import call
@@ -136,6 +136,18 @@ class Page(HTMLParser):
             self.rows[-1][-1] += f" {text}"
 
 
+def add_adapter(runs, name, sha=None):
+    """A copy of the run beside it, scored on FPB alone; with `sha` as another adapter."""
+    other = runs.folder.with_name(name)
+    shutil.copytree(runs.folder, other)
+    shutil.rmtree(other / "evals")
+    content = json.loads(runs.file("adapter", "fpb", None).read_text())
+    if sha:
+        content["evaluated"]["adapter_sha256"] = sha
+    common.write_json(other / "evals" / "fpb.json", content)
+    return other
+
+
 def built(**hardware):
     def planner(config, rows, data):
         return plan.plan(config, plan.Hardware(**hardware), rows=rows, data=data)
@@ -226,10 +238,21 @@ def test_prompts_of_other_data_than_was_scored_are_not_shown(runs):
 
 def test_the_figures_lie_beside_the_page(runs):
     files, _ = built(price=1.0)
+    # One adapter: a single point against memory or cost would compare nothing.
+    assert [file.name for file in files[1:]] == ["gain.png", "loss.png"]
+    add_adapter(runs, "sentiment_r4_again")
+    files, _ = built(price=1.0)
     assert [file.name for file in files[1:]] == ["gain.png", "memory.png", "cost.png", "loss.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files[1:])
     page = files[0].read_text()
     assert page.count("<svg") == 4 and "planned cost, USD" in page
+
+
+def test_a_smoothed_loss_is_the_mean_of_the_last_steps():
+    losses = [float(step) for step in range(20)]
+    smoothed = figures.smooth(losses)
+    assert smoothed[:3] == [0.0, 0.5, 1.0] and smoothed[-1] == sum(losses[-10:]) / 10
+    assert figures.draw_losses({}) is None
 
 
 def test_the_planned_memory_is_the_planners(runs):
@@ -243,14 +266,10 @@ def test_the_planned_memory_is_the_planners(runs):
 
 
 def test_adapters_are_compared_with_each_other_and_share_the_figures(runs):
-    other = runs.folder.with_name("sentiment_r8")
-    shutil.copytree(runs.folder, other)
-    shutil.rmtree(other / "evals")
+    add_adapter(runs, "sentiment_r4_again")
+    other = add_adapter(runs, "sentiment_r8", sha="e" * 64)
     (other / "run.json").unlink()
     (other / "progress.jsonl").write_text('{"step": 1, "loss": 1.5}\n')
-    content = json.loads(runs.file("adapter", "fpb", None).read_text())
-    content["evaluated"]["adapter_sha256"] = "e" * 64
-    common.write_json(other / "evals" / "fpb.json", content)
     files, page = built()
     assert (
         "smollm2-135m/sentiment_r8, nf4 against smollm2-135m/sentiment_r4, nf4: fpb, accuracy: "
@@ -259,7 +278,8 @@ def test_adapters_are_compared_with_each_other_and_share_the_figures(runs):
     names = [
         row[2] for row in page.rows if len(row) == 9 and (row[0], row[3]) == ("fpb", "accuracy")
     ]
-    assert names == ["base nf4", "sentiment_r4 nf4", "sentiment_r8 nf4"]
+    again = "sentiment_r4_again nf4"
+    assert names == ["base nf4", "sentiment_r4 nf4", again, "sentiment_r8 nf4"]
     # Nothing says how the second one was trained.
     assert "Not planned: smollm2-135m/sentiment_r8, nf4." in files[0].read_text()
 

@@ -1,0 +1,147 @@
+"""The figures of the report: gains, scores against the plan, and losses.
+
+Each function returns {"figure", "caption"}, or None where the figure would show nothing or a single
+point.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+INK = "#59626d"  # grey in a PNG; evals/page.py puts the page's own colour in its place
+COLOURS = ("#3b74c4", "#c8553d", "#3f8f5b", "#8a5fb0", "#a8790b", "#2a8c97")
+MARKERS = "osD^vP"
+WINDOW = 10  # steps of the mean that smooths a loss
+
+Drawing = dict[str, Any]
+Gain = dict[str, dict[str, dict[str, Any]]]  # of an adapter: dataset -> metric -> value, low, high
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The horizontal axis of scores against the plan: its label, what it is, and on which GPU."""
+
+    label: str
+    title: str
+    gpu: str = ""
+
+
+def make_figure(height: float) -> tuple[Any, Any]:
+    """(figure, axes) of one width, in inches, in this project's style."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    settings: dict[Any, Any] = {
+        "text.parse_math": False,  # names are not formulas
+        "svg.fonttype": "none",
+        "font.size": 11,
+        "legend.frameon": False,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        **dict.fromkeys(
+            ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
+        ),
+    }
+    mpl.rcParams.update(settings)
+    figure = Figure(figsize=(5.4, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def finish(figure: Any, caption: str) -> Drawing:
+    """Adds what all figures share: a grid, few ticks, and the legend below."""
+    axes = figure.axes[0]
+    axes.grid(alpha=0.25)
+    axes.locator_params(axis="x", nbins=5)
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside lower left", fontsize=10)
+    return {"figure": figure, "caption": caption}
+
+
+def style(place: int) -> dict[str, Any]:
+    """Colour and marker of an adapter, by its place in the report."""
+    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
+
+
+def measure_reach(value: dict[str, Any]) -> tuple[float, list[list[float]]]:
+    """(point, [[below], [above]]) of a value in %, as matplotlib's errorbar takes them."""
+    point = 100 * value["value"]
+    low, high = (100 * value.get(end, value["value"]) for end in ("low", "high"))
+    return point, [[point - low], [high - point]]
+
+
+def draw_gains(names: Sequence[str], gains: Sequence[Gain]) -> Drawing | None:
+    """The gain of each adapter over its base by dataset, in points of the first metric."""
+    datasets = list(dict.fromkeys(dataset for gain in gains for dataset in gain))
+    if not datasets:
+        return None
+    scored = [place for place, gain in enumerate(gains) if gain]
+    figure, axes = make_figure(1.6 + 0.16 * len(datasets) * (1 + len(scored)) + 0.2 * len(scored))
+    axes.axvline(0, color=INK, lw=1)
+    for order, place in enumerate(scored):
+        offset = (order - (len(scored) - 1) / 2) * 0.7 / len(scored)
+        for number, (dataset, metrics) in enumerate(gains[place].items()):
+            point, reach = measure_reach(next(iter(metrics.values())))
+            height = datasets.index(dataset) + offset
+            look = style(place) | {"label": names[place] if not number else None}
+            axes.errorbar(point, height, xerr=reach, ls="", ms=6, capsize=3, **look)
+    axes.set_yticks(range(len(datasets)), datasets)
+    axes.set_ylim(len(datasets) - 0.4, -0.6)
+    axes.set_xlabel("points")
+    return finish(
+        figure, "Gain over the base by dataset, in points of its first metric, 95 % intervals."
+    )
+
+
+def draw_scores(
+    names: Sequence[str],
+    means: dict[int, dict[str, float]],
+    values: dict[int, float],
+    axis: Axis,
+    label: str,
+) -> Drawing | None:
+    """Scores (`means`, by place) against planned `values`; one point alone compares nothing."""
+    if len(values) < 2:
+        return None
+    figure, axes = make_figure(3.4 + 0.2 * len(values))
+    for place, value in values.items():
+        point, reach = measure_reach(means[place])
+        look = style(place) | {"label": names[place]}
+        axes.errorbar(value, point, yerr=reach, ls="", ms=6, capsize=3, **look)
+    axes.set_xlabel(axis.label)
+    axes.set_ylabel(label)
+    axes.margins(x=0.2)
+    caption = f"Score against the planned {axis.title} of the training"
+    caption += f" on one {axis.gpu}." if axis.gpu else "."
+    missing = [names[place] for place in means if place not in values]
+    return finish(figure, caption + (f" Not planned: {'; '.join(missing)}." if missing else ""))
+
+
+def smooth(losses: Sequence[float]) -> list[float]:
+    """The mean of each loss and up to WINDOW - 1 before it."""
+    starts = (max(0, number + 1 - WINDOW) for number in range(len(losses)))
+    parts = (losses[start : number + 1] for number, start in enumerate(starts))
+    return [sum(part) / len(part) for part in parts]
+
+
+def draw_losses(curves: dict[int, tuple[str, list[dict[str, Any]]]]) -> Drawing | None:
+    """The losses of runs, (name, lines of progress.jsonl) by place, smoothed over the raw lines."""
+    if not curves:
+        return None
+    figure, axes = make_figure(3.4 + 0.2 * len(curves))
+    for place, (name, lines) in curves.items():
+        colour = COLOURS[place % len(COLOURS)]
+        trained = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+        steps, losses = zip(*trained, strict=True)
+        axes.plot(steps, losses, color=colour, lw=1, alpha=0.3)
+        axes.plot(steps, smooth(losses), color=colour, lw=1.6, label=name)
+        validated = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+        if validated:
+            axes.plot(*zip(*validated, strict=True), "o", color=colour)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.set_ylim(bottom=0)
+    return finish(
+        figure,
+        f"Training loss (lines: each step, and the mean of {WINDOW} steps) and validation loss "
+        "(points).",
+    )
