@@ -658,6 +658,17 @@ def describe_missing(name: str) -> str:
     return examples.get(name, f"{name.upper()}=… is needed")
 
 
+def describe_wrong(error: Any) -> str:
+    """What is wrong with the value of an option, and which values there are."""
+    name = str(error.param.name if error.param else "option").upper()
+    kind = getattr(error.param, "type", None)
+    if kind is None or getattr(kind, "min", None) is None:
+        return f"{name}: {error.message.rstrip('.')}"
+    number = "whole number" if "integer" in kind.name else "number"
+    bounds = f"of at least {kind.min}" if kind.max is None else f"from {kind.min} to {kind.max}"
+    return f"{name} must be a {number} {bounds}"
+
+
 @command
 def main() -> None:
     import click
@@ -670,8 +681,7 @@ def main() -> None:
     except click.exceptions.MissingParameter as error:
         raise WrongInput(describe_missing(str(error.param.name if error.param else ""))) from None
     except click.exceptions.BadParameter as error:
-        name = str(error.param.name if error.param else "option").upper()
-        raise WrongInput(f"{name}: {error.message.rstrip('.')}") from None
+        raise WrongInput(describe_wrong(error)) from None
     except click.exceptions.UsageError as error:
         raise WrongInput(error.format_message()) from None
     except click.exceptions.Abort:
