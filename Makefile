@@ -26,7 +26,7 @@ $(READY): requirements.txt $(wildcard requirements/*.txt) $(PY)
 $(PY):
 	@$(SETUP)
 
-.PHONY: help setup wheelhouse demo model fetch data audit new recipes show plan smoke profile train status sweep reproduce eval report parity chat merge serve push pull adapters import render results check test test-all lock clean
+.PHONY: help setup wheelhouse demo model fetch data audit new recipes show plan smoke profile train status sweep reproduce eval report parity chat merge serve push pull adapters import render results performance check test test-all lock clean
 
 help:
 	@sed -n 's/^##@ \(.*\)/\n\1/p; s/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -103,6 +103,8 @@ render: $(READY) ## Write recipes, docs/commands.md and docs/scale.md; print a r
 	@$(RUN) reference
 results: $(READY) ## Write the README's table and figure from results/
 	@$(RUN) results
+performance: $(READY) ## Write docs/performance.md from what the benchmarks recorded in results/
+	@$(PY) -m bench.performance
 model: $(READY) ## Write SmolLM2-135M-Instruct to models/
 	@$(RUN) model
 
@@ -120,6 +122,7 @@ check: $(READY) ## Lint, types, layers, generated files, every recipe against Ax
 	@.venv/bin/hadolint docker/Dockerfile
 	@$(PY) data/sample/make.py --check
 	@$(PY) -m bench.parity --check
+	@$(PY) -m bench.performance --check
 	@$(RUN) check
 lock: $(READY) ## Resolve requirements.txt for every supported Python: requirements/python-3.*.txt
 	@$(PY) -m tools.setup --lock
