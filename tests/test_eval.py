@@ -113,7 +113,7 @@ def evaluate(monkeypatch, *arguments):
 
 def test_every_dataset_has_a_task_and_stands_in_a_group():
     datasets = set(sources.tables()["datasets"])
-    assert datasets <= set(evaluation.tasks())
+    assert datasets <= set(evaluation.read_tasks())
     groups = {}
     for path in evaluation.TASKS.glob("finlora*.yaml"):
         content = yaml.safe_load(path.read_text())
@@ -123,16 +123,16 @@ def test_every_dataset_has_a_task_and_stands_in_a_group():
     grouped = [name.removeprefix("finlora_") for group in four for name in groups[group]]
     # Of TFNS the repaired labels count, and NWGI counts with both its classes.
     assert sorted(grouped) == sorted(datasets - {"tfns_as_published"} | {"nwgi_folded"})
-    for name in evaluation.tasks():
-        content, _ = evaluation.read(evaluation.tasks()[name])
+    for name in evaluation.read_tasks():
+        content = evaluation.read_tasks()[name]
         assert content["task"] == f"finlora_{name}"
         assert float(content["metadata"]["version"]) >= 1
 
 
 def test_the_answer_budgets_are_finloras():
     found = {
-        name: evaluation.read(path)[0]["generation_kwargs"]["max_gen_toks"]
-        for name, path in evaluation.tasks().items()
+        name: content["generation_kwargs"]["max_gen_toks"]
+        for name, content in evaluation.read_tasks().items()
     }
     labels = ["fpb", "fiqa", "tfns", "tfns_as_published", "nwgi", "nwgi_folded", "headline", "ner"]
     others = {"tags": 20, "value": 20, "formula_construction": 30, "formula_calculations": 30}
@@ -140,13 +140,13 @@ def test_the_answer_budgets_are_finloras():
     assert found == {name: expected.get(name, 50) for name in found}
 
 
-@pytest.mark.parametrize("task", evaluation.tasks())
+@pytest.mark.parametrize("task", evaluation.read_tasks())
 def test_the_keys_of_a_dataset_are_right_and_no_answer_is_wrong(task, workplace):
     rows, left_out = evaluation.measure(Speaker(key), task, 12, Prompts("chat"))
     found = evaluation.score(rows)
     assert len(rows) == 12 and set(left_out) <= {"bertscore"}
     assert {name: value["value"] for name, value in found.items()} == dict.fromkeys(found, 1)
-    assert report.differing({"predictions": rows}) in (0, None)
+    assert report.count_differing({"predictions": rows}) in (0, None)
     rows, _ = evaluation.measure(Speaker(lambda doc: ""), task, 12, Prompts("chat"))
     found = evaluation.score(rows)
     assert {name: value["value"] for name, value in found.items()} == dict.fromkeys(found, 0)
@@ -160,7 +160,7 @@ def test_where_finloras_rule_differs_from_ours_the_rows_are_counted(workplace):
     found = evaluation.score(rows)
     assert found["finlora_accuracy"]["value"] == 1
     assert found["accuracy"]["value"] == pytest.approx(72 / 172)  # 100 of 172 are neutral
-    assert report.differing({"predictions": rows}) == 100
+    assert report.count_differing({"predictions": rows}) == 100
 
 
 def test_nwgi_counts_at_seven_levels_and_at_three_classes(workplace):
@@ -177,7 +177,7 @@ def test_nwgi_counts_at_seven_levels_and_at_three_classes(workplace):
 def test_a_new_dataset_is_a_file_of_yaml(workplace, monkeypatch):
     monkeypatch.setattr(evaluation, "TASKS", workplace / "tasks")
     shutil.copytree(common.ROOT / "evals" / "tasks", workplace / "tasks")
-    evaluation.tasks.cache_clear()
+    evaluation.read_tasks.cache_clear()
     rows = [{"context": f"Bill {n}\nAnswer:", "target": ["paid", "due"][n % 2]} for n in range(20)]
     source = workplace / "bills.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -194,12 +194,12 @@ filter_list:
       - {function: take_first}
 """
     )
-    assert evaluation.datasets(None, ["bills"]) == ["bills"]
+    assert evaluation.choose_datasets(None, ["bills"]) == ["bills"]
     scored, _ = evaluation.measure(Speaker(lambda doc: "Paid!"), "bills", None, Prompts("chat"))
     found = evaluation.score(scored)
     assert found["accuracy"]["value"] == 0.5
     assert found["f1_macro"]["value"] == pytest.approx(1 / 3)
-    evaluation.tasks.cache_clear()
+    evaluation.read_tasks.cache_clear()
 
 
 def test_plain_lm_eval_scores_a_task_without_this_projects_code(workplace, tiny):
@@ -319,15 +319,15 @@ def test_a_prompt_that_is_too_long_loses_its_middle_and_says_so(smollm2):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     content = "Which tag? " + " ".join(f"fact{n}" for n in range(900)) + "\nAnswer:"
     prompts = Prompts("chat")
-    text = prompts.fitting(tokenizer, content, 400)
+    text = prompts.fit(tokenizer, content, 400)
     assert 380 < len(tokenizer.encode(text)) <= 400
     assert "Which tag? fact0" in text and "fact899\nAnswer:<|im_end|>" in text
     assert text.startswith(prompts.text(tokenizer, "")[:40])
     assert prompts.cut[text] > 1000
-    whole = prompts.fitting(tokenizer, content, 8000)
+    whole = prompts.fit(tokenizer, content, 8000)
     assert content in whole and whole not in prompts.cut
     with pytest.raises(common.WrongInput, match="no room"):
-        prompts.fitting(tokenizer, content, 20)
+        prompts.fit(tokenizer, content, 20)
 
 
 # ---- answers are kept
@@ -382,7 +382,7 @@ def test_an_untrained_recipe_and_an_unknown_dataset_are_one_line_each(tmp_path, 
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "is not trained" in result.stderr
     with pytest.raises(common.WrongInput, match="did you mean fpb"):
-        evaluation.datasets(recipes.find(str(recipe)).task, ["fbp"])
+        evaluation.choose_datasets(recipes.find(str(recipe)).task, ["fbp"])
 
 
 def test_a_score_is_kept_until_what_it_depends_on_changes(trained, workplace, monkeypatch, capsys):
@@ -510,20 +510,20 @@ def test_any_other_adapter_needs_a_precision(trained, workplace, monkeypatch, ca
 
 
 def test_published_scores_are_read_for_every_dataset_and_method():
-    found = report.published()
+    found = report.read_published()
     assert list(found) == ["base", "8bits_r8", "4bits_r4", "8bits_r8_dora", "8bits_r8_rslora"]
     assert {len(rows) for rows in found.values()} == {19}
-    assert all(set(rows) <= set(evaluation.tasks()) for rows in found.values())
+    assert all(set(rows) <= set(evaluation.read_tasks()) for rows in found.values())
     assert found["4bits_r4"]["fpb"] == {"finlora_accuracy": 0.8416, "finlora_f1_weighted": 0.909}
     assert found["base"]["xbrl_term"] == {"bertscore": 0.574}
 
 
 def test_a_recipe_and_an_adapter_of_finloras_are_known_by_its_names():
     theirs = ("llama_3_1_8b", "4bits_r4")
-    assert report.method("llama-3.1-8b/sentiment_r4") == theirs
-    assert report.method("hub/wangd12/sentiment_llama_3_1_8b_4bits_r4") == theirs
-    assert report.method("hub/someone/sentiment_r4") is None
-    assert report.method("smollm2-135m/sentiment_r4") is None
+    assert report.find_method("llama-3.1-8b/sentiment_r4") == theirs
+    assert report.find_method("hub/wangd12/sentiment_llama_3_1_8b_4bits_r4") == theirs
+    assert report.find_method("hub/someone/sentiment_r4") is None
+    assert report.find_method("smollm2-135m/sentiment_r4") is None
 
 
 def test_scores_are_compared_with_the_published_ones_on_finloras_data_alone(workplace):

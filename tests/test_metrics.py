@@ -88,7 +88,7 @@ def test_finloras_f1_is_above_its_accuracy_where_wrong_answers_are_no_bare_label
     targets = ["neutral"] * 6 + ["positive"] * 4
     outputs = ["neutral"] * 3 + ["it is positive"] * 3 + ["positive"] * 4
     accuracy, f1 = finloras(targets, outputs)
-    pairs = [[pair] for pair in utils.judged(targets, outputs)]
+    pairs = [[pair] for pair in utils.judge_by_finlora(targets, outputs)]
     assert utils.f1_weighted(pairs) == pytest.approx(f1)
     assert (accuracy, f1) == (pytest.approx(0.7), pytest.approx(0.6 * 2 / 3 + 0.4))
 
@@ -100,7 +100,10 @@ def test_finloras_rule_reads_what_follows_the_last_answer():
 
 
 def test_a_label_that_begins_another_does_not_hide_it():
-    assert utils.judged(["1", "11.0"], ["11.0", "11.0"]) == [("1", "11.0"), ("11.0", "11.0")]
+    assert utils.judge_by_finlora(["1", "11.0"], ["11.0", "11.0"]) == [
+        ("1", "11.0"),
+        ("11.0", "11.0"),
+    ]
 
 
 def test_finloras_rule_compares_lists_by_position():
@@ -471,7 +474,7 @@ def test_another_formula_is_wrong(key, answer):
     ],
 )
 def test_a_formula_in_numbers_is_worked_out(text, value):
-    assert utils.result(text) == (None if value is None else pytest.approx(value))
+    assert utils.evaluate_formula(text) == (None if value is None else pytest.approx(value))
 
 
 def test_a_calculation_is_right_by_its_value_where_it_is_worked_out():

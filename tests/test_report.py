@@ -59,7 +59,7 @@ def runs(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "CHAT", tmp_path / "data" / "chat")
     monkeypatch.setattr(runs_module, "RUNS", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
-    report_page.prompts.cache_clear()
+    report_page.read_prompts.cache_clear()
     sources.CHAT.mkdir(parents=True)
     rows = [
         {
@@ -91,7 +91,7 @@ def runs(tmp_path, monkeypatch):
                 Speaker(answer), dataset, None, Prompts("chat", None)
             )
             content = {
-                "evaluated": evaluation.evaluated(subject, side, dataset, None),
+                "evaluated": evaluation.identify(subject, side, dataset, None),
                 "device": "cpu",
                 "examples": len(made),
                 "metrics": evaluation.score(made),
@@ -196,13 +196,13 @@ def test_finloras_published_scores_stand_beside_the_metric_of_its_rule(runs):
 def test_a_confusion_matrix_is_scikit_learns(runs):
     content = json.loads(runs.file("adapter", "fpb", None).read_text())
     pairs = [row["values"]["f1_weighted"][0] for row in content["predictions"]]
-    found = report_page.confusion(content)
+    found = report_page.count_confusion(content)
     expected = confusion_matrix(*zip(*pairs, strict=True), labels=found["labels"])
     counts = [[count for count, _ in cells] for _, cells in found["rows"]]
     assert [row[:-1] for row in counts] == expected.tolist()
     content["predictions"][0]["values"]["f1_weighted"] *= 2  # tags: several labels a row
-    assert report_page.confusion(content) is None
-    base_side = report_page.confusion(json.loads(runs.file("base", "fpb", None).read_text()))
+    assert report_page.count_confusion(content) is None
+    base_side = report_page.count_confusion(json.loads(runs.file("base", "fpb", None).read_text()))
     assert sum(cells[-1][0] for _, cells in base_side["rows"]) == ROWS // 2  # no label
 
 
@@ -257,8 +257,8 @@ def test_a_smoothed_loss_is_the_mean_of_the_last_steps():
 
 def test_the_planned_memory_is_the_planners(runs):
     hardware = plan.Hardware("T4 16GB", price=2.0)
-    adapter = next(one for one in report_page.everything() if one.adapter)
-    told = report_page.planned(
+    adapter = next(one for one in report_page.find_scored() if one.is_adapter)
+    told = report_page.plan_training(
         adapter, lambda config, rows, data: plan.plan(config, hardware, rows=rows, data=data)
     )
     again = plan.plan(runs.config, hardware, data=sources.CHAT / "sentiment_train.jsonl")
