@@ -351,10 +351,10 @@ def test_the_key_and_a_password_appear_nowhere(debug, server, workplace, monkeyp
     with pytest.raises(SystemExit):
         ask(monkeypatch, server, "--force", url=secret)
     assert scored()["evaluated"]["base_url"] == server.url
-    told = "".join(capfd.readouterr())
-    assert server.url in told
+    printed = "".join(capfd.readouterr())
+    assert server.url in printed
     files = [path.read_text() for path in (workplace / "runs").rglob("*") if path.is_file()]
-    for text in (told, *files):
+    for text in (printed, *files):
         assert KEY not in text and "a-password" not in text
 
 
@@ -377,17 +377,17 @@ def test_the_prompt_is_sent_as_a_turn_or_as_it_stands(form, server, monkeypatch)
     name = "fpb_sample8" if form == "chat" else f"fpb_{form}_sample8"
     assert all_right(scored(name)) and scored(name)["evaluated"]["prompt_format"] == form
     path = "/v1/chat/completions" if form == "chat" else "/v1/completions"
-    for found, body in server.bodies:
+    for result, body in server.bodies:
         text = body.pop("prompt", None) or body.pop("messages")[0]["content"]
-        assert found == path and text in server.key
+        assert result == path and text in server.key
         assert body == {"model": "teacher", "temperature": 0, "max_tokens": 10}
 
 
 def test_a_score_of_an_endpoint_is_kept_until_what_it_depends_on_changes(server, monkeypatch):
     ask(monkeypatch, server)
-    told = scored()["evaluated"]
-    assert (told["base_url"], told["base_model"]) == (server.url, "teacher")
-    assert told["data_sha256"] == sources.manifest(sources.test_path("fpb"))["sha256"]
+    evaluated = scored()["evaluated"]
+    assert (evaluated["base_url"], evaluated["base_model"]) == (server.url, "teacher")
+    assert evaluated["data_sha256"] == sources.manifest(sources.test_path("fpb"))["sha256"]
     ask(monkeypatch, server)
     assert len(server.asked) == 8
     (one,) = page.find_scored()
@@ -416,7 +416,7 @@ def test_a_models_name_leads_out_of_no_folder(workplace):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, message",
     [
         (["--backend", "gemini"], "BACKEND: 'gemini' is not one of"),
         (["--backend", "openai"], "needs BASE_URL"),
@@ -427,12 +427,12 @@ def test_a_models_name_leads_out_of_no_folder(workplace):  # noqa: F811
         (["sentiment_r4", "--backend", "openai"], "do not go with BACKEND=openai"),
     ],
 )
-def test_what_does_not_go_together_is_one_line(arguments, told, monkeypatch, capsys):
+def test_what_does_not_go_together_is_one_line(arguments, message, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         evaluate(monkeypatch, *arguments)
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert told in line and "pass" not in line
+    assert message in line and "pass" not in line
 
 
 # ---- vLLM: it runs on a GPU alone, so here is what it is given
@@ -440,13 +440,13 @@ def test_what_does_not_go_together_is_one_line(arguments, told, monkeypatch, cap
 
 def test_vllm_gets_the_quantized_base_and_the_adapter_as_a_module(trained, tiny):  # noqa: F811
     path, folder = trained()
-    found = backends.vllm_arguments(subject_of.find(str(path)))
-    assert found["pretrained"] == str(tiny)
-    assert found["quantization"] == "bitsandbytes" and found["dtype"] == "bfloat16"
-    assert found["lora_local_path"] == str(folder) and found["max_lora_rank"] == 8
-    assert found["max_model_len"] == 2048  # Llama's default in transformers
-    found = backends.vllm_arguments(subject_of.find(str(path), precision="fp16"))
-    assert "quantization" not in found and found["dtype"] == "float16"
+    result = backends.vllm_arguments(subject_of.find(str(path)))
+    assert result["pretrained"] == str(tiny)
+    assert result["quantization"] == "bitsandbytes" and result["dtype"] == "bfloat16"
+    assert result["lora_local_path"] == str(folder) and result["max_lora_rank"] == 8
+    assert result["max_model_len"] == 2048  # Llama's default in transformers
+    result = backends.vllm_arguments(subject_of.find(str(path), precision="fp16"))
+    assert "quantization" not in result and result["dtype"] == "float16"
     base = backends.vllm_arguments(subject_of.find(str(path), base_only=True))
     assert "lora_local_path" not in base
 
