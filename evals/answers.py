@@ -96,7 +96,7 @@ class Answers:
         self, file: Path, identity: Any, by_prompt: dict[str, dict[str, Any]] | None = None
     ):
         self.file, self.by_prompt = file, {} if by_prompt is None else by_prompt
-        lines = read_sound_lines(file)
+        lines = _read_sound_lines(file)
         is_valid = lines[:1] == [identity]
         lines = [line for line in lines if "prompt" in line and "refused" not in line]
         lines = lines if is_valid else []
@@ -109,7 +109,7 @@ class Answers:
 
     def add_partial(self, kind: str, request: Any, answer: str) -> None:
         """lm-eval calls this, its cache hook, with every answer of a finished batch."""
-        line: dict[str, Any] = {"prompt": hash_prompt(request[0]), "answer": answer}
+        line: dict[str, Any] = {"prompt": _hash_prompt(request[0]), "answer": answer}
         if self.probabilities:
             line["probabilities"] = self.probabilities.pop(0)
         if reason := self.refusals.get(request[0]):
@@ -120,7 +120,7 @@ class Answers:
 
     def recall(self, prompt: str) -> dict[str, Any]:
         """The line of a prompt's answer."""
-        return self.by_prompt[hash_prompt(prompt)]
+        return self.by_prompt[_hash_prompt(prompt)]
 
     def attach(self, lm: Any, tell: Callable[[str], None] = lambda text: None) -> None:
         """Makes an lm-eval model answer only new prompts, and saves its answers."""
@@ -130,7 +130,7 @@ class Answers:
         self.refusals = getattr(lm, "refusals", {})
 
         def generate_until(requests: list[Any], **options: Any) -> list[str]:
-            keys = [hash_prompt(request.args[0]) for request in requests]
+            keys = [_hash_prompt(request.args[0]) for request in requests]
             by_key = dict(zip(keys, requests, strict=True))
             new = [request for key, request in by_key.items() if key not in self.by_prompt]
             if len(new) < len(by_key):
@@ -143,7 +143,7 @@ class Answers:
         lm.generate_until = generate_until
 
 
-def read_sound_lines(file: Path) -> list[dict[str, Any]]:
+def _read_sound_lines(file: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file's lines; a full disk or a crash may have torn any line."""
     lines = []
     for text in file.read_bytes().splitlines() if file.is_file() else []:
@@ -154,5 +154,5 @@ def read_sound_lines(file: Path) -> list[dict[str, Any]]:
     return [line for line in lines if isinstance(line, dict)]
 
 
-def hash_prompt(prompt: str) -> str:
+def _hash_prompt(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()

@@ -103,22 +103,22 @@ def find_endpoint(base_url: str | None, model: str | None, form: str | None) -> 
         with openai.OpenAI(**endpoint.client_options) as client:
             served = [entry.id for entry in client.models.list()]
     except openai.OpenAIError as error:
-        raise explain_failure(endpoint, error) from None
+        raise _explain_failure(endpoint, error) from None
     except (ValueError, TypeError, AttributeError):
         raise JobFailed(f"{endpoint.url} lists no models, so MODEL_NAME=… is needed") from None
     if len(served) != 1:
-        names = hide_key(", ".join(served[:8]) or "none")
+        names = _hide_key(", ".join(served[:8]) or "none")
         raise WrongInput(f"MODEL_NAME=… is needed; {endpoint.url} serves {names}")
     return Endpoint(base_url, served[0], endpoint.prompt_format)
 
 
-def hide_key(text: str) -> str:
+def _hide_key(text: str) -> str:
     """A server's text without the key, which some servers repeat."""
     key = os.environ.get("OPENAI_API_KEY", "")
     return text.replace(key, "***") if len(key) >= 8 else text
 
 
-def explain_failure(endpoint: Endpoint, error: openai.OpenAIError) -> Exception:
+def _explain_failure(endpoint: Endpoint, error: openai.OpenAIError) -> Exception:
     """The one-line error for what the client raised after its last try."""
     url = endpoint.url
     if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
@@ -126,7 +126,7 @@ def explain_failure(endpoint: Endpoint, error: openai.OpenAIError) -> Exception:
     if not isinstance(error, openai.APIStatusError):
         why = "timed out" if isinstance(error, openai.APITimeoutError) else "cannot be reached"
         return JobFailed(f"{url} {why}, after {RETRIES} retries; {KEPT}")
-    message = hide_key(error.message)[:200]
+    message = _hide_key(error.message)[:200]
     if isinstance(error, openai.NotFoundError):
         return WrongInput(f'{url} has no "{endpoint.model}", or BASE_URL is wrong: {message}')
     return JobFailed(f"{url} answers {error.status_code}: {message}; {KEPT}")
@@ -203,7 +203,7 @@ class RemoteModel(Progress, LM):  # type: ignore[misc]
                 raise JobFailed(f"{self.endpoint.url} refuses every row: {refusal}") from None
             return ""
         self.answered += 1
-        return hide_key(answer)
+        return _hide_key(answer)
 
     async def ask_until_whole(
         self, client: openai.AsyncOpenAI, text: str, settings: dict[str, Any]
@@ -219,7 +219,7 @@ class RemoteModel(Progress, LM):  # type: ignore[misc]
                 raise RefusedRow("finish_reason: content_filter")
         raise JobFailed(
             f"{self.endpoint.url} gave no whole answer in {RETRIES + 1} tries (finish_reason: "
-            f"{hide_key(end or 'none')[:40]}); {KEPT}"
+            f"{_hide_key(end or 'none')[:40]}); {KEPT}"
         )
 
     async def ask(self, client: openai.AsyncOpenAI, text: str, settings: dict[str, Any]) -> Any:
@@ -238,9 +238,9 @@ class RemoteModel(Progress, LM):  # type: ignore[misc]
             return await client.chat.completions.create(messages=turn, **options)
         except openai.OpenAIError as error:
             if isinstance(error, openai.APIStatusError) and error.status_code in REFUSED:
-                reason = " ".join(hide_key(error.message).split())[:200]
+                reason = " ".join(_hide_key(error.message).split())[:200]
                 raise RefusedRow(reason or "no reason") from None
-            raise explain_failure(self.endpoint, error) from None
+            raise _explain_failure(self.endpoint, error) from None
         except ValueError:
             return None
 

@@ -27,7 +27,7 @@ class Axis:
     gpu: str = ""
 
 
-def make_figure(height: float) -> tuple[Any, Any]:
+def _make_figure(height: float) -> tuple[Any, Any]:
     """(figure, axes) of one width, in inches, in this project's style."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -58,13 +58,13 @@ def finish(figure: Any, caption: str) -> Drawing:
     return {"figure": figure, "caption": caption}
 
 
-def style(place: int) -> dict[str, Any]:
+def _style(place: int) -> dict[str, Any]:
     """How an adapter's points look, by its place in the report."""
     color, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
     return {"color": color, "marker": marker, "ls": "", "ms": 6, "capsize": 3}
 
 
-def measure_reach(value: dict[str, Any]) -> tuple[float, list[list[float]]]:
+def _measure_reach(value: dict[str, Any]) -> tuple[float, list[list[float]]]:
     """(point, [[below], [above]]) of a value in %, as matplotlib's errorbar takes them."""
     point = 100 * value["value"]
     low, high = (100 * value.get(end, value["value"]) for end in ("low", "high"))
@@ -77,15 +77,15 @@ def draw_gains(names: Sequence[str], gains: Sequence[Gains]) -> Drawing | None:
     if not datasets:
         return None
     scored = [place for place, gain in enumerate(gains) if gain]
-    figure, axes = make_figure(1.6 + 0.16 * len(datasets) * (1 + len(scored)) + 0.2 * len(scored))
+    figure, axes = _make_figure(1.6 + 0.16 * len(datasets) * (1 + len(scored)) + 0.2 * len(scored))
     axes.axvline(0, color=INK, lw=1)
     for order, place in enumerate(scored):
         offset = (order - (len(scored) - 1) / 2) * 0.7 / len(scored)
         label: str | None = names[place]
         for dataset, metrics in gains[place].items():
-            point, reach = measure_reach(next(iter(metrics.values())))
+            point, reach = _measure_reach(next(iter(metrics.values())))
             height = datasets.index(dataset) + offset
-            axes.errorbar(point, height, xerr=reach, label=label, **style(place))
+            axes.errorbar(point, height, xerr=reach, label=label, **_style(place))
             label = None
     axes.set_yticks(range(len(datasets)), datasets)
     axes.set_ylim(len(datasets) - 0.4, -0.6)
@@ -105,10 +105,10 @@ def draw_scores(
     """Scores (`means`, by place) against planned `values`; a single point compares nothing."""
     if len(values) < 2:
         return None
-    figure, axes = make_figure(3.4 + 0.2 * len(values))
+    figure, axes = _make_figure(3.4 + 0.2 * len(values))
     for place, value in values.items():
-        point, reach = measure_reach(means[place])
-        axes.errorbar(value, point, yerr=reach, label=names[place], **style(place))
+        point, reach = _measure_reach(means[place])
+        axes.errorbar(value, point, yerr=reach, label=names[place], **_style(place))
     axes.set_xlabel(axis.label)
     axes.set_ylabel(label)
     axes.margins(x=0.2)
@@ -128,7 +128,7 @@ def draw_losses(curves: dict[int, tuple[str, list[dict[str, Any]]]]) -> Drawing 
     """The losses of runs, (name, lines of progress.jsonl) by place, smoothed over the raw lines."""
     if not curves:
         return None
-    figure, axes = make_figure(3.4 + 0.2 * len(curves))
+    figure, axes = _make_figure(3.4 + 0.2 * len(curves))
     for place, (name, lines) in curves.items():
         colour = COLOURS[place % len(COLOURS)]
         trained = [(line["step"], line["loss"]) for line in lines if "loss" in line]

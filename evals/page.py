@@ -68,7 +68,7 @@ class Scored:
 # ---- what was scored
 
 
-def read_current(file: Path) -> Content:
+def _read_current(file: Path) -> Content:
     """A score file; raises WrongInput if damaged, or of an adapter that was trained again."""
     content = report.read(file)
     run = file.parent.parent / "run.json"
@@ -86,7 +86,7 @@ def find_scored() -> list[Scored]:
         if any(part.startswith(".") or ".previous" in part for part in parts):
             continue
         try:
-            content = read_current(file)
+            content = _read_current(file)
         except WrongInput as error:
             print(f"report     {shown(file)} left out: {error}", file=sys.stderr)
             continue
@@ -119,7 +119,7 @@ def describe(folder: Path, contents: dict[str, Content]) -> Scored:
     )
 
 
-def select_comparable(contents: dict[str, Content], other: Scored) -> dict[str, Content]:
+def _select_comparable(contents: dict[str, Content], other: Scored) -> dict[str, Content]:
     """Another's scores that differ from these in nothing but the adapter."""
 
     def conditions(content: Content) -> dict[str, Any]:
@@ -132,18 +132,18 @@ def select_comparable(contents: dict[str, Content], other: Scored) -> dict[str, 
     }
 
 
-def compare_with_base(adapter: Scored, scored: list[Scored]) -> Gains:
+def _compare_with_base(adapter: Scored, scored: list[Scored]) -> Gains:
     base: dict[str, Content] = {}
     for other in scored:
-        base |= {} if other.is_adapter else select_comparable(adapter.contents, other)
+        base |= {} if other.is_adapter else _select_comparable(adapter.contents, other)
     return report.differences(base, adapter.contents)
 
 
-def compare_adapters(adapters: list[Scored]) -> list[str]:
+def _compare_adapters(adapters: list[Scored]) -> list[str]:
     """Sentences on adapters against each other, on the same base at the same precision."""
     lines = []
     for one, other in combinations(adapters, 2):
-        theirs = select_comparable(one.contents, other)
+        theirs = _select_comparable(one.contents, other)
         gains = report.differences({name: one.contents[name] for name in theirs}, theirs)
         verdicts = report.format_sentences(gains, theirs)
         lines += [f"{other.name} against {one.name}: {verdict}" for verdict in verdicts]
@@ -153,7 +153,7 @@ def compare_adapters(adapters: list[Scored]) -> list[str]:
 # ---- tables
 
 
-def format_number(value: dict[str, Any] | None, signed: bool = False) -> dict[str, Any] | None:
+def _format_number(value: dict[str, Any] | None, signed: bool = False) -> dict[str, Any] | None:
     """A value with an interval for the page: text in %, and the number to sort by."""
     if not value:
         return None
@@ -161,7 +161,7 @@ def format_number(value: dict[str, Any] | None, signed: bool = False) -> dict[st
     return {"point": point, "range": interval or report.NO_INTERVAL, "sort": value["value"]}
 
 
-def find_published(scored: Scored) -> dict[str, dict[str, float]]:
+def _find_published(scored: Scored) -> dict[str, dict[str, float]]:
     """FinLoRA's scores of the same method on Llama 3.1 8B, by dataset; {} where it has none."""
     method = "base" if scored.method == "base" else ""
     if scored.is_adapter:
@@ -173,9 +173,9 @@ def find_published(scored: Scored) -> dict[str, dict[str, float]]:
     return report.read_published().get(method, {})
 
 
-def tabulate(scored: Scored, gains: Gains) -> list[dict[str, Any]]:
+def _tabulate(scored: Scored, gains: Gains) -> list[dict[str, Any]]:
     """A row for each dataset and metric of what was scored."""
-    rows, published = [], find_published(scored)
+    rows, published = [], _find_published(scored)
     for dataset, content in scored.contents.items():
         selected = content["evaluated"].get("data_selected")
         notes = ["examples" if report.is_sample(content) else selected]
@@ -192,8 +192,8 @@ def tabulate(scored: Scored, gains: Gains) -> list[dict[str, Any]]:
                     "setting": scored.setting,
                     "metric": report.title(metric),
                     "main": place == 0,
-                    "score": format_number(value),
-                    "gain": format_number(gain, signed=True),
+                    "score": _format_number(value),
+                    "gain": _format_number(gain, signed=True),
                     "better": gain and (gain["value"] > 0) != (metric in stats.LOWER_IS_BETTER),
                     "p": gain.get("corrected") if gain else None,
                     "published": theirs.get(metric),
@@ -203,7 +203,7 @@ def tabulate(scored: Scored, gains: Gains) -> list[dict[str, Any]]:
     return rows
 
 
-def order_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _order_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Puts the models of a dataset and metric under each other."""
     datasets = list(dict.fromkeys(row["dataset"] for row in rows))
     metrics = list(dict.fromkeys((row["dataset"], row["metric"]) for row in rows))
@@ -220,7 +220,7 @@ def explain(scored: Scored, gains: Gains) -> list[str]:
     else:
         method = "base" if base == llama else ""
     lines = report.format_sentences(gains, scored.contents)
-    lines += report.explain_unpublished(scored.contents) if find_published(scored) else []
+    lines += report.explain_unpublished(scored.contents) if _find_published(scored) else []
     for dataset, content in scored.contents.items():
         if old := evaluation.explain_old(content):
             lines.append(f"{dataset}: {old}; it is compared with no new score.")
@@ -260,14 +260,14 @@ def read_prompts(dataset: str, sha256: str) -> list[str] | str:
     return [row["messages"][0]["content"] for row in json_lines(path)]
 
 
-def clip(text: str) -> str:
+def _clip(text: str) -> str:
     left_out = len(text) - TEXT
     if left_out <= 0:
         return text
     return f"{text[: TEXT // 2]}\n… {left_out:,} characters left out …\n{text[-TEXT // 2 :]}"
 
 
-def list_wrong(scored: Scored, dataset: str, content: Content) -> dict[str, Any] | None:
+def _list_wrong(scored: Scored, dataset: str, content: Content) -> dict[str, Any] | None:
     """The rows whose first metric is not full, the worst first: WRONG of them."""
     metric = next(iter(content["metrics"]))
     shares = [(report.share(row["values"][metric]), row) for row in content["predictions"]]
@@ -281,7 +281,7 @@ def list_wrong(scored: Scored, dataset: str, content: Content) -> dict[str, Any]
         is_here = not isinstance(prompts, str) and row["row"] < len(prompts)
         prompt = prompts[row["row"]] if is_here else f"(not at hand: {prompts})"
         texts = {"prompt": prompt} | {k: row[k] for k in ("expected", "answered", "answer")}
-        clipped = {key: clip(text) for key, text in texts.items()}
+        clipped = {key: _clip(text) for key, text in texts.items()}
         rows.append(clipped | {"number": row["row"], "share": share})
     part = {"dataset": dataset, "name": scored.name, "metric": report.title(metric)}
     return part | {"total": len(missed), "rows": rows} if rows else None
@@ -304,7 +304,7 @@ def plan_training(scored: Scored, planner: Planner) -> dict[str, Any]:
         return {}
 
 
-def average_scores(adapters: list[Scored]) -> tuple[list[str], list[dict[str, float]]]:
+def _average_scores(adapters: list[Scored]) -> tuple[list[str], list[dict[str, float]]]:
     """The datasets that all adapters were scored on, and the mean of each over their first metrics.
 
     The half-widths of intervals of different datasets add in quadrature; where one has none, the
@@ -332,14 +332,14 @@ def average_scores(adapters: list[Scored]) -> tuple[list[str], list[dict[str, fl
     return common, means
 
 
-def draw_figures(
+def _draw_figures(
     adapters: list[Scored], gains: list[Gains], planner: Planner
 ) -> dict[str, figures.Drawing]:
     """The figures that say something, by name."""
     names = [adapter.name for adapter in adapters]
     full = [place for place, adapter in enumerate(adapters) if not adapter.is_limited]
     full = full or list(range(len(adapters)))
-    common, scores = average_scores([adapters[place] for place in full])
+    common, scores = _average_scores([adapters[place] for place in full])
     means = dict(zip(full, scores, strict=False))
     plans = {place: plan_training(adapters[place], planner) for place in means}
     plans = {place: plan for place, plan in plans.items() if plan}
@@ -366,7 +366,7 @@ def draw_figures(
     return {name: drawing for name, drawing in drawings.items() if drawing}
 
 
-def render_svg(figure: Any, name: str) -> str:
+def _render_svg(figure: Any, name: str) -> str:
     """A figure as SVG that takes the page's colours."""
     import matplotlib as mpl
 
@@ -381,7 +381,7 @@ def render_svg(figure: Any, name: str) -> str:
 # ---- the page
 
 
-def spell_out(value: Any) -> Any:
+def _spell_out(value: Any) -> Any:
     """A text with invisible characters spelled out: controls, separators, changes of direction."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
@@ -396,9 +396,9 @@ def render_page(content: dict[str, Any]) -> str:
     text = TEMPLATE.read_text()
     script = text.partition("<script>")[2].partition("</script>")[0]
     sha = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    template = Environment(autoescape=True, finalize=spell_out).from_string(text)
+    template = Environment(autoescape=True, finalize=_spell_out).from_string(text)
     drawings = {
-        name: drawing | {"svg": Markup(render_svg(drawing["figure"], name))}  # noqa: S704 (escaped)
+        name: drawing | {"svg": Markup(_render_svg(drawing["figure"], name))}  # noqa: S704 (escaped)
         for name, drawing in content["figures"].items()
     }
     return template.render(content | {"figures": drawings, "script_sha": sha, "wrong_limit": WRONG})
@@ -412,8 +412,8 @@ def build(out: Path, planner: Planner) -> list[Path]:
             f"nothing is scored in {shown(runs_module.RUNS)}; `make eval RECIPE=…` does"
         )
     adapters = [entry for entry in scored if entry.is_adapter]
-    gains = [compare_with_base(entry, scored) if entry.is_adapter else {} for entry in scored]
-    drawings = draw_figures(
+    gains = [_compare_with_base(entry, scored) if entry.is_adapter else {} for entry in scored]
+    drawings = _draw_figures(
         adapters,
         [gain for entry, gain in zip(scored, gains, strict=True) if entry.is_adapter],
         planner,
@@ -435,12 +435,12 @@ def build(out: Path, planner: Planner) -> list[Path]:
     pairs = list(zip(scored, gains, strict=True))
     text = render_page(
         {
-            "table": order_rows([row for entry, gain in pairs for row in tabulate(entry, gain)]),
+            "table": _order_rows([row for entry, gain in pairs for row in _tabulate(entry, gain)]),
             "explanations": [(entry.name, explain(entry, gain)) for entry, gain in pairs],
-            "between": compare_adapters(adapters),
+            "between": _compare_adapters(adapters),
             "figures": drawings,
             "matrices": sorted(filter(lambda m: m["matrix"], matrices), key=lambda m: m["dataset"]),
-            "wrong": list(filter(None, (list_wrong(*entry) for entry in contents))),
+            "wrong": list(filter(None, (_list_wrong(*entry) for entry in contents))),
             "small": stats.SMALL,
         }
     )

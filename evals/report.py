@@ -123,7 +123,7 @@ def format_percent(value: dict[str, Any], signed: bool = False) -> tuple[str, st
 # ---- differences
 
 
-def have_same(keys: Iterable[str], first: Content, second: Content) -> bool:
+def _have_same(keys: Iterable[str], first: Content, second: Content) -> bool:
     sides = first["evaluated"], second["evaluated"]
     return all(sides[0].get(key) == sides[1].get(key) for key in keys)
 
@@ -131,7 +131,7 @@ def have_same(keys: Iterable[str], first: Content, second: Content) -> bool:
 def paired(first: Content, second: Content) -> bool:
     """Whether two score files hold answers to the same rows, read and scored in the same way."""
     rows = ([row["row"] for row in content["predictions"]] for content in (first, second))
-    return have_same(SAME_SCORING, first, second) and next(rows) == next(rows)
+    return _have_same(SAME_SCORING, first, second) and next(rows) == next(rows)
 
 
 def values(content: Content, metric: str) -> list[Any]:
@@ -155,10 +155,10 @@ def differences(first: dict[str, Content], second: dict[str, Content]) -> Gains:
                 columns = values(content, metric), values(other, metric)
                 if metric in other["metrics"] and len(columns[0]) == len(columns[1]):
                     gains[dataset][metric] = stats.compare(metric, *columns)
-    return correct(gains)
+    return _correct(gains)
 
 
-def correct(gains: Gains) -> Gains:
+def _correct(gains: Gains) -> Gains:
     """Adds "corrected" and "family" to the differences that have a p."""
     for metric in {metric for by_metric in gains.values() for metric in by_metric}:
         tests = [by_metric[metric] for by_metric in gains.values() if metric in by_metric]
@@ -240,7 +240,7 @@ def against_published(contents: dict[str, Content], method: str) -> Gains:
             if metric in content["metrics"]
         }
         gains |= {dataset: by_metric} if by_metric else {}
-    return correct(gains)
+    return _correct(gains)
 
 
 def explain_incomparable(dataset: str) -> str:
@@ -271,7 +271,7 @@ def count_differing(content: Content) -> int | None:
     return sum(share(row["accuracy"]) != share(row["finlora_accuracy"]) for row in rows)
 
 
-def list_notes(content: Content) -> list[str]:
+def _list_notes(content: Content) -> list[str]:
     """What a reader of a score must know beside it."""
     checks = content.get("label_checks", {}).items()
     notes = [f"labels of the {part} rows: {text}" for part, text in checks]
@@ -299,7 +299,7 @@ def list_remarks(contents: dict[str, Content], method: str, side: str = "") -> l
         against = f"against FinLoRA's published {100 * gains[dataset][metric]['published']:.1f}"
         remarks.append(f"{dataset}{label}, {title(metric)}: {against}: {verdict}.")
     for dataset, content in contents.items():
-        remarks += [f"{dataset}{label}: {note}." for note in list_notes(content)]
+        remarks += [f"{dataset}{label}: {note}." for note in _list_notes(content)]
     return remarks
 
 
@@ -332,7 +332,7 @@ def show(name: str, files: Files) -> None:
         lines += list_remarks(contents, "base" if method and side == "base" else method, side)
 
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    parts = (tabulate(name, scores, gains), escape("\n".join(lines)))
+    parts = (_tabulate(name, scores, gains), escape("\n".join(lines)))
     for part in parts:
         console.print()
         console.print(part, soft_wrap=isinstance(part, str))
@@ -342,7 +342,7 @@ def show(name: str, files: Files) -> None:
             console.print(f"scores     {dataset}, {side}: {shown(file)}", soft_wrap=True)
 
 
-def tabulate(name: str, scores: dict[str, dict[str, Content]], gains: Gains) -> Any:
+def _tabulate(name: str, scores: dict[str, dict[str, Content]], gains: Gains) -> Any:
     """A rich table with a row for each dataset and metric, and a column for each side."""
     from rich.table import Table
 
@@ -384,7 +384,7 @@ def show_comparisons(scored: dict[str, Files]) -> None:
         same = {
             dataset: content
             for dataset, content in contents.items()
-            if dataset in others and have_same(SAME_BASE, content, others[dataset])
+            if dataset in others and _have_same(SAME_BASE, content, others[dataset])
         }
         if same:
             lines = format_sentences(differences(same, others), same)

@@ -54,14 +54,14 @@ KEPT = "; what was answered is kept, and the same command goes on from there"
 # ---- tasks
 
 
-def read_task_file(path: Path) -> dict[str, Any]:
+def _read_task_file(path: Path) -> dict[str, Any]:
     """A task file merged with what it includes."""
     content = yaml.load(path.read_text().replace("!function", ""), yaml.CSafeLoader)
     included = content.pop("include", [])
     merged: dict[str, Any] = {}
     # As in lm-eval: the first of several includes counts most, the file itself above all.
     for name in reversed([included] if isinstance(included, str) else included):
-        merged |= read_task_file((path.parent / name).resolve())
+        merged |= _read_task_file((path.parent / name).resolve())
     return merged | content
 
 
@@ -69,7 +69,7 @@ def read_task_file(path: Path) -> dict[str, Any]:
 def read_tasks() -> dict[str, dict[str, Any]]:
     """The content of each task file by its dataset, which is the file's name."""
     paths = (path for path in sorted(TASKS.rglob("*.yaml")) if not path.name.startswith("_"))
-    contents = {path.stem: read_task_file(path) for path in paths}
+    contents = {path.stem: _read_task_file(path) for path in paths}
     return {name: content for name, content in contents.items() if "dataset_kwargs" in content}
 
 
@@ -118,7 +118,7 @@ def identify(
     """What a score depends on; the score stands while this is the same."""
     task = read_tasks()[dataset]
     manifest = sources.manifest(find_rows(dataset))
-    model = identify_subject(subject, side) if isinstance(subject, Subject) else subject.identity()
+    model = _identify_subject(subject, side) if isinstance(subject, Subject) else subject.identity()
     return {
         "dataset": dataset,
         "task_version": task["metadata"]["version"],
@@ -134,7 +134,7 @@ def identify(
     }
 
 
-def identify_subject(subject: Subject, side: str) -> dict[str, Any]:
+def _identify_subject(subject: Subject, side: str) -> dict[str, Any]:
     config, base = subject.config, ROOT / subject.config["base_model"]
     folder = weights.base_folder(config["base_model"])
     quantization = ("load_in_4bit", "load_in_8bit", "bnb_config_kwargs", "dtype")
@@ -151,12 +151,12 @@ def identify_subject(subject: Subject, side: str) -> dict[str, Any]:
         "adapter_sha256": digest(adapter / "adapter_model.safetensors") if adapter else None,
         "prompt_format": subject.prompt_format,
         "chat_template_kwargs": subject.options,
-        "device_class": find_device_class(),
+        "device_class": _find_device_class(),
         **({"tokenizer": tokenizer} if tokenizer else {}),
     }
 
 
-def find_device_class() -> str:
+def _find_device_class() -> str:
     """Whose kernels compute: `cpu`, or `cuda` and the GPU's capability."""
     import torch
 
@@ -225,16 +225,16 @@ def measure(
         prefix = "" if sample["filter"] == first else f"{sample['filter']}_"
         row["values"] |= {prefix + metric: sample[metric] for metric in metrics if metric in sample}
         if not prefix:
-            row |= describe_answer(sample, row["values"], prompts, answers)
+            row |= _describe_answer(sample, row["values"], prompts, answers)
             targets[number] = sample["target"]
     if all(targets[number] in row.get("probabilities", ()) for number, row in rows.items()):
         for number, row in rows.items():
             likeliest, share = max(row["probabilities"].items(), key=lambda item: item[1])
             row["values"]["ece"] = [(share, float(likeliest == targets[number]))]
-    return list(rows.values()), score_together(list(rows.values()), metrics)
+    return list(rows.values()), _score_together(list(rows.values()), metrics)
 
 
-def describe_answer(
+def _describe_answer(
     sample: dict[str, Any], values: dict[str, Any], prompts: Prompts, answers: Answers | None
 ) -> dict[str, Any]:
     """What a score file holds of a row beside its number and values."""
@@ -250,7 +250,7 @@ def describe_answer(
     return row
 
 
-def score_together(rows: list[dict[str, Any]], metrics: Sequence[str]) -> dict[str, str]:
+def _score_together(rows: list[dict[str, Any]], metrics: Sequence[str]) -> dict[str, str]:
     """Computes the metrics of CORPUS; returns those that are left out, with the reason."""
     from evals.tasks import utils
 
@@ -343,7 +343,7 @@ def score_subject(subject: "Subject | Endpoint", request: Request) -> report.Fil
         for name in names:
             file = files[name][side]
             identity = identify(subject, side, name, request.limit, request.backend)
-            if request.force or read_identity(file, warn=True) != identity:
+            if request.force or _read_identity(file, warn=True) != identity:
                 todo.append((side, name, identity, file))
     if todo:
         print(f"eval       {subject.name} on {', '.join(names)}", flush=True)
@@ -356,12 +356,12 @@ def score_subject(subject: "Subject | Endpoint", request: Request) -> report.Fil
     for side, name, identity, file in todo:
         # Two jobs may share a base: the second waits, and then finds the score.
         with naming_refusal(file), locked(file):
-            if request.force or read_identity(file) != identity:
+            if request.force or _read_identity(file) != identity:
                 job.score(side, name, identity, file)
     return files
 
 
-def read_identity(file: Path, warn: bool = False) -> Any:
+def _read_identity(file: Path, warn: bool = False) -> Any:
     """What a score file depends on; None where there is no file, or a damaged one."""
     if not file.is_file():
         return None

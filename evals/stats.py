@@ -36,14 +36,14 @@ FEW = 200  # groups up to which drawing their counts is faster than drawing rows
 Array = np.ndarray[Any, Any]
 
 
-def find_kind(metric: str) -> str:
+def _find_kind(metric: str) -> str:
     """How a metric is computed: `ece`, `f1_weighted`, `f1_macro` or `mean`."""
     if metric == "ece":
         return metric
     return next((kind for kind in ("f1_weighted", "f1_macro") if kind in metric), "mean")
 
 
-def group_rows(*columns: Sequence[Any]) -> tuple[list[tuple[Any, ...]], Array]:
+def _group_rows(*columns: Sequence[Any]) -> tuple[list[tuple[Any, ...]], Array]:
     """The k distinct rows of columns of values, sorted, and how often each occurs: int64 (k,)."""
 
     def freeze(value: Any) -> Any:
@@ -54,7 +54,7 @@ def group_rows(*columns: Sequence[Any]) -> tuple[list[tuple[Any, ...]], Array]:
     return rows, np.array([counts[row] for row in rows])
 
 
-def draw_resamples(counts: Array) -> Iterator[Array]:
+def _draw_resamples(counts: Array) -> Iterator[Array]:
     """RESAMPLES bootstrap draws of the rows, as counts of the k groups: int64 (CHUNK, k) each."""
     rows, groups = int(counts.sum()), len(counts)
     generator = np.random.default_rng(SEED)
@@ -68,8 +68,8 @@ def draw_resamples(counts: Array) -> Iterator[Array]:
             yield np.bincount(drawn.ravel(), minlength=CHUNK * groups).reshape(CHUNK, groups)
 
 
-def list_summands(metric: str, values: Sequence[Any]) -> Any:
-    """What each of k values adds to the sums that `compute` takes: a sparse matrix (k, sums).
+def _list_summands(metric: str, values: Sequence[Any]) -> Any:
+    """What each of k values adds to the sums that `_compute` takes: a sparse matrix (k, sums).
 
     mean  right, count
     F1    for every expected label: hits, then expected + answered, then expected
@@ -77,7 +77,7 @@ def list_summands(metric: str, values: Sequence[Any]) -> Any:
     """
     from scipy.sparse import csr_matrix
 
-    kind = find_kind(metric)
+    kind = _find_kind(metric)
     if kind == "ece":
         gaps = np.zeros((len(values), BINS + 1))
         for row, ((share, right),) in enumerate(values):
@@ -102,14 +102,14 @@ def list_summands(metric: str, values: Sequence[Any]) -> Any:
     return csr_matrix((np.ones(len(cells)), places), shape=(len(values), 3 * width))
 
 
-def add_up(counts: Array, summands: Any) -> Array:
+def _add_up(counts: Array, summands: Any) -> Array:
     """The sums of R draws: (R, k) counts and (k, sums) summands give float64 (R, sums)."""
     if summands.shape[1] <= FEW:  # a dense product is faster
         return np.asarray(counts.astype(float) @ summands.toarray())
     return np.asarray((summands.T @ np.ascontiguousarray(counts.T)).T, dtype=float)
 
 
-def compute(metric: str, sums: Array) -> Array:
+def _compute(metric: str, sums: Array) -> Array:
     """The metric of each of R rows of sums (R, sums): (R,).
 
     F1 of a label = 2·TP / (2·TP + FP + FN), and 0 where that is 0/0, as in scikit-learn; averaged
@@ -117,7 +117,7 @@ def compute(metric: str, sums: Array) -> Array:
     ECE = Σ over bins of |Σ (confidence - right)| / rows (Guo et al. 2017, equation 3). Chance alone
     makes it more than 0; the intervals of `estimate` and `compare` allow for that bias.
     """
-    kind = find_kind(metric)
+    kind = _find_kind(metric)
     if kind == "ece":
         return np.asarray(np.abs(sums[:, :BINS]).sum(1) / sums[:, BINS])
     if kind == "mean":
@@ -134,33 +134,33 @@ def estimate(metric: str, values: Sequence[Any]) -> dict[str, Any]:
 
     Where there can be no interval: {"value", "no_interval": the reason}.
     """
-    groups, counts = group_rows(values)
+    groups, counts = _group_rows(values)
     distinct = [value for (value,) in groups]
-    summands = list_summands(metric, distinct)
-    sums = add_up(counts[None], summands)
-    point = float(compute(metric, sums)[0])
-    if find_kind(metric) == "mean" and are_binary(distinct):
-        return {"value": point} | wilson(point, len(values))
-    if reason := explain_no_interval(metric, values):
+    summands = _list_summands(metric, distinct)
+    sums = _add_up(counts[None], summands)
+    point = float(_compute(metric, sums)[0])
+    if _find_kind(metric) == "mean" and _are_binary(distinct):
+        return {"value": point} | _wilson(point, len(values))
+    if reason := _explain_no_interval(metric, values):
         return {"value": point, "no_interval": reason}
     sampled = np.concatenate(
-        [compute(metric, add_up(drawn, summands)) for drawn in draw_resamples(counts)]
+        [_compute(metric, _add_up(drawn, summands)) for drawn in _draw_resamples(counts)]
     )
-    by_wilson = wilson(point, count_effective_rows(metric, values))
+    by_wilson = _wilson(point, _count_effective_rows(metric, values))
     if np.ptp(sampled) == 0:
         return {"value": point} | by_wilson
-    low, high = find_interval(metric, point, sampled, len(values))
-    if find_kind(metric) == "f1_macro":
+    low, high = _find_interval(metric, point, sampled, len(values))
+    if _find_kind(metric) == "f1_macro":
         hits, _, expected = np.split(sums[0], 3)
         if ((hits == 0) | (hits == expected)).any():  # resamples of such a class do not differ
             low, high = min(low, by_wilson["low"]), max(high, by_wilson["high"])
-    if metric == "ece" and point <= find_chance_ece([value[0][0] for value in distinct], counts):
+    if metric == "ece" and point <= _find_chance_ece([value[0][0] for value in distinct], counts):
         low = 0.0
     ends = {"value": point, "low": low, "high": high}
     return {name: min(max(end, 0.0), 1.0) for name, end in ends.items()}
 
 
-def find_chance_ece(shares: Sequence[float], counts: Array) -> float:
+def _find_chance_ece(shares: Sequence[float], counts: Array) -> float:
     """The ECE that a perfectly calibrated model exceeds with a chance of LEVEL / 2.
 
     Answers are drawn from the probabilities themselves: the consistency resampling of Bröcker and
@@ -176,33 +176,33 @@ def find_chance_ece(shares: Sequence[float], counts: Array) -> float:
     return float(np.quantile(drawn, 1 - LEVEL / 2))
 
 
-def explain_no_interval(metric: str, values: Sequence[Any]) -> str:
+def _explain_no_interval(metric: str, values: Sequence[Any]) -> str:
     """Why rows are too few for a bootstrap's interval; empty where they are enough."""
     if len(values) < LEAST:
         return f"fewer than {LEAST} rows ({len(values)})"
-    if find_kind(metric) == "f1_macro":
-        rows, label = min((rows, label) for label, rows in count_classes(values).items())
+    if _find_kind(metric) == "f1_macro":
+        rows, label = min((rows, label) for label, rows in _count_classes(values).items())
         if rows < LEAST:
             return f"fewer than {LEAST} rows of a class ({label}: {rows})"
     return ""
 
 
-def count_classes(values: Sequence[Any]) -> Counter[str]:
+def _count_classes(values: Sequence[Any]) -> Counter[str]:
     return Counter(expected for pairs in values for expected, _ in pairs)
 
 
-def count_effective_rows(metric: str, values: Sequence[Any]) -> float:
+def _count_effective_rows(metric: str, values: Sequence[Any]) -> float:
     """How many rows would determine an overall rate as well as these rows determine the metric.
 
     A mean over C classes of n rows has the variance of C² / Σ 1/n rows.
     """
-    if find_kind(metric) != "f1_macro":
+    if _find_kind(metric) != "f1_macro":
         return len(values)
-    sizes = count_classes(values).values()
+    sizes = _count_classes(values).values()
     return min(len(values), len(sizes) ** 2 / sum(1 / size for size in sizes))
 
 
-def wilson(rate: float, rows: float) -> dict[str, float]:
+def _wilson(rate: float, rows: float) -> dict[str, float]:
     """Wilson's score interval (1927) of a rate; `rows` need not be whole, as SciPy's must."""
     weight = Z**2 / rows
     middle = (rate + weight / 2) / (1 + weight)
@@ -210,7 +210,7 @@ def wilson(rate: float, rows: float) -> dict[str, float]:
     return {"low": max(0.0, min(rate, middle - half)), "high": min(1.0, max(rate, middle + half))}
 
 
-def bonett_price(lost: int, won: int, rows: float) -> dict[str, float]:
+def _bonett_price(lost: int, won: int, rows: float) -> dict[str, float]:
     """Bonett and Price's interval (2012) of a difference of paired rates."""
     down, up = (lost + 1) / (rows + 2), (won + 1) / (rows + 2)
     half = Z * ((up + down - (up - down) ** 2) / (rows + 2)) ** 0.5
@@ -226,43 +226,43 @@ def compare(metric: str, first: Sequence[Any], second: Sequence[Any]) -> dict[st
     right or wrong, and else that of the paired bootstrap: twice the share of resamples on the far
     side of no difference. Where there can be neither: {"value", "no_interval", "p": None, "test"}.
     """
-    groups, counts = group_rows(first, second)
-    before, after = (list_summands(metric, [row[side] for row in groups]) for side in (0, 1))
+    groups, counts = _group_rows(first, second)
+    before, after = (_list_summands(metric, [row[side] for row in groups]) for side in (0, 1))
 
     def gain(drawn: Array) -> Array:
-        return compute(metric, add_up(drawn, after)) - compute(metric, add_up(drawn, before))
+        return _compute(metric, _add_up(drawn, after)) - _compute(metric, _add_up(drawn, before))
 
     point = float(gain(counts[None])[0])
-    if has_exact_test(metric, [value for row in groups for value in row]):
+    if _has_exact_test(metric, [value for row in groups for value in row]):
         changes = list(zip(groups, counts.tolist(), strict=True))
         lost = sum(count for (one, two), count in changes if one > two)
         won = sum(count for (one, two), count in changes if one < two)
-        interval = bonett_price(lost, won, len(first))
+        interval = _bonett_price(lost, won, len(first))
         return {"value": point} | interval | {"p": mcnemar(lost, won), "test": "McNemar"}
-    if reason := explain_no_interval(metric, first):
+    if reason := _explain_no_interval(metric, first):
         return {"value": point, "no_interval": reason, "p": None, "test": "none"}
     test = {"test": "paired bootstrap"}
-    sampled = np.concatenate([gain(drawn) for drawn in draw_resamples(counts)])
+    sampled = np.concatenate([gain(drawn) for drawn in _draw_resamples(counts)])
     if np.ptp(sampled) == 0:
-        half = bonett_price(0, 0, count_effective_rows(metric, first))["high"]
+        half = _bonett_price(0, 0, _count_effective_rows(metric, first))["high"]
         ends: dict[str, Any] = {"value": point, "low": point - half, "high": point + half}
         return ends | {"p": 1.0 if point == 0 else None} | test
-    low, high = find_interval(metric, point, sampled, len(first))
+    low, high = _find_interval(metric, point, sampled, len(first))
     if metric == "ece":
         sampled = 2 * point - sampled
     rounding = 1e-12
     far = min((sampled <= rounding).sum(), (sampled >= -rounding).sum())
-    p = min(1.0, 2 * undo_widening((far + 1) / (len(sampled) + 1), len(first)))
+    p = min(1.0, 2 * _undo_widening((far + 1) / (len(sampled) + 1), len(first)))
     return {"value": point, "low": low, "high": high, "p": p} | test
 
 
-def are_binary(values: Sequence[Any]) -> bool:
+def _are_binary(values: Sequence[Any]) -> bool:
     return all(isinstance(value, float | int) and value in (0, 1) for value in values)
 
 
-def has_exact_test(metric: str, values: Sequence[Any]) -> bool:
+def _has_exact_test(metric: str, values: Sequence[Any]) -> bool:
     """Whether McNemar's and the binomial test apply: every row is right or wrong."""
-    return metric.endswith(("accuracy", "exact_match")) and are_binary(values)
+    return metric.endswith(("accuracy", "exact_match")) and _are_binary(values)
 
 
 def mcnemar(lost: int, won: int) -> float:
@@ -285,7 +285,7 @@ def against(metric: str, values: Sequence[Any], published: float) -> dict[str, A
         key: end if key == "no_interval" else end - published
         for key, end in estimate(metric, values).items()
     }
-    if not has_exact_test(metric, values):
+    if not _has_exact_test(metric, values):
         return gain | {"p": None, "test": "interval"}
     p = float(binomtest(int(sum(values)), len(values), published).pvalue)
     return gain | {"p": p, "test": "binomial"}
@@ -325,7 +325,7 @@ def verdict(gain: dict[str, Any], corrected: float | None, family: int, rows: in
     return text + small
 
 
-def find_interval(metric: str, point: float, sampled: Array, rows: int) -> tuple[float, float]:
+def _find_interval(metric: str, point: float, sampled: Array, rows: int) -> tuple[float, float]:
     """The percentile interval (low, high) of resampled values.
 
     Percentiles lack the factor rows / (rows - 1) of a variance and Student's tails, so less is cut
@@ -342,8 +342,8 @@ def find_interval(metric: str, point: float, sampled: Array, rows: int) -> tuple
     return low, high
 
 
-def undo_widening(tail: float, rows: int) -> float:
-    """The tail that `find_interval` widens to a share `tail` of the resamples."""
+def _undo_widening(tail: float, rows: int) -> float:
+    """The tail that `_find_interval` widens to a share `tail` of the resamples."""
     from scipy.stats import norm, t
 
     return float(t.cdf(norm.ppf(tail) / (rows / (rows - 1)) ** 0.5, rows - 1))

@@ -57,14 +57,14 @@ def judge_by_finlora(targets: Sequence[str], outputs: Sequence[str]) -> list[Pai
     return pairs
 
 
-def cut_prompt(output: str) -> str:
+def _cut_prompt(output: str) -> str:
     """What FinLoRA takes for the answer: the text after the last `Answer:`."""
     return output.rpartition("Answer:")[2].strip()
 
 
 def finlora(resps: list[list[str]], docs: list[dict[str, Any]]) -> list[list[Pair]]:
     """Filter: FinLoRA's judgement of each row, a pair."""
-    outputs = [cut_prompt(resp[0]) for resp in resps]
+    outputs = [_cut_prompt(resp[0]) for resp in resps]
     return [[pair] for pair in judge_by_finlora([key(doc) for doc in docs], outputs)]
 
 
@@ -73,7 +73,7 @@ def finlora_list(resps: list[list[str]], docs: list[dict[str, Any]]) -> list[lis
     targets = [[tag.strip() for tag in key(doc).split(",")] for doc in docs]
     outputs = []
     for resp, expected in zip(resps, targets, strict=True):
-        parts = [part.strip().replace("\n", "") for part in cut_prompt(resp[0]).split(",")]
+        parts = [part.strip().replace("\n", "") for part in _cut_prompt(resp[0]).split(",")]
         outputs.append((parts + [""] * len(expected))[: len(expected)])
     pairs = iter(judge_by_finlora([*chain(*targets)], [*chain(*outputs)]))
     return [[[next(pairs) for _ in expected]] for expected in targets]
@@ -107,7 +107,7 @@ def labelled(expected: str, answered: str) -> Scores:
     return {"accuracy": float(expected == answered), "f1_weighted": [pair], "f1_macro": [pair]}
 
 
-def score_text(expected: str, answer: str, right: bool) -> Scores:
+def _score_text(expected: str, answer: str, right: bool) -> Scores:
     """Scores of an answer that counts if it is `right`, or the expected text to the letter."""
     wanted, answered = normal(expected), normal(answer)
     pair = (wanted, wanted if right else answered)
@@ -138,13 +138,13 @@ def exam(expected: str, answer: str, prompt: str) -> Scores:
 @process_results
 def tags(expected: str, answer: str, prompt: str) -> Scores:
     """Several tags in one answer, by position: missing ones are wrong, surplus ones ignored."""
-    wanted, answered = split_tags(expected), split_tags(answer)
+    wanted, answered = _split_tags(expected), _split_tags(answer)
     pairs = list(zip(wanted, answered + [NONE] * len(wanted), strict=False))
     all_right = float(all(one == other for one, other in pairs))
     return {"accuracy": pairs, "f1_weighted": pairs, "f1_macro": pairs, "exact_match": all_right}
 
 
-def split_tags(text: str) -> list[str]:
+def _split_tags(text: str) -> list[str]:
     """The tags between commas or line ends, without numbering, quotes and the prefix `us-gaap:`."""
     parts = re.split(r"\s*(?:,\s*\n|[,;\n])\s*", text.strip())
     parts = [re.sub(r"^(?:\d+[.):]\s*|[-*]\s+)", "", part.strip(" \t.'\"`[]")) for part in parts]
@@ -164,14 +164,14 @@ def tag(expected: str, answer: str, prompt: str) -> Scores:
 @process_results
 def number(expected: str, answer: str, prompt: str) -> Scores:
     """A number, within the tolerance of `close`."""
-    return score_text(expected, answer, close(expected, answer, prompt))
+    return _score_text(expected, answer, close(expected, answer, prompt))
 
 
 @process_results
 def formula(expected: str, answer: str, prompt: str) -> Scores:
     """A formula, up to the order of the operands of + and *, brackets, spaces and case."""
-    wanted = parse_formula(expected)
-    return score_text(expected, answer, wanted is not None and wanted == parse_formula(answer))
+    wanted = _parse_formula(expected)
+    return _score_text(expected, answer, wanted is not None and wanted == _parse_formula(answer))
 
 
 @process_results
@@ -305,11 +305,11 @@ def letter(answer: str, choices: dict[str, str], allowed: Iterable[str] = LETTER
     text = re.sub(r"\\[()\[\]]|<\|[^|>]*\|>", "", text)
     text = re.sub(r"<(b|strong|p)>(.*?)</\1>", r"\2", text, flags=re.IGNORECASE)
     marked = [part for pattern in _MARKED for part in reversed(pattern.findall(text))]
-    decisions = (find_decision(part.strip(), choices, allowed) for part in [*marked, text])
-    return next(filter(None, decisions), "") or find_quoted_choice(text, choices)
+    decisions = (_find_decision(part.strip(), choices, allowed) for part in [*marked, text])
+    return next(filter(None, decisions), "") or _find_quoted_choice(text, choices)
 
 
-def find_decision(text: str, choices: dict[str, str], allowed: Iterable[str]) -> str:
+def _find_decision(text: str, choices: dict[str, str], allowed: Iterable[str]) -> str:
     """The letter that a text states or begins with; empty where it decides on none."""
     listed: set[str] = set()  # letters that their choice's text follows
 
@@ -356,7 +356,7 @@ def find_decision(text: str, choices: dict[str, str], allowed: Iterable[str]) ->
     return alone[1] if alone else ""
 
 
-def find_quoted_choice(text: str, choices: dict[str, str]) -> str:
+def _find_quoted_choice(text: str, choices: dict[str, str]) -> str:
     """The letter of the only choice that an answer quotes, outside of another's text; else NONE."""
     spans = {}
     body = normal(text)
@@ -442,19 +442,19 @@ def read_number(text: str) -> Number | None:
     The number in `\\boxed{}` counts, else the one after `answer is`, else the one after the last
     `=`. Of several, the first counts that is no date, year, span of time or name (`Note 5`).
     """
-    text = normalize_numbers(text)
+    text = _normalize_numbers(text)
     boxed = re.findall(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}", text)
     answers = re.split(r"\banswer\b[^.\n]{0,40}?(?:\bis\b|\bbe\b|[:=])", text, flags=re.IGNORECASE)
     for part in (*reversed(boxed), *reversed(answers[1:]), text.rpartition("=")[2], text):
         for body in (_DATE.sub(" ", part), part):
             matches = list(NUMBER.finditer(body))
-            answered = [match for match in matches if not is_aside(match, body)]
+            answered = [match for match in matches if not _is_aside(match, body)]
             if answered or (matches and body is part):
-                return convert_number((answered or matches)[0], body)
+                return _convert_number((answered or matches)[0], body)
     return None
 
 
-def normalize_numbers(text: str) -> str:
+def _normalize_numbers(text: str) -> str:
     """A text with its typography and LaTeX written plainly, and powers of ten as exponents."""
     text = re.sub(
         r"(?<=10)[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda power: "^" + power[0].translate(_RAISED), text
@@ -471,7 +471,7 @@ def normalize_numbers(text: str) -> str:
     return re.sub(r"(?m)^\s*[-•]\s+", "", text) if "\n" in text else text
 
 
-def is_aside(match: re.Match[str], text: str) -> bool:
+def _is_aside(match: re.Match[str], text: str) -> bool:
     """Whether a number is a year, a span of time, or part of a name."""
     if any(match[part] for part in ("currency", "late", "scale", "unit", "outer")):
         return False
@@ -482,7 +482,7 @@ def is_aside(match: re.Match[str], text: str) -> bool:
     return bool(is_year or is_company or is_name or _SPAN.match(text, match.end()))
 
 
-def convert_number(match: re.Match[str], text: str) -> Number:
+def _convert_number(match: re.Match[str], text: str) -> Number:
     if match["point"]:
         digits = match["point"].replace(",", "")
     elif match["comma"]:
@@ -508,7 +508,7 @@ def convert_number(match: re.Match[str], text: str) -> Number:
 
 def is_number(text: str) -> bool:
     """Whether a text is only a number."""
-    return bool(NUMBER.fullmatch(normalize_numbers(text)))
+    return bool(NUMBER.fullmatch(_normalize_numbers(text)))
 
 
 def close(expected: str, answer: str, prompt: str = "") -> bool:
@@ -554,7 +554,7 @@ SAME |= str.maketrans({"[": "(", "]": ")", "{": "(", "}": ")", "$": "", "`": ""}
 LONGEST = 2000  # characters; longer answers are no formula
 
 
-def parse_formula(text: str) -> Node | None:
+def _parse_formula(text: str) -> Node | None:
     """A formula as nested tuples in which + and * have no order; None where it cannot be read.
 
     The text before the last `=` is left out. Python's parser reads a formula whose operands are
@@ -575,12 +575,12 @@ def parse_formula(text: str) -> Node | None:
             source.append(match["sign"].replace("^", "**"))
         place = match.end()
     try:
-        return sort_operands(ast.parse(" ".join(source), mode="eval").body, operands)
+        return _sort_operands(ast.parse(" ".join(source), mode="eval").body, operands)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 
 
-def sort_operands(node: ast.expr, operands: list[str]) -> Node:
+def _sort_operands(node: ast.expr, operands: list[str]) -> Node:
     """A formula as ("sum" or "product", ((sign, node), …)), ("power", base, exponent), ("number",
     value) or ("name", text); raises ValueError for any other Python expression.
     """
@@ -590,17 +590,17 @@ def sort_operands(node: ast.expr, operands: list[str]) -> Node:
             is_number = operand[0] in "0123456789."
             return ("number", float(operand)) if is_number else ("name", operand)
         case ast.UnaryOp(op=ast.UAdd(), operand=inner):
-            return sort_operands(inner, operands)
+            return _sort_operands(inner, operands)
         case ast.UnaryOp(op=ast.USub(), operand=inner):
-            return ("sum", ((-1, sort_operands(inner, operands)),))
+            return ("sum", ((-1, _sort_operands(inner, operands)),))
         case ast.BinOp(left=left, op=ast.Pow(), right=right):
-            return ("power", sort_operands(left, operands), sort_operands(right, operands))
+            return ("power", _sort_operands(left, operands), _sort_operands(right, operands))
         case ast.BinOp(left=left, op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div(), right=right):
             kind = "sum" if isinstance(node.op, ast.Add | ast.Sub) else "product"
             sign = 1 if isinstance(node.op, ast.Add | ast.Mult) else -1
             terms: list[tuple[int, Node]] = []
             for factor, side in ((1, left), (sign, right)):
-                part = sort_operands(side, operands)
+                part = _sort_operands(side, operands)
                 inner_terms = part[1] if part[0] == kind else [(1, part)]
                 terms += [(factor * inner_sign, term) for inner_sign, term in inner_terms]
             return (kind, tuple(sorted(terms, key=repr)))
@@ -609,23 +609,23 @@ def sort_operands(node: ast.expr, operands: list[str]) -> Node:
 
 def evaluate_formula(text: str) -> float | None:
     """The value of a formula of numbers; None where it holds names or has no real value."""
-    node = parse_formula(text)
+    node = _parse_formula(text)
     try:
-        return None if node is None else evaluate_node(node)
+        return None if node is None else _evaluate_node(node)
     except (ArithmeticError, ValueError):
         return None
 
 
-def evaluate_node(node: Node) -> float:
+def _evaluate_node(node: Node) -> float:
     match node:
         case ("number", value):
             return float(value)
         case ("sum", terms):
-            return float(sum(sign * evaluate_node(term) for sign, term in terms))
+            return float(sum(sign * _evaluate_node(term) for sign, term in terms))
         case ("product", factors):
-            return math.prod(evaluate_node(factor) ** power for power, factor in factors)
+            return math.prod(_evaluate_node(factor) ** power for power, factor in factors)
         case ("power", base, exponent):
-            value = evaluate_node(base) ** evaluate_node(exponent)
+            value = _evaluate_node(base) ** _evaluate_node(exponent)
             if isinstance(value, float):  # and not complex
                 return value
     raise ValueError("not a number")
@@ -635,7 +635,7 @@ def evaluate_node(node: Node) -> float:
 
 
 @cache
-def load_rouge() -> Any:
+def _load_rouge() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"])
@@ -643,7 +643,7 @@ def load_rouge() -> Any:
 
 def rouge_l(expected: str, answer: str) -> float:
     """ROUGE-L F-measure (Lin 2004) by the package rouge_score, without stemming."""
-    return float(load_rouge().score(expected, answer)["rougeL"].fmeasure)
+    return float(_load_rouge().score(expected, answer)["rougeL"].fmeasure)
 
 
 def token_f1(expected: str, answer: str) -> float:
