@@ -411,18 +411,10 @@ def build(out: Path, planner: Planner) -> list[Path]:
         raise WrongInput(
             f"nothing is scored in {shown(runs_module.RUNS)}; `make eval RECIPE=…` does"
         )
-    adapters = [entry for entry in scored if entry.is_adapter]
     gains = [_compare_with_base(entry, scored) if entry.is_adapter else {} for entry in scored]
-    drawings = _draw_figures(
-        adapters,
-        [gain for entry, gain in zip(scored, gains, strict=True) if entry.is_adapter],
-        planner,
-    )
-    contents = [(entry, *item) for entry in scored for item in entry.contents.items()]
-    matrices = [
-        {"dataset": dataset, "name": entry.name, "matrix": count_confusion(content)}
-        for entry, dataset, content in contents
-    ]
+    pairs = list(zip(scored, gains, strict=True))
+    adapters = [entry for entry in scored if entry.is_adapter]
+    drawings = _draw_figures(adapters, [gain for entry, gain in pairs if entry.is_adapter], planner)
     files = []
     for name in ("gain", "memory", "cost", "loss"):
         file = out / f"{name}.png"
@@ -432,15 +424,20 @@ def build(out: Path, planner: Planner) -> list[Path]:
         with atomic(file) as target:
             drawings[name]["figure"].savefig(target, format="png", dpi=200, facecolor="white")
         files.append(file)
-    pairs = list(zip(scored, gains, strict=True))
+    contents = [(entry, *item) for entry in scored for item in entry.contents.items()]
+    matrices = [
+        {"dataset": dataset, "name": entry.name, "matrix": matrix}
+        for entry, dataset, content in contents
+        if (matrix := count_confusion(content))
+    ]
     text = render_page(
         {
             "table": _order_rows([row for entry, gain in pairs for row in _tabulate(entry, gain)]),
             "explanations": [(entry.name, explain(entry, gain)) for entry, gain in pairs],
             "between": _compare_adapters(adapters),
             "figures": drawings,
-            "matrices": sorted(filter(lambda m: m["matrix"], matrices), key=lambda m: m["dataset"]),
-            "wrong": list(filter(None, (_list_wrong(*entry) for entry in contents))),
+            "matrices": sorted(matrices, key=lambda matrix: str(matrix["dataset"])),
+            "wrong": [part for entry in contents if (part := _list_wrong(*entry))],
             "small": stats.SMALL,
         }
     )

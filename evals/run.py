@@ -21,6 +21,7 @@ import json
 import os
 import random
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -351,8 +352,7 @@ def score_subject(subject: "Subject | Endpoint", request: Request) -> report.Fil
     for *_, file in todo:  # before hours of work, not after
         with naming_refusal(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            if not os.access(file.parent, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file.parent))
+            tempfile.TemporaryFile(dir=file.parent).close()
     for side, name, identity, file in todo:
         # Two jobs may share a base: the second waits, and then finds the score.
         with naming_refusal(file), locked(file):
