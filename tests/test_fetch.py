@@ -425,7 +425,6 @@ def test_retry_after_is_kept_to(site: Site, call: Call, monkeypatch: pytest.Monk
     monkeypatch.setattr(fetch, "BACKOFF", 1800.0)
     monkeypatch.setattr(fetch, "LONGEST_BACKOFF", 1800.0)
     site.next[FPB] = [answer(429, Retry_After="0")]
-    site.next[FIQA] = [answer(503, Retry_After="Wed, 21 Oct 2015 07:28:00 GMT")]
     assert call("sentiment")[0] == 0
     began = time.monotonic()
     site.next[FPB] = [answer(429, Retry_After="1")]
@@ -451,11 +450,7 @@ def test_the_time_between_tries_doubles_up_to_a_limit_and_varies() -> None:
     for tries, longest in [(1, 1), (2, 2), (3, 4), (5, 16), (9, fetch.LONGEST_BACKOFF)]:
         times = {wait(tries, cut_off) for _ in range(50)}
         assert len(times) > 1 and longest / 2 <= min(times) <= max(times) <= longest
-    assert wait(1, fetch.RetryableError("busy", fetch.parse_retry_after("7"))) == 7
-    # A date is by the server's clock, whatever this machine's says.
-    dates = ("Wed, 21 Oct 2099 07:28:05 GMT", "Wed, 21 Oct 2099 07:28:00 GMT")
-    assert fetch.parse_retry_after(*dates) == 5
-    assert wait(1, fetch.RetryableError("busy", fetch.parse_retry_after("soon"))) <= 1
+    assert wait(1, fetch.RetryableError("busy", 7)) == 7
 
 
 @pytest.mark.parametrize(
