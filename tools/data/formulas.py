@@ -3,10 +3,10 @@
     check_key("Use formula Simple Interest to answer the question. … Formula: I = P × r × t, …
            Question: $2,000 is lent at 4% a year for 5 years. …", "400.0")  →  Verdict(agrees=True)
 
-A question is computed only if it holds exactly the quantities that its formula takes. Nothing reads
-from the text which of two amounts is which (income and preferred dividend of an EPS): every order is
-tried, and a key that one of them gives counts as reproduced. So no reading gives a reported key. The
-formulas are the textbook ones, as the prompts spell them out.
+A question is computed only if it holds exactly the quantities that its formula takes. Which of two
+amounts is which (income and preferred dividend of an EPS) is not read from the text: every order is
+tried, and a key that one of them gives counts as reproduced. So no reading gives a reported key.
+The formulas are the textbook ones, as the prompts spell them out.
 """
 
 import math
