@@ -1,4 +1,4 @@
-"""Measures a conversion against the least that such a job costs and against what people use.
+"""Measures a conversion against a lower bound and against the datasets library.
 
     python -m bench.convert                      files of 100 MB with short, long and mixed rows
     python -m bench.convert --mb 2000 --kinds mixed --rounds 1
@@ -7,11 +7,11 @@
     convert    tools.data.chatfile: every check, labels, digests of source and output, manifest
     datasets   load_dataset("json").map(…).to_json(…)
 
-Rows are made up, in the shapes of FinLoRA's: `short` as in sentiment (0.3 kB), `long` as in XBRL
-extraction (15 kB), `mixed` of both and of what lies between, by row. Every measurement is a process
-of its own, and the best of the rounds counts. Seconds leave out the start of Python; limit and
-convert end with the bytes on the disk. Where other programs run, seconds of work (CPU time) say
-more than the clock. Memory is the peak of the process' resident set.
+Rows are made up in FinLoRA's shapes: `short` as in sentiment (0.3 kB), `long` as in XBRL extraction
+(15 kB), `mixed` with sizes in between. Every measurement is a process of its own, and the best of
+the rounds counts. Seconds leave out the start of Python; limit and convert end when the bytes are
+on the disk. On a busy machine, seconds of work (CPU time) say more than the clock. Memory is the
+peak of the process's resident set.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def datasets(source: Path, target: Path, kind: str) -> None:
 
 
 def measure(name: str, source: Path, target: Path, kind: str) -> dict[str, float]:
-    """Seconds by the clock, seconds of work and MB of one conversion in a process of its own."""
+    """Measures one conversion in a process of its own: clock seconds, seconds of work, MB."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_DATASETS_OFFLINE": "1"}
     environment |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     command = [sys.executable, __file__, "--run", name, str(source), str(target), kind]
@@ -136,7 +136,7 @@ def main() -> None:
             print(f"{kind}: {size:.0f} MB, load {os.getloadavg()[0]:.1f}")
             seconds = {}
             for what in ("limit", "convert", "datasets"):
-                # The slow one once is enough: it is further off than any noise.
+                # Once is enough for the slow one: it is further off than any noise.
                 rounds = 1 if what == "datasets" else arguments.rounds
                 runs = [measure(what, source, folder / "out.jsonl", kind) for _ in range(rounds)]
                 best = {key: min(figures[key] for figures in runs) for key in runs[0]}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.chat_files import read_turns, write_rows
 from tests.conftest import call, run
 from tools import common, sources
 from tools.common import ROOT, WrongInput, unique
@@ -28,10 +29,6 @@ needs_finlora = pytest.mark.skipif(not FINLORA, reason="FINLORA_DATA is unset: n
 
 def lines(path):
     return [json.loads(line) for line in path.read_bytes().splitlines()]
-
-
-def turns(path):
-    return [tuple(turn["content"] for turn in row["messages"]) for row in lines(path)]
 
 
 def content(folder):
@@ -59,6 +56,12 @@ def target(tmp_path):
     return tmp_path / "out" / "chat.jsonl"
 
 
+@pytest.fixture
+def chat(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "CHAT", tmp_path / "chat")
+    return tmp_path / "chat"
+
+
 def test_a_row_becomes_a_user_turn_and_an_assistant_turn_and_nothing_else(source, target):
     source.write_bytes(GOOD)
     convert_rows(source, target, FREE)
@@ -78,48 +81,45 @@ def test_only_outer_white_space_goes_and_rows_keep_their_order(source, target):
         "".join(json.dumps({"context": c, "target": t, "url": "x"}) + "\n" for c, t in rows)
     )
     convert_rows(source, target, FREE)
-    assert turns(target) == [(prompt.strip(), answer.strip()) for prompt, answer in rows]
+    assert read_turns(target) == [(prompt.strip(), answer.strip()) for prompt, answer in rows]
     assert "日本 🙂".encode() in target.read_bytes()
 
 
-def test_numbers_become_strings(source, target):
-    source.write_bytes(b'{"context": 7, "target": 1.5}\n{"context": "a", "target": -3}\n')
+def test_numbers_become_strings_of_all_their_digits(source, target):
+    long_row = b'{"context": "a", "target": 123456789012345678901234567890}\n'
+    source.write_bytes(
+        b'{"context": 7, "target": 1.5}\n{"context": "a", "target": -3}\n' + long_row
+    )
     convert_rows(source, target, FREE)
-    assert turns(target) == [("7", "1.5"), ("a", "-3")]
+    assert read_turns(target) == [
+        ("7", "1.5"),
+        ("a", "-3"),
+        ("a", "123456789012345678901234567890"),
+    ]
 
 
-def test_a_number_of_any_length_keeps_its_digits(source, target):
-    source.write_bytes(b'{"context": "a", "target": 123456789012345678901234567890}\n')
-    convert_rows(source, target, FREE)
-    assert turns(target) == [("a", "123456789012345678901234567890")]
-
-
-def test_the_same_input_gives_the_same_bytes(source, target):
-    source.write_bytes(GOOD * 3)
-    convert_rows(source, target, SENTIMENT)
-    first = content(target.parent)
-    convert_rows(source, target, SENTIMENT)
-    assert content(target.parent) == first and len(first) == 2
-
-
-def test_the_manifest_says_what_was_converted(source, target):
+def test_the_manifest_says_what_was_converted_and_the_same_input_gives_the_same_bytes(
+    source, target
+):
     source.write_bytes(GOOD * 2 + GOOD.replace(b"neutral", b"positive"))
     returned = convert_rows(source, target, SENTIMENT)
     assert returned == json.loads(sources.manifest_path(target).read_bytes())
     assert returned == sources.manifest(target)
-    assert returned["rows"] == 3
+    assert returned["rows"] == 3 and returned["repair"] is None
     assert returned["labels"] == {"neutral": 2, "positive": 1}
     assert returned["source"] == "test/rows.jsonl"
-    assert returned["source_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
-    assert returned["sha256"] == hashlib.sha256(target.read_bytes()).hexdigest()
-    assert returned["repair"] is None
+    for path, key in ((source, "source_sha256"), (target, "sha256")):
+        assert returned[key] == hashlib.sha256(path.read_bytes()).hexdigest()
+    first = content(target.parent)
+    convert_rows(source, target, SENTIMENT)
+    assert content(target.parent) == first and len(first) == 2
 
 
 def test_a_byte_order_mark_crlf_blank_lines_and_a_missing_last_newline_are_no_rows(source, target):
     crlf = GOOD.replace(b"\n", b"\r\n")
     source.write_bytes(b"\xef\xbb\xbf" + crlf + b"\r\n  \n" + crlf + GOOD.rstrip())
     assert convert_rows(source, target, SENTIMENT)["rows"] == 3
-    assert turns(target) == [("How is it? Answer:", "neutral")] * 3
+    assert read_turns(target) == [("How is it? Answer:", "neutral")] * 3
 
 
 LONG = b'{"context": "' + b"x" * MAX_LINE + b'", "target": "neutral"}\n'
@@ -139,6 +139,10 @@ REFUSED = {
     ),
     "a key spelt twice": (
         b'{"context": "a \\u0022\\u0022", "target": "neutral", "t\\u0061rget": "neutral"}\n',
+        'the key "target" is repeated',
+    ),
+    "a key twice between escapes": (
+        b'{"context": "a\\\\", "target": 1, "target": "b\\\\"}\n',
         'the key "target" is repeated',
     ),
     "another key twice": (
@@ -220,7 +224,11 @@ def test_a_data_folder_that_is_not_finloras_is_named(tmp_path):
     assert f"FINLORA_DATA={tmp_path} has no folder data/" in error
 
 
-def test_a_chat_file_that_was_changed_is_refused(source, target):
+def test_a_chat_file_must_be_there_and_unchanged_and_needs_no_manifest(source, target):
+    with pytest.raises(WrongInput, match="chat.jsonl is not there"):
+        sources.manifest(target)
+    target.write_bytes(b'{"messages": []}\n')
+    assert sources.manifest(target)["sha256"] == hashlib.sha256(target.read_bytes()).hexdigest()
     source.write_bytes(GOOD)
     convert_rows(source, target, SENTIMENT)
     target.write_bytes(target.read_bytes().replace(b"neutral", b"positive"))
@@ -228,40 +236,26 @@ def test_a_chat_file_that_was_changed_is_refused(source, target):
         sources.manifest(target)
 
 
-def test_a_chat_file_of_ones_own_needs_no_manifest_but_must_be_there(target):
-    with pytest.raises(WrongInput, match="chat.jsonl is not there"):
-        sources.manifest(target)
-    target.write_bytes(b'{"messages": []}\n')
-    sha = hashlib.sha256(target.read_bytes()).hexdigest()
-    assert sources.manifest(target)["sha256"] == sha
-
-
-def test_a_task_without_its_source_leaves_no_older_rows(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sources, "CHAT", tmp_path / "chat")
+def test_a_task_without_its_source_leaves_no_older_rows(tmp_path, chat, capsys):
     convert.convert_task("ner", sources.SAMPLE)
-    assert len(content(tmp_path / "chat")) == 6
+    assert len(content(chat)) == 6
     convert.convert_task("ner", tmp_path)
-    assert content(tmp_path / "chat") == {}
+    assert content(chat) == {}
     assert capsys.readouterr().out.count("left out") == 2
 
 
-def asked_twice(folder, prompts):
-    """A folder of test sets without a training set, in which every prompt stands twice."""
-    text = "".join(
-        json.dumps({"context": f"Question {n // 2}", "target": "neutral"}) + "\n"
-        for n in range(2 * prompts)
-    )
-    (folder / "test").mkdir()
-    (folder / "test" / "fpb_test.jsonl").write_text(text)
+def write_twice(folder, prompts):
+    """A folder of test sets without a training set, in which every prompt occurs twice."""
+    pairs = [(f"Question {n // 2}", "neutral") for n in range(2 * prompts)]
+    write_rows(folder / "test" / "fpb_test.jsonl", pairs)
     return folder
 
 
-def test_a_prompt_that_stands_twice_is_not_both_trained_on_and_tested(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "CHAT", tmp_path / "chat")
-    convert.convert_task("sentiment", asked_twice(tmp_path, 600))
-    train, test = turns(sources.train_path("sentiment")), turns(sources.test_path("fpb"))
+def test_a_prompt_that_stands_twice_is_not_both_trained_on_and_tested(tmp_path, chat):
+    convert.convert_task("sentiment", write_twice(tmp_path, 600))
+    train, test = read_turns(sources.train_path("sentiment")), read_turns(sources.test_path("fpb"))
     assert len(train) == 882 and len(test) > 0
-    train += turns(sources.val_path("sentiment"))
+    train += read_turns(sources.val_path("sentiment"))
     assert len(train) == 900
     assert not set(train) & set(test)
     assert {int(prompt.split()[1]) for prompt, _ in train + test} == set(range(600))
@@ -270,7 +264,7 @@ def test_a_prompt_that_stands_twice_is_not_both_trained_on_and_tested(tmp_path, 
 def test_a_bad_row_does_not_keep_a_set_from_being_split_where_such_rows_are_kept_aside(
     tmp_path, chat
 ):
-    folder = asked_twice(tmp_path, 600)
+    folder = write_twice(tmp_path, 600)
     with open(folder / "test" / "fpb_test.jsonl", "ab") as file:
         file.write(REFUSED["null"][0])
     with pytest.raises(WrongInput, match="fpb_test.jsonl, line 1201"):
@@ -280,10 +274,9 @@ def test_a_bad_row_does_not_keep_a_set_from_being_split_where_such_rows_are_kept
     assert sources.manifest(sources.test_path("fpb"))["refused"] == 1
 
 
-def test_a_set_too_small_to_be_split_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "CHAT", tmp_path / "chat")
+def test_a_set_too_small_to_be_split_is_named(tmp_path, chat):
     with pytest.raises(WrongInput, match="fpb_test.jsonl"):
-        convert.convert_task("sentiment", asked_twice(tmp_path, 20))
+        convert.convert_task("sentiment", write_twice(tmp_path, 20))
 
 
 @pytest.mark.parametrize("data", [b"", b"hello\r\n", b"\x00\xff" * 700_000], ids=len)
@@ -345,24 +338,10 @@ def test_rows_of_a_block_are_those_that_a_strict_parser_reads(seed):
     assert taken > 500
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        rb'{"context": "a\\", "target": 1, "target": "b\\"}',
-        rb'{"context": "\"target\"", "target": "a", "target": "b"}',
-        rb'{"context": "a", "target": "b", "\u0074arget": "c"}',
-    ],
-)
-def test_escapes_hide_no_key_that_is_repeated(line):
-    assert not rows.is_plain(line, 1)
-    with pytest.raises(ValueError, match='the key "target" is repeated'):
-        rows.parse_row(line)
-
-
 def test_a_repeated_key_is_refused_beside_a_row_that_lacks_it(source, target):
     source.write_bytes(GOOD + b'{"context": "a"}\n{"context": "a", "target": "b", "target": "c"}\n')
     convert_rows(source, target, options=Options(quarantine=True))
-    assert turns(target) == [("How is it? Answer:", "neutral")]
+    assert read_turns(target) == [("How is it? Answer:", "neutral")]
 
 
 def test_the_size_of_a_block_and_the_number_of_cores_change_no_byte(source, target, monkeypatch):
@@ -462,18 +441,6 @@ def test_a_file_of_which_no_row_can_be_used_is_refused_even_so(source, target):
 # ---- Repairs of training sets
 
 
-@pytest.fixture
-def chat(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "CHAT", tmp_path / "chat")
-    return tmp_path / "chat"
-
-
-def write_rows(path, pairs):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    dumped = (json.dumps({"context": prompt, "target": answer}) for prompt, answer in pairs)
-    path.write_text("\n".join(dumped))
-
-
 def test_leaked_repeated_and_broken_rows_leave_the_training_set_and_stay_in_the_test(
     tmp_path, chat, capsys
 ):
@@ -486,8 +453,8 @@ def test_leaked_repeated_and_broken_rows_leave_the_training_set_and_stay_in_the_
     write_rows(tmp_path / "test" / "xbrl_term_test.jsonl", test)
     write_rows(tmp_path / "train" / "xbrl_term_train.jsonl", train)
     convert.convert_task("xbrl_term", tmp_path)
-    assert turns(sources.train_path("xbrl_term")) == [train[0], train[4]]
-    assert turns(sources.test_path("xbrl_term")) == test
+    assert read_turns(sources.train_path("xbrl_term")) == [train[0], train[4]]
+    assert read_turns(sources.test_path("xbrl_term")) == test
     manifest = sources.manifest(sources.train_path("xbrl_term"))
     assert (manifest["rows_in"], manifest["rows"]) == (6, 2)
     removed = [entry["rows"] for entry in manifest["removed"]]
@@ -519,7 +486,10 @@ def test_fifteen_published_rows_leave_the_training_set_of_xbrl_terms(chat):
     assert (manifest["rows_in"], manifest["rows"]) == (5856, 5724)
     assert manifest["validation"]["rows"] == 117
     assert [entry["rows"] for entry in manifest["removed"]] == [2, 11, 1, 1]
-    train, test = turns(sources.train_path("xbrl_term")), turns(sources.test_path("xbrl_term"))
+    train, test = (
+        read_turns(sources.train_path("xbrl_term")),
+        read_turns(sources.test_path("xbrl_term")),
+    )
     assert len(test) == 651 and len({prompt for prompt, _ in train}) == len(train)
     normal = {" ".join(prompt.lower().split()) for prompt, _ in train}
     assert not normal & {" ".join(prompt.lower().split()) for prompt, _ in test}
@@ -574,8 +544,8 @@ def test_a_multi_task_set_is_scored_on_the_datasets_of_its_parts():
 def test_a_multi_task_set_is_joined_from_its_parts(name, chat, monkeypatch):
     monkeypatch.setattr(sources, "source_folder", lambda task="": sources.SAMPLE)
     call(monkeypatch, "data", name)
-    parts = [turns(sources.train_path(part)) for part in MULTI[name]["parts"]]
-    joined = turns(sources.train_path(name))
+    parts = [read_turns(sources.train_path(part)) for part in MULTI[name]["parts"]]
+    joined = read_turns(sources.train_path(name))
     equal = min(map(len, parts))
     sizes = [equal if "equal" in MULTI[name] else len(part) for part in parts]
     assert len(joined) == sum(sizes)
@@ -595,7 +565,7 @@ def test_a_published_multi_task_set_is_used_where_it_is_at_hand(tmp_path, chat):
     rows = [("How is it?", "mildly positive"), ("Did gold rise?", "Yes"), ("Who is Ann?", "person")]
     write_rows(tmp_path / "train" / "multi" / "general_multi.jsonl", rows)
     convert.convert_task("general_multi", tmp_path)
-    assert turns(sources.train_path("general_multi")) == rows
+    assert read_turns(sources.train_path("general_multi")) == rows
     assert sources.manifest(sources.train_path("general_multi"))["labels"]["Yes"] == 1
 
 
@@ -623,24 +593,20 @@ def test_tokens_are_counted_as_training_sees_them(ruler, source, target):
     prompts, answers = [], []
     for prompt, answer in pairs:
         turn = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        whole, asked = (
+        whole, prompt_part = (
             ruler.tokenizer.apply_chat_template(
                 part, tokenize=True, return_dict=False, add_generation_prompt=generation
             )
             for part, generation in ((turn, False), (turn[:1], True))
         )
-        assert whole[: len(asked)] == asked
-        prompts.append(len(asked))
-        answers.append(len(whole) - len(asked))
+        assert whole[: len(prompt_part)] == prompt_part
+        prompts.append(len(prompt_part))
+        answers.append(len(whole) - len(prompt_part))
     for name, counts in (("prompt", prompts), ("answer", answers)):
         counts.sort()
-        quantiles = manifest["tokens"][name]
-        assert quantiles == {
-            "min": counts[0],
-            "median": counts[1],
-            "p95": counts[3],
-            "max": counts[3],
-        }
+        least, median, _, most = counts
+        quantiles = {"min": least, "median": median, "p95": most, "max": most}
+        assert manifest["tokens"][name] == quantiles
     assert manifest["tokens"]["over"] is None
 
 
@@ -673,7 +639,7 @@ def test_a_row_that_is_too_long_is_named_or_kept_aside_and_never_cut(ruler, sour
     manifest = convert_rows(
         source, target, FREE, options=Options(quarantine=True, lengths=bounded(ruler, 100))
     )
-    assert turns(target) == [("Short?", "yes")]
+    assert read_turns(target) == [("Short?", "yes")]
     assert (manifest["rows"], manifest["refused"]) == (1, 1)
     assert manifest["tokens"]["over"] == {"rows": 1, "share": 0.5, "cut": 0}
     assert json.loads(lines(sources.refused_path(target))[0]["text"])["context"] == LONG_PROMPT
@@ -690,7 +656,7 @@ def test_only_where_the_task_says_so_a_prompt_loses_its_middle(tmp_path, chat, r
         convert.convert_task("formula", tmp_path, options)
     monkeypatch.setitem(sources.tables()["tasks"]["formula"], "cut_long_prompts", "middle")
     convert.convert_task("formula", tmp_path, options)
-    train = turns(sources.train_path("formula"))
+    train = read_turns(sources.train_path("formula"))
     assert train[0] == ("Short?", "yes") and train[1][1] == answer
     start, end = train[1][0].split(lengths.GAP)
     assert LONG_PROMPT.startswith(start) and LONG_PROMPT.endswith(end)
@@ -699,7 +665,7 @@ def test_only_where_the_task_says_so_a_prompt_loses_its_middle(tmp_path, chat, r
     assert 140 < sum(counted) <= 150
     assert sources.manifest(sources.train_path("formula"))["tokens"]["over"]["cut"] == 1
     # A test is asked as it stands.
-    assert turns(sources.test_path("financial_math"))[0][0] == LONG_PROMPT
+    assert read_turns(sources.test_path("financial_math"))[0][0] == LONG_PROMPT
 
 
 def test_an_answer_that_leaves_no_room_for_a_prompt_is_refused_even_so(ruler, source, target):
@@ -709,14 +675,9 @@ def test_an_answer_that_leaves_no_room_for_a_prompt_is_refused_even_so(ruler, so
         convert_rows(source, target, rule, options=Options(lengths=bounded(ruler, 100)))
 
 
-def main(monkeypatch, *arguments):
-    """Runs the command in this process, which has loaded what reads a tokenizer."""
-    call(monkeypatch, *arguments)
-
-
 def test_the_command_counts_with_the_tokenizer_of_a_recipe(smollm2, chat, monkeypatch, capsys):
     monkeypatch.setattr(sources, "source_folder", lambda task="": sources.SAMPLE)
-    main(monkeypatch, "data", "--recipe", "smollm2-135m/sentiment_r4")
+    call(monkeypatch, "data", "--recipe", "smollm2-135m/sentiment_r4")
     tokens = sources.manifest(sources.train_path("sentiment"))["tokens"]
     assert tokens["sequence_len"] == 2048 and tokens["tokenizer"].startswith("models/smollm2-135m")
     assert tokens["over"] == {"rows": 0, "share": 0.0, "cut": 0}
@@ -729,15 +690,15 @@ def test_the_command_counts_with_the_tokenizer_of_a_folder(
 ):
     write_rows(source, [("How is it?", "neutral"), (LONG_PROMPT, "neutral")])
     arguments = ["convert", "fpb", source, target, "--tokenizer", smollm2]
-    main(monkeypatch, *arguments)
+    call(monkeypatch, *arguments)
     assert sources.manifest(target)["tokens"]["prompt"]["max"] > 1000
     for more, message in [
         (["--sequence-len", "100"], "more than the sequence_len of 100"),
-        (["--sequence-len", "long"], "SEQUENCE_LEN: 'long' is not a valid integer"),
+        (["--sequence-len", "long"], "SEQUENCE_LEN must be a whole number of at least 1"),
         (["--tokenizer", source.parent], f"{source.parent} holds no tokenizer"),
     ]:
         with pytest.raises(SystemExit, match="2"):
-            main(monkeypatch, *arguments, *more)
+            call(monkeypatch, *arguments, *more)
         assert message in capsys.readouterr().err
 
 
@@ -749,7 +710,7 @@ def test_a_recipe_whose_tokenizer_is_not_at_hand_converts_and_says_so(
     recipe.write_text(
         "{base_model: nobody/gated, sequence_len: 9, output_dir: x, datasets: [{path: x.jsonl}]}"
     )
-    main(monkeypatch, "convert", "fpb", source, target, "--recipe", recipe)
+    call(monkeypatch, "convert", "fpb", source, target, "--recipe", recipe)
     tokens = sources.manifest(target)["tokens"]
     assert tokens == "not counted: the tokenizer of nobody/gated is not at hand"
     assert "RECIPE" in convert_rows(source, target, FREE)["tokens"]
@@ -778,7 +739,7 @@ def test_tfns_is_repaired_only_under_its_repaired_name(target, dataset, counts):
     assert tuple(manifest["labels"].values()) == counts
     assert list(manifest["labels"]) == ["negative", "neutral", "positive"]
     assert bool(manifest["repair"]) is (dataset == "tfns")
-    answers = Counter(answer for _, answer in turns(target))
+    answers = Counter(answer for _, answer in read_turns(target))
     assert manifest["labels"] == answers
 
 
@@ -800,8 +761,11 @@ def test_sentiment_trains_on_900_rows_whose_prompts_are_not_tested(tmp_path, mon
         pytest.skip("FinLoRA's own sentiment training file is at hand, so nothing is split")
     monkeypatch.setattr(sources, "CHAT", tmp_path)
     convert.convert_task("sentiment", folder)
-    train, test = turns(tmp_path / "sentiment_train.jsonl"), turns(tmp_path / "fpb_test.jsonl")
-    train += turns(tmp_path / "sentiment_val.jsonl")
+    train, test = (
+        read_turns(tmp_path / "sentiment_train.jsonl"),
+        read_turns(tmp_path / "fpb_test.jsonl"),
+    )
+    train += read_turns(tmp_path / "sentiment_val.jsonl")
     assert len(train) == 900 and len(test) in (311, 312)
     assert not {prompt for prompt, _ in train} & {prompt for prompt, _ in test}
     source = lines(folder / "test" / "fpb_test.jsonl")
@@ -817,7 +781,7 @@ def test_every_published_row_is_converted(target, name, path):
     rows = [json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
     assert manifest["rows"] == len(rows) > 0
     expected = [(str(row["context"]).strip(), str(row["target"]).strip()) for row in rows]
-    assert turns(target) == [(p, rule.relabel.get(a, a)) for p, a in expected]
+    assert read_turns(target) == [(p, rule.relabel.get(a, a)) for p, a in expected]
 
 
 def test_the_published_data_is_looked_for_where_the_variable_says(tmp_path, monkeypatch):

@@ -3,35 +3,36 @@
 import json
 import math
 import re
-import runpy
 import subprocess
 import sys
 from collections import Counter
 
 import pytest
+import yaml
 
 from tools import sources
-from tools.common import ROOT
 from tools.data import convert
 
-SAMPLE = ROOT / "data" / "sample"
-MAKE = runpy.run_path(str(SAMPLE / "make.py"), run_name="sample_make")
+SAMPLE = sources.SAMPLE
+TEXTS = yaml.safe_load((SAMPLE / "texts.yaml").read_text())
 TASKS, DATASETS = sources.tables()["tasks"], sources.tables()["datasets"]
 FILES = sorted(path.relative_to(SAMPLE).as_posix() for path in SAMPLE.glob("t*/*.jsonl"))
-SENTIMENT_TESTS = [DATASETS[name]["file"] for name in TASKS["sentiment"]["eval"]]
+SENTIMENT = TASKS["sentiment"]["train"]
 
 
-def rows(file):
+def read_rows(file):
     return [json.loads(line) for line in (SAMPLE / file).read_text().splitlines()]
 
 
-def sentences(*files):
-    matches = [re.search(r"\nInput: (.*)\nAnswer: $", r["context"]) for f in files for r in rows(f)]
-    return [match.group(1) for match in matches]
+def read_sentences(*files):
+    contexts = [row["context"] for file in files for row in read_rows(file)]
+    return [re.search(r"\nInput: (.*)\nAnswer: $", context)[1] for context in contexts]
 
 
-TRAIN_SENTENCES = sentences(TASKS["sentiment"]["train"])
-TEST_SENTENCES = sentences(*SENTIMENT_TESTS)
+SENTENCES = {
+    "train": read_sentences(SENTIMENT),
+    "test": read_sentences(*(DATASETS[name]["file"] for name in TASKS["sentiment"]["eval"])),
+}
 
 
 def test_the_files_are_what_their_script_writes():
@@ -48,14 +49,14 @@ def test_a_task_converts_to_at_least_twenty_rows_a_file(task, tmp_path, monkeypa
     files |= {sources.test_path(name): DATASETS[name]["file"] for name in TASKS[task]["eval"]}
     for chat, source in files.items():
         manifest = sources.manifest(chat)
-        held = (manifest["validation"] or {"rows": 0})["rows"]
-        assert manifest["rows"] + held == len(rows(source)) >= 20, source
+        held_out = (manifest["validation"] or {"rows": 0})["rows"]
+        assert manifest["rows"] + held_out == len(read_rows(source)) >= 20, source
         assert manifest["from"] == "data/sample"
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_every_row_has_the_form_of_its_file(file):
-    for row in rows(file):
+    for row in read_rows(file):
         prompt, answer = row["context"], row["target"]
         assert prompt.rstrip(" ").endswith("Answer:") and answer.strip()
         # No slot of a template is left, and nothing but plain text.
@@ -67,41 +68,34 @@ def test_every_row_has_the_form_of_its_file(file):
 def test_every_label_occurs():
     for dataset in DATASETS.values():
         if "labels" in dataset:
-            assert {row["target"] for row in rows(dataset["file"])} == set(dataset["labels"])
+            assert {row["target"] for row in read_rows(dataset["file"])} == set(dataset["labels"])
 
 
 def test_no_prompt_stands_twice_or_in_both_splits():
-    prompts = [row["context"] for file in FILES for row in rows(file)]
+    prompts = [row["context"] for file in FILES for row in read_rows(file)]
     assert len(set(prompts)) == len(prompts)
 
 
+def list_templates(kind, entry):
+    """The templates of a file, as one list of texts."""
+    if kind == "exam":
+        questions = [question for question, *_ in entry["questions"]]
+        return questions + [question["text"] for question in entry["computed"]]
+    if kind == "formula":
+        return [text for texts in entry["questions"].values() for text in texts]
+    if kind in ("headline", "report"):
+        return [question["text"] for question in entry.get("headlines") or entry["questions"]]
+    if kind in ("tagging", "entities"):
+        return list(entry["sentences"].values() if kind == "tagging" else entry["sentences"])
+    return list(entry["meanings"])
+
+
 @pytest.mark.parametrize(
-    ("train", "tests", "column"),
-    [
-        ("TRAIN_HEADLINES", ["TEST_HEADLINES"], 0),
-        ("TRAIN_EXAM", ["LEVEL1_EXAM", "LEVEL2_EXAM", "LEVEL3_EXAM", "REG_EXAM"], 0),
-        ("TRAIN_TAGGING", ["TEST_TAGGING", "FNXL_TAGGING"], 1),
-        ("TRAIN_TERMS", ["TEST_TERMS"], 0),
-        ("TRAIN_QUESTIONS", ["TEST_QUESTIONS"], 1),
-        ("TRAIN_PAGES", ["TEST_PAGES"], 0),
-        ("TRAIN_LOAN_SENTENCES", ["TEST_LOAN_SENTENCES"], 0),
-    ],
+    "kind", ["headline", "exam", "tagging", "terms", "formula", "report", "entities"]
 )
-def test_no_template_is_used_twice_or_in_both_splits(train, tests, column):
-    texts = [row[column] for name in (train, *tests) for row in MAKE["fields"](MAKE[name])]
-    assert len(set(texts)) == len(texts)
-
-
-def test_no_computed_exam_question_is_in_both_splits():
-    names = ("TRAIN_COMPUTED", "LEVEL1_COMPUTED", "LEVEL2_COMPUTED", "LEVEL3_COMPUTED")
-    texts = [question.text for name in (*names, "REG_COMPUTED") for question in MAKE[name]]
-    assert len(set(texts)) == len(texts)
-
-
-def test_every_formula_has_questions():
-    names = {spec.name for spec in MAKE["FORMULAS"]}
-    for block in (MAKE["TRAIN_QUESTIONS"], MAKE["TEST_QUESTIONS"]):
-        assert {name for name, _ in MAKE["fields"](block)} == names
+def test_no_template_is_used_twice_or_in_both_splits(kind):
+    texts = [text for entry in TEXTS[kind].values() for text in list_templates(kind, entry)]
+    assert len(set(texts)) == len(texts) > 10
 
 
 def test_every_dataset_belongs_to_a_task():
@@ -109,42 +103,28 @@ def test_every_dataset_belongs_to_a_task():
 
 
 def test_sentiment_has_enough_rows_and_no_sentence_twice():
-    assert len(TRAIN_SENTENCES) >= 400
-    assert len(set(TRAIN_SENTENCES)) == len(TRAIN_SENTENCES)
-    assert not set(TRAIN_SENTENCES) & set(TEST_SENTENCES)
+    train = SENTENCES["train"]
+    assert len(set(train)) == len(train) >= 400
+    assert not set(train) & set(SENTENCES["test"])
 
 
-@pytest.mark.parametrize("file", [TASKS["sentiment"]["train"], DATASETS["fpb"]["file"]])
+@pytest.mark.parametrize("file", [SENTIMENT, DATASETS["fpb"]["file"]])
 def test_sentiment_has_the_label_shares_of_the_financial_phrasebank(file):
-    counts = Counter(row["target"] for row in rows(file))
+    counts = Counter(row["target"] for row in read_rows(file))
     shares = [100 * counts[label] / counts.total() for label in ("neutral", "positive", "negative")]
     assert shares == pytest.approx([59, 28, 13], abs=3)
 
 
-@pytest.mark.parametrize(
-    ("mine", "other"),
-    [("TRAIN_COMPANIES", TEST_SENTENCES), ("TEST_COMPANIES", TRAIN_SENTENCES)],
-    ids=["train companies", "test companies"],
-)
-def test_no_company_of_one_split_stands_in_the_other(mine, other):
-    company = re.compile(rf"\b({'|'.join(map(re.escape, MAKE[mine]))})\b")
-    assert [sentence for sentence in other if company.search(sentence)] == []
-
-
-@pytest.mark.parametrize(
-    ("mine", "own", "other"),
-    [
-        ("TRAIN_SENTIMENT", TRAIN_SENTENCES, TEST_SENTENCES),
-        ("TEST_SENTIMENT", sentences(DATASETS["fpb"]["file"]), TRAIN_SENTENCES),
-    ],
-    ids=["train templates", "test templates"],
-)
-def test_no_template_of_one_split_gives_a_sentence_of_the_other(mine, own, other):
-    templates = [text for block in MAKE[mine].values() for text in MAKE["items"](block)]
-    forms = ["(.+)".join(map(re.escape, re.split(r"\{\w+\}", text))) for text in templates]
-    form = re.compile("|".join(forms))
-    assert all(form.fullmatch(sentence) for sentence in own)
-    assert [sentence for sentence in other if form.fullmatch(sentence)] == []
+@pytest.mark.parametrize(("split", "other"), [("train", "test"), ("test", "train")])
+def test_no_company_and_no_template_of_one_split_stands_in_the_other(split, other):
+    companies = re.compile(rf"\b({'|'.join(map(re.escape, TEXTS['companies'][split]))})\b")
+    file = SENTIMENT if split == "train" else DATASETS["fpb"]["file"]
+    templates = TEXTS["sentiment"][file.removesuffix(".jsonl")]["sentences"].values()
+    texts = [text for texts in templates for text in texts]
+    patterns = ["(.+)".join(map(re.escape, re.split(r"\{\w+\}", text))) for text in texts]
+    pattern = re.compile("|".join(patterns))
+    assert all(map(pattern.fullmatch, read_sentences(file)))
+    assert not any(pattern.fullmatch(text) or companies.search(text) for text in SENTENCES[other])
 
 
 # ---- Financial Math, worked out a second way: step by step, with the numbers of the question
@@ -200,9 +180,11 @@ def numbers(question):
 @pytest.mark.parametrize("name", SOLVED)
 @pytest.mark.parametrize("file", [TASKS["formula"]["train"], DATASETS["financial_math"]["file"]])
 def test_a_key_of_financial_math_is_right_to_the_cent(file, name):
-    asked = [row for row in rows(file) if row["context"].startswith(f"Use formula {name} to")]
-    assert len(asked) >= 3
-    for row in asked:
+    matches = [
+        row for row in read_rows(file) if row["context"].startswith(f"Use formula {name} to")
+    ]
+    assert len(matches) >= 3
+    for row in matches:
         question = re.search(r'Question: "(.*)"\. Answer:$', row["context"]).group(1)
         assert re.fullmatch(r"-?\d+\.\d\d", row["target"])
         answer = SOLVED[name](*numbers(question))

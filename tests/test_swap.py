@@ -11,6 +11,7 @@ import pytest
 
 from evals import report
 from evals import run as evaluation
+from tests.chat_files import read_turns, write_rows
 from tests.conftest import run
 from tools import recipes, sources
 from tools.common import ROOT, WrongInput, write_json
@@ -28,19 +29,19 @@ NEWS = TWEET.replace("tweet", "news")
 SOURCE = Counter(negative=347, neutral=1566, positive=475)
 
 
-def made_up():
+def make_up():
     """(prompt, right answer) of each source, of the sizes of FinLoRA's test sets."""
-    tweets = [f"{label} {n}" for label, count in SOURCE.items() for n in range(count)]
-    tfns = [(TWEET.format(f"TFNS {text}"), text.split()[0]) for text in tweets]
-    of_fiqa = Counter(positive=82, negative=42, neutral=4)
-    posts = [f"{label} {n}" for label, count in of_fiqa.items() for n in range(count)]
-    fiqa = [(TWEET.format(f"FiQA {text}"), text.split()[0]) for text in posts]
+    posts = Counter(positive=82, negative=42, neutral=4)
+    tfns, fiqa = (
+        [(TWEET.format(f"{name} {n}"), label) for n, label in enumerate(classes.elements())]
+        for name, classes in (("TFNS", SOURCE), ("FiQA", posts))
+    )
     fiqa += [(NEWS.format(f"headline {n}"), "positive") for n in range(100)]
     fpb = [(NEWS.format(f"FPB {n}"), "neutral") for n in range(300)]
     return {"tfns": tfns, "fiqa": fiqa, "fpb": fpb}
 
 
-def at_hand():
+def read_published():
     """The same of FinLoRA's own test files; the swap in that of TFNS is undone."""
     if not (PUBLISHED / "tfns_test.jsonl").is_file():
         pytest.skip("FinLoRA's test files are not beside the repository, in ../shared/finlora")
@@ -55,10 +56,10 @@ def at_hand():
 
 @pytest.fixture(params=["made up", "published"])
 def parts(request):
-    return made_up() if request.param == "made up" else at_hand()
+    return make_up() if request.param == "made up" else read_published()
 
 
-def swapped(rows):
+def swap_labels(rows):
     return [(prompt, SWAP.get(answer, answer)) for prompt, answer in rows]
 
 
@@ -77,28 +78,19 @@ def folder(tmp_path, monkeypatch):
 
 
 def write(folder, rows, file="train/finlora_sentiment_train.jsonl"):
-    path = folder / file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({"context": prompt, "target": answer}) for prompt, answer in rows)
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return write_rows(folder / file, rows)
 
 
-def chat(path):
-    turns = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
-    return [(user["content"], assistant["content"]) for user, assistant in turns]
-
-
-def converted(task="sentiment"):
+def read_converted(task="sentiment"):
     """All rows of a converted training set, with those that validate."""
-    return chat(sources.train_path(task)) + chat(sources.val_path(task))
+    return read_turns(sources.train_path(task)) + read_turns(sources.val_path(task))
 
 
-def stripped(rows):
+def strip(rows):
     return Counter((prompt.strip(), answer) for prompt, answer in rows)
 
 
-def check_of(task="sentiment"):
+def read_check(task="sentiment"):
     return sources.manifest(sources.train_path(task))["label_check"]
 
 
@@ -106,8 +98,8 @@ def test_right_labels_stay(folder, parts):
     rows = construct(parts, parts["tfns"])
     write(folder, rows)
     convert.convert_task("sentiment", folder)
-    assert stripped(converted()) == stripped(rows)
-    check = check_of()
+    assert strip(read_converted()) == strip(rows)
+    check = read_check()
     assert check["outcome"] == "unchanged"
     assert check["text"].startswith("unchanged, shares as the source's: ")
     assert check["seen"] == dict(SOURCE)
@@ -115,15 +107,15 @@ def test_right_labels_stay(folder, parts):
 
 
 def test_swapped_labels_are_repaired_in_the_rows_of_their_source_alone(folder, parts, capsys):
-    write(folder, construct(parts, swapped(parts["tfns"])))
+    write(folder, construct(parts, swap_labels(parts["tfns"])))
     convert.convert_task("sentiment", folder)
-    assert stripped(converted()) == stripped(construct(parts, parts["tfns"]))
+    assert strip(read_converted()) == strip(construct(parts, parts["tfns"]))
     manifest = sources.manifest(sources.train_path("sentiment"))
     check = manifest["label_check"]
     assert (check["outcome"], check["rows"]) == ("repaired", 2 * SOURCE.total())
     assert manifest["repair"] == check["text"]
-    held = sources.manifest(sources.val_path("sentiment"))
-    assert held["label_check"] == check
+    held_out = sources.manifest(sources.val_path("sentiment"))
+    assert held_out["label_check"] == check
     assert "repaired, neutral and positive were swapped in 4,776 rows" in capsys.readouterr().out
 
 
@@ -134,34 +126,34 @@ def test_half_swapped_labels_stop_the_conversion_until_a_person_decides(folder, 
     write(folder, rows)
     with pytest.raises(WrongInput) as error:
         convert.convert_task("sentiment", folder)
-    said = str(error.value)
-    assert "finlora_sentiment_train.jsonl" in said and "\n" not in said
-    assert "REPAIR=1 swaps them in the 4,776 rows" in said and "REPAIR=0 leaves" in said
-    assert "the source has negative 14.5 %, neutral 65.6 %, positive 19.9 %" in said
+    message = str(error.value)
+    assert "finlora_sentiment_train.jsonl" in message and "\n" not in message
+    assert "REPAIR=1 swaps them in the 4,776 rows" in message and "REPAIR=0 leaves" in message
+    assert "the source has negative 14.5 %, neutral 65.6 %, positive 19.9 %" in message
     assert not sources.train_path("sentiment").exists()
     convert.convert_task("sentiment", folder, Options(repair=False))
-    assert stripped(converted()) == stripped(rows)
-    assert check_of()["text"].startswith("REPAIR=0, by hand: unchanged")
+    assert strip(read_converted()) == strip(rows)
+    assert read_check()["text"].startswith("REPAIR=0, by hand: unchanged")
     convert.convert_task("sentiment", folder, Options(repair=True))
-    assert stripped(converted()) == stripped(construct(parts, swapped(tfns)))
-    assert check_of()["outcome"] == "forced"
+    assert strip(read_converted()) == strip(construct(parts, swap_labels(tfns)))
+    assert read_check()["outcome"] == "forced"
 
 
 @pytest.mark.parametrize("repair", [False, True])
 @pytest.mark.parametrize("right", [False, True])
 def test_a_person_may_decide_against_the_rows(folder, right, repair):
-    parts = made_up()
-    tfns = parts["tfns"] if right else swapped(parts["tfns"])
+    parts = make_up()
+    tfns = parts["tfns"] if right else swap_labels(parts["tfns"])
     write(folder, construct(parts, tfns))
     convert.convert_task("sentiment", folder, Options(repair=repair))
-    expected = swapped(tfns) if repair else tfns
-    assert stripped(converted()) == stripped(construct(parts, expected))
-    assert check_of()["text"].startswith(f"REPAIR={int(repair)}, by hand: ")
+    expected = swap_labels(tfns) if repair else tfns
+    assert strip(read_converted()) == strip(construct(parts, expected))
+    assert read_check()["text"].startswith(f"REPAIR={int(repair)}, by hand: ")
 
 
 def test_the_command_decides_stops_and_is_overruled(folder):
-    data, parts = folder / "finlora" / "data", made_up()
-    source = write(data, construct(parts, swapped(parts["tfns"])))
+    data, parts = folder / "finlora" / "data", make_up()
+    source = write(data, construct(parts, swap_labels(parts["tfns"])))
     place = sources.CHAT
     script = (
         "import sys; from pathlib import Path; from tools import sources; "
@@ -181,10 +173,10 @@ def test_the_command_decides_stops_and_is_overruled(folder):
     done = command()
     assert done.returncode == 0, done.stderr
     assert "repaired, neutral and positive were swapped" in done.stdout
-    assert check_of()["outcome"] == "repaired"
+    assert read_check()["outcome"] == "repaired"
     done = command("--no-repair")
-    assert "REPAIR=0, by hand: unchanged" in done.stdout and check_of()["outcome"] == "forced"
-    half = swapped(parts["tfns"][::2]) + parts["tfns"][1::2]
+    assert "REPAIR=0, by hand: unchanged" in done.stdout and read_check()["outcome"] == "forced"
+    half = swap_labels(parts["tfns"][::2]) + parts["tfns"][1::2]
     write(data, construct(parts, half))
     done = command()
     assert done.returncode == 2 and done.stderr.count("\n") == 1
@@ -193,46 +185,41 @@ def test_the_command_decides_stops_and_is_overruled(folder):
 
 def test_the_file_that_was_replaced_stays_whatever_its_size(folder):
     """3,634 x 6 + 938 x 21 + 9,543 x 2 + 16,184 rows, of which the labels are right."""
-    classes = {
-        "negative": 1442,
-        "neutral": 6178,
-        "positive": 1923,
-    }  # of the source's training split
-    tfns = [
-        (TWEET.format(f"TFNS {c} {n}"), c) for c, count in classes.items() for n in range(count)
-    ]
+    # The counts of the source's training split.
+    labels = Counter(negative=1442, neutral=6178, positive=1923).elements()
+    tfns = [(TWEET.format(f"TFNS {label} {n}"), label) for n, label in enumerate(labels)]
     posts = [(TWEET.format(f"FiQA {n}"), "positive" if n % 3 else "negative") for n in range(500)]
     posts += [(NEWS.format(f"headline {n}"), "positive") for n in range(438)]
     fpb = [(NEWS.format(f"FPB {n}"), "neutral") for n in range(3634)]
     nwgi = [(NEWS.format(f"NWGI {n}"), "strong positive") for n in range(16184)]
-    for labels, outcome in ((tfns, "unchanged"), (swapped(tfns), "repaired")):
-        rows = fpb * 6 + posts * 21 + labels * 2 + nwgi
+    for tweets, outcome in ((tfns, "unchanged"), (swap_labels(tfns), "repaired")):
+        rows = fpb * 6 + posts * 21 + tweets * 2 + nwgi
         assert len(rows) == 76772
         write(folder, rows)
         convert.convert_task("sentiment", folder)
-        assert check_of()["outcome"] == outcome
-        assert stripped(converted()) == stripped(fpb * 6 + posts * 21 + tfns * 2 + nwgi)
+        assert read_check()["outcome"] == outcome
+        assert strip(read_converted()) == strip(fpb * 6 + posts * 21 + tfns * 2 + nwgi)
         assert sources.manifest(sources.train_path("sentiment"))["rows"] == 76772 - 1536
 
 
 def test_copies_that_fit_both_sources_and_prompts_with_two_labels(folder):
-    parts = made_up()
+    parts = make_up()
     twice = (TWEET.format("FiQA, two posts alike"), "neutral")  # 42 copies
     torn = [(TWEET.format("FiQA, of two minds"), label) for label in ("neutral", "negative")]
     parts["fiqa"] += [twice, twice, *torn]
     again = [(TWEET.format("TFNS, three times"), "neutral")] * 3
     both = [(TWEET.format("TFNS, of two minds"), label) for label in ("neutral", "positive")]
     parts["tfns"] += again + both
-    write(folder, construct(parts, swapped(parts["tfns"])))
+    write(folder, construct(parts, swap_labels(parts["tfns"])))
     convert.convert_task("sentiment", folder)
-    assert stripped(converted()) == stripped(construct(parts, parts["tfns"]))
-    assert check_of()["fit_both_sources"] == 1
-    assert "1 prompts have copies that fit both sources" in check_of()["text"]
+    assert strip(read_converted()) == strip(construct(parts, parts["tfns"]))
+    assert read_check()["fit_both_sources"] == 1
+    assert "1 prompts have copies that fit both sources" in read_check()["text"]
 
 
 @pytest.mark.parametrize("kind", ["deduplicated", "sampled"])
 def test_where_copies_tell_nothing_right_labels_stay_and_swapped_ones_stop(folder, kind):
-    parts = made_up()
+    parts = make_up()
 
     def thin(rows):
         if kind == "deduplicated":
@@ -242,27 +229,27 @@ def test_where_copies_tell_nothing_right_labels_stay_and_swapped_ones_stop(folde
     right = thin(construct(parts, parts["tfns"]))
     write(folder, right)
     convert.convert_task("sentiment", folder)
-    assert stripped(converted()) == stripped(right)
-    assert check_of()["outcome"] == "unchanged" and not check_of()["copies_tell_sources_apart"]
-    write(folder, thin(construct(parts, swapped(parts["tfns"]))))
+    assert strip(read_converted()) == strip(right)
+    assert read_check()["outcome"] == "unchanged" and not read_check()["copies_tell_sources_apart"]
+    write(folder, thin(construct(parts, swap_labels(parts["tfns"]))))
     with pytest.raises(WrongInput, match="which rows are swapped.*copies do not tell them apart"):
         convert.convert_task("sentiment", folder)
 
 
 def test_files_without_rows_of_the_source_stay_as_they_are(folder):
-    parts = made_up()
+    parts = make_up()
     write(folder, parts["fpb"] * 6)
     convert.convert_task("sentiment", folder)
-    assert check_of() is None
+    assert read_check() is None
     write(folder, parts["fpb"] * 6 + parts["fiqa"] * 21)
     convert.convert_task("sentiment", folder)
-    assert check_of()["text"].startswith("unchanged: no TFNS rows")
+    assert read_check()["text"].startswith("unchanged: no TFNS rows")
     convert.convert_task("sentiment", sources.SAMPLE)
-    assert check_of() is None
+    assert read_check() is None
 
 
 def test_few_rows_do_not_tell(folder):
-    parts = made_up()
+    parts = make_up()
     parts["tfns"] = parts["tfns"][::1200]
     write(folder, construct(parts, parts["tfns"]))
     with pytest.raises(WrongInput, match="do not tell"):
@@ -270,63 +257,60 @@ def test_few_rows_do_not_tell(folder):
 
 
 def test_a_bad_row_is_named_before_anything_is_decided(folder):
-    parts = made_up()
-    path = write(folder, construct(parts, swapped(parts["tfns"])))
+    parts = make_up()
+    path = write(folder, construct(parts, swap_labels(parts["tfns"])))
     path.write_text(path.read_text() + '{"context": "x"}\n')
     with pytest.raises(WrongInput, match='line 7[0-9]*|the key "target" is missing'):
         convert.convert_task("sentiment", folder)
     convert.convert_task("sentiment", folder, Options(quarantine=True))
-    assert check_of()["outcome"] == "repaired"
+    assert read_check()["outcome"] == "repaired"
     assert sources.manifest(sources.train_path("sentiment"))["refused"] == 1
 
 
 def test_a_joined_set_has_the_repaired_rows_and_says_so(folder):
-    parts = made_up()
-    write(folder, construct(parts, swapped(parts["tfns"])))
+    parts = make_up()
+    write(folder, construct(parts, swap_labels(parts["tfns"])))
     names = [(f"Who is number {n}?", "person") for n in range(9000)]
     write(folder, names, "train/ner_train.jsonl")
-    write(
-        folder,
-        [(f"Did gold rise on {n}?", "Yes") for n in range(9000)],
-        "train/headline_train.jsonl",
-    )
+    headlines = [(f"Did gold rise on {n}?", "Yes") for n in range(9000)]
+    write(folder, headlines, "train/headline_train.jsonl")
     for task in ("sentiment", "headline", "ner", "general_multi"):
         convert.convert_task(task, folder)
-    right = stripped(construct(parts, parts["tfns"]))
-    joined = stripped(converted("general_multi"))
-    assert check_of("general_multi")["outcome"] == "repaired"
+    right = strip(construct(parts, parts["tfns"]))
+    joined = strip(read_converted("general_multi"))
+    assert read_check("general_multi")["outcome"] == "repaired"
     assert all(key in right for key in joined if "TFNS" in key[0])
     assert sum("TFNS" in prompt for prompt, _ in joined) > 1000
 
 
 def test_a_multi_task_file_with_such_rows_is_decided_like_any_other(folder):
-    parts = made_up()
-    rows = construct(parts, swapped(parts["tfns"])) + [("Did gold rise?", "Yes")]
+    parts = make_up()
+    rows = construct(parts, swap_labels(parts["tfns"])) + [("Did gold rise?", "Yes")]
     write(folder, rows, "train/multi/general_multi.jsonl")
     convert.convert_task("general_multi", folder)
-    assert check_of("general_multi")["outcome"] == "repaired"
+    assert read_check("general_multi")["outcome"] == "repaired"
 
 
 @pytest.mark.parametrize("right", [False, True])
 def test_another_test_file_of_the_source_is_decided_by_its_rows(folder, parts, right):
-    rows = parts["tfns"] if right else swapped(parts["tfns"])
+    rows = parts["tfns"] if right else swap_labels(parts["tfns"])
     source = write(folder, rows[::-1], "test/other_test.jsonl")  # not the published bytes
     done = run("convert", "tfns", source, folder / "out.jsonl")
     assert done.returncode == 0, done.stderr
-    assert stripped(chat(folder / "out.jsonl")) == stripped(parts["tfns"])
+    assert strip(read_turns(folder / "out.jsonl")) == strip(parts["tfns"])
     outcome = sources.manifest(folder / "out.jsonl")["label_check"]["outcome"]
     assert outcome == ("unchanged" if right else "repaired")
 
 
 def test_a_test_file_whose_rows_do_not_tell_stops(folder):
-    rows = made_up()["tfns"]
-    half = rows[::2] + swapped(rows[1::2])
+    rows = make_up()["tfns"]
+    half = rows[::2] + swap_labels(rows[1::2])
     source = write(folder, half, "test/other_test.jsonl")
     done = run("convert", "tfns", source, folder / "out.jsonl")
     assert done.returncode == 2 and "REPAIR=1" in done.stderr
     arguments = ("tfns", source, folder / "out.jsonl", "--repair")
     assert run("convert", *arguments).returncode == 0
-    assert stripped(chat(folder / "out.jsonl")) == stripped(swapped(half))
+    assert strip(read_turns(folder / "out.jsonl")) == strip(swap_labels(half))
 
 
 def test_scores_on_tfns_are_compared_with_no_published_ones():
@@ -346,25 +330,25 @@ def test_scores_on_tfns_are_compared_with_no_published_ones():
 
 def test_score_files_and_cards_say_what_was_decided(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "CHAT", tmp_path / "chat")
-    parts = made_up()
-    write(tmp_path, construct(parts, swapped(parts["tfns"])))
+    parts = make_up()
+    write(tmp_path, construct(parts, swap_labels(parts["tfns"])))
     write(tmp_path, parts["tfns"], "test/tfns_test.jsonl")
     convert.convert_task("sentiment", tmp_path)
     config = recipes.build_config("smollm2-135m/sentiment_r4")
     config["datasets"][0]["path"] = str(sources.train_path("sentiment"))
     config["test_datasets"][0]["path"] = str(sources.val_path("sentiment"))
     data = checks_module.describe_data(recipes.Recipe("mine", tmp_path / "mine.yaml", config, "1"))
-    assert {entry["label_check"] for entry in data} == {check_of()["text"]}
+    assert {entry["label_check"] for entry in data} == {read_check()["text"]}
     write_json(tmp_path / "run.json", {"data": data})
     subject = Subject("mine", config, tmp_path, tmp_path, tmp_path, "sentiment", "chat")
     checks = evaluation.collect_label_checks(subject, "adapter", "tfns")
-    assert checks["training"] == check_of()["text"]
+    assert checks["training"] == read_check()["text"]
     assert checks["test"].startswith("unchanged, shares as the source's")
     assert evaluation.collect_label_checks(subject, "base", "tfns") == {"test": checks["test"]}
     pair = {"adapter": {"label_checks": checks}}
     assert card.describe_repair("tfns", pair) == ""
-    said = card.collect_label_checks(data, {"tfns": pair}, {})
-    assert said == {"tfns": checks["test"], "training": checks["training"]}
+    message = card.collect_label_checks(data, {"tfns": pair}, {})
+    assert message == {"tfns": checks["test"], "training": checks["training"]}
 
 
 def test_the_distance_allows_for_chance_on_few_rows():

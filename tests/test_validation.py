@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 
+from tests.chat_files import read_turns, write_rows
 from tools import custom, recipes, sources
 from tools.common import ROOT, WrongInput, digest
 from tools.data import convert
@@ -23,23 +24,15 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({"context": prompt, "target": answer}) for prompt, answer in rows)
-    path.write_text("\n".join(lines) + "\n")
-    return path
+def count_prompts(path):
+    return Counter(fingerprint(prompt) for prompt, _ in read_turns(path))
 
 
-def prompts(path):
-    rows = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
-    return Counter(fingerprint(user["content"]) for user, _ in rows)
+def count_sides(task):
+    return count_prompts(sources.train_path(task)), count_prompts(sources.val_path(task))
 
 
-def sides(task):
-    return prompts(sources.train_path(task)), prompts(sources.val_path(task))
-
-
-def copied(count=300):
+def make_copies(count=300):
     """Rows like FinLoRA's: prompts in 1 to 21 copies, some spelt otherwise."""
     rows = []
     for n in range(count):
@@ -51,10 +44,10 @@ def copied(count=300):
 @pytest.mark.parametrize("task", [name for name, spec in TASKS.items() if "parts" not in spec])
 def test_no_prompt_is_on_two_sides(task, folder):
     convert.convert_task(task, sources.SAMPLE)
-    trains, validates = sides(task)
+    trains, validates = count_sides(task)
     assert trains and validates and not trains.keys() & validates.keys()
     for dataset in TASKS[task]["eval"]:
-        assert not prompts(sources.test_path(dataset)).keys() & (trains + validates).keys()
+        assert not count_prompts(sources.test_path(dataset)).keys() & (trains + validates).keys()
     manifest = sources.manifest(sources.train_path(task))
     rows = trains.total() + validates.total()
     assert (manifest["rows"], manifest["validation"]["rows"]) == (
@@ -62,9 +55,9 @@ def test_no_prompt_is_on_two_sides(task, folder):
         validates.total(),
     )
     assert validates.total() == math.ceil(0.02 * rows)  # what Axolotl's own split takes
-    held = sources.manifest(sources.val_path(task))
-    assert held["held_out_of"] == f"{task}_train.jsonl"
-    assert held["sha256"] == manifest["validation"]["sha256"] == digest(sources.val_path(task))
+    held_out = sources.manifest(sources.val_path(task))
+    assert held_out["held_out_of"] == f"{task}_train.jsonl"
+    assert held_out["sha256"] == manifest["validation"]["sha256"] == digest(sources.val_path(task))
 
 
 @pytest.mark.parametrize("task", ["xbrl_term", "formula", "financebench", "sentiment"])
@@ -74,18 +67,18 @@ def test_no_prompt_of_finloras_files_is_on_two_sides(task, folder, monkeypatch):
         pytest.skip("FinLoRA's files are not beside the repository, in ../shared/finlora")
     monkeypatch.setenv("FINLORA_DATA", str(finlora))
     convert.convert_task(task, sources.source_folder(task))
-    trains, validates = sides(task)
+    trains, validates = count_sides(task)
     assert trains and validates and not trains.keys() & validates.keys()
     if task in ("xbrl_term", "sentiment"):
-        tested = prompts(sources.test_path(TASKS[task]["eval"][0]))
+        tested = count_prompts(sources.test_path(TASKS[task]["eval"][0]))
         assert not tested.keys() & (trains + validates).keys()
 
 
 def test_all_copies_of_a_prompt_go_together_and_the_share_is_kept_to_the_row(folder):
-    rows = copied()
-    write(folder / "train" / "formula_train.jsonl", rows)
+    rows = make_copies()
+    write_rows(folder / "train" / "formula_train.jsonl", rows)
     convert.convert_task("formula", folder)
-    trains, validates = sides("formula")
+    trains, validates = count_sides("formula")
     assert not trains.keys() & validates.keys()
     assert len(trains) + len(validates) == 300
     assert validates.total() == math.ceil(0.02 * len(rows))
@@ -93,34 +86,34 @@ def test_all_copies_of_a_prompt_go_together_and_the_share_is_kept_to_the_row(fol
 
 
 def test_the_same_prompts_validate_in_whatever_order_the_rows_stand(folder):
-    rows, seen = copied(), []
+    rows, seen = make_copies(), []
     for seed in range(2):
         random.Random(seed).shuffle(rows)
-        write(folder / "train" / "formula_train.jsonl", rows)
+        write_rows(folder / "train" / "formula_train.jsonl", rows)
         convert.convert_task("formula", folder)
-        seen.append(sides("formula"))
+        seen.append(count_sides("formula"))
     assert seen[0] == seen[1]
 
 
 def test_where_every_prompt_has_more_copies_than_the_share_one_prompt_validates(folder):
-    write(
+    write_rows(
         folder / "train" / "formula_train.jsonl", [(f"Question {n}?", "1") for n in range(20)] * 9
     )
     convert.convert_task("formula", folder)
-    assert list(map(len, sides("formula"))) == [19, 1]
+    assert list(map(len, count_sides("formula"))) == [19, 1]
 
 
 def test_of_few_prompts_none_validates_and_an_older_file_goes(folder, capsys):
     path = folder / "train" / "formula_train.jsonl"
-    write(path, [(f"Question {n}?", "1") for n in range(20)])
+    write_rows(path, [(f"Question {n}?", "1") for n in range(20)])
     convert.convert_task("formula", folder)
     assert sources.val_path("formula").is_file()
-    write(path, [(f"Question {n}?", "1") for n in range(19)] * 5)
+    write_rows(path, [(f"Question {n}?", "1") for n in range(19)] * 5)
     convert.convert_task("formula", folder)
     assert not list(sources.CHAT.glob("formula_val*"))
-    assert prompts(sources.train_path("formula")).total() == 95
-    held = sources.manifest(sources.train_path("formula"))["validation"]
-    assert held["reason"] == "19 prompts are too few: 20 are needed"
+    assert count_prompts(sources.train_path("formula")).total() == 95
+    held_out = sources.manifest(sources.train_path("formula"))["validation"]
+    assert held_out["reason"] == "19 prompts are too few: 20 are needed"
     assert "no validation rows: 19 prompts are too few" in capsys.readouterr().out
 
 
@@ -135,11 +128,11 @@ def test_the_validation_rows_of_the_parts_join_and_never_train(task, folder):
     for part in TASKS[task]["parts"]:
         convert.convert_task(part, sources.SAMPLE)
     convert.convert_task(task, sources.SAMPLE)
-    trains, validates = sides(task)
+    trains, validates = count_sides(task)
     assert trains and validates and not trains.keys() & validates.keys()
-    of_parts = [prompts(sources.val_path(part)) for part in TASKS[task]["parts"]]
+    of_parts = [count_prompts(sources.val_path(part)) for part in TASKS[task]["parts"]]
     if "equal" in TASKS[task]:
-        least = min(each.total() for each in of_parts)
+        least = min(part.total() for part in of_parts)
         assert validates.total() == least * len(of_parts)
     else:
         assert validates == sum(of_parts, Counter())
@@ -149,16 +142,16 @@ def test_the_validation_rows_of_the_parts_join_and_never_train(task, folder):
 def test_a_prompt_that_two_parts_share_does_not_train_where_one_validates_with_it(folder):
     for task in ("financebench", "xbrl_extract", "formula"):
         rows = [(f"Question {n} of {task}?", "1") for n in range(100)]
-        write(folder / "train" / f"{task}_train.jsonl", rows)
+        write_rows(folder / "train" / f"{task}_train.jsonl", rows)
         convert.convert_task(task, folder)
-    held = json.loads(sources.val_path("formula").read_text().splitlines()[0])
-    shared = (held["messages"][0]["content"], "1")
+    held_out = json.loads(sources.val_path("formula").read_text().splitlines()[0])
+    shared = (held_out["messages"][0]["content"], "1")
     rows = [(f"Question {n} of financebench?", "1") for n in range(100)] + [shared]
-    write(folder / "train" / "financebench_train.jsonl", rows)
+    write_rows(folder / "train" / "financebench_train.jsonl", rows)
     convert.convert_task("financebench", folder)
-    assert fingerprint(shared[0]) in sides("financebench")[0]
+    assert fingerprint(shared[0]) in count_sides("financebench")[0]
     convert.convert_task("analysis_multi", folder)
-    trains, validates = sides("analysis_multi")
+    trains, validates = count_sides("analysis_multi")
     assert not trains.keys() & validates.keys()
     removed = sources.manifest(sources.train_path("analysis_multi"))["removed"]
     assert [entry["rows"] for entry in removed] == [1]
@@ -168,8 +161,8 @@ def test_rows_of_ones_own_are_split_by_prompt_too(folder, monkeypatch):
     for module, name in ((custom, "DATA"), (custom, "TASKS"), (recipes, "LOCAL")):
         monkeypatch.setattr(module, name, folder / name.lower())
     monkeypatch.setattr(sources, "OWN", recipes.LOCAL)
-    rows = copied(200)
-    source = write(folder / "mine.jsonl", rows)
+    rows = make_copies(200)
+    source = write_rows(folder / "mine.jsonl", rows)
     try:
         sources.tables.cache_clear()
         custom.create_task("house", source)
@@ -177,7 +170,7 @@ def test_rows_of_ones_own_are_split_by_prompt_too(folder, monkeypatch):
         convert.convert_task("house", folder)
         (entry,) = recipes.find("smollm2-135m/house_r4").config["test_datasets"]
         assert entry["path"] == "data/chat/house_val.jsonl"
-        three = [*sides("house"), prompts(sources.test_path("house"))]
+        three = [*count_sides("house"), count_prompts(sources.test_path("house"))]
         assert all(three) and sum(map(len, three)) == len(set().union(*three)) == 200
     finally:
         sources.tables.cache_clear()
@@ -192,7 +185,7 @@ def recipe(folder):
     config = recipes.build_config("smollm2-135m/formula_r4")
     for key, path in (("datasets", sources.train_path), ("test_datasets", sources.val_path)):
         config[key][0]["path"] = str(path("formula"))
-    write(folder / "train" / "formula_train.jsonl", copied())
+    write_rows(folder / "train" / "formula_train.jsonl", make_copies())
     convert.convert_task("formula", folder)
     return recipes.Recipe("mine", folder / "mine.yaml", config, "1")
 
@@ -217,7 +210,7 @@ def test_a_validation_file_that_is_not_the_one_held_out_is_refused(recipe, damag
         path.write_bytes(path.read_bytes() * 2)
     else:  # a whole file, but of other rows
         place, sources.CHAT = sources.CHAT, folder / "other"
-        write(folder / "train" / "formula_train.jsonl", copied(400))
+        write_rows(folder / "train" / "formula_train.jsonl", make_copies(400))
         convert.convert_task("formula", folder)
         for file in (
             sources.val_path("formula"),
@@ -232,14 +225,14 @@ def test_a_validation_file_that_is_not_the_one_held_out_is_refused(recipe, damag
 def test_the_file_that_changed_is_named(recipe):
     data = [entry["sha256"] for entry in checks.describe_data(recipe)]
     config = recipe.config
-    said = launch.explain_change(
+    message = launch.explain_change(
         {"config": config, "data": data}, {"config": config, "data": [data[0], "x"]}
     )
-    assert said == f"the data changed ({sources.val_path('formula')})"
+    assert message == f"the data changed ({sources.val_path('formula')})"
 
 
 def test_a_set_too_small_to_validate_trains_without(recipe, folder):
-    write(folder / "train" / "formula_train.jsonl", [("Question?", "1"), ("Another?", "2")])
+    write_rows(folder / "train" / "formula_train.jsonl", [("Question?", "1"), ("Another?", "2")])
     convert.convert_task("formula", folder)
     content = profiles.merge_config(recipe, profiles.Choice("cpu"))
     assert not {"test_datasets", "eval_steps", "evals_per_epoch"} & content.keys()

@@ -2,8 +2,8 @@
 
     python -m tools.data.card     measures what is at hand and writes the card
 
-The measurements stay in data/measured.json, so that the card can be written again where the files
-are not at hand. `make check` fails where the card is not what the two give.
+data/measured.json keeps the measurements, so that the card can be rendered without the files.
+`make check` fails if the card differs from what the two give.
 """
 
 import re
@@ -18,7 +18,7 @@ from tools.data.rules import check_labels, join_labels, load_train_rules
 CARD = ROOT / "data" / "README.md"
 MEASURED = ROOT / "data" / "measured.json"
 COMMERCIAL_USE = {True: "yes", False: "**no**", None: "not stated"}
-Facts = dict[str, dict[str, Any]]  # what was measured, by file
+Facts = dict[str, dict[str, Any]]  # measurements by file
 
 INTRODUCTION = """\
 # Data card
@@ -43,7 +43,7 @@ knowing.
 
 
 def write(check: bool = False) -> None:
-    """Measures what is at hand and writes the card; with `check` compares it, and may fail."""
+    """Measures the files at hand and writes the card; with `check`, JobFailed if it is stale."""
     facts = read_facts()
     if check:
         if not CARD.is_file() or render_card(facts) != CARD.read_text():
@@ -60,7 +60,7 @@ def write(check: bool = False) -> None:
 
 
 def read_facts() -> Facts:
-    """What was measured of the files that data/sources.yaml still names."""
+    """Reads the measurements of the files that data/sources.yaml still names."""
     facts = read_json(MEASURED) if MEASURED.is_file() else {}
     return {
         file: measured
@@ -70,7 +70,7 @@ def read_facts() -> Facts:
 
 
 def select_facts(report: dict[str, Any]) -> Facts:
-    """What the card keeps of an audit: of the published files alone, and nothing of their rows."""
+    """Selects what the card keeps of an audit: facts on published files, nothing of their rows."""
     return {
         file["file"]: {
             "checksum": audit.read_checksum(file["file"]),
@@ -96,7 +96,7 @@ def select_facts(report: dict[str, Any]) -> Facts:
 
 
 def check_training_labels(file: str) -> dict[str, str]:
-    """What the rows of a training file say on swapped labels; {} where they say nothing."""
+    """Checks a training file for swapped labels; {} if its rows say nothing."""
     for task, spec in sources.published_tables()["tasks"].items():
         if spec["train"] == file:
             folder = sources.source_folder(task)
@@ -110,7 +110,7 @@ def check_training_labels(file: str) -> dict[str, str]:
 
 
 def render_card(facts: Facts) -> str:
-    """The data card of data/sources.yaml and of what audits measured in the published files."""
+    """Renders the data card from data/sources.yaml and the measurements."""
     table = sources.published_tables()
     lines = [INTRODUCTION.format(**table["collection"] | table)]
     for origin in table["origins"].values():
@@ -148,7 +148,7 @@ def describe_datasets(names: list[str], table: dict[str, Any], facts: Facts) -> 
 
 
 def describe_file(file: str, facts: Facts) -> str:
-    """A file in a sentence: its rows, answers and lengths, or why they are not known."""
+    """Describes a file in a sentence: rows, answers and lengths, or why they are unknown."""
     if sources.tables()["files"][file].get("published") is False:
         return f"`{file}`: not published, bring your own."
     if file not in facts:
@@ -169,7 +169,7 @@ def describe_file(file: str, facts: Facts) -> str:
 
 
 def list_defects(file: str, row: dict[str, Any], facts: Facts) -> list[str]:
-    """The defects of a file and the repairs of its task or dataset, as list items."""
+    """Lists the defects of a file and the repairs of its task or dataset, as Markdown items."""
     items = [f"- {text}" for text in facts.get(file, {}).get("defects", [])]
     items += [f"- **repaired**: {text}" for text in audit.describe_repairs(row)]
     if why := row.get("incomparable"):
@@ -178,7 +178,7 @@ def list_defects(file: str, row: dict[str, Any], facts: Facts) -> list[str]:
 
 
 def describe_swap(task: str, table: dict[str, Any], facts: Facts) -> list[str]:
-    """The facts on swapped labels in a task's training file, as list items."""
+    """Describes swapped labels in a task's training file, as Markdown items."""
     spec, swap = table["tasks"][task], table["swap"]
     if text := facts.get(spec["train"], {}).get("label_check"):
         return [f"- **labels**: {text}"]

@@ -1,4 +1,4 @@
-"""Writes one chat file and its manifest.
+"""Writes a chat file and its manifest.
 
     convert_rows(source, target, load_test_rules("fpb", source))
 
@@ -6,10 +6,10 @@
  →  {"messages": [{"role": "user", "content": "… Answer:"},
                   {"role": "assistant", "content": "neutral"}]}
 
-The prompt loses its outer white space and nothing else; rows stay in the order of the source.
-Beside TARGET stands TARGET.manifest.json: source, digests, row counts, labels, repairs and tokens.
-A row that breaks a rule is named by file and line. It stops the conversion, and nothing is written;
-with `quarantine` it goes to TARGET.refused.jsonl and the conversion continues.
+Prompts lose their outer white space; rows keep their order. TARGET.manifest.json beside TARGET
+holds source, digests, row counts, labels, repairs and tokens. A row that breaks a rule is named by
+file and line. It stops the conversion, and nothing is written; with `quarantine` it goes to
+TARGET.refused.jsonl and the conversion continues.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from typing import IO, TYPE_CHECKING, Any
 import orjson
 
 from tools import sources
-from tools.common import JobFailed, WrongInput, atomic, digest, naming, shown, write_json
+from tools.common import WrongInput, atomic, digest, naming, shown, write_json
 from tools.data.rows import MAX_LINE, NO_RULES, Batch, Rules, read_batches
 from tools.data.rules import fingerprint
 from tools.data.split import draw_validation
@@ -39,19 +39,13 @@ UNCOUNTED = "not counted: no recipe was named (make data RECIPE=… counts with 
 
 @dataclass(frozen=True)
 class Options:
-    """What a conversion does with refused rows and with tokens.
-
-    `lengths` counts tokens, or says why none are counted. Where it has a sequence length, a longer
-    row breaks a rule if rows are to be `bounded`: training rows are, test rows are not.
-    `validation` names the file that takes the prompts which are held out, where any are. `repair`
-    decides by hand whether labels are swapped; None leaves it to tools/data/swap.py.
-    """
+    """What a conversion does with rows that break a rule, and with tokens."""
 
     quarantine: bool = False
-    lengths: "Lengths | str" = UNCOUNTED
-    bounded: bool = True
-    validation: Path | None = None
-    repair: bool | None = None
+    lengths: "Lengths | str" = UNCOUNTED  # counts tokens, or says why none are counted
+    bounded: bool = True  # a row over the sequence length breaks a rule, as in training sets
+    validation: Path | None = None  # takes the held-out prompts
+    repair: bool | None = None  # whether labels are swapped; None leaves it to tools/data/swap.py
 
 
 DEFAULT = Options()
@@ -64,16 +58,16 @@ def convert_rows(
     rows: frozenset[int] | None = None,
     options: Options = DEFAULT,
 ) -> dict[str, Any]:
-    """Writes the chat rows of `source` to `target` and a manifest beside it, which it returns.
+    """Writes the chat rows of `source` to `target`; writes and returns the manifest.
 
-    `rows` selects rows by their number from 0; without it all are written. A row that breaks a rule
-    raises WrongInput, or is put aside where the options say so.
+    `rows` selects rows by their number from 0. Raises WrongInput for a row that breaks a rule,
+    unless the options put it aside.
     """
     if not source.is_file():
         raise WrongInput(f"{shown(source)} is not there")
     if target.resolve() == source.resolve():
         raise WrongInput(f"{shown(source)} would be overwritten; name another file for the output")
-    with ThreadPoolExecutor(1) as thread:  # for the digest, where there is a second core
+    with ThreadPoolExecutor(1) as thread:  # a second core computes the digest
         sha = thread.submit(digest, source)
         counts = Conversion(source, target, rules, rows, options).write(read_batches(source, rules))
     manifest = {
@@ -91,13 +85,11 @@ def convert_rows(
     return manifest
 
 
-@dataclass
 class ChatFile:
-    """An open chat file, and what the manifest says of its rows."""
+    """An open chat file, with the digest and the label counts of its rows."""
 
-    file: IO[bytes]
-    sha: Any = field(default_factory=hashlib.sha256)
-    labels: Counter[str] = field(default_factory=Counter)
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.sha, self.labels = file, hashlib.sha256(), Counter[str]()
 
     def add(self, chat: bytes, labels: Iterable[str]) -> None:
         self.file.write(chat)
@@ -110,7 +102,7 @@ class ChatFile:
 
 @dataclass
 class Conversion:
-    """The way of some rows into one chat file, with a count of what becomes of each."""
+    """Writes rows into one chat file and counts what becomes of each."""
 
     source: Path  # as messages name it
     target: Path
@@ -129,6 +121,7 @@ class Conversion:
     def write(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """Writes the rows and returns what the manifest says of them."""
         target, validation = self.target, self.options.validation
+        refused_path = sources.refused_path(target)
         copies, held_out = Counter[bytes](), None
         target.parent.mkdir(parents=True, exist_ok=True)
         with naming(target), ExitStack() as files:
@@ -139,25 +132,28 @@ class Conversion:
                 if batch.refused:
                     if not self.options.quarantine:
                         batch.stop_at_first()
-                    refused_path = sources.refused_path(target)
                     refused_file = refused_file or files.enter_context(atomic(refused_path))
                     self.put_aside(batch, refused_file)
                 self.counts["rows"] += len(batch.chat)
                 if validation:
                     copies.update(map(fingerprint, batch.prompts))
                 chat_file.add(b"".join(batch.chat), batch.answers if self.rules.labels else ())
-            self.check_counts()
+            if not self.counts["rows"]:
+                first, why = self.first_refused, ""
+                if first:
+                    why = f" that can be used; the first, line {first[0]}: {first[1]}"
+                raise WrongInput(f"{shown(self.source)} holds no rows{why}")
             if validation:
                 chat_file, held_out = self.hold_out(chat_file.file, copies, files)
                 self.counts["rows"] -= held_out["rows"]
         if not refused_file:
-            sources.refused_path(target).unlink(missing_ok=True)
+            refused_path.unlink(missing_ok=True)
         if validation and held_out and not held_out["rows"]:
             remove(validation)
         return self.describe(chat_file, held_out)
 
     def select(self, batch: Batch) -> Batch:
-        """The rows of a batch that are written; rows that are too long are among the refused."""
+        """Selects the rows that are written; rows that are too long become refused."""
         self.counts["rows_in"] += batch.rows_in
         if self.rows is not None:
             start, count = self.counts["numbered"], len(batch.chat)
@@ -174,7 +170,7 @@ class Conversion:
         return batch
 
     def put_aside(self, batch: Batch, file: IO[bytes]) -> None:
-        """Writes the refused rows: each as text, or in Base64 where it is not UTF-8."""
+        """Writes the refused rows: as text, or in Base64 if they are not UTF-8."""
         batch.refused.sort()
         self.first_refused = self.first_refused or batch.refused[0]
         self.counts["refused"] += len(batch.refused)
@@ -189,32 +185,18 @@ class Conversion:
                 row["base64"] = b64encode(line).decode()
             file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
 
-    def check_counts(self) -> None:
-        """Raises WrongInput where no row is left, JobFailed where a row is unaccounted for."""
-        counts, first = self.counts, self.first_refused
-        if not counts["rows"]:
-            why = f" that can be used; the first, line {first[0]}: {first[1]}" if first else ""
-            raise WrongInput(f"{shown(self.source)} holds no rows{why}")
-        left_out = counts["refused"] + counts["not_selected"] + self.removed.total()
-        if counts["rows_in"] != counts["rows"] + left_out:
-            raise JobFailed(
-                f"{shown(self.source)}: {counts['rows_in']} rows were read, {counts['rows']} "
-                f"written and {left_out} left out; that does not add up, and nothing is written"
-            )
-
     def hold_out(
         self, rows: IO[bytes], copies: Counter[bytes], files: ExitStack
     ) -> tuple[ChatFile, dict[str, Any]]:
-        """Divides chat rows into those that train and those that validate.
+        """Divides chat rows into a training and a validation file.
 
         `copies` counts the rows of each prompt. Returns the training file, and what the manifest
         says of the validation file.
         """
         validation, marks = self.options.validation, draw_validation(copies)
         assert validation
-        sides = [ChatFile(files.enter_context(atomic(self.target)))]
-        if marks:
-            sides.append(ChatFile(files.enter_context(atomic(validation))))
+        paths = [self.target, validation] if marks else [self.target]
+        sides = [ChatFile(files.enter_context(atomic(path))) for path in paths]
         rows.seek(0)
         for line in rows:
             prompt, answer = (turn["content"] for turn in orjson.loads(line)["messages"])
@@ -228,20 +210,18 @@ class Conversion:
         return sides[0], {**held_out, "reason": reason}
 
     def describe(self, chat_file: ChatFile, held_out: dict[str, Any] | None) -> dict[str, Any]:
-        facts = chat_file.describe()
+        file = chat_file.describe()
+        removed = []
+        for removal, test in self.removals:
+            result = (
+                {"note": test} if isinstance(test, str) else {"rows": self.removed[removal.kind]}
+            )
+            removed.append({"repair": removal.kind, "reason": removal.reason, **result})
         return {
-            "sha256": facts["sha256"],
+            "sha256": file["sha256"],
             **{name: self.counts[name] for name in ("rows_in", "rows", "refused", "not_selected")},
-            "removed": [
-                {"repair": removal.kind, "reason": removal.reason}
-                | (
-                    {"note": test}
-                    if isinstance(test, str)
-                    else {"rows": self.removed[removal.kind]}
-                )
-                for removal, test in self.removals
-            ],
-            "labels": facts["labels"],
+            "removed": removed,
+            "labels": file["labels"],
             "selected": None if self.rows is None else f"{len(self.rows)} chosen rows",
             "repair": self.rules.reason or None,
             "label_check": self.rules.label_check,
@@ -251,6 +231,6 @@ class Conversion:
 
 
 def remove(target: Path) -> None:
-    """Removes a converted file and what stands beside it."""
+    """Removes a converted file, its manifest and its refused rows."""
     for path in (target, sources.manifest_path(target), sources.refused_path(target)):
         path.unlink(missing_ok=True)

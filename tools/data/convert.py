@@ -5,8 +5,8 @@
     python -m tools data --recipe NAME          a recipe's task, with its tokens counted
     python -m tools convert fpb IN OUT          one file by the rules of one dataset
 
-A task's training set is split by prompt: `<task>_train.jsonl` and `<task>_val.jsonl`. Where labels
-may be swapped, tools/data/swap.py decides from the file; REPAIR=0 or REPAIR=1 decides by hand.
+A task's training set is split by prompt into `<task>_train.jsonl` and `<task>_val.jsonl`. Whether
+labels are swapped, tools/data/swap.py decides from the rows, or REPAIR=0 or REPAIR=1 by hand.
 """
 
 from dataclasses import replace
@@ -30,7 +30,7 @@ def convert_tasks(
     quarantine: bool = False,
     repair: bool | None = None,
 ) -> None:
-    """Converts the named tasks, else the recipe's, else all. See `Options` for the rest."""
+    """Converts the tasks, else the recipe's task, else all. See `Options` for the rest."""
     lengths, recipe_task = load_lengths(recipe)
     if recipe and isinstance(lengths, str):
         print(f"data       tokens are {lengths}")
@@ -53,9 +53,9 @@ def convert_tasks(
 
 
 def convert_task(task: str, folder: Path, options: Options = DEFAULT) -> None:
-    """Converts a task's training set and test sets; what has no source is removed and named.
+    """Converts a task's training set and test sets; removes those without a source.
 
-    The test sets of a multi-task set are converted with the tasks that are its parts.
+    The test sets of a multi-task set are converted with its parts.
     """
     spec, datasets = sources.tables()["tasks"][task], sources.tables()["datasets"]
     test_rows = convert_train(task, folder, options)
@@ -70,7 +70,7 @@ def convert_task(task: str, folder: Path, options: Options = DEFAULT) -> None:
 
 
 def convert_train(task: str, folder: Path, options: Options) -> dict[str, frozenset[int]]:
-    """Converts a training set; returns the rows that are left to test where a test set trains."""
+    """Converts a training set; returns the rows left to test on, where a test set replaces it."""
     spec, target = sources.tables()["tasks"][task], sources.train_path(task)
     source, split = folder / spec["train"], spec.get("without_train")
     test_set = folder / sources.tables()["datasets"][split["split"]]["file"] if split else None
@@ -95,7 +95,7 @@ def convert_train(task: str, folder: Path, options: Options) -> dict[str, frozen
 
 
 def convert_file(dataset: str, source: Path, target: Path, options: Options = DEFAULT) -> None:
-    """Converts one file by the rules of one dataset and prints what came of it."""
+    """Converts one file by the rules of one dataset and prints the result."""
     check_name("dataset", dataset, sources.tables()["datasets"])
     if not source.is_file():
         raise WrongInput(f"{source} is not there")
@@ -104,7 +104,7 @@ def convert_file(dataset: str, source: Path, target: Path, options: Options = DE
 
 
 def discard(target: Path, file: str, why: str | None = None) -> None:
-    """Removes what an earlier conversion from other data left, so that two are never mixed."""
+    """Removes what an earlier conversion of other data left, so that the two never mix."""
     remove(target)
     if target.name.endswith("_train.jsonl"):
         remove(target.with_name(target.name.removesuffix("_train.jsonl") + "_val.jsonl"))
@@ -146,9 +146,9 @@ def print_conversion(manifest: dict[str, Any], target: Path) -> None:
 def load_lengths(
     recipe: str | None, tokenizer: str | None = None, sequence_len: int | None = None
 ) -> "tuple[Lengths | str, str | None]":
-    """What counts tokens, or why they are not counted, and the recipe's task.
+    """Returns the token counter (or why there is none) and the recipe's task.
 
-    `tokenizer` (a folder) and `sequence_len` (tokens) go before those of the recipe.
+    `tokenizer` (a folder) and `sequence_len` (tokens) override the recipe's.
     """
     if not recipe and not tokenizer:
         return UNCOUNTED, None

@@ -1,24 +1,23 @@
-"""Downloads FinLoRA's files at the pinned commit of data/sources.yaml and verifies each of them.
+"""Downloads FinLoRA's files at the pinned commit of data/sources.yaml and verifies them.
 
     python -m tools fetch                  every file
     python -m tools fetch sentiment,ner    what these tasks train on and are scored on
 
 Files land in data/raw/train/… and data/raw/test/…, under a temporary name until their checksum is
-right. A download that was cut off resumes, in this call or the next; a file that is in place and
-right is not downloaded again. FINLORA_BASE_URL names a mirror (http, https or file:) with the
-layout of FinLoRA's repository. With FINLORA_DATA nothing is downloaded: that copy is verified.
+right. An interrupted download resumes, in this call or the next; verified files are kept.
+FINLORA_BASE_URL names a mirror (http, https or file:) with the layout of FinLoRA's repository. With
+FINLORA_DATA nothing is downloaded: that copy is verified.
 """
 
 import os
 import queue
 import random
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -39,14 +38,13 @@ BACKOFF = 1.0  # seconds before the second try; doubles up to LONGEST_BACKOFF
 LONGEST_BACKOFF = 30.0
 LONGEST_WAIT = 300.0  # seconds that a server may ask for with Retry-After
 TIMEOUT = 30.0  # seconds without a byte
-CHUNK = 2**18  # bytes
-LARGEST = 2**30  # bytes of a file whose size the table does not know
+LARGEST = 2**30  # bytes of a file without a size in the table
 
 GITHUB = "https://raw.githubusercontent.com"
 GITHUB_LFS = "https://media.githubusercontent.com/media"
 # No `..`, no absolute path, no hidden file, nothing that a shell or a terminal would interpret.
 PATH = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*/)*[A-Za-z0-9_][A-Za-z0-9_.-]*")
-Result = tuple[str, Exception | None]  # a path, and what went wrong
+Result = tuple[str, Exception | None]  # a path and its error
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class PublishedFile:
 
 
 class RetryableError(Exception):
-    """An error that may be gone at the next try; `wait`: seconds that the server asks for."""
+    """A retryable error; `wait`: seconds that the server asks for."""
 
     def __init__(self, message: str, wait: float | None = None) -> None:
         super().__init__(message)
@@ -71,7 +69,7 @@ class RetryableError(Exception):
 
 
 def list_paths(tasks: list[str]) -> list[str]:
-    """The paths of what tasks train on and are scored on; every path without tasks."""
+    """Lists the files that tasks train on and are scored on; every file without tasks."""
     task_table, files = tables()["tasks"], tables()["files"]
     if not tasks:
         return list(files)
@@ -89,30 +87,29 @@ def list_paths(tasks: list[str]) -> list[str]:
 
 
 def look_up(path: str) -> PublishedFile | None:
-    """The table's row of a file, checked; None where FinLoRA does not publish it."""
-    entry = tables()["files"][path]
+    """Reads a file's row of the table; None if FinLoRA does not publish it."""
+    row = tables()["files"][path]
     if not PATH.fullmatch(path):
         raise WrongInput(f"data/sources.yaml: {path!r} is no path inside of a folder")
-    if entry.get("published") is False:
+    if row.get("published") is False:
         return None
-    lfs = "sha256" in entry
-    sha, size = str(entry.get("sha256" if lfs else "blob")), entry.get("bytes")
-    digits = 64 if lfs else 40
-    if not re.fullmatch(f"[0-9a-f]{{{digits}}}", sha):
+    lfs, size = "sha256" in row, row.get("bytes")
+    checksum, digits = str(row.get("sha256" if lfs else "blob")), 64 if lfs else 40
+    if not re.fullmatch(f"[0-9a-f]{{{digits}}}", checksum):
         raise WrongInput(f"data/sources.yaml: {path} has no checksum of {digits} digits")
     if not (size is None or type(size) is int and size > 0):
         raise WrongInput(f"data/sources.yaml: {path} has {size!r} bytes")
-    return PublishedFile(path, sha, lfs, size)
+    return PublishedFile(path, checksum, lfs, size)
 
 
 def list_origins(paths: Iterable[str]) -> list[dict[str, Any]]:
-    """The origins of the rows in files: name, attribution, url, licence, commercial."""
+    """Lists the origins of files: name, attribution, url, licence, commercial."""
     names = (name for path in paths for name in tables()["files"][path]["origins"])
     return [tables()["origins"][name] for name in dict.fromkeys(names)]
 
 
 def read_mirror() -> str | None:
-    """FINLORA_BASE_URL, checked; None for GitHub."""
+    """Reads FINLORA_BASE_URL; None stands for GitHub. Raises WrongInput if it is no address."""
     base = os.environ.get("FINLORA_BASE_URL")
     if not base:
         return None
@@ -131,7 +128,7 @@ def read_mirror() -> str | None:
 
 
 def build_url(file: PublishedFile, mirror: str | None) -> str:
-    """The address of a file at a mirror, or at GitHub."""
+    """Builds the address of a file at a mirror, else at GitHub."""
     if not mirror:
         repository = urlsplit(tables()["repository"]).path
         mirror = f"{GITHUB_LFS if file.lfs else GITHUB}{repository}/{tables()['commit']}"
@@ -139,49 +136,35 @@ def build_url(file: PublishedFile, mirror: str | None) -> str:
 
 
 def hide_password(url: str) -> str:
-    """A URL as it is printed: without the user and password that it may hold."""
+    """Removes user and password from a URL."""
     return re.sub(r"(?<=://)[^/]*@", "", url)
 
 
 def find_fault(path: Path, file: PublishedFile) -> str | None:
-    """What is wrong with a file; None if it is the published one to the byte."""
+    """Says what is wrong with a file; None if it is the published one to the byte."""
     with open(path, "rb") as opened:
         start = opened.read(512).lstrip().lower()
     size = path.stat().st_size
     if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer in place of the file; `git lfs pull` where it is from"
+        return "a Git LFS pointer in place of the file; `git lfs pull` at its source downloads it"
     if start.startswith((b"<!doctype html", b"<html")):
         return "an HTML page in place of the file"
     if file.size is not None and size != file.size:
         return f"wrong size: {size:,} bytes, not {file.size:,}"
-    sha = digest(path) if file.lfs else git_blob(path)
-    if sha != file.digest:
+    checksum = digest(path) if file.lfs else git_blob(path)
+    if checksum != file.digest:
         kind = "SHA-256" if file.lfs else "git blob SHA-1"
-        return f"wrong checksum: {kind} {sha}, not {file.digest}"
+        return f"wrong checksum: {kind} {checksum}, not {file.digest}"
     return None
 
 
 # ---- One download
 
 
-def parse_retry_after(value: str, date: str = "") -> float | None:
-    """Seconds that a Retry-After header asks to wait, a number or a date; None without one.
-
-    A date is by the server's own clock, which its Date header gives.
-    """
-    if value.strip().isdecimal():
-        return float(value)
-    try:
-        now = parsedate_to_datetime(date) if date else datetime.now(UTC)
-        return max(0.0, (parsedate_to_datetime(value) - now).total_seconds())
-    except (ValueError, TypeError):
-        return None
-
-
 def choose_wait(state: "RetryCallState") -> float:
-    """Seconds until the next try: the server's Retry-After, else a doubling time.
+    """Chooses the seconds until the next try: the server's Retry-After, else a doubling time.
 
-    A random part is left out of the latter, so that clients do not come back together.
+    The latter varies at random, so that clients do not come back together.
     """
     from tenacity import wait_exponential
 
@@ -193,19 +176,18 @@ def choose_wait(state: "RetryCallState") -> float:
 
 @dataclass
 class Download:
-    """One file on its way to `part`, where another call or process can resume it."""
+    """A download of one file to `part`, which another call or process can resume."""
 
     file: PublishedFile
     url: str
     part: Path
     client: "Client"
     stop: threading.Event
-    count_bytes: Callable[[int], None]  # gained, or lost (below 0) where the download restarts
-    set_size: Callable[[int], None]  # of a file whose size the table does not know
+    count_bytes: Callable[[int], None]  # below 0 if the download restarts
     etag: str = ""
 
     def run(self) -> None:
-        """Returns when the server has sent all it has; raises JobFailed."""
+        """Returns when the server has sent everything; raises JobFailed."""
         import tenacity
 
         most_bytes = -1
@@ -213,7 +195,7 @@ class Download:
         def restart_count(state: "RetryCallState") -> None:
             nonlocal most_bytes
             file.flush()
-            if file.tell() > most_bytes:  # progress: only tries without any count
+            if file.tell() > most_bytes:  # only tries without progress count
                 most_bytes, state.attempt_number = file.tell(), 1
 
         retrying = tenacity.Retrying(
@@ -244,7 +226,13 @@ class Download:
 
         self.check_stop()
         if self.url.startswith("file:"):
-            self.copy(file)
+            source = Path(url2pathname(urlsplit(self.url).path))
+            if not source.is_file():
+                raise JobFailed(f"not found: {source}")
+            self.restart(file)
+            with open(source, "rb") as opened:
+                shutil.copyfileobj(opened, file)
+            self.count_bytes(file.tell())
             return
         # `identity`: a range counts bytes of the file, not of a compressed answer.
         headers = {"Accept-Encoding": "identity"}
@@ -264,19 +252,11 @@ class Download:
         except httpx.TooManyRedirects:
             raise JobFailed(f"redirected without an end: {hide_password(self.url)}") from None
 
-    def copy(self, file: IO[bytes]) -> None:
-        source = Path(url2pathname(urlsplit(self.url).path))
-        if not source.is_file():
-            raise JobFailed(f"not found: {source}")
-        with open(source, "rb") as opened:
-            self.restart(file)
-            self.append(file, iter(lambda: opened.read(CHUNK), b""))
-
     def take(self, response: "Response", file: IO[bytes]) -> None:
-        """Appends an answer to the file if it continues the file, or replaces the file with it."""
+        """Appends an answer that continues the file; any other replaces the file."""
         start, answered_range = file.tell(), response.headers.get("Content-Range", "")
         if response.status_code == 416 and start:
-            # Nothing is left to send, or the bytes in the file are not of this file.
+            # Nothing is left to send, or these bytes are of another file.
             if answered_range == f"bytes */{start}":
                 return
             self.restart(file)
@@ -289,21 +269,18 @@ class Download:
             raise RetryableError("another range than the one asked for")
         etag = response.headers.get("ETag", "")
         self.etag = "" if etag.startswith("W/") else etag
-        length = response.headers.get("Content-Length", "")
-        if self.file.size is None and length.isdecimal():
-            self.set_size(file.tell() + int(length))
         self.append(file, response.iter_raw())
-        if not length and file.tell() < (self.file.size or 0):
+        if "Content-Length" not in response.headers and file.tell() < (self.file.size or 0):
             raise RetryableError("the connection was cut")
 
     def check(self, response: "Response") -> None:
-        """Raises RetryableError or JobFailed where the answer is not the file."""
+        """Raises RetryableError or JobFailed if the answer is not the file."""
         status, url = response.status_code, hide_password(self.url)
         if status == 429 or status >= 500:
-            wait = parse_retry_after(
-                *(response.headers.get(name, "") for name in ("Retry-After", "Date"))
+            wait = response.headers.get("Retry-After", "")
+            raise RetryableError(
+                f"the server answers {status}", float(wait) if wait.isdecimal() else None
             )
-            raise RetryableError(f"the server answers {status}", wait)
         meanings = {401: "access denied", 403: "access denied", 404: "not found"}
         if status in meanings:
             raise JobFailed(f"{status}, {meanings[status]}: {url}")
@@ -323,7 +300,7 @@ class Download:
             file.write(chunk)
             self.count_bytes(len(chunk))
             if file.tell() > (self.file.size or LARGEST):
-                return  # longer than the file is: the check afterwards says so
+                return  # too long; the check afterwards says so
 
     def check_stop(self) -> None:
         if self.stop.is_set():
@@ -334,9 +311,7 @@ def place(download: Download, target: Path) -> None:
     """Downloads a file to `target`, whole and verified; raises JobFailed or OSError."""
     part = download.part
     target.parent.mkdir(parents=True, exist_ok=True)
-    if (
-        target.is_file()
-    ):  # a wrong file must not stay in place, and may be the start of the right one
+    if target.is_file():  # a wrong file, which may be the start of the right one
         os.replace(target, part)
     while True:
         resumed = part.exists() and part.stat().st_size > 0
@@ -356,12 +331,12 @@ def place(download: Download, target: Path) -> None:
 
 
 def download_all(files: list[PublishedFile], folder: Path, mirror: str | None) -> dict[str, str]:
-    """Downloads files side by side; returns what went wrong, by path."""
+    """Downloads files side by side; returns the errors, by path."""
     import httpx
     from rich import progress as bars
     from rich.console import Console
 
-    done: queue.SimpleQueue[Result] = queue.SimpleQueue()
+    results: queue.SimpleQueue[Result] = queue.SimpleQueue()
     stop, slots, faults = threading.Event(), threading.Semaphore(WORKERS), dict[str, str]()
     progress = bars.Progress(
         "fetch",
@@ -373,33 +348,30 @@ def download_all(files: list[PublishedFile], folder: Path, mirror: str | None) -
         transient=True,
         disable=not sys.stderr.isatty(),
     )
-    sizes = {file.path: file.size or 0 for file in files}
-    bar = progress.add_task("", total=sum(sizes.values()))
-
-    def set_size(path: str, size: int) -> None:
-        sizes[path] = size
-        progress.update(bar, total=sum(sizes.values()))
+    sizes = [file.size for file in files if file.size]
+    bar = progress.add_task("", total=sum(sizes) if len(sizes) == len(files) else None)
 
     def work(file: PublishedFile, client: httpx.Client) -> None:
         target = folder / file.path
         part = target.with_name(f"{target.name}.part")
-        hooks = (stop, partial(progress.advance, bar), partial(set_size, file.path))
+        count_bytes = partial(progress.advance, bar)
         with slots:
             try:
-                place(Download(file, build_url(file, mirror), part, client, *hooks), target)
-                done.put((file.path, None))
+                url = build_url(file, mirror)
+                place(Download(file, url, part, client, stop, count_bytes), target)
+                results.put((file.path, None))
             except Exception as error:
                 if part.is_file() and not part.stat().st_size:
                     part.unlink()
-                done.put((file.path, error))
+                results.put((file.path, error))
 
-    # Daemons: Ctrl-C does not wait for an answer that does not come.
+    # Daemon threads, so that Ctrl-C does not wait for an answer.
     with httpx.Client(timeout=TIMEOUT, follow_redirects=True) as client, progress:
         for file in files:
             threading.Thread(target=work, args=[file, client], daemon=True).start()
         try:
             for _ in files:
-                path, error = wait_for_result(done)
+                path, error = wait_for_result(results)
                 if error:
                     faults[path] = describe_error(error, folder / path)
         finally:
@@ -407,18 +379,18 @@ def download_all(files: list[PublishedFile], folder: Path, mirror: str | None) -
     return faults
 
 
-def wait_for_result(done: queue.SimpleQueue[Result]) -> Result:
-    """The next result. On CPython 3.11 a Ctrl-C that comes just as a wait begins is noticed when
-    the wait ends (1 % of those timed to it), so none is longer than a second."""
+def wait_for_result(results: queue.SimpleQueue[Result]) -> Result:
+    """Waits for the next result, a second at a time: CPython 3.11 may notice a Ctrl-C at the start
+    of a wait only when the wait ends (1 % of those timed to it)."""
     while True:
         try:
-            return done.get(timeout=1)
+            return results.get(timeout=1)
         except queue.Empty:
             continue
 
 
 def describe_error(error: Exception, target: Path) -> str:
-    """The line for a download that failed; raises what is a fault of this program."""
+    """Describes a failed download in one line; re-raises errors of this program."""
     if isinstance(error, JobFailed):
         return str(error)
     if not isinstance(error, OSError):
@@ -431,12 +403,11 @@ def describe_error(error: Exception, target: Path) -> str:
 
 
 def fetch_tasks(tasks: list[str]) -> None:
-    """Fetches and verifies the files of `tasks`, of all without any; prints licences.
+    """Fetches and verifies the files of tasks (default: all) and prints their licences.
 
-    Raises JobFailed where a file could not be had.
+    Raises JobFailed if a file is missing or wrong in the end.
     """
-    paths = list_paths(tasks)
-    published = {path: look_up(path) for path in paths}
+    published = {path: look_up(path) for path in list_paths(tasks)}
     local, mirror = list_folders().get("FINLORA_DATA"), read_mirror()
     folder = local or RAW
     github = f"{tables()['repository']} at {tables()['commit']}"
@@ -445,17 +416,13 @@ def fetch_tasks(tasks: list[str]) -> None:
     states: dict[str, str] = {}
     faults: dict[str, str] = {}
     missing: list[PublishedFile] = []
-    absent: list[str] = []
     for path, file in published.items():
         target = folder / path
-        if file is None and target.is_file():
-            try:
-                states[path] = f"yours, {count_rows(target)} rows"
-            except WrongInput as error:
-                faults[path] = str(error)
-        elif file is None:
-            absent.append(path)
-        else:
+        try:
+            if file is None:
+                if target.is_file():
+                    states[path] = f"yours, {count_rows(target)} rows"
+                continue
             fault = find_fault(target, file) if target.is_file() else f"not in {shown(folder)}"
             if not fault:
                 states[path] = "verified"
@@ -463,28 +430,37 @@ def fetch_tasks(tasks: list[str]) -> None:
                 faults[path] = fault
             else:
                 missing.append(file)
+        except WrongInput as error:
+            faults[path] = str(error)
     if missing:
         faults |= download_locked(missing, folder, mirror)
         states |= {file.path: "fetched, verified" for file in missing if file.path not in faults}
-    print_states(states, absent, paths, folder)
-    raise_faults({path: faults[path] for path in paths if path in faults}, len(states))
+    order = list(published)
+    states = dict(sorted(states.items(), key=lambda state: order.index(state[0])))
+    print_states(states, [path for path in order if path not in states | faults], folder)
+    lines = [f"{path}: {faults[path]}" for path in order if path in faults]
+    if len(lines) == 1:
+        raise JobFailed(lines[0])
+    if lines:
+        print(*(f"error: {line}" for line in lines), sep="\n", file=sys.stderr)
+        others = ", the others are right" if states else ""
+        raise JobFailed(f"{len(lines)} of {len(lines) + len(states)} files failed{others}")
 
 
 def download_locked(files: list[PublishedFile], folder: Path, mirror: str | None) -> dict[str, str]:
-    """`download_all`, but a second call into the same folder fails: both would write one file."""
+    """Calls `download_all`; raises JobFailed if another call is downloading into the folder."""
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        # Any user of the folder may take it.
-        with FileLock(folder / ".lock", timeout=0, mode=0o666):
+        with FileLock(folder / ".lock", timeout=0, mode=0o666):  # for every user of the folder
             return download_all(files, folder, mirror)
     except Timeout:
         raise JobFailed(f"another fetch is at work in {shown(folder)}") from None
 
 
 def count_rows(path: Path) -> int:
-    """Rows of a file that the user brought; raises WrongInput for the first of another shape."""
+    """Counts the rows of a file that the user brought; raises WrongInput for a malformed row."""
     rows = 0
     for batch in read_batches(path):
         batch.stop_at_first()
@@ -494,10 +470,9 @@ def count_rows(path: Path) -> int:
     return rows
 
 
-def print_states(states: dict[str, str], absent: list[str], paths: list[str], folder: Path) -> None:
-    for path in paths:
-        if path in states:
-            print(f"fetch      {path:<50} {states[path]}")
+def print_states(states: dict[str, str], absent: list[str], folder: Path) -> None:
+    for path, state in states.items():
+        print(f"fetch      {path:<50} {state}")
     for origin in list_origins(absent):
         print(f"fetch      not published: {origin['name']}: {origin['note']}")
     for path in absent:
@@ -512,15 +487,3 @@ def print_states(states: dict[str, str], absent: list[str], paths: list[str], fo
             f"{uses[origin['commercial']]}; {origin['attribution']}; {origin['url']}{note}"
         )
     sys.stdout.flush()
-
-
-def raise_faults(faults: dict[str, str], right: int) -> None:
-    """Raises JobFailed where there are faults; several are printed, one a line."""
-    lines = [f"{path}: {fault}" for path, fault in faults.items()]
-    if len(lines) == 1:
-        raise JobFailed(lines[0])
-    for line in lines:
-        print(f"error: {line}", file=sys.stderr)
-    if lines:
-        others = ", the others are right" if right else ""
-        raise JobFailed(f"{len(lines)} of {len(lines) + right} files failed{others}")

@@ -3,10 +3,10 @@
     check_key("Use formula Simple Interest to answer the question. … Formula: I = P × r × t, …
            Question: $2,000 is lent at 4% a year for 5 years. …", "400.0")  →  Verdict(agrees=True)
 
-A question is computed only where it holds exactly the quantities that its formula takes. Which of
-two amounts is which (income and preferred dividend of an EPS) is not read from the text: every
-order is tried, and a key that one of them gives counts as reproduced. So a key that is reported
-is one that no reading gives. Formulas: the textbook ones, as the prompts spell them out.
+A question is computed only if it holds exactly the quantities that its formula takes. Which of two
+amounts is which (income and preferred dividend of an EPS) is not read from the text: every order is
+tried, and a key that one of them gives counts as reproduced. So no reading gives a reported key.
+The formulas are the textbook ones, as the prompts spell them out.
 """
 
 import math
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, permutations, product
 
-TOLERANCE = 0.005 + 1e-9  # keys have 2 decimals; a half may be rounded either way
+TOLERANCE = 0.005 + 1e-9  # keys have 2 decimals; halves may be rounded either way
 LONGEST = 4000, 200  # characters and years of a question that is computed
 
 WORDS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8}
@@ -33,7 +33,7 @@ DURATION = re.compile(rf"(?<![\w.$,])({COUNT})[\s-]+({'|'.join(UNITS)})s?\b", re
 CALENDAR = re.compile(r"\b(?:19|20)\d\d\b(?!,)")
 NUMBER = re.compile(rf"(?<![\w.$,])(-?){SCALED}(?!\w)", re.I)
 
-# Periods a year, by the words for them; the first row that occurs decides.
+# Periods a year; the first pattern that matches decides.
 FREQUENCY = {
     r"continuous": math.inf,
     r"bi-?month|(?:two|2) months": 6,
@@ -56,7 +56,7 @@ DATED = re.compile(
 
 @dataclass(frozen=True)
 class Question:
-    """The quantities of a question in their order: dollars, rates as fractions, years, the rest."""
+    """The quantities of a question in order: dollars, rates as fractions, years, the rest."""
 
     text: str
     money: list[float]
@@ -67,9 +67,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a question gives under one convention; the plain one has no name (`why`).
+    """A question's value under one convention; `why` is empty for the plain one.
 
-    `confidence` is how sure a key that only this convention gives is wrong.
+    `confidence`: how surely a key that only this convention gives is wrong.
     """
 
     value: float
@@ -79,9 +79,9 @@ class Reading:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A key that was checked against `value`, which its formula gives, in the formula's unit.
+    """A key, checked against the `value` of its formula, in the formula's unit.
 
-    Where a question has several `readings`, `value` is the one that is nearest to the key.
+    `readings`: how many values the question may have; `value` is the nearest to the key.
     """
 
     formula: str
@@ -94,7 +94,7 @@ class Verdict:
 
 
 def check_key(prompt: str, answer: str) -> Verdict | None:
-    """Whether a prompt's own formula gives its key; None where that cannot be told."""
+    """Checks whether a prompt's formula gives its key; None if the question cannot be computed."""
     name, formula, question = split_prompt(prompt)
     key = parse_number(answer)
     rule = next((rule for words, rule in RULES.items() if re.search(words, name, re.I)), None)
@@ -129,14 +129,14 @@ def check_key(prompt: str, answer: str) -> Verdict | None:
 
 
 def split_prompt(prompt: str) -> tuple[str, str, str]:
-    """The formula's name, the formula and the question of a prompt; empty where it has none."""
+    """Returns a prompt's formula name, formula and question; empty texts for missing parts."""
     name, _, rest = prompt.partition("Use formula ")[2].partition(" to answer ")
     formula, _, rest = rest.partition("Formula: ")[2].partition(", Explanation:")
     return name.strip(), formula, rest.partition("Question:")[2].strip().removesuffix("Answer:")
 
 
 def parse_number(text: str) -> float | None:
-    """The number that a text is, but for a currency sign, a percent sign and commas."""
+    """Parses a number with a currency sign, a percent sign or commas; None for other texts."""
     bare = text.strip().strip("$%").replace(",", "")
     try:
         value = float(bare)
@@ -173,14 +173,14 @@ def parse_count(word: str) -> float:
 
 
 def find_frequency(text: str) -> float:
-    """How many periods a year `text` speaks of; 1 where it names none."""
+    """Finds the periods a year that a text names; 1 by default."""
     if times := TIMES.search(text):
         return float(times[1] or times[2])
     return next((n for words, n in FREQUENCY.items() if re.search(words, text, re.I)), 1.0)
 
 
 def pair_amounts_with_times(q: Question) -> list[tuple[float, float]]:
-    """(amount, years until it is paid) where every amount of the question has its own date."""
+    """Returns (amount, years until it is paid) if every amount of the question has a date."""
     pairs = [
         (
             float(m[1].replace(",", "")),
@@ -192,12 +192,12 @@ def pair_amounts_with_times(q: Question) -> list[tuple[float, float]]:
 
 
 def value_annuity(payment: float, rate: float, n: float) -> float:
-    """Present value of n payments, each at the end of its year."""
+    """Computes the present value of n payments, each at the end of its year."""
     return payment * n if rate == 0 else payment * (1 - (1 + rate) ** -n) / rate
 
 
 def compound(rate: float, time: float, periods: float) -> float:
-    """What 1 becomes in `time` years at a yearly `rate`, compounded `periods` times a year."""
+    """Computes what 1 becomes in `time` years at a yearly `rate`, with `periods` a year."""
     if periods == math.inf:
         return math.exp(rate * time)
     return float((1 + rate / periods) ** (periods * time))
@@ -254,7 +254,7 @@ def read_present_value(q: Question) -> Iterator[Reading]:
 
 
 def read_future_value(q: Question) -> Iterator[Reading]:
-    """FV = PV × (1 + r)^n has a rate a period: the word on the rate's line says which period."""
+    """FV = PV × (1 + r)^n has a rate per period; the rate's line names the period."""
     if len(q.rates) != 1 or len(q.money) != 1:
         return
     line = next(line for line in q.text.splitlines() if RATE.search(line))
@@ -318,11 +318,6 @@ def read_gross_margin(q: Question) -> Iterator[Reading]:
         yield Reading(small / large if is_profit else (large - small) / large)
 
 
-def read_margin(q: Question) -> Iterator[Reading]:
-    if len(q.money) == 2:
-        yield Reading(min(q.money) / max(q.money))
-
-
 def read_growth_rate(q: Question) -> Iterator[Reading]:
     if len(q.money) == 2 and len(q.years) == 1:
         start, end = q.money
@@ -331,7 +326,7 @@ def read_growth_rate(q: Question) -> Iterator[Reading]:
 
 
 def read_put_call_parity(q: Question) -> Iterator[Reading]:
-    """C - P = S - X / (1 + r)^t, solved for what the question leaves out."""
+    """Solves C - P = S - X / (1 + r)^t for what the question leaves out."""
     if len(q.money) in (2, 3) and len(q.rates) == len(q.years) == 1:
         discount = (1 + q.rates[0]) ** -q.years[0]
         for a, b, *c in permutations(q.money):
@@ -352,7 +347,7 @@ def read_put_call_parity(q: Question) -> Iterator[Reading]:
 
 
 def call_price(s: float, x: float, r: float, sigma: float, t: float) -> float:
-    """Black and Scholes (1973): a European call on a stock that pays no dividend."""
+    """Prices a European call on a stock without dividends (Black and Scholes, 1973)."""
     d1 = (math.log(s / x) + (r + sigma**2 / 2) * t) / (sigma * math.sqrt(t))
     n1, n2 = (0.5 * (1 + math.erf(d / math.sqrt(2))) for d in (d1, d1 - sigma * math.sqrt(t)))
     return s * n1 - x * math.exp(-r * t) * n2
@@ -361,7 +356,7 @@ def call_price(s: float, x: float, r: float, sigma: float, t: float) -> float:
 def make_rule(
     kinds: str, *formulas: Callable[..., float]
 ) -> Callable[[Question], Iterator[Reading]]:
-    """The rule of a formula that takes just these quantities, in any order among a kind.
+    """Makes the rule of a formula that takes exactly these quantities, each kind in any order.
 
     `kinds` has a letter for each: $ an amount, % a rate, # another number, y a time in years.
     """
@@ -389,14 +384,16 @@ RULES: dict[str, Callable[[Question], Iterable[Reading]]] = {
     r"\bCAGR\b|compound annual growth": read_growth_rate,
     r"return on investment|\bROI\b": read_roi,
     r"gross profit margin|gross margin": read_gross_margin,
-    r"operating margin|net profit margin|net margin": read_margin,
+    r"operating margin|net profit margin|net margin": make_rule(
+        "$$", lambda a, b: min(a, b) / max(a, b)
+    ),
     r"return on (?:assets|equity)|debt-to-equity|current ratio|inventory turnover|receivable "
     r"turnover|debt service|dividend (?:yield|payout)|interest coverage|price-to-|"
     r"ev/ebitda": make_rule("$$", lambda a, b: a / b),
     r"earnings per share": make_rule("$$#", lambda a, b, n: (a - b) / n),
     r"quick ratio": make_rule("$$$", lambda a, b, c: (a - b) / c),
     r"free cash flow|working capital|balance of trade": make_rule("$$", lambda a, b: a - b),
-    # Whether more working capital adds to it or takes from it, prompts do not agree on.
+    # Prompts disagree on the sign of working capital.
     r"operating cash flow": make_rule("$$$", lambda a, b, c: a + b + c, lambda a, b, c: a + b - c),
     r"enterprise value": make_rule("$$$", lambda a, b, c: a + b - c),
     r"market cap": make_rule("$#", lambda price, n: price * n),

@@ -2,8 +2,8 @@
 
     join_parts("reporting_multi", Options())
 
-With the key `equal`, each part gives as many rows as the smallest has, drawn with that seed. The
-parts' validation rows join in the same way, and a prompt of theirs never trains.
+With the key `equal` (a seed), each part gives as many rows as the smallest has, drawn at random.
+The parts' validation rows join in the same way, and their prompts never train.
 """
 
 import random
@@ -25,7 +25,7 @@ Manifests = dict[Path, dict[str, Any]]  # of converted files
 
 
 def join_parts(task: str, options: Options) -> dict[str, Any] | str:
-    """Writes the joined files; returns the training set's manifest, or says why there is none."""
+    """Writes the joined files; returns the training set's manifest, or the reason for none."""
     spec, target = sources.tables()["tasks"][task], sources.train_path(task)
     parts = {part: sources.train_path(part) for part in spec["parts"]}
     if missing := [part for part, path in parts.items() if not path.is_file()]:
@@ -38,7 +38,7 @@ def join_parts(task: str, options: Options) -> dict[str, Any] | str:
     repairs = (manifest.get("repair") for manifest in manifests.values())
     rules = replace(
         load_train_rules(task, sources.CHAT),
-        removals=(),  # the parts have had theirs
+        removals=(),  # already made in the parts
         reason="; ".join(filter(None, repairs)),
         label_check=next(filter(None, checks), None),
     )
@@ -64,7 +64,7 @@ def join_parts(task: str, options: Options) -> dict[str, Any] | str:
 def join_validation(
     task: str, parts: Manifests, rules: Rules, options: Options
 ) -> tuple[dict[str, Any], set[bytes]]:
-    """Writes the parts' validation rows; returns the manifest's facts and the prompts' marks."""
+    """Joins the parts' validation rows; returns the manifest's facts and the prompts' marks."""
     target = sources.val_path(task)
     files = [
         path.with_name(manifest["validation"]["file"])
@@ -92,7 +92,7 @@ def join_validation(
 def join_rows(
     parts: Manifests, target: Path, rules: Rules, seed: int | None, options: Options
 ) -> dict[str, Any]:
-    """Writes the rows of converted files one after the other; with a seed, equally many of each."""
+    """Writes the rows of converted files in turn; with a seed, equally many of each."""
     selected = None
     if seed is not None:
         smallest = min(manifest["rows"] for manifest in parts.values())
@@ -107,7 +107,7 @@ def join_rows(
 
 
 def read_chat(path: Path) -> Iterator[Batch]:
-    """The rows of a converted file."""
+    """Reads the rows of a converted file."""
     with open(path, "rb") as file:
         number = 1
         while lines := file.readlines(CHUNK):

@@ -1,12 +1,11 @@
-"""Counts the tokens of chat rows as training will see them, and shortens prompts that are too long.
+"""Counts the tokens of chat rows as training sees them, and shortens prompts that are too long.
 
     load("HuggingFaceTB/SmolLM2-135M-Instruct").count(["How is it?"], ["neutral"])
 
-A row is rendered with the tokenizer's own chat template, as Axolotl does: the prompt's tokens reach
-to where the assistant answers, the answer's from there to the end of its turn. An answer is never
-cut. Where the task's row in data/sources.yaml says `cut_long_prompts: middle`, a prompt that makes
-its row longer than `sequence_len` loses tokens in its middle; otherwise such a row is refused
-(Axolotl itself would drop it silently).
+A row is rendered with the tokenizer's chat template, as Axolotl does: the prompt's tokens end where
+the assistant's answer begins. Answers are never cut. If a task's row in data/sources.yaml has
+`cut_long_prompts: middle`, a prompt whose row is longer than `sequence_len` loses tokens in its
+middle; otherwise such a row is refused (Axolotl would drop it silently).
 """
 
 import os
@@ -24,10 +23,10 @@ GAP = "\n[…]\n"  # in place of the middle of a prompt
 
 @dataclass
 class Lengths:
-    """The tokens of the rows that were checked, before any prompt was cut.
+    """The tokens of the checked rows, before any prompt was cut.
 
     `prompt` and `answer` count rows by their number of tokens. `sequence_len` is in tokens; None
-    where nothing is too long.
+    sets no limit.
     """
 
     tokenizer: Any
@@ -42,7 +41,7 @@ class Lengths:
         return Lengths(self.tokenizer, self.name, self.sequence_len)
 
     def count(self, prompts: list[str], answers: list[str]) -> list[tuple[int, int]]:
-        """(tokens of the prompt, tokens of the answer) of each row."""
+        """Returns (tokens of the prompt, tokens of the answer) of each row."""
         texts, starts = [], []
         for prompt, answer in zip(prompts, answers, strict=True):
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
@@ -54,7 +53,7 @@ class Lengths:
         return [(size, len(row) - size) for row, size in zip(rows, sizes, strict=True)]
 
     def check(self, batch: Batch, cut: bool, bounded: bool) -> Batch:
-        """Counts a batch; where it is `bounded`, rows that are too long are cut or refused."""
+        """Counts a batch; if `bounded`, rows that are too long are cut or refused."""
         fits = []
         for index, (prompt, answer) in enumerate(self.count(batch.prompts, batch.answers)):
             self.prompt[prompt] += 1
@@ -75,7 +74,7 @@ class Lengths:
         return batch.select(fits) if bounded else batch
 
     def cut_middle(self, prompt: str, answer: str) -> str | None:
-        """The longest prompt without its middle whose row fits; None where no prompt would."""
+        """Cuts out as little of a prompt's middle as makes its row fit; None if no cut does."""
         offsets = self.tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).offsets
         left, text = len(offsets), prompt
         while excess := max(0, sum(self.count([text], [answer])[0]) - (self.sequence_len or 0)):
@@ -87,7 +86,7 @@ class Lengths:
         return text
 
     def summarize(self) -> dict[str, Any]:
-        """The manifest's facts; quantiles are by nearest rank, so each is the length of a row."""
+        """Returns the manifest's facts; each quantile is the length of a row (nearest rank)."""
         over = None
         if self.sequence_len is not None:
             share = round(self.over / self.prompt.total(), 6)
@@ -102,7 +101,7 @@ class Lengths:
 
 
 def compute_quantiles(lengths: Counter[int]) -> dict[str, int]:
-    """min, median, 95th percentile and max of the counted lengths, in tokens."""
+    """Returns min, median, 95th percentile and max of counted lengths, in tokens."""
     total, rank, quantiles = lengths.total(), 0, dict[str, int]()
     ranks = {"min": 1, "median": (total + 1) // 2, "p95": -(-total * 95 // 100), "max": total}
     for length in sorted(lengths):
@@ -113,10 +112,10 @@ def compute_quantiles(lengths: Counter[int]) -> dict[str, int]:
 
 
 def load(base: str, sequence_len: int | None = None) -> Lengths | None:
-    """Counts with the tokenizer of a folder or of the Hub's cache; None where it is not at hand."""
+    """Loads the tokenizer of a folder or of the Hub's cache; None if it is not there."""
     from transformers import AutoTokenizer
 
-    # Nothing forks while tokens are counted, so the tokenizer may use every core.
+    # Nothing forks while tokens are counted, so the tokenizer can use every core.
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     folder = ROOT / base
     try:

@@ -1,9 +1,9 @@
-"""The files that an audit reads, with their rows in memory, and its findings on them.
+"""Holds the files of an audit, with their rows in memory, and its findings.
 
     for part in find_parts("sentiment", folder):
         part.finding(("warning", "duplicates", "certain"), "3 rows repeat …", 3)
 
-A finding's examples show rows escaped, so that a hostile row steers no terminal and no browser.
+Examples of findings are escaped, so that a hostile row cannot control a terminal or a browser.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class Finding:
 
 @dataclass
 class Part:
-    """One file of a task, its rows that could be read, and what was measured of them."""
+    """One file of a task, its readable rows, and their measurements."""
 
     path: Path
     split: str
@@ -85,7 +85,7 @@ class Part:
         examples: Iterable[int | dict[str, Any]] = (),
         of: int | None = None,
     ) -> Finding:
-        """A finding on this file, `of` all its rows without; an example may be a row's number."""
+        """Makes a finding, by default `of` all rows of the file; an example may be a row number."""
         severity, check, confidence = grade
         shown = [self.example(entry) if isinstance(entry, int) else entry for entry in examples]
         total = len(self.lines) if of is None else of
@@ -93,16 +93,16 @@ class Part:
 
 
 def find_parts(task: str, folder: Path) -> list[Part]:
-    """The files of a task that are at hand: its training file first, then its test files."""
+    """Reads the files of a task that are there: its training file, then its test files."""
     table, spec = sources.tables(), sources.tables()["tasks"][task]
     names_by_file: dict[str, list[str]] = defaultdict(list)
     for name in spec["eval"]:
         names_by_file[table["datasets"][name]["file"]].append(name)
     facts = [table.get("audit", {}).get(name, {}) for name in spec["eval"]]
-    # A mixture is computed if all of its sets are; class counts are those of one set.
+    # The keys of a mixture are checked if those of all its sets are; class counts are of one set.
     check = {"check": facts[0].get("check")} if all(f == facts[0] for f in facts) else {}
     parts = [(folder / spec["train"], "train", spec["eval"], check)]
-    # A multi-task set that has no file of its own is the same as its parts.
+    # A multi-task set without a file of its own repeats its parts.
     if "parts" in spec and not parts[0][0].is_file():
         return []
     for file, names in names_by_file.items():
@@ -111,17 +111,17 @@ def find_parts(task: str, folder: Path) -> list[Part]:
 
 
 def escape(text: str) -> str:
-    """A text of a row as it may be printed: nothing in it steers a terminal or a browser."""
+    """Escapes a row's text, so that it cannot control a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 def count_noun(count: int, singular: str, plural: str) -> str:
-    """`1 row repeats` or `3 rows repeat`."""
+    """Formats `1 row repeats` or `3 rows repeat`."""
     return f"{count:,} {singular if count == 1 else plural}"
 
 
 def normalize(text: str) -> str:
-    """A text as it is compared: without differences of case, width and white space."""
+    """Removes differences of case, width and white space."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 

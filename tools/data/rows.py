@@ -1,9 +1,9 @@
-"""Reads FinLoRA's rows strictly and in constant memory: a row is taken whole, or named and refused.
+"""Reads FinLoRA's rows strictly and in constant memory; a malformed row is named and refused.
 
     for batch in read_batches(Path("data/raw/test/fpb_test.jsonl")):
         print(batch.prompts, batch.answers, batch.refused)
 
-Repeated keys, control characters, other types than text and numbers, and empty texts are refused.
+Repeated keys, control characters, types other than text and numbers, and empty texts are refused.
 """
 
 import json
@@ -19,7 +19,7 @@ import orjson
 from tools.common import WrongInput, shown, unique
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-ASCII_ESCAPE = re.compile(rb"\\(?:[bf]|u00[0-7])")  # a character of ASCII that is not spelt plainly
+ASCII_ESCAPE = re.compile(rb"\\(?:[bf]|u00[0-7])")  # an escaped ASCII character
 MAX_LINE = 16 * 2**20  # bytes; FinLoRA's longest rows are about 20 kB
 CHUNK = 2**16  # bytes that are read at a time
 
@@ -29,7 +29,7 @@ RowTest = Callable[[str, str], object]  # of prompt and answer
 
 @dataclass(frozen=True)
 class Removal:
-    """A repair that takes rows out. `start` makes the test of a row, or says why it cannot."""
+    """A repair that removes rows. `start` makes the test of a row, or says why it cannot."""
 
     kind: str
     reason: str
@@ -38,18 +38,18 @@ class Removal:
 
 @dataclass(frozen=True)
 class Rules:
-    """What a dataset asks of its rows: the possible answers, and the repair of its defects."""
+    """A dataset's possible answers and the repair of its defects."""
 
     labels: frozenset[str] = frozenset()
     relabel: dict[str, str] = field(default_factory=dict)
     reason: str = ""
-    relabels_row: RowTest | None = None  # the rows to relabel; all rows without it
+    relabels_row: RowTest | None = None  # selects the rows to relabel; default: all
     label_check: dict[str, Any] | None = None  # the findings of tools/data/swap.py
     removals: tuple[Removal, ...] = ()  # training sets only
-    cut: bool = False  # whether a prompt that is too long loses its middle
+    cut: bool = False  # shortens prompts that are too long in their middle
 
     def repair(self, prompt: str, answer: str) -> str:
-        """The answer after the repair."""
+        """Returns the repaired answer."""
         if answer in self.relabel and (not self.relabels_row or self.relabels_row(prompt, answer)):
             return self.relabel[answer]
         return answer
@@ -60,10 +60,10 @@ NO_RULES = Rules()
 
 @dataclass
 class Batch:
-    """Some rows of a source in their order, by column, and the rows that broke a rule."""
+    """Consecutive rows of a source, by column, and the rows that broke a rule."""
 
     source: Path
-    rows_in: int = 0  # lines that were not blank
+    rows_in: int = 0  # lines that are not blank
     numbers: list[int] = field(default_factory=list)  # of the lines, from 1
     lines: list[bytes] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
@@ -72,7 +72,7 @@ class Batch:
     refused: list[tuple[int, str, bytes]] = field(default_factory=list)  # line number, reason, line
 
     def select(self, mask: list[bool]) -> "Batch":
-        """The batch with the rows that the mask names."""
+        """Returns the batch with the rows that the mask selects."""
         if all(mask):
             return self
         names = ("numbers", "lines", "prompts", "answers", "chat")
@@ -80,7 +80,7 @@ class Batch:
         return replace(self, **columns)
 
     def stop_at_first(self) -> None:
-        """Raises WrongInput that names the first row that broke a rule, if one did."""
+        """Raises WrongInput for the first row that broke a rule, if any."""
         if self.refused:
             number, reason, _ = min(self.refused)
             where = f"{shown(self.source)}, line {number}"
@@ -88,17 +88,17 @@ class Batch:
 
 
 def read_batches(source: Path, rules: Rules = NO_RULES) -> Iterator[Batch]:
-    """Reads a file of FinLoRA's rows."""
+    """Yields the rows of a file, a block of lines at a time."""
     for first, block in read_blocks(source):
         yield parse_block(source, first, block, rules)
 
 
 def parse_block(source: Path, first: int, block: bytes, rules: Rules) -> Batch:
-    """The rows of some whole lines; `first` is the number of the first line."""
+    """Parses whole lines; `first` is the number of the first."""
     lines = list(enumerate(block.split(b"\n"), first))
     lines = [(number, line) for number, line in lines if line and not line.isspace()]
     batch = parse_lines(source, lines, rules, is_plain(block, len(lines)))
-    # Where a row lacks a key, another may have it twice.
+    # If a row lacks a key, another may have it twice.
     return parse_lines(source, lines, rules, False) if batch.refused else batch
 
 
@@ -119,7 +119,7 @@ def parse_lines(source: Path, lines: list[tuple[int, bytes]], rules: Rules, plai
 
 
 def read_blocks(source: Path) -> Iterator[tuple[int, bytes]]:
-    """Yields (number of the first line, whole lines); drops the end of an endless line."""
+    """Yields (number of the first line, whole lines); cuts off a line longer than MAX_LINE."""
     with open(source, "rb") as file:
         number = 1
         while block := file.read(CHUNK):
@@ -131,9 +131,9 @@ def read_blocks(source: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def parse_row(line: bytes, rules: Rules = NO_RULES, plain: bool = False) -> tuple[str, str]:
-    """(prompt, answer) of one line; raises ValueError that says what is wrong with it.
+    """Returns (prompt, answer) of one line; raises ValueError with the fault.
 
-    `plain`: the line stands in a block that `is_plain`.
+    `plain`: the line is in a block that `is_plain`.
     """
     if len(line) > MAX_LINE:
         raise ValueError(f"longer than {MAX_LINE // 2**20} MB; one row stands on one line")
@@ -165,10 +165,10 @@ def parse_row(line: bytes, rules: Rules = NO_RULES, plain: bool = False) -> tupl
 
 
 def is_plain(text: bytes, rows: int) -> bool:
-    """Whether `rows` rows with context and target hold no control character and no key twice.
+    """Whether `rows` rows with context and target have no control character and no repeated key.
 
-    orjson takes both silently, and Python's own parser takes twice the time. A repeated key occurs
-    twice in the text, unless an escape spells it. Rows that are not plain are parsed by Python.
+    orjson accepts both silently, and Python's own parser takes twice the time, so it parses only
+    the rows that are not plain. A repeated key occurs twice in the text unless it is escaped.
     """
     return (
         text.count(b'"context"') == text.count(b'"target"') == rows
@@ -178,7 +178,7 @@ def is_plain(text: bytes, rows: int) -> bool:
 
 
 def read_text(row: dict[str, Any], key: str) -> str:
-    """A row's value as text; numbers become strings, as FinLoRA's own loader makes them."""
+    """Reads a value as text; numbers become strings, as in FinLoRA's own loader."""
     if key not in row:
         keys = ", ".join(row) or "none"
         raise ValueError(f'the key "{key}" is missing; the row has {keys}')

@@ -1,4 +1,4 @@
-"""The rules of a dataset or task: its labels, and the repairs that data/sources.yaml has for it.
+"""Loads the rules of a dataset or task: its labels, and its repairs from data/sources.yaml.
 
     load_test_rules("fpb", Path("data/raw/test/fpb_test.jsonl")).labels
     load_train_rules("xbrl_term", Path("data/raw")).removals
@@ -23,8 +23,8 @@ from tools.data.rows import Removal, RowTest, Rules, read_batches
 def load_test_rules(
     dataset: str, source: Path, repair: bool | None = None, quarantine: bool = False
 ) -> Rules:
-    """The rules of one dataset. Its repair applies to the published file; in another file of the
-    dataset, and in a test file of the user's own, the rows decide (see tools/data/swap.py).
+    """Loads the rules of one dataset. Its repair applies to the published file; for another file of
+    the dataset and for a user's own test file the rows decide (see tools/data/swap.py).
     """
     spec = sources.tables()["datasets"][dataset]
     rules = Rules(frozenset(spec.get("labels", ())))
@@ -46,16 +46,18 @@ def check_labels(
     quarantine: bool = False,
     mixed: bool = True,
 ) -> Rules:
-    """A file's rules with the repair that its rows call for; see `swap.check`."""
+    """Adds to a file's rules the repair that its rows call for; see `swap.check`."""
     relabel = sources.tables()["swap"]["relabel"]
-    is_example = source.resolve().is_relative_to(sources.SAMPLE.resolve())  # of no source's shares
+    is_example = source.resolve().is_relative_to(
+        sources.SAMPLE.resolve()
+    )  # made up, so without the source's shares
     if is_example or rules.labels and not relabel.keys() <= rules.labels:
         return rules
     return swap.check(source, rules, repair, quarantine, mixed)
 
 
 def load_train_rules(task: str, folder: Path) -> Rules:
-    """The rules of a task's training set: the labels of all its datasets, and its repairs."""
+    """Loads the rules of a task's training set: the labels of its datasets, and its repairs."""
     spec = sources.tables()["tasks"][task]
     removals = tuple(
         Removal(kind, repair["reason"], partial(REMOVALS[kind], repair[kind], folder))
@@ -67,22 +69,22 @@ def load_train_rules(task: str, folder: Path) -> Rules:
 
 
 def join_labels(datasets: list[str]) -> frozenset[str]:
-    """The possible answers in some datasets; empty where the answers of one are free text."""
+    """Joins the labels of datasets; empty if one of them has free-text answers."""
     table = sources.tables()["datasets"]
     labels = [frozenset(table[name].get("labels", ())) for name in datasets]
     return frozenset().union(*labels) if all(labels) else frozenset()
 
 
 def fingerprint(prompt: str) -> bytes:
-    """16 bytes that tell prompts apart, but for case and white space."""
+    """Hashes a prompt to 16 bytes, ignoring case and white space."""
     return hashlib.blake2b(" ".join(prompt.lower().split()).encode(), digest_size=16).digest()
 
 
-# ---- Removals: each makes the test that a row must fail to stay in a training set
+# ---- Removals: each makes a test; rows that pass it leave the training set
 
 
 def remove_rows_of(datasets: list[str], folder: Path) -> RowTest | str:
-    """Tests whether a prompt stands in a test set, but for case and white space."""
+    """Tests whether a prompt is in a test set, ignoring case and white space."""
     paths = [folder / sources.tables()["datasets"][name]["file"] for name in datasets]
     for path in paths:
         if not path.is_file():
@@ -93,16 +95,16 @@ def remove_rows_of(datasets: list[str], folder: Path) -> RowTest | str:
 
 
 def remove_repeats(wanted: bool, folder: Path) -> RowTest:
-    """Tests whether a prompt stood before; holds 16 bytes of each prompt."""
+    """Tests whether a prompt came before; holds 16 bytes of each prompt."""
     seen: set[bytes] = set()
 
-    def stood_before(prompt: str, answer: str) -> bool:
+    def is_repeated(prompt: str, answer: str) -> bool:
         mark = hashlib.blake2b(prompt.encode(), digest_size=16).digest()
         count = len(seen)
         seen.add(mark)
         return wanted and len(seen) == count
 
-    return stood_before
+    return is_repeated
 
 
 def remove_prompts(pattern: str, folder: Path) -> RowTest:

@@ -1,4 +1,4 @@
-"""Divides rows by prompt: which of them validate, and which of a test set train.
+"""Divides rows by prompt into those that train and those that validate or test.
 
     draw_validation(Counter({mark: rows, …}))     prompts of a training set that validate
     split_test_set(source, rules, 900, seed=42)   rows that train in place of a missing file
@@ -19,12 +19,12 @@ from tools.data.rules import fingerprint
 
 
 def draw_validation(copies: Counter[bytes]) -> set[bytes]:
-    """The prompts that validate, from the number of rows of each prompt, which stay together.
+    """Draws the prompts that validate, given the rows of each prompt, which stay together.
 
-    They are drawn in an order that only the seed and the prompt decide, so a shuffled file gives
-    the same ones, and fill the share of the rows to the row, as Axolotl's own split does. A prompt
-    with more copies than there is room for is passed over, so on few rows the prompts with many
-    copies train. At least one prompt validates, and none where there are fewer than `least`.
+    Seed and prompt alone determine the order, so a shuffled file gives the same prompts. They fill
+    the share of the rows to the row, as Axolotl's own split does. A prompt with more copies than
+    there is room for is skipped, so in small files the prompts with many copies train. At least one
+    prompt validates, but none if there are fewer than `least`.
     """
     spec = sources.tables()["validation"]
     if len(copies) < spec["least"]:
@@ -44,7 +44,7 @@ def draw_validation(copies: Counter[bytes]) -> set[bytes]:
 def split_test_set(
     source: Path, rules: Rules, rows: int, seed: int
 ) -> tuple[frozenset[int], frozenset[int]]:
-    """Numbers of the rows of a test set that train, and of those that test.
+    """Returns the numbers of a test set's rows that train, and of those that test.
 
     No prompt is in both. Holds 16 bytes of each prompt.
     """

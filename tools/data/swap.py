@@ -3,23 +3,22 @@
     check(source, rules, repair=None, quarantine=False, mixed=True).label_check["outcome"]
 
 FinLoRA's sentiment training file joins four sources. The script that builds it swaps two labels of
-one of them (TFNS); the file that it replaced does not. The rows show which file it is:
+one of them (TFNS); the file that it replaced does not. The rows tell which file it is:
 
-1. Rows of TFNS and of FiQA share an instruction ("tweet"). A row of TFNS stands twice in the file,
-   a row of FiQA 21 times, so the copies of a prompt with its answer tell them apart. 42 copies fit
-   both; they are taken for two equal rows of FiQA, since a tweet would have to stand in TFNS 21
-   times, and keep their answer.
-2. The class shares of TFNS's rows are compared with those of the source. The distance is half the
-   sum of the absolute differences (total variation): 0 is equal, and the swapped shares are 46
-   points away from the right ones. SLACK is allowed, since the source's two splits differ, and
-   three standard errors of the distance: few rows say little.
-3. Near the right shares and not near the swapped ones: unchanged. The reverse: repaired. Neither or
-   both: the rows do not decide, and the conversion stops. REPAIR=0 and REPAIR=1 decide by hand.
+1. Rows of TFNS and FiQA share an instruction ("tweet"). The file has 2 copies of a TFNS row and 21
+   of a FiQA row, so the copies of a prompt with its answer tell them apart. 42 copies fit both;
+   they count as two equal rows of FiQA, since TFNS would need the same tweet 21 times, and keep
+   their answer.
+2. The class shares of TFNS's rows are compared with the source's. The distance is half the sum of
+   the absolute differences (total variation); the swapped shares are 46 points from the right ones.
+   SLACK is allowed because the source's two splits differ, and three standard errors of the
+   distance because few rows say little.
+3. Near the right shares only: unchanged. Near the swapped shares only: repaired. Near both or
+   neither: the conversion stops. REPAIR=0 and REPAIR=1 decide by hand.
 
-Where copies were dropped or drawn (one row of each prompt, a sample of the file), they say nothing.
-All rows with the instruction are then taken together. FiQA has few neutral posts, so it cannot make
-swapped shares look right: where they do look right, nothing is changed. Where they look swapped,
-nobody can say which rows to repair, and the conversion stops.
+In a deduplicated or sampled file the copies say nothing, so all rows with the instruction are taken
+together. FiQA has few neutral posts and cannot make swapped shares look right: if they look right,
+nothing changes. If they look swapped, it is unknown which rows to repair, and the conversion stops.
 
 One pass over the file; it holds 16 bytes and a number for each prompt with the instruction.
 """
@@ -27,7 +26,7 @@ One pass over the file; it holds 16 bytes and a number for each prompt with the 
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ STRAY = 0.01  # share of the prompts whose copies may fit neither source
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a file holds with the instruction: rows of the source by class, and the rows' marks."""
+    """The source's rows in a file, by class, and the marks of the rows."""
 
     classes: Counter[str]  # source rows, so copies count once
     rows: int  # rows of the file that they stand for
@@ -54,10 +53,10 @@ class Evidence:
 
 
 def check(source: Path, rules: Rules, repair: bool | None, quarantine: bool, mixed: bool) -> Rules:
-    """A file's rules with the repair that its rows call for, or that `repair` decides by hand.
+    """Adds to a file's rules the repair that its rows call for, or that `repair` decides by hand.
 
-    `mixed`: another source's rows may be among them. Raises WrongInput where the rows do not
-    decide, and for a row that breaks a rule unless `quarantine`.
+    `mixed`: another source's rows may be among them. Raises WrongInput if the rows do not decide,
+    and for a row that breaks a rule unless `quarantine`.
     """
     spec = sources.tables()["swap"]
     copies, answers = count_copies(source, rules, quarantine)
@@ -107,7 +106,7 @@ def hash_row(prompt: str, answer: str) -> bytes:
 def count_copies(
     source: Path, rules: Rules, quarantine: bool
 ) -> tuple[Counter[bytes], dict[bytes, str]]:
-    """The copies and the answer of each distinct row that has the instruction."""
+    """Returns the copies and the answer of each distinct row with the instruction, by mark."""
     instruction = sources.tables()["swap"]["instruction"]
     copies: Counter[bytes] = Counter()
     answers: dict[bytes, str] = {}
@@ -123,31 +122,32 @@ def count_copies(
 
 
 def weigh_copies(copies: Counter[bytes], answers: dict[bytes, str], mixed: bool) -> Evidence:
-    """The rows of the source among those with its instruction."""
+    """Selects the source's rows among those with its instruction."""
 
-    def gather(marks: set[bytes], weigh: Callable[[bytes], int], *more: Any) -> Evidence:
+    def collect(source_rows: Mapping[bytes, int], both: int = 0, neither: int = 0) -> Evidence:
         classes: Counter[str] = Counter()
-        for mark in marks:
-            classes[answers[mark]] += weigh(mark)
-        return Evidence(classes, sum(copies[mark] for mark in marks), frozenset(marks), *more)
+        for mark, number in source_rows.items():
+            classes[answers[mark]] += number
+        rows = sum(copies[mark] for mark in source_rows)
+        return Evidence(classes, rows, frozenset(source_rows), both, neither)
 
-    all_marks = set(copies)
     if not mixed:
-        return gather(all_marks, copies.__getitem__)
+        return collect(copies)
     spec = sources.tables()["swap"]
-    own, other = spec["copies"], spec["other_copies"]
-    others = {mark for mark, number in copies.items() if number % other == 0}
-    rest = all_marks - others
-    tweets = {mark for mark in rest if copies[mark] % own == 0}
-    both, neither = sum(copies[mark] % own == 0 for mark in others), len(rest) - len(tweets)
-    if neither > STRAY * len(all_marks):
-        evidence = gather(rest, lambda mark: 1, both, neither, True)
-        return replace(evidence, classes=Counter(answers[mark] for mark in all_marks))
-    return gather(tweets, lambda mark: copies[mark] // own, both, neither)
+    copies_of_source, copies_of_other = spec["copies"], spec["other_copies"]
+    others = {mark for mark, number in copies.items() if number % copies_of_other == 0}
+    rest = copies.keys() - others
+    fitting = {m: copies[m] // copies_of_source for m in rest if copies[m] % copies_of_source == 0}
+    both = sum(copies[mark] % copies_of_source == 0 for mark in others)
+    neither = len(rest) - len(fitting)
+    if neither > STRAY * len(copies):
+        rows = sum(copies[mark] for mark in rest)
+        return Evidence(Counter(answers.values()), rows, frozenset(rest), both, neither, True)
+    return collect(fitting, both, neither)
 
 
 def judge(evidence: Evidence) -> tuple[str, dict[str, Any]]:
-    """("right", "swapped" or "unclear", the numbers that it rests on)."""
+    """Returns "right", "swapped" or "unclear", and the numbers behind the verdict."""
     spec = sources.tables()["swap"]
     right = sources.tables()["audit"][spec["dataset"]]["published_classes"]
     swapped = {spec["relabel"].get(name, name): count for name, count in right.items()}
@@ -167,14 +167,14 @@ def judge(evidence: Evidence) -> tuple[str, dict[str, Any]]:
 
 
 def measure_distance(classes: Counter[str], expected: dict[str, int]) -> float:
-    """Total variation between two sets of class counts, 0 to 1."""
+    """Computes the total variation between two sets of class counts, 0 to 1."""
     names = classes.keys() | expected.keys()
     total, of = classes.total(), sum(expected.values())
     return sum(abs(classes[name] / total - expected.get(name, 0) / of) for name in names) / 2
 
 
 def compute_allowance(evidence: Evidence, expected: dict[str, int]) -> float:
-    """The distance up to which shares count as equal."""
+    """Computes the distance up to which shares count as equal."""
     of = sum(expected.values())
     spread = sum(count / of * (1 - count / of) for count in expected.values())
     error = math.sqrt(spread * (1 / evidence.classes.total() + 1 / of)) / 2
@@ -182,26 +182,25 @@ def compute_allowance(evidence: Evidence, expected: dict[str, int]) -> float:
 
 
 def describe(evidence: Evidence, numbers: dict[str, Any], name: str, pair: str) -> str:
-    """The numbers of a verdict in words."""
+    """Puts the numbers of a verdict into words."""
     kind = f"prompts of {name} or FiQA" if evidence.mixed else f"{name} rows"
-    text = (
-        f"{evidence.classes.total():,} {kind} have {format_shares(evidence.classes)}; "
-        f"the source has {format_shares(numbers['source'])}; "
+    parts = [
+        f"{evidence.classes.total():,} {kind} have {format_shares(evidence.classes)}",
+        f"the source has {format_shares(numbers['source'])}",
         f"{100 * numbers['distance_from_source']:.1f} points from it, "
         f"{100 * numbers['distance_from_swapped']:.1f} from its shares with {pair} swapped, "
-        f"{100 * numbers['allowed']:.1f} allowed"
-    )
-    if evidence.mixed:
-        text += (
-            f"; {evidence.neither:,} prompts have copies of neither, so copies do not tell them "
-        )
-        text += "apart"
-    elif evidence.neither:
-        text += f"; {evidence.neither:,} prompts have copies of neither source and keep their "
-        text += "answers"
+        f"{100 * numbers['allowed']:.1f} allowed",
+    ]
+    if evidence.neither:
+        ending = " source and keep their answers"
+        if evidence.mixed:
+            ending = ", so copies do not tell them apart"
+        parts.append(f"{evidence.neither:,} prompts have copies of neither{ending}")
     if evidence.both:
-        text += f"; {evidence.both:,} prompts have copies that fit both sources and count as FiQA's"
-    return text
+        parts.append(
+            f"{evidence.both:,} prompts have copies that fit both sources and count as FiQA's"
+        )
+    return "; ".join(parts)
 
 
 def format_shares(classes: dict[str, int]) -> str:

@@ -1,9 +1,9 @@
-"""Splits prompts into the sentences that recur in their file, the template, and those that do not.
+"""Splits prompts into a template, the sentences that recur in their file, and the rest.
 
     "Instruction: Good or bad? Input: Sales rose. Answer:"
  →  "Instruction: Good or bad? … Answer:" and "input sales rose"
 
-Prompts that follow no usual template, or that hold nothing else, are findings.
+Prompts with an unusual template, or with nothing beside it, are findings.
 """
 
 import re
@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from tools.data.parts import EXAMPLES, Finding, Part, count_noun, escape, normalize
 
 SENTENCE = re.compile(r"(?<=[.:?!])\s+|\n+|(?<=Answer:)")
-PLACEHOLDER = re.compile(r"(?:nan|none|null|n a|na|undefined)?")  # of a cell that was empty
-TEMPLATE_SHARE = 0.01  # a sentence that this share of the prompts hold is part of a template
-OUTLIER_SHARE = 0.005  # a template that fewer rows use is an outlier
-NEAR_CHARS = 2_000  # characters that are compared of a long prompt: its first and last half
+PLACEHOLDER = re.compile(r"(?:nan|none|null|n a|na|undefined)?")  # of an empty cell
+TEMPLATE_SHARE = 0.01  # of the prompts hold a sentence of a template
+OUTLIER_SHARE = 0.005  # of the rows use an outlier at most
+NEAR_CHARS = 2_000  # that are compared of a long prompt: its first and last half
 
 
 def check_templates(part: Part) -> Iterator[Finding]:
-    """Prompts that follow no usual template or ask for nothing; sets the part's `texts`."""
+    """Finds prompts that follow no usual template or ask for nothing; sets the part's `texts`."""
     common, rows = find_common_sentences(part.prompts), len(part.prompts)
     part.texts = [extract_text(prompt, common) for prompt in part.prompts]
     templates = [find_template(prompt, common) for prompt in part.prompts]
@@ -32,7 +32,7 @@ def check_templates(part: Part) -> Iterator[Finding]:
     }
     odd = [(text, count) for text, count in used if count < OUTLIER_SHARE * rows]
     count, usual = sum(count for _, count in odd), len(used) - len(odd)
-    # Where most prompts differ there is no template to be out of.
+    # If most prompts differ, there is no template.
     if odd and count < 0.1 * rows:
         text = count_noun(count, "prompt follows", "prompts follow") + " none of the "
         text += count_noun(usual, "usual template", "usual templates")
@@ -46,7 +46,7 @@ def check_templates(part: Part) -> Iterator[Finding]:
 
 
 def find_common_sentences(prompts: list[str]) -> set[int]:
-    """Marks of the sentences that recur."""
+    """Returns the marks of the sentences that recur."""
     counts: Counter[int] = Counter()
     for prompt in prompts:
         counts.update({zlib.crc32(text.encode()) for text in split_sentences(prompt)})
@@ -55,13 +55,13 @@ def find_common_sentences(prompts: list[str]) -> set[int]:
 
 
 def split_sentences(prompt: str) -> list[str]:
-    """The sentences that a template is made of; the middle of a long prompt is left out."""
+    """Splits a prompt into sentences, without the middle of a long one."""
     sentences = [text for text in SENTENCE.split(prompt) if text]
     return sentences if len(sentences) <= 40 else sentences[:20] + sentences[-20:]
 
 
 def find_template(prompt: str, common: set[int]) -> str:
-    """The sentences of a prompt that recur in its file, with … for the others."""
+    """Returns the sentences of a prompt that recur in its file, with … for the others."""
     pieces: list[str] = []
     for text in split_sentences(prompt):
         is_common = zlib.crc32(text.encode()) in common
@@ -71,7 +71,7 @@ def find_template(prompt: str, common: set[int]) -> str:
 
 
 def extract_text(prompt: str, common: set[int]) -> str:
-    """The rest of a prompt beside its template, as letters, digits and single spaces."""
+    """Returns a prompt without its template, as letters, digits and single spaces."""
     texts = [text for text in SENTENCE.split(prompt) if zlib.crc32(text.encode()) not in common]
     text = re.sub(r"\W+", " ", normalize(" ".join(filter(None, texts)))).strip()
     return text if len(text) <= NEAR_CHARS else text[: NEAR_CHARS // 2] + text[-NEAR_CHARS // 2 :]

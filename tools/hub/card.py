@@ -1,9 +1,9 @@
-"""Makes the model card of a run: the metadata that the Hub reads, and the text that people read.
+"""Makes the model card of a run: metadata for the Hub, and a text for people.
 
     make_card(publication)    →  huggingface_hub.ModelCard
 
-Everything in it comes from the run's own files, its recipe and data/sources.yaml, so the same run
-gives the same card. The text is tools/hub/card.md, a Jinja template.
+The run's files, its recipe and data/sources.yaml determine the card. The text is the Jinja template
+tools/hub/card.md.
 """
 
 import json
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = ROOT / "tools" / "hub" / "card.md"
 TAG = "finlora-recipes"
-# Licences of data that ask something of what is made from it, the strictest first.
+# Parts of data licences that restrict what is made from the data, the strictest first.
 STRICT = ("-NC-ND-", "-ND-", "-NC-SA-", "-NC-", "-SA-")
 EXAMPLES = {
     "name": "the examples of finlora-recipes",
@@ -28,7 +28,7 @@ EXAMPLES = {
     "licence": "MIT",
     "commercial": True,
 }
-# What the Hub calls a metric; others keep their names.
+# The Hub's names of metrics; others keep theirs.
 METRICS = {"f1_weighted": "f1", "f1_macro": "f1", "token_f1": "f1", "rouge_l": "rouge"}
 
 Scores = dict[str, dict[str, Any]]  # {dataset: {"adapter": score file, "base": score file}}
@@ -57,9 +57,9 @@ class Publication:
 
 
 def list_origins(data: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Where the rows of a run's data files come from: rows of data/sources.yaml, each once.
+    """Lists the origins of a run's data files, each once, as rows of data/sources.yaml.
 
-    A file that data/sources.yaml does not list is the user's own, and its licence is unknown.
+    A file that data/sources.yaml does not list is the user's own; its licence is unknown.
     """
     tables = sources.tables()
     origins: dict[str, dict[str, Any]] = {}
@@ -80,13 +80,13 @@ def list_origins(data: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def rank_licence(origin: dict[str, Any]) -> int:
-    """The place of an origin's licence in STRICT; len(STRICT) where it asks nothing."""
+    """Returns the place of an origin's licence in STRICT; len(STRICT) if it restricts nothing."""
     text = f"{origin.get('licence') or ''}-".upper()
     return next((place for place, part in enumerate(STRICT) if part in text), len(STRICT))
 
 
 def explain_forbidden(data: list[dict[str, Any]]) -> str | None:
-    """Why an adapter made from this data must not be public; None where nothing forbids it."""
+    """Says why an adapter trained on this data must not be public; None if it may be."""
     for origin in list_origins(data):
         if not origin.get("published", True):
             return f"{origin['name']} is under copyright and not published"
@@ -96,10 +96,10 @@ def explain_forbidden(data: list[dict[str, Any]]) -> str | None:
 
 
 def choose_licence(base: str, data: list[dict[str, Any]]) -> dict[str, Any]:
-    """The card's `license` metadata: the base's, unless the data's asks for more.
+    """Returns the card's `license` metadata: the base's licence, unless the data's is stricter.
 
-    It is `other`, with a name and a link, where base and data both have terms of their own, or the
-    data's are unknown.
+    It is `other`, with a name and a link, if base and data both have terms of their own or those of
+    the data are unknown.
     """
     name, table = recipes.resolve_mirror(base), recipes.read_matrix()["licences"]
     row = next((row for start, row in table.items() if name.startswith(start)), ["unknown"])
@@ -122,7 +122,7 @@ def choose_licence(base: str, data: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def read_scores(file: Path, verb: str) -> dict[str, Any] | None:
-    """A score file; None of a damaged one, which is named on stderr."""
+    """Reads a score file; None for a damaged one, which stderr names."""
     from evals import report
 
     try:
@@ -132,15 +132,17 @@ def read_scores(file: Path, verb: str) -> dict[str, Any] | None:
         return None
 
 
-def format_interval(value: dict[str, Any], signed: bool = False) -> str:
+def format_interval(value: dict[str, Any] | None, missing: str, signed: bool = False) -> str:
     from evals import report
 
+    if value is None:
+        return missing
     point, interval = report.format_percent(value, signed)
     return f"{point} ({interval or 'no interval: ' + value['no_interval']})"
 
 
 def tabulate_scores(scores: Scores) -> tuple[list[dict[str, str]], list[str]]:
-    """The rows of the card's table of scores, and sentences on what the differences mean."""
+    """Makes the rows of the card's table of scores, and sentences on what the differences mean."""
     from evals import report
 
     adapter_scores = {dataset: pair["adapter"] for dataset, pair in scores.items()}
@@ -148,27 +150,20 @@ def tabulate_scores(scores: Scores) -> tuple[list[dict[str, str]], list[str]]:
     gains = report.differences(base_scores, adapter_scores)
     rows = []
     for dataset, content in adapter_scores.items():
-        base_metrics = base_scores[dataset]["metrics"] if dataset in base_scores else {}
+        base_metrics = base_scores.get(dataset, {}).get("metrics", {})
+        dataset_gains = gains.get(dataset, {})
         for name, value in content["metrics"].items():
-            gain = gains.get(dataset, {}).get(name)
-            rows.append(
-                {
-                    "dataset": dataset,
-                    "metric": report.title(name),
-                    "base": format_interval(base_metrics[name])
-                    if name in base_metrics
-                    else "not scored",
-                    "adapter": format_interval(value),
-                    "difference": format_interval(gain, signed=True) if gain else "–",
-                    "examples": f"{content['examples']:,}",
-                }
-            )
+            row = {"dataset": dataset, "metric": report.title(name)}
+            row["base"] = format_interval(base_metrics.get(name), "not scored")
+            row["adapter"] = format_interval(value, "–")
+            row["difference"] = format_interval(dataset_gains.get(name), "–", signed=True)
+            rows.append(row | {"examples": f"{content['examples']:,}"})
     verdicts = report.sentences(gains, adapter_scores)
     return rows, [f"{name}, {report.title(metric)}: {text}." for name, metric, text in verdicts]
 
 
 def list_results(scores: Scores) -> list["EvalResult"]:
-    """Every score with its interval, as the Hub's model-index has them."""
+    """Lists every score with its interval, as the Hub's model-index has them."""
     from huggingface_hub import EvalResult
 
     from evals import report
@@ -181,15 +176,12 @@ def list_results(scores: Scores) -> list["EvalResult"]:
         origin = list_origins([file])[0]
         collection = origin["name"] if data_from == "data/sample" else "FinLoRA"
         for name, value in content["metrics"].items():
-            kind = name.removeprefix("finlora_")
+            arguments = {"interval": [value.get("low"), value.get("high")], "confidence": 0.95}
             if value.get("no_interval"):
-                interval = {"no_interval": value["no_interval"]}
-            else:
-                interval = {"interval": [value["low"], value["high"]], "confidence": 0.95}
-            arguments = interval | {
-                "examples": len(report.values(content, name)),
-                "precision": content["evaluated"].get("precision"),
-            }
+                arguments = {"no_interval": value["no_interval"]}
+            arguments["examples"] = len(report.values(content, name))
+            arguments["precision"] = content["evaluated"].get("precision")
+            kind = name.removeprefix("finlora_")
             results.append(
                 EvalResult(
                     task_type="text-classification" if row.get("labels") else "text-generation",
@@ -207,13 +199,13 @@ def list_results(scores: Scores) -> list["EvalResult"]:
 
 
 def find_hub_dataset(origin: dict[str, Any]) -> str | None:
-    """`owner/name` of an origin that is a data set on the Hub."""
+    """Returns `owner/name` of an origin that is a dataset on the Hub, else None."""
     _, start, name = str(origin.get("url", "")).partition("https://huggingface.co/datasets/")
     return name if start else None
 
 
 def read_titles(recipe: recipes.Recipe) -> dict[str, str]:
-    """The names of model, task and method as a person reads them."""
+    """Reads the titles of a recipe's model, task and method."""
     try:
         names = dict(zip(("model", "task", "method"), recipes.split_name(recipe.name), strict=True))
     except WrongInput:
@@ -226,7 +218,7 @@ def read_titles(recipe: recipes.Recipe) -> dict[str, str]:
 
 
 def read_example(task: str | None) -> str:
-    """A prompt of the task, from the project's examples."""
+    """Reads a prompt of the task from the example rows."""
     tables = sources.tables()
     for dataset in tables["tasks"].get(task, {}).get("eval", ()):
         path = sources.SAMPLE / tables["datasets"][dataset]["file"]
@@ -237,9 +229,9 @@ def read_example(task: str | None) -> str:
 
 
 def describe_repair(dataset: str, pair: dict[str, Any]) -> str:
-    """How the labels of a scored dataset were repaired; empty where they were not.
+    """Says how the labels of a scored dataset were repaired; empty if they were not.
 
-    Score files without `label_checks` were written when only the published file was repaired.
+    Score files without `label_checks` date from when only the published file was repaired.
     """
     if "label_checks" not in pair["adapter"]:
         row = sources.tables()["datasets"].get(dataset, {})
@@ -251,19 +243,18 @@ def describe_repair(dataset: str, pair: dict[str, Any]) -> str:
 def collect_label_checks(
     data: list[dict[str, Any]], scores: Scores, repairs: dict[str, str]
 ) -> dict[str, str]:
-    """What was decided on swapped labels, of the training rows and of each unrepaired test set."""
+    """Collects what was decided on swapped labels, for training rows and unrepaired test sets."""
     checks = {name: read_label_check(pair) for name, pair in scores.items() if name not in repairs}
     checks["training"] = next((e["label_check"] for e in data if e.get("label_check")), "")
     return {rows: text for rows, text in checks.items() if text}
 
 
 def read_label_check(pair: dict[str, Any]) -> str:
-    """What was decided on swapped labels of the rows that an adapter was scored on."""
     return str(pair["adapter"].get("label_checks", {}).get("test", ""))
 
 
 def describe_scores(scores: Scores) -> dict[str, Any]:
-    """The template's variables about scores."""
+    """Returns the template's variables about scores."""
     from evals import report, stats
 
     tests = sources.tables()["datasets"]
@@ -280,7 +271,7 @@ def describe_scores(scores: Scores) -> dict[str, Any]:
 
 
 def describe_data(data: list[dict[str, Any]], scores: Scores) -> dict[str, Any]:
-    """The template's variables about the data of training and scores."""
+    """Returns the template's variables about the data of training and scores."""
     repairs = {name: text for name, pair in scores.items() if (text := describe_repair(name, pair))}
     places = [entry.get("from") for entry in data]
     places += [pair["adapter"]["evaluated"].get("data_from") for pair in scores.values()]
@@ -295,7 +286,7 @@ def describe_data(data: list[dict[str, Any]], scores: Scores) -> dict[str, Any]:
 
 
 def make_card(publication: Publication) -> "ModelCard":
-    """The model card of a run; raises WrongInput where it would not read back as written."""
+    """Makes the model card of a run; raises WrongInput if it does not read back as written."""
     from huggingface_hub import ModelCard, ModelCardData
 
     recipe, config = publication.recipe, publication.config

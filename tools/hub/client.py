@@ -1,7 +1,7 @@
-"""What pushing and pulling share: the Hub's client, names of repositories and bases, digests.
+"""What pushing and pulling share: the Hub's client, repository and base names, digests.
 
-HF_ENDPOINT names another Hub, HF_HUB_OFFLINE=1 works from the cache, and the token is HF_TOKEN or
-that of `hf auth login`. tools/hub_errors.py explains the client's errors.
+HF_ENDPOINT names another Hub and HF_HUB_OFFLINE=1 works from the cache. The token is HF_TOKEN or
+the one that `hf auth login` stored.
 """
 
 import hashlib
@@ -14,13 +14,13 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tools import adapters, architectures, recipes, runs
-from tools.common import ROOT, WrongInput, digest, git_blob, read_json, shown
+from tools.common import ROOT, WrongInput, read_json, shown
 
 FINLORA = "wangd12"  # publishes FinLoRA's adapters
 CARD = "README.md"
 MIB = 2**20
-# The files of a repository, and the most bytes of each. An adapter's config limits its weights.
-# Nothing else is sent or taken: no pickle, no code.
+# The files that are sent and taken, with their largest size in bytes; the adapter's config limits
+# its weights. Everything else stays behind: pickles, code.
 LIMITS = {
     adapters.CONFIG: MIB,
     adapters.WEIGHTS: None,
@@ -34,42 +34,42 @@ LIMITS = {
 }
 SCORES = re.compile(r"evals/(base/)?[a-z0-9_]{1,64}\.json")
 SCORES_LIMIT = 64 * MIB
-Contents = dict[str, bytes | Path]
+Contents = dict[str, bytes]  # by path in the repository
 
 
 class RemoteFile(NamedTuple):
-    """A file on the Hub. `sha` is SHA-256 where the Hub keeps it in LFS, else git's SHA-1."""
+    """A file on the Hub. `sha` is SHA-256 for a file in LFS, else git's blob SHA-1."""
 
     size: int
     sha: str
 
 
 class External(BaseModel):
-    """A JSON file that somebody else may have written. Keys without a field are ignored."""
+    """A JSON file from elsewhere. Keys without a field are ignored."""
 
     model_config = ConfigDict(strict=True)
 
 
 class Origin(External):
-    """hub.json: which adapter on the Hub a pulled run holds, and its files' digests."""
+    """hub.json: where a pulled run comes from, and the digests of its files."""
 
     repo: str
     folder: str = ""
-    precision: str | None = None  # asked for at the pull
+    precision: str | None = None  # that the user named
     revision: str
     commit: str
     base: str
     base_revision: str | None
     pulled: str
     remote: dict[str, str]  # digests on the Hub
-    local: dict[str, str]  # SHA-256 of what lies here
+    local: dict[str, str]  # SHA-256 of the files here
 
 
 Model = TypeVar("Model", bound=External)
 
 
 def validate(model: type[Model], content: Any, where: str) -> Model:
-    """`content` as `model`; raises WrongInput that names `where`, the key and the fault."""
+    """Parses `content` as `model`; raises WrongInput with `where`, the key and the fault."""
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -79,14 +79,13 @@ def validate(model: type[Model], content: Any, where: str) -> Model:
 
 
 def read_origin(run: runs.Run) -> Origin | None:
-    """The hub.json of a run; None of a run that was trained here."""
-    if not run.origin_file.is_file():
-        return None
-    return validate(Origin, read_json(run.origin_file), shown(run.origin_file))
+    """Reads a run's hub.json; None for a run that was trained here."""
+    path = run.origin_file
+    return validate(Origin, read_json(path), shown(path)) if path.is_file() else None
 
 
 def connect() -> Any:
-    """The Hub's client. It reads the token itself and never shows it."""
+    """Returns the Hub's client, which reads the token itself."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.utils import disable_progress_bars, logging
 
@@ -98,7 +97,7 @@ def connect() -> Any:
 
 
 def list_remote_files(api: Any, repo: str, revision: str) -> dict[str, RemoteFile]:
-    """The files of a repository at a revision, by path."""
+    """Lists the files of a repository at a revision, by path."""
     from huggingface_hub.hf_api import RepoFile
 
     return {
@@ -109,31 +108,26 @@ def list_remote_files(api: Any, repo: str, revision: str) -> dict[str, RemoteFil
 
 
 def is_published_name(path: str) -> bool:
-    """Whether a path in a repository is one that this project publishes."""
+    """Whether this project publishes a file of that path."""
     return path in LIMITS or SCORES.fullmatch(path) is not None
 
 
-def has_digest(content: bytes | Path, sha: str) -> bool:
-    """Whether a file has the digest that the Hub names; see `RemoteFile`."""
-    in_lfs = len(sha) == 64
-    if isinstance(content, Path):
-        return sha == (digest(content) if in_lfs else git_blob(content))
-    if in_lfs:
-        return sha == hashlib.sha256(content).hexdigest()
-    return sha == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+def has_digest(content: bytes, sha: str) -> bool:
+    """Whether a file's content has the digest that the Hub names; see `RemoteFile`."""
+    from huggingface_hub.utils.sha import git_hash
+
+    return sha == (hashlib.sha256(content).hexdigest() if len(sha) == 64 else git_hash(content))
 
 
 def list_differences(files: Contents, remote: dict[str, RemoteFile]) -> list[str]:
-    """The names of a run's files that differ on the Hub, or exist on one side only."""
-    return sorted(
-        name
-        for name in files.keys() | filter(is_published_name, remote)
-        if name not in files or name not in remote or not has_digest(files[name], remote[name].sha)
-    )
+    """Names the published files that differ between a run and the Hub, or that one side lacks."""
+    names = files.keys() | filter(is_published_name, remote)
+    common = files.keys() & remote.keys()
+    return sorted(n for n in names if n not in common or not has_digest(files[n], remote[n].sha))
 
 
 def name_repository(recipe: recipes.Recipe, namespace: str) -> str:
-    """The repository of a recipe's adapter; without a namespace, the one that FinLoRA published."""
+    """Names the repository of a recipe's adapter; without a namespace, FinLoRA's own."""
     name, finlora_name = Path(recipe.name).stem, None
     if recipe.name in recipes.list_names():
         finlora_name = recipes.find_finlora_name(recipe.name)
@@ -144,7 +138,7 @@ def name_repository(recipe: recipes.Recipe, namespace: str) -> str:
 
 
 def find_hub_name(base: str) -> str:
-    """A base's name on the Hub; raises WrongInput for a folder of which none is recorded."""
+    """Finds a base's name on the Hub; raises WrongInput for a folder without a recorded name."""
     if name := recipes.find_base(base)[1].get("hub"):
         return str(name)
     if not (base.startswith(("/", ".", "~")) or (ROOT / base).is_dir()):
@@ -158,12 +152,12 @@ def find_hub_name(base: str) -> str:
 
 
 def is_same_base(first: str, second: str) -> bool:
-    """Whether two names on the Hub are one model, or one is a mirror of the other."""
+    """Whether two names on the Hub stand for one model, as mirrors do."""
     return recipes.resolve_mirror(first).lower() == recipes.resolve_mirror(second).lower()
 
 
 def find_base_revision(base: str, config: dict[str, Any]) -> str:
-    """The commit of the base: from the config, the Hub's cache or the matrix; else `main`."""
+    """Finds the base's commit in the config, the Hub's cache or the matrix; else `main`."""
     from huggingface_hub import try_to_load_from_cache
 
     if config.get("revision_of_model"):

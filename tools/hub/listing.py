@@ -17,7 +17,7 @@ Row = tuple[str, str, str, str]
 
 
 def summarize(scores: Iterable[tuple[str, str, Any]]) -> str:
-    """`fpb accuracy 72.4` for each dataset: the first of its (dataset, metric, value)."""
+    """Formats the first (dataset, metric, value) of each dataset, as in `fpb accuracy 72.4`."""
     first: dict[str, str] = {}
     for dataset, metric, value in scores:
         if isinstance(value, int | float) and math.isfinite(value):
@@ -26,7 +26,7 @@ def summarize(scores: Iterable[tuple[str, str, Any]]) -> str:
 
 
 def list_local() -> list[Row]:
-    """(run, version, scores, origin) of every finished run."""
+    """Lists (run, version, scores, origin) of every finished run."""
     from evals import report
 
     rows = []
@@ -46,7 +46,7 @@ def list_local() -> list[Row]:
 
 
 def list_remote(api: Any, namespace: str) -> list[Row]:
-    """(repository, versions, scores, visibility) of every PEFT adapter in a namespace."""
+    """Lists (repository, versions, scores, visibility) of a namespace's PEFT adapters."""
     rows = []
     for info in api.list_models(author=namespace, filter="peft", cardData=True):
         tags = [ref.name for ref in api.list_repo_refs(info.id).tags]
@@ -70,7 +70,7 @@ def print_rows(heads: Row, rows: list[Row]) -> None:
 
 
 def show_adapters(namespace: str | None = None) -> None:
-    """Prints the runs here and, with a namespace, the adapters that it has on the Hub."""
+    """Prints the runs here and, with a namespace, its adapters on the Hub."""
     if rows := list_local():
         print_rows(("run", "version", "scores, %", "from"), rows)
     else:

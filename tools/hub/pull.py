@@ -1,13 +1,12 @@
-"""Brings a published adapter here, checked, as a run folder that scoring and chat use.
+"""Downloads a published adapter, checks it, and makes it a run that scoring and chat can use.
 
     python -m tools pull sentiment_r4                       FinLoRA's own adapter
     python -m tools pull sentiment_r4 --namespace me --revision v1.1.0
     python -m tools pull --adapter owner/name               any LoRA adapter, to runs/hub/
     python -m tools pull --adapter owner/name/folder --precision nf4
 
-A pull takes one commit, which `hub.json` records beside the digests of the files. The files are
-checked as bytes (tools/adapters.py) before they become a run. The same command continues a download
-that was cut off.
+A pull takes one commit; `hub.json` records it with the files' digests. The files are checked as
+bytes (tools/adapters.py) before they become a run. After an interruption the same command resumes.
 """
 
 import os
@@ -37,7 +36,7 @@ PLUGINS = ("tools.train.plugin.", "axolotl.integrations.")
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter on the Hub, and the run that it becomes here."""
+    """An adapter on the Hub, and the run that it becomes."""
 
     repo: str
     folder: str  # of the repository; ends with a slash, or is empty
@@ -111,7 +110,7 @@ def find_source(
     revision: str | None,
     precision: str | None,
 ) -> Source:
-    """A recipe's adapter of a namespace (FinLoRA's own without), or any adapter by its address.
+    """Finds a recipe's adapter in a namespace (default: FinLoRA's own), or any by its address.
 
     adapter: owner/name[/folder]. revision: a tag, branch or commit. precision: of its training.
     """
@@ -121,9 +120,9 @@ def find_source(
     if recipe:
         if precision:
             raise WrongInput("PRECISION= goes with ADAPTER=…; a recipe has its own")
-        named = recipes.find(recipe)
-        repo = client.name_repository(named, (namespace or "").strip())
-        return Source(repo, "", revision, named, None)
+        entry = recipes.find(recipe)
+        repo = client.name_repository(entry, (namespace or "").strip())
+        return Source(repo, "", revision, entry, None)
     address = str(adapter).strip().removeprefix("https://huggingface.co/").strip("/")
     address = re.sub("/tree/main(?=/|$)", "", address)
     if not re.fullmatch(r"([A-Za-z0-9][\w.-]*/)+[A-Za-z0-9][\w.-]*", address) or ".." in address:
@@ -135,8 +134,11 @@ def find_source(
     return Source(f"{owner}/{name}", folder, revision, None, precision)
 
 
+# ---- Files
+
+
 def find_commit(api: Any, source: Source) -> str:
-    """The commit that a source's revision names now, on the Hub or in the cache."""
+    """Returns the commit that a source's revision names now, on the Hub or in the cache."""
     file = source.folder + adapters.CONFIG
     info = api.hf_hub_download(source.repo, file, revision=source.revision, dry_run=True)
     if not re.fullmatch("[0-9a-f]{40}", str(info.commit_hash)):
@@ -145,7 +147,7 @@ def find_commit(api: Any, source: Source) -> str:
 
 
 def is_pulled(source: Source, commit: str) -> bool:
-    """Whether the run holds a source at a commit, and every file is still what was pulled."""
+    """Whether the run holds a source at a commit, with every file as it was pulled."""
     origin = client.read_origin(source.run)
     if origin is None or source.precision not in (None, origin.precision):
         return False
@@ -156,7 +158,7 @@ def is_pulled(source: Source, commit: str) -> bool:
 
 
 def list_files(api: Any, source: Source, commit: str) -> dict[str, RemoteFile]:
-    """The files in a source's folder at a commit; without a network, those in the cache."""
+    """Lists the files in a source's folder at a commit; without a network, those in the cache."""
     import httpx
     from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -165,13 +167,11 @@ def list_files(api: Any, source: Source, commit: str) -> dict[str, RemoteFile]:
     except (httpx.TransportError, OfflineModeIsEnabled):
         folder = Path(api.snapshot_download(source.repo, revision=commit, local_files_only=True))
         print(f"pull       the Hub cannot be reached; {source.repo} comes from the cache")
-        # The cache names a file's content by the digest that the Hub named.
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        # The cache names the target of a link by the digest that the Hub reported.
         files = {
-            path.relative_to(folder).as_posix(): RemoteFile(
-                path.stat().st_size, path.resolve().name
-            )
-            for path in folder.rglob("*")
-            if path.is_file()
+            str(path.relative_to(folder)): RemoteFile(path.stat().st_size, path.resolve().name)
+            for path in paths
         }
     start = source.folder
     return {
@@ -180,7 +180,7 @@ def list_files(api: Any, source: Source, commit: str) -> dict[str, RemoteFile]:
 
 
 def choose_files(source: Source, files: dict[str, RemoteFile]) -> list[str]:
-    """The files to take; raises WrongInput where a repository is not fit to be taken."""
+    """Names the files to take; raises WrongInput for a repository that is unsafe or incomplete."""
     for name in files:
         is_inside = not name.startswith("/") and ".." not in PurePosixPath(name).parts
         if not is_inside or "\\" in name or not name.isprintable():
@@ -202,20 +202,23 @@ def choose_files(source: Source, files: dict[str, RemoteFile]) -> list[str]:
 
 
 def download(api: Any, source: Source, name: str, revision: str, sha: str) -> Path:
-    """Takes a file from the Hub into the cache; removes it there where its digest is another.
+    """Downloads a file into the cache; raises JobFailed and removes it if its digest differs.
 
-    File by file, because `snapshot_download` returns what the cache holds where the Hub fails.
+    File by file, because `snapshot_download` falls back to the cache if the Hub fails.
     """
     path = Path(api.hf_hub_download(source.repo, source.folder + name, revision=revision))
-    if not client.has_digest(path, sha):
+    if not client.has_digest(path.read_bytes(), sha):
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         raise JobFailed(f"{source}: {name} is damaged (its digest is another); run it again")
     return path
 
 
+# ---- Checks
+
+
 def find_base(source: Source, settings: dict[str, Any]) -> str:
-    """The base of an adapter; raises WrongInput unless it is on the Hub and the recipe's."""
+    """Returns an adapter's base; raises WrongInput unless it is on the Hub and fits the recipe."""
     base = str(settings.get("base_model_name_or_path") or "")
     needed = find_hub_name(source.recipe.config["base_model"]) if source.recipe else base
     if not client.is_same_base(base, needed):
@@ -230,7 +233,7 @@ def find_base(source: Source, settings: dict[str, Any]) -> str:
 
 
 def find_architecture(api: Any, base: str) -> architectures.Model:
-    """The base's architecture, from recipes/models/ or from its own config.json on the Hub."""
+    """Finds a base's architecture in recipes/models/, else in its config.json on the Hub."""
     if model := architectures.read_architectures().get(recipes.resolve_mirror(base).lower()):
         return model
     with explain_errors(f"the base {base}"):
@@ -240,15 +243,8 @@ def find_architecture(api: Any, base: str) -> architectures.Model:
     return architectures.parse_config(base, parse_json(path.read_bytes(), f"{base}/config.json"))
 
 
-def check_precision(base: str, precision: str | None) -> None:
-    """Raises WrongInput where a base was published quantized and `precision` is another one."""
-    own = models.published_precision(base)
-    if own and precision not in (None, own):
-        raise WrongInput(f"PRECISION={precision}: the base {base} was published quantized to {own}")
-
-
 def parse_config(content: bytes, where: str) -> dict[str, Any]:
-    """An Axolotl config that somebody else wrote; raises WrongInput where it could run code."""
+    """Parses a published Axolotl config; raises WrongInput if it could run code."""
     config = parse_yaml(content, where)
     settings = client.validate(AxolotlConfig, config, where)
     if holds_key(config, "trust_remote_code"):
@@ -262,14 +258,14 @@ def parse_config(content: bytes, where: str) -> dict[str, Any]:
 
 
 def holds_key(value: Any, key: str) -> bool:
-    """Whether a mapping has a key with a value, at any depth."""
+    """Whether a mapping has a key with a true value, at any depth."""
     if isinstance(value, dict):
         return bool(value.get(key)) or any(holds_key(part, key) for part in value.values())
     return isinstance(value, list) and any(holds_key(part, key) for part in value)
 
 
 def check_scores(file: Path, where: str) -> None:
-    """Raises WrongInput unless a score file has the parts that listings and reports read."""
+    """Raises WrongInput unless a score file is one that reports can read."""
     content = parse_json(file.read_bytes(), where)
     try:
         report.read(file)
@@ -279,8 +275,11 @@ def check_scores(file: Path, where: str) -> None:
         raise WrongInput(f"{where}: no name of a dataset")
 
 
+# ---- The run
+
+
 def complete_info(source: Source, part: Run, base_model: str, parameters: int) -> None:
-    """Checks the run.json that came along, or writes one."""
+    """Checks the published run.json, or writes one."""
     sha = digest(part.adapter_file)
     if part.is_finished:
         where = f"{source}/{runs.INFO}"
@@ -304,9 +303,9 @@ def complete_info(source: Source, part: Run, base_model: str, parameters: int) -
 
 
 def complete_config(source: Source, part: Run, base_model: str, settings: dict[str, Any]) -> None:
-    """Checks the config.yaml that came along, or writes one.
+    """Checks the published config.yaml, or writes one.
 
-    One that came along is kept to the byte, unless base or output lie elsewhere here.
+    A published one keeps its bytes, unless its base or output folder has another place here.
     """
     config: dict[str, Any] | None = None
     if part.config_file.is_file():
@@ -334,10 +333,10 @@ def complete_config(source: Source, part: Run, base_model: str, settings: dict[s
 
 
 def guess_config(name: str, base_model: str) -> dict[str, Any]:
-    """An Axolotl config for an adapter that came without one.
+    """Makes an Axolotl config for an adapter that was published without one.
 
-    FinLoRA's names tell the recipe or, where the catalogue has none, the precision. Others tell
-    nothing: run.json says so, and PRECISION= is asked for where the adapter is used.
+    A name of FinLoRA's gives the recipe, or at least the precision. For other names the precision
+    is unknown: run.json says so, and using the adapter needs PRECISION=.
     """
     try:
         return recipes.find(name).config
@@ -351,9 +350,9 @@ def guess_config(name: str, base_model: str) -> dict[str, Any]:
 
 @contextmanager
 def write_beside(run: Run) -> Iterator[Run]:
-    """A folder beside a run that takes its place at the end; what was there is moved aside."""
+    """Yields a folder that replaces the run at the end; an earlier run is moved aside."""
     for leftover in run.folder.parent.glob(f".{run.folder.name}.*.part"):
-        shutil.rmtree(leftover)  # of a pull that was killed; this one holds the lock
+        shutil.rmtree(leftover)  # a killed pull left it; this pull holds the lock
     part = Run(run.folder.with_name(f".{run.folder.name}.{os.getpid()}.part"))
     try:
         yield part
@@ -367,14 +366,14 @@ def write_beside(run: Run) -> Iterator[Run]:
 
 
 def bring(api: Any, source: Source) -> bool:
-    """Downloads, checks and places an adapter; False where it is there already."""
+    """Downloads, checks and places an adapter; False if it is there already."""
     commit = find_commit(api, source)
     if is_pulled(source, commit):
         return False
     files = list_files(api, source, commit)
     names = choose_files(source, files)
     where = f"{source}/{adapters.CONFIG}"
-    # By the revision's name, so that the cache resolves it without a network, too.
+    # By the revision's name, so that the cache can resolve it without a network.
     path = download(api, source, adapters.CONFIG, source.revision, files[adapters.CONFIG].sha)
     if path.parents[source.folder.count("/")].name != commit:
         raise JobFailed(f"{source.repo}: {source.revision} moved meanwhile; run it again")
@@ -382,7 +381,11 @@ def bring(api: Any, source: Source) -> bool:
     plain = adapters.settings(settings, where)
     base = find_base(source, settings)
     model = find_architecture(api, base)
-    check_precision(base, source.precision)
+    published = models.published_precision(base)
+    if published and source.precision not in (None, published):
+        raise WrongInput(
+            f"PRECISION={source.precision}: the base {base} was published quantized to {published}"
+        )
     size, limit = files[adapters.WEIGHTS].size, adapters.largest(model, plain, where)
     if size > limit:
         raise WrongInput(
@@ -402,6 +405,7 @@ def bring(api: Any, source: Source) -> bool:
             base_model = source.recipe.config["base_model"]
         complete_info(source, part, base_model, parameters)
         complete_config(source, part, base_model, settings)
+        local = dict.fromkeys([*names, runs.INFO, runs.CONFIG])
         origin = Origin(
             repo=source.repo,
             folder=source.folder,
@@ -412,18 +416,16 @@ def bring(api: Any, source: Source) -> bool:
             base_revision=str(settings.get("revision") or "") or None,
             pulled=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             remote={name: files[name].sha for name in names},
-            local={
-                n: digest(part.folder / n) for n in dict.fromkeys([*names, runs.INFO, runs.CONFIG])
-            },
+            local={name: digest(part.folder / name) for name in local},
         )
         common.write_json(part.origin_file, origin.model_dump(exclude_defaults=True))
     return True
 
 
 def pull_adapter(source: Source, force: bool = False) -> None:
-    """Brings an adapter into its run folder."""
+    """Pulls an adapter into its run folder."""
     run = source.run
-    # Folders of the same repository that were pulled before may lie inside, with their locks.
+    # The folder may hold pulled folders of the same repository, with their locks.
     pulled = f"**/{run.origin_file.name}"
     is_own = any(path for path in run.folder.glob("[!.]*") if not any(path.glob(pulled)))
     if is_own and not (run.origin_file.is_file() or force):
@@ -435,4 +437,4 @@ def pull_adapter(source: Source, force: bool = False) -> None:
     commit = origin.commit[:12] if origin else ""
     print(f"pull       {source} at {commit}{'' if is_new else ' is there already'}: {run}")
     if run.info.get("precision") == UNKNOWN:
-        print("pull       its precision is not known: say PRECISION=… where the adapter is used")
+        print("pull       its precision is unknown: using the adapter needs PRECISION=…")

@@ -2,9 +2,9 @@
 
     python -m tools push smollm2-135m/sentiment_r4 --namespace me --dry-run
 
-A push is one commit, tagged `v<recipe version>`, so the tag shows all of it or is not there. It is
-private unless --public asks otherwise. Pushing the same content again does nothing; other content
-under the same version is refused; the same command repeats what was cut off.
+A push is one commit with the tag `v<recipe version>`, and private unless --public is given. Pushing
+the same content again does nothing. Other content under the same version is rejected. After an
+interruption the same command completes the push.
 """
 
 import json
@@ -25,16 +25,16 @@ from tools.runs import Run
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 TEMPLATE = "chat_template.jinja"
-ATTEMPTS = 5  # of a push that meets another one
-# What must not be published, besides what tools/common.py masks in messages.
+ATTEMPTS = 5  # while other pushes come first
+# Secrets, besides those that tools/common.py masks in messages.
 KEYS = re.compile(
     rb"(?<![A-Za-z0-9])xox[abprs]-[\w-]{10,}|(?<![A-Za-z0-9])AIza[\w-]{35}"
     rb"|-----BEGIN [A-Z ]*PRIVATE KEY-----|" + SECRET.pattern.encode()
 )
 SECRET_NAMES = re.compile("TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY")  # of environment variables
-ANSWERS = {"expected", "answered", "answer", "values"}  # keys whose texts may be published
-LONGEST_ANSWER = 200  # characters that are published of such a text
-# What two scores must share so that their difference is the adapter's: all that a score depends on,
+ANSWERS = {"expected", "answered", "answer", "values"}  # keys of score files with publishable text
+LONGEST_ANSWER = 200  # characters
+# A difference of two scores is the adapter's if they share everything that a score depends on,
 # except the adapter and the machine's copies of the task's files.
 PAIRED = (
     *("dataset", "task_version", "data_sha256", "limit", "base_model", "base_revision"),
@@ -50,7 +50,7 @@ class Options:
     public: bool = False
     dry_run: bool = False  # show files and card, send nothing
     force: bool = False
-    price: float | None = None  # USD for one GPU and hour, for the card
+    price: float | None = None  # USD for an hour of one GPU, for the card
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,14 @@ class Release:
     files: client.Contents
 
 
+# ---- What is sent
+
+
 def check_run(recipe: recipes.Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(run.json, merged config) of a run that may be published; raises WrongInput of another."""
+    """Returns a run's (run.json, merged config); raises WrongInput if it must not be published."""
     run = recipe.run
     if not run.is_finished and run.checkpoints():
-        raise WrongInput(f"{run} is unfinished; `make train RECIPE={recipe.name}` goes on")
+        raise WrongInput(f"{run} is unfinished; `make train RECIPE={recipe.name}` continues it")
     config, run_info = recipe.read_trained_config(), run.info
     same_version = run_info.get("recipe_version") == recipe.version
     is_stale = same_version and run_info.get("recipe_digest") != recipe.digest
@@ -83,40 +86,36 @@ def check_run(recipe: recipes.Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def collect_scores(run: Run, sha: str, precision: str) -> Scores:
-    """The scores of the adapter with this digest, at the precision that it was trained on.
+    """Reads the scores of the adapter with this SHA-256 at its own precision, by dataset.
 
-    Of several of a dataset, the first with the prompt of the training and the most rows counts.
+    Among several of a dataset, one with the training's prompt format and the most rows wins.
     """
-    best: dict[str, tuple[tuple[bool, int], Path, dict[str, Any]]] = {}
+    candidates = []
     for path in run.score_files:
-        scores = read_scores(path, "push")
-        evaluated = scores["evaluated"] if scores else {}
-        # Another is of an earlier adapter, or of another precision.
-        if scores and (evaluated.get("adapter_sha256"), evaluated["precision"]) == (sha, precision):
-            rank = (evaluated.get("prompt_format", "chat") == "chat", scores["examples"])
-            if evaluated["dataset"] not in best or best[evaluated["dataset"]][0] < rank:
-                best[evaluated["dataset"]] = rank, path, scores
+        if scores := read_scores(path, "push"):
+            evaluated = scores["evaluated"]
+            is_chat = evaluated.get("prompt_format", "chat") == "chat"
+            if (evaluated.get("adapter_sha256"), evaluated["precision"]) == (sha, precision):
+                candidates.append(((is_chat, scores["examples"]), path, scores))
     pairs: Scores = {}
-    for dataset, (_, path, scores) in sorted(best.items()):
+    for _, path, scores in sorted(candidates, key=lambda entry: entry[0], reverse=True):
+        evaluated = scores["evaluated"]
+        if (dataset := evaluated["dataset"]) in pairs:
+            continue
         pairs[dataset] = {"adapter": scores}
         beside = Run(run.folder.with_name(f"base_{precision}")).scores_folder / path.name
         for file in (beside, run.scores_folder / "base" / f"{dataset}.json"):
             base = read_scores(file, "push") if file.is_file() else None
-            if base and is_paired(base["evaluated"], scores["evaluated"]):
+            if base and all(base["evaluated"].get(key) == evaluated.get(key) for key in PAIRED):
                 pairs[dataset]["base"] = base
                 break
-    return pairs
-
-
-def is_paired(base: dict[str, Any], adapter: dict[str, Any]) -> bool:
-    """Whether two scores differ by the adapter alone."""
-    return all(base.get(key) == adapter.get(key) for key in PAIRED)
+    return dict(sorted(pairs.items()))
 
 
 def strip_texts(value: Any, is_answer: bool = False) -> Any:
-    """A score file's predictions without the texts of the data: no prompt is ever published.
+    """Drops the texts from a score file's predictions, so that no prompt is published.
 
-    Numbers stay. Of texts only answers stay, and what a metric made of them, up to LONGEST_ANSWER.
+    Numbers stay, and so do answers (see ANSWERS) up to LONGEST_ANSWER characters.
     """
     if isinstance(value, dict):
         parts = {k: strip_texts(v, is_answer or k in ANSWERS) for k, v in value.items()}
@@ -129,7 +128,7 @@ def strip_texts(value: Any, is_answer: bool = False) -> Any:
 
 
 def strip_paths(value: Any) -> Any:
-    """`value` with each path of this machine cut to what is inside the project, or to its name."""
+    """Makes this machine's paths relative to the project; outside of it only the name stays."""
     if isinstance(value, dict):
         return {key: strip_paths(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -145,27 +144,31 @@ def encode_json(content: Any, indent: int = 2) -> bytes:
     return text.encode() + b"\n"
 
 
-def list_tokenizer_files(run: Run, base_model: str) -> list[Path]:
-    """The run's tokenizer and chat template where they are not the base's, or that is not here."""
-    base_folder = models.base_folder(base_model) or ROOT / base_model
+def read_tokenizer(folder: Path) -> tuple[Any, ...]:
+    """Reads what makes a tokenizer: its model and its special tokens."""
 
-    def read(folder: Path, name: str) -> dict[str, Any]:
+    def read(name: str) -> dict[str, Any]:
         return read_json(folder / name) if (folder / name).is_file() else {}
 
-    def read_tokenizer(folder: Path) -> tuple[Any, ...]:
-        model = read(folder, "tokenizer.json") | {"truncation": None, "padding": None}
-        settings = read(folder, "tokenizer_config.json")
-        tokens = [settings.get(f"{kind}_token") for kind in ("bos", "eos", "pad", "unk")]
-        return model, [t["content"] if isinstance(t, dict) else t for t in tokens]
+    settings = read("tokenizer_config.json")
+    tokens = [settings.get(f"{kind}_token") for kind in ("bos", "eos", "pad", "unk")]
+    return (
+        read("tokenizer.json") | {"truncation": None, "padding": None},
+        [token["content"] if isinstance(token, dict) else token for token in tokens],
+    )
 
-    same_tokenizer = read_tokenizer(run.folder) == read_tokenizer(base_folder)
-    same_template = models.read_template(run.folder) == models.read_template(base_folder)
-    names = [*(() if same_tokenizer else TOKENIZER), *(() if same_template else (TEMPLATE,))]
+
+def list_tokenizer_files(run: Run, base_model: str) -> list[Path]:
+    """Lists a run's tokenizer and chat template files where they differ from the base's."""
+    base = models.base_folder(base_model) or ROOT / base_model
+    names = () if read_tokenizer(run.folder) == read_tokenizer(base) else TOKENIZER
+    if models.read_template(run.folder) != models.read_template(base):
+        names = (*names, TEMPLATE)
     return [run.folder / name for name in names if (run.folder / name).is_file()]
 
 
 def prepare(recipe: recipes.Recipe, repo: str, options: Options) -> Release:
-    """The files that a push sends; raises WrongInput where the run may not be published."""
+    """Makes the files of a push; raises WrongInput if the run must not be published."""
     run = recipe.run
     run_info, config = check_run(recipe)
     scores = collect_scores(run, run_info["adapter_sha256"], models.precision(config))
@@ -177,30 +180,26 @@ def prepare(recipe: recipes.Recipe, repo: str, options: Options) -> Release:
     base_model = str(config["base_model"])
     base = client.find_hub_name(base_model)
     settings = read_json(run.folder / adapters.CONFIG)
-    # What training and scoring recorded counts more than what the cache holds by now.
+    # The revision that training and scoring recorded; the cache may hold another by now.
     revisions = [settings.get("revision"), run_info.get("base_revision")]
     revisions += [pair["adapter"]["evaluated"].get("base_revision") for pair in scores.values()]
     revision = next(filter(None, revisions), None) or client.find_base_revision(base, config)
     settings |= {"base_model_name_or_path": base, "revision": revision}
-    files: client.Contents = {
-        adapters.WEIGHTS: run.adapter_file,
-        adapters.CONFIG: encode_json(settings),
-    }
-    files |= {path.name: path for path in list_tokenizer_files(run, base_model)}
-    # To the byte what Axolotl got, unless it names places of this machine.
-    files[runs.CONFIG] = run.config_file.read_bytes()
-    if (clean_config := strip_paths(config)) != config:
-        clean_config["base_model"] = base if base_model.startswith("/") else base_model
-        files[runs.CONFIG] = yaml.safe_dump(clean_config, sort_keys=False).encode()
-        run_info = strip_paths(run_info) | {"base_model": clean_config["base_model"]}
-    files[runs.INFO] = encode_json(run_info)
+    paths = [run.adapter_file, run.config_file, *list_tokenizer_files(run, base_model)]
+    files = {path.name: path.read_bytes() for path in paths}
+    public_config = strip_paths(config)
+    if public_config != config:
+        written = public_config | {"base_model": base if base_model[0] == "/" else base_model}
+        files[runs.CONFIG] = yaml.safe_dump(written, sort_keys=False).encode()
+        run_info = strip_paths(run_info) | {"base_model": written["base_model"]}
+    files |= {adapters.CONFIG: encode_json(settings), runs.INFO: encode_json(run_info)}
     for dataset, pair in scores.items():
         for side, content in pair.items():
             name = f"evals/{dataset}.json" if side == "adapter" else f"evals/base/{dataset}.json"
             predictions = strip_texts(content["predictions"])
             files[name] = encode_json(content | {"predictions": predictions}, indent=1)
     publication = Publication(
-        recipe, run_info, strip_paths(config), scores, base, revision, repo, options.price
+        recipe, run_info, public_config, scores, base, revision, repo, options.price
     )
     files[client.CARD] = str(make_card(publication)).encode()
     refuse_secrets(files)
@@ -208,21 +207,23 @@ def prepare(recipe: recipes.Recipe, repo: str, options: Options) -> Release:
 
 
 def refuse_secrets(files: client.Contents) -> None:
-    """Raises WrongInput where a file holds a key, or the value of a variable named like one."""
+    """Raises WrongInput if a file holds a key, or the value of a variable named like one."""
     from huggingface_hub import get_token
 
     values = [v for n, v in os.environ.items() if SECRET_NAMES.search(n) and not os.path.exists(v)]
     secrets = [value.encode() for value in [*values, get_token() or ""] if len(value) >= 8]
     pattern = re.compile(b"|".join([KEYS.pattern, *map(re.escape, secrets)]))
     for name, content in files.items():
-        text = content.read_bytes() if isinstance(content, Path) else content
-        if match := pattern.search(text):
-            line = text.count(b"\n", 0, match.start()) + 1
+        if match := pattern.search(content):
+            line = content.count(b"\n", 0, match.start()) + 1
             raise WrongInput(f"{name}, line {line}: this looks like a secret; nothing was sent")
 
 
+# ---- Sending
+
+
 def check_rights(user: dict[str, Any], repo: str) -> None:
-    """Raises WrongInput where the token's owner (`whoami`) may not publish in a repository."""
+    """Raises WrongInput if the token's owner (`whoami`) may not publish in a repository."""
     namespace = repo.split("/")[0]
     groups = [org["name"] for org in user.get("orgs", ()) if org.get("roleInOrg") != "read"]
     if namespace.lower() not in {name.lower() for name in (user["name"], *groups)}:
@@ -231,7 +232,7 @@ def check_rights(user: dict[str, Any], repo: str) -> None:
             f"NAMESPACE {namespace} is not yours: the token is of {user['name']}{others}"
         )
     token = user.get("auth", {}).get("accessToken", {})
-    remedy = "; one with write access is made at https://huggingface.co/settings/tokens"
+    remedy = "; https://huggingface.co/settings/tokens makes one with write access"
     if token.get("role") == "read":
         raise WrongInput(f"the token can only read{remedy}")
     if token.get("role") == "fineGrained":
@@ -244,8 +245,8 @@ def check_rights(user: dict[str, Any], repo: str) -> None:
 def publish(api: Any, release: Release, options: Options) -> str:
     """Sends a release in one commit and tags it, unless it is there; returns the commit.
 
-    Nothing is visible under the tag before all of it is there, and a new repository is private
-    until then. Where another push comes first, the repository is read again.
+    The tag comes last, and a new repository stays private until then. If another push comes first,
+    the repository is read again.
     """
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
@@ -258,11 +259,10 @@ def publish(api: Any, release: Release, options: Options) -> str:
             continue
         tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo).tags}
         if commit := tags.get(tag):
-            if names := client.list_differences(
-                release.files, client.list_remote_files(api, repo, commit)
-            ):
+            remote = client.list_remote_files(api, repo, commit)
+            if names := client.list_differences(release.files, remote):
                 raise WrongInput(
-                    f"{repo} has {tag} with another {', '.join(names[:4])}; what changed gets "
+                    f"{repo} has {tag} with another {', '.join(names[:4])}; changed content needs "
                     "another version"
                 )
             print(f"push       {repo} {tag} is there already, the same to the byte")
@@ -284,7 +284,7 @@ def publish(api: Any, release: Release, options: Options) -> str:
 
 
 def send(api: Any, release: Release, head: str, force: bool) -> str:
-    """Commits a release on top of `head` unless that holds it; returns the commit."""
+    """Commits a release on top of `head`, unless that holds it; returns the commit."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     repo, files = release.repo, release.files
@@ -293,10 +293,10 @@ def send(api: Any, release: Release, head: str, force: bool) -> str:
         return head
     if not force:
         refuse_other_content(api, release, head, remote)
-    gone = filter(client.is_published_name, remote.keys() - files.keys())
+    extra = filter(client.is_published_name, remote.keys() - files.keys())
     operations = [
         *(CommitOperationAdd(name, content) for name, content in files.items()),
-        *(CommitOperationDelete(name) for name in sorted(gone)),
+        *(CommitOperationDelete(name) for name in sorted(extra)),
     ]
     message = f"{repo.rsplit('/', 1)[-1]} {release.tag}"
     commit = api.create_commit(repo, operations, commit_message=message, parent_commit=head).oid
@@ -308,7 +308,7 @@ def send(api: Any, release: Release, head: str, force: bool) -> str:
 def refuse_other_content(
     api: Any, release: Release, head: str, remote: dict[str, client.RemoteFile]
 ) -> None:
-    """Raises WrongInput where a repository's untagged head must not be written over."""
+    """Raises WrongInput if a repository's untagged head must not be overwritten."""
     repo = release.repo
     if not remote.keys() - {".gitattributes"}:
         return
@@ -318,8 +318,8 @@ def refuse_other_content(
     version = parse_json(content, f"{repo}/{runs.INFO}").get("recipe_version")
     if f"v{version}" == release.tag:
         raise WrongInput(
-            f"{repo} holds another {release.tag} without its tag: a push was cut off or is under "
-            "way; FORCE=1 replaces it"
+            f"{repo} holds another {release.tag} without its tag: a push was interrupted or is "
+            "still running; FORCE=1 replaces it"
         )
 
 
@@ -338,11 +338,10 @@ def push_run(name: str, namespace: str | None, options: Options) -> None:
     visibility = "public" if options.public else "private"
     print(f"push       {recipe.name} to {release.repo}, {release.tag}, {visibility}")
     for file, content in release.files.items():
-        size = content.stat().st_size if isinstance(content, Path) else len(content)
-        print(f"push         {file:<36} {size:>12,} bytes")
+        print(f"push         {file:<36} {len(content):>12,} bytes")
     if options.dry_run:
         print("push       nothing is sent (DRY_RUN=1); the card:\n")
-        print(bytes(release.files[client.CARD]).decode())  # type: ignore[arg-type]
+        print(release.files[client.CARD].decode())
         return
     api = client.connect()
     with explain_errors(release.repo):
