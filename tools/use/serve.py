@@ -114,7 +114,7 @@ def on_vllm(
     assert who.adapter
     checked = models.check_adapter(who.config, who.adapter)
     precision = models.precision(who.config)
-    rank = adapters.vllm_rank(checked.plain.rank, engine.ranks)
+    rank = adapters.vllm_rank(checked.settings.rank, engine.ranks)
     dense = precision in ("full", "bf16", "fp16", "fp32")
     options = ["--dtype", engine.choose_dtype(who.config)]
     options += ["--enforce-eager"] if engine.device == "cpu" else []
