@@ -56,7 +56,7 @@ def test_a_recipe_tells_how_to_run_it_what_it_needs_and_what_it_learns():
         assert ("# Gated: no\n" in text) != row["gated"]
         assert (f"axolotl train recipes/{name}.yaml" in text) == recipes.has_file(name)
         assert yaml.safe_load(text) == recipes.build_config(name) == found.config
-        assert recipes.read_version(text.splitlines()) == found.version
+        assert recipes.read_version(text) == found.version
 
 
 def test_a_reason_stands_beside_every_value_that_a_user_might_change():

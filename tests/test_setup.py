@@ -283,9 +283,7 @@ def test_a_wheelhouse_that_was_changed_is_refused(tmp_path):
     wheel = write_wheel(tmp_path, "probe", "1.0")
     with pytest.raises(SystemExit, match="has no SHA256SUMS"):
         setup.verify_wheelhouse(tmp_path)
-    (tmp_path / setup.SUMS).write_text(
-        "".join(f"{value}  {name}\n" for name, value in setup.sums(tmp_path).items())
-    )
+    (tmp_path / setup.SUMS).write_text(setup.list_sums(tmp_path))
     setup.verify_wheelhouse(tmp_path)
     checked = subprocess.run(["sha256sum", "-c", setup.SUMS], cwd=tmp_path, capture_output=True)
     assert checked.returncode == 0  # the format of coreutils
