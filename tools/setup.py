@@ -255,13 +255,15 @@ def run_logged(label: str, command: list[str], environment: dict[str, str]) -> b
     steps = r"\s*(Collecting|Downloading|Building|Installing|Resolved|Prepared|Installed) [^\s(]+"
     start, last, step = time.monotonic(), 0.0, ""
     on_terminal = sys.stdout.isatty()
-    pipe, out = subprocess.PIPE, subprocess.STDOUT
-    with (
-        open(LOG, "a") as log,
-        subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=pipe, stderr=out, text=True
-        ) as process,
-    ):
+    with open(LOG, "a") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for line in process.stdout or ():
             log.write(hide_secrets(line))
             match = re.match(steps, line)
@@ -272,7 +274,7 @@ def run_logged(label: str, command: list[str], environment: dict[str, str]) -> b
                 print(f"{text:<90}" if on_terminal else text, end="\r" if on_terminal else "\n")
                 sys.stdout.flush()
                 last = now
-    return process.returncode == 0
+    return process.wait() == 0
 
 
 def make_venv(named: str, build: str) -> tuple[str, str]:
