@@ -17,7 +17,7 @@ SPEC = yaml.safe_load(parity.SPEC.read_text())
 def test_the_interval_is_that_of_the_closed_form():
     """One seed: the bootstrap of a mean over rows is the normal one. Alike rows: over seeds."""
     differences = np.random.default_rng(1).choice([-1.0, 0.0, 1.0], (900, 1), p=[0.1, 0.7, 0.2])
-    found = parity.compared(differences, np.zeros_like(differences), 0.05)
+    found = parity.compare(differences, np.zeros_like(differences), 0.05)
     error = differences.std() / 30
     assert found["value"] == pytest.approx(differences.mean())
     assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * error, rel=0.03)
@@ -26,7 +26,7 @@ def test_the_interval_is_that_of_the_closed_form():
     assert found["p_margin"] == pytest.approx(beyond, abs=0.02)
 
     by_seed = np.tile(np.linspace(0, 1, 30), (5, 1))
-    found = parity.compared(by_seed, np.zeros_like(by_seed), None)
+    found = parity.compare(by_seed, np.zeros_like(by_seed), None)
     error = by_seed[0].std() / np.sqrt(30)
     assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * error, rel=0.05)
     assert "p_margin" not in found
@@ -34,8 +34,8 @@ def test_the_interval_is_that_of_the_closed_form():
 
 def test_seeds_that_disagree_widen_an_interval():
     rows = np.random.default_rng(2).normal(0, 0.3, (400, 1))
-    alike = parity.compared(rows + [[0, 0, 0]], np.zeros((400, 3)), 0.05)
-    apart = parity.compared(rows + [[-0.1, 0, 0.1]], np.zeros((400, 3)), 0.05)
+    alike = parity.compare(rows + [[0, 0, 0]], np.zeros((400, 3)), 0.05)
+    apart = parity.compare(rows + [[-0.1, 0, 0.1]], np.zeros((400, 3)), 0.05)
     assert apart["value"] == pytest.approx(alike["value"])
     assert apart["high"] - apart["low"] > 2 * (alike["high"] - alike["low"])
     assert alike["p_margin"] < 0.05 < apart["p_margin"]
@@ -48,7 +48,7 @@ def test_three_seeds_that_differ_by_two_points_are_covered(monkeypatch):
     for _ in range(150):
         rows, seeds = chance.normal(0, 0.15, (312, 1)), chance.normal(0, 0.02, (1, 3))
         values = rows + seeds + chance.normal(0, 0.35, (312, 3))
-        found = parity.compared(values, np.zeros_like(values), None)
+        found = parity.compare(values, np.zeros_like(values), None)
         covered += found["low"] <= 0 <= found["high"]
     assert 136 <= covered < 150
 
@@ -57,17 +57,17 @@ def test_no_difference_and_equivalence_are_two_things():
     chance = np.random.default_rng(3)
     few, many = chance.normal(0, 1, (20, 3)), chance.normal(0, 0.2, (2000, 3))
     for values, equivalent in ((few, False), (many, True)):
-        found = parity.compared(values, np.zeros_like(values), 0.05)
-        said = parity.verdict(found, {"margin": 0.05})
+        found = parity.compare(values, np.zeros_like(values), 0.05)
+        said = parity.describe_difference(found, {"margin": 0.05})
         assert ("equivalent within ±5.0 points" in said) == equivalent
         assert ("equivalence not shown" in said) != equivalent
-    worse = parity.compared(many - 0.2, np.zeros_like(many), 0.05)
-    said = parity.verdict(worse, {"margin": 0.05})
+    worse = parity.compare(many - 0.2, np.zeros_like(many), 0.05)
+    said = parity.describe_difference(worse, {"margin": 0.05})
     assert "equivalence not shown" in said and "a difference, p" in said
 
 
 def test_every_variant_is_a_recipe_that_axolotl_takes():
-    wanted = parity.jobs(SPEC, [])
+    wanted = parity.list_jobs(SPEC, [])
     assert len({one.name for one in wanted.values()}) < len(wanted)  # parts share trainings
     for (part, task, name, seed), one in wanted.items():
         paths = {"output_dir": "runs/x", "dataset_prepared_path": "runs/x/prepared"}
@@ -92,7 +92,7 @@ def test_variants_of_a_part_differ_in_what_the_part_is_about_alone():
         "targets": {"lora_target_modules"},
         "method": {"peft_use_dora", "peft_use_rslora"},
     }
-    for (part, task, _, seed), one in (wanted := parity.jobs(SPEC, [])).items():
+    for (part, task, _, seed), one in (wanted := parity.list_jobs(SPEC, [])).items():
         other = wanted[part, task, SPEC["parts"][part]["against"], seed]
         keys = one.config.keys() | other.config.keys()
         differing = {key for key in keys if one.config.get(key) != other.config.get(key)}
@@ -107,7 +107,7 @@ def measured(tmp_path, monkeypatch):
     monkeypatch.setattr(parity, "RUNS", tmp_path)
     spec = SPEC | {"seeds": [1, 2]}
     spec["parts"] = {"precision": SPEC["parts"]["precision"] | {"tasks": ["sentiment"]}}
-    wanted = parity.jobs(spec, [])
+    wanted = parity.list_jobs(spec, [])
     right = {"nf4": 30, "int8": 32, "full": 32}
     for (_, _, name, seed), one in wanted.items():
         rows = [{"values": {"accuracy": float(n < right[name] + seed)}} for n in range(40)]
@@ -117,12 +117,12 @@ def measured(tmp_path, monkeypatch):
             "evaluated": {"data_sha256": "0"},
         }
         for side in ("adapter", "base"):
-            file = parity.scores(spec, one, side)
+            file = one.find_scores(side)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(content))
         run = {"train_loss": 0.5, "seconds": 60.0, "trainable_parameters": 1000}
-        (one.folder / "run.json").write_text(json.dumps(run))
-    return spec, parity.results(spec, wanted) | {"spec": spec, "machine": "2 cores"}
+        one.run.info_file.write_text(json.dumps(run))
+    return spec, parity.collect_results(spec, wanted) | {"spec": spec, "machine": "2 cores"}
 
 
 def test_results_are_what_the_score_files_hold(measured):
@@ -140,10 +140,10 @@ def test_results_are_what_the_score_files_hold(measured):
 
 def test_the_page_holds_the_table_and_the_figure_is_drawn(measured, tmp_path):
     _, content = measured
-    page = parity.written(f"before\n{parity.BEGIN}old\n{parity.END}after\n", content)
+    page = parity.insert_results(f"before\n{parity.BEGIN}old\n{parity.END}after\n", content)
     assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
     assert re.search(r"\| nf4 \| 25\.0 \| 78\.8 \(77\.5, 80\.0\) \| -5\.0 \(", page)
     assert "int8 against full: +0.0 points, equivalent within ±5.0 points" in page
-    assert parity.written(page, content) == page
+    assert parity.insert_results(page, content) == page
     parity.draw(content, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
