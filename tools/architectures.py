@@ -1,4 +1,4 @@
-"""The architectures of the bases: the planner and the adapter checker compute with them.
+"""The architectures of the bases, for the planner and the adapter checker.
 
     architectures.find("meta-llama/Llama-3.1-8B-Instruct").parameters      8,030,261,248
 
@@ -56,12 +56,12 @@ class Model:
 
     @property
     def linear(self) -> int:
-        """Parameters of the linear layers without the head: those that quantization packs."""
+        """Parameters of the linear layers without the head, which are quantized."""
         return self.layers * sum(rows * columns for rows, columns in self.shapes.values())
 
     @property
     def unquantized(self) -> int:
-        """Parameters that quantization leaves alone: embedding, head (unless tied), norms."""
+        """Parameters that are not quantized: embedding, head (unless tied), norms."""
         norms = self.layers * self.norms_per_layer * self.hidden + self.hidden
         norms += self.layers * 2 * self.head_dim if self.qk_norm else 0
         return (1 if self.tied else 2) * self.vocab * self.hidden + norms
@@ -114,7 +114,7 @@ EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts"}  # keys of mi
 def find(base: str) -> Model:
     """The architecture of a base, from the JSON that names it or from the base's own config.json.
 
-    Raises WrongInput without either, and for a mixture of experts.
+    Raises WrongInput where there is neither, and for a mixture of experts.
     """
     architectures = read_architectures()
     if model := architectures.get(recipes.resolve_mirror(base).lower()):

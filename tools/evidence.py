@@ -1,6 +1,6 @@
 """The evidence for a recipe: what was measured, else what is planned, else that it was never run.
 
-    evidence.describe("llama-3.1-8b/ner_r4")      "planned: 2.6 h on one A5000 24GB"
+evidence.describe("llama-3.1-8b/ner_r4")      "planned: 2.6 h on one A5000 24GB"
 """
 
 from __future__ import annotations
