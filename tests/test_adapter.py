@@ -14,37 +14,13 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import GPU, run
+from tests.conftest import GPU, QKV, run
+from tests.conftest import make_adapter as make
 from tools import adapters, architectures, common, models, patterns, prompts, recipes, subjects
 from tools.common import ROOT, WrongInput
 from tools.use import chat, merge, serve
 
-QKV = ["q_proj", "k_proj", "v_proj"]
 ADAPTERS = ROOT.parent / "shared" / "finlora" / "adapters.tsv"
-
-
-def make(base: Path, folder: Path, **settings) -> Path:
-    """A PEFT adapter of a base whose B matrices are not zero."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokens = settings.pop("tokens", [])
-    named = {"r": 4, "lora_alpha": 16, "target_modules": QKV, "task_type": "CAUSAL_LM"}
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_pretrained(base)
-    if tokens:
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        tokenizer.add_tokens(tokens)
-        model.resize_token_embeddings(len(tokenizer))
-    adapted = get_peft_model(model, LoraConfig(**named | settings))
-    for name, weight in adapted.named_parameters():
-        if "lora_B" in name or "lora_embedding_A" in name or "modules_to_save.default" in name:
-            weight.data += 0.2 * torch.randn(weight.shape)
-    adapted.save_pretrained(folder)
-    if tokens:
-        tokenizer.save_pretrained(folder)
-    return folder
 
 
 def change(folder: Path, **settings) -> Path:
@@ -173,9 +149,8 @@ HARMLESS = {
 }
 
 
-@pytest.mark.parametrize("key", HARMLESS)
-def test_settings_without_effect_on_loading_are_accepted(tiny, copy, key):
-    change(copy, **{key: HARMLESS[key]})
+def test_settings_without_effect_on_loading_are_accepted(copy):
+    change(copy, **HARMLESS)
     who = subjects.find("", str(copy), "fp32")
     model, tokenizer = models.load(who.config, who.adapter)
     with model.disable_adapter():
@@ -203,6 +178,8 @@ REFUSED = {
     "auto_mapping": ({"parent_library": "os", "base_model_class": "system"}, "auto_mapping"),
 }
 INITIALIZATIONS = ["olora", "pissa_niter_16", "loftq", "corda", "lora_ga", "a_new_one", 1, "PISSA"]
+CASES = [(key, *case) for key, case in REFUSED.items()]
+CASES += [("init_lora_weights", value, "rewrite the base's") for value in INITIALIZATIONS]
 
 
 @pytest.mark.parametrize("door", ["chat", "merge", "serve", "eval"])
@@ -213,18 +190,11 @@ def test_every_door_refuses_in_one_line_before_it_loads_anything(copy, door):
     assert "adapter_config.json: \"init_lora_weights\" is 'pissa'" in done.stderr
 
 
-@pytest.mark.parametrize("key", REFUSED)
-def test_settings_that_would_not_be_loaded_faithfully_are_refused_by_name(copy, key):
-    value, why = REFUSED[key]
+@pytest.mark.parametrize(("key", "value", "why"), CASES)
+def test_settings_that_would_not_be_loaded_faithfully_are_refused_by_name(copy, key, value, why):
     with pytest.raises(WrongInput, match=why) as refusal:
         subjects.find("", str(change(copy, **{key: value})), "fp32")
     assert key in str(refusal.value) and "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize("value", INITIALIZATIONS)
-def test_initializations_that_rewrite_the_base_are_refused(copy, value):
-    with pytest.raises(WrongInput, match="init_lora_weights"):
-        subjects.find("", str(change(copy, init_lora_weights=value)), "fp32")
 
 
 def test_a_converted_pissa_adapter_is_plain_lora(tiny, tmp_path):
@@ -336,13 +306,14 @@ def test_a_nested_alternation_is_tried_and_adapts_nothing(tiny, copy):
         models.check_adapter({"base_model": str(tiny)}, change(copy, target_modules=NESTED))
 
 
-def test_peft_is_handed_names_and_no_expression(tiny, tmp_path):
+def test_peft_receives_names_and_no_expression(tiny, tmp_path):
     folder = make(tiny, tmp_path / "adapter", **KINDS["ranks and alphas"])
     checked = models.check_adapter({"base_model": str(tiny)}, folder)
     assert all(patterns.NAME.fullmatch(name) for name in checked.peft_config["target_modules"])
-    assert checked.adapted["model.layers.0.self_attn.q_proj"] == (7, 16)
-    assert checked.adapted["model.layers.1.self_attn.k_proj"] == (2, 16)
-    assert checked.adapted["model.layers.1.self_attn.v_proj"] == (4, 40)
+    scales = {name.removeprefix("model.layers."): scale for name, scale in checked.adapted.items()}
+    assert scales["0.self_attn.q_proj"] == (7, 16)
+    assert scales["1.self_attn.k_proj"] == (2, 16)
+    assert scales["1.self_attn.v_proj"] == (4, 40)
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 12\n"
@@ -592,30 +563,21 @@ KEYS = [
 PROSE = [
     *("risk-adjusted-return-on-capital-employed", "task-specific-instruction-tuning-2024"),
     *("a disk-based-sort-and-merge-of-2-files", "desk-research-and-due-diligence"),
-    *(
-        "sk-learn-based-pipelines-of-ours",
-        "shelf_registrations_and_prospectuses",
-        "MAKIA0123456789",
-    ),
+    *("sk-learn-based-pipelines-of-ours", "shelf_registrations", "MAKIA0123456789"),
 ]
 
 
-@pytest.mark.parametrize("key", KEYS)
-def test_real_keys_are_masked_and_not_published(key):
+def test_real_keys_are_masked_and_not_published_and_ordinary_prose_is_no_secret():
     from tools.hub import push
 
-    for text in (key, f"token={key}", f'"{key}"', f"Bearer {key}."):
-        assert key not in common.SECRET.sub("***", text)
-        with pytest.raises(WrongInput, match="looks like a secret"):
-            push.refuse_secrets({"README.md": text.encode()})
-
-
-@pytest.mark.parametrize("text", PROSE)
-def test_ordinary_prose_is_no_secret(text):
-    from tools.hub import push
-
-    assert common.SECRET.sub("***", text) == text
-    push.refuse_secrets({"README.md": text.encode()})
+    for key in KEYS:
+        for text in (key, f"token={key}", f'"{key}"', f"Bearer {key}."):
+            assert key not in common.SECRET.sub("***", text)
+            with pytest.raises(WrongInput, match="looks like a secret"):
+                push.refuse_secrets({"README.md": text.encode()})
+    for text in PROSE:
+        assert common.SECRET.sub("***", text) == text
+        push.refuse_secrets({"README.md": text.encode()})
 
 
 # --- A base's path that Axolotl misreads ---

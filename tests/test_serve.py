@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import GPU, run
+from tests.conftest import GPU, make_adapter, run
 from tests.hub_server import Hub
 from tools import models, subjects
 from tools.common import ROOT, JobFailed, WrongInput
@@ -32,39 +32,19 @@ METHODS = {
 @pytest.fixture(scope="module")
 def adapters(tiny, tmp_path_factory):
     """A PEFT folder for each method, as `make train` leaves it, with adapters that do something."""
-    import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer
 
-    made = {}
+    folders = {}
     for name, options in METHODS.items():
         folder = tmp_path_factory.mktemp("run") / "adapter"
-        config = {
-            "base_model": str(tiny),
-            "adapter": "lora",
-            "lora_r": 4,
-            "lora_alpha": 16,
-        } | options
-        config |= {"lora_target_modules": ["q_proj", "k_proj", "v_proj"], "sequence_len": 512}
-        config |= {"datasets": [{"path": "x.jsonl", "type": "chat_template"}]}
-        config |= {"micro_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 1e-4}
-        base, _ = models.load(config)
-        lora = LoraConfig(
-            r=4,
-            lora_alpha=16,
-            target_modules=["q_proj", "k_proj", "v_proj"],
-            use_dora=bool(options.get("peft_use_dora")),
-        )
-        model = get_peft_model(base, lora)
-        generator = torch.Generator().manual_seed(1)
-        for key, value in model.named_parameters():
-            if "lora_B" in key:
-                value.data = torch.randn(value.shape, generator=generator) * 0.2
-        model.save_pretrained(folder)
+        config = {"base_model": str(tiny), "adapter": "lora", "lora_r": 4, "lora_alpha": 16}
+        config |= {"datasets": [{"path": "x.jsonl", "type": "chat_template"}]} | options
+        dora = bool(options.get("peft_use_dora"))
+        make_adapter(models.load(config)[0], folder, task_type=None, use_dora=dora)
         AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        made[name] = folder
-    return made
+        folders[name] = folder
+    return folders
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -209,7 +189,7 @@ def free_port():
 
 @contextmanager
 def serving(*arguments, **environment):
-    """What a server says that is ready; afterwards SIGTERM stops it and its children."""
+    """What a server prints up to its curl line; afterwards SIGTERM stops it and its children."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tools", "serve", *arguments],
         cwd=ROOT,
@@ -218,14 +198,14 @@ def serving(*arguments, **environment):
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    lines = []
+    output = ""
     try:
-        while not any("curl" in line for line in lines):
+        while "curl" not in output:
             line = process.stdout.readline()
-            assert line, "".join(lines)
-            lines.append(line)
+            assert line, output
+            output += line
         (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        yield "".join(lines)
+        yield output
     finally:
         process.terminate()
         status = process.wait(60)
@@ -275,19 +255,9 @@ def test_the_openai_client_gets_the_answer_that_chat_gives(adapters, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [4, 12])
 def test_vllm_answers_as_chat_does_under_the_names_that_are_printed(smollm2, tmp_path, rank):
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
     if not serve.find_vllm():
         pytest.skip("vLLM is not installed (.venv-vllm or PATH)")
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(smollm2)
-    lora = LoraConfig(
-        r=rank, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False
-    )
-    folder = tmp_path / "my adapter"
-    get_peft_model(base, lora).save_pretrained(folder)
+    folder = make_adapter(smollm2, tmp_path / "my adapter", r=rank, lora_alpha=8)
     arguments = ("--adapter", str(folder), "--precision", "fp32", "--max-model-len", "512")
     with serving(*arguments, "--port", str(free_port())) as said:
         served = ask(said, "my-adapter", "my-adapter-base")
