@@ -56,13 +56,13 @@ def test_test_scores_are_paired_by_row(tmp_path, monkeypatch):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(content))
         (file.parent.parent / "run.json").write_text(json.dumps({"seconds": 60.4}))
-    found = beyond.compare_on_test_rows(spec)
-    assert found["seconds"] == [60, 60]
-    assert found["sets"]["a"]["base"] == 0.25 and found["sets"]["a"]["accuracy"] == [0.5, 0.75]
-    assert found["sets"]["a"]["difference"]["p"] == pytest.approx(2 * 2 / 2**10, abs=1e-5)  # Holm
-    assert found["sets"]["all"]["rows"] == 80
-    assert found["sets"]["all"]["difference"]["p"] == pytest.approx(2 / 2**20, abs=1e-5)
-    text = beyond.format_test_scores({"spec": spec, "confirmed": found})
+    results = beyond.compare_on_test_rows(spec)
+    assert results["seconds"] == [60, 60]
+    assert results["sets"]["a"]["base"] == 0.25 and results["sets"]["a"]["accuracy"] == [0.5, 0.75]
+    assert results["sets"]["a"]["difference"]["p"] == pytest.approx(2 * 2 / 2**10, abs=1e-5)  # Holm
+    assert results["sets"]["all"]["rows"] == 80
+    assert results["sets"]["all"]["difference"]["p"] == pytest.approx(2 / 2**20, abs=1e-5)
+    text = beyond.format_test_scores({"spec": spec, "confirmed": results})
     assert "| a, 40 | 25.0 | 50.0 | 75.0 | +25.0 (" in text
 
 
@@ -74,11 +74,11 @@ def test_figures_are_those_of_the_log(tmp_path):
         {"step": 2, "seconds": 25.0, "eval_loss": 0.5},
         {"step": 2, "seconds": 26.0},
     ]
-    (tmp_path / "progress.jsonl").write_text("".join(json.dumps(one) + "\n" for one in log))
-    found = beyond.measure({"output_dir": str(tmp_path)})
-    assert found == {"validation_loss": 0.5, "seconds": 8, "steps": 2, "real_tokens": 190}
-    other = found | {"validation_loss": 0.25, "seconds": 10}
-    content = {"spec": {"baseline": "a"}, "candidates": {"a": found, "b": other}}
+    (tmp_path / "progress.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    results = beyond.measure({"output_dir": str(tmp_path)})
+    assert results == {"validation_loss": 0.5, "seconds": 8, "steps": 2, "real_tokens": 190}
+    other = results | {"validation_loss": 0.25, "seconds": 10}
+    content = {"spec": {"baseline": "a"}, "candidates": {"a": results, "b": other}}
     assert beyond.format_candidates(content).splitlines()[2:] == [
         "| b | 0.250 | 2 | 125 % |",
         "| a | 0.500 | 2 | 100 % |",

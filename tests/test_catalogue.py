@@ -48,16 +48,16 @@ def test_every_recipe_is_what_the_tables_give_and_valid_for_axolotl_with_every_p
 def test_a_recipe_tells_how_to_run_it_what_it_needs_and_what_it_learns():
     for name in recipes.list_catalogue():
         text = rendering.render_recipe(name)
-        found = recipes.find(text.split("make train RECIPE=")[1].split()[0])
-        assert (found.name, found.run.folder) == (name, ROOT / "runs" / name)
-        assert f"# Version: 1.1.0 ({found.digest[:12]})\n" in text
+        recipe = recipes.find(text.split("make train RECIPE=")[1].split()[0])
+        assert (recipe.name, recipe.run.folder) == (name, ROOT / "runs" / name)
+        assert f"# Version: 1.1.0 ({recipe.digest[:12]})\n" in text
         assert f"# Evidence: {evidence.describe(name)}" in text.replace("\n#   ", " ")
         row = recipes.read_matrix()["models"][name.split("/")[0]]
         assert (f"https://huggingface.co/{row['hub']}," in text) == row["gated"]
         assert ("# Gated: no\n" in text) != row["gated"]
         assert (f"axolotl train recipes/{name}.yaml" in text) == recipes.has_file(name)
-        assert yaml.safe_load(text) == recipes.build_config(name) == found.config
-        assert recipes.read_version(text) == found.version
+        assert yaml.safe_load(text) == recipes.build_config(name) == recipe.config
+        assert recipes.read_version(text) == recipe.version
 
 
 def test_a_reason_stands_beside_every_value_that_a_user_might_change():
@@ -181,8 +181,8 @@ def test_a_measurement_says_what_was_other_than_the_recipe_is_now(results):
 
 def test_the_planned_memory_in_a_recipe_is_the_planners():
     text = (ROOT / "recipes/llama-3.1-8b/sentiment_r4.yaml").read_text()
-    made = plan.plan(recipes.find("sentiment_r4").config, row=256)
-    gib = -(-made["memory"]["peak"] // 2**30)
+    planned = plan.plan(recipes.find("sentiment_r4").config, row=256)
+    gib = -(-planned["memory"]["peak"] // 2**30)
     assert f"# Planned GPU memory: {gib} GiB (rows of up to 256 tokens; `make plan`)\n" in text
 
 
@@ -322,8 +322,8 @@ def test_what_a_recipe_learns_cannot_change_under_the_same_version(copy, capsys)
             JobFailed, match="24 recipes learn something else under the same version"
         ):
             verb()
-        said = capsys.readouterr().err
-        assert "llama-3.1-8b/sentiment_r4 1.1.0:\n    -lora_r: 4\n    +lora_r: 5\n" in said
+        message = capsys.readouterr().err
+        assert "llama-3.1-8b/sentiment_r4 1.1.0:\n    -lora_r: 4\n    +lora_r: 5\n" in message
     assert {path: path.read_bytes() for path in folder.rglob("*.yaml")} == before
 
 
@@ -483,17 +483,17 @@ def test_the_list_is_filtered_and_has_a_form_for_machines():
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("filters", "message"),
     [
         (("sentimnt", None, None), 'unknown TASK "sentimnt"; did you mean sentiment?'),
         ((None, "llama-3", None), 'unknown MODEL "llama-3"; did you mean llama-3.'),
         ((None, None, "zzz"), 'unknown METHOD "zzz"; there are r4, r8, r8_dora'),
     ],
 )
-def test_an_unknown_filter_is_answered_with_what_there_is(asked, said):
+def test_an_unknown_filter_is_answered_with_what_there_is(filters, message):
     with pytest.raises(WrongInput) as error:
-        catalogue.select_names(*asked)
-    assert str(error.value).startswith(said)
+        catalogue.select_names(*filters)
+    assert str(error.value).startswith(message)
 
 
 def test_show_prints_a_recipe_without_a_file_as_well():
@@ -506,10 +506,10 @@ def test_show_prints_the_file_the_plan_and_what_a_run_took(tmp_path, capsys):
     config = recipes.find("smollm2-135m/sentiment_r4").config | {"output_dir": str(tmp_path)}
     path = tmp_path / "mine.yaml"
     path.write_text("# Version: 1.1.0 (x)\n" + yaml.safe_dump(config))
-    told = {"trainable_parameters": 322_560, "steps": 110, "seconds": 360.0}
-    told |= {"peak_memory_bytes": 2**32, "tokens_per_second": 222.8, "train_loss": 0.231}
-    told |= {"recipe_version": "1.1.0", "processes": 1, "device": "cpu", "finished": "then"}
-    (tmp_path / "run.json").write_text(json.dumps(told))
+    run_info = {"trainable_parameters": 322_560, "steps": 110, "seconds": 360.0}
+    run_info |= {"peak_memory_bytes": 2**32, "tokens_per_second": 222.8, "train_loss": 0.231}
+    run_info |= {"recipe_version": "1.1.0", "processes": 1, "device": "cpu", "finished": "then"}
+    (tmp_path / "run.json").write_text(json.dumps(run_info))
     catalogue.show(str(path))
     out = capsys.readouterr().out
     assert path.read_text() in out

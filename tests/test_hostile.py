@@ -220,5 +220,5 @@ def test_a_full_disk_behind_standard_output_is_one_line():
             text=True,
         )
     assert done.returncode == 1
-    said = "no space left on the disk for the output; free some and run it again"
-    assert done.stderr == f"error: {said}\n"
+    message = "no space left on the disk for the output; free some and run it again"
+    assert done.stderr == f"error: {message}\n"

@@ -51,8 +51,8 @@ class Proxy:
                 proxy.hosts.append(parts.netloc)
                 inner = urlsplit(routes[parts.netloc])
                 target = parts._replace(scheme="http", netloc=inner.netloc).geturl()
-                kept = {k: v for k, v in self.headers.items() if k.lower() != "host"}
-                request = urllib.request.Request(target, headers=kept, method=self.command)
+                headers = {k: v for k, v in self.headers.items() if k.lower() != "host"}
+                request = urllib.request.Request(target, headers=headers, method=self.command)
                 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), NoRedirect)
                 try:
                     reply = opener.open(request)

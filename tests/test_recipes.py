@@ -89,9 +89,9 @@ def test_a_llama_recipe_has_finloras_numbers(task, method):
     ],
 )
 def test_a_recipe_is_found_by_each_of_its_names(typed, name):
-    found = recipes.find(typed)
-    assert (found.name, found.task) == (name, "sentiment")
-    assert found.path == ROOT / "recipes" / f"{name}.yaml"
+    recipe = recipes.find(typed)
+    assert (recipe.name, recipe.task) == (name, "sentiment")
+    assert recipe.path == ROOT / "recipes" / f"{name}.yaml"
 
 
 @pytest.mark.parametrize(
@@ -103,10 +103,10 @@ def test_a_recipe_is_found_by_each_of_its_names(typed, name):
     ],
 )
 def test_a_recipe_without_a_file_is_found_and_named_like_any_other(typed):
-    found = recipes.find(typed)
-    assert (found.name, found.path) == ("qwen3-8b/ner_r8_dora", None)
-    assert (found.where, found.task, found.version) == (found.name, "ner", "1.1.0")
-    assert found.run.folder == ROOT / "runs/qwen3-8b/ner_r8_dora"
+    recipe = recipes.find(typed)
+    assert (recipe.name, recipe.path) == ("qwen3-8b/ner_r8_dora", None)
+    assert (recipe.where, recipe.task, recipe.version) == (recipe.name, "ner", "1.1.0")
+    assert recipe.run.folder == ROOT / "runs/qwen3-8b/ner_r8_dora"
 
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b/ner_r8_dora", "smollm2-135m/sentiment_r4_all"])
@@ -161,8 +161,8 @@ def test_a_users_own_file_goes_before_the_catalogues(tmp_path, monkeypatch):
 def test_an_unknown_name_is_answered_with_near_ones(typed, near):
     with pytest.raises(WrongInput) as error:
         recipes.find(typed)
-    told, _, hint = str(error.value).partition("; did you mean ")
-    assert told == f'unknown recipe "{typed}"'
+    problem, _, hint = str(error.value).partition("; did you mean ")
+    assert problem == f'unknown recipe "{typed}"'
     assert near in hint.rstrip("?").split(", ")
 
 
@@ -174,8 +174,8 @@ def test_where_nothing_is_near_the_list_is_named(typed):
 
 def test_a_recipe_of_ones_own_is_found_by_its_path(tmp_path):
     path = write(tmp_path / "mine.yaml", "# Version: 2.1 (0123456789ab)\n" + yaml.safe_dump(SMALL))
-    found = recipes.find(path)
-    assert (found.config, found.version, found.task) == (SMALL, "2.1", None)
+    recipe = recipes.find(path)
+    assert (recipe.config, recipe.version, recipe.task) == (SMALL, "2.1", None)
 
 
 BROKEN = {
@@ -187,12 +187,12 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize(("content", "said"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_recipe_is_named_with_what_is_wrong(tmp_path, content, said):
+@pytest.mark.parametrize(("content", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_recipe_is_named_with_what_is_wrong(tmp_path, content, message):
     path = write(tmp_path / "mine.yaml", content)
     with pytest.raises(WrongInput) as error:
         recipes.find(path)
-    assert path in str(error.value) and said in str(error.value)
+    assert path in str(error.value) and message in str(error.value)
     assert "\n" not in str(error.value)
 
 

@@ -107,12 +107,12 @@ def test_the_cpu_build_takes_the_lock_without_the_packages_for_cuda(version, tmp
     # The index offers no CPU build for every Python; its requirements are the same for all.
     number = setup.torch_pin().partition("==")[2]
     write_wheel(tmp_path, "torch", f"{number}+cpu", cpu_torch_requires())
-    found = resolve(version, tmp_path, f"torch=={number}+cpu")
+    resolved = resolve(version, tmp_path, f"torch=={number}+cpu")
     expected = {line for line in lock(version) if not setup.CUDA_ONLY.match(line)}
     expected = expected - {f"torch=={number}"} | {f"torch=={number}+cpu"}
     # A package that nothing requires without CUDA may stay in the lock; none may be missing.
-    assert found <= expected
-    assert {name for name in expected - found if not name.startswith("setuptools")} == set()
+    assert resolved <= expected
+    assert {name for name in expected - resolved if not name.startswith("setuptools")} == set()
 
 
 @pytest.mark.parametrize("version", VERSIONS)
