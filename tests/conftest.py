@@ -1,9 +1,14 @@
 """Fixtures: the real SmolLM2, a tiny random Llama with its tokenizer, and recipes that train it."""
 
+import base64
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +110,32 @@ def make_adapter(base: Any, folder: Path, tokens=(), **settings: Any) -> Path:
             weight.data += 0.2 * torch.randn(weight.shape)
     adapted.save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def serve_files(folder: Path, user: str = "") -> Iterator[str]:
+    """The address of a web server on loopback; `user` is the `name:password` that it demands."""
+    authorization = f"Basic {base64.b64encode(user.encode()).decode()}" if user else None
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments, directory=str(folder))
+
+        def do_GET(self) -> None:
+            if authorization and self.headers.get("Authorization") != authorization:
+                self.send_response(401)
+                self.send_header("WWW-Authenticate", "Basic")
+                self.end_headers()
+            else:
+                super().do_GET()
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://{f'{user}@' if user else ''}127.0.0.1:{server.server_port}"
+    server.shutdown()
 
 
 def write_recipe(folder: Path, method: str, base: Path, data: Path, **changes: object) -> Path:

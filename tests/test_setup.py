@@ -3,19 +3,18 @@
 import base64
 import functools
 import hashlib
-import http.server
 import importlib.metadata
 import os
 import re
 import shutil
 import subprocess
 import sys
-import threading
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import serve_files
 from tools import setup
 from tools.common import ROOT
 
@@ -150,22 +149,15 @@ def only(tmp_path, monkeypatch):
 
 
 def test_the_newest_axolotl_comes_first(only):
-    for name, version in (
-        ("python3.11", "3.11.7"),
-        ("python3.12", "3.12.1"),
-        ("python3.13", "3.13.0"),
-    ):
-        only(name, version)
+    for version in ("3.11.7", "3.12.1", "3.13.0"):
+        only(f"python{setup.series(version)}", version)
     path, version, reason = setup.choose_interpreter("", "cuda")
     assert (Path(path).name, version) == ("python3.12", "3.12.1")
-    assert "newest Axolotl" in reason and "3.11.7, 3.13.0" in reason.replace(
-        "3.13.0, 3.11.7", "3.11.7, 3.13.0"
-    )
+    assert "newest Axolotl" in reason and "3.11.7" in reason and "3.13.0" in reason
 
 
-def test_without_a_gpu_the_python_that_has_the_cpu_build_comes_first(only, tmp_path):
-    only("python3.12", "3.12.1")
-    path = only("python3.11", "3.11.7")
+def test_without_a_gpu_the_python_that_has_the_cpu_build_comes_first(only):
+    only("python3.11", "3.11.7")
     only("python3.12", "3.12.1").write_text("#!/bin/sh\n[ $1 = -c ] && echo 3.12.1 || exit 1\n")
     path, version, reason = setup.choose_interpreter("", "cpu")
     assert version == "3.11.7" and "CPU build" in reason
@@ -206,32 +198,13 @@ def test_the_set_up_itself_runs_on_old_pythons():
 
 @pytest.fixture
 def private_index(tmp_path):
-    """A package index on loopback with a password and one package; yields its URL with both."""
+    """The address of a package index on loopback with a password and one package."""
     folder = tmp_path / "index" / "finlora-probe"
     folder.mkdir(parents=True)
     wheel = write_wheel(folder, "finlora_probe", "1.0")
     (folder / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>')
-    secret = base64.b64encode(b"me:s3cret").decode()
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *arguments):
-            super().__init__(*arguments, directory=str(folder.parent))
-
-        def do_GET(self):
-            if self.headers.get("Authorization") != f"Basic {secret}":
-                self.send_response(401)
-                self.send_header("WWW-Authenticate", "Basic")
-                self.end_headers()
-            else:
-                super().do_GET()
-
-        def log_message(self, *arguments):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://me:s3cret@127.0.0.1:{server.server_port}/"
-    server.shutdown()
+    with serve_files(folder.parent, "me:s3cret") as url:
+        yield f"{url}/"
 
 
 @pytest.mark.parametrize("tool", ["uv", "pip"])

