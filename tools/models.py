@@ -183,7 +183,14 @@ def bring_base(base: str) -> Path:
             if not offline:
                 raise
             raise JobFailed(f"the base {base} is not in the Hub's cache{offline}") from error
-    return Path(snapshot)
+    folder = Path(snapshot)
+    index = folder / "model.safetensors.index.json"
+    weight_map = read_json(index).get("weight_map") if index.is_file() else None
+    shards = set((weight_map or {"": "model.safetensors"}).values())
+    if missing := sorted(name for name in shards if not (folder / name).is_file()):
+        where = "in the Hub's cache" if offline else "on the Hub; no other weights are loaded"
+        raise JobFailed(f"the base {base} has no {missing[0]} {where}{offline}")
+    return folder
 
 
 @cache
