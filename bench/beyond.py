@@ -70,7 +70,7 @@ def divide(rows: Path, validation: int) -> dict[str, Path]:
     return files
 
 
-def build_config(spec: dict[str, Any], name: str, files: dict[str, Path]) -> dict[str, Any]:
+def build_candidate(spec: dict[str, Any], name: str, files: dict[str, Path]) -> dict[str, Any]:
     """A candidate's whole config; `name` is its name in the YAML."""
     content = recipes.build_config(spec["recipe"]) | spec["settings"] | spec["candidates"][name]
     folder = RUNS / "".join(c if c.isalnum() else "_" for c in name)
@@ -86,7 +86,7 @@ def build_config(spec: dict[str, Any], name: str, files: dict[str, Path]) -> dic
     }
 
 
-def measure(config: dict[str, Any]) -> dict[str, Any]:
+def read_figures(config: dict[str, Any]) -> dict[str, Any]:
     """Figures from a finished training's log; seconds are those of the steps alone."""
     run = Run(ROOT / config["output_dir"])
     log = json_lines(run.progress_file)
@@ -169,20 +169,20 @@ def main() -> None:
     spec = read_yaml(SPEC)
     rows = ROOT / recipes.build_config(spec["recipe"])["datasets"][0]["path"]
     files = divide(rows, spec["validation"])
-    configs = {name: build_config(spec, name, files) for name in spec["candidates"]}
+    configs = {name: build_candidate(spec, name, files) for name in spec["candidates"]}
 
     def train(config: dict[str, Any]) -> str:
         recipe = RUNS / f"{Path(config['output_dir']).name}.yaml"
         write_config(recipe, config)
         run_verb("train", recipe)
-        figures = measure(config)
+        figures = read_figures(config)
         return f"validation loss {figures['validation_loss']:.4f}, {figures['seconds']} s"
 
     run_all("beyond", configs, train, options.workers)
     content = {
         "machine": describe_machine(),
         "spec": spec,
-        "candidates": {name: measure(config) for name, config in configs.items()},
+        "candidates": {name: read_figures(config) for name, config in configs.items()},
     }
     try:
         content["confirmed"] = compare_on_test_rows(spec)

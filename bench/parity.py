@@ -61,7 +61,7 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Job:
+class Training:
     """One training: a variant of a task's recipe with a seed. Parts that want the same share it."""
 
     task: str
@@ -89,7 +89,7 @@ class Job:
         return read_json(self.find_scores(side))
 
 
-def make_job(spec: dict[str, Any], task: str, changes: dict[str, Any], seed: int) -> Job:
+def make_job(spec: dict[str, Any], task: str, changes: dict[str, Any], seed: int) -> Training:
     config = recipes.build_config(f"{spec['model']}/{task}_{spec['method']}")
     config = config | spec["settings"] | changes | {"seed": seed}
     precision = config.pop("precision")
@@ -98,10 +98,10 @@ def make_job(spec: dict[str, Any], task: str, changes: dict[str, Any], seed: int
     config["adapter"] = "qlora" if precision == "nf4" else "lora"
     del config["output_dir"], config["dataset_prepared_path"]
     config = {key: value for key, value in config.items() if value is not None}
-    return Job(task, seed, config, **{"limit": None} | spec["tasks"][task])
+    return Training(task, seed, config, **{"limit": None} | spec["tasks"][task])
 
 
-def list_jobs(spec: dict[str, Any], only: list[str]) -> dict[tuple[str, str, str, int], Job]:
+def list_jobs(spec: dict[str, Any], only: list[str]) -> dict[tuple[str, str, str, int], Training]:
     """(part, task, variant, seed) → job, the seeds of a part one after the other."""
     return {
         (part, task, name, seed): make_job(spec, task, content.get("settings", {}) | variant, seed)
@@ -116,7 +116,7 @@ def list_jobs(spec: dict[str, Any], only: list[str]) -> dict[tuple[str, str, str
 # ---- training and scoring
 
 
-def run_jobs(jobs: dict[Any, Job], workers: int) -> None:
+def run_jobs(jobs: dict[Any, Training], workers: int) -> None:
     """Trains and scores the jobs that have no scores; raises JobFailed if some failed."""
     missing = []
     for task in dict.fromkeys(job.task for job in jobs.values()):
@@ -131,7 +131,7 @@ def run_jobs(jobs: dict[Any, Job], workers: int) -> None:
     print(f"parity     {len(unique)} trainings, {len(left)} to do, {workers} at a time", flush=True)
     locks: dict[Path, Lock] = defaultdict(Lock)
 
-    def train_and_score(job: Job) -> str:
+    def train_and_score(job: Training) -> str:
         paths = {"output_dir": job.run.folder, "dataset_prepared_path": job.run.folder / "prepared"}
         recipe = RUNS / f"{job.name}.yaml"
         write_config(recipe, job.config | {key: shown(path) for key, path in paths.items()})
@@ -140,7 +140,7 @@ def run_jobs(jobs: dict[Any, Job], workers: int) -> None:
         with locks[job.find_scores("base")]:  # the base is scored once
             run_verb("eval", recipe, "--tasks", job.dataset, *limit)
         score = job.read_scores()["metrics"][job.metric]["value"]
-        return f"{report.title(job.metric)} {format_points(score)}"
+        return f"{report.title(job.metric)} {format_percent(score)}"
 
     run_all("parity", left, train_and_score, workers)
 
@@ -158,7 +158,7 @@ def resample(differences: Array) -> Array:
     return np.asarray(((by_row @ differences) * by_seed).sum(1))
 
 
-def compare(values: Array, others: Array, margin: float | None) -> dict[str, Any]:
+def compare_variants(values: Array, others: Array, margin: float | None) -> dict[str, Any]:
     """Mean of `values` minus that of `others`, (rows, seeds) each, and whether they are equivalent.
 
     {"value", "low", "high" (95 %), "p": that there is no difference, "seeds": of each}; with a
@@ -182,7 +182,7 @@ def compare(values: Array, others: Array, margin: float | None) -> dict[str, Any
     return comparison
 
 
-def collect_results(spec: dict[str, Any], jobs: dict[Any, Job]) -> dict[str, Any]:
+def collect_results(spec: dict[str, Any], jobs: dict[Any, Training]) -> dict[str, Any]:
     """{"parts": {part: {task: …}}}: every training and every comparison, small enough to commit."""
     parts = {}
     for part in dict.fromkeys(key[0] for key in jobs):
@@ -203,7 +203,7 @@ def collect_results(spec: dict[str, Any], jobs: dict[Any, Job]) -> dict[str, Any
 
 
 def measure_part(
-    spec: dict[str, Any], part: str, task: str, jobs: dict[Any, Job]
+    spec: dict[str, Any], part: str, task: str, jobs: dict[Any, Training]
 ) -> dict[str, Any]:
     """What the trainings of a part on a task took and scored, and how its variants compare."""
     plan, metric = spec["parts"][part], spec["tasks"][task]["metric"]
@@ -227,7 +227,7 @@ def measure_part(
     reference = columns[plan["against"]]
     for name, variant in variants.items():
         if name != plan["against"]:
-            comparison = compare(columns[name], reference, plan.get("margin"))
+            comparison = compare_variants(columns[name], reference, plan.get("margin"))
             variant["against"] = {
                 key: [round(v, 4) for v in value] if isinstance(value, list) else round(value, 6)
                 for key, value in comparison.items()
@@ -243,7 +243,7 @@ def measure_part(
 # ---- page and figure
 
 
-def format_points(value: float, signed: bool = False) -> str:
+def format_percent(value: float, signed: bool = False) -> str:
     return f"{100 * value:{'+' if signed else ''}.1f}"
 
 
@@ -253,7 +253,7 @@ def format_sections(content: dict[str, Any]) -> str:
     for part, tasks in content["parts"].items():
         plan = content["spec"]["parts"][part]
         for task, entry in tasks.items():
-            lines = [f"### {plan['title']}, {task}", "", *format_table(entry, plan["against"]), ""]
+            lines = [f"### {plan['title']}, {task}", "", *format_part(entry, plan["against"]), ""]
             for name, variant in entry["variants"].items():
                 if "against" in variant:
                     sentence = describe_difference(variant["against"], plan)
@@ -262,7 +262,7 @@ def format_sections(content: dict[str, Any]) -> str:
     return "\n".join(sections)
 
 
-def format_table(entry: dict[str, Any], reference: str) -> list[str]:
+def format_part(entry: dict[str, Any], reference: str) -> list[str]:
     """The rows of one part and task: a line for each variant, compared with `reference`."""
     lines = [
         f"| variant | base | {report.title(entry['metric'])}, % (each seed) "
@@ -270,16 +270,16 @@ def format_table(entry: dict[str, Any], reference: str) -> list[str]:
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, variant in entry["variants"].items():
-        seeds = ", ".join(map(format_points, variant["scores"]))
-        mean = format_points(fmean(variant["scores"]))
+        seeds = ", ".join(map(format_percent, variant["scores"]))
+        mean = format_percent(fmean(variant["scores"]))
         gain = "–"
         if difference := variant.get("against"):
             value, low, high = (
-                format_points(difference[key], True) for key in ("value", "low", "high")
+                format_percent(difference[key], True) for key in ("value", "low", "high")
             )
             gain = f"{value} ({low} … {high})"
         lines.append(
-            f"| {name} | {format_points(variant['base'])} | {mean} ({seeds}) | {gain} "
+            f"| {name} | {format_percent(variant['base'])} | {mean} ({seeds}) | {gain} "
             f"| {fmean(variant['loss']):.3f} | {variant['trainable_parameters']:,} |"
         )
     return lines
@@ -287,12 +287,12 @@ def format_table(entry: dict[str, Any], reference: str) -> list[str]:
 
 def describe_difference(comparison: dict[str, Any], plan: dict[str, Any]) -> str:
     """A comparison in words; `plan` is its part of bench/parity.yaml."""
-    text = f"{format_points(comparison['value'], True)} points"
+    text = f"{format_percent(comparison['value'], True)} points"
     if has_margin := "p_margin" in comparison:
-        low, high = (format_points(comparison[key], True) for key in ("low90", "high90"))
+        low, high = (format_percent(comparison[key], True) for key in ("low90", "high90"))
         p = comparison["p_margin"]
         word = "equivalent" if p < stats.LEVEL else "equivalence not shown"
-        text += f", {word} within ±{format_points(plan['margin'])} points"
+        text += f", {word} within ±{format_percent(plan['margin'])} points"
         text += f" (90 %: {low} … {high}; p = {p:.2g})"
     if comparison["p"] < stats.LEVEL:
         return text + f"; a difference, p = {comparison['p']:.2g}"
@@ -316,7 +316,7 @@ def insert_results(text: str, content: dict[str, Any]) -> str:
     return before + BEGIN + block + END + rest.partition(END)[2]
 
 
-def draw(content: dict[str, Any], file: Path) -> None:
+def draw_scores(content: dict[str, Any], file: Path) -> None:
     """A panel for each part and task: every seed's score as a point, their mean as a line."""
     import matplotlib
 
@@ -375,7 +375,7 @@ def main() -> None:
     content = collect_results(spec, jobs) | {"spec": spec, "machine": describe_machine()}
     if not only:
         write_json(RESULTS, content)
-        draw(content, FIGURE)
+        draw_scores(content, FIGURE)
         with atomic(DOC) as file:
             file.write(insert_results(text, content).encode())
     print(format_sections(content))

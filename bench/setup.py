@@ -20,7 +20,7 @@ from tools.common import ROOT
 FILES = ["requirements.txt", "requirements", "tools/__init__.py", "tools/setup.py"]
 
 
-def set_up(uv: Path | None, arguments: list[str]) -> float:
+def time_set_up(uv: Path | None, arguments: list[str]) -> float:
     """Seconds of a set-up in an empty folder, with uv on PATH or without."""
     search_path = [
         folder
@@ -60,7 +60,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"uv": [], "pip": []}
     for attempt in range(3):
         for tool, path in (("uv", uv), ("pip", None)):
-            duration = set_up(path, arguments)
+            duration = time_set_up(path, arguments)
             if attempt:
                 seconds[tool].append(duration)
     for tool, durations in seconds.items():

@@ -84,7 +84,7 @@ def vllm_arguments(subject: Subject) -> dict[str, Any]:
     if precision == "nf4":  # bitsandbytes in vLLM: NF4 with double quantization
         arguments["quantization"] = "bitsandbytes"
     if subject.adapter:
-        plain, _ = adapters.read(subject.adapter)
+        plain, _ = adapters.read_adapter(subject.adapter)
         if changes_tokenizer(config):
             arguments["tokenizer"] = str(subject.adapter)
         rank = adapters.vllm_rank(plain.rank)

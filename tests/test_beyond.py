@@ -32,7 +32,7 @@ def test_no_row_both_trains_and_judges(files, tmp_path):
 
 @pytest.mark.parametrize("name", SPEC["candidates"])
 def test_every_candidate_is_a_recipe_that_axolotl_takes(files, name):
-    content = beyond.build_config(SPEC, name, files)
+    content = beyond.build_candidate(SPEC, name, files)
     recipes.validate(content, name)
     for key, value in SPEC["candidates"][name].items():
         assert content[key] == value
@@ -75,7 +75,7 @@ def test_figures_are_those_of_the_log(tmp_path):
         {"step": 2, "seconds": 26.0},
     ]
     (tmp_path / "progress.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    results = beyond.measure({"output_dir": str(tmp_path)})
+    results = beyond.read_figures({"output_dir": str(tmp_path)})
     assert results == {"validation_loss": 0.5, "seconds": 8, "steps": 2, "real_tokens": 190}
     other = results | {"validation_loss": 0.25, "seconds": 10}
     content = {"spec": {"baseline": "a"}, "candidates": {"a": results, "b": other}}

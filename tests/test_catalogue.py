@@ -51,7 +51,7 @@ def test_a_recipe_tells_how_to_run_it_what_it_needs_and_what_it_learns():
         recipe = recipes.find(text.split("make train RECIPE=")[1].split()[0])
         assert (recipe.name, recipe.run.folder) == (name, ROOT / "runs" / name)
         assert f"# Version: 1.1.0 ({recipe.digest[:12]})\n" in text
-        assert f"# Evidence: {evidence.describe(name)}" in text.replace("\n#   ", " ")
+        assert f"# Evidence: {evidence.describe_evidence(name)}" in text.replace("\n#   ", " ")
         row = recipes.read_matrix()["models"][name.split("/")[0]]
         assert (f"https://huggingface.co/{row['hub']}," in text) == row["gated"]
         assert ("# Gated: no\n" in text) != row["gated"]
@@ -125,7 +125,7 @@ def test_the_page_of_a_model_lists_all_its_recipes_and_links_those_with_a_file(m
     assert [re.search("`(.+?)`", row)[1] for row in rows] == [*map(recipes.shorten, names)]
     for name, row in zip(names, rows, strict=True):
         memory = rendering.round_to_gib(rendering.plan_memory(name))
-        assert f"| {memory} GiB | 1.1.0 | {evidence.describe(name)} |" in row
+        assert f"| {memory} GiB | 1.1.0 | {evidence.describe_evidence(name)} |" in row
         link = re.search(r"\]\((.+?)\)", row)
         assert bool(link) == recipes.has_file(name)
         assert not link or (folder / link[1]).is_file()
@@ -158,13 +158,19 @@ def write_result(folder, name, version="1.1.0", **changed):
 
 def test_the_evidence_is_measured_planned_or_never_run(results):
     name = "smollm2-135m/sentiment_r4"
-    assert evidence.describe("llama-3.1-8b/ner_r8_dora") == "planned: 2.6 h on one A5000 24GB"
-    assert evidence.describe("llama-3.1-8b/cfa_r4") == "never run"  # its rows are the user's
-    assert evidence.describe("llama-3.1-70b/ner_r8_fp16") == "never run"  # no card holds it
+    assert (
+        evidence.describe_evidence("llama-3.1-8b/ner_r8_dora") == "planned: 2.6 h on one A5000 24GB"
+    )
+    assert (
+        evidence.describe_evidence("llama-3.1-8b/cfa_r4") == "never run"
+    )  # its rows are the user's
+    assert (
+        evidence.describe_evidence("llama-3.1-70b/ner_r8_fp16") == "never run"
+    )  # no card holds it
     (results / "experiment.json").write_text('{"parts": {}}')
     write_result(results, name)
     text = "measured: fpb accuracy 28.5 → 71.5 %, 3.9 GB, 6.3 min, two CPU cores"
-    assert evidence.describe(name) == text
+    assert evidence.describe_evidence(name) == text
     assert f"# Evidence: {text}\n" in rendering.render_recipe(name)
     assert f"| {text} |" in rendering.render_model_page("smollm2-135m")
 
@@ -173,7 +179,7 @@ def test_a_measurement_says_what_was_other_than_the_recipe_is_now(results):
     name = "smollm2-135m/cfa_r4"
     write_result(results, name, "1.0.0", seconds=None, peak_memory_bytes=None)
     write_result(results, name, variant="60 steps")
-    assert evidence.describe(name) == (
+    assert evidence.describe_evidence(name) == (
         "measured as version 1.0.0: fpb accuracy 28.5 → 71.5 %, two CPU cores; "
         "measured with 60 steps: fpb accuracy 28.5 → 71.5 %, 3.9 GB, 6.3 min, two CPU cores"
     )

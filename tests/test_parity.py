@@ -17,7 +17,7 @@ SPEC = yaml.safe_load(parity.SPEC.read_text())
 def test_the_interval_is_that_of_the_closed_form():
     """One seed: the bootstrap of a mean over rows is the normal one. Alike rows: over seeds."""
     differences = np.random.default_rng(1).choice([-1.0, 0.0, 1.0], (900, 1), p=[0.1, 0.7, 0.2])
-    comparison = parity.compare(differences, np.zeros_like(differences), 0.05)
+    comparison = parity.compare_variants(differences, np.zeros_like(differences), 0.05)
     error = differences.std() / 30
     assert comparison["value"] == pytest.approx(differences.mean())
     assert comparison["high"] - comparison["low"] == pytest.approx(2 * 1.96 * error, rel=0.03)
@@ -26,7 +26,7 @@ def test_the_interval_is_that_of_the_closed_form():
     assert comparison["p_margin"] == pytest.approx(beyond, abs=0.02)
 
     by_seed = np.tile(np.linspace(0, 1, 30), (5, 1))
-    comparison = parity.compare(by_seed, np.zeros_like(by_seed), None)
+    comparison = parity.compare_variants(by_seed, np.zeros_like(by_seed), None)
     error = by_seed[0].std() / np.sqrt(30)
     assert comparison["high"] - comparison["low"] == pytest.approx(2 * 1.96 * error, rel=0.05)
     assert "p_margin" not in comparison
@@ -34,8 +34,8 @@ def test_the_interval_is_that_of_the_closed_form():
 
 def test_seeds_that_disagree_widen_an_interval():
     rows = np.random.default_rng(2).normal(0, 0.3, (400, 1))
-    alike = parity.compare(rows + [[0, 0, 0]], np.zeros((400, 3)), 0.05)
-    apart = parity.compare(rows + [[-0.1, 0, 0.1]], np.zeros((400, 3)), 0.05)
+    alike = parity.compare_variants(rows + [[0, 0, 0]], np.zeros((400, 3)), 0.05)
+    apart = parity.compare_variants(rows + [[-0.1, 0, 0.1]], np.zeros((400, 3)), 0.05)
     assert apart["value"] == pytest.approx(alike["value"])
     assert apart["high"] - apart["low"] > 2 * (alike["high"] - alike["low"])
     assert alike["p_margin"] < 0.05 < apart["p_margin"]
@@ -48,7 +48,7 @@ def test_three_seeds_that_differ_by_two_points_are_covered(monkeypatch):
     for _ in range(150):
         rows, seeds = chance.normal(0, 0.15, (312, 1)), chance.normal(0, 0.02, (1, 3))
         values = rows + seeds + chance.normal(0, 0.35, (312, 3))
-        comparison = parity.compare(values, np.zeros_like(values), None)
+        comparison = parity.compare_variants(values, np.zeros_like(values), None)
         covered += comparison["low"] <= 0 <= comparison["high"]
     assert 136 <= covered < 150
 
@@ -57,11 +57,11 @@ def test_no_difference_and_equivalence_are_two_things():
     chance = np.random.default_rng(3)
     few, many = chance.normal(0, 1, (20, 3)), chance.normal(0, 0.2, (2000, 3))
     for values, equivalent in ((few, False), (many, True)):
-        comparison = parity.compare(values, np.zeros_like(values), 0.05)
+        comparison = parity.compare_variants(values, np.zeros_like(values), 0.05)
         sentence = parity.describe_difference(comparison, {"margin": 0.05})
         assert ("equivalent within ±5.0 points" in sentence) == equivalent
         assert ("equivalence not shown" in sentence) != equivalent
-    worse = parity.compare(many - 0.2, np.zeros_like(many), 0.05)
+    worse = parity.compare_variants(many - 0.2, np.zeros_like(many), 0.05)
     sentence = parity.describe_difference(worse, {"margin": 0.05})
     assert "equivalence not shown" in sentence and "a difference, p" in sentence
 
@@ -145,5 +145,5 @@ def test_the_page_holds_the_table_and_the_figure_is_drawn(measured, tmp_path):
     assert re.search(r"\| nf4 \| 25\.0 \| 78\.8 \(77\.5, 80\.0\) \| -5\.0 \(", page)
     assert "int8 against full: +0.0 points, equivalent within ±5.0 points" in page
     assert parity.insert_results(page, content) == page
-    parity.draw(content, tmp_path / "figure.png")
+    parity.draw_scores(content, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"

@@ -302,7 +302,7 @@ class Checked:
         return "a trained embedding or head" if self.touches_embeddings else None
 
 
-def read(folder: Path) -> tuple[Settings, dict[str, Tensor]]:
+def read_adapter(folder: Path) -> tuple[Settings, dict[str, Tensor]]:
     """(settings, {tensor's name: tensor}) of a PEFT folder.
 
     Raises WrongInput where PEFT could load this adapter onto no base at all.
@@ -327,7 +327,7 @@ def read(folder: Path) -> tuple[Settings, dict[str, Tensor]]:
 
 def inspect(folder: Path) -> Settings:
     """The settings of an adapter; raises WrongInput where it can fit no base."""
-    settings, tensors = read(folder)
+    settings, tensors = read_adapter(folder)
     for name in tensors:
         if not name.startswith("base_model.model.") or re.search(
             r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\.(?!weight$|bias$)", name
@@ -343,7 +343,7 @@ def check(folder: Path, model: Model) -> int:
     """The parameters of the adapter in `folder`; raises WrongInput unless it fits its config and
     `model`.
     """
-    settings, tensors = read(folder)
+    settings, tensors = read_adapter(folder)
     largest = compute_largest_file(model, settings, shown(folder / CONFIG))
     if (folder / WEIGHTS).stat().st_size > largest:
         raise WrongInput(f"{shown(folder / WEIGHTS)}: its config implies {largest:,} bytes at most")
@@ -353,7 +353,7 @@ def check(folder: Path, model: Model) -> int:
 
 def check_modules(folder: Path, modules: Modules, base: str) -> Checked:
     """The adapter in `folder`; raises WrongInput unless it fits its config and a base's modules."""
-    settings, tensors = read(folder)
+    settings, tensors = read_adapter(folder)
     path, config = shown(folder / WEIGHTS), shown(folder / CONFIG)
     adapted = settings.select(modules, config)
     if not adapted:

@@ -1,6 +1,6 @@
 """The evidence for a recipe: what was measured, else what is planned, else that it was never run.
 
-evidence.describe("llama-3.1-8b/ner_r4")      "planned: 2.6 h on one A5000 24GB"
+evidence.describe_evidence("llama-3.1-8b/ner_r4")      "planned: 2.6 h on one A5000 24GB"
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def read_measurements() -> dict[str, list[Measurement]]:
     return measurements
 
 
-def describe(name: str) -> str:
+def describe_evidence(name: str) -> str:
     """The evidence for a recipe of the catalogue, as one line."""
     version = recipes.find_version(name)
     texts = [describe_measurement(row, version) for row in read_measurements().get(name, [])]

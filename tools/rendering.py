@@ -65,7 +65,9 @@ def render_recipe(name: str) -> str:
         f"(rows of up to {find_longest_row(name, config)} tokens; `make plan`)",
         f"Gated: {describe_gate(base)}",
         f"Version: {recipe.version} ({recipe.digest[:12]})",
-        *textwrap.wrap(f"Evidence: {evidence.describe(name)}", WIDTH - 2, subsequent_indent="  "),
+        *textwrap.wrap(
+            f"Evidence: {evidence.describe_evidence(name)}", WIDTH - 2, subsequent_indent="  "
+        ),
         source,
     ]
     return format_recipe(header, config, name)
@@ -161,5 +163,5 @@ def render_model_page(model: str) -> str:
         label = f"`{recipes.shorten(name)}`"
         cell = f"[{label}]({name.partition('/')[2]}.yaml)" if recipes.has_file(name) else label
         memory, version = round_to_gib(plan_memory(name)), recipes.find_version(name)
-        lines.append(f"| {cell} | {memory} GiB | {version} | {evidence.describe(name)} |")
+        lines.append(f"| {cell} | {memory} GiB | {version} | {evidence.describe_evidence(name)} |")
     return "\n".join(lines) + "\n"

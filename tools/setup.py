@@ -62,7 +62,7 @@ def say(message: str) -> None:
     print("setup      " + message, flush=True)
 
 
-def run(command: list[str | Path]) -> subprocess.CompletedProcess[str]:
+def run_quietly(command: list[str | Path]) -> subprocess.CompletedProcess[str]:
     """Runs a command; exit status 127 where there is no such program."""
     try:
         return subprocess.run(command, capture_output=True, text=True)
@@ -75,7 +75,7 @@ def run(command: list[str | Path]) -> subprocess.CompletedProcess[str]:
 
 def probe(interpreter: str) -> str:
     """The version of an interpreter; "" where it does not start or cannot make environments."""
-    process = run([interpreter, "-c", PROBE])
+    process = run_quietly([interpreter, "-c", PROBE])
     return "" if process.returncode else process.stdout.strip()
 
 
@@ -101,7 +101,7 @@ def list_interpreters() -> dict[str, str]:
 def has_cpu_torch(interpreter: str) -> bool:
     """Whether pip offers this interpreter torch's CPU build."""
     options = ["install", "--dry-run", "--no-deps", "--ignore-installed", "--quiet", PIP_OPTION]
-    return run([interpreter, "-m", "pip", *options, torch_pin() + "+cpu"]).returncode == 0
+    return run_quietly([interpreter, "-m", "pip", *options, torch_pin() + "+cpu"]).returncode == 0
 
 
 def choose_interpreter(named: str, build: str) -> tuple[str, str, str]:
@@ -165,7 +165,7 @@ def venv_version() -> str:
     return match.group(1) if match else ""
 
 
-def digest(version: str) -> str:
+def digest_requirements(version: str) -> str:
     """SHA-256 of what an environment for this Python version is made from."""
     names = [REQUIREMENTS, lock_path(version), MODEL]
     content = b"".join((ROOT / name).read_bytes() for name in names)
@@ -189,7 +189,7 @@ def ready(build: str = "") -> bool:
     if not (READY.is_file() and PYTHON.exists() and series(version) in SUPPORTED):
         return False
     recorded, *packages = READY.read_text().splitlines()
-    complete = recorded == digest(version) and list_packages() >= set(packages)
+    complete = recorded == digest_requirements(version) and list_packages() >= set(packages)
     return complete and build in ("", installed_build())
 
 
@@ -204,7 +204,7 @@ def uv_environment(interpreter: str | Path, only_torch: bool = False) -> dict[st
     """
     environment = {"UV_HTTP_TIMEOUT": "180"}
     environment.update({"UV_INDEX_STRATEGY": "unsafe-best-match"} if only_torch else {})
-    lines = run([interpreter, "-m", "pip", "config", "list"]).stdout.splitlines()
+    lines = run_quietly([interpreter, "-m", "pip", "config", "list"]).stdout.splitlines()
     rows = [re.match(r"(global|install|:env:)\.([\w-]+)=('.*'|\".*\")$", line) for line in lines]
     # The environment takes precedence over the section for `install`, and that over the global one.
     for row in sorted(filter(None, rows), key=lambda row: "gi:".index(row.group(1)[0])):
@@ -280,13 +280,13 @@ def run_logged(label: str, command: list[str], environment: dict[str, str]) -> b
 def make_venv(named: str, build: str) -> tuple[str, str]:
     """Makes `.venv`, or keeps one that works; returns (its Python version, the reason for it)."""
     # An environment that was moved or half made does not start.
-    works = run([PYTHON, "-c", "import pip"]).returncode == 0
+    works = run_quietly([PYTHON, "-c", "import pip"]).returncode == 0
     if works and not named and series(venv_version()) in SUPPORTED:
         return venv_version(), "that of .venv"
     interpreter, version, reason = choose_interpreter(named, build)
     if not works or version != venv_version():
         shutil.rmtree(VENV, ignore_errors=True)
-        if run([interpreter, "-m", "venv", VENV]).returncode:
+        if run_quietly([interpreter, "-m", "venv", VENV]).returncode:
             fail(f"{interpreter} cannot make a virtual environment; install its venv package")
     return version, reason
 
@@ -305,7 +305,7 @@ def set_up(named: str, build: str, wheelhouse: Path | None) -> None:
     installer = Installer(wheelhouse)
     say(f"Python {version}: {reason}")
     say(f"installing with {'uv' if installer.uv else 'pip'} from {lock_path(version)}")
-    check_disk(build or "cpu")
+    require_space(build or "cpu")
     if wheelhouse:
         verify_wheelhouse(wheelhouse)
     LOG.write_text("")
@@ -316,15 +316,15 @@ def set_up(named: str, build: str, wheelhouse: Path | None) -> None:
             fail("TORCH=cpu: no CPU build of torch is offered; docs/install.md says where it is")
         if not build:
             say("no CPU build of torch is offered here; installing the CUDA build")
-        check_disk("cuda")
+        require_space("cuda")
         installer.install("torch, CUDA build", torch)
     lock = VENV / "lock.txt"
     write_lock(lock, version, "cpu" if cpu else "cuda")
     installer.install("packages", "-r", str(lock), "-r", MODEL)
-    READY.write_text("\n".join([digest(version), *sorted(list_packages())]) + "\n")
+    READY.write_text("\n".join([digest_requirements(version), *sorted(list_packages())]) + "\n")
 
 
-def check_disk(build: str) -> None:
+def require_space(build: str) -> None:
     free = shutil.disk_usage(ROOT).free / 1e9
     if free < DISK[build]:
         fail(f"{free:.1f} GB are free on this disk and the set-up needs {DISK[build]}")
@@ -360,7 +360,7 @@ def make_wheelhouse(folder: Path, build: str) -> None:
     if not ready():
         fail("`make setup` comes first: a wheelhouse is for the Python version of .venv")
     build = build or installed_build()
-    check_disk(build)
+    require_space(build)
     version = venv_version()
     folder.mkdir(parents=True, exist_ok=True)
     say(f"collecting wheels for Python {series(version)}, torch's {build} build, in {folder}")

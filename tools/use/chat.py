@@ -48,7 +48,7 @@ def harmless(text: str) -> str:
     return "".join(c for c in text if c.isprintable() or c in "\n\t")
 
 
-def compare(model: Any, tokenizer: Any, subject: subjects.Subject, prompt: str) -> None:
+def print_side_by_side(model: Any, tokenizer: Any, subject: subjects.Subject, prompt: str) -> None:
     """Prints the answers of base and adapter side by side."""
     from rich.console import Console
     from rich.markup import escape
@@ -95,6 +95,6 @@ def chat(subject: subjects.Subject, prompt: str | None) -> None:
     quiet()
     model, tokenizer = models.load(subject.config, subject.adapter)
     if prompt and prompt.strip():
-        compare(model, tokenizer, subject, prompt.strip())
+        print_side_by_side(model, tokenizer, subject, prompt.strip())
     else:
         converse(model, tokenizer, subject)

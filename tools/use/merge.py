@@ -155,7 +155,7 @@ def write_merged(base: Any, config: dict[str, Any], adapter: Path, folder: Path)
     merged.save_pretrained(folder, save_original_format=not published)
 
 
-def run(
+def merge_and_report(
     recipe: str | None, adapter: str | None, precision: str | None, prompt_format: str | None
 ) -> None:
     """Merges an adapter, named as in `subjects.find`, and prints how the two compare."""

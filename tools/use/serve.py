@@ -207,7 +207,9 @@ def check_port(host: str, port: int) -> None:
                 raise WrongInput(f"{host} is no address of this machine") from None
 
 
-def run(line: list[str], environment: dict[str, str], host: str, port: int, names: str) -> None:
+def run_server(
+    line: list[str], environment: dict[str, str], host: str, port: int, names: str
+) -> None:
     """Runs a server until it is interrupted; prints `names` once it answers."""
     # Its own group, so that Ctrl-C reaches only this process, which then stops the whole group.
     server = subprocess.Popen(
@@ -304,6 +306,6 @@ def serve(subject: subjects.Subject, host: str, port: int, length: int | None) -
         variables = " ".join(f"{key}={value}" for key, value in environment.items())
         print(f"serve      {variables} {shlex.join(line)}", flush=True)
         try:
-            run(line, environment, host, port, names)
+            run_server(line, environment, host, port, names)
         except KeyboardInterrupt:
             print("serve      stopped")
