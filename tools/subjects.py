@@ -9,6 +9,7 @@ trained on. Where nothing tells the precision, the user must.
 
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -175,13 +176,12 @@ def choose_precision_and_format(
 
 def of_run(run: Run, precision: str | None, form: str | None) -> Subject:
     """A finished run: of its recipe where that is known, else as an adapter."""
-    try:
+    recipe = None
+    with suppress(WrongInput):
         recipe = recipes.find(str(run.info.get("recipe") or ""))
-    except WrongInput:
-        return of_folder(run.folder, None, precision, form)
-    if recipe.run.folder != run.folder.resolve():
-        return of_folder(run.folder, None, precision, form)
-    return of_recipe(recipe, False, precision, form)
+    if recipe and recipe.run.folder == run.folder.resolve():
+        return of_recipe(recipe, False, precision, form)
+    return of_folder(run.folder, None, precision, form)
 
 
 def find(
