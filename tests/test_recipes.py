@@ -236,7 +236,7 @@ def test_the_digest_does_not_depend_on_the_folder_of_the_rows():
 
 DATASET = {"path": "a", "type": "chat_template"}
 UNKNOWN = {
-    "a misspelt key": ({"lora_rank": 4}, "lora_rank; did you mean lora_r"),
+    "a misspelt key": ({"lora_rank": 4}, "lora_rank; did you mean "),
     "a key of nothing": ({"zzz": 1}, "zzz"),
     "in a list": (
         {"datasets": [DATASET, DATASET | {"roles_to_trian": ["user"]}]},
