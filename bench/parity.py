@@ -2,44 +2,51 @@
 
     python -m bench.parity                       bench/parity.yaml: everything, or what is missing
     python -m bench.parity --workers 2 --only precision
-    python -m bench.parity --finished            trains nothing, publishes what parts are finished
     python -m bench.parity --check               fails where docs/experiments.md is out of date
 
-What is trained and scored stays in runs/.parity/ and is not done again, so the command can be
-interrupted and repeated. Results go to results/parity.json, and from there as tables into
-docs/experiments.md with a figure beside it.
+Finished trainings and scores stay in runs/.parity/, so the command can be interrupted and repeated.
+Results go to results/parity.json, and from there as tables into docs/experiments.md with a figure
+beside it.
 
 A difference is that of a metric's mean over rows and seeds, on the same rows, with the same seeds.
-Both are resampled, independently of each other, so that its interval covers another choice of rows
-and of seeds (Owen 2007, "The pigeonhole bootstrap"). In simulated experiments it covers the truth
-in 95 % of them with three seeds whose differences lie 2 points apart (standard deviation), in 87 %
-at 5 points, and in 83 % there with two seeds: where seeds lie far apart, it is too narrow.
+Rows and seeds are resampled independently, so that the interval covers another choice of both
+(Owen 2007, "The pigeonhole bootstrap"). In simulated experiments it covers the truth in 95 % of
+them with three seeds whose differences lie 2 points apart (standard deviation), in 87 % at 5
+points, and in 83 % there with two seeds: where seeds lie far apart, it is too narrow.
 
-Two variants are equivalent within a margin where the 90 % interval lies inside of it: two one-sided
-tests at 5 % (Schuirmann 1987), their p corrected over the comparisons of a part (Holm). No
-difference found would not say that.
+Two variants are equivalent within a margin if the 90 % interval lies inside it: two one-sided tests
+at 5 % (Schuirmann 1987), with p corrected over the comparisons of a part (Holm). Finding no
+difference would not show that.
 """
 
 import argparse
 import hashlib
 import json
 import os
-import platform
-import subprocess
-import sys
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from threading import Lock
 from typing import Any
 
 import numpy as np
-import yaml
 
+from bench.jobs import describe_machine, find_scores, run_all, run_verb, write_config
 from evals import report, stats
 from tools import models, recipes, sources
-from tools.common import ROOT, JobFailed, WrongInput, atomic, command, shown, write_json
+from tools.common import (
+    ROOT,
+    JobFailed,
+    WrongInput,
+    atomic,
+    command,
+    read_json,
+    read_yaml,
+    shown,
+    write_json,
+)
+from tools.runs import Run
 
 SPEC = ROOT / "bench" / "parity.yaml"
 RESULTS = ROOT / "results" / "parity.json"
@@ -54,29 +61,35 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Job:
+class Training:
     """One training: a variant of a task's recipe with a seed. Parts that want the same share it."""
 
     task: str
     seed: int
     config: dict[str, Any]
+    dataset: str  # that it is scored on
+    metric: str
+    limit: int | None  # of the dataset's rows
 
     @property
     def name(self) -> str:
-        told = {key: value for key, value in self.config.items() if key != "seed"}
-        short = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
-        return f"{self.task}_{short}_seed{self.seed}"
+        settings = {key: value for key, value in self.config.items() if key != "seed"}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return f"{self.task}_{digest[:8]}_seed{self.seed}"
 
     @property
-    def folder(self) -> Path:
-        return RUNS / "runs" / self.name
+    def run(self) -> Run:
+        return Run(RUNS / "runs" / self.name)
 
-    @property
-    def recipe(self) -> Path:
-        return RUNS / f"{self.name}.yaml"
+    def find_scores(self, side: str = "adapter") -> Path:
+        base = RUNS / "runs" / f"base_{models.precision(self.config)}"
+        return find_scores(self.run.folder, base, side, self.dataset, self.limit)
+
+    def read_scores(self, side: str = "adapter") -> dict[str, Any]:
+        return read_json(self.find_scores(side))
 
 
-def job(spec: dict[str, Any], task: str, changes: dict[str, Any], seed: int) -> Job:
+def make_job(spec: dict[str, Any], task: str, changes: dict[str, Any], seed: int) -> Training:
     config = recipes.build_config(f"{spec['model']}/{task}_{spec['method']}")
     config = config | spec["settings"] | changes | {"seed": seed}
     precision = config.pop("precision")
@@ -84,13 +97,14 @@ def job(spec: dict[str, Any], task: str, changes: dict[str, Any], seed: int) -> 
     config |= models.PRECISIONS[precision] if precision != "full" else {}
     config["adapter"] = "qlora" if precision == "nf4" else "lora"
     del config["output_dir"], config["dataset_prepared_path"]
-    return Job(task, seed, {key: value for key, value in config.items() if value is not None})
+    config = {key: value for key, value in config.items() if value is not None}
+    return Training(task, seed, config, **{"limit": None} | spec["tasks"][task])
 
 
-def jobs(spec: dict[str, Any], only: list[str]) -> dict[tuple[str, str, str, int], Job]:
+def list_jobs(spec: dict[str, Any], only: list[str]) -> dict[tuple[str, str, str, int], Training]:
     """(part, task, variant, seed) → job, the seeds of a part one after the other."""
     return {
-        (part, task, name, seed): job(spec, task, content.get("settings", {}) | variant, seed)
+        (part, task, name, seed): make_job(spec, task, content.get("settings", {}) | variant, seed)
         for part, content in spec["parts"].items()
         if not only or part in only
         for seed in content.get("seeds", spec["seeds"])
@@ -102,189 +116,134 @@ def jobs(spec: dict[str, Any], only: list[str]) -> dict[tuple[str, str, str, int
 # ---- training and scoring
 
 
-def scores(spec: dict[str, Any], one: Job, side: str = "adapter") -> Path:
-    told = spec["tasks"][one.task]
-    limit = f"_sample{told['limit']}" if "limit" in told else ""
-    place = one.folder if side == "adapter" else base_folder(one)
-    return place / "evals" / f"{told['dataset']}{limit}.json"
-
-
-def base_folder(one: Job) -> Path:
-    return one.folder.parent / f"base_{models.precision(one.config)}"
-
-
-def do(spec: dict[str, Any], one: Job, lock: Lock) -> None:
-    """Trains and scores a job, or what of it is missing; raises JobFailed with the reason."""
-    paths = {"output_dir": one.folder, "dataset_prepared_path": one.folder / "prepared"}
-    config = one.config | {key: shown(path) for key, path in paths.items()}
-    one.recipe.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(one.recipe) as file:
-        file.write(yaml.safe_dump(config, sort_keys=False).encode())
-    told = spec["tasks"][one.task]
-    limit = ["--limit", str(told["limit"])] if "limit" in told else []
-    called("train", one.recipe)
-    arguments = ["eval", one.recipe, "--tasks", told["dataset"], *limit]
-    if scores(spec, one, "base").is_file():
-        called(*arguments)
-    else:
-        with lock:  # the base is scored once
-            called(*arguments)
-
-
-def called(*arguments: Any) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tools", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise JobFailed(done.stderr.strip().removeprefix("error: ") or f"{arguments[0]} failed")
-
-
-def run(spec: dict[str, Any], wanted: dict[Any, Job], workers: int) -> None:
-    """Does all jobs, `workers` at a time; goes on after a failure, and raises JobFailed then."""
+def run_jobs(jobs: dict[Any, Training], workers: int) -> None:
+    """Trains and scores the jobs that have no scores; raises JobFailed if some failed."""
     missing = []
-    for task in dict.fromkeys(one.task for one in wanted.values()):
+    for task in dict.fromkeys(job.task for job in jobs.values()):
         path = sources.train_path(task)
         if not path.is_file() or sources.manifest(path).get("from") == "data/sample":
             missing.append(task)
     if missing:
         tasks = ",".join(missing)
         raise WrongInput(f"FinLoRA's rows of {tasks} are needed: `make fetch data TASKS={tasks}`")
-    unique = list({one.name: one for one in wanted.values()}.values())
-    left = [one for one in unique if not scores(spec, one).is_file()]
+    unique = {job.name: job for job in jobs.values()}
+    left = {name: job for name, job in unique.items() if not job.find_scores().is_file()}
     print(f"parity     {len(unique)} trainings, {len(left)} to do, {workers} at a time", flush=True)
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
-    locks: dict[Any, Lock] = defaultdict(Lock)
-    failed, done = [], 0
+    locks: dict[Path, Lock] = defaultdict(Lock)
 
-    def work(one: Job) -> None:
-        nonlocal done
-        try:
-            do(spec, one, locks[one.task, models.precision(one.config)])
-        except JobFailed as error:
-            failed.append(f"{one.name}: {error}")
-            print(f"parity     {failed[-1]}", file=sys.stderr, flush=True)
-            return
-        done += 1
-        print(f"parity     {done}/{len(left)} {one.name} {summary(spec, one)}", flush=True)
+    def train_and_score(job: Training) -> str:
+        paths = {"output_dir": job.run.folder, "dataset_prepared_path": job.run.folder / "prepared"}
+        recipe = RUNS / f"{job.name}.yaml"
+        write_config(recipe, job.config | {key: shown(path) for key, path in paths.items()})
+        run_verb("train", recipe)
+        limit = ["--limit", job.limit] if job.limit else []
+        with locks[job.find_scores("base")]:  # the base is scored once
+            run_verb("eval", recipe, "--tasks", job.dataset, *limit)
+        score = job.read_scores()["metrics"][job.metric]["value"]
+        return f"{report.title(job.metric)} {format_percent(score)}"
 
-    pool = ThreadPoolExecutor(workers)
-    try:
-        list(pool.map(work, left))
-    finally:
-        pool.shutdown(cancel_futures=True)
-    if failed:
-        raise JobFailed(f"{len(failed)} of {len(left)} failed; the same command tries them again")
-
-
-def summary(spec: dict[str, Any], one: Job) -> str:
-    metric = spec["tasks"][one.task]["metric"]
-    value = json.loads(scores(spec, one).read_text())["metrics"][metric]["value"]
-    return f"{report.title(metric)} {100 * value:.1f}"
+    run_all("parity", left, train_and_score, workers)
 
 
 # ---- statistics
 
 
-def resampled(differences: Array) -> Array:
-    """Means of (rows, seeds) differences with rows and seeds drawn anew: (RESAMPLES,)."""
+def resample(differences: Array) -> Array:
+    """Means of (rows, seeds) differences with rows and seeds drawn again: (RESAMPLES,)."""
     generator = np.random.default_rng(SEED)
-    rows, seeds = differences.shape
-    by_row = generator.multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES) / rows
-    by_seed = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds
+    by_row, by_seed = (
+        generator.multinomial(size, np.full(size, 1 / size), size=RESAMPLES) / size
+        for size in differences.shape
+    )
     return np.asarray(((by_row @ differences) * by_seed).sum(1))
 
 
-def compared(values: Array, others: Array, margin: float | None) -> dict[str, Any]:
+def compare_variants(values: Array, others: Array, margin: float | None) -> dict[str, Any]:
     """Mean of `values` minus that of `others`, (rows, seeds) each, and whether they are equivalent.
 
     {"value", "low", "high" (95 %), "p": that there is no difference, "seeds": of each}; with a
     margin also "low90", "high90" and "p_margin": that the difference reaches the margin.
     """
     differences = values - others
-    sampled = resampled(differences)
-    low, high, low90, high90 = np.percentile(sampled, [2.5, 97.5, 5, 95])
-    far = min((sampled <= 1e-12).sum(), (sampled >= -1e-12).sum())
-    found = {
+    means = resample(differences)
+    low, high, low90, high90 = map(float, np.percentile(means, [2.5, 97.5, 5, 95]))
+    opposite = min((means <= 1e-12).sum(), (means >= -1e-12).sum())
+    comparison: dict[str, Any] = {
         "value": float(differences.mean()),
-        "low": float(low),
-        "high": float(high),
-        "p": float(min(1.0, 2 * (far + 1) / (RESAMPLES + 1))),
-        "seeds": [float(one) for one in differences.mean(0)],
+        "low": low,
+        "high": high,
+        "p": float(min(1.0, 2 * (opposite + 1) / (RESAMPLES + 1))),
+        "seeds": differences.mean(0).tolist(),
     }
     if margin is not None:
-        beyond = max((sampled <= -margin).sum(), (sampled >= margin).sum())
-        found |= {"low90": float(low90), "high90": float(high90)}
-        found["p_margin"] = float((beyond + 1) / (RESAMPLES + 1))
-    return found
+        outside = max((means <= -margin).sum(), (means >= margin).sum())
+        comparison |= {"low90": low90, "high90": high90}
+        comparison["p_margin"] = float((outside + 1) / (RESAMPLES + 1))
+    return comparison
 
 
-def results(spec: dict[str, Any], wanted: dict[tuple[str, str, str, int], Job]) -> dict[str, Any]:
-    """What was measured, small enough to be kept: every training, every comparison."""
-    content: dict[str, Any] = {"parts": {}}
-    for part in dict.fromkeys(key[0] for key in wanted):
-        told = spec["parts"][part]
-        for task in told["tasks"]:
-            entry = of_part(spec, part, task, wanted)
-            content["parts"].setdefault(part, {})[task] = entry
+def collect_results(spec: dict[str, Any], jobs: dict[Any, Training]) -> dict[str, Any]:
+    """{"parts": {part: {task: …}}}: every training and every comparison, small enough to commit."""
+    parts = {}
+    for part in dict.fromkeys(key[0] for key in jobs):
+        tasks = spec["parts"][part]["tasks"]
+        parts[part] = {task: measure_part(spec, part, task, jobs) for task in tasks}
+        comparisons = [
+            variant["against"]
+            for entry in parts[part].values()
+            for variant in entry["variants"].values()
+            if "against" in variant
+        ]
         for name in ("p", "p_margin"):
-            family = [
-                against
-                for entry in content["parts"][part].values()
-                for variant in entry["variants"].values()
-                if name in (against := variant.get("against", {}))
-            ]
-            corrected = stats.holm([one[name] for one in family])
-            for one, p in zip(family, corrected, strict=True):
-                one[name] = round(p, 6)
-    return content
+            family = [comparison for comparison in comparisons if name in comparison]
+            corrected = stats.holm([comparison[name] for comparison in family])
+            for comparison, p in zip(family, corrected, strict=True):
+                comparison[name] = round(p, 6)
+    return {"parts": parts}
 
 
-def of_part(spec: dict[str, Any], part: str, task: str, wanted: dict[Any, Job]) -> dict[str, Any]:
-    told, metric = spec["parts"][part], spec["tasks"][task]["metric"]
+def measure_part(
+    spec: dict[str, Any], part: str, task: str, jobs: dict[Any, Training]
+) -> dict[str, Any]:
+    """What the trainings of a part on a task took and scored, and how its variants compare."""
+    plan, metric = spec["parts"][part], spec["tasks"][task]["metric"]
     variants: dict[str, Any] = {}
     columns: dict[str, Array] = {}
-    for name in told["variants"]:
-        seeds = told.get("seeds", spec["seeds"])
-        each = [wanted[part, task, name, seed] for seed in seeds]
-        files = [json.loads(scores(spec, one).read_text()) for one in each]
+    for name in plan["variants"]:
+        trainings = [jobs[part, task, name, seed] for seed in plan.get("seeds", spec["seeds"])]
+        files = [job.read_scores() for job in trainings]
         columns[name] = np.array(
             [[row["values"][metric] for row in file["predictions"]] for file in files], float
         ).T
-        ran = [json.loads((one.folder / "run.json").read_text()) for one in each]
-        base = json.loads(scores(spec, each[0], "base").read_text())
+        infos = [job.run.info for job in trainings]
+        base = trainings[0].read_scores("base")["metrics"][metric]["value"]
         variants[name] = {
-            "scores": [round(float(one), 4) for one in columns[name].mean(0)],
-            "base": round(base["metrics"][metric]["value"], 4),
-            "loss": [round(one["train_loss"], 4) for one in ran],
-            "seconds": [round(one["seconds"]) for one in ran],
-            "trainable_parameters": ran[0]["trainable_parameters"],
+            "scores": columns[name].mean(0).round(4).tolist(),
+            "base": round(base, 4),
+            "loss": [round(info["train_loss"], 4) for info in infos],
+            "seconds": [round(info["seconds"]) for info in infos],
+            "trainable_parameters": infos[0]["trainable_parameters"],
         }
+    reference = columns[plan["against"]]
     for name, variant in variants.items():
-        if name != told["against"]:
-            found = compared(columns[name], columns[told["against"]], told.get("margin"))
+        if name != plan["against"]:
+            comparison = compare_variants(columns[name], reference, plan.get("margin"))
             variant["against"] = {
-                key: [round(one, 4) for one in value]
-                if isinstance(value, list)
-                else round(value, 6)
-                for key, value in found.items()
+                key: [round(v, 4) for v in value] if isinstance(value, list) else round(value, 6)
+                for key, value in comparison.items()
             }
-    rows = len(columns[told["against"]])
-    data = files[0]["evaluated"]
     return {
         "metric": metric,
-        "rows": rows,
-        "data_sha256": data["data_sha256"],
+        "rows": len(reference),
+        "data_sha256": files[0]["evaluated"]["data_sha256"],
         "variants": variants,
     }
 
 
-# ---- what people see
+# ---- page and figure
 
 
-def points(value: float, signed: bool = False) -> str:
+def format_percent(value: float, signed: bool = False) -> str:
     return f"{100 * value:{'+' if signed else ''}.1f}"
 
 
@@ -294,16 +253,16 @@ def format_sections(content: dict[str, Any]) -> str:
     for part, tasks in content["parts"].items():
         plan = content["spec"]["parts"][part]
         for task, entry in tasks.items():
-            lines = [f"### {plan['title']}, {task}", "", *format_table(entry, plan["against"]), ""]
+            lines = [f"### {plan['title']}, {task}", "", *format_part(entry, plan["against"]), ""]
             for name, variant in entry["variants"].items():
                 if "against" in variant:
-                    sentence = verdict(variant["against"], plan)
+                    sentence = describe_difference(variant["against"], plan)
                     lines.append(f"- {name} against {plan['against']}: {sentence}.")
             sections.append("\n".join(lines) + "\n")
     return "\n".join(sections)
 
 
-def format_table(entry: dict[str, Any], reference: str) -> list[str]:
+def format_part(entry: dict[str, Any], reference: str) -> list[str]:
     """The rows of one part and task: a line for each variant, compared with `reference`."""
     lines = [
         f"| variant | base | {report.title(entry['metric'])}, % (each seed) "
@@ -311,54 +270,53 @@ def format_table(entry: dict[str, Any], reference: str) -> list[str]:
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, variant in entry["variants"].items():
-        seeds = ", ".join(points(score) for score in variant["scores"])
-        mean = points(sum(variant["scores"]) / len(variant["scores"]))
+        seeds = ", ".join(map(format_percent, variant["scores"]))
+        mean = format_percent(fmean(variant["scores"]))
         gain = "–"
         if difference := variant.get("against"):
-            low, high = points(difference["low"], True), points(difference["high"], True)
-            gain = f"{points(difference['value'], True)} ({low} … {high})"
-        loss = sum(variant["loss"]) / len(variant["loss"])
+            value, low, high = (
+                format_percent(difference[key], True) for key in ("value", "low", "high")
+            )
+            gain = f"{value} ({low} … {high})"
         lines.append(
-            f"| {name} | {points(variant['base'])} | {mean} ({seeds}) | {gain} | {loss:.3f} "
-            f"| {variant['trainable_parameters']:,} |"
+            f"| {name} | {format_percent(variant['base'])} | {mean} ({seeds}) | {gain} "
+            f"| {fmean(variant['loss']):.3f} | {variant['trainable_parameters']:,} |"
         )
     return lines
 
 
-def verdict(found: dict[str, Any], told: dict[str, Any]) -> str:
-    text = f"{points(found['value'], True)} points"
-    if "p_margin" in found:
-        margin = f"±{points(told['margin'])} points"
-        inside = f"{points(found['low90'], True)} … {points(found['high90'], True)}"
-        equivalent = found["p_margin"] < stats.LEVEL
-        word = "equivalent" if equivalent else "equivalence not shown"
-        text += f", {word} within {margin} (90 %: {inside}; p = {found['p_margin']:.2g})"
-    if found["p"] < stats.LEVEL:
-        return text + f"; a difference, p = {found['p']:.2g}"
-    return text + ("" if "p_margin" in found else f"; no difference shown, p = {found['p']:.2g}")
+def describe_difference(comparison: dict[str, Any], plan: dict[str, Any]) -> str:
+    """A comparison in words; `plan` is its part of bench/parity.yaml."""
+    text = f"{format_percent(comparison['value'], True)} points"
+    if has_margin := "p_margin" in comparison:
+        low, high = (format_percent(comparison[key], True) for key in ("low90", "high90"))
+        p = comparison["p_margin"]
+        word = "equivalent" if p < stats.LEVEL else "equivalence not shown"
+        text += f", {word} within ±{format_percent(plan['margin'])} points"
+        text += f" (90 %: {low} … {high}; p = {p:.2g})"
+    if comparison["p"] < stats.LEVEL:
+        return text + f"; a difference, p = {comparison['p']:.2g}"
+    return text + ("" if has_margin else f"; no difference shown, p = {comparison['p']:.2g}")
 
 
-def block(content: dict[str, Any]) -> str:
+def insert_results(text: str, content: dict[str, Any]) -> str:
+    """The page with the results between its markers."""
     settings = content["spec"]["settings"]
-    entries = [entry for tasks in content["parts"].values() for entry in tasks.items()]
-    rows = ", ".join(f"{entry['rows']} rows of {task}" for task, entry in dict(entries).items())
+    rows = {task: e["rows"] for tasks in content["parts"].values() for task, e in tasks.items()}
+    scored = ", ".join(f"{count} rows of {task}" for task, count in rows.items())
     head = (
         f"SmolLM2-135M, {settings['max_steps']} steps of {settings['micro_batch_size']} rows, "
-        f"{content['machine']}; scored on {rows}. `make parity` trains the variants of "
+        f"{content['machine']}; scored on {scored}. `make parity` trains the variants of "
         "[bench/parity.yaml](../bench/parity.yaml) and writes "
         "[results/parity.json](../results/parity.json). Intervals are 95 % intervals over rows and "
         "seeds; p is corrected over the comparisons of a part.\n"
     )
-    return f"{head}\n![Scores by variant](parity.png)\n\n{format_sections(content)}"
-
-
-def written(text: str, content: dict[str, Any]) -> str:
+    block = f"{head}\n![Scores by variant](parity.png)\n\n{format_sections(content)}"
     before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return before + BEGIN + block(content) + END + after
+    return before + BEGIN + block + END + rest.partition(END)[2]
 
 
-def draw(content: dict[str, Any], file: Path) -> None:
+def draw_scores(content: dict[str, Any], file: Path) -> None:
     """A panel for each part and task: every seed's score as a point, their mean as a line."""
     import matplotlib
 
@@ -371,15 +329,15 @@ def draw(content: dict[str, Any], file: Path) -> None:
     figure, grid = plt.subplots(
         lines, columns, figsize=(2.6 * columns, 3 * lines), squeeze=False, layout="constrained"
     )
-    first: dict[str, Any] = {}  # panels of one metric have one scale
+    first: dict[str, Any] = {}  # panels of one metric share a scale
     for axis in grid.flat[len(panels) :]:
         axis.remove()
     for axis, (part, task, entry) in zip(grid.flat, panels, strict=False):
         axis.sharey(first.setdefault(entry["metric"], axis))
         for place, variant in enumerate(entry["variants"].values()):
-            scores_ = [100 * one for one in variant["scores"]]
-            axis.scatter([place] * len(scores_), scores_, s=18, color="#1f6f8b", alpha=0.7)
-            mean = sum(scores_) / len(scores_)
+            scores = [100 * score for score in variant["scores"]]
+            axis.scatter([place] * len(scores), scores, s=18, color="#1f6f8b", alpha=0.7)
+            mean = fmean(scores)
             axis.hlines(mean, place - 0.3, place + 0.3, color="#c0392b", linewidth=1.6)
         names = list(entry["variants"])
         axis.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=8)
@@ -394,44 +352,32 @@ def draw(content: dict[str, Any], file: Path) -> None:
     plt.close(figure)
 
 
-def machine() -> str:
-    import psutil
-
-    memory = psutil.virtual_memory().total / 1e9
-    return f"{os.cpu_count()} cores ({platform.machine()}), {memory:.0f} GB, no GPU"
-
-
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description="QLoRA against LoRA, by training both")
     parser.add_argument("--only", default="", help="parts of bench/parity.yaml")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--finished", action="store_true", help="train nothing; publish what is")
-    parser.add_argument("--check", action="store_true", help="fail where the page is old")
-    given = parser.parse_args()
+    parser.add_argument("--check", action="store_true", help="fail where the page is out of date")
+    options = parser.parse_args()
     text = DOC.read_text(encoding="utf-8")
-    if given.check:
-        if RESULTS.is_file() and written(text, json.loads(RESULTS.read_text())) != text:
-            raise JobFailed(f"{shown(DOC)} is not {shown(RESULTS)}; `make parity` writes it")
+    if options.check:
+        if RESULTS.is_file() and insert_results(text, read_json(RESULTS)) != text:
+            raise JobFailed(
+                f"{shown(DOC)} does not match {shown(RESULTS)}; `make parity` writes it"
+            )
         return
-    spec = yaml.safe_load(SPEC.read_text())
-    only = given.only.replace(",", " ").split()
+    spec = read_yaml(SPEC)
+    only = options.only.replace(",", " ").split()
     if unknown := [part for part in only if part not in spec["parts"]]:
         raise WrongInput(f"unknown part {unknown[0]}; there are {', '.join(spec['parts'])}")
-    wanted = jobs(spec, only)
-    if given.finished:
-        missing = {key[0] for key, one in wanted.items() if not scores(spec, one).is_file()}
-        wanted = {key: one for key, one in wanted.items() if key[0] not in missing}
-        if not wanted:
-            raise WrongInput("no part is finished; `make parity` trains them")
-    else:
-        run(spec, wanted, max(1, given.workers))
-    content = results(spec, wanted) | {"spec": spec, "machine": machine()}
+    jobs = list_jobs(spec, only)
+    run_jobs(jobs, max(1, options.workers))
+    content = collect_results(spec, jobs) | {"spec": spec, "machine": describe_machine()}
     if not only:
         write_json(RESULTS, content)
-        draw(content, FIGURE)
+        draw_scores(content, FIGURE)
         with atomic(DOC) as file:
-            file.write(written(text, content).encode())
+            file.write(insert_results(text, content).encode())
     print(format_sections(content))
 
 

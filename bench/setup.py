@@ -2,8 +2,8 @@
 
     python -m bench.setup [--python python3.12] [--torch cpu|cuda]
 
-Each makes a whole environment in an empty folder, with the set-up that `make setup` runs; a first
-one with each fills its cache and is not counted.
+Each run makes a whole environment in an empty folder, as `make setup` does. The first run with each
+tool fills its cache and does not count.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from tools.common import ROOT
 FILES = ["requirements.txt", "requirements", "tools/__init__.py", "tools/setup.py"]
 
 
-def set_up(uv: Path | None, arguments: list[str]) -> float:
+def time_set_up(uv: Path | None, arguments: list[str]) -> float:
     """Seconds of a set-up in an empty folder, with uv on PATH or without."""
-    kept = [
+    search_path = [
         folder
         for folder in os.environ["PATH"].split(os.pathsep)
         if not (Path(folder) / "uv").exists()
@@ -38,12 +38,12 @@ def set_up(uv: Path | None, arguments: list[str]) -> float:
         if uv:
             (folder / "bin").mkdir()
             (folder / "bin" / "uv").symlink_to(uv)
-            kept.insert(0, str(folder / "bin"))
+            search_path.insert(0, str(folder / "bin"))
         start = time.monotonic()
         subprocess.run(
             [sys.executable, "-m", "tools.setup", *arguments],
             cwd=folder,
-            env=os.environ | {"PATH": os.pathsep.join(kept)},
+            env=os.environ | {"PATH": os.pathsep.join(search_path)},
             stdout=subprocess.DEVNULL,
             check=True,
         )
@@ -60,7 +60,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"uv": [], "pip": []}
     for attempt in range(3):
         for tool, path in (("uv", uv), ("pip", None)):
-            duration = set_up(path, arguments)
+            duration = time_set_up(path, arguments)
             if attempt:
                 seconds[tool].append(duration)
     for tool, durations in seconds.items():

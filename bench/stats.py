@@ -13,7 +13,7 @@ from evals import stats
 ROWS = 4000
 
 
-def values(kind: str, seed: int) -> list[Any]:
+def make_values(kind: str, seed: int) -> list[Any]:
     """ROWS values of random answers: right or wrong, a number, a label of 7, or 4 of 300 tags."""
     chance = random.Random(seed)
 
@@ -37,7 +37,7 @@ def main() -> None:
         *(("accuracy", "binary"), ("token_f1", "numbers"), ("f1_weighted", "labels")),
         *(("f1_macro", "labels"), ("accuracy", "tags"), ("f1_weighted", "tags")),
     ):
-        first, second = values(kind, 1), values(kind, 2)
+        first, second = make_values(kind, 1), make_values(kind, 2)
         start = time.perf_counter()
         stats.estimate(metric, first)
         middle = time.perf_counter()

@@ -56,7 +56,7 @@ def vllm_arguments(subject: Subject) -> dict[str, Any]:
     if precision == "nf4":  # bitsandbytes in vLLM: NF4 with double quantization
         arguments["quantization"] = "bitsandbytes"
     if subject.adapter:
-        settings, _ = adapters.read(subject.adapter)
+        settings, _ = adapters.read_adapter(subject.adapter)
         if changes_tokenizer(config):
             arguments["tokenizer"] = str(subject.adapter)
         rank = adapters.vllm_rank(settings.rank)

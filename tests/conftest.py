@@ -1,10 +1,16 @@
 """Fixtures: the real SmolLM2, a tiny random Llama with its tokenizer, and recipes that train it."""
 
+import base64
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -79,6 +85,57 @@ def chat_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = Options(validation=target.with_name("sentiment_val.jsonl"))
     convert_rows(source, target, Rules(), frozenset(range(96)), options)
     return target
+
+
+QKV = ["q_proj", "k_proj", "v_proj"]
+
+
+def make_adapter(base: Any, folder: Path, tokens=(), **settings: Any) -> Path:
+    """A PEFT adapter whose B matrices are not zero, of a base's folder or of a loaded model."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    lora = {"r": 4, "lora_alpha": 16, "target_modules": QKV, "task_type": "CAUSAL_LM"}
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(base) if isinstance(base, Path) else base
+    if tokens:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.add_tokens(list(tokens))
+        model.resize_token_embeddings(len(tokenizer))
+        tokenizer.save_pretrained(folder)
+    adapted = get_peft_model(model, LoraConfig(**lora | settings))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name or "lora_embedding_A" in name or "modules_to_save.default" in name:
+            weight.data += 0.2 * torch.randn(weight.shape)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def serve_files(folder: Path, user: str = "") -> Iterator[str]:
+    """The address of a web server on loopback; `user` is the `name:password` that it demands."""
+    authorization = f"Basic {base64.b64encode(user.encode()).decode()}" if user else None
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments, directory=str(folder))
+
+        def do_GET(self) -> None:
+            if authorization and self.headers.get("Authorization") != authorization:
+                self.send_response(401)
+                self.send_header("WWW-Authenticate", "Basic")
+                self.end_headers()
+            else:
+                super().do_GET()
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://{f'{user}@' if user else ''}127.0.0.1:{server.server_port}"
+    server.shutdown()
 
 
 def write_recipe(folder: Path, method: str, base: Path, data: Path, **changes: object) -> Path:

@@ -44,12 +44,12 @@ def dynamic_levels() -> Tensor:
     For each power of ten 10^(e - 6), e from 0 to 6: the midpoints of 2^e equal parts of [0.1, 1],
     with both signs; and 0 and 1 (Dettmers 2015, arXiv 1511.04561, sec. 3.2).
     """
-    found = [0.0, 1.0]
+    values = [0.0, 1.0]
     for exponent in range(7):
         width = 0.9 / 2**exponent
         middles = [0.1 + width * (part + 0.5) for part in range(2**exponent)]
-        found += [sign * 10.0 ** (exponent - 6) * m for m in middles for sign in (-1, 1)]
-    return torch.tensor(sorted(found))
+        values += [sign * 10.0 ** (exponent - 6) * m for m in middles for sign in (-1, 1)]
+    return torch.tensor(sorted(values))
 
 
 def fp8_levels() -> Tensor:
@@ -89,8 +89,8 @@ def encode(values: Tensor, table: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 def decode(index: Tensor, table: Tensor, maxima: Tensor, block: int = BLOCK) -> Tensor:
     """Each index's level times the maximum of its block, of the shape of `index`."""
-    each = maxima.repeat_interleave(block)[: index.numel()]
-    return (table[index.flatten()] * each).view(index.shape)
+    tensor = maxima.repeat_interleave(block)[: index.numel()]
+    return (table[index.flatten()] * tensor).view(index.shape)
 
 
 def double_decode(index: Tensor, second: Tensor, table: Tensor, offset: Tensor) -> Tensor:
@@ -158,8 +158,8 @@ def texts(tokenizer: Any) -> list[Tensor]:
         for row in (ROOT / f"data/sample/test/{name}_test.jsonl").read_text().splitlines()
     ]
     finance = "\n".join(" ".join(json.loads(row).values()) for row in rows)
-    ids = [torch.tensor(tokenizer.encode(each)) for each in (prose, finance)]
-    return [each[: 16 * 128].view(16, 128) for each in ids]
+    ids = [torch.tensor(tokenizer.encode(text)) for text in (prose, finance)]
+    return [tokens[: 16 * 128].view(16, 128) for tokens in ids]
 
 
 def main() -> None:
@@ -185,18 +185,18 @@ def main() -> None:
     for name, table in TYPES.items():
         for layer, weight in zip(layers, weights, strict=True):
             layer.weight.data = rounded(weight, table)
-        shares = [100 * error(each, table) for each in (normal, weights)]
+        shares = [100 * error(tensor, table) for tensor in (normal, weights)]
         line = f"{name:20}{shares[0]:8.3f}{shares[1]:9.3f}"
-        found = [losses(model, ids) for ids in both]
-        of_nf4 = of_nf4 or found  # NF4 is the first
-        for loss, other in zip(found, of_nf4, strict=True):
+        values = [losses(model, ids) for ids in both]
+        of_nf4 = of_nf4 or values  # NF4 is the first
+        for loss, other in zip(values, of_nf4, strict=True):
             more = loss - other
             half = 1.96 * float(more.std()) / len(more) ** 0.5
             line += f"{float(loss.mean()):8.3f}{float(more.mean()):8.3f}{half:7.3f}"
         print(line, flush=True)
     print("\nerror of SmolLM2's block maxima at 8 bits, their mean subtracted, squared, %")
     maxima = [encode(weight, TYPES["nf4"], BLOCK)[1] for weight in weights]
-    centred = [each - each.mean() for each in maxima]
+    centred = [tensor - tensor.mean() for tensor in maxima]
     for name, table in (("dynamic (bitsandbytes)", dynamic_levels()), ("FP8 E4M3", fp8_levels())):
         print(f"{name:24}{100 * error(centred, table, BLOCK_2):9.4f}")
 

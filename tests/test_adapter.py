@@ -14,37 +14,13 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import GPU, run
+from tests.conftest import GPU, QKV, run
+from tests.conftest import make_adapter as make
 from tools import adapters, architectures, common, models, patterns, prompts, recipes, subjects
 from tools.common import ROOT, WrongInput
 from tools.use import chat, merge, serve
 
-QKV = ["q_proj", "k_proj", "v_proj"]
 ADAPTERS = ROOT.parent / "shared" / "finlora" / "adapters.tsv"
-
-
-def make(base: Path, folder: Path, **settings) -> Path:
-    """A PEFT adapter of a base whose B matrices are not zero."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokens = settings.pop("tokens", [])
-    named = {"r": 4, "lora_alpha": 16, "target_modules": QKV, "task_type": "CAUSAL_LM"}
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_pretrained(base)
-    if tokens:
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        tokenizer.add_tokens(tokens)
-        model.resize_token_embeddings(len(tokenizer))
-    adapted = get_peft_model(model, LoraConfig(**named | settings))
-    for name, weight in adapted.named_parameters():
-        if "lora_B" in name or "lora_embedding_A" in name or "modules_to_save.default" in name:
-            weight.data += 0.2 * torch.randn(weight.shape)
-    adapted.save_pretrained(folder)
-    if tokens:
-        tokenizer.save_pretrained(folder)
-    return folder
 
 
 def change(folder: Path, **settings) -> Path:
@@ -119,8 +95,8 @@ def test_what_peft_loads_is_loaded_merged_and_leaves_the_base_as_it_is(tiny, tmp
     from evals.model import Model
 
     folder = make(tiny, tmp_path / "adapter", **KINDS[kind])
-    who = subjects.find("", str(folder), "fp32")
-    model, tokenizer = models.load(who.config, who.adapter)
+    subject = subjects.find("", str(folder), "fp32")
+    model, tokenizer = models.load(subject.config, subject.adapter)
 
     plain_base = AutoModelForCausalLM.from_pretrained(tiny, dtype="float32")
     base_logits = logits(plain_base, AutoTokenizer.from_pretrained(tiny))
@@ -139,7 +115,7 @@ def test_what_peft_loads_is_loaded_merged_and_leaves_the_base_as_it_is(tiny, tmp
     Model(model, tokenizer, "as it is scored", 1)
     assert largest(logits(model, tokenizer), ours) == 0
 
-    target = merge.merge(who.config, folder, who.prompt_format)
+    target = merge.merge(subject.config, folder, subject.prompt_format)
     merged, merged_tokenizer = models.load({"base_model": str(target), "dtype": "float32"})
     assert largest(ours, logits(merged, merged_tokenizer)) < 1e-3
 
@@ -173,11 +149,10 @@ HARMLESS = {
 }
 
 
-@pytest.mark.parametrize("key", HARMLESS)
-def test_settings_without_effect_on_loading_are_accepted(tiny, copy, key):
-    change(copy, **{key: HARMLESS[key]})
-    who = subjects.find("", str(copy), "fp32")
-    model, tokenizer = models.load(who.config, who.adapter)
+def test_settings_without_effect_on_loading_are_accepted(copy):
+    change(copy, **HARMLESS)
+    subject = subjects.find("", str(copy), "fp32")
+    model, tokenizer = models.load(subject.config, subject.adapter)
     with model.disable_adapter():
         base = logits(model, tokenizer)
     assert largest(logits(model, tokenizer), base) > 1e-2
@@ -203,6 +178,8 @@ REFUSED = {
     "auto_mapping": ({"parent_library": "os", "base_model_class": "system"}, "auto_mapping"),
 }
 INITIALIZATIONS = ["olora", "pissa_niter_16", "loftq", "corda", "lora_ga", "a_new_one", 1, "PISSA"]
+CASES = [(key, *case) for key, case in REFUSED.items()]
+CASES += [("init_lora_weights", value, "rewrite the base's") for value in INITIALIZATIONS]
 
 
 @pytest.mark.parametrize("door", ["chat", "merge", "serve", "eval"])
@@ -213,18 +190,11 @@ def test_every_door_refuses_in_one_line_before_it_loads_anything(copy, door):
     assert "adapter_config.json: \"init_lora_weights\" is 'pissa'" in done.stderr
 
 
-@pytest.mark.parametrize("key", REFUSED)
-def test_settings_that_would_not_be_loaded_faithfully_are_refused_by_name(copy, key):
-    value, why = REFUSED[key]
+@pytest.mark.parametrize(("key", "value", "why"), CASES)
+def test_settings_that_would_not_be_loaded_faithfully_are_refused_by_name(copy, key, value, why):
     with pytest.raises(WrongInput, match=why) as refusal:
         subjects.find("", str(change(copy, **{key: value})), "fp32")
     assert key in str(refusal.value) and "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize("value", INITIALIZATIONS)
-def test_initializations_that_rewrite_the_base_are_refused(copy, value):
-    with pytest.raises(WrongInput, match="init_lora_weights"):
-        subjects.find("", str(change(copy, init_lora_weights=value)), "fp32")
 
 
 def test_a_converted_pissa_adapter_is_plain_lora(tiny, tmp_path):
@@ -247,8 +217,8 @@ def test_a_converted_pissa_adapter_is_plain_lora(tiny, tmp_path):
         tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start")
     )
     expected = logits(model.eval(), models.load({"base_model": str(tiny)})[1])
-    who = subjects.find("", str(tmp_path / "converted"), "fp32")
-    loaded, tokenizer = models.load(who.config, who.adapter)
+    subject = subjects.find("", str(tmp_path / "converted"), "fp32")
+    loaded, tokenizer = models.load(subject.config, subject.adapter)
     assert largest(logits(loaded, tokenizer), expected) < 1e-3
     with loaded.disable_adapter():
         assert largest(logits(loaded, tokenizer), before) < 1e-5
@@ -268,16 +238,16 @@ BROKEN_NAMES = {
 def test_tensors_that_peft_would_leave_out_are_refused(copy, case):
     pattern, replacement, why = BROKEN_NAMES[case]
     with pytest.raises(WrongInput, match=why):
-        who = subjects.find("", str(rename(copy, pattern, replacement)), "fp32")
-        models.load(who.config, who.adapter)
+        subject = subjects.find("", str(rename(copy, pattern, replacement)), "fp32")
+        models.load(subject.config, subject.adapter)
 
 
 def test_an_adapter_without_tensors_or_with_some_of_them_is_refused(copy):
     tensors = load_file(copy / adapters.WEIGHTS)
     save_file({k: v for k, v in tensors.items() if ".1." not in k}, copy / adapters.WEIGHTS)
-    who = subjects.find("", str(copy), "fp32")
+    subject = subjects.find("", str(copy), "fp32")
     with pytest.raises(WrongInput, match="lacks the tensor 'base_model.model.model.layers.1"):
-        models.load(who.config, who.adapter)
+        models.load(subject.config, subject.adapter)
     save_file({}, copy / adapters.WEIGHTS)
     with pytest.raises(WrongInput, match="holds no tensors"):
         subjects.find("", str(copy), "fp32")
@@ -299,9 +269,9 @@ def test_an_embedding_that_is_not_the_bases_is_refused(tiny, tmp_path):
     name = next(name for name in tensors if "base_layer" in name)
     tensors[name] = tensors[name] + 0.01
     save_file(tensors, folder / adapters.WEIGHTS)
-    who = subjects.find("", str(folder), "fp32")
+    subject = subjects.find("", str(folder), "fp32")
     with pytest.raises(WrongInput, match="changes the base's own weights"):
-        models.load(who.config, who.adapter)
+        models.load(subject.config, subject.adapter)
 
 
 def test_added_tokens_without_their_tokenizer_or_their_weights_are_refused(tiny, tmp_path):
@@ -336,13 +306,14 @@ def test_a_nested_alternation_is_tried_and_adapts_nothing(tiny, copy):
         models.check_adapter({"base_model": str(tiny)}, change(copy, target_modules=NESTED))
 
 
-def test_peft_is_handed_names_and_no_expression(tiny, tmp_path):
+def test_peft_receives_names_and_no_expression(tiny, tmp_path):
     folder = make(tiny, tmp_path / "adapter", **KINDS["ranks and alphas"])
     checked = models.check_adapter({"base_model": str(tiny)}, folder)
     assert all(patterns.NAME.fullmatch(name) for name in checked.peft_config["target_modules"])
-    assert checked.adapted["model.layers.0.self_attn.q_proj"] == (7, 16)
-    assert checked.adapted["model.layers.1.self_attn.k_proj"] == (2, 16)
-    assert checked.adapted["model.layers.1.self_attn.v_proj"] == (4, 40)
+    scales = {name.removeprefix("model.layers."): scale for name, scale in checked.adapted.items()}
+    assert scales["0.self_attn.q_proj"] == (7, 16)
+    assert scales["1.self_attn.k_proj"] == (2, 16)
+    assert scales["1.self_attn.v_proj"] == (4, 40)
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 12\n"
@@ -416,13 +387,15 @@ def test_finloras_adapters_have_their_precision_and_prompt_format(tmp_path, row)
     numbers = {"lora_alpha": int(row["alpha"]), "lora_dropout": float(row["dropout"])}
     flags = {"use_dora": row["dora"] == "True", "use_rslora": row["rslora"] == "True"}
     folder = stand_in(tmp_path / row["folder"], row["base"], int(row["rank"]), **numbers, **flags)
-    who = subjects.find("", str(folder))
+    subject = subjects.find("", str(folder))
     bits = re.search("4bits|8bits|fp16", row["folder"])[0]
     expected = {"4bits": "nf4", "8bits": "int8", "fp16": "full"}[bits]
-    assert (models.precision(who.config), who.prompt_format) == (expected, "finlora")
+    assert (models.precision(subject.config), subject.prompt_format) == (expected, "finlora")
     model = "llama-3.1-70b" if "70b" in row["folder"] else "llama-3.1-8b"
-    assert who.config["base_model"] == recipes.read_matrix()["models"][model]["hub"]
-    assert who.base_folder.name == f"base_{expected}" and who.base_folder.parent.name == model
+    assert subject.config["base_model"] == recipes.read_matrix()["models"][model]["hub"]
+    assert (
+        subject.base_folder.name == f"base_{expected}" and subject.base_folder.parent.name == model
+    )
     assert recipes.find_published_settings(folder.name) == numbers
 
     from tools.hub import pull
@@ -474,20 +447,20 @@ def test_a_base_that_was_published_quantized_is_known_as_such(tiny, tmp_path, bi
     model.save_pretrained(base)
     AutoTokenizer.from_pretrained(tiny).save_pretrained(base)
     folder = change(make(tiny, tmp_path / "adapter"), base_model_name_or_path=str(base))
-    who = subjects.find("", str(folder))  # nothing has to be asked
+    subject = subjects.find("", str(folder))  # nothing has to be asked
     own = "nf4" if bits == 4 else "int8"
-    assert models.precision(who.config) == own and who.base_folder.name == f"base_{own}"
+    assert models.precision(subject.config) == own and subject.base_folder.name == f"base_{own}"
     with pytest.raises(WrongInput, match=f"published quantized to {own}"):
         subjects.find("", str(folder), "fp32")
-    target = merge.merge(who.config, folder)
+    target = merge.merge(subject.config, folder)
     assert json.loads((target / "merge.json").read_text())["precision"] == own
     assert "quantization_config" not in json.loads((target / "config.json").read_text())
 
 
 def test_a_bases_name_says_that_it_is_quantized_before_it_is_here(tmp_path):
     base = "unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit"
-    who = subjects.find("", str(stand_in(tmp_path / "a", base, 4)))
-    assert models.precision(who.config) == "nf4"
+    subject = subjects.find("", str(stand_in(tmp_path / "a", base, 4)))
+    assert models.precision(subject.config) == "nf4"
     with pytest.raises(WrongInput, match="quantized with gptq"):
         subjects.find("", str(stand_in(tmp_path / "b", "x/Llama-3-GPTQ", 4)))
 
@@ -498,24 +471,24 @@ def test_the_prompt_format_is_the_same_in_scoring_chat_merge_and_serve(tiny, tmp
     from evals.answers import Prompts
 
     folder = make(tiny, tmp_path / "ner_llama_3_1_8b_4bits_r4")
-    who = subjects.find("", str(folder))
-    assert who.prompt_format == "finlora"
+    subject = subjects.find("", str(folder))
+    assert subject.prompt_format == "finlora"
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     turn = [{"role": "user", "content": "Is it good?"}]
     text = prompts.render(tokenizer, turn, None, "finlora")
     assert text == "[INST] Is it good? [/INST]"
     assert Prompts("finlora").text(tokenizer, "Is it good?") == text
 
-    target = merge.merge(who.config, folder, who.prompt_format)
+    target = merge.merge(subject.config, folder, subject.prompt_format)
     merged = AutoTokenizer.from_pretrained(target)
     assert merged.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) == text
-    line = serve.on_vllm(who, "mine", [], GPU, tmp_path)
+    line = serve.on_vllm(subject, "mine", [], GPU, tmp_path)
     template = Path(line[line.index("--chat-template") + 1]).read_text()
     assert tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False) == text
 
-    model, tokenizer = models.load(who.config, who.adapter)
-    said = chat.answer(model, tokenizer, turn, form="finlora")
-    assert said != chat.answer(model, tokenizer, turn)
+    model, tokenizer = models.load(subject.config, subject.adapter)
+    answer = chat.answer(model, tokenizer, turn, form="finlora")
+    assert answer != chat.answer(model, tokenizer, turn)
     assert run("chat", "", "Is it good?", "--adapter", str(folder)).returncode == 0
 
 
@@ -562,8 +535,8 @@ def test_a_base_without_a_chat_template_is_merged_and_other_doors_say_what_is_ne
 @pytest.mark.parametrize("rank", [4, 320, 512, 1024])
 def test_an_adapter_of_any_rank_is_served(tiny, tmp_path, rank):
     folder = make(tiny, tmp_path / "adapter", r=rank)
-    who = subjects.find("", str(folder), "nf4")
-    line = serve.on_vllm(who, "mine", [], GPU, tmp_path)
+    subject = subjects.find("", str(folder), "nf4")
+    line = serve.on_vllm(subject, "mine", [], GPU, tmp_path)
     if rank > 512:
         assert line[2] == str(folder / "merged")
     else:
@@ -575,10 +548,10 @@ def test_vllm_gets_merged_what_it_would_serve_otherwise_than_trained(tiny, tmp_p
 
     for kind in ("ranks and alphas", "head saved whole", "DoRA"):
         folder = make(tiny, tmp_path / kind, **KINDS[kind])
-        who = subjects.find("", str(folder), "fp32")
-        assert serve.on_vllm(who, "mine", [], GPU, tmp_path)[2] == str(folder / "merged"), kind
+        subject = subjects.find("", str(folder), "fp32")
+        assert serve.on_vllm(subject, "mine", [], GPU, tmp_path)[2] == str(folder / "merged"), kind
         with pytest.raises(WrongInput, match="vLLM has no"):
-            backends.vllm_arguments(who)
+            backends.vllm_arguments(subject)
 
 
 # --- Secrets ---
@@ -592,30 +565,21 @@ KEYS = [
 PROSE = [
     *("risk-adjusted-return-on-capital-employed", "task-specific-instruction-tuning-2024"),
     *("a disk-based-sort-and-merge-of-2-files", "desk-research-and-due-diligence"),
-    *(
-        "sk-learn-based-pipelines-of-ours",
-        "shelf_registrations_and_prospectuses",
-        "MAKIA0123456789",
-    ),
+    *("sk-learn-based-pipelines-of-ours", "shelf_registrations", "MAKIA0123456789"),
 ]
 
 
-@pytest.mark.parametrize("key", KEYS)
-def test_real_keys_are_masked_and_not_published(key):
+def test_real_keys_are_masked_and_not_published_and_ordinary_prose_is_no_secret():
     from tools.hub import push
 
-    for text in (key, f"token={key}", f'"{key}"', f"Bearer {key}."):
-        assert key not in common.SECRET.sub("***", text)
-        with pytest.raises(WrongInput, match="looks like a secret"):
-            push.refuse_secrets({"README.md": text.encode()})
-
-
-@pytest.mark.parametrize("text", PROSE)
-def test_ordinary_prose_is_no_secret(text):
-    from tools.hub import push
-
-    assert common.SECRET.sub("***", text) == text
-    push.refuse_secrets({"README.md": text.encode()})
+    for key in KEYS:
+        for text in (key, f"token={key}", f'"{key}"', f"Bearer {key}."):
+            assert key not in common.SECRET.sub("***", text)
+            with pytest.raises(WrongInput, match="looks like a secret"):
+                push.refuse_secrets({"README.md": text.encode()})
+    for text in PROSE:
+        assert common.SECRET.sub("***", text) == text
+        push.refuse_secrets({"README.md": text.encode()})
 
 
 # --- A base's path that Axolotl misreads ---

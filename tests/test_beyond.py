@@ -32,7 +32,7 @@ def test_no_row_both_trains_and_judges(files, tmp_path):
 
 @pytest.mark.parametrize("name", SPEC["candidates"])
 def test_every_candidate_is_a_recipe_that_axolotl_takes(files, name):
-    content = beyond.config(SPEC, name, files)
+    content = beyond.build_candidate(SPEC, name, files)
     recipes.validate(content, name)
     for key, value in SPEC["candidates"][name].items():
         assert content[key] == value
@@ -46,7 +46,7 @@ def test_test_scores_are_paired_by_row(tmp_path, monkeypatch):
     monkeypatch.setattr(beyond, "ROOT", tmp_path)
     spec = {"recipe": "m/old", "confirm": {"recipe": "m/new", "sets": {"a": 0, "b": 40}}}
     with pytest.raises(FileNotFoundError):
-        beyond.confirmed(spec)
+        beyond.compare_on_test_rows(spec)
     right = {"base_nf4": 10, "old": 20, "new": 30}
     for run, number in right.items():
         for name in ("a", "b_sample40"):
@@ -56,13 +56,13 @@ def test_test_scores_are_paired_by_row(tmp_path, monkeypatch):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(content))
         (file.parent.parent / "run.json").write_text(json.dumps({"seconds": 60.4}))
-    found = beyond.confirmed(spec)
-    assert found["seconds"] == [60, 60]
-    assert found["sets"]["a"]["base"] == 0.25 and found["sets"]["a"]["accuracy"] == [0.5, 0.75]
-    assert found["sets"]["a"]["difference"]["p"] == pytest.approx(2 * 2 / 2**10, abs=1e-5)  # Holm
-    assert found["sets"]["all"]["rows"] == 80
-    assert found["sets"]["all"]["difference"]["p"] == pytest.approx(2 / 2**20, abs=1e-5)
-    text = beyond.confirmation({"spec": spec, "confirmed": found})
+    results = beyond.compare_on_test_rows(spec)
+    assert results["seconds"] == [60, 60]
+    assert results["sets"]["a"]["base"] == 0.25 and results["sets"]["a"]["accuracy"] == [0.5, 0.75]
+    assert results["sets"]["a"]["difference"]["p"] == pytest.approx(2 * 2 / 2**10, abs=1e-5)  # Holm
+    assert results["sets"]["all"]["rows"] == 80
+    assert results["sets"]["all"]["difference"]["p"] == pytest.approx(2 / 2**20, abs=1e-5)
+    text = beyond.format_test_scores({"spec": spec, "confirmed": results})
     assert "| a, 40 | 25.0 | 50.0 | 75.0 | +25.0 (" in text
 
 
@@ -74,12 +74,12 @@ def test_figures_are_those_of_the_log(tmp_path):
         {"step": 2, "seconds": 25.0, "eval_loss": 0.5},
         {"step": 2, "seconds": 26.0},
     ]
-    (tmp_path / "progress.jsonl").write_text("".join(json.dumps(one) + "\n" for one in log))
-    found = beyond.measured({"output_dir": str(tmp_path)})
-    assert found == {"validation_loss": 0.5, "seconds": 8, "steps": 2, "real_tokens": 190}
-    other = found | {"validation_loss": 0.25, "seconds": 10}
-    content = {"spec": {"baseline": "a"}, "candidates": {"a": found, "b": other}}
-    assert beyond.table(content).splitlines()[2:] == [
+    (tmp_path / "progress.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    results = beyond.read_figures({"output_dir": str(tmp_path)})
+    assert results == {"validation_loss": 0.5, "seconds": 8, "steps": 2, "real_tokens": 190}
+    other = results | {"validation_loss": 0.25, "seconds": 10}
+    content = {"spec": {"baseline": "a"}, "candidates": {"a": results, "b": other}}
+    assert beyond.format_candidates(content).splitlines()[2:] == [
         "| b | 0.250 | 2 | 125 % |",
         "| a | 0.500 | 2 | 100 % |",
     ]
@@ -88,5 +88,5 @@ def test_figures_are_those_of_the_log(tmp_path):
 def test_the_page_shows_the_committed_figures():
     content = json.loads(beyond.RESULTS.read_text())
     page = (ROOT / "docs" / "experiments.md").read_text()
-    assert beyond.table(content) in page
-    assert beyond.confirmation(content) in page
+    assert beyond.format_candidates(content) in page
+    assert beyond.format_test_scores(content) in page

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from evals import results as measured
 from tests.conftest import run
 from tools import architectures, catalogue, evidence, prompts, recipes, rendering
 from tools.common import ROOT, JobFailed, WrongInput
@@ -47,16 +48,16 @@ def test_every_recipe_is_what_the_tables_give_and_valid_for_axolotl_with_every_p
 def test_a_recipe_tells_how_to_run_it_what_it_needs_and_what_it_learns():
     for name in recipes.list_catalogue():
         text = rendering.render_recipe(name)
-        found = recipes.find(text.split("make train RECIPE=")[1].split()[0])
-        assert (found.name, found.run.folder) == (name, ROOT / "runs" / name)
-        assert f"# Version: 1.1.0 ({found.digest[:12]})\n" in text
-        assert f"# Evidence: {evidence.describe(name)}" in text.replace("\n#   ", " ")
+        recipe = recipes.find(text.split("make train RECIPE=")[1].split()[0])
+        assert (recipe.name, recipe.run.folder) == (name, ROOT / "runs" / name)
+        assert f"# Version: 1.1.0 ({recipe.digest[:12]})\n" in text
+        assert f"# Evidence: {evidence.describe_evidence(name)}" in text.replace("\n#   ", " ")
         row = recipes.read_matrix()["models"][name.split("/")[0]]
         assert (f"https://huggingface.co/{row['hub']}," in text) == row["gated"]
         assert ("# Gated: no\n" in text) != row["gated"]
         assert (f"axolotl train recipes/{name}.yaml" in text) == recipes.has_file(name)
-        assert yaml.safe_load(text) == recipes.build_config(name) == found.config
-        assert recipes.read_version(text.splitlines()) == found.version
+        assert yaml.safe_load(text) == recipes.build_config(name) == recipe.config
+        assert recipes.read_version(text) == recipe.version
 
 
 def test_a_reason_stands_beside_every_value_that_a_user_might_change():
@@ -76,8 +77,10 @@ def test_the_groups_name_the_keys_that_a_profile_may_change_and_those_of_the_out
     assert set(groups["Output"]) == set(recipes.OUTPUT_KEYS)
 
 
-def test_a_recipe_without_a_file_is_printed_and_trains_as_a_file(tmp_path):
+def test_a_recipe_without_a_file_is_shown_printed_and_trains_as_a_file(tmp_path):
     name = "qwen3-8b/ner_r8_dora"
+    output = ran("show", name)
+    assert output.startswith(rendering.render_recipe(name)) and f"{name} on Qwen/Qwen3-8B" in output
     done = run("render", name)
     path = tmp_path / "my.yaml"
     path.write_text(done.stdout)
@@ -122,7 +125,7 @@ def test_the_page_of_a_model_lists_all_its_recipes_and_links_those_with_a_file(m
     assert [re.search("`(.+?)`", row)[1] for row in rows] == [*map(recipes.shorten, names)]
     for name, row in zip(names, rows, strict=True):
         memory = rendering.round_to_gib(rendering.plan_memory(name))
-        assert f"| {memory} GiB | 1.1.0 | {evidence.describe(name)} |" in row
+        assert f"| {memory} GiB | 1.1.0 | {evidence.describe_evidence(name)} |" in row
         link = re.search(r"\]\((.+?)\)", row)
         assert bool(link) == recipes.has_file(name)
         assert not link or (folder / link[1]).is_file()
@@ -131,7 +134,7 @@ def test_the_page_of_a_model_lists_all_its_recipes_and_links_those_with_a_file(m
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """A folder of measurements, which a test may fill."""
-    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    monkeypatch.setattr(measured, "FOLDER", tmp_path)
     evidence.read_measurements.cache_clear()
     yield tmp_path
     evidence.read_measurements.cache_clear()
@@ -140,8 +143,11 @@ def results(tmp_path, monkeypatch):
 def write_result(folder, name, version="1.1.0", **changed):
     """Writes a measurement of a recipe; returns its file."""
     content = {"recipe": name, "version": version, "variant": None, "device": "two CPU cores"}
-    content |= {"seconds": 378, "peak_memory_bytes": 3_900_000_000}
-    fpb = {"metric": "accuracy", "base": {"value": 0.2853}, "adapter": {"value": 0.7147}}
+    content |= {"seconds": 378, "peak_memory_bytes": 3_900_000_000, "digest": None}
+    content |= {"model": "SmolLM2", "trained_on": "fpb", "source": "a test"}
+    values = {"base": 0.2853, "adapter": 0.7147, "difference": 0.4294}
+    fpb = {"metric": "accuracy", "rows": 312, "seeds": [1]}
+    fpb |= {side: {"value": value} for side, value in values.items()}
     content |= {"datasets": {"fpb": fpb}} | changed
     path = folder / "smollm2-135m" / f"{len(list(folder.rglob('*.json')))}.json"
     path.parent.mkdir(exist_ok=True)
@@ -152,13 +158,19 @@ def write_result(folder, name, version="1.1.0", **changed):
 
 def test_the_evidence_is_measured_planned_or_never_run(results):
     name = "smollm2-135m/sentiment_r4"
-    assert evidence.describe("llama-3.1-8b/ner_r8_dora") == "planned: 2.6 h on one A5000 24GB"
-    assert evidence.describe("llama-3.1-8b/cfa_r4") == "never run"  # its rows are the user's
-    assert evidence.describe("llama-3.1-70b/ner_r8_fp16") == "never run"  # no card holds it
+    assert (
+        evidence.describe_evidence("llama-3.1-8b/ner_r8_dora") == "planned: 2.6 h on one A5000 24GB"
+    )
+    assert (
+        evidence.describe_evidence("llama-3.1-8b/cfa_r4") == "never run"
+    )  # its rows are the user's
+    assert (
+        evidence.describe_evidence("llama-3.1-70b/ner_r8_fp16") == "never run"
+    )  # no card holds it
     (results / "experiment.json").write_text('{"parts": {}}')
     write_result(results, name)
     text = "measured: fpb accuracy 28.5 → 71.5 %, 3.9 GB, 6.3 min, two CPU cores"
-    assert evidence.describe(name) == text
+    assert evidence.describe_evidence(name) == text
     assert f"# Evidence: {text}\n" in rendering.render_recipe(name)
     assert f"| {text} |" in rendering.render_model_page("smollm2-135m")
 
@@ -167,7 +179,7 @@ def test_a_measurement_says_what_was_other_than_the_recipe_is_now(results):
     name = "smollm2-135m/cfa_r4"
     write_result(results, name, "1.0.0", seconds=None, peak_memory_bytes=None)
     write_result(results, name, variant="60 steps")
-    assert evidence.describe(name) == (
+    assert evidence.describe_evidence(name) == (
         "measured as version 1.0.0: fpb accuracy 28.5 → 71.5 %, two CPU cores; "
         "measured with 60 steps: fpb accuracy 28.5 → 71.5 %, 3.9 GB, 6.3 min, two CPU cores"
     )
@@ -175,24 +187,10 @@ def test_a_measurement_says_what_was_other_than_the_recipe_is_now(results):
     assert max(map(len, text.splitlines())) <= 100 and yaml.safe_load(text)
 
 
-@pytest.mark.parametrize(
-    "changed", [{"datasets": None}, {"datasets": {"fpb": {}}}, {"recipe": []}], ids=str
-)
-def test_a_malformed_measurement_is_named(results, changed):
-    path = write_result(results, "smollm2-135m/ner_r4", **changed)
-    with pytest.raises(WrongInput, match=f"{path.name}: not a measurement of a recipe"):
-        evidence.describe("smollm2-135m/ner_r4")
-
-
-def test_without_results_nothing_is_measured(results):
-    results.rmdir()
-    assert evidence.read_measurements() == {}
-
-
 def test_the_planned_memory_in_a_recipe_is_the_planners():
     text = (ROOT / "recipes/llama-3.1-8b/sentiment_r4.yaml").read_text()
-    made = plan.plan(recipes.find("sentiment_r4").config, row=256)
-    gib = -(-made["memory"]["peak"] // 2**30)
+    planned = plan.plan(recipes.find("sentiment_r4").config, row=256)
+    gib = -(-planned["memory"]["peak"] // 2**30)
     assert f"# Planned GPU memory: {gib} GiB (rows of up to 256 tokens; `make plan`)\n" in text
 
 
@@ -322,29 +320,22 @@ def copy(tmp_path, monkeypatch):
     recipes.clear_caches()
 
 
-def test_what_a_recipe_learns_cannot_change_under_the_same_version(copy, capsys):
+def test_what_a_recipe_learns_changes_only_with_its_version(copy, capsys):
     folder, table, write = copy
     table["methods"]["r4"]["settings"]["lora_r"] = 5
     write(table)
     before = {path: path.read_bytes() for path in folder.rglob("*.yaml")}
     for verb in (catalogue.render, catalogue.check):
-        with pytest.raises(
-            JobFailed, match="24 recipes learn something else under the same version"
-        ):
+        with pytest.raises(JobFailed, match="24 recipes learn something else under the same"):
             verb()
-        said = capsys.readouterr().err
-        assert "llama-3.1-8b/sentiment_r4 1.1.0:\n    -lora_r: 4\n    +lora_r: 5\n" in said
+        message = capsys.readouterr().err
+        assert "llama-3.1-8b/sentiment_r4 1.1.0:\n    -lora_r: 4\n    +lora_r: 5\n" in message
     assert {path: path.read_bytes() for path in folder.rglob("*.yaml")} == before
-
-
-def test_with_a_new_version_it_can(copy):
-    folder, table, write = copy
-    table["methods"]["r4"]["settings"]["lora_r"] = 5
     table["versions"]["*_r4"] = "1.2.0"
     write(table)
     catalogue.render()
-    assert recipes.find("sentiment_r4").version == "1.2.0"
-    assert recipes.find("sentiment_r4").config["lora_r"] == 5
+    recipe = recipes.find("sentiment_r4")
+    assert (recipe.version, recipe.config["lora_r"]) == ("1.2.0", 5)
     assert recipes.find("sentiment_r8").version == "1.1.0"
     catalogue.check()
 
@@ -461,65 +452,50 @@ def read_table(text):
 
 def test_the_list_shows_every_recipe_with_a_file_and_loads_no_heavy_library():
     names, rest = read_table(ran("recipes"))
-    assert names == {
-        recipes.shorten(name) for name in recipes.list_catalogue() if recipes.has_file(name)
-    }
+    assert names == {*map(recipes.shorten, filter(recipes.has_file, recipes.list_catalogue()))}
     assert rest.startswith("337 recipes, ")
     assert "420 more have no file and train by their names; METHOD=r8_dora" in rest
 
 
-def test_a_method_lists_its_recipes_with_a_file_and_without():
+def test_a_method_lists_its_recipes_with_a_file_and_without_also_for_machines():
     names, rest = read_table(ran("recipes", "--method", "r8_dora"))
-    assert names == {
-        recipes.shorten(name) for name in recipes.list_catalogue() if name.endswith("_r8_dora")
-    }
+    catalogue_names = [name for name in recipes.list_catalogue() if name.endswith("_r8_dora")]
+    assert names == {*map(recipes.shorten, catalogue_names)}
     assert rest.startswith("108 recipes, ") and "more have no file" not in rest
     rows = json.loads(ran("recipes", "--method", "r8_dora", "--task", "ner", "--json"))
-    assert [row["has_file"] for row in rows] == [
-        row["model"] in ("llama-3.1-8b", "smollm2-135m") for row in rows
-    ]
-
-
-def test_the_list_is_filtered_and_has_a_form_for_machines():
-    rows = json.loads(ran("recipes", "--task", "ner", "--method", "r4", "--json"))
-    assert [row["recipe"] for row in rows] == [f"{model}/ner_r4" for model in MODELS]
-    assert rows[0]["finlora"] == "ner_llama_3_1_8b_4bits_r4"
+    assert [row["recipe"] for row in rows] == [f"{model}/ner_r8_dora" for model in MODELS]
+    with_file = {row["model"] for row in rows if row["has_file"]}
+    assert with_file == {"llama-3.1-8b", "smollm2-135m"}
+    assert rows[0]["finlora"] == "ner_llama_3_1_8b_8bits_r8_dora"
     assert rows[0]["version"] == "1.1.0"
     assert rows[0]["planned_gpu_bytes"] > rows[2]["planned_gpu_bytes"] > 2**30
-    (row,) = json.loads(
-        ran("recipes", "--task", "ner", "--method", "r4", "--model", "qwen3-4b", "--json")
-    )
+    filters = ("--task", "ner", "--method", "r4", "--model", "qwen3-4b")
+    (row,) = json.loads(ran("recipes", *filters, "--json"))
     assert row["recipe"] == "qwen3-4b/ner_r4"
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("filters", "message"),
     [
         (("sentimnt", None, None), 'unknown TASK "sentimnt"; did you mean sentiment?'),
         ((None, "llama-3", None), 'unknown MODEL "llama-3"; did you mean llama-3.'),
         ((None, None, "zzz"), 'unknown METHOD "zzz"; there are r4, r8, r8_dora'),
     ],
 )
-def test_an_unknown_filter_is_answered_with_what_there_is(asked, said):
+def test_an_unknown_filter_is_answered_with_what_there_is(filters, message):
     with pytest.raises(WrongInput) as error:
-        catalogue.select_names(*asked)
-    assert str(error.value).startswith(said)
-
-
-def test_show_prints_a_recipe_without_a_file_as_well():
-    out = ran("show", "qwen3-8b/ner_r8_dora")
-    assert out.startswith(rendering.render_recipe("qwen3-8b/ner_r8_dora"))
-    assert "qwen3-8b/ner_r8_dora on Qwen/Qwen3-8B" in out
+        catalogue.select_names(*filters)
+    assert str(error.value).startswith(message)
 
 
 def test_show_prints_the_file_the_plan_and_what_a_run_took(tmp_path, capsys):
     config = recipes.find("smollm2-135m/sentiment_r4").config | {"output_dir": str(tmp_path)}
     path = tmp_path / "mine.yaml"
     path.write_text("# Version: 1.1.0 (x)\n" + yaml.safe_dump(config))
-    told = {"trainable_parameters": 322_560, "steps": 110, "seconds": 360.0}
-    told |= {"peak_memory_bytes": 2**32, "tokens_per_second": 222.8, "train_loss": 0.231}
-    told |= {"recipe_version": "1.1.0", "processes": 1, "device": "cpu", "finished": "then"}
-    (tmp_path / "run.json").write_text(json.dumps(told))
+    run_info = {"trainable_parameters": 322_560, "steps": 110, "seconds": 360.0}
+    run_info |= {"peak_memory_bytes": 2**32, "tokens_per_second": 222.8, "train_loss": 0.231}
+    run_info |= {"recipe_version": "1.1.0", "processes": 1, "device": "cpu", "finished": "then"}
+    (tmp_path / "run.json").write_text(json.dumps(run_info))
     catalogue.show(str(path))
     out = capsys.readouterr().out
     assert path.read_text() in out

@@ -113,25 +113,25 @@ def test_what_a_config_trained_is_rendered_loaded_merged_and_served_as_it_was_tr
     from safetensors.torch import load_file
     from transformers import AutoConfig
 
-    who = subjects.find(str(trained[name]))
-    model, tokenizer = models.load(who.config, who.adapter)
+    subject = subjects.find(str(trained[name]))
+    model, tokenizer = models.load(subject.config, subject.adapter)
 
     # The prompts are those of the training, to the token.
-    (folder,) = [path for path in (who.adapter / "prepared").iterdir() if path.is_dir()]
+    (folder,) = [path for path in (subject.adapter / "prepared").iterdir() if path.is_dir()]
     trained_on = {
         tuple(row["input_ids"][: next(i for i, v in enumerate(row["labels"]) if v != -100)])
         for row in load_from_disk(str(folder))
     }
     fed = {tuple(prompts.tokens(tokenizer, row["messages"][:1])) for row in ROWS}
-    if not who.config.get("sample_packing"):
+    if not subject.config.get("sample_packing"):
         assert fed == trained_on
     if name in ("tokens", "added", "overridden"):
         assert all(tokenizer.convert_tokens_to_ids("<fin_a>") in row for row in fed)
 
     # Every weight of the file is in the model.
-    base_rows = AutoConfig.from_pretrained(who.config["base_model"]).vocab_size
+    base_rows = AutoConfig.from_pretrained(subject.config["base_model"]).vocab_size
     values = dict(model.named_parameters()) | dict(model.named_buffers())
-    for key, tensor in load_file(who.adapter / "adapter_model.safetensors").items():
+    for key, tensor in load_file(subject.adapter / "adapter_model.safetensors").items():
         place = key.replace("lora_A.w", "lora_A.default.w").replace("lora_B.w", "lora_B.default.w")
         place = place.replace("modules_to_save.w", "modules_to_save.default.w")
         if place in values:
@@ -145,21 +145,21 @@ def test_what_a_config_trained_is_rendered_loaded_merged_and_served_as_it_was_tr
         layer = model.base_model.model.model.layers[0].self_attn.k_proj
         assert layer.compute_dtype == torch.float32
 
-    target = merge.merge(who.config, who.adapter)
+    target = merge.merge(subject.config, subject.adapter)
     again, alike = models.load({"base_model": str(target), "dtype": "float32"})
     assert prompts.render(alike, ROWS[0]["messages"][:1]) == prompts.render(
         tokenizer, ROWS[0]["messages"][:1]
     )
     assert again.get_input_embeddings().num_embeddings >= len(tokenizer)
-    line = serve.on_vllm(who, "mine", [], GPU, tmp_path)
-    if who.config.get("lora_modules_to_save"):
+    line = serve.on_vllm(subject, "mine", [], GPU, tmp_path)
+    if subject.config.get("lora_modules_to_save"):
         assert line[2] == str(target)
     template = Path(line[line.index("--chat-template") + 1]).read_text()
     assert tokenizer.apply_chat_template(
         ROWS[0]["messages"][:1], chat_template=template, tokenize=False, add_generation_prompt=True
-    ) == prompts.render(tokenizer, ROWS[0]["messages"][:1], who.options)
-    if prompts.changes_tokenizer(who.config) and "merged" not in line[2]:
-        assert line[line.index("--tokenizer") + 1] == str(who.adapter)
+    ) == prompts.render(tokenizer, ROWS[0]["messages"][:1], subject.options)
+    if prompts.changes_tokenizer(subject.config) and "merged" not in line[2]:
+        assert line[line.index("--tokenizer") + 1] == str(subject.adapter)
 
 
 @pytest.mark.parametrize("name", ["tokens", "template_of_rows", "compute_dtype"])
@@ -176,8 +176,8 @@ def test_what_a_config_trained_is_scored_and_chatted_with(trained, name, tmp_pat
 
 def test_a_base_alone_is_loaded_with_the_tokenizer_that_a_config_would_train(tiny, rows, tmp_path):
     path = write(tmp_path, tiny, rows, **CONFIGS["tokens"], chat_template="chatml")
-    who = subjects.find(str(path), base_only=True)
-    model, tokenizer = models.load(who.config)
+    subject = subjects.find(str(path), base_only=True)
+    model, tokenizer = models.load(subject.config)
     assert model.get_input_embeddings().num_embeddings == len(tokenizer)
     assert tokenizer.tokenize("<fin_b>") == ["<fin_b>"]
     assert (
@@ -201,13 +201,13 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("changed", "said"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(("changed", "message"), REFUSED.values(), ids=REFUSED)
 def test_a_config_whose_run_could_not_be_used_is_refused_with_the_reason(
-    changed, said, tiny, rows, tmp_path
+    changed, message, tiny, rows, tmp_path
 ):
     with pytest.raises(WrongInput) as error:
         checks.refuse_unusable(recipes.find(str(write(tmp_path, tiny, rows, **changed))))
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_full_fine_tuning_is_refused_in_one_line(tiny, rows, tmp_path):
@@ -304,11 +304,11 @@ TWICE = {
 }
 
 
-@pytest.mark.parametrize(("text", "said"), TWICE.values(), ids=TWICE)
-def test_a_key_that_stands_twice_is_named_with_its_lines(text, said):
+@pytest.mark.parametrize(("text", "message"), TWICE.values(), ids=TWICE)
+def test_a_key_that_stands_twice_is_named_with_its_lines(text, message):
     with pytest.raises(WrongInput) as error:
         parse_yaml(text, "x.yaml")
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_merged_mappings_and_anchors_may_repeat_keys():
@@ -369,13 +369,13 @@ def test_what_a_profile_changes_of_ones_own_keys_is_said(tiny, rows, tmp_path):
     own = {"optimizer": "paged_adamw_8bit", "bf16": "auto", "plugins": ["my.Plugin"]}
     recipe = recipes.find(str(write(tmp_path, tiny, rows, **own, flash_attention=True)))
     lines = profiles.list_changes(recipe, profiles.merge_config(recipe, profiles.Choice("cpu")))
-    for said in (
+    for message in (
         "optimizer: paged_adamw_8bit → adamw_torch (the same algorithm",
         "bf16: auto → False",
         "plugins: tools.train.plugin.RunPlugin added",
         "flash_attention: True → left out",
     ):
-        assert any(line.startswith(said) for line in lines), (said, lines)
+        assert any(line.startswith(message) for line in lines), (message, lines)
     catalogue = recipes.find("sentiment_r4")
     assert (
         profiles.list_changes(catalogue, profiles.merge_config(catalogue, profiles.Choice("cpu")))

@@ -51,11 +51,11 @@ def adapter(smollm2, tmp_path_factory) -> Path:
         r=4, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM"
     )
     model = get_peft_model(memory.load_model(smollm2, 4, True, torch.float32), wanted).train()
-    asked = prompts.tokens(tokenizer, [{"role": "user", "content": question()}])
+    prompt = prompts.tokens(tokenizer, [{"role": "user", "content": question()}])
     answer = tokenizer.encode("positive") + [tokenizer.eos_token_id]
-    ids = torch.tensor([asked + answer], device=model.device)
+    ids = torch.tensor([prompt + answer], device=model.device)
     labels = ids.clone()
-    labels[:, : len(asked)] = -100
+    labels[:, : len(prompt)] = -100
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     for _ in range(12):
         loss = model(input_ids=ids, labels=labels).loss
@@ -70,9 +70,9 @@ def adapter(smollm2, tmp_path_factory) -> Path:
 
 
 def check(page: str) -> None:
-    said: list[str] = []
-    result = doctest.DocTestRunner(verbose=False).run(examples(page), out=said.append)
-    assert result.attempted and not result.failed, "".join(said)
+    output: list[str] = []
+    result = doctest.DocTestRunner(verbose=False).run(examples(page), out=output.append)
+    assert result.attempted and not result.failed, "".join(output)
 
 
 @pytest.mark.parametrize("page", ["lora", "dora", "rslora"])

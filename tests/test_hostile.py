@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.conftest import make_adapter
 from tests.hub_server import Hub
 from tests.test_hub import RECIPE, REPO, finish, trained  # noqa: F401
 from tools import common, recipes, sources
@@ -72,10 +73,6 @@ def hub() -> Iterator[Hub]:
 @pytest.fixture(scope="module")
 def project(hub, smollm2, tiny, trained, tmp_path_factory) -> Path:  # noqa: F811
     """The project and what its verbs work on: rows, a config file, an adapter, a finished run."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
     root = tmp_path_factory.mktemp("hostile") / "project"
     root.mkdir()
     skip = shutil.ignore_patterns("__pycache__", "local")
@@ -99,10 +96,7 @@ def project(hub, smollm2, tiny, trained, tmp_path_factory) -> Path:  # noqa: F81
     stale = root / "recipes" / "qwen3-8b" / "ner_r4.yaml"
     stale.write_text(stale.read_text() + "# an older version\n")
 
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(tiny)
-    lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
-    get_peft_model(base, lora).save_pretrained(root / "adapter")
+    make_adapter(tiny, root / "adapter", target_modules=["q_proj"])
     (root / "adapter" / "config.yaml").write_text(
         yaml.safe_dump(
             {"base_model": str(tiny), "adapter": "lora"}
@@ -226,5 +220,5 @@ def test_a_full_disk_behind_standard_output_is_one_line():
             text=True,
         )
     assert done.returncode == 1
-    said = "no space left on the disk for the output; free some and run it again"
-    assert done.stderr == f"error: {said}\n"
+    message = "no space left on the disk for the output; free some and run it again"
+    assert done.stderr == f"error: {message}\n"

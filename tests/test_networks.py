@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.conftest import run, write_recipe
+from tests.conftest import run, serve_files, write_recipe
 from tests.hub_server import Hub
 from tools import common, sources
 from tools.data import fetch
@@ -51,8 +51,8 @@ class Proxy:
                 proxy.hosts.append(parts.netloc)
                 inner = urlsplit(routes[parts.netloc])
                 target = parts._replace(scheme="http", netloc=inner.netloc).geturl()
-                kept = {k: v for k, v in self.headers.items() if k.lower() != "host"}
-                request = urllib.request.Request(target, headers=kept, method=self.command)
+                headers = {k: v for k, v in self.headers.items() if k.lower() != "host"}
+                request = urllib.request.Request(target, headers=headers, method=self.command)
                 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), NoRedirect)
                 try:
                     reply = opener.open(request)
@@ -82,22 +82,11 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 @pytest.fixture
-def files(tmp_path):
-    """A web server on loopback with the layout of FinLoRA's repository; yields its URL."""
-    folder = tmp_path / "web"
-    folder.mkdir()
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *arguments: object) -> None:
-            super().__init__(*arguments, directory=str(folder))
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield folder, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+def no_network():
+    """Skips where this machine gives no network namespaces."""
+    probe = subprocess.run(["unshare", "--net", "--map-root-user", "true"], capture_output=True)
+    if probe.returncode:
+        pytest.skip("this machine gives no network namespaces")
 
 
 @pytest.fixture
@@ -109,16 +98,17 @@ def proxied(monkeypatch):
     return lambda proxy: monkeypatch.setenv("HTTP_PROXY", proxy.url)
 
 
-def test_files_are_fetched_by_way_of_a_proxy(files, tmp_path, proxied):
-    folder, url = files
+def test_files_are_fetched_by_way_of_a_proxy(tmp_path, proxied):
+    folder = tmp_path / "web"
     content = b'{"context": "Is it good?", "target": "Yes"}\n'
     (folder / "data" / "test").mkdir(parents=True)
     (folder / "data" / "test" / "fpb_test.jsonl").write_bytes(content)
     sha = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
     published = fetch.PublishedFile("test/fpb_test.jsonl", sha, lfs=False, size=None)
-    proxy = Proxy({"mirror.example": url})
-    proxied(proxy)
-    assert fetch.download_all([published], tmp_path / "raw", "http://mirror.example") == {}
+    with serve_files(folder) as url:
+        proxy = Proxy({"mirror.example": url})
+        proxied(proxy)
+        assert fetch.download_all([published], tmp_path / "raw", "http://mirror.example") == {}
     assert (tmp_path / "raw" / "test" / "fpb_test.jsonl").read_bytes() == content
     assert set(proxy.hosts) == {"mirror.example"}
 
@@ -155,10 +145,9 @@ def isolated(*arguments: object, connections: Path) -> subprocess.CompletedProce
     )
 
 
-def test_training_scoring_and_chat_without_a_network_try_no_connection(tiny, chat_rows, tmp_path):
-    probe = subprocess.run(["unshare", "--net", "--map-root-user", "true"], capture_output=True)
-    if probe.returncode:
-        pytest.skip("this machine gives no network namespaces")
+def test_training_scoring_and_chat_without_a_network_try_no_connection(
+    no_network, tiny, chat_rows, tmp_path
+):
     connections = tmp_path / "connections"
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, max_steps=2, save_steps=2, eval_steps=2)
     done = isolated("tools", "train", recipe, connections=connections)
@@ -175,7 +164,7 @@ def test_training_scoring_and_chat_without_a_network_try_no_connection(tiny, cha
     assert not connections.exists(), connections.read_text()
 
 
-def test_the_watch_of_these_tests_sees_a_connection(tmp_path):
+def test_the_watch_of_these_tests_sees_a_connection(no_network, tmp_path):
     connections = tmp_path / "connections"
     code = tmp_path / "watch" / "asks.py"
     code.parent.mkdir()
@@ -183,8 +172,5 @@ def test_the_watch_of_these_tests_sees_a_connection(tmp_path):
         "import urllib.request\ntry:\n    urllib.request.urlopen('http://hub.example')\n"
         "except OSError:\n    pass\n"
     )
-    probe = subprocess.run(["unshare", "--net", "--map-root-user", "true"], capture_output=True)
-    if probe.returncode:
-        pytest.skip("this machine gives no network namespaces")
     isolated("asks", connections=connections)
     assert "hub.example" in connections.read_text()

@@ -17,25 +17,25 @@ SPEC = yaml.safe_load(parity.SPEC.read_text())
 def test_the_interval_is_that_of_the_closed_form():
     """One seed: the bootstrap of a mean over rows is the normal one. Alike rows: over seeds."""
     differences = np.random.default_rng(1).choice([-1.0, 0.0, 1.0], (900, 1), p=[0.1, 0.7, 0.2])
-    found = parity.compared(differences, np.zeros_like(differences), 0.05)
+    comparison = parity.compare_variants(differences, np.zeros_like(differences), 0.05)
     error = differences.std() / 30
-    assert found["value"] == pytest.approx(differences.mean())
-    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * error, rel=0.03)
-    assert found["high90"] - found["low90"] == pytest.approx(2 * 1.645 * error, rel=0.03)
+    assert comparison["value"] == pytest.approx(differences.mean())
+    assert comparison["high"] - comparison["low"] == pytest.approx(2 * 1.96 * error, rel=0.03)
+    assert comparison["high90"] - comparison["low90"] == pytest.approx(2 * 1.645 * error, rel=0.03)
     beyond = 1 - norm.cdf(0.05, differences.mean(), error)
-    assert found["p_margin"] == pytest.approx(beyond, abs=0.02)
+    assert comparison["p_margin"] == pytest.approx(beyond, abs=0.02)
 
     by_seed = np.tile(np.linspace(0, 1, 30), (5, 1))
-    found = parity.compared(by_seed, np.zeros_like(by_seed), None)
+    comparison = parity.compare_variants(by_seed, np.zeros_like(by_seed), None)
     error = by_seed[0].std() / np.sqrt(30)
-    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * error, rel=0.05)
-    assert "p_margin" not in found
+    assert comparison["high"] - comparison["low"] == pytest.approx(2 * 1.96 * error, rel=0.05)
+    assert "p_margin" not in comparison
 
 
 def test_seeds_that_disagree_widen_an_interval():
     rows = np.random.default_rng(2).normal(0, 0.3, (400, 1))
-    alike = parity.compared(rows + [[0, 0, 0]], np.zeros((400, 3)), 0.05)
-    apart = parity.compared(rows + [[-0.1, 0, 0.1]], np.zeros((400, 3)), 0.05)
+    alike = parity.compare_variants(rows + [[0, 0, 0]], np.zeros((400, 3)), 0.05)
+    apart = parity.compare_variants(rows + [[-0.1, 0, 0.1]], np.zeros((400, 3)), 0.05)
     assert apart["value"] == pytest.approx(alike["value"])
     assert apart["high"] - apart["low"] > 2 * (alike["high"] - alike["low"])
     assert alike["p_margin"] < 0.05 < apart["p_margin"]
@@ -48,8 +48,8 @@ def test_three_seeds_that_differ_by_two_points_are_covered(monkeypatch):
     for _ in range(150):
         rows, seeds = chance.normal(0, 0.15, (312, 1)), chance.normal(0, 0.02, (1, 3))
         values = rows + seeds + chance.normal(0, 0.35, (312, 3))
-        found = parity.compared(values, np.zeros_like(values), None)
-        covered += found["low"] <= 0 <= found["high"]
+        comparison = parity.compare_variants(values, np.zeros_like(values), None)
+        covered += comparison["low"] <= 0 <= comparison["high"]
     assert 136 <= covered < 150
 
 
@@ -57,31 +57,31 @@ def test_no_difference_and_equivalence_are_two_things():
     chance = np.random.default_rng(3)
     few, many = chance.normal(0, 1, (20, 3)), chance.normal(0, 0.2, (2000, 3))
     for values, equivalent in ((few, False), (many, True)):
-        found = parity.compared(values, np.zeros_like(values), 0.05)
-        said = parity.verdict(found, {"margin": 0.05})
-        assert ("equivalent within ±5.0 points" in said) == equivalent
-        assert ("equivalence not shown" in said) != equivalent
-    worse = parity.compared(many - 0.2, np.zeros_like(many), 0.05)
-    said = parity.verdict(worse, {"margin": 0.05})
-    assert "equivalence not shown" in said and "a difference, p" in said
+        comparison = parity.compare_variants(values, np.zeros_like(values), 0.05)
+        sentence = parity.describe_difference(comparison, {"margin": 0.05})
+        assert ("equivalent within ±5.0 points" in sentence) == equivalent
+        assert ("equivalence not shown" in sentence) != equivalent
+    worse = parity.compare_variants(many - 0.2, np.zeros_like(many), 0.05)
+    sentence = parity.describe_difference(worse, {"margin": 0.05})
+    assert "equivalence not shown" in sentence and "a difference, p" in sentence
 
 
 def test_every_variant_is_a_recipe_that_axolotl_takes():
-    wanted = parity.jobs(SPEC, [])
-    assert len({one.name for one in wanted.values()}) < len(wanted)  # parts share trainings
-    for (part, task, name, seed), one in wanted.items():
+    wanted = parity.list_jobs(SPEC, [])
+    assert len({job.name for job in wanted.values()}) < len(wanted)  # parts share trainings
+    for (part, task, name, seed), job in wanted.items():
         paths = {"output_dir": "runs/x", "dataset_prepared_path": "runs/x/prepared"}
         if seed == SPEC["seeds"][0]:
-            recipes.validate(one.config | paths, f"{part}, {name}")
+            recipes.validate(job.config | paths, f"{part}, {name}")
         variant = SPEC["parts"][part]["variants"][name]
-        assert models.precision(one.config) == variant["precision"]
-        assert (one.config["seed"], one.task) == (seed, task)
-        assert one.config["max_steps"] == SPEC["settings"]["max_steps"]
-        assert one.config["learning_rate"] == (
+        assert models.precision(job.config) == variant["precision"]
+        assert (job.config["seed"], job.task) == (seed, task)
+        assert job.config["max_steps"] == SPEC["settings"]["max_steps"]
+        assert job.config["learning_rate"] == (
             0.0005 if part in ("precision", "targets") else 0.002
         )
         for key in variant.keys() - {"precision"}:
-            assert one.config[key] == variant[key]
+            assert job.config[key] == variant[key]
 
 
 def test_variants_of_a_part_differ_in_what_the_part_is_about_alone():
@@ -92,13 +92,13 @@ def test_variants_of_a_part_differ_in_what_the_part_is_about_alone():
         "targets": {"lora_target_modules"},
         "method": {"peft_use_dora", "peft_use_rslora"},
     }
-    for (part, task, _, seed), one in (wanted := parity.jobs(SPEC, [])).items():
+    for (part, task, _, seed), job in (wanted := parity.list_jobs(SPEC, [])).items():
         other = wanted[part, task, SPEC["parts"][part]["against"], seed]
-        keys = one.config.keys() | other.config.keys()
-        differing = {key for key in keys if one.config.get(key) != other.config.get(key)}
+        keys = job.config.keys() | other.config.keys()
+        differing = {key for key in keys if job.config.get(key) != other.config.get(key)}
         assert differing <= about[part.removesuffix("_2e-3")]
         if part == "rank":
-            assert one.config["lora_alpha"] == 2 * one.config["lora_r"]
+            assert job.config["lora_alpha"] == 2 * job.config["lora_r"]
 
 
 @pytest.fixture
@@ -107,9 +107,9 @@ def measured(tmp_path, monkeypatch):
     monkeypatch.setattr(parity, "RUNS", tmp_path)
     spec = SPEC | {"seeds": [1, 2]}
     spec["parts"] = {"precision": SPEC["parts"]["precision"] | {"tasks": ["sentiment"]}}
-    wanted = parity.jobs(spec, [])
+    wanted = parity.list_jobs(spec, [])
     right = {"nf4": 30, "int8": 32, "full": 32}
-    for (_, _, name, seed), one in wanted.items():
+    for (_, _, name, seed), job in wanted.items():
         rows = [{"values": {"accuracy": float(n < right[name] + seed)}} for n in range(40)]
         content = {
             "predictions": rows,
@@ -117,12 +117,12 @@ def measured(tmp_path, monkeypatch):
             "evaluated": {"data_sha256": "0"},
         }
         for side in ("adapter", "base"):
-            file = parity.scores(spec, one, side)
+            file = job.find_scores(side)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(content))
         run = {"train_loss": 0.5, "seconds": 60.0, "trainable_parameters": 1000}
-        (one.folder / "run.json").write_text(json.dumps(run))
-    return spec, parity.results(spec, wanted) | {"spec": spec, "machine": "2 cores"}
+        job.run.info_file.write_text(json.dumps(run))
+    return spec, parity.collect_results(spec, wanted) | {"spec": spec, "machine": "2 cores"}
 
 
 def test_results_are_what_the_score_files_hold(measured):
@@ -140,10 +140,10 @@ def test_results_are_what_the_score_files_hold(measured):
 
 def test_the_page_holds_the_table_and_the_figure_is_drawn(measured, tmp_path):
     _, content = measured
-    page = parity.written(f"before\n{parity.BEGIN}old\n{parity.END}after\n", content)
+    page = parity.insert_results(f"before\n{parity.BEGIN}old\n{parity.END}after\n", content)
     assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
     assert re.search(r"\| nf4 \| 25\.0 \| 78\.8 \(77\.5, 80\.0\) \| -5\.0 \(", page)
     assert "int8 against full: +0.0 points, equivalent within ±5.0 points" in page
-    assert parity.written(page, content) == page
-    parity.draw(content, tmp_path / "figure.png")
+    assert parity.insert_results(page, content) == page
+    parity.draw_scores(content, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"

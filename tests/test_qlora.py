@@ -250,13 +250,13 @@ def test_dora_trains_magnitude_and_direction_apart_with_the_length_held_constant
     proj, a, b = adapted(layer, use_dora=True)
     magnitude = proj.lora_magnitude_vector["default"].weight
     x = torch.randn(5, 576)
-    given = torch.randn(5, 192)
-    proj(x).backward(given)
+    gradient = torch.randn(5, 192)
+    proj(x).backward(gradient)
 
     ours = [tensor.detach().clone().requires_grad_() for tensor in (a, b, magnitude)]
     direction = dequantized(layer) + ALPHA / RANK * ours[1] @ ours[0]
     length = direction.norm(dim=1).detach()
-    (x @ ((ours[2] / length)[:, None] * direction).T).backward(given)
+    (x @ ((ours[2] / length)[:, None] * direction).T).backward(gradient)
     for theirs, mine in zip((a, b, magnitude), ours, strict=True):
         torch.testing.assert_close(theirs.grad, mine.grad, rtol=1e-4, atol=1e-4)
 
@@ -366,10 +366,10 @@ def test_a_loaded_base_takes_the_bytes_that_are_planned(smollm2, name):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU its allocator counts")
 def test_the_peak_counts_every_byte_that_is_alive_at_once():
     def steps():
-        kept = torch.zeros(2**20)  # 4 MiB
+        saved = torch.zeros(2**20)  # 4 MiB
         for _ in range(3):
-            kept + 1  # 4 MiB, freed at once
-        del kept
+            saved + 1  # 4 MiB, freed at once
+        del saved
         torch.zeros(2**19)
 
     assert memory.measure_step(steps, before=1000) == pytest.approx(1000 + 2 * 2**22, abs=1024)

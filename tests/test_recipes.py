@@ -1,11 +1,10 @@
 """The catalogue is what its tables give, is FinLoRA's to the number, and has no misspelt key."""
 
 import shutil
-from typing import Any
+from copy import deepcopy
 
 import pytest
 import yaml
-from pydantic import BaseModel, Field
 
 from tools import recipes
 from tools.common import ROOT, WrongInput
@@ -76,37 +75,34 @@ def test_a_llama_recipe_has_finloras_numbers(task, method):
     assert "val_set_size" not in recipe.config
 
 
-@pytest.mark.parametrize(
-    ("typed", "name"),
-    [
-        ("sentiment_r4", "llama-3.1-8b/sentiment_r4"),
-        ("llama-3.1-8b/sentiment_r4", "llama-3.1-8b/sentiment_r4"),
-        ("smollm2-135m/sentiment_r8_dora", "smollm2-135m/sentiment_r8_dora"),
-        ("sentiment_llama_3_1_8b_8bits_r8_rslora", "llama-3.1-8b/sentiment_r8_rslora"),
-        ("sentiment_llama_3_1_8b_fp16_r8", "llama-3.1-8b/sentiment_r8_fp16"),
-        ("sentiment_llama_3_1_8b_8bits_r8_dora_a32", "llama-3.1-8b/sentiment_r8_dora_a32"),
-        ("recipes/qwen3-4b/sentiment_qlora_all.yaml", "qwen3-4b/sentiment_qlora_all"),
-    ],
-)
+NAMES = {
+    "sentiment_r4": "llama-3.1-8b/sentiment_r4",
+    "llama-3.1-8b/sentiment_r4": "llama-3.1-8b/sentiment_r4",
+    "smollm2-135m/sentiment_r8_dora": "smollm2-135m/sentiment_r8_dora",
+    "sentiment_llama_3_1_8b_8bits_r8_rslora": "llama-3.1-8b/sentiment_r8_rslora",
+    "sentiment_llama_3_1_8b_fp16_r8": "llama-3.1-8b/sentiment_r8_fp16",
+    "sentiment_llama_3_1_8b_8bits_r8_dora_a32": "llama-3.1-8b/sentiment_r8_dora_a32",
+    "recipes/qwen3-4b/sentiment_qlora_all.yaml": "qwen3-4b/sentiment_qlora_all",
+}
+WITHOUT_FILE = [
+    *("qwen3-8b/ner_r8_dora", "recipes/qwen3-8b/ner_r8_dora.yaml"),
+    str(ROOT / "recipes/qwen3-8b/ner_r8_dora.yaml"),
+]
+
+
+@pytest.mark.parametrize(("typed", "name"), NAMES.items())
 def test_a_recipe_is_found_by_each_of_its_names(typed, name):
-    found = recipes.find(typed)
-    assert (found.name, found.task) == (name, "sentiment")
-    assert found.path == ROOT / "recipes" / f"{name}.yaml"
+    recipe = recipes.find(typed)
+    assert (recipe.name, recipe.task) == (name, "sentiment")
+    assert recipe.path == ROOT / "recipes" / f"{name}.yaml"
 
 
-@pytest.mark.parametrize(
-    "typed",
-    [
-        "qwen3-8b/ner_r8_dora",
-        "recipes/qwen3-8b/ner_r8_dora.yaml",
-        str(ROOT / "recipes/qwen3-8b/ner_r8_dora.yaml"),
-    ],
-)
+@pytest.mark.parametrize("typed", WITHOUT_FILE)
 def test_a_recipe_without_a_file_is_found_and_named_like_any_other(typed):
-    found = recipes.find(typed)
-    assert (found.name, found.path) == ("qwen3-8b/ner_r8_dora", None)
-    assert (found.where, found.task, found.version) == (found.name, "ner", "1.1.0")
-    assert found.run.folder == ROOT / "runs/qwen3-8b/ner_r8_dora"
+    recipe = recipes.find(typed)
+    assert (recipe.name, recipe.path) == ("qwen3-8b/ner_r8_dora", None)
+    assert (recipe.where, recipe.task, recipe.version) == (recipe.name, "ner", "1.1.0")
+    assert recipe.run.folder == ROOT / "runs/qwen3-8b/ner_r8_dora"
 
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b/ner_r8_dora", "smollm2-135m/sentiment_r4_all"])
@@ -161,8 +157,8 @@ def test_a_users_own_file_goes_before_the_catalogues(tmp_path, monkeypatch):
 def test_an_unknown_name_is_answered_with_near_ones(typed, near):
     with pytest.raises(WrongInput) as error:
         recipes.find(typed)
-    told, _, hint = str(error.value).partition("; did you mean ")
-    assert told == f'unknown recipe "{typed}"'
+    problem, _, hint = str(error.value).partition("; did you mean ")
+    assert problem == f'unknown recipe "{typed}"'
     assert near in hint.rstrip("?").split(", ")
 
 
@@ -174,8 +170,8 @@ def test_where_nothing_is_near_the_list_is_named(typed):
 
 def test_a_recipe_of_ones_own_is_found_by_its_path(tmp_path):
     path = write(tmp_path / "mine.yaml", "# Version: 2.1 (0123456789ab)\n" + yaml.safe_dump(SMALL))
-    found = recipes.find(path)
-    assert (found.config, found.version, found.task) == (SMALL, "2.1", None)
+    recipe = recipes.find(path)
+    assert (recipe.config, recipe.version, recipe.task) == (SMALL, "2.1", None)
 
 
 BROKEN = {
@@ -187,25 +183,22 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize(("content", "said"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_recipe_is_named_with_what_is_wrong(tmp_path, content, said):
+@pytest.mark.parametrize(("content", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_recipe_is_named_with_what_is_wrong(tmp_path, content, message):
     path = write(tmp_path / "mine.yaml", content)
     with pytest.raises(WrongInput) as error:
         recipes.find(path)
-    assert path in str(error.value) and said in str(error.value)
+    assert path in str(error.value) and message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_recipe_file_that_is_not_utf_8_is_named(tmp_path):
-    path = tmp_path / "mine.yaml"
-    path.write_bytes(b"base_model: \xff\n")
-    with pytest.raises(WrongInput, match="mine.yaml"):
-        recipes.find(str(path))
-
-
-def test_a_recipe_file_that_is_not_there_is_named(tmp_path):
+def test_a_recipe_file_that_is_missing_or_not_utf_8_is_named(tmp_path):
     with pytest.raises(WrongInput, match="nowhere.yaml is not there"):
         recipes.find(str(tmp_path / "nowhere.yaml"))
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"base_model: \xff\n")
+    with pytest.raises(WrongInput, match="mine.yaml: not UTF-8 at byte 13"):
+        recipes.find(str(path))
 
 
 def digest(**changed):
@@ -218,82 +211,59 @@ def test_the_digest_is_the_same_wherever_things_lie(key):
     assert digest(**{key: "elsewhere"}) == digest()
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [{"lora_r": 5}, {"learning_rate": 2e-4}, {"seed": 1}, {"lora_target_modules": ["q_proj"]}],
-    ids=str,
-)
+DATA = recipes.find("sentiment_r4").config["datasets"][0]
+LEARNED = [
+    *({"lora_r": 5}, {"learning_rate": 2e-4}, {"seed": 1}, {"lora_target_modules": ["q_proj"]}),
+    {"test_datasets": [DATA | {"path": "data/chat/ner_val.jsonl"}]},
+    {"datasets": [DATA | {"path": "data/chat/ner_train.jsonl"}]},
+    {"datasets": [DATA | {"train_on_eos": "all"}]},
+]
+
+
+@pytest.mark.parametrize("changed", LEARNED, ids=str)
 def test_the_digest_changes_with_what_is_learned(changed):
     assert digest(**changed) != digest()
 
 
-def test_the_digest_knows_how_rows_are_read_but_not_where_they_lie():
-    (dataset,) = recipes.find("sentiment_r4").config["datasets"]
-    held = dataset | {"path": "/else/where/sentiment_val.jsonl"}
-    assert digest(test_datasets=[held]) == digest()
-    assert digest(test_datasets=[dataset | {"path": "data/chat/ner_val.jsonl"}]) != digest()
-    assert digest(datasets=[dataset | {"path": "/else/where/sentiment_train.jsonl"}]) == digest()
-    assert digest(datasets=[dataset | {"path": "data/chat/ner_train.jsonl"}]) != digest()
-    assert digest(datasets=[dataset | {"train_on_eos": "all"}]) != digest()
+def test_the_digest_does_not_depend_on_the_folder_of_the_rows():
+    for key, side in (("datasets", "train"), ("test_datasets", "val")):
+        moved = DATA | {"path": f"/else/where/sentiment_{side}.jsonl"}
+        assert digest(**{key: [moved]}) == digest()
 
 
-# ---- keys that a schema does not know
+# ---- keys that Axolotl's schema does not know
 
 
-class Chat(BaseModel):
-    path: str = ""
-    roles_to_train: list[str] | None = None
+DATASET = {"path": "a", "type": "chat_template"}
+UNKNOWN = {
+    "a misspelt key": ({"lora_rank": 4}, "lora_rank; did you mean "),
+    "a key of nothing": ({"zzz": 1}, "zzz"),
+    "in a list": (
+        {"datasets": [DATASET, DATASET | {"roles_to_trian": ["user"]}]},
+        "datasets[1].roles_to_trian; did you mean roles_to_train",
+    ),
+    "in a mapping": (
+        {"peft": {"loftq_config": {"loftq_bitz": 4}}},
+        "peft.loftq_config.loftq_bitz; did you mean loftq_bits",
+    ),
+}
 
 
-class Plain(BaseModel):
-    path: str = ""
-    text: str = ""
-
-
-class Nested(BaseModel):
-    depth: int | None = None
-    inner: Chat | None = None
-
-
-class Schema(BaseModel):
-    lora_r: int | None = None
-    datasets: list[Chat | Plain] | None = None
-    nested: Nested | None = None
-    free: dict[str, Any] | None = None
-    renamed: int | None = Field(default=None, alias="other")
-
-
-@pytest.mark.parametrize(
-    ("config", "unknown"),
-    [
-        ({"lora_r": 1, "other": 2, "renamed": 3, "free": {"x": {"y": 1}}, "nested": None}, []),
-        ({"lora_rank": 4}, ["lora_rank; did you mean lora_r?"]),
-        ({"zzz": 1, "lora_r": 2, "qqq": 3}, ["zzz", "qqq"]),
-        ({"datasets": [{"path": "a", "text": "b"}, {"roles_to_train": []}]}, []),
-        (
-            {"datasets": [{"path": "a"}, {"roles_to_trian": ["assistant"]}]},
-            ["datasets[1].roles_to_trian; did you mean roles_to_train?"],
-        ),
-        ({"nested": {"dept": 1}}, ["nested.dept; did you mean depth?"]),
-        ({"nested": {"inner": {"pth": "a"}}}, ["nested.inner.pth; did you mean path?"]),
-    ],
-)
-def test_a_key_that_the_schema_does_not_know_is_found_at_any_depth(config, unknown):
-    assert recipes.list_unknown_keys(config, Schema) == unknown
-
-
-def test_a_misspelt_key_is_refused_although_axolotl_takes_it():
+@pytest.mark.parametrize(("change", "message"), UNKNOWN.values(), ids=UNKNOWN)
+def test_a_misspelt_key_is_refused_at_any_depth_although_axolotl_takes_it(change, message):
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
+    config = recipes.find("sentiment_r4").config | change
+    AxolotlInputConfig.model_validate(deepcopy(config))
+    with pytest.raises(WrongInput) as error:
+        recipes.validate(config, "mine.yaml")
+    assert str(error.value).startswith(f"mine.yaml: Axolotl has no key {message}")
+
+
+def test_keys_of_each_permitted_kind_of_dataset_and_wrong_values_are_told_apart():
     config = recipes.find("sentiment_r4").config
-    (dataset,) = config["datasets"]
-    for wrong, key in (
-        ({"lora_rank": 4}, "lora_rank"),
-        ({"datasets": [dataset | {"roles_to_trian": ["user"]}]}, "datasets[0].roles_to_trian"),
-    ):
-        AxolotlInputConfig.model_validate(config | wrong)
-        with pytest.raises(WrongInput) as error:
-            recipes.validate(config | wrong, "mine.yaml")
-        assert str(error.value).startswith(f"mine.yaml: Axolotl has no key {key}; did you mean ")
+    pretraining = {"path": "a", "type": "completion", "field": "text"}
+    other = {"datasets": [DATASET, pretraining], "model_type": "AutoModelForCausalLM"}  # an alias
+    recipes.validate(config | other, "mine.yaml")
     with pytest.raises(WrongInput, match=r"^mine.yaml: lora_r: "):
         recipes.validate(config | {"lora_r": "four"}, "mine.yaml")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import GPU, run
+from tests.conftest import GPU, make_adapter, run
 from tests.hub_server import Hub
 from tools import models, subjects
 from tools.common import ROOT, JobFailed, WrongInput
@@ -32,73 +32,53 @@ METHODS = {
 @pytest.fixture(scope="module")
 def adapters(tiny, tmp_path_factory):
     """A PEFT folder for each method, as `make train` leaves it, with adapters that do something."""
-    import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer
 
-    made = {}
+    folders = {}
     for name, options in METHODS.items():
         folder = tmp_path_factory.mktemp("run") / "adapter"
-        config = {
-            "base_model": str(tiny),
-            "adapter": "lora",
-            "lora_r": 4,
-            "lora_alpha": 16,
-        } | options
-        config |= {"lora_target_modules": ["q_proj", "k_proj", "v_proj"], "sequence_len": 512}
-        config |= {"datasets": [{"path": "x.jsonl", "type": "chat_template"}]}
-        config |= {"micro_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 1e-4}
-        base, _ = models.load(config)
-        lora = LoraConfig(
-            r=4,
-            lora_alpha=16,
-            target_modules=["q_proj", "k_proj", "v_proj"],
-            use_dora=bool(options.get("peft_use_dora")),
-        )
-        model = get_peft_model(base, lora)
-        generator = torch.Generator().manual_seed(1)
-        for key, value in model.named_parameters():
-            if "lora_B" in key:
-                value.data = torch.randn(value.shape, generator=generator) * 0.2
-        model.save_pretrained(folder)
+        config = {"base_model": str(tiny), "adapter": "lora", "lora_r": 4, "lora_alpha": 16}
+        config |= {"datasets": [{"path": "x.jsonl", "type": "chat_template"}]} | options
+        dora = bool(options.get("peft_use_dora"))
+        make_adapter(models.load(config)[0], folder, task_type=None, use_dora=dora)
         AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        made[name] = folder
-    return made
+        folders[name] = folder
+    return folders
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_merged_model_is_base_and_adapter_at_the_precision_of_training(adapters, method):
     folder = adapters[method]
-    who = subjects.find("", str(folder))
-    target = merge.merge(who.config, folder)
+    subject = subjects.find("", str(folder))
+    target = merge.merge(subject.config, folder)
     assert {path.stat().st_mode & 0o444 for path in target.iterdir()} == {0o444}
-    told = json.loads((target / "merge.json").read_text())
-    assert told["precision"] == method.split(",")[0]
+    report = json.loads((target / "merge.json").read_text())
+    assert report["precision"] == method.split(",")[0]
     # The tiny model's logits are of the order of 1; the adapter moves them by far more than this.
-    assert told["largest_logit_difference"] < (0.05 if method == "int8" else 1e-3)
+    assert report["largest_logit_difference"] < (0.05 if method == "int8" else 1e-3)
     merged, tokenizer = models.load({"base_model": str(target)})
-    base, _ = models.load(who.config)
+    base, _ = models.load(subject.config)
     moved = merge.difference(
         merge.logits(merged, tokenizer, None), merge.logits(base, tokenizer, None)
     )
     assert moved["largest_logit_difference"] > 0.1
     if method == "nf4":
-        again = told["quantized_again"]["largest_logit_difference"]
-        assert again > 10 * told["largest_logit_difference"]
+        again = report["quantized_again"]["largest_logit_difference"]
+        assert again > 10 * report["largest_logit_difference"]
 
 
 def test_a_merged_model_is_not_made_twice_and_anew_for_another_adapter(adapters):
     folder = adapters["full"]
-    who = subjects.find("", str(folder))
-    target = merge.merge(who.config, folder)
+    subject = subjects.find("", str(folder))
+    target = merge.merge(subject.config, folder)
     first = (target / "merge.json").stat().st_mtime_ns
-    merge.merge(who.config, folder)
+    merge.merge(subject.config, folder)
     assert (target / "merge.json").stat().st_mtime_ns == first
-    told = json.loads((target / "merge.json").read_text())
-    (target / "merge.json").write_text(json.dumps(told | {"adapter_sha256": "other"}))
-    merge.merge(who.config, folder)
-    assert json.loads((target / "merge.json").read_text()) == told
+    report = json.loads((target / "merge.json").read_text())
+    (target / "merge.json").write_text(json.dumps(report | {"adapter_sha256": "other"}))
+    merge.merge(subject.config, folder)
+    assert json.loads((target / "merge.json").read_text()) == report
 
 
 def test_a_merge_that_is_not_base_and_adapter_is_refused_and_leaves_nothing(
@@ -115,9 +95,9 @@ def test_a_merge_that_is_not_base_and_adapter_is_refused_and_leaves_nothing(
 
 def test_the_command_for_vllm_keeps_the_base_quantized_and_the_adapter_apart(adapters, tmp_path):
     folder = adapters["nf4"]
-    who = subjects.find("", str(folder))
-    line = serve.on_vllm(who, "mine", ["--port", "1"], GPU, tmp_path)
-    assert line[:3] == ["vllm", "serve", who.config["base_model"]]
+    subject = subjects.find("", str(folder))
+    line = serve.on_vllm(subject, "mine", ["--port", "1"], GPU, tmp_path)
+    assert line[:3] == ["vllm", "serve", subject.config["base_model"]]
     assert line[line.index("--lora-modules") + 1] == f"mine={folder}"
     assert line[line.index("--served-model-name") + 1] == "mine-base"
     assert line[line.index("--quantization") + 1] == "bitsandbytes"
@@ -126,8 +106,8 @@ def test_the_command_for_vllm_keeps_the_base_quantized_and_the_adapter_apart(ada
     # vLLM has no DoRA, and no 4 bits on a CPU or without bitsandbytes: the merged model is served.
     merged = {"nf4, DoRA": GPU, "nf4": replace(GPU, quantizes=False)}
     for name, engine in merged.items():
-        who = subjects.find("", str(adapters[name]))
-        line = serve.on_vllm(who, "mine", [], engine, tmp_path)
+        subject = subjects.find("", str(adapters[name]))
+        line = serve.on_vllm(subject, "mine", [], engine, tmp_path)
         assert line[:3] == ["vllm", "serve", str(adapters[name] / "merged")]
         assert line[line.index("--served-model-name") + 1] == "mine"
         assert "--lora-modules" not in line
@@ -155,20 +135,20 @@ def test_a_folder_with_its_own_chat_template_is_served_talked_to_and_merged_with
         path.unlink()
     own = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
     (folder / "chat_template.jinja").write_text(own)
-    who = subjects.find("", str(folder), "fp32")
-    line = serve.on_vllm(who, "mine", [], GPU, tmp_path)
+    subject = subjects.find("", str(folder), "fp32")
+    line = serve.on_vllm(subject, "mine", [], GPU, tmp_path)
     assert Path(line[line.index("--chat-template") + 1]).read_text() == own
     # vLLM splits `name=path` at the first "=", and takes what has a comma for JSON.
     module = json.loads(line[line.index("--lora-modules") + 1])
     assert module == {"name": "mine", "path": str(folder)}
-    _, tokenizer = models.load(who.config, who.adapter)
-    merged = merge.merge(who.config, who.adapter)
+    _, tokenizer = models.load(subject.config, subject.adapter)
+    merged = merge.merge(subject.config, subject.adapter)
     _, of_merged = models.load({"base_model": str(merged)})
     assert tokenizer.chat_template == of_merged.chat_template == own
     # Folders of older versions of transformers have it in another file.
     (folder / "chat_template.jinja").unlink()
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "old" + own}))
-    assert models.load_tokenizer(who.config, who.adapter).chat_template == "old" + own
+    assert models.load_tokenizer(subject.config, subject.adapter).chat_template == "old" + own
 
 
 def make_script(path, text):
@@ -209,7 +189,7 @@ def free_port():
 
 @contextmanager
 def serving(*arguments, **environment):
-    """What a server says that is ready; afterwards SIGTERM stops it and its children."""
+    """What a server prints up to its curl line; afterwards SIGTERM stops it and its children."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tools", "serve", *arguments],
         cwd=ROOT,
@@ -218,14 +198,14 @@ def serving(*arguments, **environment):
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    lines = []
+    output = ""
     try:
-        while not any("curl" in line for line in lines):
+        while "curl" not in output:
             line = process.stdout.readline()
-            assert line, "".join(lines)
-            lines.append(line)
+            assert line, output
+            output += line
         (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        yield "".join(lines)
+        yield output
     finally:
         process.terminate()
         status = process.wait(60)
@@ -234,11 +214,11 @@ def serving(*arguments, **environment):
         os.kill(int(child), 0)
 
 
-def ask(said, *models):
+def ask(output, *models):
     """What each model answers, by the address and names that were printed and by the curl line."""
     import openai
 
-    url = said.split("ready: ")[1].split(",")[0]
+    url = output.split("ready: ")[1].split(",")[0]
     turn = [{"role": "user", "content": "Is it good?"}]
     with openai.OpenAI(base_url=url, api_key="none") as client:
         assert {model.id for model in client.models.list()} == set(models)
@@ -246,7 +226,7 @@ def ask(said, *models):
             client.chat.completions.create(model=name, messages=turn, max_tokens=12, temperature=0)
             for name in models
         ]
-    curl = shlex.split(said[said.index("curl ") :])
+    curl = shlex.split(output[output.index("curl ") :])
     done = subprocess.run([*curl, "--silent", "--noproxy", "*"], capture_output=True, text=True)
     assert json.loads(done.stdout)["choices"][0]["message"]["content"], done.stdout
     return [answer.choices[0].message.content.strip() for answer in answers]
@@ -254,16 +234,16 @@ def ask(said, *models):
 
 def test_the_openai_client_gets_the_answer_that_chat_gives(adapters, tmp_path):
     folder, port = adapters["nf4"], free_port()
-    who = subjects.find("", str(folder))
-    merge.merge(who.config, folder)
+    subject = subjects.find("", str(folder))
+    merge.merge(subject.config, folder)
     if shutil.which("vllm", path=f"{ROOT}/.venv-vllm/bin:{Path(sys.executable).parent}"):
         pytest.skip("vLLM is installed in this checkout, and serves instead")
     places = os.environ["PATH"].split(os.pathsep)
     path = os.pathsep.join(place for place in places if not Path(place, "vllm").exists())
     arguments = ("--adapter", str(folder), "--port", str(port))
-    with serving(*arguments, PATH=path, http_proxy="http://127.0.0.1:9") as said:
-        assert ".venv-vllm/bin/pip install vllm" in said
-        (served,) = ask(said, folder.name)
+    with serving(*arguments, PATH=path, http_proxy="http://127.0.0.1:9") as output:
+        assert ".venv-vllm/bin/pip install vllm" in output
+        (served,) = ask(output, folder.name)
         again = run("serve", *arguments)
         assert (again.returncode, again.stderr.count("\n")) == (2, 1)
         assert f"port {port} is taken" in again.stderr
@@ -275,22 +255,12 @@ def test_the_openai_client_gets_the_answer_that_chat_gives(adapters, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [4, 12])
 def test_vllm_answers_as_chat_does_under_the_names_that_are_printed(smollm2, tmp_path, rank):
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
     if not serve.find_vllm():
         pytest.skip("vLLM is not installed (.venv-vllm or PATH)")
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(smollm2)
-    lora = LoraConfig(
-        r=rank, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False
-    )
-    folder = tmp_path / "my adapter"
-    get_peft_model(base, lora).save_pretrained(folder)
+    folder = make_adapter(smollm2, tmp_path / "my adapter", r=rank, lora_alpha=8)
     arguments = ("--adapter", str(folder), "--precision", "fp32", "--max-model-len", "512")
-    with serving(*arguments, "--port", str(free_port())) as said:
-        served = ask(said, "my-adapter", "my-adapter-base")
+    with serving(*arguments, "--port", str(free_port())) as output:
+        served = ask(output, "my-adapter", "my-adapter-base")
     config = subjects.find("", str(folder), "fp32").config
     for adapter, text in zip((folder, None), served, strict=True):
         model, tokenizer = models.load(config, adapter)
@@ -311,14 +281,14 @@ def test_a_base_of_the_hub_is_downloaded_and_offline_one_line_says_that_it_is_no
         files = {path.name: path.read_bytes() for path in tiny.iterdir()}
         hub.put("me/tiny", files | {"pytorch_model.bin": b"a pickle"})
         own = {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"}
-        asked = ("--adapter", folder, "--precision", "fp32")
+        arguments = ("--adapter", folder, "--precision", "fp32")
         for tool in ("serve", "merge", "chat"):
-            done = run(tool, *asked, **own)
+            done = run(tool, *arguments, **own)
             assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
             assert "the base me/tiny is not in the Hub's cache; HF_HUB_OFFLINE" in done.stderr
-        done = run("merge", *asked, **own | {"HF_HUB_OFFLINE": "0"})
+        done = run("merge", *arguments, **own | {"HF_HUB_OFFLINE": "0"})
         assert done.returncode == 0, done.stderr
-    done = run("chat", "", "Is it good?", *asked, **own)
+    done = run("chat", "", "Is it good?", *arguments, **own)
     assert done.returncode == 0, done.stderr
     assert not list((tmp_path / "cache").rglob("*.bin"))
 
@@ -340,9 +310,9 @@ def test_one_prompt_is_answered_by_base_and_adapter_and_lines_are_a_conversation
     messages = []
     for text in ("Is it good?", "And now?"):
         messages.append({"role": "user", "content": text})
-        said = chat.answer(model, tokenizer, messages)
-        messages.append({"role": "assistant", "content": said})
-        assert chat.harmless(said)[:40] in done.stdout
+        output = chat.answer(model, tokenizer, messages)
+        messages.append({"role": "assistant", "content": output})
+        assert chat.harmless(output)[:40] in done.stdout
 
 
 def test_what_a_model_says_does_not_steer_the_terminal():
@@ -351,14 +321,14 @@ def test_what_a_model_says_does_not_steer_the_terminal():
 
 @pytest.mark.parametrize("tool", ["chat", "merge", "serve"])
 def test_without_a_recipe_or_with_a_wrong_adapter_one_line_says_so(tool, tmp_path):
-    for arguments, said in (
+    for arguments, output in (
         ((), "RECIPE=… is needed"),
         (("--adapter", str(tmp_path)), "no adapter_config.json"),
         (("llama-3.1-8b/ner_r4",), "is not trained"),
     ):
         done = run(tool, *arguments)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-        assert said in done.stderr
+        assert output in done.stderr
     if tool == "serve":
         for port in ("99999", "0", "²", "eighty"):
             done = run("serve", "x", "--port", port)
@@ -367,13 +337,13 @@ def test_without_a_recipe_or_with_a_wrong_adapter_one_line_says_so(tool, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "output"),
     [("4096", "number from 1 to 2048"), ("0", "number of at least 1"), ("1e3", "of at least 1")],
 )
-def test_a_length_that_the_base_has_no_room_for_is_refused(adapters, text, said):
+def test_a_length_that_the_base_has_no_room_for_is_refused(adapters, text, output):
     done = run("serve", "--adapter", adapters["full"], "--max-model-len", text)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "MAX_MODEL_LEN must be a" in done.stderr and said in done.stderr
+    assert "MAX_MODEL_LEN must be a" in done.stderr and output in done.stderr
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no such host"])

@@ -454,7 +454,7 @@ def merge(
     """
     from tools.use import merge
 
-    merge.run(recipe, adapter, precision, prompt_format)
+    merge.merge_and_report(recipe, adapter, precision, prompt_format)
 
 
 @app.command(rich_help_panel=USE)

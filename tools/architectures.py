@@ -1,4 +1,4 @@
-"""The architectures of the bases: the planner and the adapter checker compute with them.
+"""The architectures of the bases, for the planner and the adapter checker.
 
     architectures.find("meta-llama/Llama-3.1-8B-Instruct").parameters      8,030,261,248
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import recipes
-from tools.common import ROOT, WrongInput, nearest, parse_json, shown
+from tools.common import ROOT, WrongInput, nearest, read_json, shown
 
 FOLDER = ROOT / "recipes" / "models"
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -56,12 +56,12 @@ class Model:
 
     @property
     def linear(self) -> int:
-        """Parameters of the linear layers without the head: those that quantization packs."""
+        """Parameters of the linear layers without the head, which are quantized."""
         return self.layers * sum(rows * columns for rows, columns in self.shapes.values())
 
     @property
     def unquantized(self) -> int:
-        """Parameters that quantization leaves alone: embedding, head (unless tied), norms."""
+        """Parameters that are not quantized: embedding, head (unless tied), norms."""
         norms = self.layers * self.norms_per_layer * self.hidden + self.hidden
         norms += self.layers * 2 * self.head_dim if self.qk_norm else 0
         return (1 if self.tied else 2) * self.vocab * self.hidden + norms
@@ -82,19 +82,24 @@ def read_architectures() -> dict[str, Model]:
     return architectures
 
 
-def find_file(base: str, name: str) -> Path | None:
-    """A file of a base, in its folder or in the Hub's cache; None where it is in neither."""
+def base_folder(base: str) -> Path | None:
+    """Where a base's files are: a folder of this machine or a snapshot in the Hub's cache."""
     if (ROOT / base).is_dir():
-        path = ROOT / base / name
-        return path if path.is_file() else None
+        return ROOT / base
     home = os.environ.get("HF_HOME", "~/.cache/huggingface")
     hub = Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
     if not (hub / f"models--{base.replace('/', '--')}").is_dir():
         return None  # importing the Hub's library takes longer than a whole plan
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(base, name)
-    return Path(cached) if isinstance(cached, str) else None
+    cached = try_to_load_from_cache(base, "config.json")
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def find_file(base: str, name: str) -> Path | None:
+    """A file of a base in its `base_folder`; None where it is not there."""
+    folder = base_folder(base)
+    return folder / name if folder and (folder / name).is_file() else None
 
 
 # What a base's config.json does not say about its architecture, by `model_type`.
@@ -109,7 +114,7 @@ EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts"}  # keys of mi
 def find(base: str) -> Model:
     """The architecture of a base, from the JSON that names it or from the base's own config.json.
 
-    Raises WrongInput without either, and for a mixture of experts.
+    Raises WrongInput where there is neither, and for a mixture of experts.
     """
     architectures = read_architectures()
     if model := architectures.get(recipes.resolve_mirror(base).lower()):
@@ -121,7 +126,7 @@ def find(base: str) -> Model:
             f'{shown(FOLDER)} has no JSON for the base "{base}", and its config.json is neither in '
             f"a folder of that name nor in the Hub's cache{nearest(base, names)}"
         )
-    content = parse_json(path.read_bytes(), shown(path))
+    content = read_json(path)
     if EXPERTS & find_text_part(content).keys():
         raise WrongInput(f"{shown(path)}: a mixture of experts cannot be planned")
     kind = str(content.get("model_type"))

@@ -7,8 +7,8 @@
     python -m tools check                           files are current, every key is Axolotl's
 
 A rendered recipe carries its version and the digest of what it learns; recipes/digests.json holds
-both for the recipes without a file. Where the tables give other content for the same version,
-neither `render` nor `check` passes: the version must be raised.
+both for the recipes without a file. If the tables change what a recipe learns and not its version,
+`render` and `check` fail.
 """
 
 import difflib
@@ -60,16 +60,23 @@ def describe_identity(name: str) -> str:
     return f"{version} {recipes.Recipe(name, None, config, version).digest[:12]}"
 
 
+def list_outdated(files: dict[Path, str]) -> list[Path]:
+    """The files whose content is not what `make render` would write."""
+    return [path for path, text in files.items() if not path.is_file() or path.read_text() != text]
+
+
 def list_strays(files: dict[Path, str]) -> list[Path]:
-    """Files that `make render` wrote and that are not among those that it would write now."""
+    """Files that an earlier `make render` wrote and that this one would not.
+
+    Each names itself; a renamed copy belongs to the user.
+    """
     places = {*recipes.FOLDER.glob("*/*.yaml"), *recipes.FOLDER.glob("*/README.md")}
-    return sorted(path for path in places - files.keys() if is_rendered(path))
-
-
-def is_rendered(path: Path) -> bool:
-    """Whether `make render` wrote a file under its present name; a renamed copy is the user's."""
-    name, content = f"recipes/{path.parent.name}/{path.name}", path.read_bytes()
-    return rendering.MARK.encode() in content and name.encode() in content
+    return sorted(
+        path
+        for path in places - files.keys()
+        if (content := path.read_bytes()).find(rendering.MARK.encode()) >= 0
+        and f"recipes/{path.parent.name}/{path.name}".encode() in content
+    )
 
 
 def render(name: str | None = None) -> None:
@@ -79,10 +86,9 @@ def render(name: str | None = None) -> None:
         return
     require_versions()
     files = render_all()
-    for path, text in files.items():
-        if not path.is_file() or path.read_text() != text:
-            with atomic(path) as file:
-                file.write(text.encode())
+    for path in list_outdated(files):
+        with atomic(path) as file:
+            file.write(files[path].encode())
     for path in list_strays(files):
         path.unlink()
         print(f"removed    {shown(path)}")
@@ -94,7 +100,7 @@ def render(name: str | None = None) -> None:
 
 
 def diff_learned(name: str, digests: dict[str, Any]) -> str:
-    """What a recipe learns otherwise than its file or recorded digest says, at the same version."""
+    """How what a recipe learns differs from its file or recorded digest of the same version."""
     path, version = recipes.FOLDER / f"{name}.yaml", recipes.find_version(name)
     if not path.is_file():
         recorded, now = str(digests.get(name, "")), describe_identity(name)
@@ -117,7 +123,7 @@ def diff_learned(name: str, digests: dict[str, Any]) -> str:
 
 
 def require_versions() -> None:
-    """Raises JobFailed where what a recipe learns changed and its version did not."""
+    """Raises JobFailed if a change to what a recipe learns has not raised its version."""
     digests = read_json(locate_digests()) if locate_digests().is_file() else {}
     changes = {
         name: text for name in recipes.list_catalogue() if (text := diff_learned(name, digests))
@@ -133,14 +139,13 @@ def require_versions() -> None:
 
 
 def check() -> None:
-    """Raises JobFailed where a file is not what the tables give, WrongInput for what is invalid."""
+    """Raises JobFailed for an outdated file, WrongInput for an invalid recipe."""
     require_versions()
     files = render_all()
     for path in list_strays(files):
         raise JobFailed(f"{shown(path)} is not in recipes/matrix.yaml; `make render` removes it")
-    for path, text in files.items():
-        if not path.is_file() or path.read_text() != text:
-            raise JobFailed(f"{shown(path)} is not what recipes/matrix.yaml gives; `make render`")
+    for path in list_outdated(files):
+        raise JobFailed(f"{shown(path)} is not what recipes/matrix.yaml gives; `make render`")
     configs = {
         name: parse_yaml(rendering.render_recipe(name), name) for name in recipes.list_catalogue()
     }
@@ -159,7 +164,7 @@ def check() -> None:
 
 
 def select_names(task: str | None, model: str | None, method: str | None) -> list[str]:
-    """Names that pass the filters; raises WrongInput for an unknown one."""
+    """Names that pass the filters; raises WrongInput for an unknown filter value."""
     filters = {"TASK": task, "MODEL": model, "METHOD": method}
     for variable, value in filters.items():
         values = list(recipes.read_matrix()[f"{variable.lower()}s"])
@@ -209,7 +214,7 @@ def list_recipes(
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Prints models x tasks by methods with planned memory; a star marks what is trained."""
+    """Prints models x tasks by methods with planned memory; a star marks trained recipes."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     lines: dict[str, dict[str, str]] = {}
     for row in rows:

@@ -1,8 +1,8 @@
 """What every command shares: one-line errors with an exit status, paths, atomic writes, digests.
 
-A command is a function decorated with `command`: it may raise `WrongInput` (exit status 2) or
-`JobFailed` (exit status 1), whose text says what is wrong, where, and what to do. Everything else
-that is raised becomes one line too; `DEBUG=1` shows the traceback.
+A command is a function decorated with `command`. It raises `WrongInput` (exit status 2) or
+`JobFailed` (exit status 1), whose text says what is wrong, where, and what to do. Any other error
+becomes one line too; `DEBUG=1` shows the traceback.
 """
 
 import errno
@@ -24,7 +24,7 @@ from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Nothing leaves the machine unasked. Set before any dependency is imported.
+# Nothing leaves the machine unasked; set before any dependency is imported.
 QUIET = {
     "AXOLOTL_DO_NOT_TRACK": "1",
     "DO_NOT_TRACK": "1",
@@ -39,8 +39,8 @@ QUIET = {
 for _name, _value in QUIET.items():
     os.environ.setdefault(_name, _value)
 
-# A token in a message (a URL with a password, a Hub or cloud key) is never printed. Prose has
-# "sk-", too ("risk-adjusted-return"): a key starts at a word, and has digits or is one long run.
+# Secrets (a password in a URL, a Hub or cloud key) are never printed. Prose contains "sk-" too
+# ("risk-adjusted-return"), so a key must start at a word and have digits or be one long run.
 SECRET = re.compile(
     r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}"
     r"|(?<![A-Za-z0-9_-])sk-(?=[A-Za-z0-9_-]*(?:[0-9]|[A-Za-z]{24}))"
@@ -52,15 +52,15 @@ SECRET = re.compile(
 
 
 def quiet() -> None:
-    """Silences what the libraries say while they load; this project says what matters itself."""
+    """Silences the messages of libraries; this project prints what matters itself."""
     import logging
     import warnings
 
     os.environ["TQDM_DISABLE"] = "1"
     if not shutil.which("nvidia-smi"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns that it finds no other
-    names = ("torchao", "torch.utils._pytree", "lm_eval", "DeepSpeed", "transformers", "peft")
-    for name in (*names, "bitsandbytes"):
+    libraries = ["torchao", "torch.utils._pytree", "lm_eval", "DeepSpeed", "transformers"]
+    for name in [*libraries, "peft", "bitsandbytes"]:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch|transformers|peft|bitsandbytes|torchao")
     # Packages are compiled when they are first imported, and some have invalid escape sequences.
@@ -90,34 +90,32 @@ def command(function: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
         try:
             function()
-            sys.stdout.flush()  # a full disk shows here, or else after the exit status is decided
+            sys.stdout.flush()  # a full disk shows here, before the exit status is decided
         except KeyboardInterrupt:
             _stop("interrupted; the same command goes on from here", 130)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except WrongInput as error:
-            _stop(str(error), 2)
-        except JobFailed as error:
-            _stop(str(error), 1)
+        except (WrongInput, JobFailed) as error:
+            _stop(str(error), 2 if isinstance(error, WrongInput) else 1)
         except Exception as error:
             if os.environ.get("DEBUG"):
                 raise
             if refusal := find_refusal(error):
                 _stop(explain(refusal), 1)
-            first = (str(error).strip().splitlines() or [""])[0]
-            _stop(f"{type(error).__name__}: {first} (DEBUG=1 shows where)", 1)
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            _stop(f"{type(error).__name__}: {first_line} (DEBUG=1 shows where)", 1)
 
     return run
 
 
-# What a disk or its rights refuse; other errors of the system say more in a library's own words.
+# Errors of a disk or its permissions; a library's own words say more about other errors.
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 def find_refusal(error: BaseException) -> OSError | None:
-    """What the system refused, where that is why `error` was raised.
+    """The error of the operating system that caused `error`, if there is one.
 
-    Libraries in Rust, such as safetensors and tokenizers, tell it in their message alone.
+    Libraries in Rust, such as safetensors and tokenizers, report it in their message only.
     """
     if isinstance(error, OSError) and error.errno:
         return error
@@ -125,18 +123,16 @@ def find_refusal(error: BaseException) -> OSError | None:
     while cause:
         if isinstance(cause, OSError) and cause.errno in REFUSALS:
             return cause
-        number = re.search(r"\(os error (\d+)\)", str(cause))
-        if number and int(number[1]) in REFUSALS:
-            return OSError(int(number[1]), os.strerror(int(number[1])))
+        match = re.search(r"\(os error (\d+)\)", str(cause))
+        if match and (number := int(match[1])) in REFUSALS:
+            return OSError(number, os.strerror(number))
         cause = cause.__cause__
     return None
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Names `path` in what the system refuses, where the error names nothing: a full disk does not,
-    nor do libraries in Rust.
-    """
+    """Adds `path` to errors of the operating system that name no file, such as a full disk."""
     try:
         yield
     except (WrongInput, JobFailed):
@@ -149,7 +145,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def explain(error: OSError) -> str:
-    """One line for what the system refused: what, where, and what to do."""
+    """One line for an error of the operating system: what, where, and what to do."""
     name = error.filename2 or error.filename
     path = Path(os.fsdecode(name)) if isinstance(name, str | bytes) else None
     place = shown(path) if path else "the output"
@@ -158,21 +154,22 @@ def explain(error: OSError) -> str:
     if error.errno == errno.EROFS:
         return f"{place} is on a disk that is read-only; it cannot be written"
     if error.errno in (errno.EACCES, errno.EPERM):
-        return f"no permission for {place}{name_owner(path)}"
+        return f"no permission for {place}{name_owner(path) if path else ''}"
     return f"{error.strerror or error}: {place}" if path else str(error.strerror or error)
 
 
-def name_owner(path: Path | None) -> str:
-    """The clause that names whose a path is, where it is not this user's; else empty."""
-    for place in (path, *path.absolute().parents) if path else ():
+def name_owner(path: Path) -> str:
+    """A clause that names the owner of a path, or of its nearest parent, if not this user."""
+    for place in (path, *path.absolute().parents):
         if os.path.exists(place):  # False where even looking is not permitted
-            owner, me = place.stat().st_uid, os.geteuid()
-            same = owner == me
-            return "" if same else f": {shown(place)} belongs to {user(owner)}, you are {user(me)}"
+            owner, user = place.stat().st_uid, os.geteuid()
+            if owner == user:
+                return ""
+            return f": {shown(place)} belongs to {name_user(owner)}, you are {name_user(user)}"
     return ""
 
 
-def user(number: int) -> str:
+def name_user(number: int) -> str:
     try:
         return pwd.getpwuid(number).pw_name
     except KeyError:  # of another machine or container
@@ -189,19 +186,19 @@ def _stop(message: str, status: int) -> None:
     print(f"error: {line}", file=sys.stderr)
     try:
         sys.stdout.flush()
-    except OSError:  # or the interpreter tries once more, and says more than one line
+    except OSError:  # otherwise the interpreter would try again, and print a second line
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
 
-def nearest(name: str, known: list[str], cutoff: float = 0.5) -> str:
-    """The clause that names what is near to a misspelt `name`: `; did you mean a, b?`."""
-    close = get_close_matches(name, known, n=3, cutoff=cutoff)
+def nearest(name: str, names: list[str], cutoff: float = 0.5) -> str:
+    """A clause with the names nearest to a misspelt `name`: `; did you mean a, b?`."""
+    close = get_close_matches(name, names, n=3, cutoff=cutoff)
     return f"; did you mean {', '.join(close)}?" if close else ""
 
 
 def check_name(kind: str, name: str, names: Collection[str]) -> None:
-    """Raises WrongInput where no such `kind` (task, dataset) has that name."""
+    """Raises WrongInput where no `kind` (task, dataset) has that name."""
     if name not in names:
         raise WrongInput(f'unknown {kind} "{name}"{nearest(name, list(names))}')
 
@@ -218,18 +215,19 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        # A full disk has no name in the error, and the name of the part says little.
+        # The error of a full disk has no file name, and the name of the part says little.
         if error.filename in (None, str(part)):
             error.filename, error.filename2 = str(path), None
         raise
     finally:
-        with suppress(OSError):  # on a read-only disk it was not made
+        with suppress(OSError):  # a read-only disk
             part.unlink(missing_ok=True)
 
 
 def share(folder: Path) -> None:
-    """Lets others read the files of a folder, as the umask has it: safetensors writes them for
-    their owner alone, and then nobody else can use a model of this checkout.
+    """Lets others read the files of a folder, as far as the umask permits.
+
+    safetensors writes files that only their owner can read.
     """
     mask = os.umask(0o022)
     os.umask(mask)
@@ -244,22 +242,19 @@ def write_json(path: Path, content: Any) -> None:
         file.write(b"\n")
 
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-
-
 def parse_json(content: bytes, where: str) -> dict[str, Any]:
-    """The object in a JSON text of any origin; raises WrongInput that names `where` and the fault.
+    """The object in untrusted JSON; raises WrongInput that names `where` and the problem.
 
-    Stricter than Python's parser: a repeated key, NaN and infinity are refused.
+    Stricter than Python's parser: repeated keys, NaN and infinity are rejected.
     """
     refuse_other_content(content[:512], where)
     try:
-        parsed = json.loads(content.decode(), object_pairs_hook=unique, parse_constant=not_a_number)
+        value = json.loads(content.decode(), object_pairs_hook=unique, parse_constant=refuse_number)
     except (ValueError, RecursionError) as error:
         raise WrongInput(f"{where}: not JSON: {str(error)[:80]}") from None
-    if not isinstance(parsed, dict):
+    if not isinstance(value, dict):
         raise WrongInput(f"{where}: an object is needed")
-    return parsed
+    return value
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -271,61 +266,66 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object of a JSON parser's pairs; raises ValueError where a key is repeated."""
     content = dict(pairs)
     if len(content) < len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f'the key "{twice}" is repeated')
+        repeated_key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f'the key "{repeated_key}" is repeated')
     return content
 
 
-def not_a_number(text: str) -> None:
-    raise ValueError(f"{text} is no number of JSON")
+def refuse_number(text: str) -> None:
+    raise ValueError(f"JSON has no number {text}")
+
+
+# How files start that are stored or downloaded in place of the expected one.
+OTHER_CONTENT = {
+    re.compile(rb"\Z"): "the file is empty; download it again",
+    re.compile(rb"version https://git-lfs.github.com/spec/"): "this is a Git LFS pointer and not "
+    "the file; `git lfs pull` downloads it",
+    re.compile(rb"(?i)\s*<(!doctype )?html"): "this is a web page and not the file; download it "
+    "again",
+    re.compile(rb"PK\x03\x04|\x80[\x02\x04]"): "this is a pickle or archive of PyTorch, which "
+    "can run code; a safetensors file is needed",
+}
 
 
 def refuse_other_content(start: bytes, where: str) -> None:
-    """Raises WrongInput where a file's first bytes show that it is something else altogether."""
-    if not start:
-        raise WrongInput(f"{where}: the file is empty; download it again")
-    if start.startswith(LFS_POINTER):
-        raise WrongInput(
-            f"{where}: this is a Git LFS pointer and not the file; `git lfs pull` downloads it"
-        )
-    if start.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
-        raise WrongInput(f"{where}: this is a web page and not the file; download it again")
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
-        raise WrongInput(
-            f"{where}: this is a pickle or archive of PyTorch, which can run code; a safetensors "
-            "file is needed"
-        )
+    """Raises WrongInput where a file's first bytes show that it is something else."""
+    for pattern, problem in OTHER_CONTENT.items():
+        if pattern.match(start):
+            raise WrongInput(f"{where}: {problem}")
 
 
 def json_lines(path: Path) -> list[Any]:
-    """The rows of a JSONL file that may be in the writing: a torn last line is left out."""
+    """The rows of a JSONL file; skips an unfinished last line. [] where there is no file."""
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
-DEEPEST_YAML = 100  # levels; PyYAML recurses in C, and some ten thousand end the process
+DEEPEST_YAML = 100  # levels; PyYAML recurses in C, and some ten thousand levels end the process
 LARGEST_YAML = 10**6  # values; a few hundred bytes of nested aliases stand for billions
 
 
 def parse_yaml(text: str | bytes, where: str) -> Any:
-    """The content of a YAML text; raises WrongInput that names `where`, the line, and the fault.
+    """The content of untrusted YAML; raises WrongInput that names `where`, the line, the problem.
 
-    YAML forbids a key that stands twice in one mapping, and PyYAML takes the last of the two.
+    Rejects repeated keys, which YAML forbids; PyYAML would take the last one.
     """
     import yaml
 
-    if isinstance(text, bytes):
-        try:
-            text = text.decode()
-        except UnicodeDecodeError as error:
-            raise WrongInput(f"{where}: not UTF-8 at byte {error.start + 1}") from None
+    try:
+        text = text.decode() if isinstance(text, bytes) else text
+    except UnicodeDecodeError as error:
+        raise WrongInput(f"{where}: not UTF-8 at byte {error.start + 1}") from None
     loader = yaml.CSafeLoader(text)
     try:
-        _refuse_deep_nesting(text, where)
+        depth = 0
+        for event in yaml.parse(text, yaml.CSafeLoader):  # does not recurse
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST_YAML:
+                raise WrongInput(f"{where}: nested deeper than {DEEPEST_YAML} levels")
         root = loader.get_single_node()
-        if _expanded_size(root, {}) > LARGEST_YAML:
+        if _count_values(root, where, {}) > LARGEST_YAML:
             raise WrongInput(f"{where}: its aliases expand to over {LARGEST_YAML:,} values")
-        _refuse_repeated_keys(root, where)
         return None if root is None else loader.construct_document(root)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: of 2001-99-99
         mark = getattr(error, "problem_mark", None)
@@ -335,70 +335,39 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
         loader.dispose()
 
 
-def _refuse_deep_nesting(text: str, where: str) -> None:
-    """Raises WrongInput where a YAML text is nested too deep to be read, without recursion."""
-    import yaml
-
-    depth = 0
-    for event in yaml.parse(text, yaml.CSafeLoader):
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        if depth > DEEPEST_YAML:
-            raise WrongInput(f"{where}: nested deeper than {DEEPEST_YAML} levels")
-
-
-def _expanded_size(node: Any, sizes: dict[int, float]) -> float:
-    """How many values a YAML tree holds with its aliases written out; infinite in a circle."""
+def _count_values(node: Any, where: str, counts: dict[int, float]) -> float:
+    """The values in a YAML tree with its aliases expanded; infinite where an alias is inside of
+    its anchor. Raises WrongInput where a mapping has a key twice.
+    """
     import yaml
 
     if not isinstance(node, yaml.CollectionNode):
         return 1
-    if id(node) not in sizes:
-        sizes[id(node)] = math.inf  # for an alias inside of what it stands for
-        parts = node.value
-        if isinstance(node, yaml.MappingNode):
-            parts = [part for pair in node.value for part in pair]
-        sizes[id(node)] = 1 + sum(_expanded_size(part, sizes) for part in parts)
-    return sizes[id(node)]
-
-
-def _refuse_repeated_keys(root: Any, where: str) -> None:
-    """Raises WrongInput where a mapping of a YAML tree has a key twice."""
-    import yaml
-
-    nodes, visited = [root], set[int]()
-    while nodes:
-        node = nodes.pop()
-        if not isinstance(node, yaml.CollectionNode) or id(node) in visited:
-            continue
-        visited.add(id(node))  # an alias is the node of its anchor
-        if isinstance(node, yaml.SequenceNode):
-            nodes += node.value
-            continue
-        lines: dict[Any, int] = {}
-        for key, value in node.value:
-            nodes += [key, value]
-            if not isinstance(key, yaml.ScalarNode):
-                continue
+    if id(node) in counts:
+        return counts[id(node)]
+    counts[id(node)], parts = math.inf, node.value
+    if isinstance(node, yaml.MappingNode):
+        parts = [part for pair in node.value for part in pair]
+        lines: dict[tuple[str, str], int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             line = key.start_mark.line + 1
-            if (key.tag, key.value) in lines:
-                first = lines[key.tag, key.value]
+            if first := lines.get((key.tag, key.value)):
                 raise WrongInput(
                     f'{where}, line {line}: the key "{key.value}" stands in line {first} already; '
                     "keep one of the two"
                 )
             lines[key.tag, key.value] = line
+    counts[id(node)] = 1 + sum(_count_values(part, where, counts) for part in parts)
+    return counts[id(node)]
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML file; raises WrongInput that names the file, the line and the fault."""
+    """The content of a YAML file; see `parse_yaml`."""
     return parse_yaml(path.read_bytes(), shown(path))
 
 
 def format_yaml(content: Any) -> str:
-    """YAML as this project writes it: keys in their order, lists of plain values on one line."""
+    """YAML as this project writes it: keys in order, lists of plain values on one line."""
     import yaml
 
     return yaml.dump(
@@ -418,12 +387,12 @@ def digest(path: Path) -> str:
 
 
 def shown(path: Path) -> str:
-    """A path as a person types it: relative to the project where it lies inside."""
+    """A path as a user types it: relative to the project if it lies inside."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 def format_table(rows: Sequence[Sequence[str]], sides: str) -> str:
-    """Rows as aligned columns; `sides` has `<` for a column that is flush left, `>` for right."""
+    """Rows as aligned columns; `sides` has `<` or `>` for each column: aligned left or right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     columns = list(zip(sides, widths, strict=True))
     return "\n".join(
@@ -433,9 +402,7 @@ def format_table(rows: Sequence[Sequence[str]], sides: str) -> str:
 
 
 def git_blob(path: Path) -> str:
-    """SHA-1 of a file as git names it: of `blob <size>\\0` and the content."""
-    sha = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    """SHA-1 of a file as Git computes it: of `blob <size>\\0` and the content."""
+    start = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
     with open(path, "rb") as file:
-        while block := file.read(2**20):
-            sha.update(block)
-    return sha.hexdigest()
+        return hashlib.file_digest(file, lambda: start).hexdigest()

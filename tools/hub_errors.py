@@ -12,17 +12,17 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 @contextmanager
 def explain_errors(subject: str) -> Iterator[None]:
-    """Turns the client's errors into WrongInput or JobFailed about `subject`."""
+    """Turns the client's errors about `subject` into WrongInput and JobFailed."""
     import httpx
     from huggingface_hub import constants, errors
 
-    # The client warns of a full disk before it fails.
+    # The client warns of a full disk, and then fails on it.
     warnings.filterwarnings("ignore", module="huggingface_hub")
     try:
         yield
     except RuntimeError as error:
-        # An upload's thread wraps the cause. A client that lost its connection is closed, and its
-        # next attempt raises RuntimeError (huggingface_hub 1.17).
+        # The thread of an upload wraps the cause. A client that lost its connection is closed, and
+        # its next attempt fails with this message (huggingface_hub 1.17).
         closed = errors.OfflineModeIsEnabled() if "client has been closed" in str(error) else error
         raise explain_error(subject, error.__cause__ or closed) from error
     except (
@@ -36,13 +36,13 @@ def explain_errors(subject: str) -> Iterator[None]:
 
 
 def explain_error(subject: str, error: BaseException) -> Exception:
-    """Makes the error for users from one of the client's."""
+    """The WrongInput or JobFailed for one of the client's errors."""
     import httpx
     from huggingface_hub import errors
 
     if isinstance(error, WrongInput | JobFailed):
         return error
-    # The first match decides: some classes derive from later ones.
+    # The first matching class decides: some are subclasses of later ones.
     wrong_input = {
         errors.LocalTokenNotFoundError: "no token: `.venv/bin/hf auth login` stores one, or set "
         "HF_TOKEN",
@@ -63,7 +63,7 @@ def explain_error(subject: str, error: BaseException) -> Exception:
     if isinstance(error, errors.HfHubHTTPError):
         return explain_status(subject, error.response.status_code, error.response.headers)
     if isinstance(error, httpx.HTTPError | ConnectionError | errors.FileMetadataError):
-        # huggingface_hub 1.31 (Python 3.12 and 3.13) uploads with Xet without asking the server.
+        # huggingface_hub 1.31 (Python 3.12 and 3.13) uploads with Xet even if the server lacks it.
         mirror = "; a mirror without Xet storage needs HF_HUB_DISABLE_XET=1"
         return JobFailed(
             f"{subject}: the connection to the Hub broke ({type(error).__name__}); run it again"
@@ -73,7 +73,7 @@ def explain_error(subject: str, error: BaseException) -> Exception:
 
 
 def explain_status(subject: str, status: int, headers: Mapping[str, str]) -> Exception:
-    """Makes the error for an HTTP status that has no class of its own."""
+    """The WrongInput or JobFailed for an HTTP status without a class of its own."""
     if status == 401:
         return WrongInput(
             "the Hub does not know this token; `.venv/bin/hf auth login` stores another"

@@ -1,8 +1,8 @@
 """Loads a base at the precision that a recipe trains it on, with or without its adapter.
 
-Used by scoring, chat and merge, so that an adapter always meets the base that it was trained on. An
-adapter is checked against the base's modules before any weight is loaded, and afterwards that every
-tensor of it was set and that the base's own weights are what they were.
+Scoring, chat and merge use it, so that an adapter always meets the base that it was trained on. An
+adapter is checked against the base's modules before any weight is loaded; afterwards every tensor
+of it must have been set, and the base's own weights must be unchanged.
 """
 
 import re
@@ -11,9 +11,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tools import adapters, common, prompts, smollm2
-from tools.common import ROOT, JobFailed, WrongInput, shown
+from tools import adapters, architectures, prompts, smollm2
+from tools.architectures import base_folder
+from tools.common import ROOT, JobFailed, WrongInput, read_json, shown
 from tools.hub_errors import explain_errors
+from tools.runs import Run
 
 
 def dequantize_once(model: Any, training: bool = False) -> int:
@@ -21,22 +23,34 @@ def dequantize_once(model: Any, training: bool = False) -> int:
 
     bitsandbytes dequantizes a weight in every forward and backward pass. On a CPU that costs more
     than the product itself for small batches, and a small model has room for the dense copy.
-    A 4-bit copy comes from bitsandbytes' own `dequantize_4bit`; an 8-bit one is CB * SCB / 127, as
-    in its `MatMul8bitFp`, which it uses on a CPU in training only: in scoring it rounds activations
-    to 8 bits, so 8-bit weights are copied for `training` alone. The quantized weight stays in
-    place, and the numbers and what is saved are the same. Where the copies would take more than
-    half of the free memory, or the model is on a GPU, nothing changes and 0 is returned.
+    A 4-bit copy comes from `dequantize_4bit`; an 8-bit one is CB * SCB / 127, as in `MatMul8bitFp`,
+    which bitsandbytes uses on a CPU in training only. In scoring it rounds activations to 8 bits,
+    so 8-bit weights are copied for `training` alone. The quantized weight stays in place; results
+    and saved files are the same. Returns 0 and changes nothing where the copies would take more
+    than half of the free memory, or the model is on a GPU.
     """
     import bitsandbytes as bnb
     import psutil
     import torch
 
     kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt) if training else bnb.nn.Linear4bit
-    layers = [m for m in model.modules() if isinstance(m, kinds)]
-    layers = [m for m in layers if m.weight.device.type == "cpu"]
-    size = sum(4 * m.in_features * m.out_features for m in layers)
+    layers = [m for m in model.modules() if isinstance(m, kinds) and m.weight.device.type == "cpu"]
+    size = sum(4 * layer.in_features * layer.out_features for layer in layers)
     if size > psutil.virtual_memory().available / 2:
         return 0
+
+    def replace_forward(layer: Any, dense: Any) -> None:
+        quantized_forward = layer.forward
+        only_training = isinstance(layer, bnb.nn.Linear8bitLt)
+
+        def forward(x: Any) -> Any:
+            if only_training and not layer.training:
+                return quantized_forward(x)
+            bias = None if layer.bias is None else layer.bias.to(dense.dtype)
+            return torch.nn.functional.linear(x.to(dense.dtype), dense, bias).to(x.dtype)
+
+        layer.forward = forward
+
     for layer in layers:
         if isinstance(layer, bnb.nn.Linear4bit):
             dense = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
@@ -45,25 +59,16 @@ def dequantize_once(model: Any, training: bool = False) -> int:
             if layer.weight.CB is not None:
                 layer.init_8bit_state()
             dense = layer.state.CB.float() * (layer.state.SCB.float().unsqueeze(1) / 127)
-
-        def forward(
-            x: Any, dense: Any = dense, layer: Any = layer, original: Any = layer.forward
-        ) -> Any:
-            if not layer.training and isinstance(layer, bnb.nn.Linear8bitLt):
-                return original(x)
-            bias = None if layer.bias is None else layer.bias.to(dense.dtype)
-            return torch.nn.functional.linear(x.to(dense.dtype), dense, bias).to(x.dtype)
-
-        layer.forward = forward
+        replace_forward(layer, dense)
     return size
 
 
 def keep_8bit_scales() -> None:
     """Lets DoRA run on an 8-bit base on a CPU, where PEFT 0.20 and bitsandbytes 0.50 disagree.
 
-    In every DoRA forward PEFT replaces a layer's weight by `weight.to("cpu")`. bitsandbytes had
+    In every DoRA forward PEFT replaces a layer's weight by `weight.to("cpu")`. bitsandbytes has
     moved the weight's scales (SCB) into the layer's state, so the new weight has none, and the
-    next forward would put that none into the state. Here the state's scales are kept.
+    next forward would put that none into the state. This keeps the state's scales.
     """
     from bitsandbytes.nn import Linear8bitLt
 
@@ -79,7 +84,7 @@ def keep_8bit_scales() -> None:
     Linear8bitLt.init_8bit_state = keeping_scales
 
 
-# What a config says of a base at each precision that one can ask for; `dtype` is not Axolotl's.
+# The keys of a config for each precision of the base; `dtype` is not an Axolotl key.
 PRECISIONS: dict[str, dict[str, Any]] = {
     "nf4": {
         "load_in_4bit": True,
@@ -93,13 +98,13 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 
 
 def at(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """A config with its base at another precision; as it is where it has that one."""
-    own = precision(config)
-    if name == own:
+    """A config with its base at the precision `name`; unchanged where it has that one already."""
+    current = precision(config)
+    if name == current:
         return config
     if published_precision(base := str(config.get("base_model") or "")):
         raise WrongInput(
-            f"PRECISION={name}: the base {base} was published quantized to {own}, "
+            f"PRECISION={name}: the base {base} was published quantized to {current}, "
             "and has no other precision"
         )
     other = {key for row in PRECISIONS.values() for key in row}
@@ -121,58 +126,37 @@ def precision(config: dict[str, Any]) -> str:
     return "int8" if config.get("load_in_8bit") else "full"
 
 
-def count_rows(tokenizer: Any, config: dict[str, Any]) -> int:
-    """Rows of the embedding that Axolotl trains a tokenizer with."""
-    step = 32 if config.get("resize_token_embeddings_to_32x") else 1
-    return -(-len(tokenizer) // step) * step
-
-
 def load_tokenizer(config: dict[str, Any], adapter: Path | None = None) -> Any:
     """The tokenizer that a config trains with: the run's own where `adapter` is a run."""
     from transformers import AutoTokenizer
 
-    if adapter and (adapter / "tokenizer.json").is_file() and (adapter / "config.yaml").is_file():
+    if adapter and Run(adapter).has_tokenizer:
         return AutoTokenizer.from_pretrained(adapter)
+    base = config["base_model"]
     if prompts.changes_tokenizer(config):
         from axolotl.loaders import load_tokenizer as load_as_trained
         from axolotl.utils.dict import DictDefault
 
-        base = config["base_model"]
         with TemporaryDirectory() as folder:  # where overridden tokens are written
             content = prompts.with_template(config) | {"output_dir": folder}
             for key in ("base_model_config", "tokenizer_config"):
                 content[key] = config.get(key) or base
             return load_as_trained(DictDefault(content))
-    tokenizer = AutoTokenizer.from_pretrained(config["base_model"])
+    tokenizer = AutoTokenizer.from_pretrained(base)
     for name, token in (config.get("special_tokens") or {}).items():
         setattr(tokenizer, name, token)
-    if adapter and (own := read_template(adapter)):
-        tokenizer.chat_template = own
+    if adapter and (own_template := read_template(adapter)):
+        tokenizer.chat_template = own_template
     return tokenizer
 
 
 def read_template(adapter: Path) -> str | None:
-    """The chat template that an adapter brings along, which counts more than its base's."""
+    """The chat template in an adapter's folder, which takes precedence over its base's."""
     if (path := adapter / "chat_template.jinja").is_file():
         return path.read_text(encoding="utf-8")
     path = adapter / "tokenizer_config.json"
-    settings = common.parse_json(path.read_bytes(), shown(path)) if path.is_file() else {}
-    own = settings.get("chat_template")
-    return own if isinstance(own, str) else None
-
-
-def base_folder(base: str) -> Path | None:
-    """Where the files of a base lie: a folder of this machine or the Hub's cache."""
-    if (ROOT / base).is_dir():
-        return ROOT / base
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        cached = try_to_load_from_cache(base, "config.json")
-    except HFValidationError:
-        return None
-    return Path(cached).parent if isinstance(cached, str) else None
+    template = read_json(path).get("chat_template") if path.is_file() else None
+    return template if isinstance(template, str) else None
 
 
 # What a base is loaded from: no pickle, no second copy of the weights.
@@ -181,8 +165,9 @@ COPIES = ["consolidated*", "original/*", "onnx/*"]
 
 
 def bring_base(base: str) -> Path:
-    """The folder with a base's files: SmolLM2 is written, a base of the Hub is downloaded, where it
-    is not here yet. Raises WrongInput or JobFailed where it cannot be had.
+    """The folder with a base's files; writes SmolLM2 or downloads a base of the Hub if needed.
+
+    Raises WrongInput or JobFailed where the base cannot be had.
     """
     smollm2.ensure(base)
     if (ROOT / base).is_dir():
@@ -193,18 +178,15 @@ def bring_base(base: str) -> Path:
     offline = "; HF_HUB_OFFLINE forbids its download" if constants.HF_HUB_OFFLINE else ""
     with explain_errors(f"the base {base}"):
         try:
-            folder = Path(
-                snapshot_download(base, allow_patterns=BASE_FILES, ignore_patterns=COPIES)
-            )
+            snapshot = snapshot_download(base, allow_patterns=BASE_FILES, ignore_patterns=COPIES)
         except FileNotFoundError as error:  # the Hub's LocalEntryNotFoundError
             if not offline:
                 raise
             raise JobFailed(f"the base {base} is not in the Hub's cache{offline}") from error
+    folder = Path(snapshot)
     index = folder / "model.safetensors.index.json"
-    shards = {"model.safetensors"}
-    if index.is_file():
-        content = common.parse_json(index.read_bytes(), shown(index))
-        shards = set((content.get("weight_map") or {}).values())
+    weight_map = read_json(index).get("weight_map") if index.is_file() else None
+    shards = set((weight_map or {"": "model.safetensors"}).values())
     if missing := sorted(name for name in shards if not (folder / name).is_file()):
         where = "in the Hub's cache" if offline else "on the Hub; no other weights are loaded"
         raise JobFailed(f"the base {base} has no {missing[0]} {where}{offline}")
@@ -215,27 +197,24 @@ def bring_base(base: str) -> Path:
 def published_precision(base: str) -> str | None:
     """The precision of a base that was published quantized; None of any other.
 
-    Its config.json says it, and before that is here, its name. Raises WrongInput for a method that
+    Its config.json decides; without one here, its name. Raises WrongInput for a method that
     bitsandbytes does not compute.
     """
-    folder = base_folder(base)
-    path = folder / "config.json" if folder else None
-    if path and path.is_file():
-        config = common.parse_json(path.read_bytes(), shown(path))
-        told = config.get("quantization_config")
-        if not isinstance(told, dict):
+    path = architectures.find_file(base, "config.json")
+    if path:
+        options = read_json(path).get("quantization_config")
+        if not isinstance(options, dict):
             return None
-        if told.get("load_in_4bit") or told.get("_load_in_4bit"):
-            return str(told.get("bnb_4bit_quant_type", "fp4"))
-        if told.get("load_in_8bit") or told.get("_load_in_8bit"):
+        if options.get("load_in_4bit") or options.get("_load_in_4bit"):
+            return str(options.get("bnb_4bit_quant_type", "fp4"))
+        if options.get("load_in_8bit") or options.get("_load_in_8bit"):
             return "int8"
-        method = str(told.get("quant_method") or "another method")
-    elif name := re.search(r"-(bnb-4bit|bnb-8bit|gptq|awq|gguf|fp8|hqq|aqlm)\b", base, re.I):
-        method = name[1].lower()
-        if method.startswith("bnb"):
-            return "nf4" if method == "bnb-4bit" else "int8"
+        method = str(options.get("quant_method") or "another method")
     else:
-        return None
+        name = re.search(r"-(bnb-4bit|bnb-8bit|gptq|awq|gguf|fp8|hqq|aqlm)\b", base, re.I)
+        method = name[1].lower() if name else ""
+        if not method or method.startswith("bnb"):
+            return {"": None, "bnb-4bit": "nf4", "bnb-8bit": "int8"}[method]
     raise WrongInput(
         f"the base {base} was published quantized with {method}, which is not supported here; "
         "RECIPE=… names a recipe on the base that was not quantized"
@@ -243,7 +222,7 @@ def published_precision(base: str) -> str | None:
 
 
 def check_base(base: str) -> None:
-    """Raises WrongInput where a file of a base is not there, cut off, or something else."""
+    """Raises WrongInput where a file of a base is missing, cut off, or something else."""
     folder = base_folder(base)
     if folder is None:
         if base.startswith(("/", "./", "../", "~")):
@@ -253,9 +232,9 @@ def check_base(base: str) -> None:
         raise WrongInput(f"the base {shown(folder)} has no config.json")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            common.parse_json((folder / name).read_bytes(), shown(folder / name))
+            read_json(folder / name)
     for path in sorted(folder.glob("*.safetensors")):
-        adapters.entries(path, largest_header=2**27)
+        adapters.read_header(path, largest_header=2**27)
 
 
 def base_modules(base: str) -> adapters.Modules:
@@ -290,14 +269,13 @@ def load(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, Any]
     """Loads (model, tokenizer) of a recipe's merged config, ready to generate.
 
     The base is quantized as Axolotl quantizes it for training; compute runs in bfloat16 on a GPU
-    and in float32 on a CPU, or in `dtype` where the config has one (see `at`). `adapter` is a PEFT
-    folder; without it the base alone is returned.
+    and in float32 on a CPU, or in the config's `dtype` (see `at`). `adapter` is a PEFT folder;
+    without it the base alone is returned.
     """
-    base = str(config["base_model"])
-    check_base(base)
-    checked = check_adapter(config, adapter) if adapter is not None else None
+    check_base(str(config["base_model"]))
+    checked = check_adapter(config, adapter) if adapter else None
     model, tokenizer = load_base(config, adapter)
-    if adapter is not None and checked is not None:
+    if adapter and checked:
         if checked.rows:
             tokenizer = resize(model, tokenizer, adapter, checked.rows)
         model = attach(model, adapter, checked)
@@ -319,23 +297,24 @@ def load_base(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any,
     if precision(config) == "int8":
         keep_8bit_scales()
     if published_precision(str(config["base_model"])):
-        pass  # its own config.json says how it is quantized
+        pass  # its own config.json describes its quantization
     elif config.get("load_in_4bit"):
-        four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        four |= {"bnb_4bit_compute_dtype": dtype} | (config.get("bnb_config_kwargs") or {})
-        kwargs["quantization_config"] = BitsAndBytesConfig(**{"load_in_4bit": True} | four)
+        options = {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype}
+        options |= PRECISIONS["nf4"]["bnb_config_kwargs"] | (config.get("bnb_config_kwargs") or {})
+        kwargs["quantization_config"] = BitsAndBytesConfig(**options)
     elif config.get("load_in_8bit"):
         kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     tokenizer = load_tokenizer(config, adapter)
     tokenizer.padding_side = "left"
     model = AutoModelForCausalLM.from_pretrained(config["base_model"], **kwargs)
     if adapter is None:
-        add_rows(model, count_rows(tokenizer, config))
+        step = 32 if config.get("resize_token_embeddings_to_32x") else 1
+        add_rows(model, -(-len(tokenizer) // step) * step)
     return model, tokenizer
 
 
 def add_rows(model: Any, rows: int) -> None:
-    """Gives the embeddings of a base `rows` rows where they have fewer, for the tokens added.
+    """Gives the embeddings of a base at least `rows` rows, for added tokens.
 
     The new rows are copies of the first one: without an adapter a new token is never likelier than
     the first token, so the base answers as it did.
@@ -373,42 +352,39 @@ def attach(model: Any, adapter: Path, checked: adapters.Checked) -> Any:
     from safetensors.torch import load_file
 
     if checked.touches_embeddings:
-        # lm-eval ties weights again, which would undo what was trained of one of them.
+        # lm-eval ties weights again, which would undo the training of one of them.
         model.config.get_text_config().tie_word_embeddings = False
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}
-    before = fingerprints(model)
+    before = {name: (weight, sum_bytes(weight)) for name, weight in model.named_parameters()}
     adapted = PeftModelForCausalLM(model, LoraConfig(**checked.peft_config))
-    tensors = load_file(adapter / adapters.WEIGHTS)
+    path = adapter / adapters.WEIGHTS
+    tensors = load_file(path)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in checked.copies}
     result = set_peft_model_state_dict(adapted, tensors)
-    path = shown(adapter / adapters.WEIGHTS)
-    # The base's own weights are "missing", too.
-    own = re.compile(r"\.(lora_\w+|modules_to_save)\.default\b")
-    if keys := sorted(filter(own.search, result.missing_keys)):
-        raise WrongInput(f"{path} lacks {len(keys)} tensors, {keys[0][:120]!r} first")
-    if keys := sorted(result.unexpected_keys):
-        raise WrongInput(
-            f"{path} holds {len(keys)} that PEFT does not use, {keys[0][:120]!r} first"
-        )
-    changed = [name for name, (weight, sums) in before.items() if byte_sum(weight) != sums]
-    if changed:
-        raise WrongInput(
-            f"{path}: loading it changes the base's own weights ({changed[0]}), so that the base "
-            "could not be scored beside it; it was made on another base"
-        )
+    # PEFT also calls the base's own weights missing.
+    trained = re.compile(r"\.(lora_\w+|modules_to_save)\.default\b")
+    for keys, problem in (
+        (filter(trained.search, result.missing_keys), "lacks {} tensors"),
+        (result.unexpected_keys, "holds {} tensors that PEFT does not use"),
+    ):
+        if names := sorted(keys):
+            raise WrongInput(
+                f"{shown(path)} {problem.format(len(names))}, {names[0][:120]!r} first"
+            )
+    for name, (weight, total) in before.items():
+        if sum_bytes(weight) != total:
+            raise WrongInput(
+                f"{shown(path)}: loading it changes the base's own weights ({name}), so that the "
+                "base could not be scored beside it; it was made on another base"
+            )
     return adapted
 
 
-def byte_sum(weight: Any) -> int:
-    """A sum over the bytes of a tensor, which any change of its numbers changes but by chance."""
+def sum_bytes(weight: Any) -> int:
+    """A checksum of a tensor, which a change of its numbers almost surely changes."""
     import torch
 
     flat = weight.detach().contiguous().flatten().view(torch.uint8)
     wide = flat.view(torch.int32) if flat.numel() % 4 == 0 else flat
     return int(wide.sum(dtype=torch.int64))
-
-
-def fingerprints(model: Any) -> dict[str, tuple[Any, int]]:
-    """{name: (weight, its byte_sum)} of a model."""
-    return {name: (weight, byte_sum(weight)) for name, weight in model.named_parameters()}

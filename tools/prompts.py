@@ -1,24 +1,23 @@
-"""The one place where a conversation becomes text: training, scoring, chat and serving agree on it.
+"""The only place where a conversation becomes text: for training, scoring, chat and serving.
 
 Axolotl renders with the tokenizer's chat template, or with the one that a config names, and with
-the config's `chat_template_kwargs`. A run's saved tokenizer carries the template it was trained on
-(`with_template` sees to that), so `render` calls the same template with the same options.
-`tests/test_train.py` and `tests/test_catalogue.py` compare the two to the token.
+the config's `chat_template_kwargs`. A run's saved tokenizer carries the template of its training
+(see `with_template`), so `render` calls the same template with the same options.
+`tests/test_train.py` and `tests/test_catalogue.py` compare the two token by token.
 
-What was trained on another format than the base's chat template (FinLoRA's adapters) is rendered by
-a template of that format, which a merged or served model carries as its own.
+For an adapter trained on another format (FinLoRA's) a template writes that format; a merged or
+served model carries it as its own.
 """
 
 from typing import Any
 
 from tools.common import WrongInput
 
-# How a row's prompt is put to the model. `chat` is the base's chat template. FinLoRA's adapters
-# were trained on `finlora`; `bare` is what it evaluates them on.
+# How a prompt is written. `chat` is the base's chat template. FinLoRA's adapters were trained on
+# `finlora`, and FinLoRA evaluates them on `bare`.
 FORMATS = {"chat": "", "finlora": "[INST] {} [/INST]", "bare": "{}"}
 
-
-# What makes a run's tokenizer another one than its base's.
+# Keys of a config that give a run another tokenizer than its base's.
 TOKENIZER = {
     *("tokens", "added_tokens_overrides", "chat_template", "chat_template_jinja"),
     *("default_system_message", "tokenizer_config", "tokenizer_type", "tokenizer_legacy"),
@@ -36,14 +35,14 @@ def templates(config: dict[str, Any]) -> list[tuple[str, str | None]]:
 
     top = choice(config)
     rows = [choice(e) for e in config.get("datasets") or () if e.get("type") == "chat_template"]
-    # Axolotl gives the top-level template to the tokenizer, whose default it then is.
+    # Axolotl makes the top-level template the tokenizer's default.
     return list(dict.fromkeys(top if own[0] == DEFAULT else own for own in rows))
 
 
 def with_template(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with its datasets' own chat template at the top level as well.
+    """The config with its datasets' chat template at the top level as well.
 
-    Nothing else is trained by it, and Axolotl saves the template with the run's tokenizer.
+    Training is the same, and Axolotl saves the template with the run's tokenizer.
     """
     choices = templates(config)
     if len(choices) != 1 or choices[0][0] == DEFAULT:
@@ -59,7 +58,7 @@ def changes_tokenizer(config: dict[str, Any]) -> bool:
 
 
 def explain_unscorable(config: dict[str, Any]) -> str:
-    """Why no one chat template renders the prompts of a config's rows; "" where one does."""
+    """Why no single chat template renders the prompts of a config's rows; "" if one does."""
     kinds = [
         e.get("type") for e in config.get("datasets") or () if e.get("type") != "chat_template"
     ]
@@ -71,31 +70,24 @@ def explain_unscorable(config: dict[str, Any]) -> str:
 
 
 def template(tokenizer: Any, form: str) -> str | None:
-    """The chat template of a format; None for `chat`, where the tokenizer's own counts.
+    """The chat template of a format; None for `chat`, where the tokenizer's own applies.
 
-    It starts with the token that the tokenizer puts before every text, if it does: what was trained
-    on plain text was trained behind it. An answer ends with the end token.
+    It starts with the token that the tokenizer puts before a text, if any, because plain text was
+    trained behind it. An answer ends with the end token.
     """
     if form == "chat":
         return None
-    start = tokenizer.bos_token_id
     first = tokenizer("")["input_ids"][:1]
-    begin = tokenizer.bos_token if first and first[0] == start else ""
+    start = tokenizer.bos_token if first == [tokenizer.bos_token_id] else ""
     before, after = FORMATS[form].split("{}")
-
-    def literal(text: str) -> str:
-        return "{{ " + repr(text) + " }}" if text else ""
-
+    start, before, after, end = (
+        "{{ " + repr(text) + " }}" if text else ""
+        for text in (start, before, after, tokenizer.eos_token)
+    )
     return (
-        literal(begin)
-        + "{% for message in messages %}"
-        + "{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] }}"
-        + literal(tokenizer.eos_token or "")
-        + "{% else %}"
-        + literal(before)
-        + "{{ message['content'] }}"
-        + literal(after)
-        + "{% endif %}{% endfor %}"
+        f"{start}{{% for message in messages %}}{{% if message['role'] == 'assistant' %}}"
+        f"{{{{ ' ' + message['content'] }}}}{end}"
+        f"{{% else %}}{before}{{{{ message['content'] }}}}{after}{{% endif %}}{{% endfor %}}"
     )
 
 

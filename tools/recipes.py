@@ -2,15 +2,17 @@
 
     recipes.find("qwen3-8b/ner_r8_dora")                its file, or the tables where it has none
     recipes.build_config("qwen3-8b/ner_r8_dora")        what the tables say
-    recipes.validate(recipe.config, recipe.where)       WrongInput where Axolotl would refuse it
+    recipes.validate(recipe.config, recipe.where)       WrongInput where Axolotl would reject it
 
-A name in the catalogue is a recipe whether it has a file or not: config, digest and version are the
-same. `tools/catalogue.py` lists, renders and checks the catalogue as a whole.
+A name in the catalogue is a recipe with or without a file; config, digest and version are the same.
+`tools/catalogue.py` lists, renders and checks the catalogue as a whole.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable
+import re
+import typing
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tools.common import ROOT, WrongInput, nearest, parse_yaml, quiet, read_yaml, shown
+from tools.common import ROOT, WrongInput, nearest, parse_yaml, quiet, read_json, read_yaml, shown
 from tools.runs import Run
 
 FOLDER = ROOT / "recipes"
@@ -26,21 +28,21 @@ PROFILES = FOLDER / "profiles"
 LOCAL = FOLDER / "local"  # the user's own tasks and recipes, from `make new` and `make import`
 DEFAULT_MODEL = "llama-3.1-8b"
 
-# Keys that say where and how a recipe runs, not what it learns. The digest leaves them out, and a
+# Keys that say where and how a recipe runs, not what it learns: the digest excludes them, and a
 # profile may change them.
 RUNTIME_KEYS = ["bf16", "gradient_checkpointing", "sample_packing"]
 OUTPUT_KEYS = [
     *("output_dir", "dataset_prepared_path", "logging_steps", "eval_steps", "evals_per_epoch"),
     *("save_steps", "saves_per_epoch", "save_total_limit"),
 ]
-# Keys that this project computes with: they must be numbers before Axolotl's schema sees them.
+# Keys that this project computes with, so they must be numbers before Axolotl's schema sees them.
 NUMBER_KEYS = {
     *("learning_rate", "lora_alpha", "lora_r", "num_epochs", "max_steps", "sequence_len"),
     *("micro_batch_size", "gradient_accumulation_steps", "val_set_size", "weight_decay"),
 }
 PLUGIN_KEYS = {"plugins", "dequantize_once", "answer_logits_only"}  # from tools/train/plugin.py
-# Words that make Axolotl take a base for another kind of model when they occur in its path, and the
-# option that this then affects (None: all of them).
+# Words in the path of a base that make Axolotl take it for another kind of model, and the option
+# that this affects (None: all of them).
 MISLEADING_PATHS = {"mpt": "gradient_checkpointing", "falcon": "fsdp", "pixtral": None}
 
 
@@ -68,8 +70,7 @@ class Recipe:
     @property
     def task(self) -> str | None:
         """The task whose data the recipe trains on; None for data outside data/sources.yaml."""
-        file = Path(self.config["datasets"][0]["path"]).name
-        return file.removesuffix("_train.jsonl") if file.endswith("_train.jsonl") else None
+        return find_task(self.config)
 
     @property
     def digest(self) -> str:
@@ -86,8 +87,14 @@ class Recipe:
         return self.run.config
 
 
+def find_task(config: dict[str, Any]) -> str | None:
+    """The task of a config's first dataset, <task>_train.jsonl; None for other files."""
+    file = Path((config.get("datasets") or [{}])[0].get("path", "")).name
+    return file.removesuffix("_train.jsonl") if file.endswith("_train.jsonl") else None
+
+
 def select_learned(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config that decides what is learned, with data files by name, not by folder."""
+    """The part of a config that decides what is learned; data files without their folders."""
     outside = {*RUNTIME_KEYS, *OUTPUT_KEYS}
     learned = {key: value for key, value in config.items() if key not in outside}
     for key in ("datasets", "test_datasets"):
@@ -135,22 +142,22 @@ def split_name(name: str) -> tuple[str, str, str]:
 
 
 def is_local(name: str) -> bool:
-    """Whether a name in the catalogue is of a task of the user's own."""
+    """Whether a name belongs to one of the user's own tasks."""
     return bool(read_matrix()["tasks"][split_name(name)[1]].get("local"))
 
 
 def has_file(name: str) -> bool:
-    """Whether `files` in recipes/matrix.yaml, or a task of the user's own, gives a name a file."""
+    """Whether a recipe is also a file: by `files` in recipes/matrix.yaml, or as the user's own."""
     return is_local(name) or any(fnmatchcase(name, p) for p in read_matrix()["files"])
 
 
 def shorten(name: str) -> str:
-    """A name as it is typed: without the default model."""
+    """A name without the default model, as users type it."""
     return name.removeprefix(f"{DEFAULT_MODEL}/")
 
 
 def find_by_pattern(table: dict[str, Any], name: str) -> Any:
-    """The value of the last pattern in a table that fits a name; None where none fits."""
+    """The value of the last pattern in a table that matches a name; None without a match."""
     return next((v for p, v in reversed(table.items()) if fnmatchcase(name, p)), None)
 
 
@@ -161,11 +168,9 @@ def find_version(name: str) -> str:
 def find_finlora_name(name: str) -> str | None:
     """FinLoRA's name of a catalogue recipe, `<task>_<model>_<bits>_r<rank>…`, if it has one."""
     model, task, method = split_name(name)
-    model_name = read_matrix()["models"][model].get("finlora")
-    method_name = read_matrix()["methods"][method].get("finlora")
-    if is_local(name) or not model_name or not method_name:
-        return None
-    return f"{task}_{model_name}_{method_name}"
+    parts = [read_matrix()["models"][model], read_matrix()["methods"][method]]
+    names = [part.get("finlora") for part in parts]
+    return None if is_local(name) or None in names else f"{task}_{names[0]}_{names[1]}"
 
 
 def find_published_settings(name: str) -> dict[str, Any]:
@@ -177,7 +182,7 @@ def find_published_settings(name: str) -> dict[str, Any]:
 
 
 def resolve_mirror(base: str) -> str:
-    """The base's own name on the Hub where `base` is a mirror; any other name as it is."""
+    """The original's name on the Hub where `base` is a mirror; other names unchanged."""
     mirrors = read_matrix()["mirrors"].items()
     names = {mirror.lower(): hub for hub, copies in mirrors for mirror in copies}
     return names.get(base.lower(), base)
@@ -197,21 +202,21 @@ def find_base(base: str) -> tuple[str | None, dict[str, Any]]:
 
 @cache
 def list_aliases() -> dict[str, str]:
-    """{every name that a recipe may be called by: `<model>/<task>_<method>` or `<folder>/<name>`}.
+    """{alias: full name} of every recipe: `<model>/<task>_<method>` or `<folder>/<name>`.
 
     A recipe of recipes/local/ outside the catalogue may be called by its file's name alone.
     """
     names = list_names()
-    own = [f"{path.parent.name}/{path.stem}" for path in LOCAL.glob("*/*.yaml")]
-    aliases = {name: name for name in (*names, *own)}
-    aliases |= {name.rpartition("/")[2]: name for name in own if name not in names}
+    local = [f"{path.parent.name}/{path.stem}" for path in LOCAL.glob("*/*.yaml")]
+    aliases = {name: name for name in (*names, *local)}
+    aliases |= {name.rpartition("/")[2]: name for name in local if name not in names}
     aliases |= {shorten(name): name for name in names}
     aliases |= {alias: name for name in names if (alias := find_finlora_name(name))}
     return aliases
 
 
 def clear_caches() -> None:
-    """Makes the next call read the tables and list recipes/local/ again."""
+    """Forgets the tables and the list of recipes/local/."""
     for cached in (read_matrix, list_names, list_aliases):
         cached.cache_clear()
 
@@ -227,10 +232,10 @@ def find(name: str | None) -> Recipe:
     if not name:
         raise WrongInput("RECIPE=… is needed; `make recipes` lists what there is")
     if name.endswith((".yaml", ".yml")):
-        path, entry = Path(name), name_file(Path(name).resolve())
-        if path.is_file() or not entry:
-            return load_file(path.resolve() if entry else path, entry or name)
-        return open_recipe(entry)
+        path = Path(name)
+        if entry := name_file(path.resolve()):
+            return load_file(path.resolve(), entry) if path.is_file() else open_recipe(entry)
+        return load_file(path, name)
     aliases = list_aliases()
     entry = aliases.get(name) or aliases.get(name.lower())  # some of FinLoRA's names have an 8B
     if entry is None:
@@ -258,7 +263,7 @@ def open_recipe(name: str) -> Recipe:
 
 
 def load_file(path: Path, name: str) -> Recipe:
-    """Reads a recipe file; raises WrongInput where it is no mapping or lacks a needed key."""
+    """Reads a recipe file; raises WrongInput where it is no mapping or lacks a required key."""
     if not path.is_file():
         raise WrongInput(f"{shown(path)} is not there; `make recipes` lists what there is")
     content = path.read_bytes()
@@ -273,29 +278,18 @@ def load_file(path: Path, name: str) -> Recipe:
         isinstance(entry, dict) and "path" in entry for entry in entries
     ):
         raise WrongInput(f'{shown(path)}: "datasets" must be a list of mappings with a "path"')
-    config["output_dir"] = config.get("output_dir") or "model-out"  # Axolotl's own default
+    config["output_dir"] = config.get("output_dir") or "model-out"  # Axolotl's default
     for key in NUMBER_KEYS & config.keys():
-        config[key] = parse_number(config[key])
-    return Recipe(name, path, config, read_version(content.decode().splitlines()))
+        # YAML 1.1 reads 1e-4 as a text, and Axolotl's schema as a number.
+        with suppress(ValueError, TypeError):
+            config[key] = json.loads(config[key])
+    return Recipe(name, path, config, read_version(content.decode()))
 
 
-def read_version(lines: Iterable[str]) -> str:
+def read_version(text: str) -> str:
     """The version in the header of a recipe file; "0" without one."""
-    headers = (line.split() for line in lines if line.startswith("# Version:"))
-    return next((words[2] for words in headers if words[2:]), "0")
-
-
-def parse_number(value: Any) -> Any:
-    """The number of a text such as "1e-4", which YAML 1.1 reads as a text and Axolotl's schema as a
-    number; any other value as it is.
-    """
-    if not isinstance(value, str):
-        return value
-    try:
-        number = float(value)
-    except ValueError:
-        return value
-    return int(number) if number.is_integer() and "e" not in value.lower() else number
+    header = re.search(r"^# Version: +(\S+)", text, re.M)
+    return header[1] if header else "0"
 
 
 def read_profile(name: str) -> dict[str, Any]:
@@ -306,17 +300,17 @@ def read_profile(name: str) -> dict[str, Any]:
     return read_yaml(PROFILES / f"{name}.yaml")
 
 
-# ---- from the tables to a config
+# ---- tables to config
 
 
 def build_config(name: str) -> dict[str, Any]:
     """The complete Axolotl config that the tables give for a name in the catalogue."""
     model, task, method = split_name(name)
     matrix = read_matrix()
-    base, how = matrix["models"][model], matrix["methods"][method]
-    overrides = (row for pattern, row in matrix["overrides"].items() if fnmatchcase(name, pattern))
-    layers = (base["settings"], matrix["tasks"][task]["settings"], how["settings"], *overrides)
-    return compose_config(name, base, task, how["bits"], *layers)
+    rows = matrix["models"][model], matrix["tasks"][task], matrix["methods"][method]
+    layers = [row["settings"] for row in rows]
+    layers += [row for pattern, row in matrix["overrides"].items() if fnmatchcase(name, pattern)]
+    return compose_config(name, rows[0], task, rows[2]["bits"], *layers)
 
 
 def compose_config(
@@ -349,11 +343,11 @@ def compose_config(
 def list_unknown_keys(config: dict[str, Any], model: Any, prefix: str = "") -> list[str]:
     """Keys of `config` that a pydantic model lacks, nested ones as `datasets[0].key`.
 
-    Axolotl drops such keys silently, so a misspelt one would change nothing.
+    Axolotl drops such keys silently, so a misspelt one would have no effect.
     """
     fields: dict[str, Any] = {}
     for name, info in model.model_fields.items():
-        fields |= {name: info} | ({info.alias: info} if info.alias else {})
+        fields |= {name: info, info.alias or name: info}
     unknown = []
     for key, value in config.items():
         if key not in fields:
@@ -362,28 +356,22 @@ def list_unknown_keys(config: dict[str, Any], model: Any, prefix: str = "") -> l
         models = list_models(fields[key].annotation)
         for index, entry in enumerate(value if isinstance(value, list) else [value]):
             if isinstance(entry, dict) and models:
-                place = f"{key}[{index}]" if isinstance(value, list) else key
-                # Where several models are allowed, the one with the fewest unknown keys is meant.
-                keys = [list_unknown_keys(entry, inner, f"{prefix}{place}.") for inner in models]
-                unknown += sorted(keys, key=len)[0]
+                place = f"{prefix}{key}[{index}]." if isinstance(value, list) else f"{prefix}{key}."
+                # Of several permitted models, the one with the fewest unknown keys is meant.
+                unknown += sorted((list_unknown_keys(entry, m, place) for m in models), key=len)[0]
     return unknown
 
 
 def list_models(annotation: Any) -> list[Any]:
     """The pydantic models inside a type annotation."""
-    import typing
-
-    from pydantic import BaseModel
-
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if hasattr(annotation, "model_fields"):
         return [annotation]
     return [model for part in typing.get_args(annotation) for model in list_models(part)]
 
 
 def validate(config: dict[str, Any], where: str) -> None:
-    """Checks a config against Axolotl's own schema, and that Axolotl knows each of its keys.
-
-    Raises WrongInput that begins with `where`.
+    """Raises WrongInput that starts with `where` unless a config is valid for Axolotl's schema, and
+    Axolotl knows each of its keys.
     """
     quiet()
     from axolotl.utils.schemas.config import AxolotlInputConfig
@@ -391,7 +379,7 @@ def validate(config: dict[str, Any], where: str) -> None:
 
     # A deep copy: the schema's validators write into the values.
     plain = deepcopy({key: value for key, value in config.items() if key not in PLUGIN_KEYS})
-    # A plugin of Axolotl's brings keys of its own.
+    # An Axolotl plugin adds keys of its own.
     unknown = [] if config.get("plugins") else list_unknown_keys(plain, AxolotlInputConfig)
     if unknown:
         raise WrongInput(f"{where}: Axolotl has no key {unknown[0]}")
@@ -405,13 +393,12 @@ def validate(config: dict[str, Any], where: str) -> None:
 
 
 def refuse_misleading_path(config: dict[str, Any], where: str) -> None:
-    """Raises WrongInput for a base whose path makes Axolotl take it for another kind of model."""
+    """Raises WrongInput for a base whose path would mislead Axolotl about the kind of model."""
     base = str(config.get("base_model"))
     for word, key in MISLEADING_PATHS.items():
         if word not in base.lower() or not (ROOT / base).is_dir() or (key and not config.get(key)):
             continue
-        architecture = json.loads((ROOT / base / "config.json").read_bytes())
-        if word not in str(architecture.get("model_type")):
+        if word not in str(read_json(ROOT / base / "config.json").get("model_type")):
             raise WrongInput(
                 f"{where}: Axolotl takes the base {base} for another kind of model, since it "
                 f'has "{word}" in its path; rename the folder, or name it by a link'

@@ -1,4 +1,4 @@
-"""Writes docs/commands.md from the command line, so that the page cannot go out of date.
+"""Writes docs/commands.md from the command line, so that the page is never out of date.
 
 python -m tools reference
 python -m tools check            fails where the page does not match

@@ -13,7 +13,7 @@ from tools import architectures, evidence, recipes
 from tools.common import JobFailed, format_yaml, shown
 from tools.train.memory import GIB, compute_memory, read_setup
 
-# Files with this line are `make render`'s to write and to remove.
+# `make render` writes and removes files with this line.
 MARK = "Rendered from recipes/matrix.yaml by `make render`."
 WIDTH = 100
 
@@ -38,7 +38,7 @@ def round_to_gib(size: int) -> int:
 
 
 def render_recipe(name: str) -> str:
-    """The text of a recipe of the catalogue, as its file has it or would have it."""
+    """The text of a catalogue recipe's file, whether it has one or not."""
     model, task, method = recipes.split_name(name)
     matrix = recipes.read_matrix()
     base, config = matrix["models"][model], recipes.build_config(name)
@@ -65,14 +65,16 @@ def render_recipe(name: str) -> str:
         f"(rows of up to {find_longest_row(name, config)} tokens; `make plan`)",
         f"Gated: {describe_gate(base)}",
         f"Version: {recipe.version} ({recipe.digest[:12]})",
-        *textwrap.wrap(f"Evidence: {evidence.describe(name)}", WIDTH - 2, subsequent_indent="  "),
+        *textwrap.wrap(
+            f"Evidence: {evidence.describe_evidence(name)}", WIDTH - 2, subsequent_indent="  "
+        ),
         source,
     ]
     return format_recipe(header, config, name)
 
 
 def describe_published(alias: str, config: dict[str, Any]) -> str:
-    """The settings of the adapter that FinLoRA published, where the recipe has others."""
+    """A clause with the settings of FinLoRA's published adapter if the recipe's differ."""
     settings = recipes.find_published_settings(alias)
     if all(config[key] == value for key, value in settings.items()):
         return ""
@@ -81,7 +83,7 @@ def describe_published(alias: str, config: dict[str, Any]) -> str:
 
 
 def describe_gate(base: dict[str, Any]) -> str:
-    """What a user must do before a base of the tables can be downloaded."""
+    """What a user must do before a base can be downloaded."""
     if not base["gated"]:
         return "no"
     page = f"https://huggingface.co/{base['hub']}"
@@ -91,7 +93,7 @@ def describe_gate(base: dict[str, Any]) -> str:
 def format_recipe(header: list[str], config: dict[str, Any], name: str) -> str:
     """A recipe file: the header as comments, then the config's keys by group with their reasons.
 
-    `name` selects the reasons; a name outside the catalogue gets those that hold for any recipe.
+    `name` selects the reasons; a name outside the catalogue gets those for any recipe.
     """
     groups = recipes.read_matrix()["keys"]
     order = [key for keys in groups.values() for key in keys if key in config]
@@ -121,7 +123,7 @@ def split_entries(text: str) -> dict[str, list[str]]:
 
 
 def add_reason(lines: list[str], reason: str | None) -> list[str]:
-    """The lines of a key with the reason beside the first, or above it where that is too long."""
+    """The lines of a key with the reason beside the first, or above it if that is too long."""
     if not reason:
         return lines
     beside = f"{lines[0]}  # {reason}"
@@ -132,7 +134,7 @@ def add_reason(lines: list[str], reason: str | None) -> list[str]:
 
 
 def read_or_render(recipe: recipes.Recipe) -> str:
-    """The text of a recipe's file; of a recipe without one, the text that it would have."""
+    """The text of a recipe's file, whether it has one or not."""
     return recipe.path.read_text() if recipe.path else render_recipe(recipe.name)
 
 
@@ -161,5 +163,5 @@ def render_model_page(model: str) -> str:
         label = f"`{recipes.shorten(name)}`"
         cell = f"[{label}]({name.partition('/')[2]}.yaml)" if recipes.has_file(name) else label
         memory, version = round_to_gib(plan_memory(name)), recipes.find_version(name)
-        lines.append(f"| {cell} | {memory} GiB | {version} | {evidence.describe(name)} |")
+        lines.append(f"| {cell} | {memory} GiB | {version} | {evidence.describe_evidence(name)} |")
     return "\n".join(lines) + "\n"

@@ -39,12 +39,23 @@ from tools.common import (
 )
 
 RUNS = ROOT / "runs"
-ADAPTER, INFO, CONFIG = "adapter_model.safetensors", "run.json", "config.yaml"
+INFO, CONFIG = "run.json", "config.yaml"
 UNKNOWN = "unknown"  # the precision in run.json of an adapter that was pulled without one
-# C's `struct flock` for a whole file: type, whence, start, length, process, and padding.
+# C's `struct flock` (type, whence, start, length, process, padding), and a lock of a whole file.
 FLOCK = "hhqqi4x"
+WHOLE_FILE = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 # Folders inside a run, or hidden ones, that hold no run.
 NO_RUNS = ("checkpoint-", "damaged-", "evals", "prepared", ".")
+
+
+class RunFile:
+    """The path of a file in a run's folder."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: "Run", owner: type) -> Path:
+        return run.folder / self.name
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,17 @@ class Run:
     """The run in `folder`, whether it exists or not."""
 
     folder: Path
+
+    info_file = RunFile(INFO)
+    config_file = RunFile(CONFIG)
+    identity_file = RunFile("identity.json")
+    progress_file = RunFile("progress.jsonl")
+    stats_file = RunFile("stats.json")
+    log_file = RunFile("train.log")
+    adapter_file = RunFile("adapter_model.safetensors")
+    tokenizer_file = RunFile("tokenizer.json")
+    origin_file = RunFile("hub.json")
+    scores_folder = RunFile("evals")
 
     def __str__(self) -> str:
         return shown(self.folder)
@@ -63,52 +85,21 @@ class Run:
         return str(self.folder.relative_to(RUNS) if inside else self.folder)
 
     @property
-    def info_file(self) -> Path:
-        return self.folder / INFO
-
-    @property
-    def config_file(self) -> Path:
-        return self.folder / CONFIG
-
-    @property
-    def identity_file(self) -> Path:
-        return self.folder / "identity.json"
-
-    @property
-    def progress_file(self) -> Path:
-        return self.folder / "progress.jsonl"
-
-    @property
-    def stats_file(self) -> Path:
-        return self.folder / "stats.json"
-
-    @property
-    def log_file(self) -> Path:
-        return self.folder / "train.log"
-
-    @property
-    def adapter_file(self) -> Path:
-        return self.folder / ADAPTER
-
-    @property
-    def origin_file(self) -> Path:
-        return self.folder / "hub.json"
-
-    @property
     def lock_file(self) -> Path:
         return self.folder.with_name(f".{self.folder.name}.lock")
-
-    @property
-    def scores_folder(self) -> Path:
-        return self.folder / "evals"
 
     @property
     def is_finished(self) -> bool:
         return self.info_file.is_file()
 
     @property
+    def has_tokenizer(self) -> bool:
+        """Whether it is a run, not only a PEFT folder, with a tokenizer of its own."""
+        return self.tokenizer_file.is_file() and self.config_file.is_file()
+
+    @property
     def is_recognized(self) -> bool:
-        """Whether a training, `make train`'s or plain Axolotl's, made the folder."""
+        """Whether `make train` or plain Axolotl made the folder."""
         names = ("identity.json", "adapter_config.json", "checkpoint-*")
         return any(next(self.folder.glob(name), None) for name in names)
 
@@ -132,20 +123,16 @@ class Run:
     @property
     def is_intact(self) -> bool:
         """Whether the adapter is the one that run.json describes."""
-        if not self.adapter_file.is_file():
-            return False
-        return digest(self.adapter_file) == self.info.get("adapter_sha256")
+        path = self.adapter_file
+        return path.is_file() and digest(path) == self.info.get("adapter_sha256")
 
     @property
     def is_training(self) -> bool:
-        """Whether a process holds the lock; looking does not keep a training from taking it."""
-        try:
-            file = open(self.lock_file, "rb")  # noqa: SIM115
-        except FileNotFoundError:
+        """Whether a process holds the lock; does not take it, even for a moment."""
+        if not self.lock_file.is_file():
             return False
-        with file:
-            request = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-            answer = fcntl.fcntl(file, fcntl.F_OFD_GETLK, request)
+        with open(self.lock_file, "rb") as file:
+            answer = fcntl.fcntl(file, fcntl.F_OFD_GETLK, WHOLE_FILE)
         return bool(struct.unpack(FLOCK, answer)[0] != fcntl.F_UNLCK)
 
     @contextmanager
@@ -160,9 +147,8 @@ class Run:
         except OSError as error:
             raise self._unwritable(Path(error.filename), str(error.strerror)) from None
         with file:
-            request = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
             try:
-                fcntl.fcntl(file, fcntl.F_OFD_SETLK, request)
+                fcntl.fcntl(file, fcntl.F_OFD_SETLK, WHOLE_FILE)
             except (BlockingIOError, PermissionError):
                 raise JobFailed(f"another training of {self} is under way") from None
             place = self.folder if self.folder.exists() else self.folder.parent
@@ -199,13 +185,11 @@ def step_of(checkpoint: Path) -> int:
 
 def list_runs() -> list[Run]:
     """The runs below runs/, started or finished or pulled; without those moved aside."""
-    return sorted(_walk(RUNS), key=lambda run: run.folder)
-
-
-def _walk(folder: Path) -> Iterator[Run]:
-    for place, folders, files in os.walk(folder):
+    runs = []
+    for place, folders, files in os.walk(RUNS):
         folders[:] = [
             name for name in folders if not name.startswith(NO_RUNS) and ".previous" not in name
         ]
         if {INFO, "identity.json"} & set(files):
-            yield Run(Path(place))
+            runs.append(Run(Path(place)))
+    return sorted(runs, key=lambda run: run.folder)

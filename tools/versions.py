@@ -1,8 +1,8 @@
 """What differs between the supported versions of Axolotl and the libraries that it pins.
 
 Python 3.11 has Axolotl 0.19 with transformers 5.16, Python 3.12 and 3.13 have Axolotl 0.21 with
-transformers 5.20. Every workaround for one of them lives here and says which versions need it;
-docs/install.md has the table of what was tested with what.
+transformers 5.20. Every workaround for one of them is here and says which versions need it;
+docs/install.md has the table of tested versions.
 """
 
 from typing import Any

@@ -378,15 +378,11 @@ def bring(api: Any, source: Source) -> bool:
     if path.parents[source.folder.count("/")].name != commit:
         raise JobFailed(f"{source.repo}: {source.revision} moved meanwhile; run it again")
     settings = parse_json(path.read_bytes(), where)
-    plain = adapters.settings(settings, where)
+    plain = adapters.parse_settings(settings, where)
     base = find_base(source, settings)
     model = find_architecture(api, base)
-    published = models.published_precision(base)
-    if published and source.precision not in (None, published):
-        raise WrongInput(
-            f"PRECISION={source.precision}: the base {base} was published quantized to {published}"
-        )
-    size, limit = files[adapters.WEIGHTS].size, adapters.largest(model, plain, where)
+    check_precision(base, source.precision)
+    size, limit = files[adapters.WEIGHTS].size, adapters.compute_largest_file(model, plain, where)
     if size > limit:
         raise WrongInput(
             f"{source}: {adapters.WEIGHTS} has {size:,} bytes; its config implies {limit:,} at most"

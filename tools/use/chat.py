@@ -4,8 +4,7 @@
     python -m tools chat smollm2-135m/sentiment_r4        a conversation; an empty line ends it
     python -m tools chat "" "…" --adapter runs/hub/someone/some-adapter --precision nf4
 
-Answers are greedy, on the base at the precision that the adapter was trained on, to prompts in the
-format that it was trained on.
+Answers are greedy; the base has the precision and prompts have the format of the training.
 """
 
 import sys
@@ -45,37 +44,38 @@ def answer(
 
 
 def harmless(text: str) -> str:
-    """Text without what steers a terminal."""
+    """Text without characters that control a terminal."""
     return "".join(c for c in text if c.isprintable() or c in "\n\t")
 
 
-def side_by_side(model: Any, tokenizer: Any, who: subjects.Subject, text: str) -> None:
+def print_side_by_side(model: Any, tokenizer: Any, subject: subjects.Subject, prompt: str) -> None:
+    """Prints the answers of base and adapter side by side."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     table, cells = Table(expand=True), []
-    sides = [("base", model.disable_adapter()), ("adapter", nullcontext())]
-    for name, context in sides:
+    messages = [{"role": "user", "content": prompt}]
+    for name, context in (("base", model.disable_adapter()), ("adapter", nullcontext())):
         with context:
-            messages = [{"role": "user", "content": text}]
-            said = answer(model, tokenizer, messages, who.options, form=who.prompt_format)
-        cells.append(escape(harmless(said)))
-        table.add_column(f"{name}, {models.precision(who.config)}", ratio=1)
+            text = answer(model, tokenizer, messages, subject.options, form=subject.prompt_format)
+        cells.append(escape(harmless(text)))
+        table.add_column(f"{name}, {models.precision(subject.config)}", ratio=1)
     table.add_row(*cells)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def conversation(model: Any, tokenizer: Any, who: subjects.Subject) -> None:
-    """Reads a line, streams the answer, and goes on until an empty line or the end of input."""
+def converse(model: Any, tokenizer: Any, subject: subjects.Subject) -> None:
+    """Reads a line, streams the answer, and repeats until an empty line or the end of input."""
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             print(harmless(text), end="\n" if stream_end else "", flush=True)
 
-    print(f"chat       {who.name}; an empty line ends the conversation")
+    print(f"chat       {subject.name}; an empty line ends the conversation")
     messages: list[dict[str, str]] = []
+    options, form = subject.options, subject.prompt_format
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "").strip()
@@ -85,16 +85,16 @@ def conversation(model: Any, tokenizer: Any, who: subjects.Subject) -> None:
             return
         messages.append({"role": "user", "content": text})
         streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        said = answer(model, tokenizer, messages, who.options, streamer, who.prompt_format)
-        messages.append({"role": "assistant", "content": said})
+        text = answer(model, tokenizer, messages, options, streamer, form)
+        messages.append({"role": "assistant", "content": text})
 
 
-def chat(who: subjects.Subject, prompt: str | None) -> None:
+def chat(subject: subjects.Subject, prompt: str | None) -> None:
     """Answers `prompt` with base and adapter, or holds a conversation without one."""
-    models.bring_base(who.config["base_model"])
+    models.bring_base(subject.config["base_model"])
     quiet()
-    model, tokenizer = models.load(who.config, who.adapter)
+    model, tokenizer = models.load(subject.config, subject.adapter)
     if prompt and prompt.strip():
-        side_by_side(model, tokenizer, who, prompt.strip())
+        print_side_by_side(model, tokenizer, subject, prompt.strip())
     else:
-        conversation(model, tokenizer, who)
+        converse(model, tokenizer, subject)

@@ -4,39 +4,39 @@
     python -m tools merge --adapter runs/hub/someone/some-adapter [--precision nf4]
 
 The base is first what the adapter saw in training: its linear layers quantized and dequantized,
-everything else as it is. PEFT then adds the adapter's product to that. (`axolotl merge-lora` merges
-a QLoRA adapter into a base whose embedding is quantized, too, which training never does; on SmolLM2
-that moves a logit by up to 10. And it takes a base for an MPT model where its path has an "mpt" in
-it.) The result lies in `<run>/merged`; its tokenizer carries the chat template that renders prompts
-as the adapter was trained on them.
+everything else unchanged. PEFT then adds the adapter's product. (`axolotl merge-lora` also
+quantizes the embedding of a QLoRA adapter's base, which training never does; on SmolLM2 that moves
+a logit by up to 10. It also takes a base for an MPT model if its path contains "mpt".) The result
+is in `<run>/merged`; its tokenizer carries the chat template that renders prompts as the adapter
+was trained on them.
 
-The merged model is compared with base + adapter: `merged/merge.json` holds the largest difference
-of a logit, and what quantizing the merged weights anew would change.
+`merged/merge.json` compares the merged model with base + adapter: the largest difference of a
+logit, and what quantizing the merged weights again would change.
 """
 
 import gc
-import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from tools import models, prompts, subjects
+from tools import adapters, models, prompts, subjects
 from tools.common import (
     JobFailed,
     WrongInput,
     digest,
     naming,
     quiet,
+    read_json,
     share,
     shown,
     write_json,
 )
 
-# Largest difference of a logit, merged against base + adapter, both computing in float32. They add
-# the same products in another order; in bfloat16 the sums themselves are rounded to 3 digits, and
-# an int8 base rounds its activations to 8 bits, which the merged model does not.
+# Largest difference of a logit between the merged model and base + adapter. In float32 they add the
+# same products in another order; bfloat16 rounds the sums to 3 digits, and an int8 base rounds
+# activations to 8 bits, which the merged model does not.
 TOLERANCE = {"float32": 1e-2, "bfloat16": 1.0, "int8": 1.0}
 
 TEXTS = [
@@ -63,7 +63,7 @@ def logits(
 
 
 def difference(these: list[Any], those: list[Any]) -> dict[str, float]:
-    """The largest difference of a logit, and the share of places with the same likeliest token."""
+    """The largest difference of a logit, and the share of tokens with the same next token."""
     pairs = list(zip(these, those, strict=True))
     same = [float((a.argmax(-1) == b.argmax(-1)).float().mean()) for a, b in pairs]
     largest = max(float((a - b).abs().max()) for a, b in pairs)
@@ -73,58 +73,25 @@ def difference(these: list[Any], those: list[Any]) -> dict[str, float]:
 def merge(config: dict[str, Any], adapter: Path, form: str = "chat") -> Path:
     """Merges a PEFT folder into the base of an Axolotl config; returns the folder of the model.
 
-    form: the prompt format that the adapter was trained on. Does nothing where `merged/` was made
-    of all this. Raises JobFailed where the merged model is not base + adapter within TOLERANCE.
+    form: the prompt format that the adapter was trained on. Does nothing where `merged/` is up to
+    date. Raises JobFailed where the merged model is not base + adapter within TOLERANCE.
     """
-    target, precision = adapter / "merged", models.precision(config)
+    target = adapter / "merged"
     origin = {
-        "adapter_sha256": digest(adapter / "adapter_model.safetensors"),
+        "adapter_sha256": digest(adapter / adapters.WEIGHTS),
         "base_model": config["base_model"],
-        "precision": precision,
+        "precision": models.precision(config),
         "prompt_format": form,
     }
     if (target / "merge.json").is_file():
-        made = json.loads((target / "merge.json").read_bytes())
-        if all(made.get(key) == value for key, value in origin.items()):
+        report = read_json(target / "merge.json")
+        if report == report | origin:
             return target
     models.bring_base(config["base_model"])
     quiet()
-    options = config.get("chat_template_kwargs")
     with tempfile.TemporaryDirectory(dir=adapter, prefix=".merging-") as name:
         work = Path(name)
-        model, tokenizer = models.load(config, adapter)
-        dtype = str(model.dtype).removeprefix("torch.")
-        if custom := prompts.template(tokenizer, form):
-            tokenizer.chat_template = custom
-        # A base without a chat template is merged all the same; the texts are then bare.
-        shape = "chat" if tokenizer.chat_template else "bare"
-        expected = logits(model, tokenizer, options, shape)
-        base = model.unload()
-        del model
-        with naming(target):
-            write_merged(base, config, adapter, work)
-            tokenizer.save_pretrained(work)
-        del base
-        gc.collect()
-        merged, _ = models.load({"base_model": str(work), "dtype": dtype})
-        made = {
-            **origin,
-            "computed_in": dtype,
-            "tolerance": TOLERANCE.get("int8" if precision == "int8" else dtype, 1.0),
-            **difference(expected, logits(merged, tokenizer, options, shape)),
-        }
-        del merged
-        if precision == "nf4":
-            again, _ = models.load(models.at({"base_model": str(work)}, "nf4"))
-            made["quantized_again"] = difference(expected, logits(again, tokenizer, options, shape))
-            del again
-        if made["largest_logit_difference"] > made["tolerance"]:
-            raise JobFailed(
-                f"the merged model is not base + adapter: a logit differs by "
-                f"{made['largest_logit_difference']:.3g}, more than {made['tolerance']:g}; "
-                "nothing is kept"
-            )
-        write_json(work / "merge.json", made)
+        write_json(work / "merge.json", origin | merge_and_compare(config, adapter, form, work))
         share(work)
         shutil.rmtree(target, ignore_errors=True)
         work.chmod(adapter.stat().st_mode)
@@ -133,8 +100,46 @@ def merge(config: dict[str, Any], adapter: Path, form: str = "chat") -> Path:
     return target
 
 
+def merge_and_compare(
+    config: dict[str, Any], adapter: Path, form: str, folder: Path
+) -> dict[str, Any]:
+    """Writes the merged model to `folder`; returns how it differs from base + adapter."""
+    options, precision = config.get("chat_template_kwargs"), models.precision(config)
+    model, tokenizer = models.load(config, adapter)
+    dtype = str(model.dtype).removeprefix("torch.")
+    if template := prompts.template(tokenizer, form):
+        tokenizer.chat_template = template
+    # A base without a chat template can be merged too; the texts are then bare.
+    shape = "chat" if tokenizer.chat_template else "bare"
+    expected = logits(model, tokenizer, options, shape)
+    base = model.unload()
+    del model
+    with naming(adapter / "merged"):
+        write_merged(base, config, adapter, folder)
+        tokenizer.save_pretrained(folder)
+    del base
+    gc.collect()
+
+    def compare(merged_config: dict[str, Any]) -> dict[str, float]:
+        merged, _ = models.load({"base_model": str(folder)} | merged_config)
+        return difference(expected, logits(merged, tokenizer, options, shape))
+
+    tolerance = TOLERANCE.get("int8" if precision == "int8" else dtype, 1.0)
+    report: dict[str, Any] = {"computed_in": dtype, "tolerance": tolerance}
+    report |= compare({"dtype": dtype})
+    if precision == "nf4":
+        report["quantized_again"] = compare(models.PRECISIONS["nf4"])
+    if report["largest_logit_difference"] > tolerance:
+        raise JobFailed(
+            f"the merged model is not base + adapter: a logit differs by "
+            f"{report['largest_logit_difference']:.3g}, more than {tolerance:g}; "
+            "nothing is kept"
+        )
+    return report
+
+
 def write_merged(base: Any, config: dict[str, Any], adapter: Path, folder: Path) -> None:
-    """Writes a base with an adapter's product added to `folder`; changes the loaded `base`."""
+    """Writes base plus adapter to `folder`; changes the loaded `base`."""
     import torch
 
     if models.precision(config) in ("nf4", "fp4", "int8"):
@@ -142,34 +147,34 @@ def write_merged(base: Any, config: dict[str, Any], adapter: Path, folder: Path)
     checked = models.check_adapter(config, adapter)
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     if checked.touches_embeddings and head.weight is embedding.weight:
-        # An adapter of one of them leaves the other as it is.
+        # An adapter of one of them does not change the other.
         head.weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
     merged = models.attach(base, adapter, checked).merge_and_unload(safe_merge=True)
-    # transformers would turn the names back into those of the quantized file, which it cannot.
+    # transformers would restore the names of the quantized file, which fails.
     published = models.published_precision(str(config["base_model"]))
     merged.save_pretrained(folder, save_original_format=not published)
 
 
-def run(
+def merge_and_report(
     recipe: str | None, adapter: str | None, precision: str | None, prompt_format: str | None
 ) -> None:
-    """Merges an adapter that is named as in `subjects.find`, and prints how the two compare."""
+    """Merges an adapter, named as in `subjects.find`, and prints how the two compare."""
     try:
-        who = subjects.find(recipe, adapter, precision, prompt_format)
-    except subjects.NotRenderable:  # the weights merge all the same, and the base's template stays
-        who = subjects.find(recipe, adapter, precision, "chat")
-    if not who.adapter:
-        raise WrongInput(f"{who.name} has no adapter to merge")
-    print(f"merge      {who.name} into {who.config['base_model']}", flush=True)
-    target = merge(who.config, who.adapter, who.prompt_format)
-    made = json.loads((target / "merge.json").read_bytes())
+        subject = subjects.find(recipe, adapter, precision, prompt_format)
+    except subjects.NotRenderable:  # the weights can be merged, with the base's template
+        subject = subjects.find(recipe, adapter, precision, "chat")
+    if not subject.adapter:
+        raise WrongInput(f"{subject.name} has no adapter to merge")
+    print(f"merge      {subject.name} into {subject.config['base_model']}", flush=True)
+    target = merge(subject.config, subject.adapter, subject.prompt_format)
+    report = read_json(target / "merge.json")
     print(
         f"merge      {shown(target)}: logits differ from base + adapter by at most "
-        f"{made['largest_logit_difference']:.2g} (tolerance {made['tolerance']:g})"
+        f"{report['largest_logit_difference']:.2g} (tolerance {report['tolerance']:g})"
     )
-    if again := made.get("quantized_again"):
+    if again := report.get("quantized_again"):
         print(
-            f"merge      quantized to 4 bits anew it would differ by up to "
+            f"merge      quantized to 4 bits again it would differ by up to "
             f"{again['largest_logit_difference']:.2g}, with the same next token on "
             f"{again['same_next_token']:.0%}: serve it as it is, or base and adapter apart"
         )

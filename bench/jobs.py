@@ -1,0 +1,66 @@
+"""What experiments share: trainings and scorings side by side, each a verb of the command line."""
+
+import itertools
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tools.common import ROOT, JobFailed, atomic, format_yaml
+from tools.subjects import Subject
+
+
+def run_verb(*arguments: Any) -> None:
+    """Runs `python -m tools …`; raises JobFailed with its message."""
+    command = [sys.executable, "-m", "tools", *map(str, arguments)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if process.returncode:
+        message = process.stderr.strip().removeprefix("error: ")
+        raise JobFailed(message or f"{arguments[0]} failed")
+
+
+def run_all(label: str, jobs: dict[str, Any], work: Callable[[Any], str], workers: int) -> None:
+    """Calls `work` on each job, `workers` at a time, and prints the text that it returns.
+
+    Raises JobFailed at the end if some jobs failed.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+    finished = itertools.count(1)
+
+    def run_job(name: str) -> bool:
+        try:
+            text = work(jobs[name])
+        except JobFailed as error:
+            print(f"{label:<10} {name}: {error}", file=sys.stderr, flush=True)
+            return False
+        print(f"{label:<10} {next(finished)}/{len(jobs)} {name} {text}", flush=True)
+        return True
+
+    pool = ThreadPoolExecutor(workers)
+    try:
+        failed = list(pool.map(run_job, jobs)).count(False)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if failed:
+        raise JobFailed(f"{failed} of {len(jobs)} failed; the same command tries them again")
+
+
+def write_config(path: Path, config: dict[str, Any]) -> None:
+    with atomic(path) as file:
+        file.write(format_yaml(config).encode())
+
+
+def find_scores(run: Path, base: Path, side: str, dataset: str, limit: int | None) -> Path:
+    """The score file of a run (`side` is adapter) or of its base, whose folder is `base`."""
+    return Subject("", {}, run, run, base, None, "chat").file(side, dataset, limit)
+
+
+def describe_machine() -> str:
+    import psutil
+
+    memory = psutil.virtual_memory().total / 1e9
+    return f"{os.cpu_count()} cores ({platform.machine()}), {memory:.0f} GB, no GPU"
