@@ -28,7 +28,7 @@ from tools.train.plan import (
     find_gpu,
     plan,
 )
-from tools.train.tokens import measure_rows
+from tools.train.tokens import RowLengths, measure_rows
 
 MODELS = {path.stem: path for path in architectures.FOLDER.glob("*.json")}
 METHODS = list(recipes.read_matrix()["methods"])
@@ -423,7 +423,7 @@ def test_tokens_are_counted_by_the_tokenizer_and_otherwise_not_underestimated(
     assert estimated.mean >= counted.mean and estimated.longest >= counted.longest
     for content in ("{", "\n"):
         (tmp_path / "broken.jsonl").write_text(content)
-        assert measure_rows(tmp_path / "broken.jsonl", str(tiny)) is None
+        assert measure_rows(tmp_path / "broken.jsonl", str(tiny)) == RowLengths()
 
 
 def test_finloras_rows_are_not_underestimated_without_a_tokenizer(tiny):

@@ -544,9 +544,9 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(shared, undistu
     shutil.copytree(undisturbed / "checkpoint-30", folder / "checkpoint-30")
     (folder / "checkpoint-30" / "optimizer.pt").chmod(0o600)
     folder.chmod(0o777)
-    unreadable = pytest.raises(common.JobFailed, match="checkpoint-30.* cannot be read: .* root")
-    with other_user(), unreadable:
+    with other_user(), pytest.raises(PermissionError) as error:
         checkpoints.last_checkpoint(Run(folder))
+    assert re.match(".*checkpoint-30/optimizer.pt.* root", common.explain(error.value))
     assert checkpoints.last_checkpoint(Run(folder)) == 30
 
 
@@ -569,3 +569,33 @@ def test_one_run_that_cannot_be_read_does_not_hide_the_others(shared, monkeypatc
     assert notes["damaged"].startswith("damaged: ")
     assert all("Permission denied" in note for n, note in notes.items() if n != "damaged")
     status.print_statuses(list(statuses.values()))
+
+
+def test_the_last_step_is_the_newest_whole_line_with_a_loss(tmp_path):
+    path = tmp_path / "progress.jsonl"
+    assert status.read_last_step(path) == {}
+    rows = [{"step": step, "loss": 1.0 / step} for step in range(1, 5001)]
+    lines = [json.dumps(row) for row in rows]
+    evaluation, torn = json.dumps({"step": 5000, "eval_loss": 1.0}), lines[0][:9]
+    for end, step in (
+        ("", 5000),
+        (evaluation, 5000),
+        (f"{evaluation}\n{torn}", 5000),  # the training is writing
+        ("\0" * 40 + "\n" + "\0\0", 5000),  # a crash of the machine
+    ):
+        path.write_text("\n".join([*lines, end]) + ("\n" if end == evaluation else ""))
+        assert status.read_last_step(path) == rows[step - 1]
+    path.write_text(f"{evaluation}\n")
+    assert status.read_last_step(path) == {}
+
+
+def test_the_last_step_of_a_long_file_costs_little(tmp_path):
+    path = tmp_path / "progress.jsonl"
+    path.write_text("".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in range(50_001)))
+
+    def count_bytes() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = count_bytes()
+    assert status.read_last_step(path)["step"] == 50_000
+    assert count_bytes() - before < 2 * status.BLOCK

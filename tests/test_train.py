@@ -325,6 +325,6 @@ def test_a_finished_run_moves_aside_where_it_is_trained_again(tmp_path, capsys):
     finish()
     (run / "adapter_model.safetensors").write_bytes(b"other")
     assert launch.prepare(recipe, identity, force=False)
-    assert "the adapter is not the one that run.json tells of" in capsys.readouterr().out
+    assert "the adapter is not the one that run.json describes" in capsys.readouterr().out
     kept = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
     assert kept == ["run", "run.previous", "run.previous-2"]
