@@ -5,15 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
 from tests.conftest import losses, run, write_recipe
+from tests.training import count_steps, kill, start, wait_for
 from tools import architectures, common, recipes
 from tools.runs import Run
 from tools.train import checkpoints, hardware, plan, profiles
@@ -99,15 +98,9 @@ def test_two_processes_killed_in_the_second_epoch_go_on(tiny, chat_rows, tmp_pat
     assert run("train", once, *options).returncode == 0
     recipe = write_recipe(tmp_path / "killed", "r4", tiny, chat_rows, **changes)
     folder = tmp_path / "killed" / "r4"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tools", "train", recipe, *options], cwd=common.ROOT
-    )
-    while not (folder / "checkpoint-15").is_dir():
-        assert process.poll() is None
-        time.sleep(0.01)
-    for member in [*psutil.Process(process.pid).children(recursive=True), process]:
-        member.kill()
-    process.wait()
+    process = start(recipe, *options)
+    wait_for(process, (folder / "checkpoint-15").is_dir)
+    kill(process)
     result = run("train", recipe, *options)
     assert result.returncode == 0 and "goes on from step" in result.stdout, result.stderr
     assert losses(folder) == losses(tmp_path / "once" / "r4")
@@ -116,15 +109,8 @@ def test_two_processes_killed_in_the_second_epoch_go_on(tiny, chat_rows, tmp_pat
 def test_two_processes_told_to_stop_save_together(tiny, chat_rows, tmp_path):
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, max_steps=200, save_steps=200)
     folder = tmp_path / "r4"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tools", "train", recipe, "--nproc", "2"],
-        cwd=common.ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    while not ((folder / "progress.jsonl").exists() and losses(folder)):
-        assert process.poll() is None
-        time.sleep(0.01)
+    process = start(recipe, "--nproc", "2")
+    wait_for(process, lambda: count_steps(folder) > 0)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate()
     saved = checkpoints.last_checkpoint(Run(folder))
@@ -169,7 +155,7 @@ def test_training_apart_is_refused(tiny, chat_rows, tmp_path, profile, told):
         del environment["ACCELERATE_USE_CPU"]
     done = subprocess.run(
         [Path(sys.executable).parent / "axolotl", "train", recipe.run.config_file]
-        + machines.launcher(),
+        + machines.build_arguments(),
         cwd=common.ROOT,
         env=environment,
         capture_output=True,
@@ -239,22 +225,11 @@ def hosts():
 def test_two_hosts_train_over_the_wire_what_one_process_does(hosts, one, tiny, chat_rows, tmp_path):
     names, address = hosts
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, **EXACT)
-    options = ["--profile", "cpu", "--nnodes", "2", "--rendezvous", f"{address}:29411"]
+    options = ["--profile", "cpu", "--nnodes", "2", "--rdzv", f"{address}:29411"]
+    command = [sys.executable, "-m", "tools", "train", recipe, *options]
     both = [
         subprocess.Popen(
-            [
-                "ip",
-                "netns",
-                "exec",
-                name,
-                sys.executable,
-                "-m",
-                "tools",
-                "train",
-                recipe,
-                *options,
-            ]
-            + ["--node-rank", str(rank)],
+            ["ip", "netns", "exec", name, *command, "--node-rank", str(rank)],
             cwd=common.ROOT,
             env=os.environ | {"GLOO_SOCKET_IFNAME": device},
             stdout=subprocess.PIPE,

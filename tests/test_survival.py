@@ -21,51 +21,14 @@ import pytest
 import yaml
 
 from tests.conftest import losses, run, write_recipe
+from tests.training import assert_same, count_steps, kill, start, wait_for
 from tools import common, runs
 from tools.runs import Run
-from tools.train import callbacks, checkpoints, launch, reproduce, status
+from tools.train import callbacks, checkpoints, reproduce, status
 from tools.train import process as process_module
 
 # 94 rows in batches of 8 are 12 steps an epoch; the batches are drawn by length.
 LONG = {"max_steps": 30, "save_steps": 4, "eval_steps": 15}
-
-
-def start(recipe: Path, *options: str, **kwargs) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "tools", "train", recipe, *options],
-        cwd=common.ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **kwargs,
-    )
-
-
-def wait_for(process: subprocess.Popen, condition) -> None:
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
-
-
-def steps(folder: Path) -> int:
-    return max(losses(folder), default=0) if (folder / "progress.jsonl").exists() else 0
-
-
-def kill(process: subprocess.Popen) -> None:
-    """SIGKILL to the command and to all that it started, at once."""
-    family = [psutil.Process(process.pid)]
-    family += family[0].children(recursive=True)
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family[1:])
-    process.communicate()
-
-
-def same_as(folder: Path, other: Path) -> None:
-    """Two runs have the same losses and the same adapter, to the bit."""
-    assert losses(folder) == losses(other)
-    one, two = (common.digest(f / "adapter_model.safetensors") for f in (folder, other))
-    assert one == two
 
 
 def failed(result: subprocess.CompletedProcess) -> str:
@@ -91,7 +54,7 @@ def undisturbed(tiny, chat_rows, tmp_path_factory) -> Path:
 def test_a_training_told_to_stop_saves_and_goes_on(undisturbed, tiny, chat_rows, tmp_path, number):
     recipe, folder = write_recipe(tmp_path, "r4", tiny, chat_rows, **LONG), tmp_path / "r4"
     process = start(recipe)
-    wait_for(process, lambda: steps(folder) >= 13)  # in the second epoch
+    wait_for(process, lambda: count_steps(folder) >= 13)  # in the second epoch
     process.send_signal(number)
     said, error = process.communicate()
     assert process.returncode == 130 and "interrupted" in error
@@ -104,13 +67,13 @@ def test_a_training_told_to_stop_saves_and_goes_on(undisturbed, tiny, chat_rows,
 
     result = run("train", recipe)
     assert f"goes on from step {saved}" in result.stdout
-    same_as(folder, undisturbed)
+    assert_same(folder, undisturbed)
 
 
 def test_a_training_whose_command_is_killed_saves_and_ends(undisturbed, tiny, chat_rows, tmp_path):
     recipe, folder = write_recipe(tmp_path, "r4", tiny, chat_rows, **LONG), tmp_path / "r4"
     process = start(recipe)
-    wait_for(process, lambda: steps(folder) >= 2)
+    wait_for(process, lambda: count_steps(folder) >= 2)
     (child,) = psutil.Process(process.pid).children()
     process.kill()
     psutil.wait_procs([child])
@@ -133,7 +96,7 @@ def test_a_training_told_to_stop_leaves_its_evaluation(undisturbed, tiny, chat_r
 
     for number, step, before in ((signal.SIGTERM, 15, [0]), (signal.SIGINT, 30, [0, 15])):
         process = start(recipe)
-        wait_for(process, lambda step=step: steps(folder) == step)
+        wait_for(process, lambda step=step: count_steps(folder) == step)
         process.send_signal(number)
         said, error = process.communicate()
         assert process.returncode == 130 and f"goes on from step {step}" in said, said + error
@@ -142,7 +105,7 @@ def test_a_training_told_to_stop_leaves_its_evaluation(undisturbed, tiny, chat_r
     result = run("train", recipe)
     assert result.returncode == 0, result.stdout + result.stderr
     assert evaluated() == [0, 15, 30]
-    same_as(folder, undisturbed)
+    assert_same(folder, undisturbed)
 
 
 def test_a_stop_reaches_the_training_beside_processes_that_cannot_be_asked(tmp_path):
@@ -195,12 +158,12 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tiny, chat_rows, tmp
     recipe = write_recipe(tmp_path / "killed", "r4", tiny, chat_rows, **content)
     folder, dice, torn = tmp_path / "killed" / "r4", random.Random(0), 0
     for life in range(21):
-        process, begun = start(recipe), steps(folder)
+        process, begun = start(recipe), count_steps(folder)
         after = begun + dice.randint(1, 3)
         if life % 3:
-            wait_for(process, lambda after=after: steps(folder) >= after)
+            wait_for(process, lambda after=after: count_steps(folder) >= after)
         else:
-            wait_for(process, lambda begun=begun: steps(folder) > begun + 1)
+            wait_for(process, lambda begun=begun: count_steps(folder) > begun + 1)
             wait_for(process, lambda: any((folder / ".writing").glob("checkpoint-*/*")))
         time.sleep(dice.random() / 20)
         kill(process)
@@ -210,7 +173,7 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tiny, chat_rows, tmp
     result = run("train", recipe)
     assert result.returncode == 0, result.stdout + result.stderr
     assert not list(folder.glob("damaged-*"))  # what is there under its name is whole
-    same_as(folder, tmp_path / "once" / "r4")
+    assert_same(folder, tmp_path / "once" / "r4")
 
 
 def test_a_checkpoint_is_verified_before_it_is_used(undisturbed, tmp_path, capsys):
@@ -235,25 +198,6 @@ def test_a_checkpoint_is_verified_before_it_is_used(undisturbed, tmp_path, capsy
     save_file(weights, before / "adapter_model.safetensors")
     checkpoints.seal(before)
     assert checkpoints.last_checkpoint(Run(tmp_path / "run")) == 0
-
-
-def test_data_that_changed_under_a_half_done_run_is_told(undisturbed, tmp_path, capsys):
-    shutil.copytree(undisturbed, tmp_path / "run")
-    (tmp_path / "run" / "run.json").unlink()
-    before = json.loads((tmp_path / "run" / "identity.json").read_text())
-    recipe = launch.recipes.load_file(undisturbed.parent / "r4.yaml", "r4")
-    moved = launch.recipes.Recipe(
-        "r4", recipe.path, recipe.config | {"output_dir": str(tmp_path / "run")}, "1"
-    )
-    path = recipe.config["datasets"][0]["path"]
-    assert launch.prepare(moved, before | {"data": ["another"]}, force=False)
-    said = capsys.readouterr().out
-    assert f"starts afresh: the data changed ({path})" in said and "run.previous" in said
-    assert checkpoints.last_checkpoint(Run(tmp_path / "run")) == 0
-    assert (tmp_path / "run.previous" / "checkpoint-28").is_dir()
-
-    other = before | {"config": before["config"] | {"lora_r": 8}}
-    assert "changed (lora_r 4 → 8)" in launch.explain_change(before, other)
 
 
 def test_data_that_changes_while_it_is_read_stops_the_training(tiny, chat_rows, tmp_path):
@@ -436,7 +380,7 @@ def test_a_run_is_reproduced_to_the_bit(undisturbed):
     result = run("reproduce", undisturbed)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "the same to the bit" in result.stdout
-    same_as(undisturbed.with_name("r4.reproduced"), undisturbed)
+    assert_same(undisturbed.with_name("r4.reproduced"), undisturbed)
     with pytest.raises(common.WrongInput, match="no finished run"):
         reproduce.build_recipe(Run(undisturbed.parent))
 

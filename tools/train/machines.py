@@ -37,7 +37,7 @@ class Machines:
     def processes(self) -> int:
         return self.nproc * self.nnodes
 
-    def launcher(self) -> list[str]:
+    def build_arguments(self) -> list[str]:
         """Axolotl's arguments: one process needs no launcher, more are started by torchrun."""
         if self.processes == 1:
             return ["--launcher", "python"]

@@ -181,6 +181,20 @@ def estimate_cost(
 # ---- The whole plan
 
 
+def plan_published(
+    config: dict[str, Any], hardware: Hardware, flops: int, rows: int | None, row: int | None
+) -> dict[str, Any] | None:
+    """The cost of FinLoRA's own file of the training data; None where `rows` are that file, or for
+    other data.
+    """
+    entries = config.get("datasets") or [{}]
+    published_rows = read_published_rows().get(Path(str(entries[0].get("path"))).name)
+    if not published_rows or published_rows == rows:
+        return None
+    trained = count_training_rows(config, published_rows)
+    return estimate_cost(config, hardware, flops, trained, row) | {"rows": published_rows}
+
+
 def plan(
     config: dict[str, Any],
     hardware: Hardware = ONE_GPU,
@@ -214,12 +228,6 @@ def plan(
     trainable = memory.count_trainable(model, setup)
     flops = count_flops(model, setup)
     mean = None if lengths.mean is None else min(lengths.mean, most)
-    published, entries = None, config.get("datasets") or [{}]
-    published_rows = read_published_rows().get(Path(str(entries[0].get("path"))).name)
-    if published_rows and published_rows != lengths.rows:
-        trained = count_training_rows(config, published_rows)
-        published = estimate_cost(config, hardware, flops, trained, mean)
-        published["rows"] = published_rows
     return {
         "model": model.source,
         "note": model.note,
@@ -243,5 +251,5 @@ def plan(
         "tokens_per_row": lengths.mean,
         "tokenizer": lengths.tokenizer,
         "utilisation": UTILISATION,
-        "published": published,
+        "published": plan_published(config, hardware, flops, lengths.rows, mean),
     }

@@ -146,7 +146,7 @@ def run_axolotl(
     run: Run, place: Run, config: dict[str, Any], machines: Machines, lock: int
 ) -> None:
     """Runs `axolotl train` on the config in `place`; raises JobFailed unless it finishes."""
-    arguments = ["train", shown(place.config_file), *machines.launcher()]
+    arguments = ["train", shown(place.config_file), *machines.build_arguments()]
     print(f"train      axolotl {' '.join(arguments)}", flush=True)
     log = place.log_file
     start = log.stat().st_size if log.is_file() else 0
