@@ -27,7 +27,7 @@ def test_a_recipe_is_tried_on_its_longest_rows_and_nothing_stays(tiny, chat_rows
 
 def test_the_rows_are_the_longest_that_fit_and_fill_a_batch(tiny, chat_rows, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    lines = chat_rows.read_bytes().splitlines(keepends=True)
+    lines = chat_rows.read_bytes().splitlines()
     texts = [
         tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)
         for line in lines
@@ -40,7 +40,7 @@ def test_the_rows_are_the_longest_that_fit_and_fill_a_batch(tiny, chat_rows, tmp
     assert [sizes[line] for line in rows.lines] == fitting[:4]
     assert rows.too_long == sum(size > ordered[3] for size in ordered)
 
-    (tmp_path / "few.jsonl").write_bytes(b"".join(lines[:3]))
+    (tmp_path / "few.jsonl").write_bytes(b"\n".join(lines[:3]))
     rows = smoke.pick_longest(tmp_path / "few.jsonl", {"micro_batch_size": 8}, tokenizer)
     assert len(rows.lines) == 8 and {*rows.lines} == {*lines[:3]}
 

@@ -16,7 +16,7 @@ import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tools import architectures, models, prompts, recipes, smollm2
 from tools.common import ROOT, JobFailed, WrongInput, quiet, shown
@@ -47,11 +47,6 @@ class LongestRows:
     too_long: int  # rows over sequence_len, which Axolotl drops
 
 
-class Check(NamedTuple):
-    text: str
-    is_ready: bool = True
-
-
 def say(label: str, text: str) -> None:
     print(f"smoke      {label:<13} {text}", flush=True)
 
@@ -64,7 +59,7 @@ def pick_longest(path: Path, config: dict[str, Any], tokenizer: Any) -> LongestR
 
     A file smaller than a batch has its rows repeated.
     """
-    lines = [line for line in path.read_bytes().splitlines(keepends=True) if not line.isspace()]
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
     most = int(config.get("sequence_len") or 2048)
     count = config.get("micro_batch_size", 1) * config.get("gradient_accumulation_steps", 1)
     candidates = sorted(lines, key=len, reverse=True)[: max(CANDIDATES, 4 * count)]
@@ -112,11 +107,11 @@ def make_twin(base: str, folder: Path) -> dict[str, Any]:
 def build_trial(recipe: Recipe, config: dict[str, Any], rows: LongestRows) -> Recipe:
     """A merged config on the longest rows, for STEPS steps, in a folder of its own."""
     train_file, eval_file = FOLDER / "rows.jsonl", FOLDER / "two.jsonl"
-    train_file.write_bytes(b"".join(rows.lines * STEPS))
-    eval_file.write_bytes(b"".join(rows.lines[:2]))
+    for file, lines in ((train_file, rows.lines * STEPS), (eval_file, rows.lines[:2])):
+        file.write_bytes(b"\n".join(lines) + b"\n")
     entry = config["datasets"][0]
     schedule = ("val_set_size", "evals_per_epoch", "saves_per_epoch")
-    kept = {key: value for key, value in config.items() if key not in schedule}
+    options = {key: value for key, value in config.items() if key not in schedule}
     changes = {
         "datasets": [entry | {"path": str(train_file)}],
         "test_datasets": [entry | {"path": str(eval_file), "split": "train"}],
@@ -127,7 +122,7 @@ def build_trial(recipe: Recipe, config: dict[str, Any], rows: LongestRows) -> Re
         "output_dir": str(TRIAL.folder),
         "dataset_prepared_path": str(TRIAL.folder / "prepared"),
     }
-    return replace(recipe, config=kept | changes)
+    return replace(recipe, config=options | changes)
 
 
 def answer_rows(config: dict[str, Any], lines: list[bytes]) -> list[tuple[str, str, str]]:
@@ -154,39 +149,39 @@ def answer_rows(config: dict[str, Any], lines: list[bytes]) -> list[tuple[str, s
     return answers
 
 
-# ---- Checks of this machine
+# ---- Checks of this machine: each returns what it found, or raises what is missing
 
 
-def check_base(base: str) -> Check:
+def check_base(base: str) -> str:
     """Whether the base's weights can be had."""
     if models.base_folder(base):
-        return Check("on this machine")
+        return "on this machine"
     from huggingface_hub import auth_check
 
-    try:
-        with explain_errors(f"the base {base}"):
-            auth_check(base)
-    except (WrongInput, JobFailed) as error:
-        return Check(str(error), is_ready=False)
-    return Check("on the Hub; the first run downloads it")
+    with explain_errors(f"the base {base}"):
+        auth_check(base)
+    return "on the Hub; the first run downloads it"
 
 
-def check_kernels(host: hardware.Host) -> Check:
+def check_kernels(host: hardware.Host) -> str:
     """Whether bitsandbytes' own kernels load."""
     quiet()
     import bitsandbytes.cextension as extension
 
     device = "GPU" if host.gpus else "CPU"
     if "Error" in type(extension.lib).__name__:
-        return Check(f"bitsandbytes' kernels do not load for this {device}", is_ready=False)
-    return Check(f"bitsandbytes' kernels load ({device})")
+        raise JobFailed(f"bitsandbytes' kernels do not load for this {device}")
+    return f"bitsandbytes' kernels load ({device})"
 
 
-def check_disk(base: str, parameters: int) -> Check:
+def check_disk(base: str, parameters: int) -> str:
     """Free space against what base, checkpoints and adapter take."""
     needed = checks.DISK + (0 if (ROOT / base).is_dir() else 2 * parameters)
     free = shutil.disk_usage(ROOT).free
-    return Check(f"{free / 1e9:.0f} GB free, about {needed / 1e9:.0f} GB needed", free > needed)
+    text = f"{free / 1e9:.0f} GB free, about {needed / 1e9:.0f} GB needed"
+    if free < needed:
+        raise JobFailed(text)
+    return text
 
 
 def count_parameters(base: str) -> int:
@@ -223,14 +218,13 @@ def report_sizes(config: dict[str, Any], data: Path, info: dict[str, Any], is_tw
     say("whole run", f"{whole}, about {time} without evaluation")
 
 
-def try_recipe(recipe: Recipe, profile: str, host: hardware.Host, is_twin: bool) -> None:
-    """Trains the recipe, or its twin, for a few steps and prints the results."""
-    config = profiles.merge_config(recipe, profiles.Choice(profile), host)
+def try_recipe(recipe: Recipe, config: dict[str, Any], profile: str, is_twin: bool) -> None:
+    """Trains a recipe's merged config, or its twin, for a few steps and prints the results."""
     data = ROOT / checks.describe_data(recipe)[0]["path"]
     if is_twin:
-        config |= make_twin(config["base_model"], FOLDER / "twin")
+        config = config | make_twin(config["base_model"], FOLDER / "twin")
         say("twin", "the base is too large for this machine; a tiny random model stands in")
-    rows = pick_longest(data, recipe.config, models.load_tokenizer(config))
+    rows = pick_longest(data, config, models.load_tokenizer(config))
     say("rows", f"the {len(rows.lines)} longest of {rows.total:,}: {rows.longest} tokens")
     if rows.too_long:
         say("", f"{rows.too_long} rows are over sequence_len; Axolotl drops them")
@@ -257,26 +251,27 @@ def run(name: str, profile: str | None) -> None:
     parameters = count_parameters(base)
     is_twin = not host.gpus and parameters > hardware.LARGEST_ON_CPU
     smollm2.ensure(base)
-    base_check = check_base(base)
-    if not (is_twin or base_check.is_ready):
-        raise JobFailed(f"base: {base_check.text}")
+    if not is_twin:
+        check_base(base)
+    config = profiles.merge_config(recipe, profiles.Choice(profile), host)
     with Run(FOLDER).lock():  # two trials at once would remove each other's files
         checks.require_space(FOLDER)
         shutil.rmtree(FOLDER, ignore_errors=True)
         FOLDER.mkdir(parents=True)
-        try_recipe(recipe, profile, host, is_twin)
+        try_recipe(recipe, config, profile, is_twin)
         shutil.rmtree(FOLDER)  # a trial that failed keeps its log
-    config = profiles.merge_config(recipe, profiles.Choice(profile), host)
-    attention = profiles.explain_settings(config, host, 1)["attention"]
-    results = {
-        "base": base_check,
-        "attention": Check(attention),
-        "kernels": check_kernels(host),
-        "disk": check_disk(base, parameters),
-    }
-    for label, check in results.items():
-        say(label, check.text if check.is_ready else f"NOT READY: {check.text}")
-    missing = [f"{label}: {check.text}" for label, check in results.items() if not check.is_ready]
+    say("attention", profiles.explain_settings(config, host, 1)["attention"])
+    missing = []
+    for label, check, arguments in (
+        ("base", check_base, (base,)),
+        ("kernels", check_kernels, (host,)),
+        ("disk", check_disk, (base, parameters)),
+    ):
+        try:
+            say(label, check(*arguments))
+        except (WrongInput, JobFailed) as error:
+            say(label, f"NOT READY: {error}")
+            missing.append(f"{label}: {error}")
     if missing:
         raise JobFailed("; ".join(missing))
     say("ready", f"make train RECIPE={recipe.name}")
