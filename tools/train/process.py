@@ -22,13 +22,14 @@ from tools.train.checks import FULL
 from tools.train.machines import Machines
 from tools.train.status import read_last_step
 
+OUT_OF_MEMORY = "out of memory"
 DISK_FULL = "no space left on the disk; {free} are free"
 # What a log says when training fails, and what it means. The first match counts.
 CAUSES = {
     r"tools\.train\.callbacks\.Stopped: (.+)": "{0}",
     # The last message is that of Rust (tokenizers), which aborts.
     r"OutOfMemoryError|CUDA out of memory|allocate memory|MemoryError|bad_alloc"
-    r"|memory allocation of \d+ bytes failed": "{memory}",
+    r"|memory allocation of \d+ bytes failed": OUT_OF_MEMORY,
     r"No space left on device|os error 28": DISK_FULL,
     r"Disk quota exceeded|os error 122": "the disk quota of this user is used up",
     r"(?:PermissionError|Read-only file system).*": "{0}",
@@ -72,7 +73,7 @@ def advise_memory(config: dict[str, Any], processes: int) -> str:
     with suppress(WrongInput):  # an architecture that cannot be planned
         changes = plan.plan(config, plan.Hardware("0GB", processes))["changes"]
     default = "a smaller sequence_len or a smaller model (`make plan`)"
-    return f"out of memory; the plan's next step: {changes[0][0] if changes else default}"
+    return f"{OUT_OF_MEMORY}; the plan's next step: {changes[0][0] if changes else default}"
 
 
 def explain_failure(
@@ -81,15 +82,17 @@ def explain_failure(
     """Why training ended: from its log after byte `start`, or from its exit code."""
     text = log.read_bytes()[start:].decode(errors="replace")
     free = shutil.disk_usage(log.parent).free
-    facts = {"free": f"{free / 1e9:.1f} GB", "memory": advise_memory(config, processes)}
     for pattern, meaning in CAUSES.items():
         if match := re.search(pattern, text):
-            reason = meaning.format(*(match.groups() or (match[0],)), **facts)
+            if meaning == OUT_OF_MEMORY:
+                return advise_memory(config, processes)
+            groups = match.groups() or (match[0],)
+            reason = meaning.format(*groups, free=f"{free / 1e9:.1f} GB")
             return SECRET.sub("***", reason.strip()[:400])
     if free < FULL:  # then the log cannot say so
-        return DISK_FULL.format(**facts)
+        return DISK_FULL.format(free=f"{free / 1e9:.1f} GB")
     if code == -signal.SIGKILL:
-        return f"it was killed, most often for memory: {facts['memory']}"
+        return f"it was killed, most often for memory: {advise_memory(config, processes)}"
     if code < 0:
         return f"it was ended by {signal.Signals(-code).name}"
     if code == 0:  # a signal made it save and exit
