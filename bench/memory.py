@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +115,9 @@ def measure_step(step: Callable[[], None], before: int) -> int:
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive = most = before
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        most = max(most, alive)
-    return most
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return max(accumulate(changes, initial=before))
 
 
 def measure(bits: int, double_quant: bool, rows: int, tokens: int) -> dict[str, int]:
@@ -178,12 +176,8 @@ def plan_bytes(bits: int, double_quant: bool, rows: int, tokens: int) -> dict[st
     """The same as the planner computes it, without the CUDA context."""
     config = recipes.build_config(RECIPE) | {"micro_batch_size": rows}
     model = architectures.find(config["base_model"])
-    setup = replace(
-        read_setup(config, tokens, 1),
-        bits=bits,
-        double_quant=double_quant,
-        optimizer=name_optimizer(),
-    )
+    changes = {"bits": bits, "double_quant": double_quant, "optimizer": name_optimizer()}
+    setup = replace(read_setup(config, tokens, 1), **changes)
     need = compute_memory(model, setup)
     base = sum(compute_weight_bytes(model, setup))
     return {"base": base, "adapter": need.adapter, "peak": need.training - need.cuda_context}
@@ -208,12 +202,11 @@ def main() -> None:
     if options.rows < 1 or options.tokens < 2:
         raise WrongInput("--rows must be at least 1 and --tokens at least 2")
     smollm2.ensure(str(smollm2.FOLDER))
-    spawn = multiprocessing.get_context("spawn")
     results = {}
     for name, precision in PRECISIONS.items():
         print(f"memory     {name}", file=sys.stderr, flush=True)
         setting = (*precision, options.rows, options.tokens)
-        with ProcessPoolExecutor(1, spawn) as pool:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             measured = pool.submit(measure, *setting).result()
         results[name] = {"measured": measured, "planned": plan_bytes(*setting)}
     print_results(results)

@@ -5,18 +5,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
 from tests.conftest import losses, run, write_recipe
+from tests.training import count_steps, kill, start, wait_for
 from tools import architectures, common, recipes
 from tools.runs import Run
-from tools.train import checkpoints, hardware, plan, profiles, smoke
+from tools.train import checkpoints, hardware, plan, profiles
 from tools.train import machines as machines_module
 
 # Without dropout, whose random numbers each process draws for itself. 94 rows in batches of 8 are
@@ -25,35 +24,35 @@ EXACT = {"lora_dropout": 0.0, "max_steps": 11, "eval_steps": 11, "save_steps": 6
 
 
 @pytest.fixture(scope="module")
-def one(tiny, chat_rows, tmp_path_factory) -> Path:
+def single_run(tiny, chat_rows, tmp_path_factory) -> Path:
     """The run of one process."""
-    folder = tmp_path_factory.mktemp("one")
+    folder = tmp_path_factory.mktemp("single")
     result = run("train", write_recipe(folder, "r4", tiny, chat_rows, **EXACT))
     assert result.returncode == 0, result.stdout + result.stderr
     return folder / "r4"
 
 
-def agrees(folder: Path, one: Path) -> dict:
+def assert_agrees(folder: Path, single: Path) -> dict:
     """Two processes had the losses of one, and the adapter; returns their run.json."""
     from safetensors.torch import load_file
 
-    told = json.loads((folder / "run.json").read_text())
-    assert told["processes"] == 2
-    assert losses(folder) == pytest.approx(losses(one), abs=1e-4)
-    ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (folder, one))
+    info = json.loads((folder / "run.json").read_text())
+    assert info["processes"] == 2
+    assert losses(folder) == pytest.approx(losses(single), abs=1e-4)
+    ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (folder, single))
     assert ours.keys() == theirs.keys()
     assert all(ours[name].allclose(theirs[name], atol=1e-4) for name in ours)
-    alone = json.loads((one / "run.json").read_text())
-    assert told["trained_tokens"] == alone["trained_tokens"]
-    assert told["real_tokens"] == alone["real_tokens"]
-    return told
+    single_info = json.loads((single / "run.json").read_text())
+    assert info["trained_tokens"] == single_info["trained_tokens"]
+    assert info["real_tokens"] == single_info["real_tokens"]
+    return info
 
 
 @pytest.mark.parametrize(
     ("micro", "accumulation"), [pytest.param(4, 2, marks=pytest.mark.slow), (8, 1)]
 )
 def test_two_processes_share_the_batches_of_one(
-    one, tiny, chat_rows, tmp_path, micro, accumulation
+    single_run, tiny, chat_rows, tmp_path, micro, accumulation
 ):
     """By halving the accumulation, or where there is none to halve, the micro-batch."""
     batch = {"micro_batch_size": micro, "gradient_accumulation_steps": accumulation}
@@ -62,30 +61,30 @@ def test_two_processes_share_the_batches_of_one(
     assert result.returncode == 0, result.stdout + result.stderr
     config = yaml.safe_load((tmp_path / "r4" / "config.yaml").read_text())
     assert (config["micro_batch_size"], config["gradient_accumulation_steps"]) == (4, 1)
-    told = json.loads((tmp_path / "r4" / "run.json").read_text())
-    first, second = told["weights_of_processes"]
+    info = json.loads((tmp_path / "r4" / "run.json").read_text())
+    first, second = info["weights_of_processes"]
     assert first == second and len(first) == 64
     if accumulation == 1:
-        agrees(tmp_path / "r4", one)
+        assert_agrees(tmp_path / "r4", single_run)
     else:  # the mean over each micro-batch of 4 and then over both: what one process does, too
         (tmp_path / "alone").mkdir()
         alone = write_recipe(tmp_path / "alone", "r4", tiny, chat_rows, **EXACT, **batch)
         assert run("train", alone).returncode == 0
-        agrees(tmp_path / "r4", tmp_path / "alone" / "r4")
+        assert_agrees(tmp_path / "r4", tmp_path / "alone" / "r4")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_deepspeed_trains_what_one_process_does(one, tiny, chat_rows, tmp_path, stage):
+def test_deepspeed_trains_what_one_process_does(single_run, tiny, chat_rows, tmp_path, stage):
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, **EXACT)
     result = run("train", recipe, "--nproc", 2, "--profile", f"cpu,zero{stage}")
     assert result.returncode == 0, result.stdout + result.stderr
-    told = agrees(tmp_path / "r4", one)
+    info = assert_agrees(tmp_path / "r4", single_run)
     # It was DeepSpeed, with its states apart; ZeRO-3 divides the weights, so none are compared.
     shards = tmp_path / "r4" / "checkpoint-6" / "global_step6"
     assert len(list(shards.glob("*zero_pp_rank_*_optim_states.pt"))) == 2
-    assert len(set(told["weights_of_processes"])) == 1
-    assert (told["weights_of_processes"][0] is None) == (stage == 3)
+    assert len(set(info["weights_of_processes"])) == 1
+    assert (info["weights_of_processes"][0] is None) == (stage == 3)
 
 
 @pytest.mark.slow
@@ -99,15 +98,9 @@ def test_two_processes_killed_in_the_second_epoch_go_on(tiny, chat_rows, tmp_pat
     assert run("train", once, *options).returncode == 0
     recipe = write_recipe(tmp_path / "killed", "r4", tiny, chat_rows, **changes)
     folder = tmp_path / "killed" / "r4"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tools", "train", recipe, *options], cwd=common.ROOT
-    )
-    while not (folder / "checkpoint-15").is_dir():
-        assert process.poll() is None
-        time.sleep(0.01)
-    for member in [*psutil.Process(process.pid).children(recursive=True), process]:
-        member.kill()
-    process.wait()
+    process = start(recipe, *options)
+    wait_for(process, (folder / "checkpoint-15").is_dir)
+    kill(process)
     result = run("train", recipe, *options)
     assert result.returncode == 0 and "goes on from step" in result.stdout, result.stderr
     assert losses(folder) == losses(tmp_path / "once" / "r4")
@@ -116,19 +109,12 @@ def test_two_processes_killed_in_the_second_epoch_go_on(tiny, chat_rows, tmp_pat
 def test_two_processes_told_to_stop_save_together(tiny, chat_rows, tmp_path):
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, max_steps=200, save_steps=200)
     folder = tmp_path / "r4"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tools", "train", recipe, "--nproc", "2"],
-        cwd=common.ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    while not ((folder / "progress.jsonl").exists() and losses(folder)):
-        assert process.poll() is None
-        time.sleep(0.01)
+    process = start(recipe, "--nproc", "2")
+    wait_for(process, lambda: count_steps(folder) > 0)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate()
+    output, _ = process.communicate()
     saved = checkpoints.last_checkpoint(Run(folder))
-    assert process.returncode == 130 and saved > 0 and f"goes on from step {saved}" in said
+    assert process.returncode == 130 and saved > 0 and f"goes on from step {saved}" in output
     assert not (folder / "stats.json").exists()  # it would make the run a finished one
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(os.listdir(folder / f"checkpoint-{saved}"))
 
@@ -151,13 +137,13 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_what_can():
 
 
 @pytest.mark.parametrize(
-    ("profile", "told"),
+    ("profile", "reason"),
     [
         ("cpu", "they would train apart"),
         pytest.param("cpu,zero1", "trains without it", marks=pytest.mark.slow),
     ],
 )
-def test_training_apart_is_refused(tiny, chat_rows, tmp_path, profile, told):
+def test_training_apart_is_refused(tiny, chat_rows, tmp_path, profile, reason):
     """Plain `torchrun` without, and with, the variable that accelerate wants on a CPU."""
     recipe = recipes.find(str(write_recipe(tmp_path, "r4", tiny, chat_rows, **EXACT)))
     recipe.run.folder.mkdir()
@@ -169,13 +155,13 @@ def test_training_apart_is_refused(tiny, chat_rows, tmp_path, profile, told):
         del environment["ACCELERATE_USE_CPU"]
     done = subprocess.run(
         [Path(sys.executable).parent / "axolotl", "train", recipe.run.config_file]
-        + machines.launcher(),
+        + machines.build_arguments(),
         cwd=common.ROOT,
         env=environment,
         capture_output=True,
         text=True,
     )
-    assert done.returncode != 0 and told in done.stderr
+    assert done.returncode != 0 and reason in done.stderr
     assert not list(recipe.run.folder.glob("adapter_model*"))
 
 
@@ -196,10 +182,10 @@ def test_different_data_on_two_processes_is_refused(tmp_path):
         "cfg = types.SimpleNamespace(output_dir='.', datasets=[{'path': path}])\n"
         "cfg.test_datasets = None\n"
         "watch = Watch(cfg, trainer, None)\n"
-        "watch.same_data()\n"
-        "watch.same_weights()\n"
+        "watch.check_data()\n"
+        "watch.check_weights()\n"
     )
-    for what, told in (("data", "different data"), ("weights", "different weights at step 1")):
+    for what, reason in (("data", "different data"), ("weights", "different weights at step 1")):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         done = subprocess.run(
             [*torchrun, "--nproc_per_node=2", script, what],
@@ -208,7 +194,7 @@ def test_different_data_on_two_processes_is_refused(tmp_path):
             capture_output=True,
             text=True,
         )
-        assert done.returncode != 0 and told in done.stderr
+        assert done.returncode != 0 and reason in done.stderr
 
 
 @pytest.fixture
@@ -236,25 +222,16 @@ def hosts():
 
 
 @pytest.mark.slow
-def test_two_hosts_train_over_the_wire_what_one_process_does(hosts, one, tiny, chat_rows, tmp_path):
+def test_two_hosts_train_over_the_wire_what_one_process_does(
+    hosts, single_run, tiny, chat_rows, tmp_path
+):
     names, address = hosts
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, **EXACT)
-    options = ["--profile", "cpu", "--nnodes", "2", "--rendezvous", f"{address}:29411"]
+    options = ["--profile", "cpu", "--nnodes", "2", "--rdzv", f"{address}:29411"]
+    command = [sys.executable, "-m", "tools", "train", recipe, *options]
     both = [
         subprocess.Popen(
-            [
-                "ip",
-                "netns",
-                "exec",
-                name,
-                sys.executable,
-                "-m",
-                "tools",
-                "train",
-                recipe,
-                *options,
-            ]
-            + ["--node-rank", str(rank)],
+            ["ip", "netns", "exec", name, *command, "--node-rank", str(rank)],
             cwd=common.ROOT,
             env=os.environ | {"GLOO_SOCKET_IFNAME": device},
             stdout=subprocess.PIPE,
@@ -263,17 +240,17 @@ def test_two_hosts_train_over_the_wire_what_one_process_does(hosts, one, tiny, c
         )
         for rank, (name, device) in enumerate(zip(names, ("vethf", "vethfx"), strict=True))
     ]
-    said = [process.communicate() for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    agrees(tmp_path / "r4", one)
+    outputs = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert_agrees(tmp_path / "r4", single_run)
 
 
 def test_every_profile_is_valid_for_axolotl():
     for name in ("gpu", "multi_gpu", "multi_node", "multi_gpu,zero1", "multi_gpu,zero2"):
         for recipe in ("sentiment_r4", "sentiment_r8", "sentiment_r8_dora", "sentiment_r8_fp16"):
-            valid(recipe, name)
+            assert_valid(recipe, name)
     for name in ("multi_gpu,zero3", "multi_node,zero3", "multi_gpu,fsdp"):
-        valid("sentiment_r4", name)
+        assert_valid("sentiment_r4", name)
         with pytest.raises(common.WrongInput, match="8-bit weights cannot be divided"):
             profiles.merge_config(recipes.find("sentiment_r8"), profiles.Choice(name, 2))
 
@@ -283,7 +260,7 @@ def test_axolotl_knows_the_ray_options_of_the_scale_document():
     recipes.validate(recipes.find("sentiment_r4").config | ray, "sentiment_r4 with Ray Train")
 
 
-def valid(name: str, profile: str) -> None:
+def assert_valid(name: str, profile: str) -> None:
     from axolotl.integrations.liger.args import LigerArgs
 
     content = recipes.find(name).config | profiles.read_profiles(profile)
@@ -343,6 +320,13 @@ def test_the_layers_that_a_recipe_names_for_fsdp_are_kept():
 CARDS = hardware.Host([("a card", 24 << 30)], 8, 64 << 30, (8, 6))
 
 
+@pytest.fixture(autouse=True)
+def forget_imports():
+    hardware.explain_import.cache_clear()
+    yield
+    hardware.explain_import.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
@@ -357,13 +341,12 @@ def test_flash_attn_counts_where_it_imports(tmp_path, monkeypatch, module, reaso
     (tmp_path / "flash_attn.py").write_text(module)
     monkeypatch.syspath_prepend(tmp_path)
     recipe = recipes.find("sentiment_r4")
-    said = hardware.explain_no_flash(CARDS)
-    assert reason in said and bool(said) == bool(reason)
+    explanation = hardware.explain_no_flash(CARDS)
+    assert reason in explanation and bool(explanation) == bool(reason)
     content = profiles.merge_config(recipe, profiles.Choice("gpu"), CARDS)
     used = "sdpa" if reason else "flash_attention_2"
     assert content["attn_implementation"] == used
     assert reason in profiles.explain_settings(content, CARDS, 1)["attention"]
-    assert reason in smoke.check_attention(content, CARDS).text
 
 
 def test_flash_attn_needs_a_gpu_that_it_has_kernels_for(tmp_path, monkeypatch):
@@ -371,6 +354,7 @@ def test_flash_attn_needs_a_gpu_that_it_has_kernels_for(tmp_path, monkeypatch):
     assert "not installed" in hardware.explain_no_flash(CARDS)
     (tmp_path / "flash_attn.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
+    hardware.explain_import.cache_clear()
     for capability, reason in (
         ((7, 5), "needs compute capability 8.0, a GPU here has 7.5"),
         ((9, 0), ""),

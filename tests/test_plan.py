@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.memory import list_tensors
 from tests.conftest import run, write_recipe
 from tools import architectures, recipes
 from tools.common import ROOT, WrongInput
@@ -28,7 +29,7 @@ from tools.train.plan import (
     find_gpu,
     plan,
 )
-from tools.train.tokens import measure_rows
+from tools.train.tokens import RowLengths, measure_rows
 
 MODELS = {path.stem: path for path in architectures.FOLDER.glob("*.json")}
 METHODS = list(recipes.read_matrix()["methods"])
@@ -245,18 +246,6 @@ def test_what_a_config_adapts_and_saves_is_what_peft_trains(changes, tiny):
     assert count_by_peft(tiny, config)[1] == plan(config, row=64)["trainable_parameters"]
 
 
-def count_layer_bytes(layer):
-    """(weights, constants) of the tensors that a quantized layer holds, in bytes."""
-    weight = layer.weight
-    if state := getattr(weight, "quant_state", None):
-        tensors = [state.absmax, state.code]
-        if state.nested:
-            tensors += [state.state2.absmax, state.state2.code, state.offset]
-    else:
-        tensors = [layer.state.SCB if weight.SCB is None else weight.SCB]
-    return weight.data.nbytes, sum(tensor.nbytes for tensor in tensors)
-
-
 @pytest.mark.parametrize(("bits", "double"), [(4, True), (4, False), (8, True)])
 @pytest.mark.parametrize("base", BASES)
 def test_quantized_weights_take_what_bitsandbytes_allocates(base, bits, double):
@@ -271,7 +260,8 @@ def test_quantized_weights_take_what_bitsandbytes_allocates(base, bits, double):
         else:
             layer = bnb.nn.Linear8bitLt(*size, bias=False, has_fp16_weights=False)
         torch.nn.init.normal_(layer.weight.data)
-        real = count_layer_bytes(layer.to("cpu"))
+        weight, *constants = list_tensors(layer.to("cpu"))
+        real = weight.nbytes, sum(tensor.nbytes for tensor in constants)
         assert compute_linear_bytes(size, bits, double) == pytest.approx(real, rel=0.01)
         totals = [total + model.layers * part for total, part in zip(totals, real, strict=True)]
     planned = compute_weight_bytes(model, Setup(bits=bits, double_quant=double))
@@ -423,7 +413,7 @@ def test_tokens_are_counted_by_the_tokenizer_and_otherwise_not_underestimated(
     assert estimated.mean >= counted.mean and estimated.longest >= counted.longest
     for content in ("{", "\n"):
         (tmp_path / "broken.jsonl").write_text(content)
-        assert measure_rows(tmp_path / "broken.jsonl", str(tiny)) is None
+        assert measure_rows(tmp_path / "broken.jsonl", str(tiny)) == RowLengths()
 
 
 def test_finloras_rows_are_not_underestimated_without_a_tokenizer(tiny):

@@ -3,6 +3,8 @@
 import json
 import re
 
+from transformers import AutoTokenizer
+
 from tests.conftest import run, write_recipe
 from tools.train import smoke
 
@@ -23,25 +25,24 @@ def test_a_recipe_is_tried_on_its_longest_rows_and_nothing_stays(tiny, chat_rows
     assert not smoke.FOLDER.exists() and not (tmp_path / "r4").exists()
 
 
-def test_the_rows_are_the_longest_that_fit(tiny, chat_rows):
-    counter = smoke.load_counter(str(tiny))
-    lines = chat_rows.read_bytes().splitlines(keepends=True)
-    sizes = dict(zip(lines, smoke.count_row_tokens(counter, lines), strict=True))
+def test_the_rows_are_the_longest_that_fit_and_fill_a_batch(tiny, chat_rows, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    lines = chat_rows.read_bytes().splitlines()
+    texts = [
+        tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)
+        for line in lines
+    ]
+    sizes = {line: len(tokenizer.encode(text)) for line, text in zip(lines, texts, strict=True)}
     ordered = sorted(sizes.values(), reverse=True)
-    fitting = [size for size in ordered if size <= ordered[3]]
     config = {"sequence_len": ordered[3], "micro_batch_size": 2, "gradient_accumulation_steps": 2}
-    rows = smoke.pick_longest(chat_rows, config, counter)
+    rows = smoke.pick_longest(chat_rows, config, tokenizer)
+    fitting = [size for size in ordered if size <= ordered[3]]
     assert [sizes[line] for line in rows.lines] == fitting[:4]
     assert rows.too_long == sum(size > ordered[3] for size in ordered)
-    assert rows.mean == sum(ordered) / len(ordered)
 
-
-def test_a_file_smaller_than_a_batch_fills_it_with_repeated_rows(tiny, chat_rows, tmp_path):
-    counter = smoke.load_counter(str(tiny))
-    lines = chat_rows.read_bytes().splitlines(keepends=True)[:3]
-    (tmp_path / "few.jsonl").write_bytes(b"".join(lines))
-    rows = smoke.pick_longest(tmp_path / "few.jsonl", {"micro_batch_size": 8}, counter)
-    assert len(rows.lines) == 8 and {*rows.lines} == {*lines}
+    (tmp_path / "few.jsonl").write_bytes(b"\n".join(lines[:3]))
+    rows = smoke.pick_longest(tmp_path / "few.jsonl", {"micro_batch_size": 8}, tokenizer)
+    assert len(rows.lines) == 8 and {*rows.lines} == {*lines[:3]}
 
 
 def test_a_base_that_is_too_large_is_tried_by_its_tiny_twin(tiny, chat_rows, tmp_path):

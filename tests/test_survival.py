@@ -1,4 +1,4 @@
-"""Nothing is lost when a training dies, and what stops it is told in one line."""
+"""Nothing is lost when a training dies, and what stops it is said in one line."""
 
 import json
 import math
@@ -21,55 +21,18 @@ import pytest
 import yaml
 
 from tests.conftest import losses, run, write_recipe
+from tests.training import assert_same, count_steps, kill, start, wait_for
 from tools import common, runs
 from tools.runs import Run
-from tools.train import callbacks, checkpoints, launch, reproduce, status
+from tools.train import callbacks, checkpoints, reproduce, status
 from tools.train import process as process_module
 
 # 94 rows in batches of 8 are 12 steps an epoch; the batches are drawn by length.
 LONG = {"max_steps": 30, "save_steps": 4, "eval_steps": 15}
 
 
-def start(recipe: Path, *options: str, **kwargs) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "tools", "train", recipe, *options],
-        cwd=common.ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **kwargs,
-    )
-
-
-def wait_for(process: subprocess.Popen, condition) -> None:
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
-
-
-def steps(folder: Path) -> int:
-    return max(losses(folder), default=0) if (folder / "progress.jsonl").exists() else 0
-
-
-def kill(process: subprocess.Popen) -> None:
-    """SIGKILL to the command and to all that it started, at once."""
-    family = [psutil.Process(process.pid)]
-    family += family[0].children(recursive=True)
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family[1:])
-    process.communicate()
-
-
-def same_as(folder: Path, other: Path) -> None:
-    """Two runs have the same losses and the same adapter, to the bit."""
-    assert losses(folder) == losses(other)
-    one, two = (common.digest(f / "adapter_model.safetensors") for f in (folder, other))
-    assert one == two
-
-
-def failed(result: subprocess.CompletedProcess) -> str:
-    """The one line of a job that failed."""
+def read_failure(result: subprocess.CompletedProcess) -> str:
+    """The one line on stderr of a job that failed."""
     assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stdout + result.stderr
     return result.stderr
 
@@ -91,12 +54,12 @@ def undisturbed(tiny, chat_rows, tmp_path_factory) -> Path:
 def test_a_training_told_to_stop_saves_and_goes_on(undisturbed, tiny, chat_rows, tmp_path, number):
     recipe, folder = write_recipe(tmp_path, "r4", tiny, chat_rows, **LONG), tmp_path / "r4"
     process = start(recipe)
-    wait_for(process, lambda: steps(folder) >= 13)  # in the second epoch
+    wait_for(process, lambda: count_steps(folder) >= 13)  # in the second epoch
     process.send_signal(number)
-    said, error = process.communicate()
+    output, error = process.communicate()
     assert process.returncode == 130 and "interrupted" in error
     saved = checkpoints.last_checkpoint(Run(folder))
-    assert saved >= 13 and f"goes on from step {saved}" in said
+    assert saved >= 13 and f"goes on from step {saved}" in output
     assert (
         not (folder / "run.json").exists() and not (folder / "adapter_model.safetensors").exists()
     )
@@ -104,13 +67,13 @@ def test_a_training_told_to_stop_saves_and_goes_on(undisturbed, tiny, chat_rows,
 
     result = run("train", recipe)
     assert f"goes on from step {saved}" in result.stdout
-    same_as(folder, undisturbed)
+    assert_same(folder, undisturbed)
 
 
 def test_a_training_whose_command_is_killed_saves_and_ends(undisturbed, tiny, chat_rows, tmp_path):
     recipe, folder = write_recipe(tmp_path, "r4", tiny, chat_rows, **LONG), tmp_path / "r4"
     process = start(recipe)
-    wait_for(process, lambda: steps(folder) >= 2)
+    wait_for(process, lambda: count_steps(folder) >= 2)
     (child,) = psutil.Process(process.pid).children()
     process.kill()
     psutil.wait_procs([child])
@@ -133,16 +96,16 @@ def test_a_training_told_to_stop_leaves_its_evaluation(undisturbed, tiny, chat_r
 
     for number, step, before in ((signal.SIGTERM, 15, [0]), (signal.SIGINT, 30, [0, 15])):
         process = start(recipe)
-        wait_for(process, lambda step=step: steps(folder) == step)
+        wait_for(process, lambda step=step: count_steps(folder) == step)
         process.send_signal(number)
-        said, error = process.communicate()
-        assert process.returncode == 130 and f"goes on from step {step}" in said, said + error
+        output, error = process.communicate()
+        assert process.returncode == 130 and f"goes on from step {step}" in output, output + error
         assert checkpoints.last_checkpoint(Run(folder)) == step and evaluated() == before
         assert not (folder / "stats.json").exists()
     result = run("train", recipe)
     assert result.returncode == 0, result.stdout + result.stderr
     assert evaluated() == [0, 15, 30]
-    same_as(folder, undisturbed)
+    assert_same(folder, undisturbed)
 
 
 def test_a_stop_reaches_the_training_beside_processes_that_cannot_be_asked(tmp_path):
@@ -195,12 +158,12 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tiny, chat_rows, tmp
     recipe = write_recipe(tmp_path / "killed", "r4", tiny, chat_rows, **content)
     folder, dice, torn = tmp_path / "killed" / "r4", random.Random(0), 0
     for life in range(21):
-        process, begun = start(recipe), steps(folder)
+        process, begun = start(recipe), count_steps(folder)
         after = begun + dice.randint(1, 3)
         if life % 3:
-            wait_for(process, lambda after=after: steps(folder) >= after)
+            wait_for(process, lambda after=after: count_steps(folder) >= after)
         else:
-            wait_for(process, lambda begun=begun: steps(folder) > begun + 1)
+            wait_for(process, lambda begun=begun: count_steps(folder) > begun + 1)
             wait_for(process, lambda: any((folder / ".writing").glob("checkpoint-*/*")))
         time.sleep(dice.random() / 20)
         kill(process)
@@ -210,7 +173,7 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tiny, chat_rows, tmp
     result = run("train", recipe)
     assert result.returncode == 0, result.stdout + result.stderr
     assert not list(folder.glob("damaged-*"))  # what is there under its name is whole
-    same_as(folder, tmp_path / "once" / "r4")
+    assert_same(folder, tmp_path / "once" / "r4")
 
 
 def test_a_checkpoint_is_verified_before_it_is_used(undisturbed, tmp_path, capsys):
@@ -222,8 +185,8 @@ def test_a_checkpoint_is_verified_before_it_is_used(undisturbed, tmp_path, capsy
         newest.name,
         before.name,
     }  # as many as the recipe says
-    told = json.loads((newest / "checkpoint.json").read_text())
-    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= set(told)
+    digests = json.loads((newest / "checkpoint.json").read_text())
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= set(digests)
     flipped = bytearray((newest / "optimizer.pt").read_bytes())
     flipped[len(flipped) // 2] ^= 1
     (newest / "optimizer.pt").write_bytes(flipped)
@@ -235,25 +198,6 @@ def test_a_checkpoint_is_verified_before_it_is_used(undisturbed, tmp_path, capsy
     save_file(weights, before / "adapter_model.safetensors")
     checkpoints.seal(before)
     assert checkpoints.last_checkpoint(Run(tmp_path / "run")) == 0
-
-
-def test_data_that_changed_under_a_half_done_run_is_told(undisturbed, tmp_path, capsys):
-    shutil.copytree(undisturbed, tmp_path / "run")
-    (tmp_path / "run" / "run.json").unlink()
-    before = json.loads((tmp_path / "run" / "identity.json").read_text())
-    recipe = launch.recipes.load_file(undisturbed.parent / "r4.yaml", "r4")
-    moved = launch.recipes.Recipe(
-        "r4", recipe.path, recipe.config | {"output_dir": str(tmp_path / "run")}, "1"
-    )
-    path = recipe.config["datasets"][0]["path"]
-    assert launch.prepare(moved, before | {"data": ["another"]}, force=False)
-    said = capsys.readouterr().out
-    assert f"starts afresh: the data changed ({path})" in said and "run.previous" in said
-    assert checkpoints.last_checkpoint(Run(tmp_path / "run")) == 0
-    assert (tmp_path / "run.previous" / "checkpoint-28").is_dir()
-
-    other = before | {"config": before["config"] | {"lora_r": 8}}
-    assert "changed (lora_r 4 → 8)" in launch.explain_change(before, other)
 
 
 def test_data_that_changes_while_it_is_read_stops_the_training(tiny, chat_rows, tmp_path):
@@ -270,17 +214,17 @@ def test_data_that_changes_while_it_is_read_stops_the_training(tiny, chat_rows, 
 
 
 @pytest.mark.parametrize(
-    ("rate", "told"),
+    ("rate", "reason"),
     [
         (1e30, "is not a number at step"),
         pytest.param(50.0, "the loss diverges: ", marks=pytest.mark.slow),
     ],
 )
-def test_a_loss_that_is_lost_stops_the_training(tiny, chat_rows, tmp_path, rate, told):
+def test_a_loss_that_is_lost_stops_the_training(tiny, chat_rows, tmp_path, rate, reason):
     changes = LONG | {"learning_rate": rate, "warmup_steps": 2, "save_steps": 1}
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, **changes)
-    error = failed(run("train", recipe))
-    assert told in error
+    error = read_failure(run("train", recipe))
+    assert reason in error
     folder = tmp_path / "r4"
     finished = ("run.json", "stats.json", "adapter_model.safetensors")
     assert not any((folder / name).exists() for name in finished)
@@ -289,21 +233,21 @@ def test_a_loss_that_is_lost_stops_the_training(tiny, chat_rows, tmp_path, rate,
 
 
 def test_a_loss_diverges_where_it_doubles_or_its_gradient_explodes():
-    def told(losses, norms):
+    def explain(losses, norms):
         return callbacks.explain_divergence(
             [{"loss": a, "grad_norm": b} for a, b in zip(losses, norms, strict=True)]
         )
 
     falling = [3 - 0.1 * step for step in range(20)]
-    assert told(falling, [1.0] * 20) is None
-    assert told([3.0] * 10 + [5.9] * 10, [1.0] * 20) is None
-    assert told([0.01] * 10 + [0.5] * 10, [1.0] * 20) is None  # a lucky start is no divergence
-    assert told([3.0] * 10 + [6.1] * 10, [1.0] * 20) == (
+    assert explain(falling, [1.0] * 20) is None
+    assert explain([3.0] * 10 + [5.9] * 10, [1.0] * 20) is None
+    assert explain([0.01] * 10 + [0.5] * 10, [1.0] * 20) is None  # a lucky start is no divergence
+    assert explain([3.0] * 10 + [6.1] * 10, [1.0] * 20) == (
         "3.00 at first, 6.10 (gradient norm 1) over 10 steps"
     )
-    assert told([11.0] * 20, [1.0] * 10 + [1001.0] * 10)
-    assert told(falling, [1.0] * 10 + [1001.0] * 10) is None
-    assert told([3.0] * 10 + [9.0] * 9, [1.0] * 19) is None
+    assert explain([11.0] * 20, [1.0] * 10 + [1001.0] * 10)
+    assert explain(falling, [1.0] * 10 + [1001.0] * 10) is None
+    assert explain([3.0] * 10 + [9.0] * 9, [1.0] * 19) is None
 
 
 @pytest.fixture
@@ -411,15 +355,15 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(tiny, chat_r
         pytest.skip("this machine does not let a small disk be mounted")
     try:
         recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, save_total_limit=12, save_steps=1)
-        error = failed(run("train", recipe))
+        error = read_failure(run("train", recipe))
         assert "no space left on the disk" in error
         assert not (disk / "run.json").exists()
-        kept = checkpoints.last_checkpoint(Run(disk))
-        assert f"goes on from step {kept}" in error
+        step = checkpoints.last_checkpoint(Run(disk))
+        assert f"goes on from step {step}" in error
         subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
         result = run("train", recipe)
         assert result.returncode == 0, result.stdout + result.stderr
-        assert f"goes on from step {kept}" in result.stdout
+        assert f"goes on from step {step}" in result.stdout
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -428,7 +372,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(tiny,
     place = Path("/proc/finlora")  # not even root may write there
     recipe_folder = tiny.parent
     recipe = write_recipe(recipe_folder, "r4", tiny, chat_rows, output_dir=str(place / "r4"))
-    error = failed(run("train", recipe))
+    error = read_failure(run("train", recipe))
     assert f"{place}" in error and "cannot be written" in error
 
 
@@ -436,7 +380,7 @@ def test_a_run_is_reproduced_to_the_bit(undisturbed):
     result = run("reproduce", undisturbed)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "the same to the bit" in result.stdout
-    same_as(undisturbed.with_name("r4.reproduced"), undisturbed)
+    assert_same(undisturbed.with_name("r4.reproduced"), undisturbed)
     with pytest.raises(common.WrongInput, match="no finished run"):
         reproduce.build_recipe(Run(undisturbed.parent))
 
@@ -448,11 +392,11 @@ def test_a_tracker_writes_only_where_it_is_asked_for(undisturbed, tiny, chat_row
     assert not list(undisturbed.rglob("events.out.tfevents*"))
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows)
     assert run("train", recipe, "--tracker", "tensorboard").returncode == 0
-    (events,) = (tmp_path / "r4").rglob("events.out.tfevents*")
-    told = EventAccumulator(str(events.parent))
-    told.Reload()
-    seen = {event.step: event.value for event in told.Scalars("train/loss")}
-    assert seen == pytest.approx(losses(tmp_path / "r4"))
+    (file,) = (tmp_path / "r4").rglob("events.out.tfevents*")
+    events = EventAccumulator(str(file.parent))
+    events.Reload()
+    logged = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert logged == pytest.approx(losses(tmp_path / "r4"))
 
     # It is no other run by it.
     result = run("train", recipe)
@@ -544,9 +488,11 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(shared, undistu
     shutil.copytree(undisturbed / "checkpoint-30", folder / "checkpoint-30")
     (folder / "checkpoint-30" / "optimizer.pt").chmod(0o600)
     folder.chmod(0o777)
-    unreadable = pytest.raises(common.JobFailed, match="checkpoint-30.* cannot be read: .* root")
-    with other_user(), unreadable:
-        checkpoints.last_checkpoint(Run(folder))
+    with other_user():
+        with pytest.raises(PermissionError) as error:
+            checkpoints.last_checkpoint(Run(folder))
+        line = common.explain(error.value)
+    assert "checkpoint-30" in line and "belongs to root" in line
     assert checkpoints.last_checkpoint(Run(folder)) == 30
 
 
@@ -569,3 +515,33 @@ def test_one_run_that_cannot_be_read_does_not_hide_the_others(shared, monkeypatc
     assert notes["damaged"].startswith("damaged: ")
     assert all("Permission denied" in note for n, note in notes.items() if n != "damaged")
     status.print_statuses(list(statuses.values()))
+
+
+def test_the_last_step_is_the_newest_whole_line_with_a_loss(tmp_path):
+    path = tmp_path / "progress.jsonl"
+    assert status.read_last_step(path) == {}
+    rows = [{"step": step, "loss": 1.0 / step} for step in range(1, 5001)]
+    lines = [json.dumps(row) for row in rows]
+    evaluation, torn = json.dumps({"step": 5000, "eval_loss": 1.0}), lines[0][:9]
+    for end, step in (
+        ("", 5000),
+        (evaluation, 5000),
+        (f"{evaluation}\n{torn}", 5000),  # the training is writing
+        ("\0" * 40 + "\n" + "\0\0", 5000),  # a crash of the machine
+    ):
+        path.write_text("\n".join([*lines, end]) + ("\n" if end == evaluation else ""))
+        assert status.read_last_step(path) == rows[step - 1]
+    path.write_text(f"{evaluation}\n")
+    assert status.read_last_step(path) == {}
+
+
+def test_the_last_step_of_a_long_file_costs_little(tmp_path):
+    path = tmp_path / "progress.jsonl"
+    path.write_text("".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in range(50_001)))
+
+    def count_bytes() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = count_bytes()
+    assert status.read_last_step(path)["step"] == 50_000
+    assert count_bytes() - before < 2 * status.BLOCK

@@ -4,15 +4,14 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import yaml
 
-from tests.conftest import losses, run, write_recipe
+from tests.conftest import run, write_recipe
+from tests.training import assert_same, count_steps, kill, start, wait_for
 from tools import common, recipes
 from tools.runs import Run
 from tools.train import batches, checkpoints, checks, hardware, launch, machines, profiles
@@ -69,14 +68,11 @@ def test_a_run_says_what_was_done(runs, method, chat_rows):
     assert content["adapter_sha256"] == common.digest(runs[method] / "adapter_model.safetensors")
     assert content["seconds"] > 0 and content["tokens_per_second"] > 0
     assert content["packages"]["torch"].startswith("2.")
-    assert config["optimizer"] == "adamw_torch" and config["lora_r"] == (4 if method == "r4" else 8)
-
-
-def test_trainable_parameters_are_rank_times_in_plus_out(runs):
+    rank = 4 if method == "r4" else 8
+    assert (config["optimizer"], config["lora_r"]) == ("adamw_torch", rank)
     # q: 64 -> 64, k and v: 64 -> 32; two layers; DoRA adds a magnitude for each output.
-    for method, rank, extra in (("r4", 4, 0), ("r8_dora", 8, 64 + 32 + 32)):
-        content = json.loads((runs[method] / "run.json").read_text())
-        assert content["trainable_parameters"] == 2 * (rank * (128 + 96 + 96) + extra)
+    magnitudes = 64 + 32 + 32 if method == "r8_dora" else 0
+    assert content["trainable_parameters"] == 2 * (rank * (128 + 96 + 96) + magnitudes)
 
 
 def test_axolotl_trained_on_the_tokens_that_the_scorer_feeds(runs, tiny, chat_rows):
@@ -109,57 +105,26 @@ def test_axolotl_trained_on_the_tokens_that_the_scorer_feeds(runs, tiny, chat_ro
     assert not expected
 
 
-def test_a_run_killed_in_the_middle_goes_on_with_the_same_losses(runs, tiny, chat_rows, tmp_path):
-    recipe = write_recipe(tmp_path, "r4", tiny, chat_rows)
-    process = subprocess.Popen([sys.executable, "-m", "tools", "train", recipe], cwd=common.ROOT)
-    progress = tmp_path / "r4" / "progress.jsonl"
-    deadline = time.monotonic() + 300
-    while not (progress.exists() and len(losses(tmp_path / "r4")) >= 6):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    # The training first: it would save and end, once the command that started it is gone.
-    for member in [*psutil.Process(process.pid).children(recursive=True), process]:
-        member.kill()
-    process.wait()
-    assert not (tmp_path / "r4" / "run.json").exists()
-    kept = checkpoints.last_checkpoint(Run(tmp_path / "r4"))
-    assert kept >= 4
+def test_a_run_killed_in_the_middle_goes_on_to_the_same_adapter(runs, tiny, chat_rows, tmp_path):
+    recipe, folder = write_recipe(tmp_path, "r4", tiny, chat_rows), tmp_path / "r4"
+    process = start(recipe)
+    wait_for(process, lambda: count_steps(folder) >= 6)
+    kill(process)
+    assert not (folder / "run.json").exists()
+    step = checkpoints.last_checkpoint(Run(folder))
+    assert step >= 4
 
     result = run("train", recipe)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert f"goes on from step {kept}" in result.stdout
-    assert losses(tmp_path / "r4") == pytest.approx(losses(runs["r4"]), abs=1e-4)
-    once, killed = (
-        folder / "adapter_model.safetensors" for folder in (runs["r4"], tmp_path / "r4")
-    )
-    assert common.digest(once) == common.digest(killed)
+    assert f"goes on from step {step}" in result.stdout
+    assert_same(folder, runs["r4"])
 
 
-def test_a_damaged_checkpoint_is_left_out_and_the_one_before_is_used(runs, tmp_path):
-    shutil.copytree(runs["r4"], tmp_path / "run")
-    (tmp_path / "run" / "checkpoint-12" / "optimizer.pt").write_bytes(b"PK half a file")
-    assert checkpoints.last_checkpoint(Run(tmp_path / "run")) == 8
-    assert not (tmp_path / "run" / "checkpoint-12").exists()
-
-
-def test_a_finished_run_is_trained_again_only_where_something_changed(runs, tiny, chat_rows):
-    folder = runs["r4"].parent
+def test_a_finished_run_is_left_alone(runs):
     before = (runs["r4"] / "run.json").read_bytes()
-    result = run("train", folder / "r4.yaml")
+    result = run("train", runs["r4"].parent / "r4.yaml")
     assert result.returncode == 0 and "is finished" in result.stdout
     assert (runs["r4"] / "run.json").read_bytes() == before
-
-    recipe = recipes.find(str(folder / "r4.yaml"))
-    identity = json.loads(recipe.run.identity_file.read_text())
-    assert not launch.prepare(recipe, identity, force=False)
-    copy = folder / "changed"
-    shutil.copytree(recipe.run.folder, copy)
-    moved = recipes.Recipe(
-        recipe.name, recipe.path, recipe.config | {"output_dir": str(copy)}, "1.0.0"
-    )
-    assert launch.prepare(moved, identity | {"data": ["another digest"]}, force=False)
-    assert not (copy / "run.json").exists()
-    assert (folder / "changed.previous" / "run.json").read_bytes() == before
 
 
 def test_two_trainings_of_one_recipe_at_once_are_refused(tmp_path):
@@ -309,22 +274,28 @@ def test_a_run_cut_off_after_training_is_finished_without_training_again(runs, t
 def test_a_finished_run_moves_aside_where_it_is_trained_again(tmp_path, capsys):
     run = tmp_path / "run"
     recipe = recipes.Recipe("x", tmp_path / "x.yaml", {"output_dir": str(run)}, "1.0.0")
-    identity = {"config": {"lora_r": 4}, "data": ["a"]}
-    assert launch.prepare(recipe, identity, force=False)
-
-    def finish() -> None:
+    config = {"lora_r": 4, "datasets": [{"path": "rows.jsonl"}]}
+    first = {"config": config, "data": ["a"]}
+    adapter = run / "adapter_model.safetensors"
+    assert launch.prepare(recipe, first, force=False)
+    changes = [
+        (first, "FORCE=1"),
+        (first, "the adapter is not the one that run.json describes"),
+        (
+            first | {"config": config | {"lora_r": 8}},
+            "the recipe or the profile changed (lora_r 4 → 8)",
+        ),
+        (first | {"data": ["b"]}, "the data changed (rows.jsonl), and lora_r"),
+    ]
+    for identity, reason in changes:
         (run / "adapter_config.json").write_text("{}")
-        (run / "adapter_model.safetensors").write_bytes(b"weights")
-        sha = common.digest(run / "adapter_model.safetensors")
-        common.write_json(run / "run.json", {"adapter_sha256": sha})
-
-    finish()
-    assert not launch.prepare(recipe, identity, force=False)
-    assert launch.prepare(recipe, identity, force=True)
-    assert "starts afresh: FORCE=1" in capsys.readouterr().out
-    finish()
-    (run / "adapter_model.safetensors").write_bytes(b"other")
-    assert launch.prepare(recipe, identity, force=False)
-    assert "the adapter is not the one that run.json tells of" in capsys.readouterr().out
-    kept = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
-    assert kept == ["run", "run.previous", "run.previous-2"]
+        adapter.write_bytes(b"weights")
+        common.write_json(run / "run.json", {"adapter_sha256": common.digest(adapter)})
+        assert not launch.prepare(recipe, json.loads((run / "identity.json").read_text()), False)
+        if "adapter" in reason:
+            adapter.write_bytes(b"other")
+        assert launch.prepare(recipe, identity, force=reason == "FORCE=1")
+        assert f"starts afresh: {reason}" in capsys.readouterr().out
+        assert not (run / "run.json").exists()
+    folders = {path.name for path in tmp_path.iterdir() if (path / "run.json").is_file()}
+    assert folders == {"run.previous", *(f"run.previous-{n}" for n in (2, 3, 4))}

@@ -310,7 +310,8 @@ def train(
     from tools.train import launch, machines, profiles
 
     choice = profiles.Choice(profile, nproc, gradient_checkpointing, tracker)
-    launch.train(recipe, choice, machines.Cluster(nnodes, node_rank, rdzv), force)
+    cluster = machines.Machines(nnodes=nnodes, rank=node_rank, rdzv=rdzv)
+    launch.train(recipe, choice, cluster, force)
 
 
 @app.command(rich_help_panel=TRAIN)

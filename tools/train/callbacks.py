@@ -16,14 +16,14 @@ from tools.common import ROOT, atomic, digest, json_lines
 from tools.train.ranks import digest_weights, gather, read_rank
 
 WINDOW = 10  # steps whose mean loss tells whether a training diverges
-# Logged steps in a row whose gradient may overflow in fp16. The loss is scaled by 2^16 at first
+# Consecutive logged steps whose gradient may overflow in fp16. The loss is scaled by 2^16 at first
 # (torch, DeepSpeed) and by half of that after each overflow, in DeepSpeed from the second one on:
-# after 18 the scale is 1/2, and it is not the scale that overflows. Two more are a margin.
+# after 18 the scale is 1/2, and the scale cannot be the cause. Two more are a margin.
 OVERFLOWS = 20
 
 
 class Stopped(RuntimeError):
-    """The training must not go on; `tools.train.launch` shows the text as it stands."""
+    """The training must not go on; `tools.train.process` shows the text as it stands."""
 
 
 def measure_peak_memory() -> int:
@@ -36,18 +36,18 @@ def measure_peak_memory() -> int:
 
 
 class Watch(TrainerCallback):
-    """Stops a training that must not go on, and saves one that is told to stop.
+    """Stops a training that must not go on, and saves one that receives SIGTERM or SIGINT.
 
-    `should_stop` is set by SIGTERM or SIGINT; the step is finished and saved first. An evaluation
-    is left after the batch at hand, and done when the training goes on.
+    The current step is finished and saved first. An evaluation is left after the current batch, and
+    done when the training resumes.
     """
 
     def __init__(self, cfg: Any, trainer: Any, progress: "Progress"):
         self.cfg, self.trainer, self.progress = cfg, trainer, progress
         self.should_stop = self.stopping = self.ended = False
-        self.same: list[Any] = []  # the digests of the weights, by rank
-        self.first_step = 0  # that this process goes on from
-        self.overflows = 0  # logged steps in a row whose gradient is not finite
+        self.same: list[Any] = []  # digests of the weights, by rank
+        self.first_step = 0  # that this process resumes from
+        self.overflows = 0  # consecutive logged steps whose gradient is not finite
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         expected, started = self.cfg.processes or 1, read_rank("WORLD_SIZE")
@@ -59,8 +59,8 @@ class Watch(TrainerCallback):
             )
         if self.cfg.deepspeed and not self.trainer.is_deepspeed_enabled:
             raise Stopped("DeepSpeed was asked for, and accelerate trains without it")
-        self.same_data()
-        args.logging_nan_inf_filter = False  # it would show the mean of the losses before
+        self.check_data()
+        args.logging_nan_inf_filter = False  # it would show the mean of earlier losses instead
 
         def stop(number: int, frame: FrameType | None) -> None:
             self.should_stop = True
@@ -70,32 +70,33 @@ class Watch(TrainerCallback):
             signal.signal(number, stop)
         self.first_step = state.global_step
         if self.first_step:
-            self.make_up(args, state, control)
+            self.finish_step(args, state, control)
 
-    def make_up(self, args: Any, state: Any, control: Any) -> None:
-        """Does what was left undone at the step that the training goes on from, and no more."""
-        args.eval_on_start = False  # Axolotl sets it; here it would repeat what the run has
+    def finish_step(self, args: Any, state: Any, control: Any) -> None:
+        """Does what was left undone at the step that the training resumes from, and no more."""
+        args.eval_on_start = False  # Axolotl sets it; the run has that evaluation
         saved = state.stateful_callbacks["TrainerControl"]["args"]
         if saved["should_evaluate"]:
             self.trainer._determine_best_metric(self.trainer._evaluate(None, None), None)
         if 0 < state.max_steps <= state.global_step:
-            # All steps are trained; transformers would train one more before it sees that.
+            # All steps are trained; transformers would train one more before it notices.
             self.trainer._run_epoch = lambda **_: None
             control.should_training_stop = True
 
-    def same_data(self) -> None:
-        """The data is still what the run began with, and the same for every process."""
-        written = Path(self.cfg.output_dir) / "identity.json"
-        begun = json.loads(written.read_text())["data"] if written.is_file() else []
+    def check_data(self) -> None:
+        """Raises Stopped where the data changed since the run began, or differs by process."""
+        identity = Path(self.cfg.output_dir) / "identity.json"
+        before = json.loads(identity.read_text())["data"] if identity.is_file() else []
         entries = [*self.cfg.datasets, *(self.cfg.test_datasets or [])]
         files = [path for entry in entries if (path := ROOT / entry["path"]).is_file()]
         now = [digest(path) for path in files]
-        if begun and now != begun:
+        if before and now != before:
             raise Stopped(f"{', '.join(map(str, files))} changed while the training was starting")
         if any(other != now for other in gather(now)):
             raise Stopped("the processes have different data; copy it to every machine")
 
-    def same_weights(self) -> None:
+    def check_weights(self) -> None:
+        """Raises Stopped where the processes hold different weights."""
         self.same = gather(digest_weights(self.trainer.model))
         if len(set(self.same)) > 1:
             raise Stopped(
@@ -105,7 +106,7 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 1:
-            self.same_weights()
+            self.check_weights()
         if any(gather(self.should_stop)) and state.global_step < state.max_steps:
             # An evaluation that is due is left in `on_prediction_step`: its loader draws from the
             # random numbers that the next step is trained with.
@@ -121,55 +122,55 @@ class Watch(TrainerCallback):
         sys.exit(0)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Before anything of this step is saved."""
+        """Raises Stopped for a lost loss or gradient, before anything of this step is saved."""
         place = f"is not a number at step {state.global_step} (epoch {state.epoch or 0:.2f})"
+        advice = "; try a lower learning_rate"
         logs = logs or {}
         for name, value in logs.items():
-            if name.endswith("loss") and not math.isfinite(value):
-                if name.startswith("eval"):
-                    raise Stopped(
-                        f"the evaluation loss {place}, where the training loss is one: "
-                        "look for validation rows whose answers lie beyond sequence_len"
-                    )
-                raise Stopped(f"the training loss {place}; try a lower learning_rate")
+            if not name.endswith("loss") or math.isfinite(value):
+                continue
+            if name.startswith("eval"):
+                raise Stopped(
+                    f"the evaluation loss {place}, although the training loss is finite: "
+                    "look for validation rows whose answers lie beyond sequence_len"
+                )
+            raise Stopped(f"the training loss {place}{advice}")
         if "grad_norm" in logs:
             self.overflows = 0 if math.isfinite(logs["grad_norm"]) else self.overflows + 1
             # Only fp16 scales its loss, and skips a step that overflows. Without that the step was
-            # taken, and the weights are no numbers any more.
+            # taken, and the weights are not numbers any more.
             if self.overflows >= (OVERFLOWS if args.fp16 else 1):
                 steps = f", nor at the {OVERFLOWS - 1} logged before" if args.fp16 else ""
-                raise Stopped(
-                    f"the gradient of the training loss {place}{steps}; try a lower learning_rate"
-                )
-        if why := explain_divergence([line for line in self.progress.lines if "loss" in line]):
-            raise Stopped(f"the loss diverges: {why} before step {state.global_step}")
+                raise Stopped(f"the gradient of the training loss {place}{steps}{advice}")
+        if reason := explain_divergence([line for line in self.progress.lines if "loss" in line]):
+            raise Stopped(f"the loss diverges: {reason} before step {state.global_step}")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.same_weights()
+        self.check_weights()
         if self.stopping:
             sys.exit(0)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.same_weights()
+        self.check_weights()
         self.ended = True
 
 
 def explain_divergence(lines: list[dict[str, Any]]) -> str | None:
-    """Why the logged steps of a training diverge, None where they do not.
+    """How the logged steps of a training diverge, None where they do not.
 
     The mean loss of the last WINDOW steps is twice that of the first ones, or it is no better and
-    the gradient a thousand times longer: then no step undoes what the steps before did.
+    the gradient is a thousand times longer: then no step undoes what earlier steps did.
     """
     if len(lines) < 2 * WINDOW:
         return None
-    first, recent = lines[:WINDOW], lines[-WINDOW:]
-    was, now = (sum(line["loss"] for line in part) / WINDOW for part in (first, recent))
+    windows = lines[:WINDOW], lines[-WINDOW:]
+    before, now = (sum(line["loss"] for line in window) / WINDOW for window in windows)
     short, long = (
-        min((line["grad_norm"] for line in part if "grad_norm" in line), default=0.0)
-        for part in (first, recent)
+        min((line["grad_norm"] for line in window if "grad_norm" in line), default=0.0)
+        for window in windows
     )
-    if now > max(2 * was, was + 1) or (now >= was and long > 1000 * short > 0):
-        return f"{was:.2f} at first, {now:.2f} (gradient norm {long:.3g}) over {WINDOW} steps"
+    if now > max(2 * before, before + 1) or (now >= before and long > 1000 * short > 0):
+        return f"{before:.2f} at first, {now:.2f} (gradient norm {long:.3g}) over {WINDOW} steps"
     return None
 
 
@@ -179,9 +180,9 @@ class Progress(TrainerCallback):
     def __init__(self, folder: Path):
         self.file = folder / "progress.jsonl"
         self.start = time.monotonic()
-        self.before = 0.0  # seconds of the parts of this training before an interruption
+        self.before = 0.0  # seconds that this training took before an interruption
         self.lines: list[dict[str, Any]] = []
-        self.real_tokens: Any = 0  # of this process; a tensor once it counted
+        self.real_tokens: Any = 0  # of this process; a tensor after the first batch
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.lines = [line for line in json_lines(self.file) if line["step"] <= state.global_step]
@@ -196,20 +197,20 @@ class Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not logs:
             return
-        counted = getattr(state, "tokens", None) or {}
+        tokens = getattr(state, "tokens", None) or {}
         line = {
             "step": state.global_step,
             "steps": state.max_steps,
             "seconds": round(self.before + time.monotonic() - self.start, 2),
-            "trained_tokens": int(counted.get("trainable", 0)),
-            "total_tokens": int(counted.get("total", 0)),
+            "trained_tokens": int(tokens.get("trainable", 0)),
+            "total_tokens": int(tokens.get("total", 0)),
             "real_tokens": sum(gather(int(self.real_tokens))),
             "memory": measure_peak_memory(),
         }
-        names = ("loss", "grad_norm", "learning_rate", "eval_loss")
-        numbers = {name: float(logs[name]) for name in names if name in logs}
-        # JSON has no NaN; `Watch` tells of it where it stops a training.
-        line |= {name: number for name, number in numbers.items() if math.isfinite(number)}
+        # JSON has no NaN; `Watch` reports one where it stops the training.
+        for name in ("loss", "grad_norm", "learning_rate", "eval_loss"):
+            if name in logs and math.isfinite(number := float(logs[name])):
+                line[name] = number
         self.lines.append(line)
         if state.is_world_process_zero:
             with open(self.file, "a") as file:

@@ -3,46 +3,38 @@
 import json
 import os
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Any
 
-from tools.common import JobFailed, digest, name_owner, shown, write_json
+from tools.common import digest, shown, write_json
 from tools.runs import Run, step_of
 from tools.train.ranks import gather
 
+SEAL = "checkpoint.json"  # the SHA-256 of each file of a checkpoint
+
 
 def is_sound(checkpoint: Path) -> bool:
-    """Whether a checkpoint is what was written: by its digests, and no weight is NaN.
+    """Whether a checkpoint's files are those that were written, and no weight is NaN or infinite.
 
-    Where it has none (plain `axolotl train` wrote it), its tensors and archives must open.
+    Raises PermissionError where another user's files cannot be read: they may be sound.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     try:
-        seal = checkpoint / "checkpoint.json"
-        if seal.is_file():
-            told = json.loads(seal.read_text())
-            if any(digest(checkpoint / name) != value for name, value in told.items()):
-                return False
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
-        with safe_open(checkpoint / "adapter_model.safetensors", "pt") as tensors:
-            names = list(tensors.keys())
-            finite = all(tensors.get_tensor(name).isfinite().all() for name in names)
-        archives = [checkpoint / name for name in ("optimizer.pt", "scheduler.pt")]
-        whole = seal.is_file() or all(zipfile.ZipFile(a).testzip() is None for a in archives)
-        return whole and finite and bool(names) and state["global_step"] == step_of(checkpoint)
-    except PermissionError as error:  # another user's, and perhaps sound
-        path = Path(error.filename or checkpoint)
-        raise JobFailed(
-            f"{shown(path)} cannot be read: {error.strerror}{name_owner(path)}"
-        ) from None
-    except (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile):
+        digests = json.loads((checkpoint / SEAL).read_text())
+        if any(digest(checkpoint / name) != value for name, value in digests.items()):
+            return False
+        tensors = load_file(checkpoint / "adapter_model.safetensors")
+        return all(tensor.isfinite().all() for tensor in tensors.values())
+    except PermissionError:
+        raise
+    except (OSError, ValueError, SafetensorError):
         return False
 
 
 def last_checkpoint(run: Run) -> int:
-    """The step of the newest sound checkpoint, 0 without one; damaged ones are renamed."""
+    """The step of the newest sound checkpoint, 0 without one; renames damaged ones."""
     for folder in run.checkpoints():
         if is_sound(folder):
             return step_of(folder)
@@ -54,48 +46,46 @@ def last_checkpoint(run: Run) -> int:
 
 
 def write_atomically(trainer: Any) -> None:
-    """Lets a checkpoint appear whole or not at all, with the SHA-256 of its files.
+    """Makes a trainer's checkpoints appear whole or not at all.
 
-    It is written under `.writing/`, flushed to the disk and renamed. `checkpoint.json` inside it
-    holds what `tools.train.launch` compares before it resumes.
+    A checkpoint is written to `.writing/`, sealed, flushed to the disk and renamed.
     """
     from transformers.trainer_utils import rotate_checkpoints
 
-    write, folder = trainer._save_checkpoint, trainer._get_output_dir
+    write, get_folder = trainer._save_checkpoint, trainer._get_output_dir
 
     def save(model: Any, trial: Any, **kwargs: Any) -> None:
-        run = Path(folder(trial=trial))
-        part, name = run / ".writing", f"checkpoint-{trainer.state.global_step}"
+        run, state = Path(get_folder(trial=trial)), trainer.state
+        part, name = run / ".writing", f"checkpoint-{state.global_step}"
         if trainer.args.should_save:
             shutil.rmtree(part, ignore_errors=True)
-        gather(None)  # nobody writes before the folder is empty
+        gather(None)  # no process writes before the folder is empty
         trainer._get_output_dir = lambda trial: str(part)
         try:
             write(model, trial, **kwargs)
         finally:
-            trainer._get_output_dir = folder
-        gather(None)  # nor is it moved before everybody has written
+            trainer._get_output_dir = get_folder
+        gather(None)  # nothing is moved before all processes have written
         if trainer.args.should_save:
-            best = trainer.state.best_model_checkpoint
+            best = state.best_model_checkpoint
             if best and Path(best).parent == part:
-                trainer.state.best_model_checkpoint = str(run / name)
-                trainer.state.save_to_json(str(part / name / "trainer_state.json"))
+                state.best_model_checkpoint = str(run / name)
+                state.save_to_json(str(part / name / "trainer_state.json"))
             seal(part / name)
             shutil.rmtree(run / name, ignore_errors=True)
             os.replace(part / name, run / name)
-            limit, best = trainer.args.save_total_limit, trainer.state.best_model_checkpoint
-            rotate_checkpoints(str(run), limit, best)
+            rotate_checkpoints(str(run), trainer.args.save_total_limit, state.best_model_checkpoint)
         gather(None)
 
     trainer._save_checkpoint = save
 
 
 def seal(checkpoint: Path) -> None:
-    """Writes `checkpoint.json`: the SHA-256 of every file in a checkpoint, after a flush."""
+    """Flushes a checkpoint to the disk and writes its SEAL."""
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
     for path in [*files, checkpoint]:
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-    content = {str(path.relative_to(checkpoint)): digest(path) for path in files}
-    write_json(checkpoint / "checkpoint.json", content)
+    digests = {str(path.relative_to(checkpoint)): digest(path) for path in files}
+    write_json(checkpoint / SEAL, digests)

@@ -12,6 +12,8 @@ DISK = 2e9  # bytes that must be free: checkpoints, prepared data, log
 FULL = 1e6  # bytes under which a disk is full
 # Endings of data files that Axolotl reads; another path that does not exist is a name on the Hub.
 DATA_FILES = {".jsonl", ".json", ".csv", ".parquet", ".txt", ".arrow"}
+# Ways to train that leave no adapter.
+OTHER_TRAININGS = ("rl", "reward_model", "process_reward_model", "relora", "pretraining_dataset")
 
 
 def require_hardware(recipe: recipes.Recipe, here: hardware.Host, profile: str = "") -> None:
@@ -20,105 +22,114 @@ def require_hardware(recipe: recipes.Recipe, here: hardware.Host, profile: str =
         return
     _, task, method = recipes.split_name(recipe.name)
 
-    def small(model: str) -> bool:
-        base = recipes.build_config(f"{model}/{task}_{method}")["base_model"]
+    def runs_on_cpu(name: str) -> bool:
+        base = recipes.build_config(name)["base_model"]
         return architectures.find(base).parameters <= hardware.LARGEST_ON_CPU
 
     if here.gpus:
-        content = recipe.config | profiles.read_profiles(profile)
-        # The planner knows ZeRO, and not how FSDP divides a base.
-        if (
-            content.get("fsdp_config")
-            or profiles.fits_gpus(content, here, len(here.gpus)) is not False
-        ):
-            return
-    elif small(recipes.split_name(recipe.name)[0]):
+        config = recipe.config | profiles.read_profiles(profile)
+        # The planner does not know how FSDP divides a base.
+        fits = config.get("fsdp_config") or profiles.fits_gpus(config, here, len(here.gpus))
+    else:
+        fits = runs_on_cpu(recipe.name)
+    if fits or fits is None:  # None: it cannot be planned
         return
     memory = plan.plan(recipe.config, data=ROOT / recipe.config["datasets"][0]["path"])["memory"]
-    runs = [f"{model}/{task}_{method}" for model in recipes.read_matrix()["models"] if small(model)]
-    example = f"What runs here: make train RECIPE={runs[0]} (" if runs else "("
+    names = [f"{model}/{task}_{method}" for model in recipes.read_matrix()["models"]]
+    example = next((f"What runs here: make train RECIPE={n} " for n in names if runs_on_cpu(n)), "")
     raise WrongInput(
         f"{recipe.name} needs a CUDA GPU with {memory['peak'] / 2**30:.0f} GiB; "
-        f"here: {here}. {example}FORCE=1 tries all the same)"
+        f"here: {here}. {example}(FORCE=1 tries all the same)"
     )
 
 
+def find_data_file(recipe: recipes.Recipe, name: str) -> Path | None:
+    """A recipe's data file, None for a dataset of the Hub; raises WrongInput for a missing file."""
+    path = (ROOT / name).resolve()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise WrongInput(f"{shown(path)} is a folder; name a file of chat rows")
+    if path.suffix not in DATA_FILES:
+        return None
+    beside = recipe.path and (recipe.path.parent / name).resolve()
+    if beside and beside.is_file():
+        raise WrongInput(
+            f"{shown(path)} is not there: paths in a recipe start at {ROOT}; "
+            f"for the file beside the recipe write {beside}"
+        )
+    task = f" TASKS={recipe.task}" if recipe.task else ""
+    raise WrongInput(f"{shown(path)} is not there; `make data{task}` makes it")
+
+
 def describe_data(recipe: recipes.Recipe) -> list[dict[str, Any]]:
-    """Path, split, digest, rows and origin of each file that the recipe trains or validates on."""
-    files = []
+    """Path, split, digest, rows and origin of each file that the recipe trains or validates on.
+
+    Raises WrongInput where a file is missing or the validation file is not the one held out.
+    """
     config, _ = sources.drop_missing_validation(recipe.config)
-    entries = [(entry, "train") for entry in config["datasets"]]
-    entries += [(entry, "validation") for entry in config.get("test_datasets") or ()]
-    for entry, split in entries:
-        path = (ROOT / entry["path"]).resolve()
-        if not path.exists() and path.suffix not in DATA_FILES:
-            continue  # a dataset of the Hub: Axolotl finds it
-        if path.is_dir():
-            raise WrongInput(f"{shown(path)} is a folder; name a file of chat rows")
-        if not path.is_file():
-            beside = recipe.path and (recipe.path.parent / entry["path"]).resolve()
-            if beside and beside.is_file():
-                raise WrongInput(
-                    f"{shown(path)} is not there: paths in a recipe start at {ROOT}; "
-                    f"for the file beside the recipe write {beside}"
-                )
-            task = f" TASKS={recipe.task}" if recipe.task else ""
-            raise WrongInput(f"{shown(path)} is not there; `make data{task}` makes it")
+    validation = config.get("test_datasets") or []
+    validation_paths = [(ROOT / entry["path"]).resolve() for entry in validation]
+    splits = [(entry, "train") for entry in config["datasets"]]
+    splits += [(entry, "validation") for entry in validation]
+    files = []
+    for entry, split in splits:
+        path = find_data_file(recipe, entry["path"])
+        if not path:
+            continue
         content = sources.manifest(path)
         rows = content.get("rows")
         if rows is None:
             with open(path, "rb") as file:
                 rows = sum(1 for line in file if not line.isspace())
-        facts = {"path": entry["path"], "split": split, "sha256": content["sha256"], "rows": rows}
-        check = (content.get("label_check") or {}).get("text")
-        facts |= {"from": content.get("from"), "source": content["source"], "label_check": check}
-        files.append(facts)
-        held = content.get("validation") or {}
-        for other in config.get("test_datasets") or ():
-            beside = (ROOT / other["path"]).resolve()
-            if (held.get("file"), path.parent) != (beside.name, beside.parent):
-                continue
-            if not beside.is_file() or digest(beside) != held["sha256"]:
-                raise WrongInput(
-                    f"{shown(beside)} is not what was held out of {shown(path)}; "
-                    "`make data` makes both"
-                )
+        files.append(
+            {
+                "path": entry["path"],
+                "split": split,
+                "sha256": content["sha256"],
+                "rows": rows,
+                "from": content.get("from"),
+                "source": content["source"],
+                "label_check": (content.get("label_check") or {}).get("text"),
+            }
+        )
+        held_out = content.get("validation") or {}
+        other = path.parent / str(held_out.get("file"))
+        is_same = other.is_file() and digest(other) == held_out["sha256"]
+        if other in validation_paths and not is_same:
+            raise WrongInput(
+                f"{shown(other)} is not what was held out of {shown(path)}; `make data` makes both"
+            )
     return files
 
 
 def refuse_unusable(recipe: recipes.Recipe) -> None:
-    """Raises WrongInput, before anything loads, for a config whose run nothing here could use."""
-    config, where = recipe.config, recipe.where
-    reasons = {
-        key: "a run is an adapter that supervised fine-tuning made"
-        for key in ("rl", "reward_model", "process_reward_model", "relora", "pretraining_dataset")
-    }
-    reasons["tokenizer_use_mistral_common"] = "scoring loads tokenizers with transformers alone"
-    for key, reason in reasons.items():
-        if config.get(key):
-            raise WrongInput(f"{where}: {key} is not supported: {reason}; `axolotl train` takes it")
-    if config.get("adapter") not in ("lora", "qlora"):
-        raise WrongInput(
-            f"{where}: adapter must be lora or qlora, not {config.get('adapter')}: a run is an "
-            "adapter and its base; `axolotl train` trains without one"
-        )
-    if config["adapter"] == "lora" and config.get("load_in_4bit"):
-        raise WrongInput(
-            f"{where}: with adapter: lora Axolotl leaves a load_in_4bit base unquantized; "
-            "write adapter: qlora, or load_in_4bit: false"
-        )
-    start = config.get("peft_init_lora_weights", True)
+    """Raises WrongInput, before anything loads, for a config whose run this project cannot use."""
+    config = recipe.config
+    adapter, start = config.get("adapter"), config.get("peft_init_lora_weights", True)
     loftq = ((config.get("peft") or {}).get("loftq_config") or {}).get("loftq_bits")
-    if loftq or (isinstance(start, str) and start not in ("gaussian", "orthogonal")):
-        raise WrongInput(
-            f"{where}: {'loftq_config' if loftq else f'peft_init_lora_weights: {start}'} changes "
-            "the base's weights, which a run does not keep; leave it out, or use gaussian"
-        )
-    if config.get("tokens") and not config.get("lora_modules_to_save"):
-        raise WrongInput(
-            f"{where}: the embeddings of new tokens must be trained and saved; "
-            "add lora_modules_to_save: [embed_tokens, lm_head]"
-        )
+    refusals = {
+        f"{key} is not supported: a run is an adapter that supervised fine-tuning made; "
+        "`axolotl train` takes it": config.get(key)
+        for key in OTHER_TRAININGS
+    } | {
+        "tokenizer_use_mistral_common is not supported: scoring loads tokenizers with "
+        "transformers alone; `axolotl train` takes it": config.get("tokenizer_use_mistral_common"),
+        f"adapter must be lora or qlora, not {adapter}: a run is an adapter and its base; "
+        "`axolotl train` trains without one": adapter not in ("lora", "qlora"),
+        "with adapter: lora Axolotl leaves a load_in_4bit base unquantized; "
+        "write adapter: qlora, or load_in_4bit: false": adapter == "lora"
+        and config.get("load_in_4bit"),
+        f"{'loftq_config' if loftq else f'peft_init_lora_weights: {start}'} changes the base's "
+        "weights, which a run does not keep; leave it out, or use gaussian": loftq
+        or (isinstance(start, str) and start not in ("gaussian", "orthogonal")),
+        "the embeddings of new tokens must be trained and saved; "
+        "add lora_modules_to_save: [embed_tokens, lm_head]": config.get("tokens")
+        and not config.get("lora_modules_to_save"),
+    }
+    for text, is_wrong in refusals.items():
+        if is_wrong:
+            raise WrongInput(f"{recipe.where}: {text}")
 
 
 def require_space(run: Path) -> None:

@@ -35,35 +35,33 @@ class Host:
 def detect_host() -> Host:
     import psutil
 
-    gpus, capabilities = [], []
+    devices = []
     if any(map(shutil.which, DRIVERS)):  # importing torch takes seconds
         import torch
 
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            gpus.append((properties.name, properties.total_memory))
-            capabilities.append((properties.major, properties.minor))
-    cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory().total
-    return Host(gpus, cores, memory, min(capabilities, default=None))
-
-
-def explain_import(package: str) -> str:
-    """Why a package does not import here, in words; empty where it does."""
-    if not importlib.util.find_spec(package):
-        return f"{package} is not installed"
-    return try_import(package, os.pathsep.join(filter(None, sys.path)))
+        count = torch.cuda.device_count()
+        devices = [torch.cuda.get_device_properties(index) for index in range(count)]
+    return Host(
+        gpus=[(device.name, device.total_memory) for device in devices],
+        cores=len(os.sched_getaffinity(0)),
+        memory=psutil.virtual_memory().total,
+        capability=min(((device.major, device.minor) for device in devices), default=None),
+    )
 
 
 @cache
-def try_import(package: str, search_path: str) -> str:
-    """`explain_import` of an installed package, by a child process.
+def explain_import(package: str) -> str:
+    """Why a package does not import here, in words; empty where it does.
 
-    Compiled kernels that do not match this torch or this CPU may end the process that loads them.
+    A child process tries it: compiled kernels that do not match this torch or this CPU may end the
+    process that loads them.
     """
+    if not importlib.util.find_spec(package):
+        return f"{package} is not installed"
     try:
         done = subprocess.run(
             [sys.executable, "-c", f"import {package}"],
-            env=os.environ | {"PYTHONPATH": search_path},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -84,10 +82,8 @@ def explain_no_flash(host: Host) -> str:
     """Why flash-attn is not used on this machine, in words; empty where it can be."""
     if not host.gpus:
         return "flash-attn needs a CUDA GPU"
-    capability = host.capability
-    if capability and capability < FLASH_CAPABILITY:
-        needed, has = (f"{major}.{minor}" for major, minor in (FLASH_CAPABILITY, capability))
-        return f"flash-attn needs compute capability {needed}, a GPU here has {has}"
-    if not importlib.util.find_spec("flash_attn"):
-        return "flash-attn is not installed (requirements/gpu.txt)"
-    return explain_import("flash_attn")
+    if host.capability and host.capability < FLASH_CAPABILITY:
+        needed, present = (".".join(map(str, c)) for c in (FLASH_CAPABILITY, host.capability))
+        return f"flash-attn needs compute capability {needed}, a GPU here has {present}"
+    reason = explain_import("flash_attn")
+    return f"{reason} (requirements/gpu.txt)" if reason.endswith("not installed") else reason

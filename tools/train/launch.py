@@ -30,27 +30,22 @@ from tools.prompts import explain_unscorable
 from tools.runs import Run
 from tools.train import hardware, profiles
 from tools.train.checkpoints import last_checkpoint
-from tools.train.checks import (
-    describe_data,
-    refuse_unusable,
-    require_hardware,
-    require_space,
-)
-from tools.train.machines import Cluster, Machines
+from tools.train.checks import describe_data, refuse_unusable, require_hardware, require_space
+from tools.train.machines import Machines
 from tools.train.process import run_axolotl
 
 PACKAGES = ["torch", "transformers", "peft", "bitsandbytes", "axolotl", "accelerate", "datasets"]
 
 
 def explain_change(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What of a run's identity is not what it was, in words."""
+    """How a run's identity changed, in words."""
     old, new = before["config"], now["config"]
     keys = sorted(key for key in old | new if old.get(key) != new.get(key))
     if before["data"] != now["data"]:
         entries = [*new["datasets"], *(new.get("test_datasets") or ())]
-        files = zip(entries, now["data"], before["data"] + [None] * len(entries), strict=False)
-        other = [entry for entry, sha, was in files if sha != was] or new["datasets"]
-        paths = ", ".join(str(entry["path"]) for entry in other)
+        digests = zip(entries, now["data"], before["data"] + [None] * len(entries), strict=False)
+        changed = [entry for entry, sha, old_sha in digests if sha != old_sha] or new["datasets"]
+        paths = ", ".join(str(entry["path"]) for entry in changed)
         return f"the data changed ({paths})" + (f", and {', '.join(keys)}" if keys else "")
     values = [
         key if isinstance(new.get(key), list | dict) else f"{key} {old.get(key)} → {new.get(key)}"
@@ -60,18 +55,23 @@ def explain_change(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def prepare(recipe: recipes.Recipe, identity: dict[str, Any], force: bool) -> bool:
-    """Makes the run folder ready; False where the run is finished and still what is asked for."""
+    """Makes the run folder ready to train; False where the run is finished and unchanged."""
     run = recipe.run
-    done, before = run.is_finished, run.identity
+    before, restart = run.identity, ""
     if before:  # earlier versions kept this project's own plugin in it
         before["config"] = profiles.identity_of(before["config"])
-    # An adapter that something else wrote over is not the one of run.json.
-    damaged = done and not run.is_intact
-    same = before == identity and not damaged and not (force and done)
-    if same and done:
+    if not before:
+        restart = "it was not begun by `make train`"
+    elif before != identity:
+        restart = explain_change(before, identity)
+    elif run.is_finished and not run.is_intact:
+        restart = "the adapter is not the one that run.json describes"
+    elif run.is_finished and force:
+        restart = "FORCE=1"
+    elif run.is_finished:
         return False
     require_space(run.folder)
-    if same:
+    if not restart:
         shutil.rmtree(run.folder / ".writing", ignore_errors=True)
         if step := last_checkpoint(run):
             print(f"train      goes on from step {step}")
@@ -79,15 +79,9 @@ def prepare(recipe: recipes.Recipe, identity: dict[str, Any], force: bool) -> bo
     if run.folder.is_dir() and any(run.folder.iterdir()):
         if not run.is_recognized:
             raise WrongInput(f"{run}, the output_dir of {recipe.name}, holds other files")
-        # Nothing that took hours is deleted: what is there moves aside, whoever made it.
+        # Nothing that took hours is deleted, whoever made it.
         aside = run.move_aside()
-        why = "FORCE=1"
-        if before != identity:
-            why = explain_change(before, identity) if before else "it was not begun by `make train`"
-        elif damaged:
-            why = "the adapter is not the one that run.json tells of"
-        print(f"train      starts afresh: {why}; what was there is in {aside}")
-    run.folder.mkdir(parents=True, exist_ok=True)
+        print(f"train      starts afresh: {restart}; what was there is in {aside}")
     write_json(run.identity_file, identity)
     return True
 
@@ -95,7 +89,6 @@ def prepare(recipe: recipes.Recipe, identity: dict[str, Any], force: bool) -> bo
 def finish(recipe: recipes.Recipe, profile: str, data: list[dict[str, Any]]) -> dict[str, Any]:
     """Writes `run.json`, the last file of a run, and returns it."""
     run = recipe.run
-    stats = read_json(run.stats_file)
     content = {
         "recipe": recipe.name,
         "recipe_version": recipe.version,
@@ -104,7 +97,7 @@ def finish(recipe: recipes.Recipe, profile: str, data: list[dict[str, Any]]) -> 
         "base_model": recipe.config["base_model"],
         "data": data,
         "adapter_sha256": digest(run.adapter_file),
-        **stats,
+        **read_json(run.stats_file),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -118,49 +111,55 @@ def finish(recipe: recipes.Recipe, profile: str, data: list[dict[str, Any]]) -> 
 
 def execute(
     recipe: recipes.Recipe,
-    content: dict[str, Any],
+    config: dict[str, Any],
     profile: str,
     force: bool,
     machines: Machines,
 ) -> dict[str, Any]:
     """Trains a merged config into the recipe's run; returns `run.json`, {} on other machines."""
-    # A stop by a scheduler (SIGTERM) is treated as Ctrl-C is.
+    # A scheduler's SIGTERM is treated as Ctrl-C is.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     data = describe_data(recipe)
-    # json: a run's identity is compared with the one that was written.
-    identity = {
-        "config": profiles.identity_of(content),
-        "data": [entry["sha256"] for entry in data],
-    }
-    identity = json.loads(json.dumps(identity))
+    digests = [entry["sha256"] for entry in data]
+    # Through JSON, as it is compared with what was written.
+    identity = json.loads(json.dumps({"config": profiles.identity_of(config), "data": digests}))
     run = place = recipe.run
     if machines.rank:  # beside the run, which machine 0 makes where they share a disk
-        name = f".{run.folder.name}.node{machines.rank}"
-        place = Run(run.folder.with_name(name))
+        place = Run(run.folder.with_name(f".{run.folder.name}.node{machines.rank}"))
     with place.lock() as lock:
-        if machines.rank:
-            place.folder.mkdir(parents=True, exist_ok=True)
-        elif not prepare(recipe, identity, force):
+        if machines.rank == 0 and not prepare(recipe, identity, force):
             print(f"train      {run} is finished (FORCE=1 trains it again)")
             return run.info
         with atomic(place.config_file) as file:
-            file.write(yaml.safe_dump(content, sort_keys=False).encode())
+            file.write(yaml.safe_dump(config, sort_keys=False).encode())
         if machines.rank or not run.stats_file.is_file():
-            run_axolotl(run, place, content, machines, lock)
+            run_axolotl(run, place, config, machines, lock)
         return {} if machines.rank else finish(recipe, profile, data)
 
 
-def train(name: str, choice: profiles.Choice, cluster: Cluster, force: bool) -> None:
+def describe_rows(recipe: recipes.Recipe, data: list[dict[str, Any]]) -> str:
+    """What a recipe trains and validates on, in words."""
+    rows = {"train": 0, "validation": 0}
+    for entry in data:
+        rows[entry["split"]] += entry["rows"]
+    parts = [f"{rows['train']} rows"] if rows["train"] else []
+    names = [entry["path"] for entry in recipe.config["datasets"]]
+    parts += [f"{name} of the Hub" for name in names if not (ROOT / name).exists()]
+    validated = f", validated on {rows['validation']}" if rows["validation"] else ""
+    return " and ".join(parts) + validated
+
+
+def train(name: str, choice: profiles.Choice, machines: Machines, force: bool) -> None:
     """Trains a recipe; returns once its run is finished, or the part of this machine is.
 
-    Raises WrongInput for what cannot be trained here, JobFailed where a training stops.
+    `machines` without processes, which are chosen here. Raises WrongInput for what cannot be
+    trained here, JobFailed where a training stops.
     """
     recipe = recipes.find(name)
-    describe_data(recipe)
-    cluster.check()
+    data = describe_data(recipe)
     here = hardware.detect_host()
-    profile, nproc, why = profiles.choose(here, choice, cluster.nnodes)
-    machines = Machines(nproc, cluster)
+    profile, nproc, reason = profiles.choose(here, choice, machines.nnodes)
+    machines = replace(machines, nproc=nproc)
     if not force and not recipe.run.identity_file.is_file():
         require_hardware(recipe, here, profile)
     refuse_unusable(recipe)
@@ -170,34 +169,27 @@ def train(name: str, choice: profiles.Choice, cluster: Cluster, force: bool) -> 
     if recipe.run.folder in (ROOT, ROOT / "runs", *ROOT.parents):
         raise WrongInput(f"{recipe.where}: output_dir must be a folder of its own")
     smollm2.ensure(recipe.config["base_model"])
-    data = describe_data(recipe)
-    rows, held = (
-        sum(entry["rows"] for entry in data if entry["split"] == split)
-        for split in ("train", "validation")
-    )
-    if reason := sources.drop_missing_validation(recipe.config)[1]:
-        print(f"train      no rows validate: {reason}")
-    names = [e["path"] for e in recipe.config["datasets"] if not (ROOT / e["path"]).exists()]
-    what = " and ".join([f"{rows} rows"] * bool(rows) + [f"{name} of the Hub" for name in names])
-    validated = f", validated on {held}" if held else ""
-    share = f", {machines.processes} processes" if machines.processes > 1 else ""
-    print(f"train      {recipe.name} on {what}{validated}, profile {profile} ({why}){share}")
+    if missing := sources.drop_missing_validation(recipe.config)[1]:
+        print(f"train      no rows validate: {missing}")
+    count = f", {machines.processes} processes" if machines.processes > 1 else ""
+    rows = describe_rows(recipe, data)
+    print(f"train      {recipe.name} on {rows}, profile {profile} ({reason}){count}")
     choice = replace(choice, profile=profile, nproc=machines.processes)
-    content = profiles.merge_config(recipe, choice, here)
-    for line in profiles.list_changes(recipe, content):
+    config = profiles.merge_config(recipe, choice, here)
+    for line in profiles.list_changes(recipe, config):
         print(f"train      {line}")
-    if reason := explain_unscorable(recipe.config):
+    if note := explain_unscorable(recipe.config):
         print(
-            f"train      note: {reason}; `make eval` needs PROMPT_FORMAT=bare, and chat and serve "
+            f"train      note: {note}; `make eval` needs PROMPT_FORMAT=bare, and chat and serve "
             "are not possible"
         )
-    run = execute(recipe, content, profile, force, machines)
-    if not run:
-        print(f"train      done; the run is on {cluster.rdzv}")
+    info = execute(recipe, config, profile, force, machines)
+    if not info:
+        print(f"train      done; the run is on {machines.rdzv}")
         return
-    minutes, loss = run["seconds"] / 60, run.get("last_loss")
+    loss = info.get("last_loss")
     print(
-        f"train      done: {run['steps']} steps in {minutes:.1f} min, "
+        f"train      done: {info['steps']} steps in {info['seconds'] / 60:.1f} min, "
         f"loss {'-' if loss is None else round(loss, 3)}, "
-        f"peak memory {run['peak_memory_bytes'] / 1e9:.1f} GB; adapter in {recipe.run}"
+        f"peak memory {info['peak_memory_bytes'] / 1e9:.1f} GB; adapter in {recipe.run}"
     )

@@ -14,15 +14,18 @@ GRACE = 110  # seconds to finish a step and save it; launch/slurm.sh asks for a 
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """Which of `nnodes` machines this is; `rdzv` is host:port of machine 0."""
+class Machines:
+    """`nproc` processes on each of `nnodes` machines, of which this is number `rank`.
 
+    `rdzv` is host:port of machine 0. Raises WrongInput where several machines could not meet.
+    """
+
+    nproc: int = 1
     nnodes: int = 1
     rank: int = 0
     rdzv: str | None = None
 
-    def check(self) -> None:
-        """Raises WrongInput where several machines could not find each other."""
+    def __post_init__(self) -> None:
         if self.nnodes > 1 and (self.rank >= self.nnodes or not self.address):
             raise WrongInput("NNODES needs RDZV=host:port of machine 0, and NODE_RANK below NNODES")
 
@@ -30,33 +33,18 @@ class Cluster:
     def address(self) -> re.Match[str] | None:
         return re.fullmatch(r"(.+):(\d+)", self.rdzv or "")
 
-
-ALONE = Cluster()
-
-
-@dataclass(frozen=True)
-class Machines:
-    """How many processes train: `nproc` on each machine of the cluster."""
-
-    nproc: int = 1
-    cluster: Cluster = ALONE
-
-    @property
-    def rank(self) -> int:
-        return self.cluster.rank
-
     @property
     def processes(self) -> int:
-        return self.nproc * self.cluster.nnodes
+        return self.nproc * self.nnodes
 
-    def launcher(self) -> list[str]:
+    def build_arguments(self) -> list[str]:
         """Axolotl's arguments: one process needs no launcher, more are started by torchrun."""
         if self.processes == 1:
             return ["--launcher", "python"]
         where = ["--standalone"]
-        if address := self.cluster.address:
-            # Ranks by machine, as they are numbered: rank 0, which writes the run, is on machine 0.
-            where = [f"--nnodes={self.cluster.nnodes}", f"--node_rank={self.rank}"]
+        if address := self.address:
+            # Ranks by machine number: rank 0, which writes the run, is on machine 0.
+            where = [f"--nnodes={self.nnodes}", f"--node_rank={self.rank}"]
             where += [f"--master_addr={address[1]}", f"--master_port={address[2]}"]
         return ["--launcher", "torchrun", "--", f"--nproc_per_node={self.nproc}", *where]
 
@@ -66,10 +54,10 @@ class Machines:
         modules = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         environment = os.environ | {"PATH": folders, "PYTHONPATH": modules}
         if self.processes > 1 and not hardware.detect_host().gpus:
-            # Without it each process silently trains alone; with it accelerate silently leaves
-            # DeepSpeed out (callbacks.Watch detects both).
-            cpu = "DS_ACCELERATOR" if config.get("deepspeed") else "ACCELERATE_USE_CPU"
-            environment[cpu] = "cpu" if config.get("deepspeed") else "true"
+            # Without the variable each process silently trains alone; with accelerate's, it
+            # silently leaves DeepSpeed out. callbacks.Watch detects both.
+            cpu = {"DS_ACCELERATOR": "cpu"} if config.get("deepspeed") else None
+            environment |= cpu or {"ACCELERATE_USE_CPU": "true"}
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.nproc))
         # Slurm's SIGTERM also reaches torchrun, which would kill its processes after 30 seconds.
         environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE))

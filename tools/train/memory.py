@@ -10,7 +10,6 @@ tests/test_plan.py.
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -121,17 +120,18 @@ def list_target_modules(config: dict[str, Any]) -> tuple[str, ...]:
     """The linear layers of a decoder layer that an Axolotl config adapts.
 
     PEFT reads a text as a regular expression over module names. It is matched against the names
-    that transformers gives the layers, alone and inside a model with a vision tower.
+    that transformers gives the layers, alone and inside a model with a vision tower. Raises
+    WrongInput for what cannot be planned.
     """
     if config.get("lora_target_linear"):
         return MODULES
     targets = config.get("lora_target_modules") or []
     if isinstance(targets, str):
-        paths = {name: f"layers.0.{BLOCKS[name]}.{name}" for name in MODULES}
-        modules = tuple(
+        prefixes = ("model.layers.0.", "model.language_model.layers.0.")
+        modules: tuple[str, ...] = tuple(
             name
-            for name, path in paths.items()
-            if any(re.fullmatch(targets, f"model.{stem}{path}") for stem in ("", "language_model."))
+            for name, block in BLOCKS.items()
+            if any(re.fullmatch(targets, f"{prefix}{block}.{name}") for prefix in prefixes)
         )
         unplanned = [] if modules else [targets]
     else:
@@ -145,55 +145,35 @@ def list_target_modules(config: dict[str, Any]) -> tuple[str, ...]:
     return modules
 
 
-def count_adapted_layers(model: Model, setup: Setup) -> Counter[tuple[str, int]]:
-    """How many decoder layers have a module adapted at a rank, by (module, rank)."""
-    counts: Counter[tuple[str, int]] = Counter()
+def list_trained_sizes(model: Model, setup: Setup) -> list[int]:
+    """Parameters of each trained tensor.
+
+    LoRA: r·in and r·out for each targeted layer (Hu et al. 2021, sec. 4.1). DoRA adds a magnitude
+    for each output (Liu et al. 2024, sec. 4.1). rsLoRA only scales. Modules that are saved whole
+    count whole. Without an adapter: all parameters.
+    """
+    if not setup.rank:
+        return [model.parameters]
+    whole = {name: model.layers * math.prod(shape) for name, shape in model.shapes.items()}
+    whole |= dict.fromkeys(("embed_tokens", "lm_head"), (model.vocab + setup.tokens) * model.hidden)
+    if unplanned := [name for name in setup.saved if name not in whole]:
+        raise WrongInput(
+            f'lora_modules_to_save: "{unplanned[0]}" cannot be planned; {", ".join(whole)} can'
+        )
+    sizes = [whole[name] for name in setup.saved]
     for layer in range(model.layers) if setup.layers is None else setup.layers:
         for name in setup.modules:
-            full = f"model.layers.{layer}.{BLOCKS[name]}.{name}"
+            path = f"model.layers.{layer}.{BLOCKS[name]}.{name}"
             # As PEFT matches a pattern: the end of the name counts.
-            ranks = (rank for key, rank in setup.ranks if re.match(rf"(.*\.)?({key})$", full))
-            counts[name, next(ranks, setup.rank)] += 1
-    return counts
-
-
-def count_saved(model: Model, setup: Setup) -> int:
-    """Parameters of the modules that are trained whole (`lora_modules_to_save`)."""
-    sizes = {name: model.layers * math.prod(shape) for name, shape in model.shapes.items()}
-    sizes |= dict.fromkeys(("embed_tokens", "lm_head"), (model.vocab + setup.tokens) * model.hidden)
-    for name in setup.saved:
-        if name not in sizes:
-            raise WrongInput(
-                f'lora_modules_to_save: "{name}" cannot be planned; {", ".join(sizes)} can'
-            )
-    return sum(sizes[name] for name in setup.saved)
+            ranks = (rank for key, rank in setup.ranks if re.match(rf"(.*\.)?({key})$", path))
+            rank, (width, height) = next(ranks, setup.rank), model.shapes[name]
+            sizes += [rank * width, rank * height] + ([height] if setup.dora else [])
+    return sizes
 
 
 def count_trainable(model: Model, setup: Setup) -> int:
-    """Trainable parameters.
-
-    LoRA: r·(in + out) for each targeted layer (Hu et al. 2021, sec. 4.1). DoRA adds a magnitude for
-    each output (Liu et al. 2024, sec. 4.1). rsLoRA only scales. Modules that are saved whole count
-    whole. Without an adapter: all.
-    """
-    if not setup.rank:
-        return model.parameters
-    total = count_saved(model, setup)
-    for (name, rank), layers in count_adapted_layers(model, setup).items():
-        width, height = model.shapes[name]
-        total += layers * (rank * (width + height) + (height if setup.dora else 0))
-    return total
-
-
-def compute_paged_share(model: Model, setup: Setup) -> float:
-    """The share of the optimizer's states that bitsandbytes pages: those of large tensors."""
-    if not setup.rank:
-        return 1.0
-    large = count_saved(model, setup)
-    for (name, rank), layers in count_adapted_layers(model, setup).items():
-        sizes = [rank * side for side in model.shapes[name]]
-        large += layers * sum(size for size in sizes if size >= PAGED_FROM)
-    return large / count_trainable(model, setup)
+    """Trainable parameters."""
+    return sum(list_trained_sizes(model, setup))
 
 
 # ---- Bytes
@@ -261,13 +241,14 @@ def compute_memory(model: Model, setup: Setup) -> Memory:
     `prepare_model_for_kbit_training` casts all that is not quantized to float32; Axolotl casts it
     back to 16 bits before the first step, plain PEFT does not (`kept_bits` 32).
     """
-    count = count_trainable(model, setup)
+    sizes = list_trained_sizes(model, setup)
+    count = sum(sizes)
     weights, constants, unquantized = compute_weight_bytes(model, setup)
     quantized = setup.bits < 16
     states, gradients, parameters = (setup.gpus if setup.zero >= s else 1 for s in (1, 2, 3))
     per_parameter = OPTIMIZERS["8bit" if "8bit" in setup.optimizer else "adamw"]
     optimizer = int(count * per_parameter) // states
-    paged = int(optimizer * compute_paged_share(model, setup)) if "paged" in setup.optimizer else 0
+    large = sum(size for size in sizes if size >= PAGED_FROM)
     loaded = weights + constants + (4 * model.unquantized if quantized else unquantized)
     largest = max(math.prod(shape) for shape in model.shapes.values())
     return Memory(
@@ -287,7 +268,7 @@ def compute_memory(model: Model, setup: Setup) -> Memory:
         cuda_context=CONTEXT,
         activations_without_checkpointing=compute_activation_bytes(model, setup, False),
         loading=loaded // parameters + CONTEXT,
-        paged=paged,
+        paged=int(optimizer * (large / count)) if large and "paged" in setup.optimizer else 0,
     )
 
 
@@ -327,7 +308,7 @@ def suggest_changes(
     model: Model, setup: Setup, limit: float, unpacked: int
 ) -> list[tuple[str, int]]:
     """(change, new peak) for a setup over `limit` bytes, up to the first one that fits."""
-    suggestions = []
+    suggestions: list[tuple[str, int]] = []
     for text, changed in list_reductions(setup, unpacked):
         suggestions.append((text, compute_memory(model, changed).least))
         if suggestions[-1][1] <= limit:

@@ -23,31 +23,32 @@ from tools.train import memory
 from tools.train.memory import GIB, Setup
 from tools.train.tokens import RowLengths, measure_rows
 
-# Memory in GiB, dense BF16 tensor TFLOPS (FP16 on the T4, which has no BF16), from NVIDIA's data
-# sheets; half of the figure "with sparsity" where a sheet gives only that one.
-GPUS = {
-    "T4 16GB": (16, 65.0),
-    "L4 24GB": (24, 121.0),
-    "A5000 24GB": (24, 111.1),
-    "RTX 4090 24GB": (24, 165.2),
-    "A100 40GB": (40, 312.0),
-    "A6000 48GB": (48, 154.8),
-    "A100 80GB": (80, 312.0),
-    "H100 80GB": (80, 989.4),
-    "H200 141GB": (141, 989.4),
-}
-DEFAULT_GPU = "A5000 24GB"
-# What a program gets of it: ECC and the driver keep the rest (T4 and L4: 6 %; the others: less).
-USABLE = 0.93
-# Share of the peak that training reaches: an assumption, the same for every card and method. Short
-# rows, 8-bit bases and slow links between cards reach less, long packed rows on big cards more.
-UTILISATION = 0.30
-
 
 class Gpu(NamedTuple):
     name: str
     gib: float
-    tflops: float | None  # None of a size such as "24GB"
+    tflops: float | None = None  # None of a size such as "24GB"
+
+
+# Memory in GiB, dense BF16 tensor TFLOPS (FP16 on the T4, which has no BF16), from NVIDIA's data
+# sheets; half of the figure "with sparsity" where a sheet gives only that one.
+GPUS = (
+    Gpu("T4 16GB", 16, 65.0),
+    Gpu("L4 24GB", 24, 121.0),
+    Gpu("A5000 24GB", 24, 111.1),
+    Gpu("RTX 4090 24GB", 24, 165.2),
+    Gpu("A100 40GB", 40, 312.0),
+    Gpu("A6000 48GB", 48, 154.8),
+    Gpu("A100 80GB", 80, 312.0),
+    Gpu("H100 80GB", 80, 989.4),
+    Gpu("H200 141GB", 141, 989.4),
+)
+DEFAULT_GPU = "A5000 24GB"
+# The share of it that a program gets: ECC and the driver keep the rest (T4 and L4: 6 %).
+USABLE = 0.93
+# Share of the peak that training reaches: an assumption, the same for every card and method. Short
+# rows, 8-bit bases and slow links between cards reach less, long packed rows on big cards more.
+UTILISATION = 0.30
 
 
 @dataclass(frozen=True)
@@ -69,26 +70,28 @@ def find_gpu(name: str) -> Gpu:
         return text.replace(" ", "").lower()
 
     typed = squeeze(name)
-    matches = [gpu for gpu in GPUS if typed in map(squeeze, (gpu, gpu.rsplit(maxsplit=1)[0]))]
+    matches = [
+        gpu for gpu in GPUS if typed in map(squeeze, (gpu.name, gpu.name.rsplit(maxsplit=1)[0]))
+    ]
     if len(matches) == 1:
-        return Gpu(matches[0], *GPUS[matches[0]])
+        return matches[0]
     if size := re.fullmatch(r"(\d+(?:\.\d+)?)(gi?b)?", typed):
-        return Gpu(f"{size[1]} GB", float(size[1]), None)
-    hint = f"; did you mean {', '.join(matches)}?" if matches else nearest(name, list(GPUS))
-    raise WrongInput(
-        f'unknown GPU "{name}"{hint or "; there are " + ", ".join(GPUS)}; or a size: 24GB'
-    )
+        return Gpu(f"{size[1]} GB", float(size[1]))
+    names = [gpu.name for gpu in matches or GPUS]
+    hint = f"; did you mean {', '.join(names)}?" if matches else nearest(name, names)
+    hint = hint or f"; there are {', '.join(names)}"
+    raise WrongInput(f'unknown GPU "{name}"{hint}; or a size: 24GB')
 
 
 # ---- Steps and hours
 
 
 def divide_batch(config: dict[str, Any], processes: int) -> dict[str, Any]:
-    """The options that let `processes` share the recipe's batches; raises WrongInput where they
-    cannot.
+    """The options that let `processes` share the recipe's batches.
 
     Gradient accumulation is divided first. Where that is not enough, a micro-batch is divided among
-    `micro_batch_parts` processes, whose losses tools/train/plugin.py weighs by their tokens.
+    `micro_batch_parts` processes, whose losses tools/train/plugin.py weighs by their tokens. Raises
+    WrongInput for a number of processes that does not divide the batch.
     """
     micro = config.get("micro_batch_size") or 1
     steps = config.get("gradient_accumulation_steps") or 1
@@ -115,17 +118,13 @@ def count_training_rows(config: dict[str, Any], rows: int) -> int:
 
 
 @cache
-def read_published_rows() -> dict[str, int]:
-    """Rows of FinLoRA's own training files, by name of the chat file; without unknown ones."""
+def read_published_rows() -> dict[str, int | None]:
+    """Rows of FinLoRA's own training files, by name of the chat file; None where unknown."""
     tables = sources.published_tables()
-    counts = {t: tables["files"][row["train"]].get("rows") for t, row in tables["tasks"].items()}
-    return {f"{task}_train.jsonl": count for task, count in counts.items() if count}
-
-
-def find_published_rows(config: dict[str, Any]) -> int | None:
-    """Rows of FinLoRA's own file of the training data; None for other data."""
-    entries = config.get("datasets") or [{}]
-    return read_published_rows().get(Path(str(entries[0].get("path"))).name)
+    return {
+        f"{task}_train.jsonl": tables["files"][row["train"]].get("rows")
+        for task, row in tables["tasks"].items()
+    }
 
 
 def count_steps(rows: int, row: int, config: dict[str, Any]) -> tuple[int, int]:
@@ -145,9 +144,7 @@ def count_steps(rows: int, row: int, config: dict[str, Any]) -> tuple[int, int]:
     epochs = config.get("num_epochs", 1)
     steps = math.ceil(math.ceil(rows / batch) * epochs)
     most = config.get("max_steps") or steps
-    if most < steps:
-        return most, most * batch * row
-    return steps, int(rows * epochs) * row
+    return (most, most * batch * row) if most < steps else (steps, int(rows * epochs) * row)
 
 
 def count_flops(model: Model, setup: Setup) -> int:
@@ -168,32 +165,34 @@ def estimate_cost(
 
     `flops`: operations a token. A figure that depends on something unknown is None.
     """
-    steps = tokens = hours = usd = None
-    tflops = find_gpu(hardware.gpu).tflops
-    if rows is not None and row is not None:
-        steps, tokens = count_steps(rows, row, config)
-        if tflops is not None:
-            speed = tflops * 1e12 * UTILISATION * hardware.count
-            hours = flops * tokens / speed / 3600
-            usd = None if hardware.price is None else hours * hardware.count * hardware.price
-    return {"rows": rows, "tokens": tokens, "steps": steps, "hours": hours, "usd": usd}
+    cost: dict[str, Any] = dict.fromkeys(("rows", "tokens", "steps", "hours", "usd"))
+    cost["rows"] = rows
+    if rows is None or row is None:
+        return cost
+    cost["steps"], cost["tokens"] = count_steps(rows, row, config)
+    if tflops := find_gpu(hardware.gpu).tflops:
+        speed = tflops * 1e12 * UTILISATION * hardware.count
+        cost["hours"] = flops * cost["tokens"] / speed / 3600
+        if hardware.price is not None:
+            cost["usd"] = cost["hours"] * hardware.count * hardware.price
+    return cost
 
 
 # ---- The whole plan
 
 
-def measure_lengths(
-    config: dict[str, Any], rows: int | None, row: int | None, data: Path | None
-) -> RowLengths:
-    """The lengths of the rows in `data`, with `rows` and `row` in place of what they replace."""
-    lengths = RowLengths()
-    if data and (rows is None or row is None):
-        lengths = measure_rows(data, str(config["base_model"])) or lengths
-    if rows is not None:
-        lengths = replace(lengths, rows=rows)
-    if row is not None:
-        lengths = replace(lengths, mean=row, longest=row, tokenizer=None)
-    return lengths
+def plan_published(
+    config: dict[str, Any], hardware: Hardware, flops: int, rows: int | None, row: int | None
+) -> dict[str, Any] | None:
+    """The cost of FinLoRA's own file of the training data; None where `rows` are that file, or for
+    other data.
+    """
+    entries = config.get("datasets") or [{}]
+    published_rows = read_published_rows().get(Path(str(entries[0].get("path"))).name)
+    if not published_rows or published_rows == rows:
+        return None
+    trained = count_training_rows(config, published_rows)
+    return estimate_cost(config, hardware, flops, trained, row) | {"rows": published_rows}
 
 
 def plan(
@@ -203,15 +202,21 @@ def plan(
     row: int | None = None,
     data: Path | None = None,
 ) -> dict[str, Any]:
-    """The whole plan of an Axolotl config, as JSON has it. Bytes, hours, and USD.
+    """The whole plan of an Axolotl config, as it is printed in JSON: bytes, hours and USD.
 
     `row` is the tokens of a row, mean and longest alike; without it they come from the file `data`,
     and without that the peak is for rows of sequence_len.
     """
-    model = architectures.find(str(config["base_model"]))
+    base = str(config["base_model"])
+    model = architectures.find(base)
     if hardware.count > 1 and "processes" not in config:
         config = config | divide_batch(config, hardware.count)
-    lengths = measure_lengths(config, rows, row, data)
+    is_unknown = rows is None or row is None
+    lengths = measure_rows(data, base) if data and is_unknown else RowLengths()
+    if rows is not None:
+        lengths = replace(lengths, rows=rows)
+    if row is not None:
+        lengths = replace(lengths, mean=row, longest=row, tokenizer=None)
     most = int(config.get("sequence_len") or 2048)
     unpacked = most if config.get("pad_to_sequence_len") else min(lengths.longest or most, most)
     longest = most if config.get("sample_packing") else unpacked
@@ -223,12 +228,6 @@ def plan(
     trainable = memory.count_trainable(model, setup)
     flops = count_flops(model, setup)
     mean = None if lengths.mean is None else min(lengths.mean, most)
-    published = None
-    published_rows = find_published_rows(config)
-    if published_rows and published_rows != lengths.rows:
-        trained = count_training_rows(config, published_rows)
-        published = estimate_cost(config, hardware, flops, trained, mean)
-        published |= {"rows": published_rows}
     return {
         "model": model.source,
         "note": model.note,
@@ -252,5 +251,5 @@ def plan(
         "tokens_per_row": lengths.mean,
         "tokenizer": lengths.tokenizer,
         "utilisation": UTILISATION,
-        "published": published,
+        "published": plan_published(config, hardware, flops, lengths.rows, mean),
     }

@@ -57,12 +57,14 @@ def list_lines(planned: dict[str, Any]) -> list[str]:
 
 
 def print_plan_table(recipe: str, planned: dict[str, Any]) -> None:
-    rows = [("parameters", f"{planned['parameters']:,}")]
-    rows.append(("trainable", f"{planned['trainable_parameters']:,}"))
-    if size := planned["adapter_file_bytes"]:
-        rows.append(("adapter on disk", f"{size / 1e6:.1f} MB"))
-    rows.append(("weights, nominal", f"{planned['nominal_bytes'] / 1e9:.2f} GB"))
-    rows.append(("weights, real", f"{planned['weight_bytes'] / 1e9:.2f} GB"))
+    adapter_size = planned["adapter_file_bytes"]
+    rows = [
+        ("parameters", f"{planned['parameters']:,}"),
+        ("trainable", f"{planned['trainable_parameters']:,}"),
+        *([("adapter on disk", f"{adapter_size / 1e6:.1f} MB")] if adapter_size else []),
+        ("weights, nominal", f"{planned['nominal_bytes'] / 1e9:.2f} GB"),
+        ("weights, real", f"{planned['weight_bytes'] / 1e9:.2f} GB"),
+    ]
     for part, size in planned["memory"].items():
         if size and part != "paged":
             label = LABELS.get(part, part.replace("_", " ")).format(**planned["setup"])
@@ -72,18 +74,15 @@ def print_plan_table(recipe: str, planned: dict[str, Any]) -> None:
 
 
 def print_comparison(planned: dict[str, Any], run_info: dict[str, Any]) -> None:
-    """Prints what a finished run took, from its run.json, beside what is planned for it.
-
-    The plan is for one GPU; on other hardware memory and time say what was, not how good it is.
-    """
+    """Prints what a finished run took, from its run.json, beside its plan for one GPU."""
     hours, steps = planned["hours"], planned["steps"]
     peaks = planned["memory"]["peak"] / GIB, run_info["peak_memory_bytes"] / GIB
-    trainable = "trainable_parameters"
+    trainable = planned["trainable_parameters"], run_info["trainable_parameters"]
     rows = [
         ("", "planned", "took"),
-        ("trainable", f"{planned[trainable]:,}", f"{run_info[trainable]:,}"),
+        ("trainable", *(f"{count:,}" for count in trainable)),
         ("steps", f"{steps:,}" if steps else "", f"{run_info['steps']:,}"),
-        ("peak memory, GiB", f"{peaks[0]:.2f}", f"{peaks[1]:.2f}"),
+        ("peak memory, GiB", *(f"{peak:.2f}" for peak in peaks)),
         ("hours", "" if hours is None else f"{hours:.2f}", f"{run_info['seconds'] / 3600:.2f}"),
         ("tokens/s", "", f"{run_info['tokens_per_second']:,.0f}"),
         ("loss", "", f"{run_info['train_loss']:.3f}"),

@@ -16,137 +16,116 @@ import psutil
 
 from tools.common import ROOT, SECRET, JobFailed, WrongInput, shown
 from tools.runs import Run
-from tools.train import plan, progress
+from tools.train import plan
 from tools.train.checkpoints import last_checkpoint
 from tools.train.checks import FULL
 from tools.train.machines import Machines
+from tools.train.status import read_last_step
 
+OUT_OF_MEMORY = "out of memory"
+DISK_FULL = "no space left on the disk; {free} are free"
 # What a log says when training fails, and what it means. The first match counts.
 CAUSES = {
     r"tools\.train\.callbacks\.Stopped: (.+)": "{0}",
-    # The last is Rust's (tokenizers), which aborts.
+    # The last message is that of Rust (tokenizers), which aborts.
     r"OutOfMemoryError|CUDA out of memory|allocate memory|MemoryError|bad_alloc"
-    r"|memory allocation of \d+ bytes failed": "{memory}",
-    r"No space left on device|os error 28": "no space left on the disk; {free} are free",
+    r"|memory allocation of \d+ bytes failed": OUT_OF_MEMORY,
+    r"No space left on device|os error 28": DISK_FULL,
     r"Disk quota exceeded|os error 122": "the disk quota of this user is used up",
     r"(?:PermissionError|Read-only file system).*": "{0}",
 }
+ERROR = re.compile("Error:|Exception:|Killed")
 # Lines in which torchrun reports that a process failed, without the reason.
-ECHOES = ("ChildFailedError", "torch.distributed.elastic", "error_file", "CalledProcessError")
+ECHO = re.compile(r"ChildFailedError|torch\.distributed\.elastic|error_file|CalledProcessError")
 
 
 def follow(process: subprocess.Popen[bytes], run: Run) -> None:
-    """Shows the training's progress until its process ends."""
+    """Shows the newest training step until the process ends."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     console = Console()
-    columns = (
-        TextColumn("train     "),
-        BarColumn(24),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-    )
-    tail, last_step, printed = progress.Tail(run.progress_file), 0, time.monotonic()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    columns = ("train     ", BarColumn(24), MofNCompleteColumn(), "{task.description}")
+    last_step, printed_at, is_running = 0, time.monotonic(), True
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    ) as bar:
         job = bar.add_task("loading the model", total=None)
-        while True:
-            ended = process.poll() is not None
-            losses = [row for row in tail.read() if "loss" in row]
-            if losses and losses[-1]["step"] != last_step:
-                last = losses[-1]
-                last_step = last["step"]
-                speed = last["total_tokens"] / max(last["seconds"], 1e-9)
-                text = (
-                    f"loss {last['loss']:.3f}  {speed:.0f} tokens/s  {last['memory'] / 1e9:.1f} GB"
-                )
-                bar.update(job, total=last["steps"], completed=last_step, description=text)
-                if not console.is_terminal and (time.monotonic() - printed > 20 or ended):
-                    print(f"train      step {last_step}/{last['steps']}  {text}", flush=True)
-                    printed = time.monotonic()
-            if ended:
-                tail.close()
-                return
-            time.sleep(0.3)
+        while is_running:
+            is_running = process.poll() is None
+            row = read_last_step(run.progress_file)
+            if row and row["step"] != last_step:
+                last_step, steps = row["step"], row["steps"]
+                speed = row["total_tokens"] / max(row["seconds"], 1e-9)
+                memory = row["memory"] / 1e9
+                text = f"loss {row['loss']:.3f}  {speed:.0f} tokens/s  {memory:.1f} GB"
+                bar.update(job, total=steps, completed=last_step, description=text)
+                is_due = time.monotonic() - printed_at > 20 or not is_running
+                if is_due and not console.is_terminal:
+                    print(f"train      step {last_step}/{steps}  {text}", flush=True)
+                    printed_at = time.monotonic()
+            time.sleep(0.3 if is_running else 0)
 
 
 def advise_memory(config: dict[str, Any], processes: int) -> str:
-    """The planner's first suggestion after memory ran out."""
-    try:
-        planned = plan.plan(config, plan.Hardware(count=processes))
-        less = f"{planned['memory']['peak'] / 2**30 * 0.8 / plan.USABLE:.1f}GB"
-        changes = plan.plan(config, plan.Hardware(less, processes))["changes"]
-    except WrongInput:
-        changes = []
-    return "out of memory; the plan's next step: " + (
-        changes[0][0] if changes else "a smaller sequence_len or a smaller model (`make plan`)"
-    )
+    """The planner's first suggestion to save memory."""
+    changes = []
+    with suppress(WrongInput):  # an architecture that cannot be planned
+        changes = plan.plan(config, plan.Hardware("0GB", processes))["changes"]
+    default = "a smaller sequence_len or a smaller model (`make plan`)"
+    return f"{OUT_OF_MEMORY}; the plan's next step: {changes[0][0] if changes else default}"
 
 
 def explain_failure(
     log: Path, start: int, code: int, config: dict[str, Any], processes: int
 ) -> str:
-    """Why training ended: from its log after byte `start`, or from the signal that ended it."""
+    """Why training ended: from its log after byte `start`, or from its exit code."""
     text = log.read_bytes()[start:].decode(errors="replace")
-    facts = {"free": f"{shutil.disk_usage(log.parent).free / 1e9:.1f} GB"}
+    free = shutil.disk_usage(log.parent).free
     for pattern, meaning in CAUSES.items():
         if match := re.search(pattern, text):
-            if "{memory}" in meaning:
-                facts["memory"] = advise_memory(config, processes)
+            if meaning == OUT_OF_MEMORY:
+                return advise_memory(config, processes)
             groups = match.groups() or (match[0],)
-            return SECRET.sub("***", meaning.format(*groups, **facts).strip()[:400])
-    if shutil.disk_usage(log.parent).free < FULL:  # then the log cannot say so
-        return CAUSES[r"No space left on device|os error 28"].format(**facts)
+            reason = meaning.format(*groups, free=f"{free / 1e9:.1f} GB")
+            return SECRET.sub("***", reason.strip()[:400])
+    if free < FULL:  # then the log cannot say so
+        return DISK_FULL.format(free=f"{free / 1e9:.1f} GB")
     if code == -signal.SIGKILL:
         return f"it was killed, most often for memory: {advise_memory(config, processes)}"
     if code < 0:
         return f"it was ended by {signal.Signals(-code).name}"
-    if code == 0:  # it was asked to stop, and saved
+    if code == 0:  # a signal made it save and exit
         return "it was interrupted"
-    names = ("Error:", "Exception:", "Killed")
-    errors = [line.strip() for line in text.splitlines() if any(name in line for name in names)]
-    errors = [line for line in errors if not any(echo in line for echo in ECHOES)]
-    return SECRET.sub("***", errors[-1][:300]) if errors else "it exited without an error message"
+    lines = [line for line in text.splitlines() if ERROR.search(line) and not ECHO.search(line)]
+    error = lines[-1].strip()[:300] if lines else "it exited without an error message"
+    return SECRET.sub("***", error)
 
 
 def die_with_parent() -> None:
-    """Runs in the child: when this process dies, training is asked to save and stop."""
+    """Runs in the child: when the parent dies, the child gets SIGTERM, so it saves and stops."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def in_torchrun(process: psutil.Process) -> bool:
-    """Whether torchrun started a process; False where it has ended or cannot be inspected."""
-    try:
-        return "TORCHELASTIC_RUN_ID" in process.environ()
-    except psutil.Error:
-        return False
+def is_rank(process: psutil.Process) -> bool:
+    """Whether torchrun itself started a process; False for one that has ended.
+
+    What a rank starts (workers that load data) inherits the variable, and must live until the step
+    is finished.
+    """
+    with suppress(psutil.Error):
+        parent, variable = process.parent(), "TORCHELASTIC_RUN_ID"
+        return variable in process.environ() and not (parent and variable in parent.environ())
+    return False
 
 
 def find_trainers(leader: int) -> list[psutil.Process]:
-    """The processes that train: those that torchrun started, else the leader itself.
-
-    What these started in turn (workers that load data) must live until the step is finished.
-    A process that ends meanwhile is left out, whatever it is.
-    """
+    """The processes that train: those that torchrun started, else the leader itself."""
     try:
         first = psutil.Process(leader)
-        family = [first, *first.children(recursive=True)]
+        return [child for child in first.children(recursive=True) if is_rank(child)] or [first]
     except psutil.Error:
         return []
-    inside = {process.pid: process for process in family if in_torchrun(process)}
-    ranks = []
-    for process in inside.values():
-        with suppress(psutil.Error):
-            if process.ppid() not in inside:
-                ranks.append(process)
-    return ranks or [first]
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -170,7 +149,7 @@ def run_axolotl(
     run: Run, place: Run, config: dict[str, Any], machines: Machines, lock: int
 ) -> None:
     """Runs `axolotl train` on the config in `place`; raises JobFailed unless it finishes."""
-    arguments = ["train", shown(place.config_file), *machines.launcher()]
+    arguments = ["train", shown(place.config_file), *machines.build_arguments()]
     print(f"train      axolotl {' '.join(arguments)}", flush=True)
     log = place.log_file
     start = log.stat().st_size if log.is_file() else 0
@@ -195,11 +174,9 @@ def run_axolotl(
                 after = f"from step {step}" if step else "from the start"
                 print(f"train      stopped; the same command goes on {after}", flush=True)
             raise
-    if machines.rank == 0 and not run.stats_file.is_file():
-        why = explain_failure(log, start, process.returncode, config, machines.processes)
-        step = last_checkpoint(run)
-        on = f"; the same command goes on from step {step}" if step else ""
-        raise JobFailed(f"training stopped: {why}{on}; all of it is in {shown(log)}")
-    if process.returncode:
-        why = explain_failure(log, start, process.returncode, config, machines.processes)
-        raise JobFailed(f"training stopped: {why}; all of it is in {shown(log)}")
+    is_unfinished = machines.rank == 0 and not run.stats_file.is_file()
+    if is_unfinished or process.returncode:
+        reason = explain_failure(log, start, process.returncode, config, machines.processes)
+        step = last_checkpoint(run) if is_unfinished else 0
+        again = f"; the same command goes on from step {step}" if step else ""
+        raise JobFailed(f"training stopped: {reason}{again}; all of it is in {shown(log)}")

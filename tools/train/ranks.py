@@ -1,4 +1,4 @@
-"""Several training processes: who this one is, what the others have, DeepSpeed on a CPU."""
+"""Several training processes: the number of this one, values of all, DeepSpeed on a CPU."""
 
 import hashlib
 import os
@@ -6,12 +6,12 @@ from typing import Any
 
 
 def read_rank(name: str) -> int:
-    """A number that torchrun tells each process: RANK, LOCAL_RANK, WORLD_SIZE."""
+    """A number that torchrun gives each process: RANK, LOCAL_RANK or WORLD_SIZE."""
     return int(os.environ.get(name, "1" if name == "WORLD_SIZE" else "0"))
 
 
 def gather(value: Any) -> list[Any]:
-    """The `value` of every process, by rank."""
+    """The `value` of every process, by rank; returns once all processes have called it."""
     import torch.distributed as dist
 
     if read_rank("WORLD_SIZE") == 1:
@@ -22,25 +22,25 @@ def gather(value: Any) -> list[Any]:
 
 
 def digest_weights(model: Any) -> str | None:
-    """SHA-256 over the trained weights; None where ZeRO-3 or FSDP divides them among processes."""
+    """SHA-256 of the trained weights; None where ZeRO-3 or FSDP divides them among processes."""
     import torch
     from torch.distributed.tensor import DTensor
 
-    total = hashlib.sha256()
+    sha = hashlib.sha256()
     for parameter in model.parameters():
         if parameter.requires_grad:
             if hasattr(parameter, "ds_id") or isinstance(parameter, DTensor):
                 return None
-            bits = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
-            total.update(bits.numpy().tobytes())
-    return total.hexdigest()
+            flat = parameter.detach().cpu().contiguous().flatten()
+            sha.update(flat.view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def allow_deepspeed_on_cpu() -> None:
-    """Lets accelerate start DeepSpeed's processes over gloo where there is no GPU.
+    """Makes accelerate start DeepSpeed's processes over gloo on a machine without a GPU.
 
-    accelerate knows no backend for DeepSpeed without one, and trains each process apart. Gloo
-    gathers into views of the output, which autograd forbids on weights unless it is off.
+    accelerate has no backend for DeepSpeed there, and would train each process apart. Gloo gathers
+    into views of the output, which autograd forbids on weights unless it is off.
     """
     import torch
     import torch.distributed as dist
@@ -49,10 +49,10 @@ def allow_deepspeed_on_cpu() -> None:
 
     prepare = PartialState._prepare_backend
 
-    def with_gloo(state: Any, *args: Any, **kwargs: Any) -> Any:
+    def prepare_gloo(state: Any, *args: Any, **kwargs: Any) -> Any:
         backend, kind = prepare(state, *args, **kwargs)
         return (backend, kind) if backend else ("gloo", DistributedType.MULTI_CPU)
 
-    PartialState._prepare_backend = with_gloo
+    PartialState._prepare_backend = prepare_gloo
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
         setattr(dist, name, torch.no_grad()(getattr(dist, name)))

@@ -3,8 +3,8 @@
     python -m tools reproduce runs/smollm2-135m/sentiment_r4
 
 It takes `config.yaml` as it stands (the recipe may have changed since), checks that the data is
-that of `run.json`, and trains into `<run>.reproduced`. On a CPU the adapter comes out the same to
-the bit; on a GPU some kernels add in an order of their own.
+that of `run.json`, and trains into `<run>.reproduced`. On a CPU the adapter is the same to the bit;
+on a GPU some kernels add in varying order.
 """
 
 import importlib.metadata
@@ -26,10 +26,10 @@ def build_recipe(run: Run) -> Recipe:
     info, config = run.info, run.config
     beside = run.folder.with_name(f"{run.folder.name}.reproduced")
     config["output_dir"] = shown(beside)
+    config["dataset_prepared_path"] = shown(beside / "prepared")
     config["plugins"] = [
         profiles.PLUGIN if name in profiles.OWN_PLUGINS else name for name in config["plugins"]
     ]
-    config["dataset_prepared_path"] = shown(beside / "prepared")
     recipe = Recipe(info["recipe"], run.config_file, config, info["recipe_version"])
     for before, now in zip(info["data"], describe_data(recipe), strict=True):
         if before["sha256"] != now["sha256"]:
@@ -38,14 +38,12 @@ def build_recipe(run: Run) -> Recipe:
 
 
 def list_differences(run: Run) -> list[str]:
-    """The packages and the device that are not what they were, in words."""
-    differences = []
-    for name, before in run.info["packages"].items():
-        if (now := importlib.metadata.version(name)) != before:
-            differences.append(f"{name} {before}, now {now}")
+    """The packages and the device that are not those of the run, in words."""
     gpus = hardware.detect_host().gpus
-    before, now = run.info["device"], gpus[0][0] if gpus else "cpu"
-    return differences + ([f"{before}, now {now}"] if before != now else [])
+    pairs = [("", run.info["device"], gpus[0][0] if gpus else "cpu")]
+    for name, version in run.info["packages"].items():
+        pairs.append((f"{name} ", version, importlib.metadata.version(name)))
+    return [f"{name}{before}, now {now}" for name, before, now in pairs if before != now]
 
 
 def reproduce(folder: Path) -> None:

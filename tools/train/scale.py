@@ -82,32 +82,27 @@ def format_numbers() -> str:
     names = [name for name in names if not any(fnmatchcase(name, large) for large in LARGE)]
     trainings = [training for name in names if (training := plan_training(name))]
     for title, pattern in SETS.items():
+        matches = [training for training in trainings if fnmatchcase(training.recipe, pattern)]
         for card in CARDS:
-            chosen = [t for t in trainings if t.card == card and fnmatchcase(t.recipe, pattern)]
-            if not chosen:
-                continue
-            hours = [training.hours for training in chosen]
-            spans = " | ".join(f"{compute_makespan(hours, count):,.1f}" for count in GPU_COUNTS)
-            row = f"| {title} | {len(chosen)} | {card.gpu} at {card.price:.2f} | {sum(hours):,.0f}"
-            lines.append(f"{row} | {spans} | {sum(t.usd for t in chosen):,.0f} |")
+            if hours := [training.hours for training in matches if training.card == card]:
+                usd = sum(training.usd for training in matches if training.card == card)
+                spans = " | ".join(f"{compute_makespan(hours, n):,.1f}" for n in GPU_COUNTS)
+                row = f"| {title} | {len(hours)} | {card.gpu} at {card.price:.2f} "
+                lines.append(f"{row}| {sum(hours):,.0f} | {spans} | {usd:,.0f} |")
     if too_large := len(names) - len(trainings):
         lines += ["", f"{too_large} of these {len(names)} recipes fit neither card."]
     return "\n".join(lines)
 
 
-def replace_numbers(text: str) -> str:
-    """The document with its numbers as they are now."""
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    return f"{before}{START}\n\n{format_numbers()}\n\n{END}{after}"
-
-
 def write(check: bool = False) -> None:
     """Writes the numbers of docs/scale.md; with `check`, raises JobFailed where they are old."""
     old = DOC.read_text(encoding="utf-8")
-    new = replace_numbers(old)
-    if check and new != old:
+    before, _, rest = old.partition(START)
+    _, _, after = rest.partition(END)
+    new = f"{before}{START}\n\n{format_numbers()}\n\n{END}{after}"
+    if new == old:
+        return
+    if check:
         raise JobFailed(f"{shown(DOC)} has old numbers; `make render` writes it")
-    if new != old:
-        with atomic(DOC) as file:
-            file.write(new.encode())
+    with atomic(DOC) as file:
+        file.write(new.encode())

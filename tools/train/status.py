@@ -1,4 +1,4 @@
-"""What trains now, what is done, and what was interrupted.
+"""Lists what trains now, what is done, and what was interrupted.
 
     python -m tools status
 
@@ -6,16 +6,19 @@ A training holds the lock of its run; a finished run has a `run.json`; `make tra
 others.
 """
 
+import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tools import runs
 from tools.common import WrongInput, format_table
 from tools.runs import Run, step_of
-from tools.train.progress import read_last_step
 
 STATES = ["training", "interrupted", "unreadable", "finished"]  # in the order of the table
+BLOCK = 1 << 16  # bytes at the end of a progress file: some hundred lines
 
 
 @dataclass(frozen=True)
@@ -29,28 +32,44 @@ class Status:
     seconds: float = 0.0
 
 
-def read_status(run: Run) -> Status:
-    """The status of a run folder; raises OSError and others where its files cannot be read."""
-    last = read_last_step(run.progress_file)
-    step, steps, seconds = last.get("step", 0), last.get("steps"), last.get("seconds", 0.0)
-    progress = (step, steps, last.get("loss"), seconds)
-    if run.is_training:
-        note = f"{seconds / step * (steps - step) / 60:.0f} min left" if step else "starting"
-        return Status(run.name, "training", note, *progress)
-    if info := run.info:
-        count, steps = info.get("processes", 1), info["steps"]
-        note = f"{count} x {info['device']}" if count > 1 else info["device"]
-        progress = (steps, steps, info.get("last_loss"), info["seconds"])
-        return Status(run.name, "finished", note, *progress)
-    saved = run.checkpoints()
-    note = f"goes on from step {step_of(saved[0])}" if saved else "nothing saved yet"
-    return Status(run.name, "interrupted", note, *progress)
+def read_last_step(path: Path) -> dict[str, Any]:
+    """The newest row of a progress file that has a loss; {} without one.
 
-
-def read_status_or_reason(run: Run) -> Status:
-    """The status of a run, or why it cannot be read: one damaged run does not hide the others."""
+    Only the end of the file is read. A training may be writing it, so a line without its end is
+    skipped, and so is one that a crash of the machine left unreadable.
+    """
     try:
-        return read_status(run)
+        with open(path, "rb") as file:
+            start = max(0, file.seek(0, os.SEEK_END) - BLOCK)
+            file.seek(start)
+            lines = file.read().split(b"\n")[1 if start else 0 : -1]
+    except FileNotFoundError:
+        return {}
+    for line in reversed(lines):
+        with suppress(ValueError):
+            row: dict[str, Any] = json.loads(line)
+            if "loss" in row:
+                return row
+    return {}
+
+
+def read_status(run: Run) -> Status:
+    """The status of a run; "unreadable" with the reason where its files cannot be read."""
+    try:
+        last = read_last_step(run.progress_file)
+        step, steps, seconds = last.get("step", 0), last.get("steps"), last.get("seconds", 0.0)
+        progress = (step, steps, last.get("loss"), seconds)
+        if run.is_training:
+            note = f"{seconds / step * (steps - step) / 60:.0f} min left" if step else "starting"
+            return Status(run.name, "training", note, *progress)
+        if info := run.info:
+            count, steps = info.get("processes", 1), info["steps"]
+            note = f"{count} x {info['device']}" if count > 1 else info["device"]
+            progress = (steps, steps, info.get("last_loss"), info["seconds"])
+            return Status(run.name, "finished", note, *progress)
+        saved = run.checkpoints()
+        note = f"goes on from step {step_of(saved[0])}" if saved else "nothing saved yet"
+        return Status(run.name, "interrupted", note, *progress)
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}"
     except (WrongInput, ValueError, KeyError, TypeError) as error:
@@ -69,11 +88,10 @@ def list_statuses() -> list[Status]:
 
     for folder, folders, files in os.walk(runs.RUNS, onerror=add_unreadable):
         run = Run(Path(folder))
-        if run.identity_file.name not in files:
-            continue
-        folders.clear()  # checkpoints and prepared data
-        if ".previous" not in run.name:
-            statuses.append(read_status_or_reason(run))
+        if run.identity_file.name in files:
+            folders.clear()  # checkpoints and prepared data
+            if ".previous" not in run.name:
+                statuses.append(read_status(run))
     return sorted(statuses, key=lambda status: (STATES.index(status.state), status.run))
 
 

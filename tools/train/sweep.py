@@ -17,23 +17,21 @@ from tools.common import ROOT, JobFailed, WrongInput
 from tools.train.plan import plan
 from tools.train.process import die_with_parent
 from tools.train.profiles import Choice
-from tools.train.status import Status, print_statuses, read_status_or_reason
+from tools.train.status import Status, print_statuses, read_status
 
 
 def select_recipes(words: str) -> list[recipes.Recipe]:
     """The recipes of names and patterns of the catalogue, each once."""
     names: list[str] = []
     for word in words.replace(",", " ").split():
-        if not any(character in word for character in "*?["):
-            names.append(word)
-            continue
         patterns = word, f"*/{word}"
+        is_pattern = any(character in word for character in "*?[")
         matches = [
             name for name in recipes.list_names() if any(fnmatchcase(name, p) for p in patterns)
         ]
-        if not matches:
+        if is_pattern and not matches:
             raise WrongInput(f'RECIPES: no recipe fits "{word}"; `make recipes` lists them')
-        names += matches
+        names += matches if is_pattern else [word]
     if not names:
         raise WrongInput('RECIPES="…" is needed: names, or patterns such as "sentiment_*"')
     return list({recipe.run: recipe for recipe in map(recipes.find, names)}.values())
@@ -49,7 +47,7 @@ def estimate_operations(recipe: recipes.Recipe) -> float:
 
 
 def train_recipe(recipe: recipes.Recipe, options: list[str]) -> Status:
-    """Trains a recipe in a process of its own; raises KeyboardInterrupt where it is stopped."""
+    """Trains a recipe in a child process; raises KeyboardInterrupt where it is stopped."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tools", "train", recipe.name, *options],
         cwd=ROOT,
@@ -58,17 +56,16 @@ def train_recipe(recipe: recipes.Recipe, options: list[str]) -> Status:
         process_group=0,  # Ctrl-C reaches the sweep alone, which passes each one on
         preexec_fn=die_with_parent,
     )
-    stopped = False
-    while True:
+    is_stopped, errors = False, None
+    while errors is None:
         try:
             _, errors = process.communicate()
-            break
         except KeyboardInterrupt:
-            stopped = True
+            is_stopped = True
             process.terminate()
-    if stopped or process.returncode == 130:
+    if is_stopped or process.returncode == 130:
         raise KeyboardInterrupt
-    status = replace(read_status_or_reason(recipe.run), run=recipe.name)
+    status = replace(read_status(recipe.run), run=recipe.name)
     if process.returncode:
         status = replace(status, state="failed", note=errors.strip().removeprefix("error: "))
         print(f"sweep      {recipe.name} failed: {status.note}", flush=True)

@@ -23,9 +23,9 @@ SAMPLED, LONGEST = 1000, 64  # rows whose tokens are counted: from all over the 
 
 @dataclass(frozen=True)
 class RowLengths:
-    """How many rows, tokens of the mean and of the longest, and whose tokens they are.
+    """The rows of a file, the tokens of the mean and of the longest one, and who counted them.
 
-    Without a `tokenizer` they are estimated from characters, rather too many than too few.
+    Without a `tokenizer` tokens are estimated from characters, rather too many than too few.
     """
 
     rows: int | None = None
@@ -43,26 +43,27 @@ def list_texts(value: Any) -> list[str]:
     return [text for part in value for text in list_texts(part)] if isinstance(value, list) else []
 
 
-def measure_rows(path: Path, base: str) -> RowLengths | None:
+def measure_rows(path: Path, base: str) -> RowLengths:
     """The rows of a JSONL file and their tokens, by the base's tokenizer where it is at hand.
 
-    None where there is no such file, or it has no rows.
+    Empty where there is no such file, or it has no rows, or is not JSONL: training names the line.
     """
-    if not path.is_file():
-        return None
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
     try:
-        values = [orjson.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
+        values = [orjson.loads(line) for line in lines if line.strip()]
     except ValueError:
-        return None  # no JSONL; training names the line
+        return RowLengths()
     rows = sorted(("\n".join(list_texts(value)) for value in values), key=len)
     if not rows:
-        return None
+        return RowLengths()
     file = architectures.find_file(base, "tokenizer.json")
     if file:
         # Sorted by length, so rows at equal distances have the file's mean.
         step = math.ceil(len(rows) / SAMPLED)
-        sample, longest_rows = count_tokens(file, rows[step // 2 :: step], rows[-LONGEST:])
-        mean, longest = sum(sample) / len(sample), float(max(longest_rows))
+        sample = rows[step // 2 :: step]
+        sizes = count_tokens(file, sample + rows[-LONGEST:])
+        mean = sum(sizes[: len(sample)]) / len(sample)
+        longest = float(max(sizes[len(sample) :]))
     else:
         mean = sum(map(len, rows)) / len(rows) / CHARACTERS_PER_TOKEN
         longest = len(rows[-1]) / LEAST_CHARACTERS_PER_TOKEN
@@ -74,14 +75,10 @@ def measure_rows(path: Path, base: str) -> RowLengths | None:
     )
 
 
-def count_tokens(tokenizer_file: Path, *samples: list[str]) -> list[list[int]]:
-    """The tokens of each text of each sample."""
+def count_tokens(tokenizer_file: Path, texts: list[str]) -> list[int]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return [
-        [len(row.ids) for row in tokenizer.encode_batch(sample, add_special_tokens=False)]
-        for sample in samples
-    ]
+    return [len(text.ids) for text in tokenizer.encode_batch(texts, add_special_tokens=False)]
