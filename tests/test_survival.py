@@ -317,6 +317,18 @@ def test_the_progress_holds_numbers_only(tmp_path):
     assert first["loss"] == 2.0 and "grad_norm" not in first and "eval_loss" not in second
 
 
+def test_the_peak_of_a_step_outlives_a_counter_that_is_set_back(tmp_path, monkeypatch):
+    """Axolotl sets CUDA's peak back between the end of a step and its log line."""
+    state = SimpleNamespace(global_step=1, max_steps=2, is_world_process_zero=True)
+    follower, readings = callbacks.Progress(tmp_path), iter([900, 300, 700, 300])
+    monkeypatch.setattr(callbacks, "measure_peak_memory", lambda: next(readings))
+    for _ in range(2):
+        follower.on_step_end(None, state, None)
+        follower.on_log(None, state, None, logs={"loss": 2.0})
+    lines = (tmp_path / "progress.jsonl").read_text().splitlines()
+    assert [json.loads(line)["memory"] for line in lines] == [900, 900]
+
+
 def test_out_of_memory_says_what_the_planner_suggests(tiny, chat_rows, tmp_path):
     changes = {"micro_batch_size": 64, "dequantize_once": None}
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, **changes)

@@ -381,7 +381,11 @@ def bring(api: Any, source: Source) -> bool:
     plain = adapters.parse_settings(settings, where)
     base = find_base(source, settings)
     model = find_architecture(api, base)
-    check_precision(base, source.precision)
+    published = models.published_precision(base)
+    if published and source.precision not in (None, published):
+        raise WrongInput(
+            f"PRECISION={source.precision}: the base {base} was published quantized to {published}"
+        )
     size, limit = files[adapters.WEIGHTS].size, adapters.compute_largest_file(model, plain, where)
     if size > limit:
         raise WrongInput(

@@ -183,6 +183,7 @@ class Progress(TrainerCallback):
         self.before = 0.0  # seconds that this training took before an interruption
         self.lines: list[dict[str, Any]] = []
         self.real_tokens: Any = 0  # of this process; a tensor after the first batch
+        self.peak_memory = 0  # bytes, of this process
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.lines = [line for line in json_lines(self.file) if line["step"] <= state.global_step]
@@ -193,6 +194,10 @@ class Progress(TrainerCallback):
             with atomic(self.file) as file:
                 file.write("".join(json.dumps(line) + "\n" for line in self.lines).encode())
         self.start = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # Axolotl sets CUDA's peak back when it logs, which is before `on_log`.
+        self.peak_memory = max(self.peak_memory, measure_peak_memory())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not logs:
@@ -205,7 +210,7 @@ class Progress(TrainerCallback):
             "trained_tokens": int(tokens.get("trainable", 0)),
             "total_tokens": int(tokens.get("total", 0)),
             "real_tokens": sum(gather(int(self.real_tokens))),
-            "memory": measure_peak_memory(),
+            "memory": max(gather(max(self.peak_memory, measure_peak_memory()))),
         }
         # JSON has no NaN; `Watch` reports one where it stops the training.
         for name in ("loss", "grad_norm", "learning_rate", "eval_loss"):
