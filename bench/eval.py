@@ -1,6 +1,6 @@
 """Measures how fast answers are scored, against FinLoRA's way, plain lm-eval and pure prefill.
 
-    python -m bench.eval [sentiment_r4] [--dataset fpb] [--limit 64] [--rounds 2] [--base]
+    python -m bench.eval [sentiment_r4] [--dataset fpb] [--limit 64] [--base] [--record]
 
 All answer the same rows with the same loaded base and adapter, in turn; the best round counts.
 
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from bench import performance
 from evals import run
 from evals.answers import Prompts
 from evals.model import Model
@@ -143,6 +144,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--base", action="store_true", help="without an adapter")
+    parser.add_argument("--record", action="store_true", help="add the rates to results/")
     options = parser.parse_args()
     run.choose_datasets(None, [options.dataset])
     if options.limit < 1 or options.rounds < 1:
@@ -174,6 +176,10 @@ def main() -> None:
         other = f"{differing[name]} of {rows}" if name in differing else ""
         table.append((name, f"{rows / seconds:.2f}", f"{seconds / best['ours']:.2f}", other))
     print(f"\n{format_table(table, '<>>>')}")
+    if options.record:
+        rates = {name: rows / seconds for name, seconds in best.items()}
+        figures = {"precision": precision, "rows": rows, "rows_per_second": rates, "note": adapter}
+        performance.record("eval", f"{recipe.name}, {options.dataset}", figures)
     if any(differing.values()):
         raise JobFailed(f"labels differ from ours: {', '.join(filter(differing.get, differing))}")
 

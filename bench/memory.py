@@ -1,6 +1,6 @@
 """Measures the memory of a base at 32, 16, 8 and 4 bits and of a training step on it.
 
-    python -m bench.memory [--rows 8] [--tokens 147] [--json FILE]
+    python -m bench.memory [--rows 8] [--tokens 147] [--record]
 
 Each figure is printed beside what `tools/train/memory.py` computes, and each precision runs in a
 process of its own.
@@ -26,8 +26,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from bench import performance
 from tools import architectures, recipes, smollm2
-from tools.common import WrongInput, command, format_table, quiet, write_json
+from tools.common import WrongInput, command, format_table, quiet
 from tools.train.memory import compute_memory, compute_weight_bytes, read_setup
 
 RECIPE = "smollm2-135m/sentiment_r4"
@@ -197,7 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="measure memory beside the plan")
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of a row")
-    parser.add_argument("--json", type=Path, help="write the bytes to this file")
+    parser.add_argument("--record", action="store_true", help="add them to results/")
     options = parser.parse_args()
     if options.rows < 1 or options.tokens < 2:
         raise WrongInput("--rows must be at least 1 and --tokens at least 2")
@@ -210,8 +211,9 @@ def main() -> None:
             measured = pool.submit(measure, *setting).result()
         results[name] = {"measured": measured, "planned": plan_bytes(*setting)}
     print_results(results)
-    if options.json:
-        write_json(options.json, results)
+    if options.record:
+        subject = f"{RECIPE}, {options.rows} rows of {options.tokens} tokens"
+        performance.record("memory", subject, {"sizes": results})
 
 
 if __name__ == "__main__":
