@@ -148,11 +148,16 @@ def bring(model: str) -> Path | str:
 
 def load(model: str) -> Any:
     """The tokenizer of a base as its recipes set it; skips the test where it is not at hand."""
-    from transformers import AutoTokenizer
-
     folder = bring(model)
     if isinstance(folder, str):
         pytest.skip(folder)
+    return load_folder(model, folder)
+
+
+@cache
+def load_folder(model: str, folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if model in recipes.read_matrix()["models"]:
         tokenizer.add_special_tokens(
