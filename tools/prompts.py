@@ -188,6 +188,12 @@ def _apply_template(
     return str(text)
 
 
+def render_row(tokenizer: Any, row: dict[str, Any], options: dict[str, Any] | None = None) -> str:
+    """A whole chat row as training sees it; raises WrongInput where the template refuses it."""
+    messages, tools = read_conversation(row)
+    return _apply_template(tokenizer, messages, options, "chat", tools, answering=False)
+
+
 def explain_unrenderable(
     tokenizer: Any, row: dict[str, Any], options: dict[str, Any] | None = None
 ) -> str:
@@ -197,7 +203,7 @@ def explain_unrenderable(
     """
     messages, tools = read_conversation(row)
     try:
-        text = _apply_template(tokenizer, messages, options, "chat", tools, answering=False)
+        text = render_row(tokenizer, row, options)
         for place, message in enumerate(messages):
             # Axolotl looks for a turn that is trained by putting another text in its place.
             if message.get("tool_calls") and row["messages"][place].get("train") is not False:
