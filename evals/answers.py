@@ -21,17 +21,29 @@ GAP = "\n[…]\n"  # stands where a prompt was cut
 
 
 class Prompts:
-    """Renders prompts, and counts in `cut` the tokens that each lost: {prompt: tokens}."""
+    """Renders prompts, and counts in `cut` the tokens that each lost: {prompt: tokens}.
+
+    `rows` holds the rows of several turns by the text that lm-eval has of them; any other text is
+    the content of a user's turn.
+    """
 
     def __init__(self, form: str, options: dict[str, Any] | None = None):
         self.form, self.options = form, options
         self.cut: dict[str, int] = {}
+        self.rows: dict[str, dict[str, Any]] = {}
+
+    def conversation(self, content: str) -> tuple[list[dict[str, Any]], list[Any] | None]:
+        """(turns before the answer, tools) of a text of lm-eval's."""
+        if content in self.rows:
+            messages, tools = prompts.read_conversation(self.rows[content])
+            return messages[:-1], tools
+        return [{"role": "user", "content": content}], None
 
     def text(self, tokenizer: Any, content: str) -> str:
         if tokenizer is None:  # an endpoint's, which starts a completion with its own first token
             return FORMATS[self.form].format(content)
-        messages = [{"role": "user", "content": content}]
-        return prompts.render(tokenizer, messages, self.options, self.form)
+        messages, tools = self.conversation(content)
+        return prompts.render(tokenizer, messages, self.options, self.form, tools)
 
     def attach(self, lm: Any, budget: int) -> None:
         """Makes an lm-eval model render with this, leaving room for `budget` new tokens.
@@ -39,6 +51,7 @@ class Prompts:
         A model without a tokenizer here (behind an endpoint) keeps its own chat format.
         """
         tokenizer = getattr(lm, "tokenizer", None)
+        lm.conversation = self.conversation
         if tokenizer is None and self.form == "chat":
             return
 
@@ -53,20 +66,23 @@ class Prompts:
     def fitting(self, tokenizer: Any, content: str, room: int) -> str:
         """The prompt of `content` in `room` tokens at the most.
 
-        What is asked stands at the beginning or at the end of FinLoRA's prompts, so where one is
-        too long it is the middle that goes, and not, as lm-eval does it, the beginning.
+        What is asked stands at the beginning or at the end of a prompt, so where one is too long it
+        is the middle that goes, of its longest turn, and not, as lm-eval does it, the beginning.
         """
         text = self.text(tokenizer, content)
         if len(text.encode()) <= room:  # a token is a byte at least
             return text
-        tokens = tokenizer.encode(content, add_special_tokens=False)
+        messages, tools = self.conversation(content)
+        longest = max(messages, key=lambda message: len(str(message.get("content") or "")))
+        tokens = tokenizer.encode(str(longest.get("content") or ""), add_special_tokens=False)
         keep = len(tokens)
         while (over := len(tokenizer.encode(text)) - room) > 0:
             keep -= over
             if keep < 2:
                 raise WrongInput(f"a model of {room} tokens has no room for a prompt")
             parts = (tokens[: (keep + 1) // 2], tokens[len(tokens) - keep // 2 :])
-            text = self.text(tokenizer, GAP.join(map(tokenizer.decode, parts)))
+            longest["content"] = GAP.join(map(tokenizer.decode, parts))
+            text = prompts.render(tokenizer, messages, self.options, self.form, tools)
         if keep < len(tokens):
             self.cut[text] = len(tokens) - keep
         return text

@@ -16,6 +16,7 @@ an answer that did not end, is asked for again, and where that does not help, th
 import asyncio
 import copy
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tools import adapters, models, runs
+from tools import adapters, models, prompts, runs
 from tools.common import ROOT, JobFailed, WrongInput
 from tools.prompts import changes_tokenizer
 from tools.subjects import Subject
@@ -36,7 +37,7 @@ CONCURRENT = 8  # requests under way
 RETRIES = 12  # of a request: a minute of back-off, enough for a limit by the minute
 TIMEOUT = 120.0  # seconds without a byte
 # Together says `eos` for `stop`. `length` is the task's answer budget, which is meant.
-ENDS = ("stop", "eos", "length")
+ENDS = ("stop", "eos", "length", "tool_calls")
 # What an endpoint says of a row that it does not answer: a filter, or a prompt that is too long.
 REFUSED = (400, 413, 422, 451)
 FILTERED = 3  # tries of a row whose answer is filtered
@@ -228,7 +229,11 @@ def whole(reply: Any) -> str | None:
     # A completion has a text, a chat a message.
     text = getattr(choice, "text", None)
     if text is None:
-        text = getattr(getattr(choice, "message", None), "content", None)
+        message = getattr(choice, "message", None)
+        text = getattr(message, "content", None)
+        if calls := getattr(message, "tool_calls", None):
+            written = json.dumps([call.model_dump(mode="json") for call in calls])
+            text = "\n".join(filter(None, [text, written]))
     # Nothing, at the budget's end: the model spent it on reasoning that is not shown.
     if end not in ENDS or not isinstance(text, str) or (end == "length" and not text):
         return None
@@ -254,8 +259,8 @@ def openai(asked: Endpoint) -> Models:
     class Remote(Progress, LM):
         """An lm-eval model that asks an endpoint, CONCURRENT requests at a time.
 
-        `chat` is a user's turn, which the server puts into the model's template; every other format
-        is a completion of the prompt as it stands.
+        `chat` is a list of turns, which the server puts into the model's template; every other
+        format is a completion of the prompt as it stands.
         """
 
         tokenizer_name = "the endpoint's"
@@ -312,8 +317,11 @@ def openai(asked: Endpoint) -> Models:
                     await asyncio.sleep(min(0.5 * 2 ** (attempt - 1), 8))
                 try:
                     if asked.prompt_format == "chat":
-                        turn: Any = [{"role": "user", "content": text}]
-                        reply = await client.chat.completions.create(messages=turn, **told)
+                        turns: Any
+                        turns, tools = self.conversation(text)
+                        told |= {"tools": tools} if tools else {}
+                        turns = prompts.write_arguments(turns)
+                        reply = await client.chat.completions.create(messages=turns, **told)
                     else:
                         reply = await client.completions.create(prompt=text, **told)
                 except OpenAIError as error:

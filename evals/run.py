@@ -225,12 +225,14 @@ def measure(
     content, _ = read(tasks()[dataset])
     name = content["task"]
     prompts.attach(lm, content["generation_kwargs"]["max_gen_toks"])
-    if content["process_results"].endswith("utils.label"):
+    if content["process_results"].endswith(".label"):
         lm.labels = list(sources.manifest(test_path(dataset)).get("labels") or [])
     if answers:
         answers.attach(lm, lambda text: print(f"eval       {dataset}: {text}", flush=True))
     task = get_task_dict([name], TaskManager(include_path=str(TASKS), include_defaults=False))
     task[name].set_config(key="num_fewshot", value=0)
+    prompts.rows = {task[name].doc_to_text(doc): doc for doc in task[name].test_docs()}
+    unscored = guard_scoring(task[name])
     result = evaluate(
         lm,
         task,
@@ -251,14 +253,17 @@ def measure(
         if not first:
             continue
         text, answer = sample["arguments"][0][0], sample["resps"][0][0]
-        pairs = values.get("f1_weighted") or [(sample["target"], answer.strip())]
+        expected = utils.key(sample["doc"])
+        pairs = values.get("f1_weighted") or [(expected, answer.strip())]
         row["expected"], row["answered"] = (", ".join(side) for side in zip(*pairs, strict=True))
         row |= {"answer": answer} | ({"cut": prompts.cut[text]} if text in prompts.cut else {})
         kept = answers.recall(text) if answers else {}
         row |= {"refused": kept["refused"]} if "refused" in kept else {}
-        if (shares := kept.get("probabilities")) and sample["target"] in shares:
+        if reason := unscored.get(freeze_doc(sample["doc"])):
+            row["unscored"] = reason
+        if (shares := kept.get("probabilities")) and expected in shares:
             likeliest = max(shares, key=lambda label: shares[label])
-            right = float(likeliest == sample["target"])
+            right = float(likeliest == expected)
             row |= {"probabilities": shares, "calibration": [(shares[likeliest], right)]}
     ordered, left_out = [rows[number] for number in sorted(rows)], {}
     calibrations = [row.pop("calibration", None) for row in ordered]
@@ -268,12 +273,37 @@ def measure(
     for metric, function in utils.CORPUS.items():
         if metric in metrics:
             try:
-                scores = function([row["values"].pop(metric) for row in ordered])
-                for row, value in zip(ordered, scores, strict=True):
+                scored = [row for row in ordered if metric in row["values"]]
+                scores = function([row["values"].pop(metric) for row in scored])
+                for row, value in zip(scored, scores, strict=True):
                     row["values"] = {metric: value} | row["values"]
             except utils.Unavailable as error:
                 left_out[metric] = str(error)
     return ordered, left_out
+
+
+def guard_scoring(task: Any) -> dict[str, str]:
+    """Lets a task of lm-eval go on where a row cannot be scored.
+
+    Returns what becomes the reasons of such rows, by `freeze_doc`: their answers took hours, and
+    one rule that fails on one of them must not lose all.
+    """
+    reasons: dict[str, str] = {}
+    score_row = task.process_results
+
+    def process_results(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
+        try:
+            return dict(score_row(doc, results))
+        except Exception as error:
+            reasons[freeze_doc(doc)] = f"{type(error).__name__}: {error}"[:200]
+            return {}
+
+    task.process_results = process_results
+    return reasons
+
+
+def freeze_doc(doc: dict[str, Any]) -> str:
+    return json.dumps(doc, sort_keys=True, default=str)
 
 
 def score(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -358,6 +388,11 @@ class Job:
         refused = [row["refused"] for row in rows if "refused" in row]
         if len(refused) == len(rows):
             raise JobFailed(f"{subject.name} refuses every row of {name}: {refused[0]}")
+        unscored = [row["unscored"] for row in rows if "unscored" in row]
+        if len(unscored) == len(rows):
+            raise JobFailed(f"no answer to {name} can be scored ({unscored[0]}){KEPT}")
+        if unscored:
+            print(f"eval       {name}: {len(unscored)} rows cannot be scored: {unscored[0]}")
         content = {
             "evaluated": identity,
             "device": str(getattr(lm, "device", self.backend)),
@@ -366,6 +401,7 @@ class Job:
             "left_out": left_out,
             "cut_prompts": sum("cut" in row for row in rows),
             "refused_rows": len(refused),
+            "unscored_rows": len(unscored),
             "label_checks": collect_label_checks(subject, side, name),
             "predictions": rows,
         }

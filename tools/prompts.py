@@ -9,6 +9,8 @@ What was trained on another format than the base's chat template (FinLoRA's adap
 a template of that format, which a merged or served model carries as its own.
 """
 
+import json
+from copy import deepcopy
 from typing import Any
 
 from tools.common import WrongInput
@@ -99,16 +101,56 @@ def template(tokenizer: Any, form: str) -> str | None:
     )
 
 
+def read_conversation(row: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Any] | None]:
+    """(messages, tools) of a chat row as a chat template takes them, and as Axolotl gives them.
+
+    A row of a file may hold tools and arguments as JSON texts, and `datasets` fills the keys that
+    other rows have with None.
+    """
+    messages = []
+    for turn in row["messages"]:
+        message = {key: value for key, value in turn.items() if value is not None}
+        message.pop("train", None)
+        if calls := message.get("tool_calls"):
+            message["tool_calls"] = [parse_call(call) for call in calls]
+        messages.append(message)
+    tools = row.get("tools")
+    return messages, _without_none(json.loads(tools) if isinstance(tools, str) else tools) or None
+
+
+def parse_call(call: dict[str, Any]) -> dict[str, Any]:
+    call = _without_none(call)
+    function = call.get("function") or {}
+    if isinstance(arguments := function.get("arguments"), str):
+        call["function"] = function | {"arguments": json.loads(arguments)}
+    return call
+
+
+def write_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as OpenAI's API takes them: the arguments of calls are JSON texts."""
+    turns = deepcopy(messages)
+    for call in (call for turn in turns for call in turn.get("tool_calls") or ()):
+        call["function"]["arguments"] = json.dumps(call["function"].get("arguments") or {})
+    return turns
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(part) for key, part in value.items() if part is not None}
+    return [_without_none(part) for part in value] if isinstance(value, list) else value
+
+
 def render(
     tokenizer: Any,
-    messages: list[dict[str, str]],
+    messages: list[dict[str, Any]],
     options: dict[str, Any] | None = None,
     form: str = "chat",
+    tools: list[Any] | None = None,
 ) -> str:
     """The prompt for `messages` ([{"role", "content"}, …]) up to where the assistant answers.
 
-    `options` are the recipe's `chat_template_kwargs`, `form` is one of FORMATS. Raises WrongInput
-    where the format is `chat` and the tokenizer has no chat template.
+    `options` are the recipe's `chat_template_kwargs`, `form` is one of FORMATS, `tools` are those
+    that the model may call. Raises WrongInput where the template cannot render them.
     """
     if form == "chat" and not tokenizer.chat_template:
         others = ", ".join(name for name in FORMATS if name != "chat")
@@ -116,20 +158,74 @@ def render(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template; PROMPT_FORMAT= takes "
             f"another format: {others}"
         )
-    return tokenizer.apply_chat_template(
-        messages,
-        chat_template=template(tokenizer, form),
-        tokenize=False,
-        add_generation_prompt=True,
-        **(options or {}),
-    )
+    if form != "chat" and tools:
+        raise WrongInput(f'PROMPT_FORMAT="{form}" has no place for tools; "chat" has')
+    return _apply_template(tokenizer, messages, options, form, tools)
+
+
+def _apply_template(
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    options: dict[str, Any] | None,
+    form: str,
+    tools: list[Any] | None,
+    answering: bool = True,
+) -> str:
+    from jinja2.exceptions import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            chat_template=template(tokenizer, form),
+            tokenize=False,
+            add_generation_prompt=answering,
+            **(options or {}),
+        )
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise WrongInput(
+            f"the chat template of {tokenizer.name_or_path} refuses the turns {roles}: {error}"
+        ) from None
+    return str(text)
+
+
+def explain_unrenderable(
+    tokenizer: Any, row: dict[str, Any], options: dict[str, Any] | None = None
+) -> str:
+    """What the base's chat template refuses or leaves out of a chat row; "" where it keeps all.
+
+    Many templates drop tools silently, and some drop system turns.
+    """
+    messages, tools = read_conversation(row)
+    try:
+        text = _apply_template(tokenizer, messages, options, "chat", tools, answering=False)
+    except WrongInput as error:
+        return str(error)
+    parts = {f"the tool {name}": name for name in map(name_tool, tools or [])}
+    for message in messages:
+        # Earlier turns lose their reasoning, as templates of reasoning models have it.
+        content = str(message.get("content") or "").rpartition("</think>")[2].strip()
+        parts[f"a turn of the role {message['role']}"] = content
+        for call in message.get("tool_calls") or []:
+            parts[f"a call of {name_tool(call)}"] = name_tool(call)
+        for name, part in parts.items():
+            if part not in text and json.dumps(part, ensure_ascii=False)[1:-1] not in text:
+                return f"the chat template of {tokenizer.name_or_path} leaves out {name}"
+    return ""
+
+
+def name_tool(tool: dict[str, Any]) -> str:
+    return str((tool.get("function") or tool).get("name") or "")
 
 
 def tokens(
     tokenizer: Any,
-    messages: list[dict[str, str]],
+    messages: list[dict[str, Any]],
     options: dict[str, Any] | None = None,
     form: str = "chat",
+    tools: list[Any] | None = None,
 ) -> list[int]:
     """The token ids of `render`; the template brings its own special tokens, so none are added."""
-    return tokenizer.encode(render(tokenizer, messages, options, form), add_special_tokens=False)
+    text = render(tokenizer, messages, options, form, tools)
+    return tokenizer.encode(text, add_special_tokens=False)

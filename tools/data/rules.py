@@ -78,6 +78,56 @@ def fingerprint(prompt: str) -> bytes:
     return hashlib.blake2b(" ".join(prompt.lower().split()).encode(), digest_size=16).digest()
 
 
+# ---- Control tokens: a tokenizer makes real ones of their text, wherever it stands
+
+END_TOKENS = (
+    r"<\|(?:im_end|endoftext|eot_id|eom_id|end_of_text|end|return)\|>|</s>|<eos>|<end_of_turn>"
+)
+AT_END = re.compile(rf"(?:\s*(?:{END_TOKENS}))+\s*\Z")
+# The tokens of the catalogue's bases and their kin that begin, end or divide turns.
+CONTROL_TOKEN = re.compile(
+    rf"{END_TOKENS}|<\|[a-z_0-9]+\|>|<s>|<(?:bos|pad|unk|start_of_turn|start_of_image)>"
+    r"|\[/?(?:INST|TOOL_CALLS|TOOL_RESULTS|AVAILABLE_TOOLS|SYSTEM_PROMPT)\]"
+)
+
+
+def strip_end_tokens(answer: str) -> str:
+    """An answer without the tokens that end it: the chat template writes the base's own."""
+    return AT_END.sub("", answer)
+
+
+def refuse_control_tokens(text: str) -> None:
+    """Raises ValueError where a prompt, or an answer after `strip_end_tokens`, holds a control
+    token: it would begin or end a turn in the middle of the text.
+    """
+    if match := CONTROL_TOKEN.search(text):
+        raise ValueError(
+            f'"{match[0]}" is a control token, which would begin or end a turn inside the text; '
+            "take it out"
+        )
+
+
+def clean_turns(messages: list[dict[str, Any]]) -> int:
+    """Takes the end tokens off the assistant's turns; returns how many turns had one.
+
+    Raises ValueError that names the turn where a control token is left. One rule for `make new`,
+    `make data` and `make audit`.
+    """
+    repaired = 0
+    for number, message in enumerate(messages, 1):
+        text = message.get("content")
+        if not isinstance(text, str):
+            continue
+        if message["role"] == "assistant":
+            message["content"] = strip_end_tokens(text)
+            repaired += message["content"] != text
+        try:
+            refuse_control_tokens(message["content"])
+        except ValueError as error:
+            raise ValueError(f"turn {number} ({message['role']}): {error}") from None
+    return repaired
+
+
 # ---- Removals: each makes the test that a row must fail to stay in a training set
 
 
