@@ -21,6 +21,7 @@ import orjson
 
 from tools.common import WrongInput, nearest
 from tools.data import turns
+from tools.data.rules import mend_turns, strip_end_tokens
 from tools.data.turns import Turn
 
 SAMPLED = 200  # rows that show which columns there are
@@ -123,6 +124,7 @@ class Shape:
     names: dict[str, str] | None = None
     options: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    repairs: Counter[str] = field(default_factory=Counter)  # rows by what was repaired in them
 
     def __post_init__(self) -> None:
         self.order = tuple(self.order)
@@ -131,7 +133,7 @@ class Shape:
     def to_dict(self) -> dict[str, Any]:
         """The shape as plain values, from which `Shape(**values)` makes it again."""
         content = asdict(self)
-        del content["unused"]
+        del content["unused"], content["repairs"]
         content["order"] = list(self.order)
         return {key: value for key, value in content.items() if value}
 
@@ -160,19 +162,31 @@ class Shape:
     def build_chat(self, row: dict[str, Any]) -> dict[str, Any]:
         """The chat row of a row of the file; raises ValueError that names the file's column."""
         if "messages" in self.columns:
-            return self.build_conversation(row)
-        chat = self.build_prompt(row)
-        chat["messages"] += self.build_answer(row)
-        turns.check_row(chat, self.columns["prompt"])
+            chat = self.build_conversation(row)
+        else:
+            chat = self.build_turns(row)
+            chat["messages"] += self.build_answer(row)
+        mend_turns(chat["messages"], self.repairs)
+        turns.check_row(chat, self.columns.get("messages") or self.columns["prompt"])
         return chat
 
     def build_prompt(self, row: dict[str, Any]) -> dict[str, Any]:
         """The chat row without its answer, for rows that have none."""
         if "messages" in self.columns:
-            chat = self.build_conversation(row, answered=False)
+            chat = self.build_conversation(row)
             if chat["messages"][-1]["role"] == "assistant":
                 chat["messages"].pop()
-            return chat
+        else:
+            chat = self.build_turns(row)
+        mend_turns(chat["messages"], self.repairs)
+        column = self.columns.get("messages") or self.columns["prompt"]
+        turns.check_turns(chat["messages"], column)
+        if not chat["messages"]:
+            raise ValueError(f'"{column}" holds no prompt')
+        return chat
+
+    def build_turns(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The turns before the answer, of columns of texts."""
         column = self.columns["prompt"]
         prompt, messages = row.get(column), list[Turn]()
         if "system" in self.columns and not turns.is_missing(row.get(self.columns["system"])):
@@ -182,10 +196,9 @@ class Shape:
             messages += turns.read_turns(prompt, column)  # TRL's conversational prompts
         else:
             messages.append({"role": "user", "content": self.write_prompt(row)})
-        turns.check_turns(messages, column)
         return {"messages": messages}
 
-    def build_conversation(self, row: dict[str, Any], answered: bool = True) -> dict[str, Any]:
+    def build_conversation(self, row: dict[str, Any]) -> dict[str, Any]:
         column = self.columns["messages"]
         messages = turns.read_turns(row.get(column), column)
         system = self.read_part(row, "system") if "system" in self.columns else ""
@@ -196,10 +209,6 @@ class Shape:
             name = self.columns["tools"]
             if tools := turns.read_tools(row.get(name), name):
                 chat["tools"] = tools
-        if answered:
-            turns.check_row(chat, column)
-        else:
-            turns.check_turns(messages, column)
         return chat
 
     def read_part(self, row: dict[str, Any], part: str) -> str:
@@ -212,7 +221,7 @@ class Shape:
     def read_history(self, row: dict[str, Any]) -> list[Turn]:
         """The earlier turns of an Alpaca row: pairs of a question and its answer."""
         column = self.columns.get("history", "")
-        value = row.get(column) if column else None
+        value: Any = row.get(column) if column else None
         if isinstance(value, str) and value.strip():
             try:
                 value = orjson.loads(value)
@@ -316,7 +325,8 @@ class Shape:
 
     def read_gold(self, row: dict[str, Any], value: Any) -> str:
         """The answer of a PIXIU row, which its `gold` says as well, as a number of a choice."""
-        column, gold = self.columns["gold"], row.get(self.columns["gold"])
+        column = self.columns["gold"]
+        gold: Any = row.get(column)
         answer_column = self.columns.get("answer", column)
         choices = [text for _, text in self.read_choices(row)] if "choices" in self.columns else []
         chosen = None
@@ -349,15 +359,17 @@ class Shape:
         if isinstance(value, float) and value.is_integer() and self.names:
             value = int(value)  # integers of a column with nulls
         text = turns.require_answer(value, column)
-        if not self.names or text in self.names.values():
-            return self.names.get(text, text) if self.names and text in self.names else text
+        if not self.names:
+            return text
         if text in self.names:
             return self.names[text]
-        folded = {name.casefold(): name for name in self.names.values()}
-        if text.casefold() in folded:
-            return folded[text.casefold()]
-        labels = ", ".join(f"{key}={name}" for key, name in self.names.items())
-        raise ValueError(f'"{column}" is "{text[:60]}", none of the labels {labels}')
+        spellings = {name.casefold(): name for name in self.names.values()}
+        if text in spellings.values():
+            return text
+        if text.casefold() in spellings:
+            return spellings[text.casefold()]
+        known = ", ".join(f"{key}={name}" for key, name in self.names.items())
+        raise ValueError(f'"{column}" is "{text[:60]}", none of the labels {known}')
 
 
 # ---- recognition
@@ -505,7 +517,7 @@ def list_options(rows: Rows, shape: Shape) -> list[str]:
     for _, row in rows:
         value = row.get(column) if isinstance(row, dict) else None
         if isinstance(value, str | int) and not turns.is_missing(value):
-            counts[str(value).strip()] += 1
+            counts[strip_end_tokens(str(value)).strip()] += 1
             if len(counts) > MOST_SPELLINGS:
                 return []
     folded = turns.fold_spellings(counts)
@@ -525,7 +537,8 @@ def list_unused(shape: Shape, columns: list[str], sample: list[dict[str, Any]]) 
     if column := shape.columns.get("messages"):
         keys: dict[str, None] = {}
         for row in sample:
-            for turn in row.get(column) if isinstance(row.get(column), list) else ():
+            conversation = row.get(column)
+            for turn in conversation if isinstance(conversation, list) else ():
                 keys |= dict.fromkeys(turn if isinstance(turn, dict) else ())
         unused += [f"{column}[].{key}" for key in keys if key not in turns.TURN_KEYS]
     return unused

@@ -1,8 +1,8 @@
 """The rules for texts and turns of chat rows, the same in `make new`, `make data` and `make audit`.
 
-    require_text(row["answer"], "answer")            the value as text; ValueError where it is missing
-    read_turns(row["conversations"], "conversations")   turns of any spelling as a chat row has them
-    check_turns(messages)                            the order of roles that a chat template takes
+    require_text(row["answer"], "answer")         its text; ValueError where it is missing
+    read_turns(row["messages"], "messages")       turns of any spelling as a chat row has them
+    check_turns(messages, "messages")             the order of roles that a chat template takes
 
 What is repaired is repaired here, and what is refused is refused with the file's own column names.
 """
@@ -20,7 +20,7 @@ import orjson
 Turn = dict[str, Any]
 
 # A page break of a filing, or the vertical tab of a spreadsheet cell, is white space.
-BREAKS = re.compile("\r\n?|[\x0b\x0c]")
+BREAKS = re.compile("[\x0b\x0c]")
 CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
 SURROGATE = re.compile("[\ud800-\udfff]")
 MISSING = {"nan", "null", "<na>"}  # what pandas and SQL write for a value that is not there
@@ -45,15 +45,15 @@ TURN_KEYS = {
 # ---- Texts
 
 
-def clean_text(text: str, name: str) -> str:
-    """A text with its page breaks as line breaks; raises ValueError for other control characters."""
+def check_text(text: str, name: str) -> str:
+    """The text itself; raises ValueError where it holds a control character."""
     if text.isprintable():  # most texts of one line
         return text
     if control := CONTROL.search(text):
         raise ValueError(f'"{name}" holds the control character {control.group()!r}')
     if SURROGATE.search(text):
         raise ValueError(f'"{name}" holds half of a character (a lone surrogate)')
-    return BREAKS.sub("\n", text)
+    return text
 
 
 def is_missing(value: Any) -> bool:
@@ -66,7 +66,7 @@ def is_missing(value: Any) -> bool:
 def write_value(value: Any, name: str) -> str:
     """A value of any type as text: numbers as they are written, lists and objects as JSON."""
     if isinstance(value, str):
-        return clean_text(value, name).strip()
+        return check_text(value, name).strip()
     if is_missing(value):
         return ""
     if isinstance(value, bytes):
@@ -104,7 +104,7 @@ def fold_spellings(counts: Counter[str]) -> dict[str, str]:
     groups: dict[str, list[str]] = {}
     for answer in counts:
         groups.setdefault(" ".join(answer.casefold().split()), []).append(answer)
-    folded = {}
+    folded: dict[str, str] = {}
     for spellings in groups.values():
         if len(spellings) > 1 and not all(map(RATING.fullmatch, spellings)):
             best = max(spellings, key=lambda answer: counts[answer])
@@ -242,8 +242,10 @@ def check_row(row: dict[str, Any], name: str = "messages") -> None:
             f'"{name}" ends with the {messages[-1]["role"]}\'s turn, not with an answer'
         )
     for number, turn in enumerate(messages, 1):
+        where = f"{name}, turn {number}"
+        if not turn["content"] and not turn.get("tool_calls"):
+            raise ValueError(f'"{where}", the {turn["role"]}\'s, is empty')
         if turn["role"] == "assistant" and turn["content"].lower() in MISSING:
-            where = f"{name}, turn {number}"
             raise ValueError(f'"{where}" is "{turn["content"]}", which stands for a missing value')
     if not any(turn.get("train", True) for turn in messages if turn["role"] == "assistant"):
         raise ValueError(f'"{name}" has no assistant turn to train on: all have weight 0')
