@@ -108,7 +108,7 @@ def read_rows(source: Path) -> list[Row]:
             try:
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 row = orjson.dumps(find_pair(orjson.loads(line)))
-                rows.append(parse_row(row))
+                rows.append(parse_row(row)[:2])
             except ValueError as error:
                 raise WrongInput(f"{shown(source)}, line {number}: {error}") from None
     return rows

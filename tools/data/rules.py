@@ -8,6 +8,7 @@ A new kind of repair is a function here and a row in `REMOVALS`.
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from tools import sources
 from tools.common import git_blob
 from tools.data import swap
 from tools.data.rows import Removal, RowTest, Rules, read_batches
+from tools.data.turns import BREAKS
 
 
 def load_test_rules(
@@ -107,6 +109,10 @@ def refuse_control_tokens(text: str) -> None:
         )
 
 
+# What is repaired, as it is told.
+PAGE_BREAKS, END_TOKENS_TAKEN = "page breaks made line breaks", "end tokens taken off answers"
+
+
 def clean_turns(messages: list[dict[str, Any]]) -> int:
     """Takes the end tokens off the assistant's turns; returns how many turns had one.
 
@@ -126,6 +132,17 @@ def clean_turns(messages: list[dict[str, Any]]) -> int:
         except ValueError as error:
             raise ValueError(f"turn {number} ({message['role']}): {error}") from None
     return repaired
+
+
+def mend_turns(messages: list[dict[str, Any]], repairs: Counter[str]) -> None:
+    """Repairs what can be repaired in turns, and counts rows by it; ValueError for the rest."""
+    broken = False
+    for message in messages:
+        text = message.get("content") or ""
+        if not text.isprintable() and (mended := BREAKS.sub("\n", text)) != text:
+            message["content"], broken = mended, True
+    repairs[PAGE_BREAKS] += broken
+    repairs[END_TOKENS_TAKEN] += bool(clean_turns(messages))
 
 
 # ---- Removals: each makes the test that a row must fail to stay in a training set
