@@ -19,8 +19,10 @@ from evals import run as evaluation
 from evals.answers import Answers, Prompts
 from evals.tasks import own, utils
 from tests import tokenizers
+from tests.conftest import write_recipe
 from tools import common, prompts, recipes, sources
 from tools.data import rules
+from tools.train import checks
 
 
 def system(content):
@@ -487,3 +489,45 @@ def test_no_control_token_of_a_base_gets_past_the_rule(model):
         if not token.startswith(plain) and not token.startswith(("[", "<image")):
             with pytest.raises(ValueError, match="is a control token"):
                 rules.clean_turns([user(f"a {token} b")])
+
+
+# ---- what a base cannot render is said before hours of work
+
+
+def test_training_on_tools_that_the_template_drops_is_refused(tiny, tmp_path):
+    rows = [build_row("one turn")] * 3 + [build_row("call")]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = recipes.find(str(write_recipe(tmp_path, "r4", tiny, data)))
+    with pytest.raises(common.WrongInput, match=r"row 4: the chat template leaves out the tool"):
+        checks.refuse_unrenderable(recipe)
+    data.write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows[:3], build_row("three turns")])
+    )
+    checks.refuse_unrenderable(recipe)
+
+
+@pytest.mark.parametrize(("model", "refused"), [("smollm2-135m", True), ("qwen3-8b", False)])
+def test_scoring_tool_calls_on_a_base_without_tools_is_refused(model, refused):
+    asking = Prompts("chat", get_options(model))
+    asking.rows = {"text": build_row("call and result")}
+    if refused:
+        with pytest.raises(common.WrongInput, match="leaves out the tool find_price"):
+            asking.refuse_unrenderable(tokenizers.load(model))
+    else:
+        asking.refuse_unrenderable(tokenizers.load(model))
+        text = asking.text(tokenizers.load(model), "text")
+        assert "12.50" in text and "find_price" in text and "It is" not in text
+
+
+def test_a_prompt_that_is_too_long_loses_the_middle_of_its_longest_turn():
+    tokenizer = tokenizers.load("smollm2-135m")
+    asking = Prompts("chat")
+    turns = copy.deepcopy(ROWS["system and turns"])
+    turns[1]["content"] = " ".join(f"word{n}" for n in range(500))
+    asking.rows = {"text": {"messages": turns}}
+    text = asking.fitting(tokenizer, "text", 300)
+    assert len(tokenizer.encode(text)) <= 300
+    for part in ("You label news.", "word0 ", "[…]", "word499", "How sure?"):
+        assert part in text
+    assert asking.cut[text] > 1000

@@ -10,6 +10,7 @@ a template of that format, which a merged or served model carries as its own.
 """
 
 import json
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -192,6 +193,19 @@ def render_row(tokenizer: Any, row: dict[str, Any], options: dict[str, Any] | No
     """A whole chat row as training sees it; raises WrongInput where the template refuses it."""
     messages, tools = read_conversation(row)
     return _apply_template(tokenizer, messages, options, "chat", tools, answering=False)
+
+
+def pick_shapes(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number from 1, row) of the first chat row of each order of roles, calls and tools.
+
+    A user's turn and its answer are left out: every template has them.
+    """
+    shapes: set[tuple[Any, ...]] = {(False, ("user", False), ("assistant", False))}
+    for number, row in enumerate(rows, 1):
+        turns = ((turn["role"], bool(turn.get("tool_calls"))) for turn in row["messages"])
+        if (shape := (bool(row.get("tools")), *turns)) not in shapes:
+            shapes.add(shape)
+            yield number, row
 
 
 def explain_unrenderable(

@@ -20,6 +20,7 @@ import orjson
 from tools import prompts
 from tools.common import ROOT, WrongInput, digest
 from tools.data.rows import Batch
+from tools.data.turns import write_prompt
 
 GAP = "\n[…]\n"  # in place of the middle of a prompt
 
@@ -69,6 +70,7 @@ class Lengths:
             if fits[-1] or not bounded:
                 continue
             if cut and self.cut_middle(rows[index]):
+                batch.prompts[index] = write_prompt(rows[index]["messages"][:-1])
                 batch.chat[index] = orjson.dumps(rows[index], option=orjson.OPT_APPEND_NEWLINE)
                 self.cut += 1
                 fits[-1] = True
