@@ -5,6 +5,7 @@ Each base's real tokenizer is used where it is at hand (see tests/tokenizers.py)
 """
 
 import copy
+import io
 import json
 import logging
 import shutil
@@ -20,9 +21,10 @@ from evals.answers import Answers, Prompts
 from evals.tasks import own, utils
 from tests import tokenizers
 from tests.conftest import write_recipe
-from tools import common, prompts, recipes, sources
+from tools import common, models, prompts, recipes, sources, subjects
 from tools.data import rules
 from tools.train import checks
+from tools.use import chat, serve
 
 
 def system(content):
@@ -531,3 +533,36 @@ def test_a_prompt_that_is_too_long_loses_the_middle_of_its_longest_turn():
     for part in ("You label news.", "word0 ", "[…]", "word499", "How sure?"):
         assert part in text
     assert asking.cut[text] > 1000
+
+
+@pytest.mark.parametrize("model", tokenizers.BASES)
+def test_a_server_renders_a_row_as_it_was_trained(model, tmp_path):
+    tokenizer, config = tokenizers.load(model), recipes.find(f"{model}/sentiment_r4").config
+    config = config | {"base_model": str(tokenizers.bring(model))}
+    who = subjects.Subject("row", config, None, tmp_path, tmp_path, None, "chat")
+    served = serve.write_template(who, tmp_path).read_text()
+    for shape in ROWS:
+        if (model, shape) in LIMITS:
+            continue
+        messages, tools = prompts.read_conversation(build_row(shape))
+        # vLLM renders with a template and gives it no options.
+        text = tokenizer.apply_chat_template(
+            messages[:-1],
+            tools=tools,
+            chat_template=served,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        assert text == prompts.render(tokenizer, messages[:-1], get_options(model), tools=tools)
+
+
+def test_chat_begins_with_the_system_turn_that_it_is_given(tiny, smollm2, capsys, monkeypatch):
+    model, tokenizer = models.load({"base_model": str(tiny)})
+    who = subjects.Subject("tiny", {"base_model": str(tiny)}, None, tiny, tiny, None, "chat")
+    asked = [*ROWS["system turn"][:1], user("Sales rose.")]
+    expected = chat.answer(model, tokenizer, asked)
+    assert expected != chat.answer(model, tokenizer, asked[1:])
+    monkeypatch.setattr("sys.stdin", io.StringIO("Sales rose.\n\n"))
+    chat.chat(who, None, "You label news.")
+    said = capsys.readouterr().out.partition("the conversation\n")[2]
+    assert "".join(said.split()) == "".join(chat.harmless(expected).split())

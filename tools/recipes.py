@@ -328,11 +328,10 @@ def compose_config(
     the common settings and the layers before it.
     """
     matrix = read_matrix()
-    row_keys = matrix["rows"] | matrix["tasks"].get(task, {}).get("rows", {})
     config: dict[str, Any] = {"base_model": base.get("base_model", base["hub"])}
     # Not `val_set_size`: it draws rows, and copies of a row would both train and validate.
     for key, side in {"datasets": "train", "test_datasets": "val"}.items():
-        config[key] = [{"path": f"data/chat/{task}_{side}.jsonl", **deepcopy(row_keys)}]
+        config[key] = [{"path": f"data/chat/{task}_{side}.jsonl", **deepcopy(matrix["rows"])}]
     config |= {"output_dir": f"runs/{run}", "dataset_prepared_path": f"runs/{run}/prepared"}
     for layer in (matrix["bits"][bits], matrix["common"], *layers):
         config |= deepcopy(layer)  # the tables are cached, and callers change configs

@@ -1,12 +1,12 @@
 """Counts the tokens of chat rows as training will see them, and shortens prompts that are too long.
 
-    load("HuggingFaceTB/SmolLM2-135M-Instruct").count([{"messages": […]}])
+    load("HuggingFaceTB/SmolLM2-135M-Instruct").count(["How is it?"], ["neutral"])
 
 A row is rendered with the tokenizer's own chat template, as Axolotl does: the prompt's tokens reach
-to where the assistant gives the last answer, the answer's from there to the end of its turn. An
-answer is never cut. Where the task's row in data/sources.yaml says `cut_long_prompts: middle`, a
-row that is longer than `sequence_len` loses tokens in the middle of its longest other turn;
-otherwise it is refused (Axolotl itself would drop it silently).
+to where the assistant answers, the answer's from there to the end of its turn. An answer is never
+cut. Where the task's row in data/sources.yaml says `cut_long_prompts: middle`, a prompt that makes
+its row longer than `sequence_len` loses tokens in its middle; otherwise such a row is refused
+(Axolotl itself would drop it silently).
 """
 
 import os
@@ -15,12 +15,9 @@ from dataclasses import dataclass, field
 from os.path import commonprefix
 from typing import Any
 
-import orjson
-
-from tools import prompts
 from tools.common import ROOT, WrongInput, digest
-from tools.data.rows import Batch
-from tools.data.turns import write_prompt
+from tools.data.rows import Batch, build_chat_row
+from tools.prompts import render
 
 GAP = "\n[…]\n"  # in place of the middle of a prompt
 
@@ -36,42 +33,39 @@ class Lengths:
     tokenizer: Any
     name: str
     sequence_len: int | None = None
-    options: dict[str, Any] | None = None  # the recipe's chat_template_kwargs
     prompt: Counter[int] = field(default_factory=Counter)
     answer: Counter[int] = field(default_factory=Counter)
     over: int = 0
     cut: int = 0
 
     def copy_empty(self) -> "Lengths":
-        return Lengths(self.tokenizer, self.name, self.sequence_len, self.options)
+        return Lengths(self.tokenizer, self.name, self.sequence_len)
 
-    def count(self, rows: list[dict[str, Any]]) -> list[tuple[int, int]]:
-        """(tokens of the prompt, tokens of the last answer) of each chat row."""
+    def count(self, prompts: list[str], answers: list[str]) -> list[tuple[int, int]]:
+        """(tokens of the prompt, tokens of the answer) of each row."""
         texts, starts = [], []
-        for row in rows:
-            text = prompts.render_row(self.tokenizer, row, self.options)
-            messages, tools = prompts.read_conversation(row)
-            prompt = prompts.render(self.tokenizer, messages[:-1], self.options, tools=tools)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
             texts.append(text)
-            starts.append(len(commonprefix([prompt, text])))
-        encodings = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
-        sizes = [row.char_to_token(start) for row, start in zip(encodings, starts, strict=True)]
-        return [(size, len(row) - size) for row, size in zip(encodings, sizes, strict=True)]
+            starts.append(len(commonprefix([render(self.tokenizer, turns[:1]), text])))
+        rows = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+        sizes = [row.char_to_token(start) for row, start in zip(rows, starts, strict=True)]
+        return [(size, len(row) - size) for row, size in zip(rows, sizes, strict=True)]
 
     def check(self, batch: Batch, cut: bool, bounded: bool) -> Batch:
         """Counts a batch; where it is `bounded`, rows that are too long are cut or refused."""
         fits = []
-        rows = list(map(orjson.loads, batch.chat))
-        for index, (prompt, answer) in enumerate(self.count(rows)):
+        for index, (prompt, answer) in enumerate(self.count(batch.prompts, batch.answers)):
             self.prompt[prompt] += 1
             self.answer[answer] += 1
             fits.append(self.sequence_len is None or prompt + answer <= self.sequence_len)
             self.over += not fits[-1]
             if fits[-1] or not bounded:
                 continue
-            if cut and self.cut_middle(rows[index]):
-                batch.prompts[index] = write_prompt(rows[index]["messages"][:-1])
-                batch.chat[index] = orjson.dumps(rows[index], option=orjson.OPT_APPEND_NEWLINE)
+            if cut and (text := self.cut_middle(batch.prompts[index], batch.answers[index])):
+                batch.prompts[index] = text
+                batch.chat[index] = build_chat_row(text, batch.answers[index])
                 self.cut += 1
                 fits[-1] = True
                 continue
@@ -80,23 +74,17 @@ class Lengths:
             batch.refused.append((batch.numbers[index], reason, batch.lines[index]))
         return batch.select(fits) if bounded else batch
 
-    def cut_middle(self, row: dict[str, Any]) -> bool:
-        """Takes as little as can be out of the middle of a row's longest turn that is no answer.
-
-        False where the row would be too long without that turn, too.
-        """
-        turns = [turn for turn in row["messages"] if turn["role"] != "assistant"]
-        longest = max(turns, key=lambda turn: len(turn["content"]))
-        text = longest["content"]
-        offsets = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets
-        left = len(offsets)
-        while excess := max(0, sum(self.count([row])[0]) - (self.sequence_len or 0)):
+    def cut_middle(self, prompt: str, answer: str) -> str | None:
+        """The longest prompt without its middle whose row fits; None where no prompt would."""
+        offsets = self.tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).offsets
+        left, text = len(offsets), prompt
+        while excess := max(0, sum(self.count([text], [answer])[0]) - (self.sequence_len or 0)):
             left -= excess
             if left < 2:
-                return False
+                return None
             end, start = offsets[(left + 1) // 2 - 1][1], offsets[-(left // 2)][0]
-            longest["content"] = text[:end] + GAP + text[start:]
-        return True
+            text = prompt[:end] + GAP + prompt[start:]
+        return text
 
     def summarize(self) -> dict[str, Any]:
         """The manifest's facts; quantiles are by nearest rank, so each is the length of a row."""

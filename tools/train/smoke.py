@@ -76,7 +76,10 @@ def load_counter(base: str) -> lengths.Lengths:
 
 def count_row_tokens(counter: lengths.Lengths, lines: list[bytes]) -> list[int]:
     """Tokens of each chat row, rendered with the chat template."""
-    return [sum(sizes) for sizes in counter.count([json.loads(line) for line in lines])]
+    rows = [json.loads(line)["messages"] for line in lines]
+    texts = [counter.tokenizer.apply_chat_template(row, tokenize=False) for row in rows]
+    encodings = counter.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    return [len(encoding) for encoding in encodings]
 
 
 def pick_longest(path: Path, config: dict[str, Any], counter: lengths.Lengths) -> LongestRows:
