@@ -9,12 +9,15 @@ import io
 import json
 import logging
 import shutil
+import threading
 from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import yaml
 from lm_eval.api.model import LM
 
+from evals import backends
 from evals import own as evaluations
 from evals import run as evaluation
 from evals.answers import Answers, Prompts
@@ -566,3 +569,45 @@ def test_chat_begins_with_the_system_turn_that_it_is_given(tiny, smollm2, capsys
     chat.chat(who, None, "You label news.")
     said = capsys.readouterr().out.partition("the conversation\n")[2]
     assert "".join(said.split()) == "".join(chat.harmless(expected).split())
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    """A server that calls a tool where it is given tools, and keeps what it is sent."""
+    bodies = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+        def do_POST(self):
+            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            message, end = {"role": "assistant", "content": "Quite."}, "stop"
+            if "tools" in bodies[-1]:
+                message, end = message | {"content": None, "tool_calls": [CALL]}, "tool_calls"
+            choice = {"index": 0, "finish_reason": end, "message": message}
+            content = json.dumps({"id": "1", "object": "x", "choices": [choice]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    yield backends.Endpoint(url, "teacher", "chat"), bodies
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("shape", ["system and turns", "call"])
+def test_an_endpoint_gets_all_turns_and_tools_of_a_row(shape, place, endpoint):
+    row, (served, bodies) = build_row(shape), endpoint
+    write_task(place, "task", [row])
+    with backends.openai(served)("base", "task", 1) as lm:
+        (answered,), _ = evaluation.measure(lm, "task", None, Prompts("chat"))
+    (body,) = bodies
+    assert body["messages"] == row["messages"][:-1]
+    assert body.get("tools") == row.get("tools")
+    assert not find_wrong([answered]), answered
