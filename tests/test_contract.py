@@ -8,6 +8,7 @@ import copy
 import io
 import json
 import logging
+import operator
 import shutil
 import threading
 from functools import cache
@@ -15,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import yaml
+from datasets import load_dataset, load_from_disk
 from lm_eval.api.model import LM
 
 from evals import backends
@@ -23,7 +25,7 @@ from evals import run as evaluation
 from evals.answers import Answers, Prompts
 from evals.tasks import own, utils
 from tests import tokenizers
-from tests.conftest import write_recipe
+from tests.conftest import run, write_recipe
 from tools import common, models, prompts, recipes, sources, subjects
 from tools.data import rules
 from tools.train import checks
@@ -126,13 +128,13 @@ def tokenize(model, row):
 
 def read_trained(tokenizer, labels):
     """The texts that the loss falls on."""
-    runs, last = [], -100
+    parts, last = [], -100
     for label in labels:
         if label != -100:
-            runs += [[]] if last == -100 else []
-            runs[-1].append(label)
+            parts += [[]] if last == -100 else []
+            parts[-1].append(label)
         last = label
-    return [tokenizer.decode(run) for run in runs]
+    return [tokenizer.decode(part) for part in parts]
 
 
 def get_options(model):
@@ -178,10 +180,29 @@ def test_the_loss_falls_on_the_last_turn_alone_where_the_others_say_so(model):
     assert read_trained(tokenizer, labels) == [f"Sales rose by 12.5 %.{tokenizer.eos_token}"]
 
 
+@pytest.mark.slow
+def test_a_run_trains_on_the_tokens_that_the_tests_compare(tiny, tmp_path):
+    shapes = [shape for shape in ROWS if "call" not in shape]
+    rows = [build_row(shape) for shape in shapes for _ in range(4)]
+    for turn in (turn for row in rows[::2] for turn in row["messages"][:-1]):
+        turn |= {"train": False} if turn["role"] == "assistant" else {}
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = write_recipe(tmp_path, "r4", tiny, data, max_steps=2, val_set_size=0)
+    config = yaml.safe_load(recipe.read_text())
+    config["datasets"][0]["message_field_training"] = "train"
+    recipe.write_text(yaml.safe_dump({key: v for key, v in config.items() if key != "eval_steps"}))
+    done = run("train", recipe)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (prepared,) = (path for path in (tmp_path / "r4" / "prepared").iterdir() if path.is_dir())
+    trained = load_from_disk(str(prepared))
+    expected = [tokenize("smollm2-135m", row) for row in rows]
+    key = operator.itemgetter("input_ids", "labels")
+    assert sorted(map(key, trained)) == sorted(expected)
+
+
 @pytest.mark.parametrize("model", tokenizers.BASES)
 def test_a_row_is_rendered_alike_whatever_other_rows_a_file_has(model, tmp_path):
-    from datasets import load_dataset
-
     tokenizer, options = tokenizers.load(model), get_options(model)
     shapes = [shape for shape in ROWS if (model, shape) not in LIMITS]
     path = tmp_path / "rows.jsonl"
