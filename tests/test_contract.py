@@ -534,17 +534,11 @@ def test_training_on_tools_that_the_template_drops_is_refused(tiny, tmp_path):
     checks.refuse_unrenderable(recipe)
 
 
-@pytest.mark.parametrize(("model", "refused"), [("smollm2-135m", True), ("qwen3-8b", False)])
-def test_scoring_tool_calls_on_a_base_without_tools_is_refused(model, refused):
-    asking = Prompts("chat", get_options(model))
-    asking.rows = {"text": build_row("call and result")}
-    if refused:
-        with pytest.raises(common.WrongInput, match="leaves out the tool find_price"):
-            asking.refuse_unrenderable(tokenizers.load(model))
-    else:
-        asking.refuse_unrenderable(tokenizers.load(model))
-        text = asking.text(tokenizers.load(model), "text")
-        assert "12.50" in text and "find_price" in text and "It is" not in text
+def test_scoring_tool_calls_on_a_base_without_tools_is_refused(place):
+    write_task(place, "task", [build_row("call and result")] * 2)
+    lm = Echo("smollm2-135m", tokenizers.load("smollm2-135m"))
+    with pytest.raises(common.WrongInput, match=r"row 1: .* leaves out the tool find_price"):
+        measure(lm, "task")
 
 
 def test_a_prompt_that_is_too_long_loses_the_middle_of_its_longest_turn():
