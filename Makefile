@@ -80,7 +80,7 @@ parity: $(READY) ## QLoRA against LoRA at 8 bits and full precision: hours, resu
 	@$(PY) -m bench.parity
 
 ##@ Use
-chat: $(READY) ## Base and adapter answer · RECIPE=… | ADAPTER=… [PROMPT="…"] [PRECISION=nf4]
+chat: $(READY) ## Base and adapter answer · RECIPE=… | ADAPTER=… [PROMPT="…"] [SYSTEM="…"]
 	@$(RUN) chat
 merge: $(READY) ## Merge an adapter into its base, and compare · RECIPE=… | ADAPTER=… [PRECISION=nf4]
 	@$(RUN) merge

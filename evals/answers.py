@@ -54,6 +54,8 @@ class Prompts:
         lm.conversation = self.conversation
         if tokenizer is None and self.form == "chat":
             return
+        if tokenizer is not None and self.form == "chat":
+            self.refuse_unrenderable(tokenizer)
 
         def template(history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             content = history[-1]["content"]
@@ -62,6 +64,14 @@ class Prompts:
             return self.fitting(tokenizer, content, lm.max_length - budget)
 
         lm.apply_chat_template = template
+
+    def refuse_unrenderable(self, tokenizer: Any) -> None:
+        """Raises WrongInput where the base's chat template leaves out what a row asks with."""
+        for number, row in prompts.pick_shapes(self.rows.values()):
+            turns = [turn | {"train": False} for turn in row["messages"][:-1]]
+            question = row | {"messages": turns}
+            if reason := prompts.explain_unrenderable(tokenizer, question, self.options):
+                raise WrongInput(f"row {number}: {reason}; another base can be scored on such rows")
 
     def fitting(self, tokenizer: Any, content: str, room: int) -> str:
         """The prompt of `content` in `room` tokens at the most.

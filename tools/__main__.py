@@ -428,6 +428,7 @@ def chat(
     adapter: Adapter = None,
     precision: Precision = None,
     prompt_format: PromptFormat = None,
+    system: Annotated[str | None, Option(help="The system turn that training began with.")] = None,
 ) -> None:
     """Let base and adapter answer a prompt side by side.
 
@@ -436,7 +437,7 @@ def chat(
     from tools import subjects
     from tools.use import chat
 
-    chat.chat(subjects.find(recipe, adapter, precision, prompt_format), prompt)
+    chat.chat(subjects.find(recipe, adapter, precision, prompt_format), prompt, system)
 
 
 @app.command(rich_help_panel=USE)

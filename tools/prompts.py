@@ -10,6 +10,7 @@ a template of that format, which a merged or served model carries as its own.
 """
 
 import json
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -184,34 +185,57 @@ def _apply_template(
         )
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise WrongInput(
-            f"the chat template of {tokenizer.name_or_path} refuses the turns {roles}: {error}"
-        ) from None
+        raise WrongInput(f"the chat template refuses the turns {roles}: {error}") from None
     return str(text)
+
+
+def render_row(tokenizer: Any, row: dict[str, Any], options: dict[str, Any] | None = None) -> str:
+    """A whole chat row as training sees it; raises WrongInput where the template refuses it."""
+    messages, tools = read_conversation(row)
+    return _apply_template(tokenizer, messages, options, "chat", tools, answering=False)
+
+
+def pick_shapes(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number from 1, row) of the first chat row of each order of roles, calls and tools.
+
+    A user's turn and its answer are left out: every template has them.
+    """
+    shapes: set[tuple[Any, ...]] = {(False, ("user", False), ("assistant", False))}
+    for number, row in enumerate(rows, 1):
+        turns = ((turn["role"], bool(turn.get("tool_calls"))) for turn in row["messages"])
+        if (shape := (bool(row.get("tools")), *turns)) not in shapes:
+            shapes.add(shape)
+            yield number, row
 
 
 def explain_unrenderable(
     tokenizer: Any, row: dict[str, Any], options: dict[str, Any] | None = None
 ) -> str:
-    """What the base's chat template refuses or leaves out of a chat row; "" where it keeps all.
+    """What a base's chat template refuses or leaves out of a chat row; "" where it keeps all.
 
-    Many templates drop tools silently, and some drop system turns.
+    Many templates drop tools silently, and Mistral's the system turn before an answer.
     """
     messages, tools = read_conversation(row)
     try:
-        text = _apply_template(tokenizer, messages, options, "chat", tools, answering=False)
+        text = render_row(tokenizer, row, options)
+        for place, message in enumerate(messages):
+            # Axolotl looks for a turn that is trained by putting another text in its place.
+            if message.get("tool_calls") and row["messages"][place].get("train") is not False:
+                spoken = {"role": message["role"], "content": "text"}
+                turns = [*messages[:place], spoken, *messages[place + 1 :]]
+                _apply_template(tokenizer, turns, options, "chat", tools, answering=False)
     except WrongInput as error:
         return str(error)
-    parts = {f"the tool {name}": name for name in map(name_tool, tools or [])}
+    parts = [(f"the tool {name}", name) for name in map(name_tool, tools or [])]
     for message in messages:
         # Earlier turns lose their reasoning, as templates of reasoning models have it.
         content = str(message.get("content") or "").rpartition("</think>")[2].strip()
-        parts[f"a turn of the role {message['role']}"] = content
-        for call in message.get("tool_calls") or []:
-            parts[f"a call of {name_tool(call)}"] = name_tool(call)
-        for name, part in parts.items():
-            if part not in text and json.dumps(part, ensure_ascii=False)[1:-1] not in text:
-                return f"the chat template of {tokenizer.name_or_path} leaves out {name}"
+        parts.append((f"a turn of the role {message['role']}", content))
+        names = map(name_tool, message.get("tool_calls") or [])
+        parts += [(f"a call of {name}", name) for name in names]
+    for what, part in parts:
+        if part not in text and json.dumps(part, ensure_ascii=False)[1:-1] not in text:
+            return f"the chat template leaves out {what}"
     return ""
 
 

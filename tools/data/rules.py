@@ -88,7 +88,7 @@ END_TOKENS = (
 AT_END = re.compile(rf"(?:\s*(?:{END_TOKENS}))+\s*\Z")
 # The tokens of the catalogue's bases and their kin that begin, end or divide turns.
 CONTROL_TOKEN = re.compile(
-    rf"{END_TOKENS}|<\|[a-z_0-9]+\|>|<s>|<(?:bos|pad|unk|start_of_turn|start_of_image)>"
+    rf"{END_TOKENS}|<\|[a-z_0-9]+\|>|<s>|<(?:bos|start_of_turn|start_of_image)>"
     r"|\[/?(?:INST|TOOL_CALLS|TOOL_RESULTS|AVAILABLE_TOOLS|SYSTEM_PROMPT)\]"
 )
 

@@ -32,6 +32,7 @@ from tools.train import hardware, profiles
 from tools.train.checkpoints import last_checkpoint
 from tools.train.checks import (
     describe_data,
+    refuse_unrenderable,
     refuse_unusable,
     require_hardware,
     require_space,
@@ -170,6 +171,8 @@ def train(name: str, choice: profiles.Choice, cluster: Cluster, force: bool) -> 
     if recipe.run.folder in (ROOT, ROOT / "runs", *ROOT.parents):
         raise WrongInput(f"{recipe.where}: output_dir must be a folder of its own")
     smollm2.ensure(recipe.config["base_model"])
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
+        child.submit(refuse_unrenderable, recipe).result()
     data = describe_data(recipe)
     rows, held = (
         sum(entry["rows"] for entry in data if entry["split"] == split)

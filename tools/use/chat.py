@@ -49,7 +49,9 @@ def harmless(text: str) -> str:
     return "".join(c for c in text if c.isprintable() or c in "\n\t")
 
 
-def side_by_side(model: Any, tokenizer: Any, who: subjects.Subject, text: str) -> None:
+def side_by_side(
+    model: Any, tokenizer: Any, who: subjects.Subject, messages: list[dict[str, str]]
+) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -58,7 +60,6 @@ def side_by_side(model: Any, tokenizer: Any, who: subjects.Subject, text: str) -
     sides = [("base", model.disable_adapter()), ("adapter", nullcontext())]
     for name, context in sides:
         with context:
-            messages = [{"role": "user", "content": text}]
             said = answer(model, tokenizer, messages, who.options, form=who.prompt_format)
         cells.append(escape(harmless(said)))
         table.add_column(f"{name}, {models.precision(who.config)}", ratio=1)
@@ -66,8 +67,13 @@ def side_by_side(model: Any, tokenizer: Any, who: subjects.Subject, text: str) -
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def conversation(model: Any, tokenizer: Any, who: subjects.Subject) -> None:
-    """Reads a line, streams the answer, and goes on until an empty line or the end of input."""
+def conversation(
+    model: Any, tokenizer: Any, who: subjects.Subject, messages: list[dict[str, str]]
+) -> None:
+    """Reads a line, streams the answer, and goes on until an empty line or the end of input.
+
+    `messages` are those before the first line: a system turn or none.
+    """
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
@@ -75,7 +81,6 @@ def conversation(model: Any, tokenizer: Any, who: subjects.Subject) -> None:
             print(harmless(text), end="\n" if stream_end else "", flush=True)
 
     print(f"chat       {who.name}; an empty line ends the conversation")
-    messages: list[dict[str, str]] = []
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "").strip()
@@ -89,12 +94,17 @@ def conversation(model: Any, tokenizer: Any, who: subjects.Subject) -> None:
         messages.append({"role": "assistant", "content": said})
 
 
-def chat(who: subjects.Subject, prompt: str | None) -> None:
-    """Answers `prompt` with base and adapter, or holds a conversation without one."""
+def chat(who: subjects.Subject, prompt: str | None, system: str | None = None) -> None:
+    """Answers `prompt` with base and adapter, or holds a conversation without one.
+
+    `system` is the system turn that the rows of the training began with.
+    """
     models.bring_base(who.config["base_model"])
     quiet()
     model, tokenizer = models.load(who.config, who.adapter)
+    messages = [{"role": "system", "content": system}] if system else []
     if prompt and prompt.strip():
-        side_by_side(model, tokenizer, who, prompt.strip())
+        messages.append({"role": "user", "content": prompt.strip()})
+        side_by_side(model, tokenizer, who, messages)
     else:
-        conversation(model, tokenizer, who)
+        conversation(model, tokenizer, who, messages)
