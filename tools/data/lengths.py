@@ -1,6 +1,6 @@
 """Counts the tokens of chat rows as training will see them, and shortens prompts that are too long.
 
-    load("HuggingFaceTB/SmolLM2-135M-Instruct").count(["How is it?"], ["neutral"])
+    load("HuggingFaceTB/SmolLM2-135M-Instruct").count([chat_row])
 
 A row is rendered with the tokenizer's own chat template, as Axolotl does: the prompt's tokens reach
 to where the assistant answers, the answer's from there to the end of its turn. An answer is never
@@ -15,9 +15,12 @@ from dataclasses import dataclass, field
 from os.path import commonprefix
 from typing import Any
 
+import orjson
+
 from tools.common import ROOT, WrongInput, digest
-from tools.data.rows import Batch, build_chat_row
-from tools.prompts import render
+from tools.data.rows import Batch, write_chat_row
+from tools.data.turns import write_prompt
+from tools.prompts import read_conversation, render
 
 GAP = "\n[…]\n"  # in place of the middle of a prompt
 
@@ -41,14 +44,15 @@ class Lengths:
     def copy_empty(self) -> "Lengths":
         return Lengths(self.tokenizer, self.name, self.sequence_len)
 
-    def count(self, prompts: list[str], answers: list[str]) -> list[tuple[int, int]]:
-        """(tokens of the prompt, tokens of the answer) of each row."""
+    def count(self, chats: list[bytes]) -> list[tuple[int, int]]:
+        """(tokens before the last answer, tokens of that answer) of each chat row."""
         texts, starts = [], []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        for chat in chats:
+            turns, tools = read_conversation(orjson.loads(chat))
+            text = self.tokenizer.apply_chat_template(turns, tools=tools, tokenize=False)
             texts.append(text)
-            starts.append(len(commonprefix([render(self.tokenizer, turns[:1]), text])))
+            prompt = render(self.tokenizer, turns[:-1], tools=tools)
+            starts.append(len(commonprefix([prompt, text])))
         rows = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
         sizes = [row.char_to_token(start) for row, start in zip(rows, starts, strict=True)]
         return [(size, len(row) - size) for row, size in zip(rows, sizes, strict=True)]
@@ -56,16 +60,17 @@ class Lengths:
     def check(self, batch: Batch, cut: bool, bounded: bool) -> Batch:
         """Counts a batch; where it is `bounded`, rows that are too long are cut or refused."""
         fits = []
-        for index, (prompt, answer) in enumerate(self.count(batch.prompts, batch.answers)):
+        for index, (prompt, answer) in enumerate(self.count(batch.chat)):
             self.prompt[prompt] += 1
             self.answer[answer] += 1
             fits.append(self.sequence_len is None or prompt + answer <= self.sequence_len)
             self.over += not fits[-1]
             if fits[-1] or not bounded:
                 continue
-            if cut and (text := self.cut_middle(batch.prompts[index], batch.answers[index])):
-                batch.prompts[index] = text
-                batch.chat[index] = build_chat_row(text, batch.answers[index])
+            if cut and (chat := self.cut_middle(batch.chat[index])):
+                batch.chat[index] = chat
+                messages = orjson.loads(chat)["messages"]
+                batch.prompts[index] = write_prompt(messages[:-1])
                 self.cut += 1
                 fits[-1] = True
                 continue
@@ -74,17 +79,24 @@ class Lengths:
             batch.refused.append((batch.numbers[index], reason, batch.lines[index]))
         return batch.select(fits) if bounded else batch
 
-    def cut_middle(self, prompt: str, answer: str) -> str | None:
-        """The longest prompt without its middle whose row fits; None where no prompt would."""
+    def cut_middle(self, chat: bytes) -> bytes | None:
+        """A chat row whose longest prompt lost its middle, so that the row fits; None where none
+        would.
+        """
+        row = orjson.loads(chat)
+        prompts = [turn for turn in row["messages"] if turn["role"] != "assistant"]
+        longest = max(prompts, key=lambda turn: len(turn["content"]))
+        prompt = longest["content"]
         offsets = self.tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).offsets
-        left, text = len(offsets), prompt
-        while excess := max(0, sum(self.count([text], [answer])[0]) - (self.sequence_len or 0)):
+        left = len(offsets)
+        while excess := max(0, sum(self.count([chat])[0]) - (self.sequence_len or 0)):
             left -= excess
             if left < 2:
                 return None
             end, start = offsets[(left + 1) // 2 - 1][1], offsets[-(left // 2)][0]
-            text = prompt[:end] + GAP + prompt[start:]
-        return text
+            longest["content"] = prompt[:end] + GAP + prompt[start:]
+            chat = write_chat_row(row)
+        return chat
 
     def summarize(self) -> dict[str, Any]:
         """The manifest's facts; quantiles are by nearest rank, so each is the length of a row."""
