@@ -173,6 +173,36 @@ def test_training_and_scoring_see_the_same_tokens(model, shape):
 
 
 @pytest.mark.parametrize("model", tokenizers.BASES)
+def test_earlier_answers_are_asked_for_as_they_were_trained_but_by_qwen3(model):
+    tokenizer, options = tokenizers.load(model), get_options(model)
+    for shape in ("three turns", "system and turns"):
+        if (model, shape) in LIMITS:
+            continue
+        row = build_row(shape)
+        text = prompts.render_row(tokenizer, row, options)
+        for place, turn in enumerate(row["messages"][:-1]):
+            if turn["role"] == "assistant":
+                asked = prompts.render(tokenizer, row["messages"][:place], options)
+                if model == "qwen3-8b":
+                    asked = asked.removesuffix("<think>\n\n</think>\n\n")
+                assert text.startswith(asked + turn["content"].lstrip()) or text.startswith(
+                    f"{asked} {turn['content']}"  # Mistral's blank
+                )
+
+
+def test_an_answer_with_reasoning_is_named_where_its_prompt_forbids_it():
+    reasoned = assistant("<think>\nSales rose.\n</think>\n\npositive")
+    row = {"messages": [user("Sales rose."), reasoned]}
+    assert list(prompts.pick_shapes([build_row("one turn"), row])) == [(2, row)]
+    reason = prompts.explain_unrenderable(
+        tokenizers.load("qwen3-8b"), row, {"enable_thinking": False}
+    )
+    assert "which no answer is trained after" in reason and "</think>" in reason
+    for model in ("llama-3.1-8b", "smollm2-135m"):
+        assert not prompts.explain_unrenderable(tokenizers.load(model), row, get_options(model))
+
+
+@pytest.mark.parametrize("model", tokenizers.BASES)
 def test_the_loss_falls_on_the_last_turn_alone_where_the_others_say_so(model):
     tokenizer, row = tokenizers.load(model), build_row("three turns")
     for turn in row["messages"][:-1]:
@@ -428,6 +458,9 @@ LETTERS, RATINGS = ANSWERS["letters"], ANSWERS["ratings"]
         ("The answer is B.", LETTERS, "B"),
         ("b", LETTERS, "B"),
         ("Bad news", LETTERS, utils.NONE),
+        ("this is a hard one: c", ["a", "b", "c"], "c"),
+        ("C", ["a", "b", "c"], "c"),
+        ("N", ["Y", "N"], "N"),
         ("AA-", RATINGS, "AA-"),
         ("It is AA-rated.", RATINGS, "AA"),
         ("A strong firm: BBB+, stable", RATINGS, "BBB+"),
@@ -627,3 +660,39 @@ def test_an_endpoint_gets_all_turns_and_tools_of_a_row(shape, place, endpoint):
     assert body["messages"] == row["messages"][:-1]
     assert body.get("tools") == row.get("tools")
     assert not find_wrong([answered]), answered
+
+
+# ---- rows that went wrong for others
+
+CASES = common.ROOT.parent / "shared" / "cases" / "data"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("numeric", "numbers"),
+        ("letters", "labels"),
+        ("list_answers", "lists"),
+        ("eos", "labels"),
+        ("qa_context", "text"),
+        ("multiturn", "text"),
+        ("system", "labels"),
+    ],
+)
+def test_a_model_that_answers_with_the_key_is_right_in_the_cases(name, kind, place):
+    if not CASES.is_dir():
+        pytest.skip(f"{CASES} is not at hand")
+    rows = []
+    for line in (CASES / f"{name}.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        question = row.get("question") or row.get("prompt")
+        answer = row.get("answer") or row.get("completion")
+        messages = row.get("messages") or [user(question), assistant(answer)]
+        assert rules.clean_turns(messages) == (name == "eos")
+        rows.append({"messages": messages})
+    content = write_task(place, "task", rows)
+    if name != "multiturn":  # which always ends with the same answer
+        assert content["include"] == f"../_own_{kind}.yaml"
+    lm = Echo("smollm2-135m", tokenizers.load("smollm2-135m"))
+    answered, _ = measure(lm, "task")
+    assert all(row["values"] for row in answered) and not find_wrong(answered)
