@@ -26,7 +26,7 @@ $(READY): requirements.txt $(wildcard requirements/*.txt) $(PY)
 $(PY):
 	@$(SETUP)
 
-.PHONY: help setup wheelhouse demo model fetch data audit new recipes show plan smoke profile train status sweep reproduce eval report parity chat merge serve push pull adapters import render results check test test-all lock clean
+.PHONY: help setup wheelhouse demo model fetch data audit new look recipes show plan smoke profile train status sweep reproduce eval report parity chat merge serve push pull adapters import render results check test test-all lock clean
 
 help:
 	@sed -n 's/^##@ \(.*\)/\n\1/p; s/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -48,8 +48,10 @@ data: $(READY) ## FinLoRA's rows to chat rows · [TASKS=…] [RECIPE=…] [ON_ER
 	@$(RUN) data
 audit: $(READY) ## Duplicates, leaks, swapped labels, wrong keys · [TASKS=…]
 	@$(RUN) audit
-new: $(READY) ## A task of your own rows, with recipes and an evaluation · TASK=my_task DATA=my.jsonl
+new: $(READY) ## A task of your own rows · TASK=my_task DATA=my.csv [TEST=…] [MAP=…] [TEMPLATE=…] [LABELS=…]
 	@$(RUN) new
+look: $(READY) ## Rows as text, as rendered, as tokens with the trained ones marked · TASK=… [N=5] [RECIPE=…]
+	@$(RUN) look
 
 ##@ Train
 recipes: $(READY) ## List the catalogue · [TASK=…] [MODEL=qwen3-8b] [METHOD=r4] [JSON=1]

@@ -122,6 +122,16 @@ Repair = Annotated[
     ),
 ]
 Json = Annotated[bool, Option("--json", help="Print JSON.")]
+Map = Annotated[
+    str | None,
+    Option(help='Columns by hand, such as "prompt=question,context=passage,answer=gold".'),
+]
+Template = Annotated[
+    str | None, Option(help='The wording of a prompt, such as "{passage}\\n\\n{question}".')
+]
+Labels = Annotated[
+    str | None, Option(help="Names of integer labels in their order, comma-separated.")
+]
 Namespace = Annotated[str | None, Option(help="A user or organisation on the Hub.")]
 
 
@@ -195,15 +205,70 @@ def audit(tasks: Tasks = None, json: Json = False) -> None:
 @app.command(rich_help_panel=DATA)
 def new(
     task: Annotated[str, Argument(help="A name of letters, digits and underscores.")],
-    data: Annotated[Path, Argument(help="A file of your rows.")],
+    data: Annotated[
+        str, Argument(help="Your rows: CSV, JSON, JSONL, parquet and more, or hf:owner/name.")
+    ],
+    test: Annotated[
+        str | None, Option(help="A file of test rows; drawn from the rows if omitted.")
+    ] = None,
+    map: Map = None,
+    template: Template = None,
+    labels: Labels = None,
+    group: Annotated[
+        str | None, Option(help="Rows with the same value in this column stay on one side.")
+    ] = None,
+    time: Annotated[
+        str | None, Option(help="The column with a date: the newest rows test.")
+    ] = None,
+    loss: Annotated[
+        Literal["all", "last"], Option(help="Train on all answers of a row, or on the last one.")
+    ] = "all",
+    cut: Annotated[
+        bool, Option("--cut", help="Take the middle out of prompts that are too long.")
+    ] = False,
+    on_error: OnError = "stop",
+    repair: Repair = None,
 ) -> None:
     """Make a task of your own rows: a split, recipes and an evaluation.
 
-    Example: python -m tools new my_task my.jsonl
+    Example: python -m tools new my_task my.csv --map "prompt=question,answer=gold"
     """
     from tools import custom
 
-    custom.create_task(task, data.expanduser())
+    choices = custom.Choices(
+        test=test,
+        mapping=map,
+        template=template,
+        labels=labels,
+        group=group,
+        time=time,
+        quarantine=on_error == "quarantine",
+        cut=cut,
+        last_only=loss == "last",
+        repair=repair,
+    )
+    custom.create_task(task, data, choices)
+
+
+@app.command(rich_help_panel=DATA)
+def look(
+    task: Annotated[str, Argument(help="A task whose rows were converted.")],
+    n: Annotated[int, Option(min=1, help="How many rows.")] = 3,
+    recipe: Annotated[
+        str | None,
+        Option(help="Render as this recipe does; a base at hand if omitted."),
+    ] = None,
+    split: Annotated[
+        Literal["train", "val", "test"], Option(help="Training, validation or test rows.")
+    ] = "train",
+) -> None:
+    """Show rows as text, as rendered for a base, and as tokens with the trained ones marked.
+
+    Example: python -m tools look sentiment --n 5
+    """
+    from tools.data import look
+
+    look.show_rows(task, n, recipe, split)
 
 
 # ---- Train
@@ -541,9 +606,9 @@ def import_config(config: Annotated[Path, Argument(help="A FinLoRA config file."
 
     Example: python -m tools import finetune_configs.json
     """
-    from tools import custom
+    from tools import importer
 
-    custom.import_runs(config.expanduser())
+    importer.import_runs(config.expanduser())
 
 
 @app.command(rich_help_panel=MAINTAIN)

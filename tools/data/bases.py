@@ -3,8 +3,8 @@
     for base in list_bases():
         base.name, base.count_tokens([{"messages": [...]}])
 
-The tokenizer comes from tokenizers alone and the template from Jinja: loading torch, as AutoTokenizer
-does, takes longer than reading most files.
+The tokenizer comes from tokenizers alone, the template from Jinja: AutoTokenizer loads torch, which
+takes longer than reading most files.
 """
 
 import json

@@ -7,7 +7,6 @@ Memory does not grow with the texts: a row leaves its marks (tools/data/split.py
 where there are few different ones.
 """
 
-import hashlib
 import heapq
 from collections import Counter
 from collections.abc import Iterator
@@ -92,7 +91,7 @@ def hash_mark(text: str) -> int:
 
 def take_in(rows: Any, shape: Shape, options: Options, refused: Path) -> Intake:
     """The chat rows of a file; bad rows are counted, and written to the file `refused`."""
-    spool = TemporaryFile(dir=refused.parent)  # noqa: SIM115: the intake's, until it is read
+    spool = TemporaryFile(dir=refused.parent)  # noqa: SIM115
     intake = Intake(spool, refusals=Refusals(rows.name))
     numbers: dict[str, int] = {}
     with atomic(refused) as refused_file:
@@ -219,10 +218,3 @@ def cut_prompt(chat: dict[str, Any], base: BaseTokenizer, room: int) -> bool:
         end, start = offsets[(left + 1) // 2 - 1][1], offsets[-(left // 2)][0]
         longest["content"] = content[:end] + GAP + content[start:]
     return True
-
-
-def digest_rows(lines: Iterator[bytes]) -> str:
-    sha = hashlib.sha256()
-    for line in lines:
-        sha.update(line)
-    return sha.hexdigest()
