@@ -27,7 +27,7 @@ from evals.endpoint import Endpoint
 from evals.tasks import own, utils
 from tests import tokenizers
 from tests.conftest import run, write_recipe
-from tools import common, models, prompts, recipes, sources, subjects
+from tools import common, custom, models, prompts, recipes, sources, subjects
 from tools.data import rules
 from tools.train import checks
 from tools.use import chat, serve
@@ -696,3 +696,31 @@ def test_a_model_that_answers_with_the_key_is_right_in_the_cases(name, kind, pla
     lm = Echo("smollm2-135m", tokenizers.load("smollm2-135m"))
     answered, _ = measure(lm, "task")
     assert all(row["values"] for row in answered) and not find_wrong(answered)
+
+
+@pytest.fixture
+def own_place(place, monkeypatch):
+    """A project folder in which `make new` makes tasks."""
+    monkeypatch.setattr(recipes, "LOCAL", place / "recipes" / "local")
+    monkeypatch.setattr(sources, "OWN", place / "recipes" / "local")
+    monkeypatch.setattr(custom, "DATA", place / "data" / "local")
+    monkeypatch.setattr(custom, "TASKS", place / "evals" / "tasks" / "local")
+    custom.clear_caches()
+    yield place
+    custom.clear_caches()
+
+
+@pytest.mark.parametrize("what", [*ANSWERS, "turns", "calls"])
+def test_what_make_new_writes_is_right_for_a_model_that_answers_with_the_key(what, own_place):
+    model = "qwen3-8b" if what == "calls" else "smollm2-135m"
+    shape = {"turns": "three turns", "calls": "call"}.get(what)
+    rows = [build_row(shape) for _ in range(30)] if shape else repeat_answers(ANSWERS[what])
+    for number, row in enumerate(rows):
+        row["messages"][0]["content"] += f" Note {number}."
+    path = own_place / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    custom.create_task("own_task", path)
+    evaluation.read_tasks.cache_clear()
+    answered, _ = measure(Echo(model, tokenizers.load(model)), "own_task")
+    assert answered and all(row["values"] for row in answered)
+    assert not find_wrong(answered), answered[:2]
