@@ -711,7 +711,9 @@ def own_place(place, monkeypatch):
 
 
 @pytest.mark.parametrize("what", [*ANSWERS, "turns", "calls"])
-def test_what_make_new_writes_is_right_for_a_model_that_answers_with_the_key(what, own_place):
+def test_what_make_new_writes_is_right_for_a_model_that_answers_with_the_key(
+    what, own_place, capsys
+):
     model = "qwen3-8b" if what == "calls" else "smollm2-135m"
     shape = {"turns": "three turns", "calls": "call"}.get(what)
     rows = [build_row(shape) for _ in range(30)] if shape else repeat_answers(ANSWERS[what])
@@ -720,6 +722,9 @@ def test_what_make_new_writes_is_right_for_a_model_that_answers_with_the_key(wha
     path = own_place / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     custom.create_task("own_task", path)
+    said = capsys.readouterr().out
+    refused = "smollm2-135m cannot be trained on these rows: the chat template leaves out the tool"
+    assert (refused in said) == (what == "calls")
     evaluation.read_tasks.cache_clear()
     answered, _ = measure(Echo(model, tokenizers.load(model)), "own_task")
     assert answered and all(row["values"] for row in answered)

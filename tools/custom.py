@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 
 from evals.own import build_evaluation, find_labels
-from tools import recipes, rendering, sources
+from tools import prompts, recipes, rendering, sources
 from tools.common import ROOT, WrongInput, atomic, digest, nearest, shown
 from tools.data import bases, convert, turns
 from tools.data.formats import RowFile, open_rows
@@ -138,6 +138,7 @@ class OwnTask:
         intake = self.take_in(self.rows, "train")
         held_out = self.open_held_out()
         intakes = {side: self.take_in(rows, side) for side, rows in held_out.items()}
+        self.print_unrenderable(intake)
         self.print_lengths([intake, *intakes.values()])
         answers = [text for one in (intake, *intakes.values()) for text in one.list_answers()]
         folded = fold_labels(answers)
@@ -208,6 +209,15 @@ class OwnTask:
             print(f"new        the first row as {base.name} sees it:")
             for line in escape(base.render(chat)[:1500]).splitlines():
                 print(f"           {line}")
+
+    def print_unrenderable(self, intake: Intake) -> None:
+        """Prints for each base at hand what its chat template refuses or leaves out of the rows."""
+        shapes = list(prompts.pick_shapes(map(orjson.loads, intake.read())))
+        intake.spool.seek(0, 2)
+        for base in self.bases:
+            reasons = (prompts.explain_unrenderable(base, row, base.options) for _, row in shapes)
+            if reason := next(filter(None, reasons), ""):
+                print(f"new        {base.name} cannot be trained on these rows: {escape(reason)}")
 
     def print_lengths(self, intakes: list[Intake]) -> None:
         """Prints for each base at hand how many rows are too long for it."""
