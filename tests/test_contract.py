@@ -182,12 +182,11 @@ def test_earlier_answers_are_asked_for_as_they_were_trained_but_by_qwen3(model):
         text = prompts.render_row(tokenizer, row, options)
         for place, turn in enumerate(row["messages"][:-1]):
             if turn["role"] == "assistant":
-                asked = prompts.render(tokenizer, row["messages"][:place], options)
+                prompt = prompts.render(tokenizer, row["messages"][:place], options)
                 if model == "qwen3-8b":
-                    asked = asked.removesuffix("<think>\n\n</think>\n\n")
-                assert text.startswith(asked + turn["content"].lstrip()) or text.startswith(
-                    f"{asked} {turn['content']}"  # Mistral's blank
-                )
+                    prompt = prompt.removesuffix("<think>\n\n</think>\n\n")
+                blank = " " if model == "mistral-7b-v0.3" else ""
+                assert text.startswith(f"{prompt}{blank}{turn['content']}")
 
 
 def test_an_answer_with_reasoning_is_named_where_its_prompt_forbids_it():
@@ -475,6 +474,9 @@ LETTERS, RATINGS = ANSWERS["letters"], ANSWERS["ratings"]
         ("a strong  BUY now", ["buy", "strong buy"], "strong buy"),
         ("us", ["US", "us"], "us"),
         ("Us", ["US", "us"], utils.NONE),
+        ("I would buy it.", ["BUY", "HOLD", "SELL"], "BUY"),
+        ("Baa1, stable", ["Aaa", "Baa1", "Ba"], "Baa1"),
+        ("ıi", ["İ", "i"], utils.NONE),
         ("The 8-K form", ["10-K", "8-K"], "8-K"),
     ],
 )
@@ -611,9 +613,9 @@ def test_a_server_renders_a_row_as_it_was_trained(model, tmp_path):
 def test_chat_begins_with_the_system_turn_that_it_is_given(tiny, smollm2, capsys, monkeypatch):
     model, tokenizer = models.load({"base_model": str(tiny)})
     who = subjects.Subject("tiny", {"base_model": str(tiny)}, None, tiny, tiny, None, "chat")
-    asked = [*ROWS["system turn"][:1], user("Sales rose.")]
-    expected = chat.answer(model, tokenizer, asked)
-    assert expected != chat.answer(model, tokenizer, asked[1:])
+    turns = [*ROWS["system turn"][:1], user("Sales rose.")]
+    expected = chat.answer(model, tokenizer, turns)
+    assert expected != chat.answer(model, tokenizer, turns[1:])
     monkeypatch.setattr("sys.stdin", io.StringIO("Sales rose.\n\n"))
     chat.chat(who, None, "You label news.")
     said = capsys.readouterr().out.partition("the conversation\n")[2]

@@ -60,9 +60,9 @@ def read_key(doc: dict[str, Any]) -> str:
 UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"
 )
-# Ratings, grades and codes, such as `A`, `BBB-`, `Aa1`, `10-K`, `-1`: they match as they are
-# written. A capitalized word is none.
-CODE = re.compile(r"[+-]?(?:[A-Z][a-z]?[0-9]?|[A-Z0-9][A-Z0-9./]*(?:-[A-Z0-9]+)*)[+-]?")
+# Ratings and codes, such as `BBB-`, `AA`, `Baa1`, `10-K`, `-1`: they match as they are written. BUY
+# and POSITIVE are words.
+CODE = re.compile(r"(?=.*[0-9+-])[A-Z0-9+./-]{1,8}|[A-D]{2,3}|[ABC]a{1,2}[1-3]?")
 LETTER = re.compile("[A-Za-z]")
 EDGE = " .,;:!\"'`*()[]<>“”‘’«»。，；：！「」"
 
@@ -92,7 +92,9 @@ def find_label(answer: str, labels: Iterable[str]) -> str:
         return utils.NONE
     if match[0] in spelled:
         return spelled[match[0]]
-    return next(own for label, own in spelled.items() if label.casefold() == match[0].casefold())
+    named_label = match[0].casefold()
+    alike = (own for label, own in spelled.items() if label.casefold() == named_label)
+    return next(alike, utils.NONE)
 
 
 @cache
