@@ -451,14 +451,16 @@ def evaluate(
 
     Example: python -m tools eval smollm2-135m/sentiment_r4 --tasks fpb,fiqa --limit 200
     """
-    from evals import backends, run
+    from evals import run
     from tools import subjects
 
     request = run.Request(split(tasks), limit, force, backend)
     if backend == "openai":
         if recipe or adapter or precision:
             raise WrongInput("RECIPE, ADAPTER and PRECISION do not go with BACKEND=openai")
-        run.score_all(request, [backends.endpoint(base_url, model_name, prompt_format)])
+        from evals.endpoint import find_endpoint
+
+        run.score_all(request, [find_endpoint(base_url, model_name, prompt_format)])
         return
     if base_url or model_name:
         raise WrongInput("BASE_URL and MODEL_NAME go with BACKEND=openai")
