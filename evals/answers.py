@@ -16,17 +16,29 @@ GAP = "\n[…]\n"  # stands where a prompt was cut
 
 
 class Prompts:
-    """Renders prompts in one format; `cut` counts the tokens that each lost: {prompt: tokens}."""
+    """Renders prompts in one format; `cut` counts the tokens that each lost: {prompt: tokens}.
+
+    `rows` holds the rows of several turns by the text that lm-eval has of them; any other text is
+    the content of a user's turn.
+    """
 
     def __init__(self, form: str, options: dict[str, Any] | None = None):
         self.form, self.options = form, options
         self.cut: dict[str, int] = {}
+        self.rows: dict[str, dict[str, Any]] = {}
+
+    def conversation(self, content: str) -> tuple[list[dict[str, Any]], list[Any] | None]:
+        """(turns before the answer, tools) of a text of lm-eval's."""
+        if content in self.rows:
+            messages, tools = prompts.read_conversation(self.rows[content])
+            return messages[:-1], tools
+        return [{"role": "user", "content": content}], None
 
     def text(self, tokenizer: Any, content: str) -> str:
         if tokenizer is None:  # an endpoint's, which starts a completion with its own first token
             return FORMATS[self.form].format(content)
-        messages = [{"role": "user", "content": content}]
-        return prompts.render(tokenizer, messages, self.options, self.form)
+        messages, tools = self.conversation(content)
+        return prompts.render(tokenizer, messages, self.options, self.form, tools)
 
     def attach(self, lm: Any, budget: int) -> None:
         """Makes an lm-eval model render with this, leaving room for `budget` new tokens.
@@ -34,8 +46,11 @@ class Prompts:
         A model without a tokenizer here (behind an endpoint) keeps its own chat format.
         """
         tokenizer = getattr(lm, "tokenizer", None)
+        lm.conversation = self.conversation
         if tokenizer is None and self.form == "chat":
             return
+        if tokenizer is not None and self.form == "chat":
+            self.refuse_unrenderable(tokenizer)
 
         def render(history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             content = history[-1]["content"]
@@ -45,23 +60,34 @@ class Prompts:
 
         lm.apply_chat_template = render
 
+    def refuse_unrenderable(self, tokenizer: Any) -> None:
+        """Raises WrongInput where the base's chat template leaves out what a row asks with."""
+        for number, row in prompts.pick_shapes(self.rows.values()):
+            turns = [turn | {"train": False} for turn in row["messages"][:-1]]
+            question = row | {"messages": turns}
+            if reason := prompts.explain_unrenderable(tokenizer, question, self.options):
+                raise WrongInput(f"row {number}: {reason}; another base can be scored on such rows")
+
     def fit(self, tokenizer: Any, content: str, room: int) -> str:
         """The prompt of `content` in at most `room` tokens; raises WrongInput if none fits.
 
-        A prompt that is too long loses its middle: FinLoRA's questions stand at the beginning or
-        the end. lm-eval would cut the beginning.
+        A prompt that is too long loses the middle of its longest turn: questions stand at the
+        beginning or the end. lm-eval would cut the beginning.
         """
         text = self.text(tokenizer, content)
         if len(text.encode()) <= room:  # a token is at least a byte
             return text
-        tokens = tokenizer.encode(content, add_special_tokens=False)
+        messages, tools = self.conversation(content)
+        longest = max(messages, key=lambda message: len(str(message.get("content") or "")))
+        tokens = tokenizer.encode(str(longest.get("content") or ""), add_special_tokens=False)
         keep = len(tokens)
         while (over := len(tokenizer.encode(text)) - room) > 0:
             keep -= over
             if keep < 2:
                 raise WrongInput(f"a model of {room} tokens has no room for a prompt")
             parts = (tokens[: (keep + 1) // 2], tokens[len(tokens) - keep // 2 :])
-            text = self.text(tokenizer, GAP.join(map(tokenizer.decode, parts)))
+            longest["content"] = GAP.join(map(tokenizer.decode, parts))
+            text = prompts.render(tokenizer, messages, self.options, self.form, tools)
         if keep < len(tokens):
             self.cut[text] = len(tokens) - keep
         return text

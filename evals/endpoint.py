@@ -10,6 +10,7 @@ job stops.
 """
 
 import asyncio
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -23,12 +24,13 @@ from lm_eval.api.model import LM
 from evals.answers import Progress
 from tools import runs
 from tools.common import JobFailed, WrongInput
+from tools.prompts import write_arguments
 
 CONCURRENT = 8  # requests under way
 RETRIES = 12  # of a request: a minute of back-off, enough for a limit by the minute
 TIMEOUT = 120.0  # seconds without a byte
 # Reasons to end an answer. Together has `eos` for `stop`; `length` is the task's answer budget.
-ENDS = ("stop", "eos", "length")
+ENDS = ("stop", "eos", "length", "tool_calls")
 REFUSED = (400, 413, 422, 451)  # status of a row that is not answered: filtered, or too long
 FILTERED = 3  # tries of a row whose answer is filtered
 # If so many rows are refused and none is answered, the request is wrong and not the rows.
@@ -139,7 +141,11 @@ def read_reply(reply: Any) -> tuple[str | None, str]:
     # A completion has a text, a chat a message.
     text = getattr(choice, "text", None)
     if text is None:
-        text = getattr(getattr(choice, "message", None), "content", None)
+        message = getattr(choice, "message", None)
+        text = getattr(message, "content", None)
+        if calls := getattr(message, "tool_calls", None):
+            written = json.dumps([call.model_dump(mode="json") for call in calls])
+            text = "\n".join(filter(None, [text, written]))
     # Empty at the end of the budget: the model spent it on reasoning that is not shown.
     is_whole = end in ENDS and isinstance(text, str) and (text or end != "length")
     return text if is_whole else None, str(end or "")
@@ -152,7 +158,7 @@ class RefusedRow(Exception):
 class RemoteModel(Progress, LM):  # type: ignore[misc]
     """An lm-eval model that asks an endpoint, CONCURRENT requests at a time.
 
-    The format `chat` sends a user's turn, which the server puts into the model's template; the
+    The format `chat` sends a row's turns, which the server puts into the model's template; the
     others send the prompt as it stands, as a completion. `refusals`: {prompt: reason}.
     """
 
@@ -234,8 +240,10 @@ class RemoteModel(Progress, LM):  # type: ignore[misc]
         try:
             if self.endpoint.prompt_format != "chat":
                 return await client.completions.create(prompt=text, **options)
-            turn: Any = [{"role": "user", "content": text}]
-            return await client.chat.completions.create(messages=turn, **options)
+            messages, tools = self.conversation(text)
+            options |= {"tools": tools} if tools else {}
+            turns: Any = write_arguments(messages)
+            return await client.chat.completions.create(messages=turns, **options)
         except openai.OpenAIError as error:
             if isinstance(error, openai.APIStatusError) and error.status_code in REFUSED:
                 reason = " ".join(_hide_key(error.message).split())[:200]

@@ -24,6 +24,7 @@ from typing import Any
 from evals import figures, report, stats
 from evals import run as evaluation
 from evals.report import Content, Gains
+from evals.tasks.own import write_prompt
 from tools import recipes, sources
 from tools import runs as runs_module
 from tools.common import ROOT, WrongInput, atomic, json_lines, read_yaml, shown
@@ -257,7 +258,7 @@ def read_prompts(dataset: str, sha256: str) -> list[str] | str:
         return str(error)
     if manifest["sha256"] != sha256:
         return f"{shown(path)} is not the data that was scored"
-    return [row["messages"][0]["content"] for row in json_lines(path)]
+    return list(map(write_prompt, json_lines(path)))
 
 
 def _clip(text: str) -> str:

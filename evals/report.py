@@ -28,6 +28,7 @@ TITLES = {
     "bertscore": "BERTScore F1",
     "rouge_l": "ROUGE-L",
     "token_f1": "token F1",
+    "item_f1": "item F1",
     "ece": "ECE (biased upwards), lower is better",
 }
 Content = dict[str, Any]  # of a score file
@@ -287,6 +288,8 @@ def _list_notes(content: Content) -> list[str]:
         notes.append(f"{content['cut_prompts']} prompts were cut in their middle to fit")
     if rows := content.get("refused_rows"):
         notes.append(f"{rows} rows were refused and count as no answer")
+    if rows := content.get("unscored_rows"):
+        notes.append(f"{rows} rows could not be scored and do not count")
     return notes
 
 

@@ -203,15 +203,19 @@ def measure(
     from lm_eval import evaluate
     from lm_eval.tasks import TaskManager, get_task_dict
 
+    from evals.tasks import utils
+
     content = read_tasks()[dataset]
     name = content["task"]
-    prompts.attach(lm, content["generation_kwargs"]["max_gen_toks"])
-    if content["process_results"].endswith("utils.label"):
+    if content["process_results"].endswith(".label"):
         lm.labels = list(sources.manifest(find_rows(dataset)).get("labels") or [])
     if answers:
         answers.attach(lm, lambda text: print(f"eval       {dataset}: {text}", flush=True))
     task = get_task_dict([name], TaskManager(include_path=str(TASKS), include_defaults=False))
     task[name].set_config(key="num_fewshot", value=0)
+    prompts.rows = {task[name].doc_to_text(doc): doc for doc in task[name].test_docs()}
+    prompts.attach(lm, content["generation_kwargs"]["max_gen_toks"])
+    unscored = guard_scoring(task[name])
     samples = {name: pick_rows(dataset, limit)}
     result = evaluate(lm, task, apply_chat_template=True, bootstrap_iters=0, samples=samples)
 
@@ -227,7 +231,9 @@ def measure(
         row["values"] |= {prefix + metric: sample[metric] for metric in metrics if metric in sample}
         if not prefix:
             row |= _describe_answer(sample, row["values"], prompts, answers)
-            targets[number] = sample["target"]
+            targets[number] = utils.key(sample["doc"])
+            if reason := unscored.get(freeze_doc(sample["doc"])):
+                row["unscored"] = reason
     if all(targets[number] in row.get("probabilities", ()) for number, row in rows.items()):
         for number, row in rows.items():
             likeliest, share = max(row["probabilities"].items(), key=lambda item: item[1])
@@ -239,14 +245,17 @@ def _describe_answer(
     sample: dict[str, Any], values: dict[str, Any], prompts: Prompts, answers: Answers | None
 ) -> dict[str, Any]:
     """What a score file holds of a row beside its number and values."""
+    from evals.tasks import utils
+
     prompt, answer = sample["arguments"][0][0], sample["resps"][0][0]
-    pairs = values.get("f1_weighted") or [(sample["target"], answer.strip())]
+    target = utils.key(sample["doc"])  # lm-eval parses a target that looks like a list
+    pairs = values.get("f1_weighted") or [(target, answer.strip())]
     expected, answered = (", ".join(side) for side in zip(*pairs, strict=True))
     row = {"expected": expected, "answered": answered, "answer": answer}
     row |= {"cut": prompts.cut[prompt]} if prompt in prompts.cut else {}
     stored = answers.recall(prompt) if answers else {}
     row |= {"refused": stored["refused"]} if "refused" in stored else {}
-    if sample["target"] in stored.get("probabilities", ()):
+    if target in stored.get("probabilities", ()):
         row["probabilities"] = stored["probabilities"]
     return row
 
@@ -259,12 +268,37 @@ def _score_together(rows: list[dict[str, Any]], metrics: Sequence[str]) -> dict[
     for metric, function in utils.CORPUS.items():
         if metric in metrics:
             try:
-                scores = function([row["values"].pop(metric) for row in rows])
-                for row, value in zip(rows, scores, strict=True):
+                having = [row for row in rows if metric in row["values"]]
+                scores = function([row["values"].pop(metric) for row in having])
+                for row, value in zip(having, scores, strict=True):
                     row["values"] = {metric: value} | row["values"]
             except utils.Unavailable as error:
                 left_out[metric] = str(error)
     return left_out
+
+
+def guard_scoring(task: Any) -> dict[str, str]:
+    """Lets a task of lm-eval go on where a row cannot be scored.
+
+    Returns what becomes the reasons of such rows, by `freeze_doc`: their answers took hours, and
+    one rule that fails on one of them must not lose all.
+    """
+    reasons: dict[str, str] = {}
+    score_row = task.process_results
+
+    def process_results(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
+        try:
+            return dict(score_row(doc, results))
+        except Exception as error:
+            reasons[freeze_doc(doc)] = f"{type(error).__name__}: {error}"[:200]
+            return {}
+
+    task.process_results = process_results
+    return reasons
+
+
+def freeze_doc(doc: dict[str, Any]) -> str:
+    return json.dumps(doc, sort_keys=True, default=str)
 
 
 def score(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -310,6 +344,11 @@ class Job:
         refused = [row["refused"] for row in rows if "refused" in row]
         if len(refused) == len(rows):
             raise JobFailed(f"{subject.name} refuses every row of {name}: {refused[0]}")
+        unscored = [row["unscored"] for row in rows if "unscored" in row]
+        if len(unscored) == len(rows):
+            raise JobFailed(f"no answer to {name} can be scored ({unscored[0]}){KEPT}")
+        if unscored:
+            print(f"eval       {name}: {len(unscored)} rows cannot be scored: {unscored[0]}")
         content = {
             "evaluated": identity,
             "device": str(getattr(lm, "device", self.request.backend)),
@@ -318,6 +357,7 @@ class Job:
             "left_out": left_out,
             "cut_prompts": sum("cut" in row for row in rows),
             "refused_rows": len(refused),
+            "unscored_rows": len(unscored),
             "label_checks": collect_label_checks(subject, side, name),
             "predictions": rows,
         }

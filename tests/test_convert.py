@@ -661,7 +661,7 @@ def test_only_where_the_task_says_so_a_prompt_loses_its_middle(tmp_path, chat, r
     start, end = train[1][0].split(lengths.GAP)
     assert LONG_PROMPT.startswith(start) and LONG_PROMPT.endswith(end)
     assert abs(len(start) - len(end)) < 20
-    (counted,) = ruler.count([train[1][0]], [answer])
+    (counted,) = ruler.count([rows.build_chat_row(train[1][0], answer)])
     assert 140 < sum(counted) <= 150
     assert sources.manifest(sources.train_path("formula"))["tokens"]["over"]["cut"] == 1
     # A test is asked as it stands.

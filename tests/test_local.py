@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.conftest import run
-from tools import catalogue, custom, recipes, sources
+from tools import catalogue, custom, importer, recipes, sources
 from tools.common import ROOT, JobFailed, WrongInput
 from tools.data import convert
 from tools.data.rules import fingerprint
@@ -91,7 +91,7 @@ def test_a_recipe_of_ones_own_task_needs_no_file_and_comes_back_as_it_was(mine, 
 
 def test_an_imported_recipe_claims_no_value_as_finloras(mine, capsys):
     runs = {"x_4bits_r4": RUN | {"learning_rate": 3e-4, "lora_r": 5, "quant_bits": 4}}
-    custom.import_runs(config(mine / "c.json", **runs))
+    importer.import_runs(config(mine / "c.json", **runs))
     text = (recipes.LOCAL / "imported" / "x_4bits_r4.yaml").read_text()
     for line in ("learning_rate: 0.0003", "lora_r: 5"):
         (entry,) = [entry for entry in text.splitlines() if entry.startswith(line)]
@@ -102,7 +102,7 @@ def test_an_imported_recipe_claims_no_value_as_finloras(mine, capsys):
     "base", ["a # b", "a\n\nb: c", "- a", "x" * 200 + " " + "y" * 200], ids=repr
 )
 def test_a_reason_never_becomes_part_of_a_value(mine, capsys, base):
-    custom.import_runs(config(mine / "c.json", odd=RUN | {"base_model": base}))
+    importer.import_runs(config(mine / "c.json", odd=RUN | {"base_model": base}))
     assert recipes.find("imported/odd").config["base_model"] == base
 
 
@@ -211,7 +211,7 @@ def test_runs_like_the_catalogues_are_named_and_others_become_recipes(mine, caps
         faster=RUN | {"learning_rate": 2e-4, "quant_bits": 4, "lora_r": 4},
         other=RUN | {"base_model": "tiiuae/Falcon3-7B-Instruct", "quant_bits": 16},
     )
-    custom.import_runs(source)
+    importer.import_runs(source)
     out = capsys.readouterr().out
     assert "sentiment_llama_3_1_8b_8bits_r8 is llama-3.1-8b/sentiment_r8\n" in out
     assert "dora is llama-3.1-8b/sentiment_r8_dora_a32\n" in out
@@ -230,7 +230,7 @@ def test_runs_like_the_catalogues_are_named_and_others_become_recipes(mine, caps
 
 def test_a_file_of_ones_own_becomes_a_source(mine, capsys):
     jsonl(mine / "house_train.jsonl", [{"context": "q", "target": "a"}])
-    custom.import_runs(config(mine / "c.json", house=RUN | {"dataset_path": "house_train.jsonl"}))
+    importer.import_runs(config(mine / "c.json", house=RUN | {"dataset_path": "house_train.jsonl"}))
     sources.tables.cache_clear()
     convert.convert_task("house", mine)
     assert (sources.CHAT / "house_train.jsonl").is_file()
@@ -260,7 +260,7 @@ def test_a_wrong_run_is_named_with_its_key_and_the_others_are_imported(mine, cha
     good = RUN | {"learning_rate": 5e-4}
     source = config(mine / "c.json", bad=RUN | changed, good=good)
     with pytest.raises(JobFailed) as error:
-        custom.import_runs(source)
+        importer.import_runs(source)
     assert f"1 of 2 runs are not imported; the first: bad: {said}" in str(error.value)
     assert recipes.find("imported/good").config["learning_rate"] == 5e-4
     assert "left out   bad: " in capsys.readouterr().out
@@ -281,7 +281,7 @@ def test_a_config_like_finloras_is_imported_but_for_the_run_without_a_file(mine,
     written = []
     for _ in range(2):  # the second time nothing changes
         with pytest.raises(JobFailed, match="the first: lost: dataset_path: .*never_published"):
-            custom.import_runs(source)
+            importer.import_runs(source)
         assert f"{len(runs)} runs: " in (said := capsys.readouterr().out)
         assert ", 1 left out" in said
         written.append(files(recipes.LOCAL))
@@ -290,7 +290,7 @@ def test_a_config_like_finloras_is_imported_but_for_the_run_without_a_file(mine,
 
 def test_a_training_file_is_known_by_its_content_and_not_by_its_name(mine, capsys):
     own = jsonl(mine / "ner_train.jsonl", [{"context": "q", "target": "a"}])
-    custom.import_runs(config(mine / "c.json", house=RUN | {"dataset_path": own.name}))
+    importer.import_runs(config(mine / "c.json", house=RUN | {"dataset_path": own.name}))
     recipes.clear_caches()
     data = recipes.find("imported/house").config["datasets"][0]["path"]
     assert data.startswith("data/chat/ner_") and data != "data/chat/ner_train.jsonl"
@@ -301,12 +301,12 @@ def test_a_training_file_is_known_by_its_content_and_not_by_its_name(mine, capsy
         (mine / f"{name}.jsonl").write_text(
             f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize 137747639\n"
         )
-    custom.import_runs(config(mine / "d.json", x=RUN | {"dataset_path": "pointer.jsonl"}))
+    importer.import_runs(config(mine / "d.json", x=RUN | {"dataset_path": "pointer.jsonl"}))
     assert (
         "data/chat/xbrl_extract_train.jsonl" in (recipes.LOCAL / "imported" / "x.yaml").read_text()
     )
     with pytest.raises(JobFailed, match="other.jsonl is a Git LFS pointer; `git lfs pull`"):
-        custom.import_runs(config(mine / "e.json", y=RUN | {"dataset_path": "other.jsonl"}))
+        importer.import_runs(config(mine / "e.json", y=RUN | {"dataset_path": "other.jsonl"}))
 
 
 def test_importing_overwrites_no_task_and_no_recipe_of_ones_own(mine, capsys):
@@ -318,17 +318,17 @@ def test_importing_overwrites_no_task_and_no_recipe_of_ones_own(mine, capsys):
     recipes.clear_caches()
     runs = {name: RUN | {"dataset_path": f"{name}/house_train.jsonl"} for name in ("a", "b")}
     before = files(mine / "recipes")
-    custom.import_runs(config(mine / "c.json", **runs))
+    importer.import_runs(config(mine / "c.json", **runs))
     after = files(mine / "recipes")
     assert after == after | before
     paths = {recipes.find(f"imported/{n}").config["datasets"][0]["path"] for n in ("a", "b")}
     assert len(paths) == 2 and "data/chat/house_train.jsonl" not in paths
-    custom.import_runs(config(mine / "renamed.json", **runs))
+    importer.import_runs(config(mine / "renamed.json", **runs))
     assert files(mine / "recipes") == after
     edited = recipes.LOCAL / "imported" / "a.yaml"
     edited.write_text(edited.read_text().replace("lora_r: 8", "lora_r: 9"))
     with pytest.raises(JobFailed, match="a.yaml says something else; delete it"):
-        custom.import_runs(mine / "c.json")
+        importer.import_runs(mine / "c.json")
     assert "lora_r: 9" in edited.read_text()
 
 
@@ -344,13 +344,13 @@ def test_importing_overwrites_no_task_and_no_recipe_of_ones_own(mine, capsys):
 def test_a_config_file_of_another_shape_is_refused(mine, text, said):
     (mine / "c.json").write_text(text)
     with pytest.raises(WrongInput) as error:
-        custom.import_runs(mine / "c.json")
+        importer.import_runs(mine / "c.json")
     assert said in str(error.value)
 
 
 def test_ten_thousand_runs_are_read(mine, capsys):
     runs = {f"run_{n}": RUN for n in range(10_000)}
-    custom.import_runs(config(mine / "c.json", **runs))
+    importer.import_runs(config(mine / "c.json", **runs))
     assert "10000 runs: 10000 in the catalogue, 0 local" in capsys.readouterr().out
 
 

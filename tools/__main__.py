@@ -122,6 +122,23 @@ Repair = Annotated[
     ),
 ]
 Json = Annotated[bool, Option("--json", help="Print JSON.")]
+Map = Annotated[
+    str | None,
+    Option(help='Columns by hand, such as "prompt=question,context=passage,answer=gold".'),
+]
+Template = Annotated[
+    str | None, Option(help='The wording of a prompt, such as "{passage}\\n\\n{question}".')
+]
+Labels = Annotated[
+    str | None, Option(help="Names of integer labels in their order, comma-separated.")
+]
+Backend = Annotated[
+    Literal["transformers", "vllm", "openai"], Option(help="What answers the prompts.")
+]
+BaseUrl = Annotated[str | None, Option(help="Address of an OpenAI-compatible endpoint.")]
+ModelName = Annotated[
+    str | None, Option(help="Model of the endpoint; can be omitted if it serves only one.")
+]
 Namespace = Annotated[str | None, Option(help="A user or organisation on the Hub.")]
 
 
@@ -195,15 +212,70 @@ def audit(tasks: Tasks = None, json: Json = False) -> None:
 @app.command(rich_help_panel=DATA)
 def new(
     task: Annotated[str, Argument(help="A name of letters, digits and underscores.")],
-    data: Annotated[Path, Argument(help="A file of your rows.")],
+    data: Annotated[
+        str, Argument(help="Your rows: CSV, JSON, JSONL, parquet and more, or hf:owner/name.")
+    ],
+    test: Annotated[
+        str | None, Option(help="A file of test rows; drawn from the rows if omitted.")
+    ] = None,
+    map: Map = None,
+    template: Template = None,
+    labels: Labels = None,
+    group: Annotated[
+        str | None, Option(help="Rows with the same value in this column stay on one side.")
+    ] = None,
+    time: Annotated[
+        str | None, Option(help="The column with a date: the newest rows test.")
+    ] = None,
+    loss: Annotated[
+        Literal["all", "last"], Option(help="Train on all answers of a row, or on the last one.")
+    ] = "all",
+    cut: Annotated[
+        bool, Option("--cut", help="Take the middle out of prompts that are too long.")
+    ] = False,
+    on_error: OnError = "stop",
+    repair: Repair = None,
 ) -> None:
     """Make a task of your own rows: a split, recipes and an evaluation.
 
-    Example: python -m tools new my_task my.jsonl
+    Example: python -m tools new my_task my.csv --map "prompt=question,answer=gold"
     """
     from tools import custom
 
-    custom.create_task(task, data.expanduser())
+    choices = custom.Choices(
+        test=test,
+        mapping=map,
+        template=template,
+        labels=labels,
+        group=group,
+        time=time,
+        quarantine=on_error == "quarantine",
+        cut=cut,
+        last_only=loss == "last",
+        repair=repair,
+    )
+    custom.create_task(task, data, choices)
+
+
+@app.command(rich_help_panel=DATA)
+def look(
+    task: Annotated[str, Argument(help="A task whose rows were converted.")],
+    n: Annotated[int, Option(min=1, help="How many rows.")] = 3,
+    recipe: Annotated[
+        str | None,
+        Option(help="Render as this recipe does; a base at hand if omitted."),
+    ] = None,
+    split: Annotated[
+        Literal["train", "val", "test"], Option(help="Training, validation or test rows.")
+    ] = "train",
+) -> None:
+    """Show rows as text, as rendered for a base, and as tokens with the trained ones marked.
+
+    Example: python -m tools look sentiment --n 5
+    """
+    from tools.data import look
+
+    look.show_rows(task, n, recipe, split)
 
 
 # ---- Train
@@ -372,15 +444,9 @@ def evaluate(
     adapter: Adapter = None,
     precision: Precision = None,
     prompt_format: PromptFormat = None,
-    backend: Annotated[
-        Literal["transformers", "vllm", "openai"], Option(help="What answers the prompts.")
-    ] = "transformers",
-    base_url: Annotated[
-        str | None, Option(help="Address of an OpenAI-compatible endpoint.")
-    ] = None,
-    model_name: Annotated[
-        str | None, Option(help="Model of the endpoint; can be omitted if it serves only one.")
-    ] = None,
+    backend: Backend = "transformers",
+    base_url: BaseUrl = None,
+    model_name: ModelName = None,
     force: Force = False,
 ) -> None:
     """Score base and adapter with 95 % intervals and paired tests.
@@ -431,6 +497,7 @@ def chat(
     adapter: Adapter = None,
     precision: Precision = None,
     prompt_format: PromptFormat = None,
+    system: Annotated[str | None, Option(help="The system turn that training began with.")] = None,
 ) -> None:
     """Let base and adapter answer a prompt side by side.
 
@@ -439,7 +506,53 @@ def chat(
     from tools import subjects
     from tools.use import chat
 
-    chat.chat(subjects.find(recipe, adapter, precision, prompt_format), prompt)
+    chat.chat(subjects.find(recipe, adapter, precision, prompt_format), prompt, system)
+
+
+@app.command(rich_help_panel=USE)
+def predict(
+    recipe: Recipe = None,
+    data: Annotated[
+        str | None, Option(help="Rows to answer: CSV, JSON, JSONL, parquet, hf:owner/name.")
+    ] = None,
+    out: Annotated[
+        Path | None, Option(help="The file to write, in the format of the rows.")
+    ] = None,
+    task: Annotated[
+        str | None, Option(help="Whose prompts and labels count; the adapter's if omitted.")
+    ] = None,
+    map: Map = None,
+    template: Template = None,
+    adapter: Adapter = None,
+    precision: Precision = None,
+    prompt_format: PromptFormat = None,
+    backend: Backend = "transformers",
+    base_url: BaseUrl = None,
+    model_name: ModelName = None,
+    force: Force = False,
+) -> None:
+    """Answer the rows of a file; an interrupted job resumes.
+
+    Example: python -m tools predict sentiment_r4 --data headlines.csv --out labelled.csv
+    """
+    from tools import subjects
+    from tools.use import predict
+
+    if not data or not out:
+        raise WrongInput("DATA=headlines.csv and OUT=labelled.csv are needed")
+    request = predict.Request(
+        data, out.expanduser(), task, map, template, backend=backend, force=force
+    )
+    if backend == "openai":
+        if recipe or adapter or precision:
+            raise WrongInput("RECIPE, ADAPTER and PRECISION do not go with BACKEND=openai")
+        from evals.endpoint import find_endpoint
+
+        predict.predict(find_endpoint(base_url, model_name, prompt_format), request)
+        return
+    if base_url or model_name:
+        raise WrongInput("BASE_URL and MODEL_NAME go with BACKEND=openai")
+    predict.predict(subjects.find(recipe, adapter, precision, prompt_format), request)
 
 
 @app.command(rich_help_panel=USE)
@@ -541,9 +654,9 @@ def import_config(config: Annotated[Path, Argument(help="A FinLoRA config file."
 
     Example: python -m tools import finetune_configs.json
     """
-    from tools import custom
+    from tools import importer
 
-    custom.import_runs(config.expanduser())
+    importer.import_runs(config.expanduser())
 
 
 @app.command(rich_help_panel=MAINTAIN)

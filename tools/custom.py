@@ -1,180 +1,64 @@
-"""Tasks and recipes of the user's own, beside the catalogue's.
+"""A task of the user's own, beside the catalogue's: `make new` makes it from a file of rows.
 
-    python -m tools new my_task my.jsonl          a task with recipes for all models and methods
-    python -m tools import configs.json           a FinLoRA config file becomes recipes
+    python -m tools new my_task my.csv             data, recipes for all models, an evaluation
 
-Both write into recipes/local/, which `make render` leaves alone. `new` also splits the rows into
-data/local/ and writes an lm-eval task to evals/tasks/local/. Rows may be FinLoRA's (context and
-target), prompt and completion, question and answer, instruction and output, or chat messages.
-`new` writes nothing where anything is wrong; `import` leaves out the runs that are wrong, and says
-why.
+It divides the rows into data/local/, writes recipes and tables into recipes/local/, which `make
+render` leaves alone, an lm-eval task to evals/tasks/local/, and chat rows to data/chat/. Where
+anything is wrong it writes nothing.
 """
 
-import json
-import random
+import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from tools import common, recipes, rendering, sources
-from tools.common import (
-    ROOT,
-    JobFailed,
-    WrongInput,
-    atomic,
-    digest,
-    format_yaml,
-    nearest,
-    parse_json,
-    read_yaml,
-    shown,
-)
-from tools.data.rows import parse_row
-from tools.data.rules import fingerprint
+from evals.own import build_evaluation, find_labels
+from tools import prompts, recipes, rendering, sources
+from tools.common import ROOT, WrongInput, atomic, digest, nearest, shown
+from tools.data import bases, convert, turns
+from tools.data.formats import RowFile, open_rows
+from tools.data.intake import Intake, Options, take_in
+from tools.data.parts import escape
+from tools.data.shapes import Shape, parse_map, recognize
+from tools.data.split import TEST_SHARE, VALIDATION_SHARE, divide_rows
+from tools.rendering import write_own, write_text
 from tools.train.tokens import CHARACTERS_PER_TOKEN, TEMPLATE_TOKENS
 
-# Keys of a row that hold prompt and answer; the first pair that a row has is taken.
-PAIRS = [
-    ("context", "target"),
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("question", "answer"),
-    ("instruction", "output"),
-]
 NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
 LEAST_PROMPTS = 10
-TEST_SHARE, MOST_TEST_PROMPTS, SEED = 0.2, 500, 42
-# Answers are labels where they are few and short, and each stands in several rows.
-MOST_LABELS, LONGEST_LABEL, ROWS_PER_LABEL = 20, 60, 5
+# Steps follow from the rows: few rows are seen often enough to be learned, many are seen less.
+LEAST_STEPS, MOST_EPOCHS = 100, 10
+EPOCHS = {20_000: 4, 100_000: 2, math.inf: 1}  # up to so many rows
+FEW_ROWS = 200
+LENGTH_STEP, TEMPLATE_BYTES = 256, 400
 
 DATA = ROOT / "data" / "local"
 TASKS = ROOT / "evals" / "tasks" / "local"
 
-Row = tuple[str, str]  # prompt and answer
+
+@dataclass(frozen=True)
+class Choices:
+    """What a user says of the rows beyond their file; see `python -m tools new --help`."""
+
+    test: str | None = None
+    mapping: str | None = None
+    template: str | None = None
+    labels: str | None = None
+    group: str | None = None
+    time: str | None = None
+    quarantine: bool = False
+    cut: bool = False
+    last_only: bool = False
+    repair: bool | None = None
 
 
-def write_own(path: Path, source: Path, content: dict[str, Any]) -> None:
-    """Writes a YAML file of the user's own that says which file it was made from."""
-    header = f"# Yours, from {source.name}; `make render` leaves it alone.\n"
-    write_text(path, header + format_yaml(content))
-
-
-def write_rows(path: Path, rows: list[Row]) -> None:
-    """Writes rows as FinLoRA has them."""
-    lines = ({"context": prompt, "target": answer} for prompt, answer in rows)
-    write_text(path, "".join(f"{orjson.dumps(line).decode()}\n" for line in lines))
-
-
-def write_text(path: Path, text: str) -> None:
-    with atomic(path) as file:
-        file.write(text.encode())
-
-
-# ---- make new
-
-
-def find_pair(content: Any) -> dict[str, Any]:
-    """A row as FinLoRA has it, {"context", "target"}; raises ValueError where it has no pair."""
-    if not isinstance(content, dict):
-        raise ValueError(f"an object is needed, not {type(content).__name__}")
-    if isinstance(turns := content.get("messages"), list):
-        roles = [turn.get("role") if isinstance(turn, dict) else None for turn in turns]
-        if roles != ["user", "assistant"]:
-            raise ValueError(f"messages must be one user and one assistant turn, not {roles}")
-        return {"context": turns[0].get("content"), "target": turns[1].get("content")}
-    for prompt_key, answer_key in PAIRS:
-        if prompt_key in content and answer_key in content:
-            prompt = content[prompt_key]
-            if prompt_key == "instruction" and content.get("input"):
-                prompt = f"{prompt}\n\n{content['input']}"
-            return {"context": prompt, "target": content[answer_key]}
-    pairs = "; ".join(" and ".join(pair) for pair in PAIRS)
-    raise ValueError(f"no prompt and answer: {pairs}; or messages. It has {', '.join(content)}")
-
-
-def read_rows(source: Path) -> list[Row]:
-    """The rows of a JSONL file; raises WrongInput that names the file and line."""
-    rows = []
-    with open(source, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                row = orjson.dumps(find_pair(orjson.loads(line)))
-                rows.append(parse_row(row))
-            except ValueError as error:
-                raise WrongInput(f"{shown(source)}, line {number}: {error}") from None
-    return rows
-
-
-def split_rows(rows: list[Row]) -> tuple[list[int], list[int]]:
-    """Row numbers to train and to test on; a prompt that occurs twice stays on one side."""
-    fingerprints = [fingerprint(prompt) for prompt, _ in rows]
-    prompts = list(dict.fromkeys(fingerprints))
-    count = max(1, min(MOST_TEST_PROMPTS, round(TEST_SHARE * len(prompts))))
-    test_prompts = set(random.Random(SEED).sample(prompts, count))
-    sides: tuple[list[int], list[int]] = ([], [])
-    for number, mark in enumerate(fingerprints):
-        sides[mark in test_prompts].append(number)
-    return sides
-
-
-def find_labels(answers: list[str]) -> list[str]:
-    """The labels of a classification, most frequent first; empty where the answers are text."""
-    counts = Counter(answers)
-    few = len(counts) <= MOST_LABELS and len(answers) >= ROWS_PER_LABEL * len(counts)
-    short = all(len(answer) <= LONGEST_LABEL and "\n" not in answer for answer in counts)
-    return [label for label, _ in counts.most_common()] if few and short else []
-
-
-def build_evaluation(task: str, labels: list[str], longest: int) -> dict[str, Any]:
-    """The lm-eval task of a task of the user's own; `longest` is an answer's in characters."""
-    budget = max(10, longest // 2)  # in tokens: never fewer than an answer needs
-    content: dict[str, Any] = {
-        "include": "../_labels.yaml" if labels else "../_text.yaml",
-        "task": f"finlora_{task}",
-        "dataset_kwargs": {"data_files": {"test": f"data/chat/{task}_test.jsonl"}},
-        "generation_kwargs": {"max_gen_toks": budget, "do_sample": False, "until": []},
-    }
-    if labels:
-        # The longest first, so that a label that begins another does not hide it.
-        choices = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
-        pattern = f"(?i)(?<!\\w)({choices})(?!\\w)"
-        regex = {"function": "regex", "regex_pattern": pattern, "fallback": "[none]"}
-        content["filter_list"] = [{"name": "label", "filter": [regex, {"function": "take_first"}]}]
-    return content
-
-
-def build_task(task: str, rows: list[Row], labels: list[str]) -> dict[str, Any]:
-    """The rows that a task adds to the tables of recipes/matrix.yaml and data/sources.yaml."""
-    characters = max(len(prompt) + len(answer) for prompt, answer in rows)
-    longest = int(characters / CHARACTERS_PER_TOKEN) + TEMPLATE_TOKENS
-    micro_batch, accumulation = (8, 2) if longest <= 512 else (1, 8)
-    dataset = {"file": shown(DATA / f"{task}_test.jsonl")} | ({"labels": labels} if labels else {})
-    return {
-        "tasks": {
-            task: {
-                "title": task.replace("_", " "),
-                "longest": min(longest, recipes.read_matrix()["common"]["sequence_len"]),
-                "settings": {
-                    "num_epochs": 4,
-                    "micro_batch_size": micro_batch,
-                    "gradient_accumulation_steps": accumulation,
-                },
-            }
-        },
-        "sources": {
-            "datasets": {task: dataset},
-            "tasks": {task: {"train": shown(DATA / f"{task}_train.jsonl"), "eval": [task]}},
-        },
-    }
+DEFAULTS = Choices()
 
 
 def require_free_name(task: str) -> None:
@@ -192,252 +76,344 @@ def require_free_name(task: str) -> None:
         raise WrongInput(f'TASK "{task}" is a name of the catalogue; choose another')
 
 
-def create_task(task: str, source: Path) -> None:
+def create_task(task: str, source: Path | str, choices: Choices = DEFAULTS) -> None:
     """Makes a task of the user's rows: data, recipes for all models and methods, evaluation."""
     require_free_name(task)
-    if not source.is_file():
-        raise WrongInput(f"DATA={source} is not there; a JSONL file is needed")
-    rows = read_rows(source)
-    if len({fingerprint(prompt) for prompt, _ in rows}) < LEAST_PROMPTS:
+    rows = open_rows(str(source))
+    mapping = parse_map(choices.mapping) if choices.mapping else None
+    labels = choices.labels.split(",") if choices.labels else None
+    shape = recognize(rows, mapping, choices.template, labels)
+    if not shape.has_answer:
         raise WrongInput(
-            f"{shown(source)}: {len(rows)} rows; at least {LEAST_PROMPTS} prompts are needed"
+            f'{rows.name}: no column holds answers ({shape.describe()}); MAP="prompt=…,answer=…" '
+            "names it"
         )
-    answers = [answer for _, answer in rows]
-    labels, sides = find_labels(answers), split_rows(rows)
-    own_file, evaluation_file = recipes.LOCAL / f"{task}.yaml", TASKS / f"{task}.yaml"
+    for name, column in (("GROUP", choices.group), ("TIME", choices.time)):
+        if column and column not in rows.columns:
+            hint = nearest(column, rows.columns) or f"; there are {', '.join(rows.columns)}"
+            raise WrongInput(f'{name}: {rows.name} has no column "{column}"{hint}')
+    print_shape(rows, shape, [choices.group, choices.time])
     with ExitStack() as undo:  # the task appears whole or not at all
-        for side, numbers in zip(("train", "test"), sides, strict=True):
-            path = DATA / f"{task}_{side}.jsonl"
-            undo.callback(path.unlink, missing_ok=True)
-            write_rows(path, [rows[number] for number in numbers])
-        undo.callback(evaluation_file.unlink, missing_ok=True)
-        write_own(evaluation_file, source, build_evaluation(task, labels, max(map(len, answers))))
-        undo.callback(own_file.unlink, missing_ok=True)
-        write_own(own_file, source, build_task(task, rows, labels))
-        recipes.clear_caches()
-        names = [name for name, parts in recipes.list_names().items() if parts[1] == task]
-        for path in (recipes.LOCAL / f"{name}.yaml" for name in names):
-            undo.callback(path.unlink, missing_ok=True)
-        for name in names:
-            write_text(recipes.LOCAL / f"{name}.yaml", rendering.render_recipe(name))
+        OwnTask(task, rows, shape, choices, undo).write()
         undo.pop_all()
-    kind = f"{len(labels)} labels ({', '.join(labels[:4])}…)" if labels else "free text"
-    print(f"new        {len(sides[0])} rows train and {len(sides[1])} test; answers: {kind}")
-    print(f"new        {shown(own_file)}, {shown(evaluation_file)}, {len(names)} recipes")
-    print(f"next       make data TASKS={task}; make train RECIPE=smollm2-135m/{task}_r4")
 
 
-# ---- make import
+def print_shape(rows: RowFile, shape: Shape, others: list[str | None]) -> None:
+    """Prints what was recognized in a file, and which columns are not used."""
+    encoding = "" if rows.encoding.replace("-", "").lower() == "utf8" else f", {rows.encoding}"
+    print(f"new        {rows.name}: {rows.format}{encoding}; {escape(shape.describe())}")
+    for note in rows.notes:
+        print(f"new        {note}")
+    if unused := [column for column in shape.unused if column not in others]:
+        names = escape(", ".join(unused))
+        print(f'new        not used: {names} (TEMPLATE="{{column}} …" uses one)')
+    numbers = shape.options and all(re.fullmatch(r"-?\d+", label) for label in shape.options)
+    if shape.kind == "text and label" and numbers and not shape.names:
+        print("new        the labels are numbers; LABELS=negative,neutral,… names them in order")
 
 
-# The keys of a run in FinLoRA's config file, with the types of their values.
-RUN_KEYS: dict[str, tuple[type, ...]] = {
-    "base_model": (str,),
-    "dataset_path": (str,),
-    "lora_r": (int,),
-    "quant_bits": (int,),
-    "learning_rate": (int, float),
-    "num_epochs": (int,),
-    "batch_size": (int,),
-    "gradient_accumulation_steps": (int,),
-    "lora_alpha": (int,),
-    "peft_use_dora": (bool,),
-    "peft_use_rslora": (bool,),
-}
-OPTIONAL_KEYS = {"lora_alpha", "peft_use_dora", "peft_use_rslora"}
+@dataclass
+class OwnTask:
+    """A task while `make new` makes it. What it writes is removed through `undo` if it fails."""
 
+    task: str
+    rows: RowFile
+    shape: Shape
+    choices: Choices
+    undo: ExitStack
 
-RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}")
-LFS_DIGEST = re.compile(rb"version https://git-lfs.*?oid sha256:(\w+)", re.S)
-
-
-def list_faults(name: str, run: Any) -> list[str]:
-    """What is wrong with one run of a config file, `key: reason` each."""
-    if not isinstance(run, dict):
-        return ["an object is needed"]
-    faults = [
-        f"{key}: unknown key{nearest(key, list(RUN_KEYS))}" for key in run if key not in RUN_KEYS
-    ]
-    faults += [f"{key}: missing" for key in RUN_KEYS if key not in {*run, *OPTIONAL_KEYS}]
-    for key, kinds in RUN_KEYS.items():
-        if key not in run:
-            continue
-        value: Any = run[key]
-        if type(value) not in kinds:
-            faults.append(f"{key}: {json.dumps(value)} is not {kinds[-1].__name__}")
-        elif type(value) is not bool and (not value.strip() if type(value) is str else value <= 0):
-            faults.append(f"{key}: {json.dumps(value)} is empty or not above 0")
-    if type(run.get("quant_bits")) is int and run["quant_bits"] not in (4, 8, 16):
-        faults.append(f"quant_bits: {run['quant_bits']} is none of 4, 8, 16")
-    if not RUN_NAME.fullmatch(name):
-        faults.append("its name: letters, digits, . _ and - are needed")
-    return faults
-
-
-read_published_tables = cache(sources.published_tables)  # without the user's own tasks
-
-
-@cache
-def identify(file: Path) -> str | None:
-    """The task that a training file of FinLoRA's is for, by its content; None for other files."""
-    with open(file, "rb") as content:
-        pointer = LFS_DIGEST.match(content.read(300))
-    digests = {pointer[1].decode()} if pointer else {digest(file), common.git_blob(file)}
-    for task, row in read_published_tables()["tasks"].items():
-        published = read_published_tables()["files"][row["train"]]
-        if {published.get("sha256"), published.get("blob")} & digests:
-            return str(task)
-    if pointer:
-        raise ValueError(f"{shown(file)} is a Git LFS pointer; `git lfs pull` brings the file")
-    return None
-
-
-def find_data(run: dict[str, Any], source: Path) -> tuple[str, Path | None]:
-    """(task, file) that a run trains on; no file where it is FinLoRA's. Raises ValueError.
-
-    A file that is there is recognized by its content. A missing one can only be FinLoRA's, and is
-    recognized by its name.
-    """
-    file = (source.parent / run["dataset_path"]).resolve()
-    tables = read_published_tables()
-    if not file.is_file():
-        for task, row in tables["tasks"].items():
-            if Path(row["train"]).name == file.name:
-                return task, None
-        raise ValueError(
-            f"dataset_path: {run['dataset_path']} is not there, and no file of FinLoRA's"
+    def __post_init__(self) -> None:
+        self.bases = bases.list_bases()
+        common = recipes.read_matrix()["common"]
+        self.options = Options(
+            group=self.choices.group,
+            time=self.choices.time,
+            last_only=self.choices.last_only,
+            cut=self.choices.cut,
+            sequence_len=common["sequence_len"],
+            bases=self.bases,
         )
-    if task := identify(file):
-        return task, None
-    stem = re.sub(r"\W+", "_", file.stem.removesuffix("_train")).strip("_").lower() or "data"
-    stem = stem if stem[0].isalpha() else f"data_{stem}"
-    for task in (stem, f"{stem}_{digest(file)[:8]}"):
-        own_file = recipes.LOCAL / f"{task}.yaml"
-        free = not own_file.exists() or read_yaml(own_file) == build_source(task, file)
-        if free and task not in {*tables["tasks"], *tables["datasets"]}:
-            return task, file
-    raise ValueError(
-        f"dataset_path: {shown(own_file)} is another task's; delete it to import the run"
-    )
+
+    def write(self) -> None:
+        intake = self.take_in(self.rows, "train")
+        held_out = self.open_held_out()
+        intakes = {side: self.take_in(rows, side) for side, rows in held_out.items()}
+        self.print_unrenderable(intake)
+        self.print_lengths([intake, *intakes.values()])
+        answers = [text for one in (intake, *intakes.values()) for text in one.list_answers()]
+        folded = fold_labels(answers)
+        answers = [folded.get(answer, answer) for answer in answers]
+        if folded:
+            pairs = ", ".join(f"{answer} → {label}" for answer, label in list(folded.items())[:6])
+            print(f"new        labels that differ in case are one: {pairs}")
+        labels = self.find_labels(answers)
+        if not labels:
+            del intake.marks.labels[:]
+        sides, rule = self.divide(intake, intakes, labels)
+        counts = self.write_sides(intake, intakes, sides, folded)
+        self.write_tables(build_evaluation(self.task, answers, labels), labels, counts, rule)
+        print(f"new        {describe_counts(counts)}; {rule}")
+        kind = f"{len(labels)} labels ({', '.join(labels[:4])}…)" if labels else "no labels"
+        print(f"new        answers: {escape(kind)}; {shown(TASKS / f'{self.task}.yaml')}")
+        convert.convert_task(
+            self.task, Path(), convert.Options(self.choices.quarantine, repair=self.choices.repair)
+        )
+        print(
+            f"next       make look TASK={self.task}; make train RECIPE=smollm2-135m/{self.task}_r4"
+        )
+
+    # ---- rows
+
+    def take_in(self, rows: RowFile, side: str) -> Intake:
+        """The chat rows of a file; raises WrongInput that lists the bad rows unless they may go."""
+        shape = self.shape
+        if rows is not self.rows and shape.list_missing(rows.columns, with_answer=True):
+            shape = recognize(rows, labels=list(shape.names.values()) if shape.names else None)
+            shape.options, shape.names = self.shape.options, self.shape.names or shape.names
+            print_shape(rows, shape, [])
+        options = self.options
+        if rows is not self.rows:
+            options = Options(**vars(options) | {"group": None, "time": None})
+            if self.choices.group in rows.columns:
+                options.group = self.choices.group
+        suffix = "" if side == "train" else f"_{side}"
+        path = DATA / f"{self.task}{suffix}.refused.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.undo.callback(path.unlink, missing_ok=True)
+        shape.repairs.clear()
+        intake = take_in(rows, shape, options, path)
+        self.undo.callback(intake.spool.close)
+        if not self.choices.quarantine:
+            intake.refusals.stop()
+        elif intake.refusals.first:
+            total = intake.refusals.reasons.total()
+            print(f"refused    {rows.name}: {total:,} rows, in {shown(path)}")
+            for line in intake.refusals.list_lines():
+                print(f"           {escape(line)}")
+        for repair, count in shape.repairs.items():
+            if count:
+                print(f"new        {rows.name}: {count:,} rows: {repair}")
+        if intake.cut:
+            print(f"new        {rows.name}: {intake.cut:,} prompts lost their middle (CUT=1)")
+        if not intake.rows:
+            raise WrongInput(f"{rows.name}: no row can be used")
+        if side == "train":
+            self.print_example(intake)
+        return intake
+
+    def print_example(self, intake: Intake) -> None:
+        """Prints the first row as a base at hand will see it."""
+        chat = orjson.loads(next(intake.read()))
+        intake.spool.seek(0, 2)
+        for base in self.bases[:1]:
+            print(f"new        the first row as {base.name} sees it:")
+            for line in escape(base.render(chat)[:1500]).splitlines():
+                print(f"           {line}")
+
+    def print_unrenderable(self, intake: Intake) -> None:
+        """Prints for each base at hand what its chat template refuses or leaves out of the rows."""
+        shapes = list(prompts.pick_shapes(map(orjson.loads, intake.read())))
+        intake.spool.seek(0, 2)
+        for base in self.bases:
+            reasons = (prompts.explain_unrenderable(base, row, base.options) for _, row in shapes)
+            if reason := next(filter(None, reasons), ""):
+                print(f"new        {base.name} cannot be trained on these rows: {escape(reason)}")
+
+    def print_lengths(self, intakes: list[Intake]) -> None:
+        """Prints for each base at hand how many rows are too long for it."""
+        limit = self.options.sequence_len
+        for base in self.bases:
+            over = sum(intake.over[base.name] for intake in intakes)
+            print(f"new        {base.name}: {over:,} rows over sequence_len ({limit:,} tokens)")
+        longest = max(intake.longest for intake in intakes)
+        if longest + TEMPLATE_BYTES > limit and (missing := bases.name_missing(self.bases)):
+            print(
+                f"new        not counted for {', '.join(missing)}: their tokenizers are not here, "
+                f"and the longest row has {longest:,} bytes"
+            )
+
+    def open_held_out(self) -> dict[str, RowFile]:
+        """The files of test and validation rows: `TEST=`, else the dataset's own splits."""
+        held_out = {}
+        if self.choices.test:
+            held_out["test"] = open_rows(self.choices.test)
+        elif "train" not in self.rows.splits and "test" in self.rows.splits:
+            held_out["test"] = self.rows.open_split("test")
+        for name in ("validation", "val", "valid", "dev"):
+            if "test" in held_out and name in self.rows.splits:
+                held_out["val"] = self.rows.open_split(name)
+                break
+        return held_out
+
+    def find_labels(self, answers: list[str]) -> list[str]:
+        names = list((self.shape.names or {}).values())
+        return names if names and set(answers) <= set(names) else find_labels(answers)
+
+    # ---- sides
+
+    def divide(
+        self, intake: Intake, held_out: dict[str, Intake], labels: list[str]
+    ) -> tuple[list[str], str]:
+        """The side of each row of the main file, and the rule in words."""
+        tested = {mark for other in held_out.values() for mark in other.marks.prompts}
+        groups = {mark for other in held_out.values() for mark in other.marks.groups}
+        prompts = set(intake.marks.prompts) - tested
+        if len(prompts) < LEAST_PROMPTS:
+            raise WrongInput(
+                f"{self.rows.name}: {intake.rows} rows with {len(prompts)} prompts; at least "
+                f"{LEAST_PROMPTS} prompts are needed"
+            )
+        shares = [] if "test" in held_out else [TEST_SHARE]
+        least = sources.tables()["validation"]["least"]
+        shares += [] if "val" in held_out or len(prompts) < least else [VALIDATION_SHARE]
+        sides = divide_rows(intake.marks, shares)
+        for number, mark in enumerate(intake.marks.prompts):
+            if mark in tested or (groups and intake.marks.groups[number] in groups):
+                sides[number] = ""
+        if dropped := sides.count(""):
+            print(f"new        {dropped:,} rows do not train: their prompts stand in the test rows")
+        if "train" not in sides:
+            raise WrongInput(f"{self.rows.name}: no rows are left to train on")
+        rule = "by label" if labels else "at random"
+        if self.choices.time:
+            rule = f"by time ({self.choices.time}), the newest rows test"
+        units = "by prompt" if not self.choices.group else f"by {self.choices.group} and prompt"
+        text = f"divided {rule}, grouped {units}" if shares else "divided as the files are"
+        if "test" in held_out:
+            text += f"; tested on {self.choices.test or 'the split test'}"
+        return ["val" if side == "validation" else side for side in sides], text
+
+    def write_sides(
+        self,
+        intake: Intake,
+        held_out: dict[str, Intake],
+        sides: list[str],
+        folded: dict[str, str],
+    ) -> Counter[str]:
+        """Writes data/local/<task>_<side>.jsonl; returns the rows of each side."""
+        counts = Counter[str]()
+        rows: dict[str, Iterator[bytes]] = {side: other.read() for side, other in held_out.items()}
+        with ExitStack() as files:
+            opened: dict[str, Any] = {}
+
+            def put(side: str, line: bytes) -> None:
+                if side not in opened:
+                    path = DATA / f"{self.task}_{side}.jsonl"
+                    self.undo.callback(path.unlink, missing_ok=True)
+                    opened[side] = files.enter_context(atomic(path))
+                opened[side].write(fold_answer(line, folded) if folded else line)
+                counts[side] += 1
+
+            for side, line in zip(sides, intake.read(), strict=True):
+                if side:
+                    put(side, line)
+            for side, lines in rows.items():
+                for line in lines:
+                    put(side, line)
+        self.longest = max(one.longest for one in (intake, *held_out.values()))
+        return counts
+
+    # ---- files
+
+    def write_tables(
+        self, evaluation: dict[str, Any], labels: list[str], counts: Counter[str], rule: str
+    ) -> None:
+        """Writes the evaluation, the task's row of the tables, and a recipe for each model."""
+        own_file, evaluation_file = recipes.LOCAL / f"{self.task}.yaml", TASKS / f"{self.task}.yaml"
+        self.undo.callback(self.forget)
+        write_own(evaluation_file, self.rows.name, evaluation)
+        write_own(own_file, self.rows.name, self.build_tables(labels, counts, rule))
+        clear_caches()
+        names = [name for name, parts in recipes.list_names().items() if parts[1] == self.task]
+        for name in names:
+            path = recipes.LOCAL / f"{name}.yaml"
+            self.undo.callback(path.unlink, missing_ok=True)
+            write_text(path, rendering.render_recipe(name))
+        print(f"new        {shown(own_file)} and {len(names)} recipes")
+
+    def forget(self) -> None:
+        """Removes the task's tables and converted rows."""
+        for path in (recipes.LOCAL / f"{self.task}.yaml", TASKS / f"{self.task}.yaml"):
+            path.unlink(missing_ok=True)
+        for side in ("train", "val", "test"):
+            convert.remove(sources.CHAT / f"{self.task}_{side}.jsonl")
+        clear_caches()
+
+    def build_tables(self, labels: list[str], counts: Counter[str], rule: str) -> dict[str, Any]:
+        """The rows that a task adds to the tables of recipes/matrix.yaml and data/sources.yaml."""
+        path = Path(self.rows.source).expanduser()
+        made = {"from": self.rows.name, "format": self.rows.format, "rows": dict(counts)}
+        made |= {"sha256": digest(path)} if path.is_file() else {}
+        made |= {"revision": self.rows.revision} if self.rows.revision else {}
+        files = {side: shown(DATA / f"{self.task}_{side}.jsonl") for side in ("train", "val")}
+        dataset = {"file": shown(DATA / f"{self.task}_test.jsonl")}
+        task = {**files, "eval": [self.task], "split": rule, "shape": self.shape.to_dict()}
+        settings = build_settings(self.longest, counts["train"], bool(counts["val"]))
+        tokens = int(self.longest / CHARACTERS_PER_TOKEN) + TEMPLATE_TOKENS
+        row: dict[str, Any] = {
+            "title": self.task.replace("_", " "),
+            "longest": min(tokens, settings["sequence_len"]),
+            "settings": settings,
+        }
+        if self.choices.last_only or "messages" in self.shape.columns:
+            row["rows"] = {"message_field_training": "train"}
+        return {
+            "tasks": {self.task: row},
+            "sources": {
+                "datasets": {self.task: dataset | ({"labels": labels} if labels else {})},
+                "tasks": {self.task: task | {"made": made}},
+            },
+        }
 
 
-def build_source(task: str, file: Path) -> dict[str, Any]:
-    """The row that a training file of the user's own adds to the tables of data/sources.yaml."""
-    return {"sources": {"tasks": {task: {"train": str(file), "eval": []}}}}
-
-
-def build_config(name: str, run: dict[str, Any], task: str) -> dict[str, Any]:
-    """The Axolotl config of a run that trains on a task's rows."""
-    base = recipes.find_base(run["base_model"])[1] or {"hub": run["base_model"], "settings": {}}
-    settings = {
-        "lora_r": run["lora_r"],
-        "lora_alpha": run.get("lora_alpha", recipes.read_matrix()["common"]["lora_alpha"]),
-        "learning_rate": run["learning_rate"],
-        "num_epochs": run["num_epochs"],
-        "micro_batch_size": run["batch_size"],
-        "gradient_accumulation_steps": run["gradient_accumulation_steps"],
-        # FinLoRA's choice by bits.
-        "optimizer": "paged_adamw_8bit" if run["quant_bits"] == 4 else "adamw_bnb_8bit",
-    }
-    settings |= {key: True for key in ("peft_use_dora", "peft_use_rslora") if run.get(key)}
-    folder, bits = f"imported/{name}", run["quant_bits"]
-    return recipes.compose_config(folder, base, task, bits, base["settings"], settings)
-
-
-@dataclass(frozen=True)
-class Twin:
-    """The catalogue's recipe that is nearest to a run; {key: (run's, its)} of what differs."""
-
-    name: str
-    differences: dict[str, tuple[Any, Any]]
-
-    def __str__(self) -> str:
-        changes = (f"{key} {own} (there {its})" for key, (own, its) in self.differences.items())
-        return f"{self.name} in {', '.join(changes)}"
-
-
-def find_twin(config: dict[str, Any]) -> Twin | None:
-    """The recipe of the catalogue that learns the same as a config, or nearly the same."""
-    learned = recipes.select_learned(config)
-    twins = []
-    for name, other in list_learned(config["base_model"], learned["datasets"][0]["path"]):
-        keys = sorted(learned.keys() | other.keys())
-        pairs = {key: (learned.get(key), other.get(key)) for key in keys}
-        differences = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-        twins.append(Twin(name, differences))
-    return min(twins, key=lambda twin: len(twin.differences), default=None)
-
-
-@cache
-def list_learned(base: str, data: str) -> list[tuple[str, dict[str, Any]]]:
-    """(name, what is learned) of the catalogue's recipes with this base and training file."""
-    models = recipes.read_matrix()["models"]
-    return [
-        (name, recipes.select_learned(recipes.build_config(name)))
-        for name, (model, task, _) in recipes.list_names().items()
-        if not recipes.is_local(name)
-        and base == models[model].get("base_model", models[model]["hub"])
-        and data == f"{task}_train.jsonl"
-    ]
-
-
-def import_run(name: str, run: Any, source: Path) -> bool:
-    """Writes the recipe of one run; False where the catalogue has it. Raises ValueError."""
-    if faults := list_faults(name, run):
-        raise ValueError("; ".join(faults))
-    task, file = find_data(run, source)
-    config = build_config(name, run, task)
-    twin = None if file else find_twin(config)
-    if twin and not twin.differences:
-        print(f"catalogue  {name} is {twin.name}")
-        return False
-    path = recipes.LOCAL / "imported" / f"{name}.yaml"
-    if path.exists() and read_yaml(path) != config:
-        raise ValueError(f"{shown(path)} says something else; delete it to import the run anew")
-    own_file = recipes.LOCAL / f"{task}.yaml"
-    if file and not own_file.exists():
-        write_own(own_file, source, build_source(task, file))
-    if not path.exists():
-        header = [
-            f"Imported from {source.name}: {name}",
-            *([f"Differs from {twin}"] if twin else []),
-            "",
-            f"  make train RECIPE=imported/{name}",
-            f"  axolotl train {shown(path)}",
-            "",
-            f"Version: 1.0.0 ({recipes.Recipe(name, path, config, '1.0.0').digest[:12]})",
-            "Yours to change: `make render` leaves it alone.",
-        ]
-        # No name: the reasons that a pattern selects are those of the catalogue's settings.
-        write_text(path, rendering.format_recipe(header, config, ""))
-    apart = f"differs from {twin}" if twin else "nothing in the catalogue is like it"
-    print(f"local      {name}: {shown(path)}; {apart}")
-    return True
-
-
-def import_runs(source: Path) -> None:
-    """Makes recipes from a FinLoRA config file: one JSON object, run name → settings."""
-    if not source.is_file():
-        raise WrongInput(f"CONFIG={source} is not there; a FinLoRA config file is needed")
-    runs = parse_json(source.read_bytes(), shown(source))
-    if not runs:
-        raise WrongInput(f"{shown(source)}: an object of run names and settings is needed")
-    identify.cache_clear()  # a file may have changed since
-    problems, written = dict[str, str](), 0
-    for name, run in runs.items():
-        try:
-            written += import_run(name, run, source)
-        except ValueError as error:
-            problems[name] = str(error)
+def clear_caches() -> None:
+    sources.tables.cache_clear()
     recipes.clear_caches()
-    for name, reason in problems.items():
-        print(f"left out   {name}: {reason}")
-    same = len(runs) - written - len(problems)
-    rest = f", {len(problems)} left out" if problems else ""
-    print(f"import     {len(runs)} runs: {same} in the catalogue, {written} local{rest}")
-    if problems:
-        name, reason = next(iter(problems.items()))
-        raise JobFailed(
-            f"{shown(source)}: {len(problems)} of {len(runs)} runs are not imported; "
-            f"the first: {name}: {reason}"
-        )
+
+
+def describe_counts(counts: Counter[str]) -> str:
+    words = {"train": "train", "val": "validate", "test": "test"}
+    parts = (f"{counts[side]:,} rows {word}" for side, word in words.items() if counts[side])
+    return ", ".join(parts)
+
+
+def fold_labels(answers: list[str]) -> dict[str, str]:
+    """{answer: label} of answers that differ in case alone, where they are labels once folded."""
+    folded = turns.fold_spellings(Counter(answers))
+    return folded if find_labels([folded.get(answer, answer) for answer in answers]) else {}
+
+
+def fold_answer(line: bytes, folded: dict[str, str]) -> bytes:
+    chat = orjson.loads(line)
+    last = chat["messages"][-1]
+    if last["content"] not in folded:
+        return line
+    last["content"] = folded[last["content"]]
+    return orjson.dumps(chat, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def build_settings(longest: int, rows: int, validated: bool) -> dict[str, Any]:
+    """Batch, length and steps that follow from the rows; `longest` is a row's in bytes.
+
+    A token is a byte at least, so rows of fewer bytes than sequence_len fit every base. Validation
+    and saving fall on the same steps, so that Axolotl keeps the checkpoint that validates best.
+    """
+    limit = recipes.read_matrix()["common"]["sequence_len"]
+    room = LENGTH_STEP * math.ceil((longest + TEMPLATE_BYTES) / LENGTH_STEP)
+    tokens = longest / CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS
+    micro_batch, accumulation = (8, 2) if tokens <= 512 else (4, 4) if tokens <= 1024 else (1, 8)
+    if rows < FEW_ROWS:
+        accumulation //= 2
+    steps = math.ceil(rows / (micro_batch * accumulation))
+    epochs = next(epochs for most, epochs in EPOCHS.items() if rows <= most)
+    epochs = max(epochs, min(MOST_EPOCHS, math.ceil(LEAST_STEPS / steps)))
+    every = max(1, steps * epochs // max(4, epochs))
+    return {
+        "num_epochs": epochs,
+        "max_steps": None,
+        "micro_batch_size": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "sequence_len": min(limit, room),
+        "save_steps": every,
+        "eval_steps": every if validated else None,
+    }

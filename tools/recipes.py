@@ -310,6 +310,8 @@ def build_config(name: str) -> dict[str, Any]:
     rows = matrix["models"][model], matrix["tasks"][task], matrix["methods"][method]
     layers = [row["settings"] for row in rows]
     layers += [row for pattern, row in matrix["overrides"].items() if fnmatchcase(name, pattern)]
+    if is_local(name):  # its steps follow from its rows, whatever the catalogue's exceptions say
+        layers.append(matrix["tasks"][task]["settings"])
     return compose_config(name, rows[0], task, rows[2]["bits"], *layers)
 
 
@@ -319,16 +321,18 @@ def compose_config(
     """An Axolotl config that trains a task's chat rows into runs/<run>.
 
     `base` is a row of the tables' models, loaded at 4, 8 or 16 `bits`; each of `layers` overrides
-    the common settings and the layers before it.
+    the common settings and the layers before it; null takes a key away.
     """
     matrix = read_matrix()
     config: dict[str, Any] = {"base_model": base.get("base_model", base["hub"])}
     # Not `val_set_size`: it draws rows, and copies of a row would both train and validate.
     for key, side in {"datasets": "train", "test_datasets": "val"}.items():
-        config[key] = [{"path": f"data/chat/{task}_{side}.jsonl", **deepcopy(matrix["rows"])}]
+        rows = matrix["rows"] | matrix["tasks"].get(task, {}).get("rows", {})
+        config[key] = [{"path": f"data/chat/{task}_{side}.jsonl", **deepcopy(rows)}]
     config |= {"output_dir": f"runs/{run}", "dataset_prepared_path": f"runs/{run}/prepared"}
     for layer in (matrix["bits"][bits], matrix["common"], *layers):
         config |= deepcopy(layer)  # the tables are cached, and callers change configs
+    config = {key: value for key, value in config.items() if value is not None}
     if "target_modules" in base:
         modules = "|".join(config["lora_target_modules"])
         config["lora_target_modules"] = base["target_modules"].replace("NAMES", modules)

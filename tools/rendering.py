@@ -7,10 +7,11 @@ The reasons beside the values are rows of `keys` in recipes/matrix.yaml.
 
 import math
 import textwrap
+from pathlib import Path
 from typing import Any
 
 from tools import architectures, evidence, recipes
-from tools.common import JobFailed, format_yaml, shown
+from tools.common import JobFailed, atomic, format_yaml, shown
 from tools.train.memory import GIB, compute_memory, read_setup
 
 # `make render` writes and removes files with this line.
@@ -131,6 +132,17 @@ def add_reason(lines: list[str], reason: str | None) -> list[str]:
     if len(beside) <= WIDTH and (len(lines) == 1 or lines[0].endswith(":")):
         return [beside, *lines[1:]]
     return [*textwrap.wrap(reason, WIDTH, initial_indent="# ", subsequent_indent="# "), *lines]
+
+
+def write_own(path: Path, source: str, content: dict[str, Any]) -> None:
+    """Writes a YAML file of the user's own that says which file it was made from."""
+    header = f"# Yours, from {' '.join(source.split())}; `make render` leaves it alone.\n"
+    write_text(path, header + format_yaml(content))
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic(path) as file:
+        file.write(text.encode())
 
 
 def read_or_render(recipe: recipes.Recipe) -> str:

@@ -38,7 +38,7 @@ def tables() -> dict[str, Any]:
     for path in sorted(OWN.glob("*.yaml")):
         for table, rows in read_yaml(path).get("sources", {}).items():
             for entry in rows.values():
-                for key in {"file", "train"} & entry.keys():
+                for key in {"file", "train", "val"} & entry.keys():
                     entry[key] = str(ROOT / entry[key])  # not below FinLoRA's data/
             content[table] |= rows
     return content

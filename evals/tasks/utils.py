@@ -13,6 +13,7 @@ filter reads the answer, then a `process_results` function scores it. For each m
 """
 
 import ast
+import json
 import math
 import re
 import unicodedata
@@ -83,8 +84,11 @@ def finlora_list(resps: list[list[str]], docs: list[dict[str, Any]]) -> list[lis
 
 
 def key(doc: dict[str, Any]) -> str:
-    """The expected answer of a row."""
-    return str(doc["messages"][1]["content"]).strip()
+    """The expected answer: the text of the last turn, and the tools that it calls as JSON."""
+    turn = doc["messages"][-1]
+    calls = turn.get("tool_calls")
+    parts = [str(turn["content"] or "").strip(), json.dumps(calls) if calls else ""]
+    return "\n".join(filter(None, parts))
 
 
 def process_results(rule: Rule) -> Callable[[dict[str, Any], list[Any]], Scores]:
@@ -97,7 +101,7 @@ def process_results(rule: Rule) -> Callable[[dict[str, Any], list[Any]], Scores]
             return {"accuracy": float(answer[0] == answer[1]), "f1_weighted": [answer]}
         if isinstance(answer, list):
             return {"accuracy": answer, "f1_weighted": answer}
-        return rule(key(doc), answer.strip(), str(doc["messages"][0]["content"]))
+        return rule(key(doc), answer.strip(), str(doc["messages"][-2]["content"]))
 
     return score_row
 

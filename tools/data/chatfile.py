@@ -27,9 +27,10 @@ import orjson
 
 from tools import sources
 from tools.common import WrongInput, atomic, digest, naming, shown, write_json
-from tools.data.rows import MAX_LINE, NO_RULES, Batch, Rules, read_batches
+from tools.data.rows import MAX_LINE, NO_RULES, Batch, Refusals, Rules, read_batches
 from tools.data.rules import fingerprint
 from tools.data.split import draw_validation
+from tools.data.turns import write_prompt
 
 if TYPE_CHECKING:
     from tools.data.lengths import Lengths
@@ -112,6 +113,7 @@ class Conversion:
     counts: Counter[str] = field(default_factory=Counter)
     removed: Counter[str] = field(default_factory=Counter)
     first_refused: tuple[int, str, bytes] | None = None
+    repairs: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.removals = [(removal, removal.start()) for removal in self.rules.removals]
@@ -128,16 +130,20 @@ class Conversion:
             file = TemporaryFile(dir=target.parent) if validation else atomic(target)  # noqa: SIM115
             chat_file = ChatFile(files.enter_context(file))
             refused_file = None
+            refusals = Refusals(shown(self.source))
             for batch in map(self.select, batches):
-                if batch.refused:
-                    if not self.options.quarantine:
-                        batch.stop_at_first()
+                self.repairs += batch.repairs
+                if batch.refused and not self.options.quarantine:
+                    for number, reason, _ in sorted(batch.refused):
+                        refusals.add(f"line {number}", reason)
+                elif batch.refused:
                     refused_file = refused_file or files.enter_context(atomic(refused_path))
                     self.put_aside(batch, refused_file)
                 self.counts["rows"] += len(batch.chat)
                 if validation:
                     copies.update(map(fingerprint, batch.prompts))
                 chat_file.add(b"".join(batch.chat), batch.answers if self.rules.labels else ())
+            refusals.stop()
             if not self.counts["rows"]:
                 first, why = self.first_refused, ""
                 if first:
@@ -199,9 +205,9 @@ class Conversion:
         sides = [ChatFile(files.enter_context(atomic(path))) for path in paths]
         rows.seek(0)
         for line in rows:
-            prompt, answer = (turn["content"] for turn in orjson.loads(line)["messages"])
-            side = sides[fingerprint(prompt) in marks]
-            side.add(line, [answer] if self.rules.labels else ())
+            *before, last = orjson.loads(line)["messages"]
+            side = sides[fingerprint(write_prompt(before)) in marks]
+            side.add(line, [last["content"]] if self.rules.labels else ())
         held_out = {"rows": sum(copies[mark] for mark in marks), "prompts": len(marks)}
         if marks:
             return sides[0], {**held_out, "file": validation.name, **sides[1].describe()}
@@ -222,6 +228,7 @@ class Conversion:
             **{name: self.counts[name] for name in ("rows_in", "rows", "refused", "not_selected")},
             "removed": removed,
             "labels": file["labels"],
+            "repairs": dict(self.repairs),
             "selected": None if self.rows is None else f"{len(self.rows)} chosen rows",
             "repair": self.rules.reason or None,
             "label_check": self.rules.label_check,

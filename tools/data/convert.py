@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools import sources
-from tools.common import WrongInput, check_name, shown
+from tools.common import WrongInput, check_name, shown, write_json
 from tools.data.chatfile import DEFAULT, UNCOUNTED, Options, convert_rows, remove
 from tools.data.join import join_parts
 from tools.data.rules import check_labels, load_test_rules, load_train_rules
@@ -75,7 +75,9 @@ def convert_train(task: str, folder: Path, options: Options) -> dict[str, frozen
     source, split = folder / spec["train"], spec.get("without_train")
     test_set = folder / sources.tables()["datasets"][split["split"]]["file"] if split else None
     holding_out = replace(options, validation=sources.val_path(task))
-    if source.is_file():
+    if "val" in spec and source.is_file():
+        convert_own(task, options)
+    elif source.is_file():
         rules = load_train_rules(task, folder)
         rules = check_labels(source, rules, options.repair, options.quarantine)
         print_conversion(convert_rows(source, target, rules, options=holding_out), target)
@@ -92,6 +94,22 @@ def convert_train(task: str, folder: Path, options: Options) -> dict[str, frozen
     else:
         print_conversion(result, target)
     return {}
+
+
+def convert_own(task: str, options: Options) -> None:
+    """Converts the training rows of a task that `make new` has split, and its validation rows."""
+    spec = sources.tables()["tasks"][task]
+    rules, held_out = load_train_rules(task, Path()), {"rows": 0, "reason": spec["split"]}
+    target, val_target = sources.train_path(task), sources.val_path(task)
+    remove(val_target)
+    if (val := Path(spec["val"])).is_file():
+        manifest = convert_rows(val, val_target, rules, options=options)
+        facts = {key: manifest[key] for key in ("rows", "sha256", "labels")}
+        held_out = {"file": val_target.name, **facts}
+    manifest = convert_rows(Path(spec["train"]), target, rules, options=options)
+    manifest |= {"validation": held_out, "split": spec["split"]}
+    write_json(sources.manifest_path(target), manifest)
+    print_conversion(manifest, target)
 
 
 def convert_file(dataset: str, source: Path, target: Path, options: Options = DEFAULT) -> None:
@@ -120,6 +138,7 @@ def print_conversion(manifest: dict[str, Any], target: Path) -> None:
         f"{entry['rows']} taken out: {entry['repair']}" for entry in removed if entry.get("rows")
     ]
     notes += [f"{entry['repair']} {entry['note']}" for entry in removed if "note" in entry]
+    notes += [f"{rows:,} rows: {repair}" for repair, rows in manifest["repairs"].items()]
     if manifest["refused"]:
         notes.append(f"{manifest['refused']} refused: {shown(sources.refused_path(target))}")
     text = "; ".join(filter(None, [labels[:70], *notes]))
@@ -162,6 +181,8 @@ def load_lengths(
     lengths = load(base, sequence_len or config.get("sequence_len"))
     if tokenizer and not lengths:
         raise WrongInput(f"{tokenizer} holds no tokenizer")
+    if lengths:
+        lengths.options = config.get("chat_template_kwargs")
     if lengths and chosen and changes_tokenizer(config):
         from tools.models import load_tokenizer
 

@@ -1,6 +1,6 @@
 """Counts the tokens of chat rows as training sees them, and shortens prompts that are too long.
 
-    load("HuggingFaceTB/SmolLM2-135M-Instruct").count(["How is it?"], ["neutral"])
+    load("HuggingFaceTB/SmolLM2-135M-Instruct").count([chat_row])
 
 A row is rendered with the tokenizer's chat template, as Axolotl does: the prompt's tokens end where
 the assistant's answer begins. Answers are never cut. If a task's row in data/sources.yaml has
@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 from os.path import commonprefix
 from typing import Any
 
+import orjson
+
 from tools.common import ROOT, WrongInput, digest
-from tools.data.rows import Batch, build_chat_row
-from tools.prompts import render
+from tools.data.rows import Batch, write_chat_row
+from tools.data.turns import write_prompt
+from tools.prompts import read_conversation, render, render_row
 
 GAP = "\n[…]\n"  # in place of the middle of a prompt
 
@@ -32,22 +35,25 @@ class Lengths:
     tokenizer: Any
     name: str
     sequence_len: int | None = None
+    options: dict[str, Any] | None = None  # the recipe's chat_template_kwargs
     prompt: Counter[int] = field(default_factory=Counter)
     answer: Counter[int] = field(default_factory=Counter)
     over: int = 0
     cut: int = 0
 
     def copy_empty(self) -> "Lengths":
-        return Lengths(self.tokenizer, self.name, self.sequence_len)
+        return Lengths(self.tokenizer, self.name, self.sequence_len, self.options)
 
-    def count(self, prompts: list[str], answers: list[str]) -> list[tuple[int, int]]:
-        """Returns (tokens of the prompt, tokens of the answer) of each row."""
+    def count(self, chats: list[bytes]) -> list[tuple[int, int]]:
+        """Returns (tokens before the last answer, tokens of that answer) of each chat row."""
         texts, starts = [], []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        for chat in chats:
+            row = orjson.loads(chat)
+            turns, tools = read_conversation(row)
+            text = render_row(self.tokenizer, row, self.options)
             texts.append(text)
-            starts.append(len(commonprefix([render(self.tokenizer, turns[:1]), text])))
+            prompt = render(self.tokenizer, turns[:-1], self.options, tools=tools)
+            starts.append(len(commonprefix([prompt, text])))
         rows = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
         sizes = [row.char_to_token(start) for row, start in zip(rows, starts, strict=True)]
         return [(size, len(row) - size) for row, size in zip(rows, sizes, strict=True)]
@@ -55,16 +61,17 @@ class Lengths:
     def check(self, batch: Batch, cut: bool, bounded: bool) -> Batch:
         """Counts a batch; if `bounded`, rows that are too long are cut or refused."""
         fits = []
-        for index, (prompt, answer) in enumerate(self.count(batch.prompts, batch.answers)):
+        for index, (prompt, answer) in enumerate(self.count(batch.chat)):
             self.prompt[prompt] += 1
             self.answer[answer] += 1
             fits.append(self.sequence_len is None or prompt + answer <= self.sequence_len)
             self.over += not fits[-1]
             if fits[-1] or not bounded:
                 continue
-            if cut and (text := self.cut_middle(batch.prompts[index], batch.answers[index])):
-                batch.prompts[index] = text
-                batch.chat[index] = build_chat_row(text, batch.answers[index])
+            if cut and (chat := self.cut_middle(batch.chat[index])):
+                batch.chat[index] = chat
+                messages = orjson.loads(chat)["messages"]
+                batch.prompts[index] = write_prompt(messages[:-1])
                 self.cut += 1
                 fits[-1] = True
                 continue
@@ -73,17 +80,24 @@ class Lengths:
             batch.refused.append((batch.numbers[index], reason, batch.lines[index]))
         return batch.select(fits) if bounded else batch
 
-    def cut_middle(self, prompt: str, answer: str) -> str | None:
-        """Cuts out as little of a prompt's middle as makes its row fit; None if no cut does."""
+    def cut_middle(self, chat: bytes) -> bytes | None:
+        """Cuts out as little of the longest prompt's middle as makes its row fit; None if no cut
+        does.
+        """
+        row = orjson.loads(chat)
+        prompts = [turn for turn in row["messages"] if turn["role"] != "assistant"]
+        longest = max(prompts, key=lambda turn: len(turn["content"]))
+        prompt = longest["content"]
         offsets = self.tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).offsets
-        left, text = len(offsets), prompt
-        while excess := max(0, sum(self.count([text], [answer])[0]) - (self.sequence_len or 0)):
+        left = len(offsets)
+        while excess := max(0, sum(self.count([chat])[0]) - (self.sequence_len or 0)):
             left -= excess
             if left < 2:
                 return None
             end, start = offsets[(left + 1) // 2 - 1][1], offsets[-(left // 2)][0]
-            text = prompt[:end] + GAP + prompt[start:]
-        return text
+            longest["content"] = prompt[:end] + GAP + prompt[start:]
+            chat = write_chat_row(row)
+        return chat
 
     def summarize(self) -> dict[str, Any]:
         """Returns the manifest's facts; each quantile is the length of a row (nearest rank)."""

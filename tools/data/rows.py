@@ -1,13 +1,16 @@
-"""Reads FinLoRA's rows strictly and in constant memory; a malformed row is named and refused.
+"""Reads JSONL strictly and in constant memory; a malformed row is named and refused.
 
     for batch in read_batches(Path("data/raw/test/fpb_test.jsonl")):
         print(batch.prompts, batch.answers, batch.refused)
 
-Repeated keys, control characters, types other than text and numbers, and empty texts are refused.
+A row is FinLoRA's (context and target) or a chat row (messages). Repeated keys, control characters,
+control tokens, types other than text and numbers, and empty texts are refused; page breaks and end
+tokens after an answer are repaired. The rules for texts and turns are in tools/data/turns.py.
 """
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import compress
@@ -17,12 +20,25 @@ from typing import Any
 import orjson
 
 from tools.common import WrongInput, shown, unique
+from tools.data import turns
 
-CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 ASCII_ESCAPE = re.compile(rb"\\(?:[bf]|u00[0-7])")  # an escaped ASCII character
 MAX_LINE = 16 * 2**20  # bytes; FinLoRA's longest rows are about 20 kB
 CHUNK = 2**16  # bytes that are read at a time
-
+# Of these, some stand in every control token of tools/data/rules.py.
+TOKEN_HINTS = [
+    b"<|",
+    b"</s>",
+    b"<s>",
+    b"<eos>",
+    b"<bos>",
+    b"<pad>",
+    b"<unk>",
+    b"_turn>",
+    b"_image>",
+]
+TOKEN_HINTS += [b"INST]", b"[TOOL", b"[/TOOL", b"[AVAILABLE", b"[/AVAILABLE", b"SYSTEM_PROMPT]"]
+REFUSALS_SHOWN = 10  # rows that are named one by one
 
 RowTest = Callable[[str, str], object]  # of prompt and answer
 
@@ -70,6 +86,7 @@ class Batch:
     answers: list[str] = field(default_factory=list)
     chat: list[bytes] = field(default_factory=list)  # the rows as they are written
     refused: list[tuple[int, str, bytes]] = field(default_factory=list)  # line number, reason, line
+    repairs: Counter[str] = field(default_factory=Counter)  # rows by what was repaired in them
 
     def select(self, mask: list[bool]) -> "Batch":
         """Returns the batch with the rows that the mask selects."""
@@ -80,11 +97,48 @@ class Batch:
         return replace(self, **columns)
 
     def stop_at_first(self) -> None:
-        """Raises WrongInput for the first row that broke a rule, if any."""
-        if self.refused:
-            number, reason, _ = min(self.refused)
-            where = f"{shown(self.source)}, line {number}"
-            raise WrongInput(f"{where}: {reason} (ON_ERROR=quarantine leaves such rows out)")
+        """Raises WrongInput that names the first row that broke a rule, if one did."""
+        refusals = Refusals(shown(self.source))
+        for number, reason, _ in sorted(self.refused):
+            refusals.add(f"line {number}", reason)
+        refusals.stop()
+
+
+@dataclass
+class Refusals:
+    """The rows of a file that cannot be used: the first ones, and how many for each reason."""
+
+    name: str
+    first: list[tuple[str, str]] = field(default_factory=list)  # place and reason
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def add(self, place: str, reason: str) -> None:
+        if len(self.first) < REFUSALS_SHOWN:
+            self.first.append((place, reason))
+        # What differs from row to row, the answer and its numbers, does not divide a reason.
+        kind = re.sub(r'(?<= is )"[^"]*"', "…", reason)
+        self.reasons[re.sub(r"\d[\d,.]*", "N", kind)] += 1
+
+    def list_lines(self) -> list[str]:
+        """The first rows with their reasons and, of more, a count by reason; to be printed."""
+        lines = [f"{place}: {reason}" for place, reason in self.first]
+        if self.reasons.total() > len(self.first):
+            lines += [f"{count:,} rows: {reason}" for reason, count in self.reasons.most_common(10)]
+        return lines
+
+    def stop(self) -> None:
+        """Prints the rows and raises WrongInput, if there are any."""
+        if not self.first:
+            return
+        total = self.reasons.total()
+        if total > 1:
+            print(f"refused    {self.name}: {total:,} rows cannot be used")
+            for line in self.list_lines():
+                print(f"           {line}")
+        place, reason = self.first[0]
+        rest = f"; {total - 1:,} more rows cannot be used" if total > 1 else ""
+        advice = "ON_ERROR=quarantine leaves such rows out"
+        raise WrongInput(f"{self.name}, {place}: {reason}{rest} ({advice})")
 
 
 def read_batches(source: Path, rules: Rules = NO_RULES) -> Iterator[Batch]:
@@ -106,7 +160,7 @@ def parse_lines(source: Path, lines: list[tuple[int, bytes]], rules: Rules, plai
     batch = Batch(source, len(lines))
     for number, line in lines:
         try:
-            prompt, answer = parse_row(line, rules, plain)
+            prompt, answer, chat = parse_row(line, rules, plain, batch.repairs)
         except (ValueError, RecursionError) as error:
             batch.refused.append((number, str(error), line))
             continue
@@ -114,7 +168,7 @@ def parse_lines(source: Path, lines: list[tuple[int, bytes]], rules: Rules, plai
         batch.lines.append(line)
         batch.prompts.append(prompt)
         batch.answers.append(answer)
-    batch.chat = list(map(build_chat_row, batch.prompts, batch.answers))
+        batch.chat.append(chat)
     return batch
 
 
@@ -130,10 +184,15 @@ def read_blocks(source: Path) -> Iterator[tuple[int, bytes]]:
                 pass
 
 
-def parse_row(line: bytes, rules: Rules = NO_RULES, plain: bool = False) -> tuple[str, str]:
-    """Returns (prompt, answer) of one line; raises ValueError with the fault.
+def parse_row(
+    line: bytes,
+    rules: Rules = NO_RULES,
+    plain: bool = False,
+    repairs: Counter[str] | None = None,
+) -> tuple[str, str, bytes]:
+    """(prompt, answer, chat row) of one line; raises ValueError that says what is wrong with it.
 
-    `plain`: the line is in a block that `is_plain`.
+    `plain`: the line stands in a block that `is_plain`. `repairs` counts what is repaired.
     """
     if len(line) > MAX_LINE:
         raise ValueError(f"longer than {MAX_LINE // 2**20} MB; one row stands on one line")
@@ -147,25 +206,74 @@ def parse_row(line: bytes, rules: Rules = NO_RULES, plain: bool = False) -> tupl
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(row, dict):
         raise ValueError(f"an object is needed, not {type(row).__name__}")
+    repairs = Counter() if repairs is None else repairs
+    if "messages" in row and "context" not in row:
+        return parse_chat_row(line, row, rules, repairs)
     prompt, answer = row.get("context"), row.get("target")
     if not (isinstance(prompt, str) and isinstance(answer, str) and len(row) == 2) or not (
         plain or is_plain(line, 1)
     ):
         row = json.loads(line, object_pairs_hook=unique)  # orjson rounds long numbers, too
         prompt, answer = read_text(row, "context"), read_text(row, "target")
+        prompt, answer = mend_pair(prompt, answer, repairs)
     prompt, answer = prompt.strip(), answer.strip()
     if not prompt or not answer:
         raise ValueError(f'"{"target" if prompt else "context"}" is empty')
+    if len(answer) < 5:
+        turns.require_answer(answer, "target")
+    answer = check_answer(prompt, answer, rules)
+    return prompt, answer, build_chat_row(prompt, answer)
+
+
+def parse_chat_row(
+    line: bytes, row: dict[str, Any], rules: Rules, repairs: Counter[str]
+) -> tuple[str, str, bytes]:
+    """The same of a line that is a chat row; what its `tools` and turns hold stays in it."""
+    if orjson.dumps(row) != line.strip():  # or it has no key twice and no long number
+        row = json.loads(line, object_pairs_hook=unique)
+    chat = mend_chat({"messages": turns.read_turns(row["messages"], "messages")}, repairs)
+    if tools := turns.read_tools(row.get("tools"), "tools"):
+        chat["tools"] = tools
+    messages = chat["messages"]
+    prompt = turns.write_prompt(messages[:-1])
+    last = messages[-1]
+    if last.get("tool_calls"):
+        return prompt, turns.write_answer(last), write_chat_row(chat)
+    last["content"] = check_answer(prompt, last["content"], rules)
+    return prompt, last["content"], write_chat_row(chat)
+
+
+def mend_chat(chat: dict[str, Any], repairs: Counter[str]) -> dict[str, Any]:
+    """A chat row after the rules for texts and turns; raises ValueError where one is broken."""
+    from tools.data.rules import mend_turns  # which reads rows
+
+    mend_turns(chat["messages"], repairs)
+    turns.check_row(chat)
+    return chat
+
+
+def mend_pair(prompt: str, answer: str, repairs: Counter[str]) -> tuple[str, str]:
+    """Prompt and answer of FinLoRA's row after the same rules."""
+    from tools.data.rules import mend_turns
+
+    pair = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    mend_turns(pair, repairs)
+    return pair[0]["content"], pair[1]["content"]
+
+
+def check_answer(prompt: str, answer: str, rules: Rules) -> str:
+    """An answer after its repair; raises ValueError where it is none of the labels."""
     if rules.relabel:
         answer = rules.repair(prompt, answer)
     if rules.labels and answer not in rules.labels:
         labels = ", ".join(sorted(rules.labels))
         raise ValueError(f'the answer "{answer[:60]}" is none of {labels}')
-    return prompt, answer
+    return answer
 
 
 def is_plain(text: bytes, rows: int) -> bool:
-    """Whether `rows` rows with context and target have no control character and no repeated key.
+    """Whether `rows` rows with context and target have no control character or token, and no
+    repeated key.
 
     orjson accepts both silently, and Python's own parser takes twice the time, so it parses only
     the rows that are not plain. A repeated key occurs twice in the text unless it is escaped.
@@ -174,6 +282,7 @@ def is_plain(text: bytes, rows: int) -> bool:
         text.count(b'"context"') == text.count(b'"target"') == rows
         and b"\x7f" not in text
         and not ASCII_ESCAPE.search(text)
+        and not any(hint in text for hint in TOKEN_HINTS)
     )
 
 
@@ -187,11 +296,15 @@ def read_text(row: dict[str, Any], key: str) -> str:
         value = str(value)
     if not isinstance(value, str):
         raise ValueError(f'"{key}" must be text, not {type(value).__name__}')
-    if control := CONTROL.search(value):
+    if control := turns.CONTROL.search(value):
         raise ValueError(f'"{key}" holds the control character {control.group()!r}')
     return value
 
 
 def build_chat_row(prompt: str, answer: str) -> bytes:
-    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    return orjson.dumps({"messages": turns}, option=orjson.OPT_APPEND_NEWLINE)
+    pair = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return write_chat_row({"messages": pair})
+
+
+def write_chat_row(chat: dict[str, Any]) -> bytes:
+    return orjson.dumps(chat, option=orjson.OPT_APPEND_NEWLINE)

@@ -2,6 +2,7 @@
 
     draw_validation(Counter({mark: rows, …}))     prompts of a training set that validate
     split_test_set(source, rules, 900, seed=42)   rows that train in place of a missing file
+    divide_rows(marks, [TEST_SHARE])              sides of the user's own rows, by label or time
 
 All rows of a prompt go to one side.
 """
@@ -9,8 +10,13 @@ All rows of a prompt go to one side.
 import hashlib
 import math
 import random
+import re
+from array import array
 from collections import Counter
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
 from pathlib import Path
+from typing import Any
 
 from tools import sources
 from tools.common import WrongInput, shown
@@ -58,3 +64,125 @@ def split_test_set(
     train = frozenset(random.Random(seed).sample(range(len(prompts)), rows))
     trained = {prompts[number] for number in train}
     return train, frozenset(n for n, prompt in enumerate(prompts) if prompt not in trained)
+
+
+# ---- Rows of the user's own
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many rows go to one side: a share of them, of at most so many units."""
+
+    name: str
+    share: float
+    most: int
+
+
+TEST_SHARE, VALIDATION_SHARE = Share("test", 0.2, 500), Share("validation", 0.1, 500)
+SEED = 42
+
+
+@dataclass
+class RowMarks:
+    """What decides on which side each row of a file goes; a number for each row.
+
+    `prompts` and `groups` are hashes, `labels` numbers of answers, `times` seconds. Those that do
+    not decide are empty.
+    """
+
+    prompts: "array[int]" = field(default_factory=lambda: array("Q"))
+    groups: "array[int]" = field(default_factory=lambda: array("Q"))
+    labels: "array[int]" = field(default_factory=lambda: array("q"))
+    times: "array[float]" = field(default_factory=lambda: array("d"))
+
+
+def join_units(marks: RowMarks) -> list[int]:
+    """A unit for each row: rows of one prompt, or of one group, are never divided."""
+    if not marks.groups:
+        return list(marks.prompts)
+    parents: dict[tuple[str, int], tuple[str, int]] = {}
+
+    def find_root(node: tuple[str, int]) -> tuple[str, int]:
+        while (parent := parents.setdefault(node, node)) != node:
+            parents[node] = node = parents[parent]
+        return node
+
+    pairs = list(zip(marks.prompts, marks.groups, strict=True))
+    for prompt, group in pairs:
+        parents[find_root(("prompt", prompt))] = find_root(("group", group))
+    roots = (find_root(("prompt", prompt)) for prompt, _ in pairs)
+    return [number ^ (kind == "group") for kind, number in roots]
+
+
+def divide_rows(marks: RowMarks, shares: list[Share]) -> list[str]:
+    """The side of each row: the name of one of `shares`, or "train".
+
+    By time where the rows have one: the newest rows are the first side, the next the second. Else
+    units are drawn, in each label alike where the rows have labels. No unit is on two sides. The
+    order of the file decides nothing.
+    """
+    units = join_units(marks)
+    rows: dict[int, list[int]] = {}
+    for number, unit in enumerate(units):
+        rows.setdefault(unit, []).append(number)
+    sides, left = ["train"] * len(units), set(rows)
+    for share in shares:
+        drawn = draw_newest(left, rows, marks, share) if marks.times else None
+        for unit in drawn if drawn is not None else draw_units(left, rows, marks, share):
+            left.discard(unit)
+            for number in rows[unit]:
+                sides[number] = share.name
+    return sides
+
+
+def draw_newest(
+    units: set[int], rows: dict[int, list[int]], marks: RowMarks, share: Share
+) -> list[int]:
+    """The newest units; units of the same time stay together."""
+    newest = {unit: max(marks.times[number] for number in rows[unit]) for unit in units}
+    order = sorted(newest.values(), reverse=True)
+    count = max(1, min(share.most, round(share.share * len(order))))
+    drawn = [unit for unit in units if newest[unit] >= order[count - 1]]
+    if len(drawn) == len(units):
+        raise WrongInput(f"TIME: too few different times to divide the rows; no {share.name} rows")
+    return drawn
+
+
+def draw_units(
+    units: set[int], rows: dict[int, list[int]], marks: RowMarks, share: Share
+) -> list[int]:
+    """Units drawn by the seed, from each label its share; at least one."""
+    order = sorted(units)
+    random.Random(f"{SEED} {share.name}").shuffle(order)
+    strata: dict[int, list[int]] = {}
+    for unit in order:
+        label = marks.labels[rows[unit][0]] if marks.labels else 0
+        strata.setdefault(label, []).append(unit)
+    part, drawn = min(share.share, share.most / max(1, len(order))), list[int]()
+    for stratum in strata.values():
+        wanted = part * sum(len(rows[unit]) for unit in stratum)
+        for unit in stratum:
+            if len(rows[unit]) / 2 <= wanted:
+                drawn.append(unit)
+                wanted -= len(rows[unit])
+    return drawn or [min(order, key=lambda unit: len(rows[unit]))]
+
+
+DATE = re.compile(r"\d{4}-?\d\d-?\d\d.*", re.S)
+
+
+def read_time(value: Any, column: str) -> float:
+    """A time in seconds, of a number (a year or seconds), a date, or its ISO text."""
+    if isinstance(value, date) and not isinstance(value, datetime):
+        value = datetime(value.year, value.month, value.day)
+    if isinstance(value, str):
+        text = value.strip()
+        try:
+            value = datetime.fromisoformat(text) if DATE.fullmatch(text) else float(text)
+        except ValueError:
+            value = text
+    if isinstance(value, datetime):
+        return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    raise ValueError(f'"{column}" is {value!r:.60}, no date such as 2024-03-31 and no number')

@@ -4,7 +4,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tools import architectures, recipes, sources
+import orjson
+
+from tools import architectures, prompts, recipes, sources
 from tools.common import ROOT, JobFailed, WrongInput, digest, shown
 from tools.train import hardware, plan, profiles
 
@@ -130,6 +132,38 @@ def refuse_unusable(recipe: recipes.Recipe) -> None:
     for text, is_wrong in refusals.items():
         if is_wrong:
             raise WrongInput(f"{recipe.where}: {text}")
+
+
+def refuse_unrenderable(recipe: recipes.Recipe) -> None:
+    """Raises WrongInput where the base's chat template refuses or leaves out turns of the data.
+
+    Of rows with more than a user's turn and its answer, one of each order of roles is rendered.
+    """
+    from tools.models import load_tokenizer
+
+    for entry in recipe.config["datasets"]:
+        path = (ROOT / entry["path"]).resolve()
+        if entry.get("type") != "chat_template" or path.suffix != ".jsonl" or not path.is_file():
+            continue
+        with open(path, "rb") as file:
+            rows = (orjson.loads(line) for line in file if not line.isspace())
+            shapes = list(prompts.pick_shapes(row for row in rows if is_chat_row(row)))
+        tokenizer = load_tokenizer(recipe.config) if shapes else None
+        for number, row in shapes:
+            options = recipe.config.get("chat_template_kwargs")
+            if reason := prompts.explain_unrenderable(tokenizer, row, options):
+                raise WrongInput(
+                    f"{shown(path)}, row {number}: {reason}. {recipe.config['base_model']} cannot "
+                    "learn such rows; choose another base, or write that turn into a user's turn"
+                )
+
+
+def is_chat_row(row: Any) -> bool:
+    """Whether a row has turns under the names that this project writes."""
+    turns = row.get("messages") if isinstance(row, dict) else None
+    return isinstance(turns, list) and all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns
+    )
 
 
 def require_space(run: Path) -> None:

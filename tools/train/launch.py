@@ -30,7 +30,13 @@ from tools.prompts import explain_unscorable
 from tools.runs import Run
 from tools.train import hardware, profiles
 from tools.train.checkpoints import last_checkpoint
-from tools.train.checks import describe_data, refuse_unusable, require_hardware, require_space
+from tools.train.checks import (
+    describe_data,
+    refuse_unrenderable,
+    refuse_unusable,
+    require_hardware,
+    require_space,
+)
 from tools.train.machines import Machines
 from tools.train.process import run_axolotl
 
@@ -169,6 +175,8 @@ def train(name: str, choice: profiles.Choice, machines: Machines, force: bool) -
     if recipe.run.folder in (ROOT, ROOT / "runs", *ROOT.parents):
         raise WrongInput(f"{recipe.where}: output_dir must be a folder of its own")
     smollm2.ensure(recipe.config["base_model"])
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
+        child.submit(refuse_unrenderable, recipe).result()
     if missing := sources.drop_missing_validation(recipe.config)[1]:
         print(f"train      no rows validate: {missing}")
     count = f", {machines.processes} processes" if machines.processes > 1 else ""

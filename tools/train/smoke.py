@@ -63,8 +63,9 @@ def pick_longest(path: Path, config: dict[str, Any], tokenizer: Any) -> LongestR
     most = int(config.get("sequence_len") or 2048)
     count = config.get("micro_batch_size", 1) * config.get("gradient_accumulation_steps", 1)
     candidates = sorted(lines, key=len, reverse=True)[: max(CANDIDATES, 4 * count)]
-    rows = [json.loads(line)["messages"] for line in candidates]
-    sizes = [len(ids) for ids in tokenizer.apply_chat_template(rows, return_dict=False)]
+    options = config.get("chat_template_kwargs")
+    texts = [prompts.render_row(tokenizer, json.loads(line), options) for line in candidates]
+    sizes = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     pairs = sorted(zip(sizes, candidates, strict=True), key=lambda pair: -pair[0])
     fitting = [(size, line) for size, line in pairs if size <= most][:count]
     if not fitting:
@@ -140,8 +141,8 @@ def answer_rows(config: dict[str, Any], lines: list[bytes]) -> list[tuple[str, s
 
     answers = []
     for line in lines:
-        *turns, key = json.loads(line)["messages"]
-        ids = prompts.tokens(tokenizer, turns, config.get("chat_template_kwargs"))
+        (*turns, key), tools = prompts.read_conversation(json.loads(line))
+        ids = prompts.tokens(tokenizer, turns, config.get("chat_template_kwargs"), tools=tools)
         with torch.inference_mode():
             with model.disable_adapter():
                 base = answer(ids)

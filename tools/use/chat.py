@@ -48,14 +48,15 @@ def harmless(text: str) -> str:
     return "".join(c for c in text if c.isprintable() or c in "\n\t")
 
 
-def print_side_by_side(model: Any, tokenizer: Any, subject: subjects.Subject, prompt: str) -> None:
+def print_side_by_side(
+    model: Any, tokenizer: Any, subject: subjects.Subject, messages: list[dict[str, str]]
+) -> None:
     """Prints the answers of base and adapter side by side."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     table, cells = Table(expand=True), []
-    messages = [{"role": "user", "content": prompt}]
     for name, context in (("base", model.disable_adapter()), ("adapter", nullcontext())):
         with context:
             text = answer(model, tokenizer, messages, subject.options, form=subject.prompt_format)
@@ -65,8 +66,13 @@ def print_side_by_side(model: Any, tokenizer: Any, subject: subjects.Subject, pr
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def converse(model: Any, tokenizer: Any, subject: subjects.Subject) -> None:
-    """Reads a line, streams the answer, and repeats until an empty line or the end of input."""
+def converse(
+    model: Any, tokenizer: Any, subject: subjects.Subject, messages: list[dict[str, str]]
+) -> None:
+    """Reads a line, streams the answer, and repeats until an empty line or the end of input.
+
+    `messages` are those before the first line: a system turn or none.
+    """
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
@@ -74,7 +80,6 @@ def converse(model: Any, tokenizer: Any, subject: subjects.Subject) -> None:
             print(harmless(text), end="\n" if stream_end else "", flush=True)
 
     print(f"chat       {subject.name}; an empty line ends the conversation")
-    messages: list[dict[str, str]] = []
     options, form = subject.options, subject.prompt_format
     while True:
         try:
@@ -89,12 +94,17 @@ def converse(model: Any, tokenizer: Any, subject: subjects.Subject) -> None:
         messages.append({"role": "assistant", "content": text})
 
 
-def chat(subject: subjects.Subject, prompt: str | None) -> None:
-    """Answers `prompt` with base and adapter, or holds a conversation without one."""
+def chat(subject: subjects.Subject, prompt: str | None, system: str | None = None) -> None:
+    """Answers `prompt` with base and adapter, or holds a conversation without one.
+
+    `system` is the system turn that the rows of the training began with.
+    """
     models.bring_base(subject.config["base_model"])
     quiet()
     model, tokenizer = models.load(subject.config, subject.adapter)
+    messages = [{"role": "system", "content": system}] if system else []
     if prompt and prompt.strip():
-        print_side_by_side(model, tokenizer, subject, prompt.strip())
+        messages.append({"role": "user", "content": prompt.strip()})
+        print_side_by_side(model, tokenizer, subject, messages)
     else:
-        converse(model, tokenizer, subject)
+        converse(model, tokenizer, subject, messages)

@@ -1,0 +1,368 @@
+"""Rows of every usual shape become chat rows, and what cannot is refused with the column's name."""
+
+import json
+from dataclasses import dataclass, field
+
+import pytest
+
+from tools.common import WrongInput
+from tools.data import shapes, turns
+
+
+@dataclass
+class Listed:
+    """Rows of a file, as `open_rows` gives them."""
+
+    rows: list
+    label_names: dict = field(default_factory=dict)
+    name: str = "my.jsonl"
+
+    @property
+    def columns(self):
+        return list(dict.fromkeys(key for row in self.rows for key in row))
+
+    def __iter__(self):
+        return ((f"line {n}", row) for n, row in enumerate(self.rows, 1))
+
+
+def say(*contents, system=None):
+    """Turns with these contents, the user's and the assistant's in turn."""
+    roles = ("user", "assistant") * len(contents)
+    messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+    return ([{"role": "system", "content": system}] if system else []) + messages
+
+
+def build(row, mapping=None, template=None, labels=None, **listed):
+    shape = shapes.recognize(Listed([row], **listed), mapping, template, labels)
+    copy = shapes.Shape(**json.loads(json.dumps(shape.to_dict())))
+    assert copy.build_chat(row) == shape.build_chat(row)
+    return shape.build_chat(row)["messages"]
+
+
+CALL = {"function": {"name": "quote", "arguments": {"ticker": "ABC"}}}
+WRITTEN_CALL = {
+    "type": "function",
+    "function": {"name": "quote", "arguments": '{"ticker": "ABC"}'},
+}
+TOOL_TURNS = [
+    {"role": "user", "content": "Price?"},
+    {"role": "assistant", "content": "", "tool_calls": [WRITTEN_CALL]},
+    {"role": "tool", "content": "3"},
+    {"role": "assistant", "content": "It is 3."},
+]
+
+SHAPES = {
+    "FinLoRA": ({"context": "Rose?", "target": "yes"}, say("Rose?", "yes")),
+    "prompt and completion": ({"prompt": "p", "completion": " c "}, say("p", "c")),
+    "prompt and response": ({"prompt": "p", "response": "c"}, say("p", "c")),
+    "Alpaca": (
+        {"instruction": "Sum up.", "input": "Sales rose.", "output": "Up."},
+        say("Sum up.\n\nSales rose.", "Up."),
+    ),
+    "Alpaca without input": (
+        {"instruction": "Say hi.", "input": "", "output": "Hi."},
+        say("Say hi.", "Hi."),
+    ),
+    "Alpaca with system and history": (
+        {
+            "instruction": "And then?",
+            "input": None,
+            "output": "Down.",
+            "system": "Be short.",
+            "history": [["Sales?", "Up."]],
+        },
+        say("Sales?", "Up.", "And then?", "Down.", system="Be short."),
+    ),
+    "Dolly": (
+        {"instruction": "Who?", "context": "Ann met Bob.", "response": "Ann", "category": "qa"},
+        say("Who?\n\nAnn met Bob.", "Ann"),
+    ),
+    "TRL's lists of messages": (
+        {
+            "prompt": [{"role": "user", "content": "p"}],
+            "completion": [{"role": "assistant", "content": "c"}],
+        },
+        say("p", "c"),
+    ),
+    "content parts": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "p"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "c"}]},
+            ]
+        },
+        say("p", "c"),
+    ),
+    "OpenAI's messages": ({"messages": say("p", "c", "q", "d", system="s")}, None),
+    "messages as JSON text": ({"messages": json.dumps(say("p", "c"))}, say("p", "c")),
+    "tool calls": (
+        {"messages": [TOOL_TURNS[0], {"role": "assistant", "tool_calls": [CALL]}, *TOOL_TURNS[2:]]},
+        TOOL_TURNS,
+    ),
+    "a function call of old": (
+        {
+            "messages": [
+                TOOL_TURNS[0],
+                {"role": "assistant", "content": None, "function_call": WRITTEN_CALL["function"]},
+                {"role": "function", "content": "3"},
+                TOOL_TURNS[3],
+            ]
+        },
+        TOOL_TURNS,
+    ),
+    "ShareGPT": (
+        {
+            "system": "s",
+            "conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "c"}],
+        },
+        say("p", "c", system="s"),
+    ),
+    "ShareGPT's tool calls": (
+        {
+            "conversations": [
+                {"from": "human", "value": "Price?"},
+                {"from": "function_call", "value": json.dumps(CALL["function"])},
+                {"from": "observation", "value": "3"},
+                {"from": "gpt", "value": "It is 3."},
+            ]
+        },
+        TOOL_TURNS,
+    ),
+    "question, context and answer": (
+        {"question": "How much?", "context": "Sales: 3.", "answer": 3},
+        say("Sales: 3.\n\nHow much?", "3"),
+    ),
+    "SQuAD": (
+        {"question": "q", "context": "c", "answers": {"text": ["a", "b"], "answer_start": [0, 1]}},
+        say("c\n\nq", "a"),
+    ),
+    "choices with a number": (
+        {"question": "Which?", "choices": ["one", "two"], "answer": 1},
+        say("Which?\n\nA. one\nB. two", "B"),
+    ),
+    "ARC": (
+        {"question": "q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"},
+        say("q\n\n1. x\n2. y", "2"),
+    ),
+    "PIXIU": (
+        {"id": 1, "query": "Tone?", "answer": "good", "choices": ["bad", "good"], "gold": 1},
+        say("Tone?\n\nA. bad\nB. good", "good"),
+    ),
+    "PIXIU with choices in the query": (
+        {"query": "bad or good?", "choices": ["bad", "good"], "gold": 0},
+        say("bad or good?", "bad"),
+    ),
+    "an object as the answer": (
+        {"prompt": "p", "completion": {"firm": "Ä", "year": 2}},
+        say("p", '{"firm": "Ä", "year": 2}'),
+    ),
+    "a page break": (
+        {"question": "Page one.\fPage two?", "answer": "a"},
+        say("Page one.\nPage two?", "a"),
+    ),
+    "names in capitals": ({"Question": "q", " Answer ": "a"}, say("q", "a")),
+    "several passages": (
+        {"question": "q", "contexts": ["x", "y"], "answer": "a"},
+        say("x\n\ny\n\nq", "a"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "messages"), SHAPES.values(), ids=SHAPES)
+def test_a_shape_is_recognized_and_becomes_turns(row, messages):
+    assert build(row) == (messages or row["messages"])
+
+
+TEXTS = [
+    {"text": f"Line {n}", "label": label, "id": n}
+    for n, label in enumerate(["up", "down", "Up"] * 3 + ["up"])
+]
+
+
+def test_text_and_label_list_the_labels_in_the_prompt_and_name_the_column_that_is_not_used():
+    shape = shapes.recognize(Listed(TEXTS))
+    assert shape.build_chat(TEXTS[0])["messages"] == say(
+        "Line 0\n\nAnswer with one of: down, up.", "up"
+    )
+    assert shape.unused == ["id"]
+    assert "text and label" in shape.describe()
+
+
+@pytest.mark.parametrize(
+    ("labels", "label_names", "value", "answer"),
+    [
+        (["bad", "good"], {}, 1, "good"),
+        (["bad", "good"], {}, "1", "good"),
+        (["bad", "good"], {}, "GOOD", "good"),
+        (["-1=bad", "1=good"], {}, -1, "bad"),
+        (None, {"label": ["bad", "good"]}, 0, "bad"),
+        (["bad", "good"], {}, [0, 1], '["bad", "good"]'),
+    ],
+)
+def test_integer_labels_get_their_names(labels, label_names, value, answer):
+    rows = Listed([{"sentence": "s", "label": value}], label_names)
+    shape = shapes.recognize(rows, labels=labels)
+    assert shape.build_chat(rows.rows[0])["messages"][-1]["content"] == answer
+
+
+def test_columns_named_by_hand_and_a_template_word_the_prompt():
+    row = {"q": "How much?", "p": "Sales: 3.", "gold": "3", "firm": "ABC"}
+    mapping = shapes.parse_map("prompt=q, context=p, answer=gold")
+    assert build(row, mapping) == say("Sales: 3.\n\nHow much?", "3")
+    template = "{firm}:\\n{context}\\n{{x}} {prompt}"
+    assert build(row, mapping, template) == say("ABC:\nSales: 3.\n{x} How much?", "3")
+    shape = shapes.recognize(Listed([row]), mapping, "{prompt}")
+    assert shape.unused == ["p", "firm"]
+
+
+def test_a_prompt_is_made_without_an_answer_as_with_one():
+    for name, (row, _) in SHAPES.items():
+        shape = shapes.recognize(Listed([row]))
+        messages = shape.build_chat(row)["messages"]
+        if "completion" not in row or isinstance(row["completion"], str):
+            assert shape.build_prompt(row)["messages"] == messages[:-1], name
+    shape = shapes.recognize(Listed(TEXTS))
+    bare = {"text": "Line 0"}
+    assert shape.build_prompt(bare)["messages"] == shape.build_chat(TEXTS[0])["messages"][:-1]
+    assert shape.list_missing(bare) == [] and shape.list_missing(["id"]) == ["text"]
+
+
+def test_rows_without_answers_are_prompts():
+    shape = shapes.recognize(Listed([{"headline": "h", "date": "d"}]))
+    assert not shape.has_answer and shape.unused == ["date"]
+    assert shape.build_prompt({"headline": "h"}) == {"messages": say("h")}
+
+
+def test_tools_become_a_text_of_openais_list():
+    tool = {"name": "quote", "parameters": {"type": "object", "properties": {}}}
+    row = {"messages": TOOL_TURNS, "functions": [tool]}
+    chat = shapes.recognize(Listed([row])).build_chat(row)
+    assert json.loads(chat["tools"]) == [{"type": "function", "function": tool}]
+
+
+def test_a_weight_of_0_is_not_trained_on():
+    messages = say("p", "c", "q", "d")
+    messages[1]["weight"] = 0
+    assert [turn.get("train") for turn in build({"messages": messages})] == [
+        None,
+        False,
+        None,
+        None,
+    ]
+
+
+def test_keys_of_turns_that_are_not_used_are_named():
+    messages = say("p", "c")
+    messages[1]["reasoning_content"] = "hm"
+    assert shapes.recognize(Listed([{"messages": messages}])).unused == [
+        "messages[].reasoning_content"
+    ]
+
+
+REFUSED = {
+    "an empty answer": ({"question": "q", "answer": " "}, '"answer" is empty'),
+    "null": ({"question": "q", "answer": None}, '"answer" is null'),
+    "nan": ({"question": "q", "answer": "nan"}, '"answer" is "nan", which stands for a missing'),
+    "NaN": ({"text": "q", "label": float("nan")}, '"label" is null'),
+    "an empty prompt": ({"instruction": "", "output": "a"}, '"instruction" is empty'),
+    "a control character": ({"question": "a\x00b", "answer": "a"}, "control character '\\x00'"),
+    "a lone surrogate": ({"question": "a\ud800", "answer": "a"}, "lone surrogate"),
+    "no answer at the end": ({"messages": say("p", "c", "q")}, "ends with the user's turn"),
+    "two users": ({"messages": say("p")[:1] * 2}, "two turns of the user in a row"),
+    "an assistant first": ({"messages": say("p", "c")[1:]}, "a user's turn must come first"),
+    "a late system turn": (
+        {"messages": [*say("p"), {"role": "system", "content": "s"}]},
+        "a system turn must be the first",
+    ),
+    "an unknown role": ({"messages": [{"role": "critic", "content": "x"}]}, "the role 'critic'"),
+    "an image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "a part of type image_url; only text is trained",
+    ),
+    "an empty turn": (
+        {"conversations": [{"from": "human", "value": ""}]},
+        '"conversations, turn 1"',
+    ),
+    "no list": ({"messages": "hello"}, "no JSON list of turns"),
+    "a result without a call": (
+        {"messages": [*say("p", "c"), {"role": "tool", "content": "3"}]},
+        "follows no call",
+    ),
+    "gold and answer that differ": (
+        {"query": "q", "answer": "bad", "choices": ["bad", "good"], "gold": 1},
+        '"answer" is "bad", "gold" is "good"',
+    ),
+    "a choice that is not there": (
+        {"question": "q", "choices": ["x", "y"], "answer": "z"},
+        "none of its choices",
+    ),
+    "bytes": ({"question": b"q", "answer": "a"}, '"question" holds bytes'),
+    "all weights 0": (
+        {"messages": [say("p")[0], {"role": "assistant", "content": "c", "weight": 0}]},
+        "no assistant turn to train on",
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "reason"), REFUSED.values(), ids=REFUSED)
+def test_a_bad_row_is_refused_with_the_files_own_column(row, reason):
+    shape = shapes.recognize(Listed([row]))
+    with pytest.raises(ValueError) as error:
+        shape.build_chat(row)
+    assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+UNKNOWN = {
+    "no prompt": ({"a": 1, "b": 2}, {}, "no prompt and answer among its columns a, b; MAP="),
+    "preferences": ({"chosen": "x", "rejected": "y"}, {}, "rows of preferences"),
+    "a column that is not there": (
+        {"q": "x", "a": "y"},
+        {"mapping": {"prompt": "Q", "answer": "a"}},
+        'MAP: prompt names the column "Q", which is not there',
+    ),
+    "a template's column": (
+        {"text": "x", "label": "y"},
+        {"template": "{txt}"},
+        'TEMPLATE: "{txt}" is no column; did you mean text',
+    ),
+    "a template without columns": (
+        {"text": "x", "label": "y"},
+        {"template": "Hello"},
+        "name a column in braces",
+    ),
+    "an open brace": ({"text": "x", "label": "y"}, {"template": "{text"}, "a brace of the text"),
+    "a template of turns": ({"messages": []}, {"template": "{x}"}, "these rows hold turns"),
+    "two labels of one name": (
+        {"text": "x", "label": 0},
+        {"labels": ["a", "a"]},
+        "each label needs a name of its own",
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "options", "reason"), UNKNOWN.values(), ids=UNKNOWN)
+def test_rows_of_no_shape_are_refused_in_one_line(row, options, reason):
+    with pytest.raises(WrongInput) as error:
+        shapes.recognize(Listed([row]), **options)
+    assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("question", "write part=column"),
+        ("promt=q,answer=a", '"promt" is no part of a row; did you mean prompt'),
+        ("prompt=q,prompt=r", '"prompt" is named twice'),
+        ("answer=a", "the column of the prompt is missing"),
+    ],
+)
+def test_a_wrong_map_is_refused(text, reason):
+    with pytest.raises(WrongInput, match=reason):
+        shapes.parse_map(text)
+
+
+def test_spellings_are_folded_into_the_most_frequent_but_for_grades():
+    from collections import Counter
+
+    counts = Counter({"Pos": 3, "pos": 5, "POS": 1, "Aa": 2, "AA": 4, "neg": 2})
+    assert turns.fold_spellings(counts) == {"Pos": "pos", "POS": "pos"}

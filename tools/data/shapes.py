@@ -1,0 +1,544 @@
+"""Recognizes which columns of a file hold prompt and answer, and makes chat rows of its rows.
+
+    shape = recognize(open_rows("my.csv"))
+    print(shape.describe())                     text and label: prompt text, answer label
+    shape.build_chat({"text": "Profit rose", "label": "positive"})   {"messages": [...]}
+    shape.build_prompt({"text": "Profit rose"})                      the same without the answer
+
+A shape of another kind is a row of `KNOWN`. `MAP="prompt=question,context=passage,answer=gold"`
+names the columns by hand, `TEMPLATE="{passage}\\n\\n{question}"` words the prompt.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from string import Formatter
+from typing import Any, Protocol
+
+import orjson
+
+from tools.common import WrongInput, nearest
+from tools.data import turns
+from tools.data.rules import mend_turns, strip_end_tokens
+from tools.data.turns import Turn
+
+SAMPLED = 200  # rows that show which columns there are
+MOST_OPTIONS = 20  # labels that a prompt lists
+MOST_SPELLINGS = 1000  # distinct labels; a column with more holds no labels
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+# What `MAP=` may name: the parts of a row.
+PARTS = ("messages", "tools", "system", "history", "prompt", "context", "choices", "gold", "answer")
+
+
+class Rows(Protocol):
+    """What is needed of a file of rows; `tools/data/formats.py` reads one."""
+
+    columns: list[str]
+    label_names: dict[str, list[str]]
+
+    def __iter__(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Known:
+    """A shape that people use: a name, and the columns that may hold each part of a row.
+
+    A file has the shape where it has one column of each of the `needed` parts.
+    """
+
+    kind: str
+    needed: dict[str, tuple[str, ...]]
+    optional: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    order: tuple[str, ...] = ("context", "prompt", "choices")  # of the parts in a prompt
+
+
+SYSTEM = ("system", "system_prompt")
+CONTEXT = ("context", "passage", "document", "evidence", "article", "paragraph", "contexts")
+CHOICES = ("choices", "options")
+TEXT = ("text", "sentence", "headline", "tweet", "news", "title", "content", "review", "post")
+LABEL = (
+    *("label", "labels", "sentiment", "label_text", "class", "category", "target", "rating"),
+    *("gold_label", "polarity", "tone"),
+)
+INSTRUCTION_FIRST = ("prompt", "context")
+
+KNOWN = [
+    Known("messages", {"messages": ("messages",)}, {"tools": ("tools", "functions")}),
+    Known(
+        "ShareGPT",
+        {"messages": ("conversations", "conversation")},
+        {"system": SYSTEM, "tools": ("tools",)},
+    ),
+    Known(
+        "Alpaca",
+        {"prompt": ("instruction",), "answer": ("output",)},
+        {"context": ("input",), "system": SYSTEM, "history": ("history",)},
+        INSTRUCTION_FIRST,
+    ),
+    Known(
+        "Dolly",
+        {"prompt": ("instruction",), "answer": ("response", "answer", "completion")},
+        {"context": ("context", "input"), "system": SYSTEM},
+        INSTRUCTION_FIRST,
+    ),
+    Known("FinLoRA", {"prompt": ("context",), "answer": ("target",)}),
+    Known(
+        "PIXIU",
+        {"prompt": ("query",), "answer": ("answer",)},
+        {"choices": CHOICES, "gold": ("gold",)},
+    ),
+    Known("PIXIU", {"prompt": ("query",), "choices": CHOICES, "gold": ("gold",)}),
+    Known(
+        "prompt and completion",
+        {"prompt": ("prompt",), "answer": ("completion", "response", "answer", "output", "target")},
+        {"system": SYSTEM, "context": CONTEXT, "history": ("history",)},
+    ),
+    Known(
+        "question and answer",
+        {
+            "prompt": ("question", "query", "input"),
+            "answer": ("answer", "answers", "answerkey", "response", "output", "completion"),
+        },
+        {"context": CONTEXT, "choices": CHOICES, "system": SYSTEM},
+    ),
+    Known("text and label", {"prompt": TEXT, "answer": LABEL}),
+]
+# Columns of unanswered rows, for `make predict` without a task.
+PROMPTS = ("prompt", "question", "query", "instruction", *TEXT, "input")
+
+
+@dataclass
+class Shape:
+    """Which column holds which part of a row, and how a prompt is worded.
+
+    `names` gives the labels of integer answers. `options` are the labels that a prompt lists.
+    """
+
+    kind: str
+    columns: dict[str, str]
+    order: tuple[str, ...] = ("context", "prompt", "choices")
+    template: str | None = None
+    names: dict[str, str] | None = None
+    options: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    repairs: Counter[str] = field(default_factory=Counter)  # rows by what was repaired in them
+
+    def __post_init__(self) -> None:
+        self.order = tuple(self.order)
+        self.fields = [name for _, name, _, _ in Formatter().parse(self.template or "") if name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The shape as plain values, from which `Shape(**values)` makes it again."""
+        content = asdict(self)
+        del content["unused"], content["repairs"]
+        content["order"] = list(self.order)
+        return {key: value for key, value in content.items() if value}
+
+    def describe(self) -> str:
+        """The shape in words: its kind, and which column is what."""
+        parts = [f"{part} {column}" for part, column in self.columns.items()]
+        worded = (
+            f"; worded {json.dumps(self.template, ensure_ascii=False)}" if self.template else ""
+        )
+        return f"{self.kind}: {', '.join(parts)}{worded}"
+
+    @property
+    def has_answer(self) -> bool:
+        return bool({"messages", "answer", "gold"} & self.columns.keys())
+
+    def list_missing(self, columns: Iterable[str], with_answer: bool = False) -> list[str]:
+        """The columns that a prompt needs, or a whole row, and that are not among `columns`."""
+        optional = {"tools", "system", "history", "context", "gold"}
+        optional |= set() if with_answer else {"answer"}
+        needed = {column for part, column in self.columns.items() if part not in optional}
+        needed |= {name for name in self.fields if name not in self.columns and name != "labels"}
+        return sorted(needed - set(columns))
+
+    # ---- rows
+
+    def build_chat(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The chat row of a row of the file; raises ValueError that names the file's column."""
+        if "messages" in self.columns:
+            chat = self.build_conversation(row)
+        else:
+            chat = self.build_turns(row)
+            chat["messages"] += self.build_answer(row)
+        mend_turns(chat["messages"], self.repairs)
+        turns.check_row(chat, self.columns.get("messages") or self.columns["prompt"])
+        return chat
+
+    def build_prompt(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The chat row without its answer, for rows that have none."""
+        if "messages" in self.columns:
+            chat = self.build_conversation(row)
+            if chat["messages"][-1]["role"] == "assistant":
+                chat["messages"].pop()
+        else:
+            chat = self.build_turns(row)
+        mend_turns(chat["messages"], self.repairs)
+        column = self.columns.get("messages") or self.columns["prompt"]
+        turns.check_turns(chat["messages"], column)
+        if not chat["messages"]:
+            raise ValueError(f'"{column}" holds no prompt')
+        return chat
+
+    def build_turns(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The turns before the answer, of columns of texts."""
+        column = self.columns["prompt"]
+        prompt, messages = row.get(column), list[Turn]()
+        if "system" in self.columns and not turns.is_missing(row.get(self.columns["system"])):
+            messages.append({"role": "system", "content": self.read_part(row, "system")})
+        messages += self.read_history(row)
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
+            messages += turns.read_turns(prompt, column)  # TRL's conversational prompts
+        else:
+            messages.append({"role": "user", "content": self.write_prompt(row)})
+        return {"messages": messages}
+
+    def build_conversation(self, row: dict[str, Any]) -> dict[str, Any]:
+        column = self.columns["messages"]
+        messages = turns.read_turns(row.get(column), column)
+        system = self.read_part(row, "system") if "system" in self.columns else ""
+        if system and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+        chat: dict[str, Any] = {"messages": messages}
+        if "tools" in self.columns:
+            name = self.columns["tools"]
+            if tools := turns.read_tools(row.get(name), name):
+                chat["tools"] = tools
+        return chat
+
+    def read_part(self, row: dict[str, Any], part: str) -> str:
+        column = self.columns[part]
+        value = row.get(column)
+        if part == "context" and isinstance(value, list):  # of several passages
+            return "\n\n".join(filter(None, (turns.write_value(text, column) for text in value)))
+        return turns.write_value(value, column)
+
+    def read_history(self, row: dict[str, Any]) -> list[Turn]:
+        """The earlier turns of an Alpaca row: pairs of a question and its answer."""
+        column = self.columns.get("history", "")
+        value: Any = row.get(column) if column else None
+        if isinstance(value, str) and value.strip():
+            try:
+                value = orjson.loads(value)
+            except ValueError:
+                raise ValueError(f'"{column}" is a text and no JSON list of pairs') from None
+        if turns.is_missing(value) or not len(value):
+            return []
+        if not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+            raise ValueError(f'"{column}" must be a list of pairs of a question and an answer')
+        return [
+            {"role": role, "content": turns.require_text(text, column)}
+            for pair in value
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+
+    def write_prompt(self, row: dict[str, Any]) -> str:
+        """The user's turn: the template filled in, or the parts of the prompt below each other."""
+        if self.template is None:
+            column = self.columns["prompt"]
+            texts = {"prompt": turns.require_text(row.get(column), column)}
+            for part in self.order:
+                if part in ("context",) and part in self.columns:
+                    texts[part] = self.read_part(row, part)
+            if "choices" in self.columns:
+                listed = self.write_choices(row, " ".join(texts.values()))
+                texts["choices"] = listed
+            parts = [texts.get(part, "") for part in self.order]
+            if self.options:
+                parts.append(f"Answer with one of: {', '.join(self.options)}.")
+            return "\n\n".join(filter(None, parts))
+        values = {}
+        for name in self.fields:
+            column = self.columns.get(name, name)
+            if name == "labels":
+                values[name] = ", ".join(self.options)
+            elif name == "choices":
+                values[name] = self.write_choices(row, "")
+            elif name == "context" and "context" in self.columns:
+                values[name] = self.read_part(row, name)
+            else:
+                values[name] = turns.require_text(row.get(column), column)
+        return "".join(
+            text + (values[name] if name else "")
+            for text, name, _, _ in Formatter().parse(self.template)
+        ).strip()
+
+    def read_choices(self, row: dict[str, Any]) -> list[tuple[str, str]]:
+        """(letter or label, text) of each choice of a question."""
+        column = self.columns["choices"]
+        value, labels = row.get(column), list[Any]()
+        if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
+            try:
+                value = orjson.loads(value)
+            except ValueError:
+                raise ValueError(f'"{column}" is a text and no JSON list of choices') from None
+        if isinstance(value, dict):  # ARC: {"text": […], "label": […]}; or {"A": …, "B": …}
+            if isinstance(value.get("text"), list):
+                value, labels = value["text"], value.get("label") or []
+            else:
+                value, labels = list(value.values()), list(value)
+        if turns.is_missing(value):
+            return []
+        if not isinstance(value, list) or len(value) > len(LETTERS):
+            raise ValueError(f'"{column}" must be a list of at most {len(LETTERS)} choices')
+        marks = [str(label) for label in labels] if len(labels) == len(value) else list(LETTERS)
+        return [
+            (mark, turns.require_text(text, column))
+            for mark, text in zip(marks, value, strict=False)
+        ]
+
+    def write_choices(self, row: dict[str, Any], prompt: str) -> str:
+        """The choices with their letters; nothing where the prompt lists them already."""
+        choices = self.read_choices(row)
+        if choices and all(text in prompt for _, text in choices):
+            return ""
+        return "\n".join(f"{mark}. {text}" for mark, text in choices)
+
+    def build_answer(self, row: dict[str, Any]) -> list[Turn]:
+        column = self.columns.get("answer", "")
+        value = row.get(column) if column else None
+        if isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]:
+            return turns.read_turns(value, column)  # TRL's conversational completions
+        if isinstance(value, dict) and isinstance(value.get("text"), list):  # SQuAD's answers
+            value = value["text"][0] if value["text"] else None
+        if column and value is None and "gold" not in self.columns:
+            raise ValueError(f'"{column}" is {"null" if column in row else "missing"}')
+        text = self.read_gold(row, value) if "gold" in self.columns else self.name_label(value)
+        if "choices" in self.columns and "gold" not in self.columns:
+            text = self.name_choice(row, text)
+        return [{"role": "assistant", "content": text}]
+
+    def name_choice(self, row: dict[str, Any], answer: str) -> str:
+        """The letter of an answer that is a number; any other answer as it is."""
+        choices = self.read_choices(row)
+        marks = [mark for mark, _ in choices]
+        if not choices or answer in marks or answer in [text for _, text in choices]:
+            return answer
+        if answer.isdecimal() and int(answer) < len(choices):
+            return marks[int(answer)]
+        raise ValueError(f'"{self.columns["answer"]}" is "{answer[:60]}", none of its choices')
+
+    def read_gold(self, row: dict[str, Any], value: Any) -> str:
+        """The answer of a PIXIU row, which its `gold` says as well, as a number of a choice."""
+        column = self.columns["gold"]
+        gold: Any = row.get(column)
+        answer_column = self.columns.get("answer", column)
+        choices = [text for _, text in self.read_choices(row)] if "choices" in self.columns else []
+        chosen = None
+        if isinstance(gold, str) and gold.isdecimal():
+            gold = int(gold)
+        if isinstance(gold, int) and choices:
+            if not 0 <= gold < len(choices):
+                raise ValueError(f'"{column}" is {gold}, and there are {len(choices)} choices')
+            chosen = choices[gold]
+        if turns.is_missing(value):
+            if chosen is None:
+                raise ValueError(f'"{answer_column}" is empty')
+            return chosen
+        answer = turns.require_answer(value, answer_column)
+        folded = answer.casefold()
+        if chosen is not None and folded not in (
+            chosen.casefold(),
+            str(gold),
+            LETTERS[gold].lower(),
+        ):
+            raise ValueError(f'"{answer_column}" is "{answer[:60]}", "{column}" is "{chosen[:60]}"')
+        return answer
+
+    def name_label(self, value: Any) -> str:
+        """An answer as text: the name of an integer label, or the answer itself."""
+        column = self.columns["answer"]
+        if isinstance(value, list) and self.names:
+            labels = [self.name_label(label) for label in value]
+            return json.dumps(labels, ensure_ascii=False)
+        if isinstance(value, float) and value.is_integer() and self.names:
+            value = int(value)  # integers of a column with nulls
+        text = turns.require_answer(value, column)
+        if not self.names:
+            return text
+        if text in self.names:
+            return self.names[text]
+        spellings = {name.casefold(): name for name in self.names.values()}
+        if text in spellings.values():
+            return text
+        if text.casefold() in spellings:
+            return spellings[text.casefold()]
+        known = ", ".join(f"{key}={name}" for key, name in self.names.items())
+        raise ValueError(f'"{column}" is "{text[:60]}", none of the labels {known}')
+
+
+# ---- recognition
+
+
+def parse_map(text: str) -> dict[str, str]:
+    """{part: column} of `MAP="prompt=question,answer=gold"`; raises WrongInput."""
+    mapping: dict[str, str] = {}
+    for entry in filter(None, (entry.strip() for entry in text.split(","))):
+        part, sign, column = (word.strip() for word in entry.partition("="))
+        if not sign or not column:
+            raise WrongInput(f'MAP="{text}": write part=column, such as prompt=question')
+        if part not in PARTS:
+            parts = ", ".join(PARTS)
+            raise WrongInput(
+                f'MAP: "{part}" is no part of a row{nearest(part, list(PARTS))}: {parts}'
+            )
+        if part in mapping:
+            raise WrongInput(f'MAP: "{part}" is named twice; TEMPLATE= joins several columns')
+        mapping[part] = column
+    if mapping and "prompt" not in mapping and "messages" not in mapping:
+        raise WrongInput(f'MAP="{text}": the column of the prompt is missing: prompt=…')
+    return mapping
+
+
+def recognize(
+    rows: Rows,
+    mapping: dict[str, str] | None = None,
+    template: str | None = None,
+    labels: list[str] | None = None,
+) -> Shape:
+    """The shape of a file's rows; raises WrongInput that says what is missing.
+
+    `mapping` names columns by hand, `template` words the prompt, `labels` are the names of integer
+    answers in their order, or `number=name`.
+    """
+    sample = [row for _, row in islice(iter(rows), SAMPLED) if isinstance(row, dict)]
+    columns = list(dict.fromkeys([*(rows.columns or ()), *(key for row in sample for key in row)]))
+    if not columns:
+        raise WrongInput(f"{name_rows(rows)}: no row can be read, so no column is known")
+    shape = map_columns(columns, mapping) if mapping else find_shape(columns)
+    if shape is None:
+        raise WrongInput(f"{name_rows(rows)}: {explain_unknown(columns)}")
+    if template is not None:
+        shape.template = template.replace("\\n", "\n").replace("\\t", "\t")
+        check_template(shape, columns)
+    shape = Shape(**shape.to_dict())
+    answer = shape.columns.get("answer", "")
+    if labels or rows.label_names.get(answer):
+        shape.names = parse_labels(labels) if labels else name_numbers(rows.label_names[answer])
+        if not answer:
+            raise WrongInput("LABELS= names answers, and these rows hold theirs in turns")
+    if shape.kind == "text and label" or "labels" in shape.fields:
+        shape.options = list_options(rows, shape)
+    shape.unused = list_unused(shape, columns, sample)
+    return shape
+
+
+def name_rows(rows: Any) -> str:
+    return str(getattr(rows, "name", None) or getattr(rows, "source", None) or "the rows")
+
+
+def parse_labels(labels: list[str]) -> dict[str, str]:
+    """{integer as text: name} of `LABELS=negative,neutral` or `LABELS=-1=negative,0=neutral`."""
+    pairs = [label.partition("=") for label in labels]
+    if all(sign and number.strip().lstrip("+-").isdecimal() for number, sign, _ in pairs):
+        names = {str(int(number)): name.strip() for number, _, name in pairs}
+    else:
+        names = name_numbers([label.strip() for label in labels])
+    if not all(names.values()) or len(set(names.values())) < len(labels):
+        raise WrongInput(f'LABELS="{",".join(labels)}": each label needs a name of its own')
+    return names
+
+
+def name_numbers(labels: list[str]) -> dict[str, str]:
+    return {str(number): label for number, label in enumerate(labels)}
+
+
+def map_columns(columns: list[str], mapping: dict[str, str]) -> Shape:
+    for part, column in mapping.items():
+        if column not in columns:
+            hint = nearest(column, columns) or f"; there are {', '.join(columns)}"
+            raise WrongInput(f'MAP: {part} names the column "{column}", which is not there{hint}')
+    return Shape("your own columns", mapping)
+
+
+def find_shape(columns: list[str]) -> Shape | None:
+    """The first of the known shapes that a file's columns fit."""
+    by_name: dict[str, str] = {}
+    for column in columns:
+        by_name.setdefault(column.strip().lower(), column)
+
+    def pick(names: tuple[str, ...]) -> str | None:
+        return next((by_name[name] for name in names if name in by_name), None)
+
+    for known in KNOWN:
+        picked = {part: pick(names) for part, names in known.needed.items()}
+        picked |= {part: pick(names) for part, names in known.optional.items()}
+        chosen = {part: column for part, column in picked.items() if column is not None}
+        distinct = len(set(chosen.values())) == len(chosen)
+        if known.needed.keys() <= chosen.keys() and distinct:
+            return Shape(known.kind, chosen, known.order)
+    prompt = pick(PROMPTS)
+    return Shape("prompts without answers", {"prompt": prompt}) if prompt else None
+
+
+def explain_unknown(columns: list[str]) -> str:
+    """Why no prompt and answer are known among some columns, and what to do."""
+    names = ", ".join(columns[:20])
+    if {"chosen", "rejected"} <= {column.lower() for column in columns}:
+        text = "these are rows of preferences (chosen and rejected), which are not trained on here"
+        return f"{text}; MAP= trains on one of the two columns"
+    return f'no prompt and answer among its columns {names}; MAP="prompt=…,answer=…" names them'
+
+
+def check_template(shape: Shape, columns: list[str]) -> None:
+    """Raises WrongInput where a template names no column, or one that is not there."""
+    if "messages" in shape.columns:
+        raise WrongInput("TEMPLATE= words a prompt of columns, and these rows hold turns")
+    try:
+        parsed = list(Formatter().parse(shape.template or ""))
+    except ValueError as error:
+        raise WrongInput(
+            f"TEMPLATE: {error}; a brace of the text is doubled: {{{{ or }}}}"
+        ) from None
+    fields = [name for _, name, _, _ in parsed if name is not None]
+    known = [*shape.columns, *columns, "labels"]
+    for name, extra, conversion in ((n, e, c) for _, n, e, c in parsed if n is not None):
+        if name not in known or extra or conversion:
+            hint = nearest(name, known) or f"; there are {', '.join(columns)}"
+            raise WrongInput(f'TEMPLATE: "{{{name}}}" is no column{hint}')
+    if not set(fields) - {"labels"}:
+        raise WrongInput('TEMPLATE: name a column in braces, such as "{text}"')
+
+
+def list_options(rows: Rows, shape: Shape) -> list[str]:
+    """The labels that prompts list, which only all rows show; none where there are too many."""
+    if shape.names:
+        labels = list(shape.names.values())
+        return labels if len(labels) <= MOST_OPTIONS else []
+    if "answer" not in shape.columns:
+        return []
+    counts = Counter[str]()
+    column = shape.columns["answer"]
+    for _, row in rows:
+        value = row.get(column) if isinstance(row, dict) else None
+        if isinstance(value, str | int) and not turns.is_missing(value):
+            counts[strip_end_tokens(str(value)).strip()] += 1
+            if len(counts) > MOST_SPELLINGS:
+                return []
+    folded = turns.fold_spellings(counts)
+    labels = sorted(
+        label for label in counts if label not in folded and label.lower() not in turns.MISSING
+    )
+    return labels if 2 <= len(labels) <= MOST_OPTIONS else []
+
+
+def list_unused(shape: Shape, columns: list[str], sample: list[dict[str, Any]]) -> list[str]:
+    """The columns, and the keys of turns, that nothing of a chat row is made of."""
+    used = {*shape.columns.values(), *shape.fields}
+    if shape.template is not None:
+        parts = {part for part in ("prompt", "context", "choices") if part not in shape.fields}
+        used -= {shape.columns[part] for part in parts & shape.columns.keys()} - set(shape.fields)
+    unused = [column for column in columns if column not in used]
+    if column := shape.columns.get("messages"):
+        keys: dict[str, None] = {}
+        for row in sample:
+            conversation = row.get(column)
+            for turn in conversation if isinstance(conversation, list) else ():
+                keys |= dict.fromkeys(turn if isinstance(turn, dict) else ())
+        unused += [f"{column}[].{key}" for key in keys if key not in turns.TURN_KEYS]
+    return unused

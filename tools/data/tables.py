@@ -1,0 +1,193 @@
+"""Reads text tables (CSV, TSV) row by row: the delimiter, quotes and header that a file shows.
+
+    table = inspect_table(text, "my.csv")
+    for place, row in read_table(text, table): …
+
+A row with more or fewer cells than the header, or with a quote that is not closed, is refused and
+the next line is read.
+"""
+
+import csv
+import re
+import sys
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from tools.common import WrongInput
+from tools.data.encodings import HEAD, Text
+
+LONGEST = 16 * 2**20  # characters of a row
+csv.field_size_limit(min(LONGEST, sys.maxsize))
+HEAD_ROWS = 200  # rows that decide on the delimiter
+LONGEST_NAME, MOST_WORDS = 60, 6  # of a column; longer ones are text
+NUMBER = re.compile(r"[+-]?\d+([.,]\d+)*%?")
+DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "|"}
+# Quotes are doubled inside of quoted cells (the standard), escaped by \, or plain characters.
+DOUBLED: dict[str, Any] = {"doublequote": True}
+ESCAPED: dict[str, Any] = {"doublequote": False, "escapechar": "\\"}
+PLAIN: dict[str, Any] = {"quoting": csv.QUOTE_NONE}
+
+Record = tuple[int, list[str] | ValueError]  # number of the first line, cells
+
+
+@dataclass(frozen=True)
+class Table:
+    """How a text table is written."""
+
+    delimiter: str
+    quotes: dict[str, Any]
+    header: list[str]
+    line_end: str
+    notes: list[str]
+
+
+def read_records(lines: Iterator[str], delimiter: str, quotes: dict[str, Any]) -> Iterator[Record]:
+    """The records of a table. Where a quote is not closed, the record is its first line."""
+    again: deque[str] = deque()  # lines that come once more, after a record that broke off
+    taken: list[str] = []
+    number, size = 1, 0
+
+    def feed() -> Iterator[str]:
+        nonlocal size
+        while True:
+            line = again.popleft() if again else next(lines, "")
+            if not line:
+                return
+            taken.append(line)
+            size += len(line)
+            if size > LONGEST:
+                raise csv.Error("the row is longer than 16 MB")
+            yield line
+
+    reader = csv.reader(feed(), delimiter=delimiter, strict=True, **quotes)
+    while True:
+        try:
+            cells: list[str] | ValueError = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            cells = ValueError(explain_quote(str(error), taken))
+            again.extendleft(reversed(taken[1:]))
+            del taken[1:]
+            reader = csv.reader(feed(), delimiter=delimiter, strict=True, **quotes)
+        if cells:  # a line that is not empty
+            yield number, cells
+        number += len(taken)
+        taken.clear()
+        size = 0
+
+
+def explain_quote(reason: str, lines: list[str]) -> str:
+    if "16 MB" in reason:
+        return reason
+    if "expected after" in reason:
+        return 'a quoted cell goes on after its closing "; double the quotes inside of a cell'
+    return 'a " opens a cell and is not closed' if len(lines) else reason
+
+
+def inspect_table(text: Text, name: str) -> Table:
+    """The table in a text; raises WrongInput where there is none, or it has no header."""
+    lines = read_head(text)
+    choices = [(delimiter, DOUBLED) for delimiter in DELIMITERS] + [("\t", PLAIN)]
+    if any('\\"' in line for line in lines):
+        choices += [(delimiter, ESCAPED) for delimiter in DELIMITERS]
+    scores = {}
+    for number, (delimiter, quotes) in enumerate(choices):
+        records = [cells for _, cells in read_records(iter(lines), delimiter, quotes)]
+        if not records or isinstance(records[0], ValueError):
+            continue
+        width = len(records[0])
+        fits = sum(isinstance(cells, list) and len(cells) == width for cells in records)
+        if width > 1:
+            scores[number] = (fits / len(records), width)
+    first = next((line for line in lines if line.strip()), "")
+    if not scores:
+        delimiter, quotes = ",", DOUBLED
+    else:
+        delimiter, quotes = choices[max(scores, key=lambda number: (scores[number], -number))]
+    records = [cells for _, cells in read_records(iter(lines), delimiter, quotes)]
+    rows = [cells for cells in records if isinstance(cells, list)]
+    line_end = "\r\n" if first.endswith("\r\n") else "\n"
+    header, notes = check_header(rows, name)
+    refuse_other_delimiter(header, records, delimiter, name)
+    return Table(delimiter, quotes, header, line_end, notes)
+
+
+def read_head(text: Text) -> list[str]:
+    """The first lines of a text that are whole."""
+    with text.open() as file:
+        lines, size = list[str](), 0
+        for line in islice(iter(lambda: file.readline(LONGEST), ""), HEAD_ROWS * 5):
+            lines.append(line)
+            size += len(line)
+            if size > HEAD * 16:
+                break
+        return lines
+
+
+def check_header(rows: list[list[str]], name: str) -> tuple[list[str], list[str]]:
+    """The names of the columns, and notes on them; raises WrongInput where line 1 is a row."""
+    if not rows:
+        raise WrongInput(f"{name}: no row of a table is readable; JSONL, JSON or CSV is needed")
+    header = [cell.strip() for cell in rows[0]]
+    missing = (
+        f"{name}: line 1 looks like a row and not like the names of columns; put a header before "
+        "it, such as text,label"
+    )
+    for place, cell in enumerate(header):
+        below = Counter(row[place].strip() for row in rows[1:] if len(row) == len(header))
+        is_text = len(cell) > LONGEST_NAME or len(cell.split()) > MOST_WORDS or "\n" in cell
+        if is_text or NUMBER.fullmatch(cell) or (cell and below[cell] > 1):
+            raise WrongInput(missing)
+    notes = []
+    if header[0] == "" and header.count("") == 1:
+        header[0] = "index"
+        notes.append('the first column has no name (an index of pandas); it is read as "index"')
+    if "" in header:
+        raise WrongInput(f"{name}: column {header.index('') + 1} has no name in line 1; name it")
+    twice = [cell for cell, count in Counter(header).items() if count > 1]
+    if twice:
+        raise WrongInput(f'{name}: the column "{twice[0]}" stands twice in line 1; rename one')
+    if len(rows) == 1:
+        raise WrongInput(f"{name}: there is no row below line 1, the names of the columns")
+    return header, notes
+
+
+def refuse_other_delimiter(
+    header: list[str], records: list[list[str] | ValueError], delimiter: str, name: str
+) -> None:
+    """Raises WrongInput where most rows have another number of cells than the header."""
+    widths = Counter(len(cells) for cells in records[1:] if isinstance(cells, list))
+    if not widths:
+        return
+    width, count = widths.most_common(1)[0]
+    if width != len(header) and count > len(records) / 2:
+        raise WrongInput(
+            f"{name}: by {DELIMITERS[delimiter]}, line 1 has the columns "
+            f"{', '.join(header)[:80]}, and most rows have {width} of {len(header)} cells; write "
+            "header and rows with the same delimiter, and quote cells that hold it"
+        )
+
+
+def read_table(text: Text, table: Table) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
+    """(place, row) of each row below the header; a row that is ragged is a ValueError."""
+    width = len(table.header)
+    with text.open() as file:
+        lines = iter(lambda: file.readline(LONGEST + 1), "")
+        for number, cells in islice(read_records(lines, table.delimiter, table.quotes), 1, None):
+            if isinstance(cells, ValueError):
+                yield f"line {number}", cells
+            elif len(cells) == width:
+                yield f"line {number}", dict(zip(table.header, cells, strict=True))
+            elif any(cell.strip() for cell in cells):
+                hint = "; quote cells that hold a " + DELIMITERS[table.delimiter]
+                yield (
+                    f"line {number}",
+                    ValueError(
+                        f"{len(cells)} cell{'s'[: len(cells) != 1]}, and the header has {width} "
+                        f"({', '.join(table.header)[:80]}){hint if len(cells) > width else ''}"
+                    ),
+                )

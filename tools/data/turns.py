@@ -1,0 +1,269 @@
+"""The rules for texts and turns of chat rows, the same in `make new`, `make data` and `make audit`.
+
+    require_text(row["answer"], "answer")         its text; ValueError where it is missing
+    read_turns(row["messages"], "messages")       turns of any spelling as a chat row has them
+    check_turns(messages, "messages")             the order of roles that a chat template takes
+
+What is repaired is repaired here, and what is refused is refused with the file's own column names.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from decimal import Decimal
+from typing import Any
+
+import orjson
+
+Turn = dict[str, Any]
+
+# A page break of a filing, or the vertical tab of a spreadsheet cell, is white space.
+BREAKS = re.compile("[\x0b\x0c]")
+CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
+SURROGATE = re.compile("[\ud800-\udfff]")
+MISSING = {"nan", "null", "<na>"}  # what pandas and SQL write for a value that is not there
+# Grades of rating agencies: Aa and AA are two of them.
+RATING = re.compile(r"[A-Da-d]{2,3}[0-9]?[+-]?")
+
+ROLES = {
+    "system": ("system", "developer"),
+    "user": ("user", "human", "prompter", "instruction"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bing", "bot", "model", "ai"),
+    "tool": ("tool", "function", "observation", "function_response", "tool_response", "ipython"),
+    "call": ("function_call", "tool_call"),  # of ShareGPT: an assistant's turn that calls tools
+}
+ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
+ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
+TURN_KEYS = {
+    *(*ROLE_KEYS, *CONTENT_KEYS, "tool_calls", "function_call", "tool_call_id", "name"),
+    *("weight", "train"),
+}
+
+
+# ---- Texts
+
+
+def check_text(text: str, name: str) -> str:
+    """The text itself; raises ValueError where it holds a control character."""
+    if text.isprintable():  # most texts of one line
+        return text
+    if control := CONTROL.search(text):
+        raise ValueError(f'"{name}" holds the control character {control.group()!r}')
+    if SURROGATE.search(text):
+        raise ValueError(f'"{name}" holds half of a character (a lone surrogate)')
+    return text
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a value stands for none: null, NaN, or nothing but white space."""
+    if isinstance(value, str):
+        return not value or value.isspace()
+    return value is None or (isinstance(value, float | Decimal) and math.isnan(value))
+
+
+def write_value(value: Any, name: str) -> str:
+    """A value of any type as text: numbers as they are written, lists and objects as JSON."""
+    if isinstance(value, str):
+        return check_text(value, name).strip()
+    if is_missing(value):
+        return ""
+    if isinstance(value, bytes):
+        raise ValueError(f'"{name}" holds bytes; text is needed')
+    if isinstance(value, bool | list | dict):
+        try:
+            return json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
+        except ValueError:
+            raise ValueError(f'"{name}" holds NaN or infinity') from None
+    return str(value)
+
+
+def require_text(value: Any, name: str) -> str:
+    """A value as text; raises ValueError where it is missing."""
+    text = write_value(value, name)
+    if not text:
+        empty = value is not None and isinstance(value, str)
+        raise ValueError(f'"{name}" is {"empty" if empty else "null"}')
+    return text
+
+
+def require_answer(value: Any, name: str) -> str:
+    """An answer as text; raises ValueError where it is missing, or a word for that."""
+    text = require_text(value, name)
+    if text.lower() in MISSING:
+        raise ValueError(f'"{name}" is "{text}", which stands for a missing value')
+    return text
+
+
+def fold_spellings(counts: Counter[str]) -> dict[str, str]:
+    """{answer: the most frequent spelling} of answers that differ in case or spaces alone.
+
+    Grades such as Aa and AA stay apart.
+    """
+    groups: dict[str, list[str]] = {}
+    for answer in counts:
+        groups.setdefault(" ".join(answer.casefold().split()), []).append(answer)
+    folded: dict[str, str] = {}
+    for spellings in groups.values():
+        if len(spellings) > 1 and not all(map(RATING.fullmatch, spellings)):
+            best = max(spellings, key=lambda answer: counts[answer])
+            folded |= {answer: best for answer in spellings if answer != best}
+    return folded
+
+
+# ---- Turns
+
+
+def read_turns(value: Any, name: str) -> list[Turn]:
+    """Turns as a chat row has them, of OpenAI's or ShareGPT's spelling, or of their JSON text."""
+    if isinstance(value, str):
+        try:
+            value = orjson.loads(value)
+        except ValueError:
+            raise ValueError(f'"{name}" is a text and no JSON list of turns') from None
+    if not isinstance(value, list) or not value:
+        raise ValueError(f'"{name}" must be a list of turns, not {type(value).__name__}')
+    return [read_turn(turn, f"{name}, turn {n}") for n, turn in enumerate(value, 1)]
+
+
+def read_turn(turn: Any, where: str) -> Turn:
+    if not isinstance(turn, dict):
+        raise ValueError(f'"{where}" must be an object with role and content')
+    name = next((turn[key] for key in ROLE_KEYS if turn.get(key) is not None), None)
+    role = ROLE_OF.get(name.lower()) if isinstance(name, str) else None
+    if role is None:
+        raise ValueError(
+            f'"{where}" has the role {name!r}; user, assistant, system, tool are known'
+        )
+    content = read_content(next((turn[k] for k in CONTENT_KEYS if k in turn), None), where)
+    if role == "call":
+        return {"role": "assistant", "content": "", "tool_calls": read_calls(content, where)}
+    row: Turn = {"role": role, "content": content}
+    calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else [])
+    if calls and role == "assistant":
+        row["tool_calls"] = read_calls(calls, where)
+    if role == "tool":
+        row |= {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key)}
+    if role == "assistant" and (turn.get("weight") == 0 or turn.get("train") is False):
+        row["train"] = False
+    if not content and not row.get("tool_calls"):
+        raise ValueError(f'"{where}", the {role}\'s, is empty')
+    return row
+
+
+def read_content(content: Any, where: str) -> str:
+    """The text of a turn; of content parts, their texts."""
+    if isinstance(content, list):
+        kinds = {part.get("type", "text") if isinstance(part, dict) else "text" for part in content}
+        if other := sorted(map(str, kinds - {"text", "input_text", "output_text"})):
+            raise ValueError(f'"{where}" has a part of type {other[0]}; only text is trained')
+        texts = (part.get("text") if isinstance(part, dict) else part for part in content)
+        content = "".join(text for text in texts if isinstance(text, str))
+    return write_value(content, where)
+
+
+def read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Tool calls as OpenAI writes them, with their arguments as JSON text."""
+    if isinstance(calls, str):
+        try:
+            calls = orjson.loads(calls)
+        except ValueError:
+            raise ValueError(f'"{where}" is no JSON of a tool call') from None
+    rows = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function") or call if isinstance(call, dict) else {}
+        name, arguments = function.get("name"), function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = orjson.loads(arguments or "{}")
+            except ValueError:
+                raise ValueError(
+                    f'"{where}" calls {name} with arguments that are no JSON'
+                ) from None
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            raise ValueError(f'"{where}" has a tool call without a name or without arguments')
+        text = json.dumps(arguments, ensure_ascii=False)
+        row: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": text}}
+        rows.append({"id": call["id"], **row} if call.get("id") else row)
+    return rows
+
+
+def read_tools(value: Any, name: str) -> str:
+    """The tools of a row as a JSON text of OpenAI's list; "" where there are none.
+
+    A text, since rows of one file describe parameters of different types.
+    """
+    if isinstance(value, str):
+        try:
+            value = orjson.loads(value) if value.strip() else []
+        except ValueError:
+            raise ValueError(f'"{name}" is a text and no JSON list of tools') from None
+    if not value:
+        return ""
+    tools = [
+        tool
+        if isinstance(tool, dict) and "function" in tool
+        else {"type": "function", "function": tool}
+        for tool in (value if isinstance(value, list) else [value])
+    ]
+    for tool in tools:
+        function = tool["function"]
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f'"{name}" has a tool without a name')
+    return json.dumps(tools, ensure_ascii=False)
+
+
+def check_turns(messages: list[Turn], name: str) -> None:
+    """Raises ValueError where turns are in an order that no chat template takes."""
+    roles = [turn["role"] for turn in messages]
+    before = ""
+    for number, role in enumerate(roles, 1):
+        where = f'"{name}", turn {number}'
+        if role == "system" and number > 1:
+            raise ValueError(f"{where}: a system turn must be the first")
+        if before in ("", "system") and role not in ("system", "user"):
+            raise ValueError(f"{where} is the {role}'s; a user's turn must come first")
+        if role == before and role != "tool":
+            raise ValueError(f"{where}: two turns of the {role} in a row")
+        if role == "tool" and before != "tool" and not messages[number - 2].get("tool_calls"):
+            raise ValueError(f"{where}: a tool's result follows no call")
+        if before == "tool" and role == "user":
+            raise ValueError(f"{where}: a user's turn follows a tool's result without an answer")
+        before = role
+
+
+def check_row(row: dict[str, Any], name: str = "messages") -> None:
+    """Raises ValueError unless a chat row ends with an answer that training can learn."""
+    messages = row["messages"]
+    check_turns(messages, name)
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(
+            f'"{name}" ends with the {messages[-1]["role"]}\'s turn, not with an answer'
+        )
+    for number, turn in enumerate(messages, 1):
+        where = f"{name}, turn {number}"
+        if not turn["content"] and not turn.get("tool_calls"):
+            raise ValueError(f'"{where}", the {turn["role"]}\'s, is empty')
+        if turn["role"] == "assistant" and turn["content"].lower() in MISSING:
+            raise ValueError(f'"{where}" is "{turn["content"]}", which stands for a missing value')
+    if not any(turn.get("train", True) for turn in messages if turn["role"] == "assistant"):
+        raise ValueError(f'"{name}" has no assistant turn to train on: all have weight 0')
+
+
+def write_prompt(messages: Iterable[Turn]) -> str:
+    """The turns before an answer as one text, by which prompts are compared and split."""
+    turns = list(messages)
+    if len(turns) == 1:
+        return str(turns[0]["content"])
+    return "\n".join(
+        f"{turn['role']}: {turn['content']}"
+        + "".join(f" {call['function']}" for call in turn.get("tool_calls", ()))
+        for turn in turns
+    )
+
+
+def write_answer(turn: Turn) -> str:
+    """The text of an answer, and its tool calls as JSON, as scoring reads them."""
+    calls = turn.get("tool_calls")
+    return "\n".join(filter(None, [turn["content"], json.dumps(calls) if calls else ""]))
