@@ -258,7 +258,7 @@ def test_plain_axolotl_trains_the_recipe_with_the_profile_as_flags(smollm2, chat
     (tmp_path / "models").symlink_to(smollm2.parent)
     (tmp_path / "data" / "chat").mkdir(parents=True)
     shutil.copy(chat_rows, tmp_path / "data" / "chat")
-    own = {"dequantize_once", "answer_logits_only"}
+    own = {"dequantize_once", "answer_logits_only", "shared_prefix"}
     options = {option.name: option for option in axolotl.commands["train"].params}
     flags = ["--max-steps", "2"]
     for key, value in recipes.read_profile("cpu").items():

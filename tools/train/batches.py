@@ -66,13 +66,14 @@ def order_by_epoch(trainer: Any) -> None:
 
 
 def count_real_tokens(trainer: Any, progress: "Progress") -> None:
-    """Counts the tokens of each batch that are no padding, in this process."""
+    """Counts the tokens of each batch's rows that are no padding, in this process."""
     compute = trainer.compute_loss
 
     def compute_loss(model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         if model.training:
-            mask = inputs.get("attention_mask")
-            progress.real_tokens += inputs["labels"].numel() if mask is None else mask.sum()
+            mask, packed = inputs.get("attention_mask"), inputs.pop("real_tokens", None)
+            real = inputs["labels"].numel() if mask is None else mask.sum()
+            progress.real_tokens += real if packed is None else packed
         return compute(model, inputs, return_outputs=return_outputs, **kwargs)
 
     trainer.compute_loss = compute_loss
@@ -94,7 +95,8 @@ def weigh_parts(trainer: Any, parts: int) -> None:
     group, compute = groups[read_rank("RANK") // parts], trainer.compute_loss
 
     def compute_loss(model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        own = (inputs["labels"][:, 1:] != -100).sum()
+        # Packed rows have, for each token, the label of the next one.
+        own = (inputs["labels"][:, 0 if "segment_lengths" in inputs else 1 :] != -100).sum()
         found = compute(model, inputs, return_outputs=return_outputs, **kwargs)
         if not model.training:
             return found

@@ -9,72 +9,33 @@ rows (docs/shared-prefix.md). Of a row only the tokens that its loss depends on 
 before its last label.
 """
 
-from dataclasses import dataclass, field
-from itertools import takewhile
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tools.train.ranks import read_rank
+from tools.train.sharing import IGNORED, Pack, Row, pack_rows
 
-SHORTEST = 16  # tokens; sharing fewer costs more in attention than it saves
-IGNORED = -100  # the label of a token that is not trained
 PLAIN_KEYS = {"input_ids", "attention_mask", "labels"}
 
 
-@dataclass(frozen=True)
-class Row:
-    """The tokens that a row's loss depends on."""
+def build_inputs(pack: Pack, device: Any) -> dict[str, torch.Tensor]:
+    """A pack as tensors of shape (1, …), which a trainer passes to a model as keywords."""
 
-    ids: list[int]
-    labels: list[int]  # for each token the one that it is trained to predict, or IGNORED
-    weight: float  # of each of its labels in the loss
+    def tensor(values: list[Any]) -> torch.Tensor:
+        return torch.tensor([values], device=device)
 
-    @property
-    def prompt(self) -> int:
-        """How many tokens come before the first one that predicts a label; only they are shared."""
-        return next(at for at, label in enumerate(self.labels) if label != IGNORED)
-
-
-@dataclass
-class Pack:
-    """Rows as one sequence, which is divided into segments: shared beginnings and rows' rests."""
-
-    ids: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)  # of the segments
-    # For each segment the places that it attends to: those before it in its rows, then its own.
-    paths: list[list[int]] = field(default_factory=list)
-
-    def add(self, row: Row, start: int, end: int, path: list[int]) -> list[int]:
-        """Adds tokens `start` to `end` of a row behind a path; returns the path with them."""
-        path = [*path, *range(len(self.ids), len(self.ids) + end - start)]
-        self.ids += row.ids[start:end]
-        self.positions += range(start, end)
-        self.labels += row.labels[start:end]
-        self.weights += [row.weight] * (end - start)
-        self.lengths.append(end - start)
-        self.paths.append(path)
-        return path
-
-    def to_inputs(self, device: Any) -> dict[str, torch.Tensor]:
-        """Tensors of shape (1, …), as a trainer passes them to a model."""
-
-        def tensor(values: list[Any]) -> torch.Tensor:
-            return torch.tensor([values], device=device)
-
-        return {
-            "input_ids": tensor(self.ids),
-            "position_ids": tensor(self.positions),
-            "labels": tensor(self.labels),
-            "label_weights": tensor(self.weights),
-            "segment_lengths": tensor(self.lengths),
-            "path_lengths": tensor([len(path) for path in self.paths]),
-            "paths": tensor([place for path in self.paths for place in path]),
-        }
+    return {
+        "input_ids": tensor(pack.ids),
+        "position_ids": tensor(pack.positions),
+        "labels": tensor(pack.labels),
+        "label_weights": tensor(pack.weights),
+        "segment_lengths": tensor(pack.lengths),
+        "path_lengths": tensor([len(path) for path in pack.paths]),
+        "paths": tensor([place for path in pack.paths for place in path]),
+    }
 
 
 def read_rows(batch: dict[str, torch.Tensor], items: int | None = None) -> list[Row]:
@@ -94,29 +55,6 @@ def read_rows(batch: dict[str, torch.Tensor], items: int | None = None) -> list[
             rows.append(([ids[place] for place in real[:end]], following[:end]))
     count = items or sum(label != IGNORED for _, labels in rows for label in labels)
     return [Row(ids, labels, 1 / count) for ids, labels in rows]
-
-
-def pack_rows(rows: list[Row]) -> Pack:
-    """Packs rows; beginnings of at least SHORTEST tokens that several rows share stand once."""
-    pack = Pack()
-
-    def add_rows(rows: list[Row], start: int, path: list[int]) -> None:
-        groups: dict[Any, list[Row]] = {}
-        for number, row in enumerate(rows):
-            shareable = start + SHORTEST <= row.prompt
-            key = tuple(row.ids[start : start + SHORTEST]) if shareable else number
-            groups.setdefault(key, []).append(row)
-        for group in groups.values():
-            if len(group) == 1:
-                pack.add(group[0], start, len(group[0].ids), path)
-                continue
-            prompts = (row.ids[start : row.prompt] for row in group)
-            columns = zip(*prompts, strict=False)
-            end = start + sum(1 for _ in takewhile(lambda column: len({*column}) == 1, columns))
-            add_rows(group, end, pack.add(group[0], start, end, path))
-
-    add_rows(rows, 0, [])
-    return pack
 
 
 class Segments:
@@ -215,7 +153,7 @@ def attend_to_segments(name: str) -> None:
 
 
 def accept_packs(model: Any) -> None:
-    """Lets a causal model take what `Pack.to_inputs` gives, beside ordinary batches.
+    """Lets a causal model take what `build_inputs` gives, beside ordinary batches.
 
     Logits are computed where there is a label, and the loss is the weighted sum over the labels.
     """
@@ -307,7 +245,7 @@ class Packer:
             return batches
         ids = batches[0]["input_ids"]
         real = sum(batch["attention_mask"].sum() for batch in batches)
-        return [pack.to_inputs(ids.device) | {"real_tokens": real}]
+        return [build_inputs(pack, ids.device) | {"real_tokens": real}]
 
 
 def share_prefixes(trainer: Any) -> None:
