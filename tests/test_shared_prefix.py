@@ -247,3 +247,19 @@ def test_bases_that_cannot_be_packed_say_why(architecture, reason, tiny, tmp_pat
     (tmp_path / "config.json").write_text(json.dumps(content))
     told = explain_base(str(tmp_path))
     assert told is None if reason is None else reason in told
+
+
+def test_flash_attn_trains_the_same():
+    """Its kernel computes in bfloat16: the bound is what that rounds."""
+    pytest.importorskip("flash_attn", reason="flash-attn is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(
+        build_config("llama"), attn_implementation="flash_attention_2", dtype=torch.bfloat16
+    )
+    model = add_adapter(base.cuda())
+    batch = {key: value.cuda() for key, value in build_batch(BATCHES["equal prompts"]).items()}
+    assert_same(compute(model, pack(batch)), compute(model, batch), loss=2e-2, gradient=5e-2)

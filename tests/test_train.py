@@ -135,6 +135,26 @@ def test_a_run_killed_in_the_middle_goes_on_with_the_same_losses(runs, tiny, cha
     assert common.digest(once) == common.digest(killed)
 
 
+def test_packed_rows_train_what_padded_rows_do_in_fewer_tokens(tiny, chat_rows, tmp_path):
+    """Without dropout, whose random numbers differ; with micro-batches that are merged."""
+    batch = {"micro_batch_size": 4, "gradient_accumulation_steps": 2, "lora_dropout": 0.0}
+    infos = {}
+    for packs in (True, False):
+        (tmp_path / str(packs)).mkdir()
+        changes = batch if packs else {**batch, "shared_prefix": False}
+        recipe = write_recipe(tmp_path / str(packs), "r4", tiny, chat_rows, **changes)
+        result = run("train", recipe)
+        assert result.returncode == 0, result.stdout + result.stderr
+        infos[packs] = json.loads((tmp_path / str(packs) / "r4" / "run.json").read_text())
+    packed, padded = (losses(tmp_path / str(packs) / "r4") for packs in (True, False))
+    assert packed == pytest.approx(padded, abs=1e-4)
+    assert infos[True]["last_eval_loss"] == pytest.approx(infos[False]["last_eval_loss"], abs=1e-4)
+    for count in ("real_tokens", "trained_tokens"):
+        assert infos[True][count] == infos[False][count]
+    assert infos[True]["computed_tokens"] < 0.7 * infos[False]["computed_tokens"]
+    assert infos[False]["computed_tokens"] >= infos[False]["real_tokens"]
+
+
 def test_a_damaged_checkpoint_is_left_out_and_the_one_before_is_used(runs, tmp_path):
     shutil.copytree(runs["r4"], tmp_path / "run")
     (tmp_path / "run" / "checkpoint-12" / "optimizer.pt").write_bytes(b"PK half a file")

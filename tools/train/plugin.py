@@ -121,7 +121,7 @@ class RunPlugin(BasePlugin):
         lines = json_lines(self.progress.file)
         memory = [line["memory"] for line in lines]
         counted = getattr(state, "tokens", None) or {}
-        total = int(counted.get("total", 0))
+        real = lines[-1]["real_tokens"] if lines else 0
         parameters = [p for p in self.trainer.model.parameters() if p.requires_grad]
         on_gpu = torch.cuda.is_available()
         write_json(
@@ -134,10 +134,10 @@ class RunPlugin(BasePlugin):
                 "last_eval_loss": find_last(lines, "eval_loss"),
                 "seconds": round(seconds, 1),
                 "peak_memory_bytes": max([measure_peak_memory(), *memory]),
-                "computed_tokens": total,
-                "real_tokens": lines[-1]["real_tokens"] if lines else 0,
+                "real_tokens": real,  # of the rows
+                "computed_tokens": int(counted.get("total", 0)),  # that went through the model
                 "trained_tokens": int(counted.get("trainable", 0)),
-                "tokens_per_second": round(total / seconds, 1) if seconds else None,
+                "tokens_per_second": round(real / seconds, 1) if seconds else None,
                 "trainable_parameters": sum(p.numel() for p in parameters),
                 "device": torch.cuda.get_device_name(0) if on_gpu else "cpu",
                 "processes": read_rank("WORLD_SIZE"),

@@ -63,7 +63,7 @@ def follow(process: subprocess.Popen[bytes], run: Run) -> None:
             if losses and losses[-1]["step"] != last_step:
                 last = losses[-1]
                 last_step = last["step"]
-                speed = last["total_tokens"] / max(last["seconds"], 1e-9)
+                speed = last["real_tokens"] / max(last["seconds"], 1e-9)
                 text = (
                     f"loss {last['loss']:.3f}  {speed:.0f} tokens/s  {last['memory'] / 1e9:.1f} GB"
                 )

@@ -295,7 +295,7 @@ def report_sizes(recipe: recipes.Recipe, rows: LongestRows, run_info: dict[str, 
     say("peak memory", f"{run_info['peak_memory_bytes'] / GIB:.1f} GiB ({peak}{note})")
     first, *_, last = TRIAL.losses()
     seconds = max(last["seconds"] - first["seconds"], 0.01)  # they are rounded to hundredths
-    speed = (last["total_tokens"] - first["total_tokens"]) / seconds  # padding included
+    speed = (last["real_tokens"] - first["real_tokens"]) / seconds
     say("speed", f"{speed:,.0f} tokens/s on the longest rows")
     steps, tokens = plan.count_steps(rows.total_rows, math.ceil(rows.mean), recipe.config)
     hours = tokens / speed / 3600
