@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from tools import recipes
 from tools.train import profiles
 from tools.train import shared_prefix as sharing
+from tools.train.batches import count_real_tokens
 from tools.train.hardware import Host
 from tools.train.sharing import TESTED, explain_base
 
@@ -263,3 +265,34 @@ def test_flash_attn_trains_the_same():
     model = add_adapter(base.cuda())
     batch = {key: value.cuda() for key, value in build_batch(BATCHES["equal prompts"]).items()}
     assert_same(compute(model, pack(batch)), compute(model, batch), loss=2e-2, gradient=5e-2)
+
+
+@pytest.mark.parametrize("counts_labels", [True, False])
+def test_transformers_trainer_takes_the_same_steps(counts_labels, smollm2, tmp_path):
+    """With the loss as a mean over all labels of a step, or over those of each micro-batch."""
+    from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    def train(packs: bool) -> list[float]:
+        model = build_model()
+        rows = [row for rows in BATCHES.values() for row in rows if row[1]]
+        data = []
+        for prompt, answer in rows:
+            labels = [-100] * len(prompt) + answer + [-100]
+            data.append({"input_ids": [*prompt, *answer, 9], "labels": labels})
+        folder = tmp_path / str(packs)
+        arguments = TrainingArguments(
+            str(folder), per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=9,
+            logging_steps=1, learning_rate=1e-2, use_cpu=True, report_to=[], save_strategy="no",
+        )  # fmt: skip
+        collate = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(smollm2))
+        trainer = Trainer(model, arguments, train_dataset=data, data_collator=collate)
+        trainer.model_accepts_loss_kwargs = counts_labels
+        count_real_tokens(trainer, SimpleNamespace(real_tokens=0))
+        if packs:
+            sharing.share_prefixes(trainer)
+        trainer.train()
+        return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+    packed, padded = train(True), train(False)
+    assert packed == pytest.approx(padded, abs=1e-4) and len(packed) == 9
+    assert padded[-1] < padded[0]
