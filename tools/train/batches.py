@@ -1,4 +1,7 @@
-"""What a step computes: logits at labels only, the order of rows, shares of a micro-batch."""
+"""What a step computes: logits at labels only, the order of rows, shares of a micro-batch.
+
+How rows are packed is in tools/train/sharing.py and tools/train/shared_prefix.py.
+"""
 
 from typing import Any
 
@@ -18,7 +21,7 @@ def compute_answer_logits_only(model: Any) -> None:
 
     def before(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         labels = kwargs.get("labels")
-        if labels is None:
+        if labels is None or "segment_lengths" in kwargs:  # a pack has logits at its labels alone
             return None
         shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
         columns = (shifted != -100).any(0).nonzero().flatten()
