@@ -169,7 +169,7 @@ def test_micro_batches_of_a_step_are_merged_and_their_loss_stays(items):
     """The trainer divides by the number of micro-batches, or hands on the labels of the step."""
     model = build_model()
     batches = [build_batch(BATCHES[name]) for name in ("equal", "equal prompts", "one row")]
-    steps = sharing.Packer(merges=True).pack_step(batches, items)
+    steps = sharing.Packer(budget=200).pack_step(batches, items)
     assert [step["input_ids"].numel() == 0 for step in steps] == [True, True, False]
     steps[-1].pop("real_tokens")
     model.zero_grad()
@@ -186,10 +186,10 @@ def test_micro_batches_of_a_step_are_merged_and_their_loss_stays(items):
 def test_micro_batches_are_merged_only_where_no_more_tokens_are_held_at_once():
     wide = build_batch([(list(range(number, number + 60)), [3]) for number in (10, 80)])
     assert wide["input_ids"].numel() == 124
-    steps = sharing.Packer(merges=True).pack_step([wide, wide, wide])
+    steps = sharing.Packer(budget=124).pack_step([wide, wide, wide])
     assert [step["input_ids"].numel() for step in steps] == [0, 0, 2 * 59 + 6]
     other = build_batch([(list(range(number, number + 60)), [3]) for number in (30, 50)])
-    steps = sharing.Packer(merges=True).pack_step([wide, other])
+    steps = sharing.Packer(budget=124).pack_step([wide, other])
     assert [step["input_ids"].numel() for step in steps] == [120, 120]  # 60 of each row
 
 
@@ -270,6 +270,7 @@ def test_flash_attn_trains_the_same():
 @pytest.mark.parametrize("counts_labels", [True, False])
 def test_transformers_trainer_takes_the_same_steps(counts_labels, smollm2, tmp_path):
     """With the loss as a mean over all labels of a step, or over those of each micro-batch."""
+    from datasets import Dataset
     from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     def train(packs: bool) -> list[float]:
@@ -285,7 +286,9 @@ def test_transformers_trainer_takes_the_same_steps(counts_labels, smollm2, tmp_p
             logging_steps=1, learning_rate=1e-2, use_cpu=True, report_to=[], save_strategy="no",
         )  # fmt: skip
         collate = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(smollm2))
-        trainer = Trainer(model, arguments, train_dataset=data, data_collator=collate)
+        trainer = Trainer(
+            model, arguments, train_dataset=Dataset.from_list(data), data_collator=collate
+        )
         trainer.model_accepts_loss_kwargs = counts_labels
         count_real_tokens(trainer, SimpleNamespace(real_tokens=0))
         if packs:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from axolotl.utils.samplers import get_dataset_lengths
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tools.train.ranks import read_rank
@@ -200,7 +201,7 @@ class Packer:
     """Packs the micro-batches of a step where that is exact and saves tokens."""
 
     window: int | None = None  # of the model's sliding attention
-    merges: bool = False  # micro-batches of a step into one, as far as it holds no more tokens
+    budget: int = 0  # tokens up to which micro-batches of a step are merged
 
     def pack_step(
         self, batches: list[dict[str, torch.Tensor]], items: Any = None
@@ -212,9 +213,8 @@ class Packer:
         """
         packed: list[dict[str, torch.Tensor]] = []
         waiting: list[dict[str, torch.Tensor]] = []
-        budget = max((batch["input_ids"].numel() for batch in batches), default=0)
         for batch in batches:
-            if self.merges and waiting and self.pack([*waiting, batch], budget, items):
+            if self.budget and waiting and self.pack([*waiting, batch], self.budget, items):
                 waiting.append(batch)
                 continue
             packed += self.finish(waiting, items)
@@ -225,22 +225,22 @@ class Packer:
         empty = {"input_ids": torch.empty((1, 0), dtype=torch.int64, device=device)}
         return [empty] * (len(batches) - len(packed)) + packed
 
-    def pack(self, batches: list[dict[str, torch.Tensor]], budget: int, items: Any) -> Pack | None:
-        """Micro-batches as one pack; None where that is not exact or takes over `budget` tokens."""
+    def pack(self, batches: list[dict[str, torch.Tensor]], most: int, items: Any) -> Pack | None:
+        """Micro-batches as one pack; None where that is not exact or takes over `most` tokens."""
         if any(batch.keys() != PLAIN_KEYS for batch in batches):
             return None
         rows = [row for batch in batches for row in read_rows(batch, items and int(items))]
         if not rows or (self.window and max(len(row.ids) for row in rows) > self.window):
             return None
         pack = pack_rows(rows)
-        return pack if len(pack.ids) <= budget else None
+        return pack if len(pack.ids) <= most else None
 
     def finish(self, batches: list[dict[str, torch.Tensor]], items: Any) -> list[Any]:
         """[the pack of micro-batches that go together]; [the micro-batch] where it stays plain."""
         if not batches:
             return []
-        widest = max(batch["input_ids"].numel() for batch in batches)
-        pack = self.pack(batches, len(batches) * widest, items)
+        padded = sum(batch["input_ids"].numel() for batch in batches)
+        pack = self.pack(batches, padded, items)
         if pack is None:
             return batches
         ids = batches[0]["input_ids"]
@@ -248,16 +248,24 @@ class Packer:
         return [build_inputs(pack, ids.device) | {"real_tokens": real}]
 
 
+def count_largest(trainer: Any) -> int:
+    """Tokens of the largest padded micro-batch: the one with the longest row."""
+    longest = int(max(get_dataset_lengths(trainer.train_dataset), default=0))
+    return longest * int(trainer.args.per_device_train_batch_size)
+
+
 def share_prefixes(trainer: Any) -> None:
     """Lets a trainer pack the rows of each step. Evaluation keeps its batches.
 
-    Several processes, and DeepSpeed, count micro-batches: there none are merged. bitsandbytes' int8
-    on a GPU picks its outlier columns by batch, so there neither.
+    Micro-batches of a step are merged up to the tokens that the largest one would hold padded, so
+    memory does not grow. Several processes, and DeepSpeed, count micro-batches: there none are
+    merged. bitsandbytes' int8 on a GPU picks its outlier columns by batch, so there neither.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     alone = read_rank("WORLD_SIZE") == 1 and not trainer.is_deepspeed_enabled
     by_batch = getattr(model, "is_loaded_in_8bit", False) and torch.cuda.is_available()
-    packer = Packer(find_window(model.config), merges=alone and not by_batch)
+    merges = alone and not by_batch and trainer.args.gradient_accumulation_steps > 1
+    packer = Packer(find_window(model.config), count_largest(trainer) if merges else 0)
     take, train = trainer.get_batch_samples, trainer.training_step
 
     def get_batch_samples(*args: Any, **kwargs: Any) -> Any:

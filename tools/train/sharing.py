@@ -143,6 +143,8 @@ def describe_saving(config: dict[str, Any]) -> str:
     packed = sum(len(pack_rows(step).ids) for step in steps)
     mean = sum(len(row.ids) for step in steps for row in step) / (len(steps) * size)
     own = packed / (len(steps) * size)
+    if padded < 1.05 * packed:
+        return f", but a micro-batch of {size} saves next to nothing"
     return f", {padded / packed:.1f} times fewer tokens: {own:.0f} for a row of {mean:.0f}"
 
 
