@@ -4,7 +4,7 @@
 
 Trains smollm2-135m/sentiment_r4 for each seed on packed and on padded rows, and scores both on FPB.
 What is trained stays in runs/.shared_dropout/, so the command can be interrupted and repeated; a
-table of all finished seeds goes to results/shared_prefix.json.
+table of all finished seeds goes to results/shared_dropout.json.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from tools.runs import Run
 
 RECIPE, DATASET = "smollm2-135m/sentiment_r4", "fpb"
 RUNS = ROOT / "runs" / ".shared_dropout"
-RESULTS = ROOT / "results" / "shared_prefix.json"
+RESULTS = ROOT / "results" / "shared_dropout.json"
 SIDES = {"packed": {}, "padded": {"shared_prefix": False}}
 
 
