@@ -12,6 +12,7 @@ from typing import Any
 
 from tools.common import ROOT, JobFailed, atomic, format_yaml
 from tools.subjects import Subject
+from tools.train.hardware import detect_host
 
 
 def run_verb(*arguments: Any) -> None:
@@ -60,7 +61,10 @@ def find_scores(run: Path, base: Path, side: str, dataset: str, limit: int | Non
 
 
 def describe_machine() -> str:
+    """The machine as results name it: its GPUs, or its cores and memory. Never its host name."""
     import psutil
 
+    if gpus := detect_host().gpus:
+        return f"{len(gpus)} x {gpus[0][0]}"
     memory = psutil.virtual_memory().total / 1e9
     return f"{os.cpu_count()} cores ({platform.machine()}), {memory:.0f} GB, no GPU"

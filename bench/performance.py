@@ -9,14 +9,13 @@ A file holds one machine's figures by benchmark and subject; a new measurement r
 
 import argparse
 import importlib.metadata
-import platform
 import re
 import time
 from pathlib import Path
 from typing import Any
 
+from bench.jobs import describe_machine
 from tools.common import ROOT, JobFailed, WrongInput, atomic, command, read_json, shown, write_json
-from tools.train.hardware import Host, detect_host
 
 RESULTS = ROOT / "results"
 PAGE = ROOT / "docs" / "performance.md"
@@ -39,16 +38,9 @@ allows. *Real* tokens are those of the rows, without padding; *computed* ones go
 """
 
 
-def describe_machine(host: Host) -> str:
-    """The machine as results name it: its GPUs, or its cores and memory. Never its host name."""
-    if host.gpus:
-        return f"{len(host.gpus)} x {host.gpus[0][0]}"
-    return f"{host.cores} CPU cores ({platform.machine()}), {host.memory / 1e9:.0f} GB, no GPU"
-
-
 def record(bench: str, subject: str, figures: dict[str, Any]) -> Path:
     """Adds one benchmark's figures to the file of this machine; returns the file."""
-    machine = describe_machine(detect_host())
+    machine = describe_machine()
     slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
     path = RESULTS / f"performance_{slug}.json"
     content = read_json(path) if path.is_file() else {"machine": machine}

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from tests.conftest import run, write_recipe
+from tests.conftest import losses, run, write_recipe
 from tests.training import assert_same, count_steps, kill, start, wait_for
 from tools import common, recipes
 from tools.runs import Run
@@ -120,6 +120,26 @@ def test_a_run_killed_in_the_middle_goes_on_to_the_same_adapter(runs, tiny, chat
     assert_same(folder, runs["r4"])
 
 
+def test_packed_rows_train_what_padded_rows_do_in_fewer_tokens(tiny, chat_rows, tmp_path):
+    """Without dropout, whose random numbers differ; with micro-batches that are merged."""
+    batch = {"micro_batch_size": 4, "gradient_accumulation_steps": 2, "lora_dropout": 0.0}
+    infos = {}
+    for packs in (True, False):
+        (tmp_path / str(packs)).mkdir()
+        changes = batch if packs else {**batch, "shared_prefix": False}
+        recipe = write_recipe(tmp_path / str(packs), "r4", tiny, chat_rows, **changes)
+        result = run("train", recipe)
+        assert result.returncode == 0, result.stdout + result.stderr
+        infos[packs] = json.loads((tmp_path / str(packs) / "r4" / "run.json").read_text())
+    packed, padded = (losses(tmp_path / str(packs) / "r4") for packs in (True, False))
+    assert packed == pytest.approx(padded, abs=1e-4)
+    assert infos[True]["last_eval_loss"] == pytest.approx(infos[False]["last_eval_loss"], abs=1e-4)
+    for count in ("real_tokens", "trained_tokens"):
+        assert infos[True][count] == infos[False][count]
+    assert infos[True]["computed_tokens"] < 0.7 * infos[False]["computed_tokens"]
+    assert infos[False]["computed_tokens"] >= infos[False]["real_tokens"]
+
+
 def test_a_finished_run_is_left_alone(runs):
     before = (runs["r4"] / "run.json").read_bytes()
     result = run("train", runs["r4"].parent / "r4.yaml")
@@ -223,7 +243,7 @@ def test_plain_axolotl_trains_the_recipe_with_the_profile_as_flags(smollm2, chat
     (tmp_path / "models").symlink_to(smollm2.parent)
     (tmp_path / "data" / "chat").mkdir(parents=True)
     shutil.copy(chat_rows, tmp_path / "data" / "chat")
-    own = {"dequantize_once", "answer_logits_only"}
+    own = {"dequantize_once", "answer_logits_only", "shared_prefix"}
     options = {option.name: option for option in axolotl.commands["train"].params}
     flags = ["--max-steps", "2"]
     for key, value in recipes.read_profile("cpu").items():

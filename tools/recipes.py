@@ -40,7 +40,8 @@ NUMBER_KEYS = {
     *("learning_rate", "lora_alpha", "lora_r", "num_epochs", "max_steps", "sequence_len"),
     *("micro_batch_size", "gradient_accumulation_steps", "val_set_size", "weight_decay"),
 }
-PLUGIN_KEYS = {"plugins", "dequantize_once", "answer_logits_only"}  # from tools/train/plugin.py
+# From tools/train/plugin.py.
+PLUGIN_KEYS = {"plugins", "dequantize_once", "answer_logits_only", "shared_prefix"}
 # Words in the path of a base that make Axolotl take it for another kind of model, and the option
 # that this affects (None: all of them).
 MISLEADING_PATHS = {"mpt": "gradient_checkpointing", "falcon": "fsdp", "pixtral": None}

@@ -1,4 +1,7 @@
-"""What a step computes: logits at labels only, the order of rows, shares of a micro-batch."""
+"""What a step computes: logits at labels only, the order of rows, shares of a micro-batch.
+
+How rows are packed is in tools/train/sharing.py and tools/train/shared_prefix.py.
+"""
 
 from typing import Any
 
@@ -18,7 +21,7 @@ def compute_answer_logits_only(model: Any) -> None:
 
     def before(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         labels = kwargs.get("labels")
-        if labels is None:
+        if labels is None or "segment_lengths" in kwargs:  # a pack has logits at its labels alone
             return None
         shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
         columns = (shifted != -100).any(0).nonzero().flatten()
@@ -66,13 +69,14 @@ def order_by_epoch(trainer: Any) -> None:
 
 
 def count_real_tokens(trainer: Any, progress: "Progress") -> None:
-    """Counts the tokens of each batch that are no padding, in this process."""
+    """Counts the tokens of each batch's rows that are no padding, in this process."""
     compute = trainer.compute_loss
 
     def compute_loss(model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         if model.training:
-            mask = inputs.get("attention_mask")
-            progress.real_tokens += inputs["labels"].numel() if mask is None else mask.sum()
+            mask, packed = inputs.get("attention_mask"), inputs.pop("real_tokens", None)
+            real = inputs["labels"].numel() if mask is None else mask.sum()
+            progress.real_tokens += real if packed is None else packed
         return compute(model, inputs, return_outputs=return_outputs, **kwargs)
 
     trainer.compute_loss = compute_loss
@@ -94,7 +98,8 @@ def weigh_parts(trainer: Any, parts: int) -> None:
     group, compute = groups[read_rank("RANK") // parts], trainer.compute_loss
 
     def compute_loss(model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        own = (inputs["labels"][:, 1:] != -100).sum()
+        # Packed rows have, for each token, the label of the next one.
+        own = (inputs["labels"][:, 0 if "segment_lengths" in inputs else 1 :] != -100).sum()
         found = compute(model, inputs, return_outputs=return_outputs, **kwargs)
         if not model.training:
             return found

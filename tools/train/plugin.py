@@ -26,6 +26,7 @@ from tools.train.batches import (
 from tools.train.callbacks import Progress, Watch, measure_peak_memory
 from tools.train.checkpoints import write_atomically
 from tools.train.ranks import allow_deepspeed_on_cpu, read_rank
+from tools.train.shared_prefix import accept_packs, share_prefixes
 
 
 class Args(BaseModel):
@@ -33,6 +34,7 @@ class Args(BaseModel):
 
     dequantize_once: bool | None = None
     answer_logits_only: bool | None = None
+    shared_prefix: bool | None = None
     processes: int | None = None  # that train together; fewer means that some train apart
     micro_batch_parts: int | None = None  # processes that share one micro-batch of the recipe
 
@@ -90,11 +92,15 @@ class RunPlugin(BasePlugin):
             dequantize_once(model, training=True)
         if cfg.answer_logits_only:
             compute_answer_logits_only(model)
+        if cfg.shared_prefix:
+            accept_packs(model)
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
         self.progress, self.trainer = Progress(Path(cfg.output_dir)), trainer
         self.watch = Watch(cfg, trainer, self.progress)
         count_real_tokens(trainer, self.progress)
+        if cfg.shared_prefix:
+            share_prefixes(trainer)
         write_atomically(trainer)
         order_by_epoch(trainer)
         if (cfg.micro_batch_parts or 1) > 1:
@@ -115,7 +121,7 @@ class RunPlugin(BasePlugin):
         lines = json_lines(self.progress.file)
         memory = [line["memory"] for line in lines]
         counted = getattr(state, "tokens", None) or {}
-        total = int(counted.get("total", 0))
+        real = lines[-1]["real_tokens"] if lines else 0
         parameters = [p for p in self.trainer.model.parameters() if p.requires_grad]
         on_gpu = torch.cuda.is_available()
         write_json(
@@ -128,10 +134,10 @@ class RunPlugin(BasePlugin):
                 "last_eval_loss": find_last(lines, "eval_loss"),
                 "seconds": round(seconds, 1),
                 "peak_memory_bytes": max([measure_peak_memory(), *memory]),
-                "total_tokens": total,
-                "real_tokens": lines[-1]["real_tokens"] if lines else 0,
+                "real_tokens": real,  # of the rows
+                "computed_tokens": int(counted.get("total", 0)),  # that went through the model
                 "trained_tokens": int(counted.get("trainable", 0)),
-                "tokens_per_second": round(total / seconds, 1) if seconds else None,
+                "tokens_per_second": round(real / seconds, 1) if seconds else None,
                 "trainable_parameters": sum(p.numel() for p in parameters),
                 "device": torch.cuda.get_device_name(0) if on_gpu else "cpu",
                 "processes": read_rank("WORLD_SIZE"),

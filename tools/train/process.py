@@ -56,7 +56,7 @@ def follow(process: subprocess.Popen[bytes], run: Run) -> None:
             row = read_last_step(run.progress_file)
             if row and row["step"] != last_step:
                 last_step, steps = row["step"], row["steps"]
-                speed = row["total_tokens"] / max(row["seconds"], 1e-9)
+                speed = row["real_tokens"] / max(row["seconds"], 1e-9)
                 memory = row["memory"] / 1e9
                 text = f"loss {row['loss']:.3f}  {speed:.0f} tokens/s  {memory:.1f} GB"
                 bar.update(job, total=steps, completed=last_step, description=text)

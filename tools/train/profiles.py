@@ -15,7 +15,7 @@ from typing import Any
 from tools import architectures, recipes, sources
 from tools.common import ROOT, WrongInput, quiet
 from tools.prompts import with_template
-from tools.train import plan
+from tools.train import plan, sharing
 from tools.train.hardware import Host, detect_host, explain_import, explain_no_flash
 
 PLUGIN = "tools.train.plugin.RunPlugin"
@@ -132,7 +132,12 @@ def apply_profiles(own: dict[str, Any], options: dict[str, Any]) -> dict[str, An
     them, as are its attention and its own choices for the profile's plugins.
     """
     options = dict(options)
-    for key in ("sample_packing", "batch_flattening", *(k for k in options if k[:6] == "liger_")):
+    for key in (
+        "sample_packing",
+        "batch_flattening",
+        "shared_prefix",
+        *(k for k in options if k[:6] == "liger_"),
+    ):
         if key in own:
             options.pop(key, None)
     if own.get("sample_packing"):
@@ -227,6 +232,8 @@ def merge_config(
     if (wants_flash or content.get("flash_attention")) and explain_no_flash(here or detect_host()):
         content.pop("flash_attention", None)
         content["attn_implementation"] = "sdpa"  # and `batch_flattening: auto` is off
+    if content.pop("shared_prefix", None):
+        content |= decide_sharing(content)
     if content.get("deepspeed") and (reason := explain_import("deepspeed")):
         raise WrongInput(f"PROFILE={profile}: {reason}")
     if choice.gradient_checkpointing is not None:
@@ -248,6 +255,15 @@ def merge_config(
     content["include_tkps"] = True
     content["auto_resume_from_checkpoints"] = True
     return content
+
+
+def decide_sharing(content: dict[str, Any]) -> dict[str, Any]:
+    """What of a config changes where its rows are packed; {} where they cannot be."""
+    # A profile's own way to pack rows gives way to this one; a user's does not.
+    flattened = content.get("batch_flattening")
+    if sharing.explain_no_sharing(content):
+        return {}
+    return {"shared_prefix": True} | ({"batch_flattening": False} if flattened == "auto" else {})
 
 
 def identity_of(content: dict[str, Any]) -> dict[str, Any]:
@@ -273,18 +289,23 @@ def explain_settings(content: dict[str, Any], here: Host, processes: int) -> dic
     else:
         attention = f"SDPA, {explain_no_flash(here)}"
     precision = {True: "bf16", "auto": "bf16 where the GPU has it, else fp16", False: "float32"}
-    sharing = content.get("deepspeed") or ("FSDP" if content.get("fsdp_config") else None)
+    division = content.get("deepspeed") or ("FSDP" if content.get("fsdp_config") else None)
     micro = content.get("micro_batch_size") or 1
     steps = content.get("gradient_accumulation_steps") or 1
     batch = f"{processes} x {micro} rows x {steps} steps = {processes * micro * steps}"
     if content.get("micro_batch_parts", 1) > 1:
         batch += f"; {content['micro_batch_parts']} processes share a micro-batch of the recipe"
+    if content.get("shared_prefix"):
+        packing = "on" + sharing.describe_saving(content)
+    else:
+        packing = f"off, {sharing.explain_no_sharing(content) or 'as configured'}"
     return {
         "compute": precision.get(content.get("bf16"), str(content.get("bf16"))),
         "attention": attention,
+        "shared prefix": packing,
         "optimizer": str(content.get("optimizer")),
         "checkpointing": checkpointing,
-        "processes": f"{processes}" + (f", {sharing or 'DDP'}" if processes > 1 else ""),
+        "processes": f"{processes}" + (f", {division or 'DDP'}" if processes > 1 else ""),
         "effective batch": batch,
     }
 

@@ -211,7 +211,7 @@ def report_sizes(config: dict[str, Any], data: Path, info: dict[str, Any], is_tw
     say("peak memory", f"{info['peak_memory_bytes'] / GIB:.1f} GiB ({peak}{note})")
     first, *_, last = TRIAL.losses()
     seconds = max(last["seconds"] - first["seconds"], 0.01)  # they are rounded to hundredths
-    speed = (last["total_tokens"] - first["total_tokens"]) / seconds  # padding included
+    speed = (last["real_tokens"] - first["real_tokens"]) / seconds
     say("speed", f"{speed:,.0f} tokens/s on the longest rows")
     hours = planned["tokens"] / speed / 3600
     time = f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.0f} minutes"

@@ -1,0 +1,167 @@
+"""Which tokens rows share, how they are packed, and whether a recipe can be trained so.
+
+    pack = pack_rows([Row(ids, labels, weight), …])      pack.ids, pack.positions, pack.paths
+
+No torch here: `make profile` computes with it, too. tools/train/shared_prefix.py trains on packs.
+"""
+
+import json
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any
+
+from tools import architectures, models, prompts
+from tools.common import ROOT, WrongInput, json_lines
+
+SHORTEST = 16  # tokens; sharing fewer costs more in attention than it saves
+IGNORED = -100  # the label of a token that is not trained, as transformers has it
+SAMPLED = 256  # rows that `measure_saving` packs
+# The architectures whose packed rows are tested against padded ones (tests/test_shared_prefix.py).
+TESTED = {"llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma3_text"}
+# Rotary embeddings whose frequencies do not depend on how long the rows of a batch are.
+FIXED_ROPES = {"default", "linear", "llama3", "yarn"}
+# Axolotl's options under which a row's loss depends on more than its own tokens, or whose trainer
+# has batches of its own, or which was not tried with packs (FSDP, torch.compile).
+OPTIONS = [
+    *("sample_packing", "batch_flattening", "rl", "reward_model", "process_reward_model"),
+    *("neftune_noise_alpha", "kd_trainer", "use_eaft", "chunked_cross_entropy", "trainer_cls"),
+    *("pretraining_dataset", "streaming", "processor_type", "fsdp_config", "torch_compile"),
+]
+# Axolotl's older switches for kinds of attention that packs do not have.
+OTHER_ATTENTION = [
+    *("xformers_attention", "flex_attention", "sage_attention", "eager_attention", "s2_attention")
+]
+STEPS = "gradient_accumulation_steps"
+
+
+@dataclass(frozen=True)
+class Row:
+    """The tokens that a row's loss depends on."""
+
+    ids: list[int]
+    labels: list[int]  # for each token the one that it is trained to predict, or IGNORED
+    weight: float  # of each of its labels in the loss
+
+    @property
+    def prompt(self) -> int:
+        """How many tokens come before the first one that predicts a label; only they are shared."""
+        return next(at for at, label in enumerate(self.labels) if label != IGNORED)
+
+
+@dataclass
+class Pack:
+    """Rows as one sequence, which is divided into segments: shared beginnings and rows' rests."""
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)  # of the segments
+    # For each segment the places that it attends to: those before it in its rows, then its own.
+    paths: list[list[int]] = field(default_factory=list)
+
+    def add(self, row: Row, start: int, end: int, path: list[int]) -> list[int]:
+        """Adds tokens `start` to `end` of a row behind a path; returns the path with them."""
+        path = [*path, *range(len(self.ids), len(self.ids) + end - start)]
+        self.ids += row.ids[start:end]
+        self.positions += range(start, end)
+        self.labels += row.labels[start:end]
+        self.weights += [row.weight] * (end - start)
+        self.lengths.append(end - start)
+        self.paths.append(path)
+        return path
+
+
+def pack_rows(rows: list[Row]) -> Pack:
+    """Packs rows; beginnings of at least SHORTEST tokens that several rows share stand once."""
+    pack = Pack()
+
+    def add_rows(rows: list[Row], start: int, path: list[int]) -> None:
+        groups: dict[Any, list[Row]] = {}
+        for number, row in enumerate(rows):
+            shareable = start + SHORTEST <= row.prompt
+            key = tuple(row.ids[start : start + SHORTEST]) if shareable else number
+            groups.setdefault(key, []).append(row)
+        for group in groups.values():
+            if len(group) == 1:
+                pack.add(group[0], start, len(group[0].ids), path)
+                continue
+            prompts = (row.ids[start : row.prompt] for row in group)
+            columns = zip(*prompts, strict=False)
+            end = start + sum(1 for _ in takewhile(lambda column: len({*column}) == 1, columns))
+            add_rows(group, end, pack.add(group[0], start, end, path))
+
+    add_rows(rows, 0, [])
+    return pack
+
+
+def explain_no_sharing(config: dict[str, Any]) -> str | None:
+    """Why a merged config is trained on ordinary batches; None where its rows are packed."""
+    if (config.get("micro_batch_size") or 1) * (config.get(STEPS) or 1) == 1:
+        return "a step has one row"
+    for option in OPTIONS + OTHER_ATTENTION:
+        if config.get(option) not in (None, False, "auto"):
+            return f"{option} is set"
+    if (config.get("context_parallel_size") or 1) > 1:
+        return "context_parallel_size divides rows among processes"
+    attention = config.get("attn_implementation") or "sdpa"
+    if attention not in ("sdpa", "flash_attention_2"):
+        return f"attn_implementation is {attention}, not sdpa or flash_attention_2"
+    return explain_base(config["base_model"])
+
+
+def explain_base(base: str) -> str | None:
+    """Why a base cannot be trained on packs; None where it can."""
+    try:
+        kind = architectures.find(base).model_type
+    except WrongInput:
+        return f"the architecture of {base} is unknown, or a mixture of experts"
+    if kind not in TESTED:
+        return f"packs were not tested on the architecture {kind}"
+    path = architectures.find_file(base, "config.json")
+    text = architectures.find_text_part(json.loads(path.read_bytes())) if path else {}
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    name = rope.get("rope_type") or rope.get("type") or "default"
+    if name not in FIXED_ROPES and "full_attention" not in rope:  # Gemma has one for each kind
+        return f"its rotary embedding ({name}) depends on the longest row of a batch"
+    return None
+
+
+def describe_saving(config: dict[str, Any]) -> str:
+    """How many tokens packing saves on a config's first rows, in words.
+
+    Steps are formed as in training: of rows of similar length where the recipe says so.
+    """
+    rows = read_sample(config)
+    size = config.get("micro_batch_size") or 1
+    if len(rows) < size:
+        return "; no rows or no tokenizer is at hand to say how many tokens it saves"
+    if config.get("group_by_length"):
+        rows.sort(key=lambda row: len(row.ids))
+    steps = [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
+    padded = sum(size * max(len(row.ids) for row in step) for step in steps)
+    packed = sum(len(pack_rows(step).ids) for step in steps)
+    mean = sum(len(row.ids) for step in steps for row in step) / (len(steps) * size)
+    own = packed / (len(steps) * size)
+    if padded < 1.05 * packed:
+        return f", but a micro-batch of {size} saves next to nothing"
+    return f", {padded / packed:.1f} times fewer tokens: {own:.0f} for a row of {mean:.0f}"
+
+
+def read_sample(config: dict[str, Any]) -> list[Row]:
+    """The first rows of a config's first data file; [] where they or the tokenizer are not here."""
+    entry = config["datasets"][0]
+    path, base = ROOT / entry["path"], config["base_model"]
+    if not path.is_file() or not architectures.find_file(base, "tokenizer.json"):
+        return []
+    tokenizer = models.load_tokenizer(config)
+    options, rows = config.get("chat_template_kwargs"), []
+    for line in json_lines(path)[:SAMPLED]:
+        messages = line.get(entry.get("field_messages") or "messages") or []
+        if len(messages) < 2 or not all(message.get("content") for message in messages):
+            return []
+        prompt = prompts.tokens(tokenizer, messages[:-1], options)
+        answer = tokenizer.encode(messages[-1]["content"], add_special_tokens=False)
+        labels = [IGNORED] * (len(prompt) - 1) + answer + [tokenizer.eos_token_id]
+        rows.append(Row(prompt + answer, labels, 1.0))
+    return rows
