@@ -145,15 +145,24 @@ class OwnTask:
         if folded:
             pairs = ", ".join(f"{answer} → {label}" for answer, label in list(folded.items())[:6])
             print(f"new        labels that differ in case are one: {pairs}")
-        labels = self.find_labels(answers)
-        if not labels:
+        labels, answer_names = self.find_labels(answers), list(intake.answers)
+        if labels and intake.marks.labels:  # spellings of one label are one stratum
+            numbers = {answer: number for number, answer in enumerate(intake.answers)}
+            for number, row_label in enumerate(intake.marks.labels):
+                answer = answer_names[row_label]
+                intake.marks.labels[number] = numbers.get(folded.get(answer, answer), row_label)
+        else:
             del intake.marks.labels[:]
         sides, rule = self.divide(intake, intakes, labels)
         counts = self.write_sides(intake, intakes, sides, folded)
-        self.write_tables(build_evaluation(self.task, answers, labels), labels, counts, rule)
+        evaluation = build_evaluation(self.task, answers, labels)
+        self.write_tables(evaluation, labels, counts, rule)
         print(f"new        {describe_counts(counts)}; {rule}")
-        kind = f"{len(labels)} labels ({', '.join(labels[:4])}…)" if labels else "no labels"
-        print(f"new        answers: {escape(kind)}; {shown(TASKS / f'{self.task}.yaml')}")
+        kind = evaluation["include"].removeprefix("../_own_").removesuffix(".yaml")
+        if labels:
+            more = ", …" if labels[8:] else ""
+            kind = f"{len(labels)} labels: {', '.join(labels[:8])}{more}"
+        print(f"new        answers: {escape(kind)} ({shown(TASKS / f'{self.task}.yaml')})")
         convert.convert_task(
             self.task, Path(), convert.Options(self.choices.quarantine, repair=self.choices.repair)
         )

@@ -102,6 +102,8 @@ def find_parts(task: str, folder: Path) -> list[Part]:
     # A mixture is computed if all of its sets are; class counts are those of one set.
     check = {"check": facts[0].get("check")} if all(f == facts[0] for f in facts) else {}
     parts = [(folder / spec["train"], "train", spec["eval"], check)]
+    if "val" in spec:
+        parts.append((folder / spec["val"], "validation", spec["eval"], check))
     # A multi-task set that has no file of its own is the same as its parts.
     if "parts" in spec and not parts[0][0].is_file():
         return []

@@ -409,7 +409,8 @@ def recognize(
     sample = [row for _, row in islice(iter(rows), SAMPLED) if isinstance(row, dict)]
     columns = list(dict.fromkeys([*(rows.columns or ()), *(key for row in sample for key in row)]))
     if not columns:
-        raise WrongInput(f"{name_rows(rows)}: no row can be read, so no column is known")
+        place, reason = next(iter(rows), ("", "it has none"))
+        raise WrongInput(f"{name_rows(rows)}: no row can be read; the first, {place}: {reason}")
     shape = map_columns(columns, mapping) if mapping else find_shape(columns)
     if shape is None:
         raise WrongInput(f"{name_rows(rows)}: {explain_unknown(columns)}")
