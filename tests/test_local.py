@@ -465,3 +465,46 @@ def test_the_commands_answer_with_one_line():
         assert done.returncode == 2
         assert done.stderr.startswith(f"error: {said}") and done.stderr.count("\n") == 1
     assert not (ROOT / "recipes" / "local" / "x.yaml").exists()
+
+
+CASES = ROOT.parent / "shared" / "cases" / "data"
+# Of each file: rows that train and test, and what is printed; or the refusal.
+TAKEN = {
+    "Sentences_AllAgree.txt": (60, "latin-1"),
+    "alpaca_pretty.json": (60, "Alpaca: prompt instruction, answer output, context input"),
+    "eos.jsonl": (60, "60 rows: end tokens taken off answers"),
+    "formfeed.jsonl": (20, "20 rows: page breaks made line breaks"),
+    "label_case.jsonl": (60, "answers: 3 labels"),
+    "letters.jsonl": (60, "answers: 4 labels: A, B, C, D"),
+    "list_answers.jsonl": (60, "answers: lists"),
+    "multiturn.jsonl": (60, "messages"),
+    "numeric.jsonl": (40, "answers: numbers"),
+    "qa_context.jsonl": (40, "not used: ticker, filing"),
+    "sharegpt.json": (60, "ShareGPT: messages conversations"),
+    "system.jsonl": (60, "answers: 3 labels"),
+    "text_label.csv": (60, "csv; text and label: prompt text, answer label"),
+}
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="../shared/cases/data is not at hand")
+@pytest.mark.parametrize("name", TAKEN)
+def test_the_rows_of_a_case_are_taken(mine, name, capsys):
+    custom.create_task("mine", CASES / name)
+    rows, said = TAKEN[name]
+    sides = read_sides("mine")
+    assert sum(map(len, sides.values())) == rows and all(sides.values())
+    assert said in capsys.readouterr().out
+    if name == "qa_context.jsonl":
+        assert all("PASSAGE-" in prompt for prompt, _ in sides["train"])
+    if name == "eos.jsonl":
+        assert {answer for _, answer in sides["train"]} == {"negative", "neutral", "positive"}
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="../shared/cases/data is not at hand")
+def test_the_rows_of_a_case_that_are_wrong_are_refused_and_may_be_left_out(mine, capsys):
+    with pytest.raises(WrongInput, match='no row can be read; .*line 1: the key "answer"'):
+        custom.create_task("mine", CASES / "dupkey.jsonl")
+    with pytest.raises(WrongInput, match='line 11: "answer" is empty; 2 more rows'):
+        custom.create_task("mine", CASES / "empties.jsonl")
+    custom.create_task("mine", CASES / "empties.jsonl", custom.Choices(quarantine=True))
+    assert sum(map(len, read_sides("mine").values())) == 57
