@@ -26,7 +26,7 @@ $(READY): requirements.txt $(wildcard requirements/*.txt) $(PY)
 $(PY):
 	@$(SETUP)
 
-.PHONY: help setup wheelhouse demo model fetch data audit new look recipes show plan smoke profile train status sweep reproduce eval report parity chat merge serve push pull adapters import render results check test test-all lock clean
+.PHONY: help setup wheelhouse demo model fetch data audit new look recipes show plan smoke profile train status sweep reproduce eval report parity chat predict merge serve push pull adapters import render results check test test-all lock clean
 
 help:
 	@sed -n 's/^##@ \(.*\)/\n\1/p; s/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -84,6 +84,8 @@ parity: $(READY) ## QLoRA against LoRA at 8 bits and full precision: hours, resu
 ##@ Use
 chat: $(READY) ## Base and adapter answer · RECIPE=… | ADAPTER=… [PROMPT="…"] [SYSTEM="…"]
 	@$(RUN) chat
+predict: $(READY) ## Answer the rows of a file · RECIPE=… | ADAPTER=… DATA=headlines.csv OUT=labelled.csv
+	@$(RUN) predict
 merge: $(READY) ## Merge an adapter into its base, and compare · RECIPE=… | ADAPTER=… [PRECISION=nf4]
 	@$(RUN) merge
 serve: $(READY) ## An OpenAI-compatible endpoint · RECIPE=… | ADAPTER=… [PORT=8000] [MAX_MODEL_LEN=4096]

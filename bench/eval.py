@@ -2,18 +2,17 @@
 
     python -m bench.eval [sentiment_r4] [--dataset fpb] [--limit 64] [--rounds 2] [--base]
 
-All answer the same rows with the same loaded base and adapter, one after the other in each round;
-the best round counts. What is timed is `generate_until`, with tokens made and read.
+All answer the same rows with the same loaded base and adapter, in turn; the best round counts.
 
     ours       evals.model.Model, as `make eval` uses it
     FinLoRA's  batches of 8 in file order, padded on the left, the task's new tokens each, and 4-bit
                weights dequantized in every pass
     lm-eval    its HFLM, in batches of 16
-    prefill    all prompt tokens through the model once, in batches of 16, and nothing generated:
-               not an answer, but what answering whole prompts costs at the least
+    prefill    all prompt tokens through the model once, in batches of 16: no answer, but the least
+               that answering whole prompts costs
 
-Without a trained run the adapter is a random one of the recipe's shape. Predictions are the labels
-as the task reads them; where one differs from ours, the exit status is 1.
+Without a trained run the adapter is a random one of the recipe's shape. Labels are read as the task
+reads them; where one differs from ours, the exit status is 1.
 """
 
 import argparse
@@ -23,8 +22,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from lm_eval.models.huggingface import HFLM
+
 from evals import run
 from evals.answers import Prompts
+from evals.model import Model
 from tools import models, recipes, smollm2
 from tools.common import JobFailed, WrongInput, command, format_table, quiet
 
@@ -39,21 +42,18 @@ def load_model(recipe: recipes.Recipe, base_only: bool) -> tuple[Any, Any, str]:
         return *models.load(recipe.config), "no adapter"
     if recipe.run.adapter_file.is_file():
         return *models.load(recipe.config, recipe.run.folder), "its adapter"
-    import torch
     from peft import LoraConfig, get_peft_model
 
     model, tokenizer = models.load(recipe.config)
     torch.manual_seed(0)
     modules = recipe.config["lora_target_modules"]
-    shape = LoraConfig(
-        r=recipe.config["lora_r"], target_modules=modules, init_lora_weights=False, lora_dropout=0
-    )
+    shape = LoraConfig(r=recipe.config["lora_r"], target_modules=modules, init_lora_weights=False)
     return get_peft_model(model, shape).eval(), tokenizer, "a random adapter"
 
 
 @contextmanager
 def remove_dense_copies(model: Any) -> Iterator[None]:
-    """Takes the dense copies of 4-bit weights away, so that every pass makes them anew."""
+    """Removes the dense copies of 4-bit weights, so that every pass dequantizes."""
     dense = {
         module: vars(module).pop("forward")
         for module in model.modules()
@@ -66,57 +66,61 @@ def remove_dense_copies(model: Any) -> Iterator[None]:
             module.forward = forward
 
 
+class Padded(HFLM):  # type: ignore[misc]
+    """Answers in batches padded on the left, in the order of `sort_key`."""
+
+    batch = BATCH
+
+    def sort_key(self, text: str) -> int:
+        return -len(self.tokenizer.encode(text))
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        order = sorted(range(len(requests)), key=lambda n: self.sort_key(requests[n].args[0]))
+        answers = [""] * len(requests)
+        for start in range(0, len(order), self.batch):
+            batch = order[start : start + self.batch]
+            texts = [requests[n].args[0] for n in batch]
+            options = {"return_tensors": "pt", "padding": True, "add_special_tokens": False}
+            inputs = self.tokenizer(texts, **options).to(self.device)
+            budget = requests[batch[0]].args[1]["max_gen_toks"]
+            for n, text in zip(batch, self.answer(inputs, budget), strict=True):
+                answers[n] = text
+        return answers
+
+
+class FinLoRAs(Padded):
+    batch = FINLORAS_BATCH
+
+    def sort_key(self, text: str) -> int:
+        return 0
+
+    def answer(self, inputs: Any, budget: int) -> list[str]:
+        options = {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id}
+        with remove_dense_copies(self.model):
+            ids = self.model.generate(**inputs, max_new_tokens=budget, **options)
+        new = ids[:, inputs["input_ids"].shape[1] :]
+        return self.tokenizer.batch_decode(new, skip_special_tokens=True)
+
+
+class Prefill(Padded):
+    def answer(self, inputs: Any, budget: int) -> list[str]:
+        with torch.inference_mode():
+            self.model(**inputs, use_cache=True, logits_to_keep=1)
+        return [""] * len(inputs["input_ids"])
+
+
 def build_contenders(model: Any, tokenizer: Any, rows: int) -> dict[str, Any]:
     """An lm-eval model for each way to answer, by name."""
-    import torch
-    from lm_eval.models.huggingface import HFLM
-
-    from evals.model import Model
-
-    class FinLoRAs(HFLM):
-        batch, sort = FINLORAS_BATCH, False
-
-        def answer(self, inputs: Any, budget: int) -> list[str]:
-            options = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id}
-            with remove_dense_copies(model):
-                ids = model.generate(**inputs, max_new_tokens=budget, **options)
-            new = ids[:, inputs["input_ids"].shape[1] :]
-            return tokenizer.batch_decode(new, skip_special_tokens=True)
-
-        def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-            order = list(range(len(requests)))
-            if self.sort:
-                order.sort(key=lambda n: -len(tokenizer.encode(requests[n].args[0])))
-            answers = [""] * len(requests)
-            for start in range(0, len(order), self.batch):
-                batch = order[start : start + self.batch]
-                texts = [requests[n].args[0] for n in batch]
-                inputs = tokenizer(
-                    texts, return_tensors="pt", padding=True, add_special_tokens=False
-                ).to(model.device)
-                budget = requests[batch[0]].args[1]["max_gen_toks"]
-                for n, text in zip(batch, self.answer(inputs, budget), strict=True):
-                    answers[n] = text
-            return answers
-
-    class Prefill(FinLoRAs):
-        batch, sort = BATCH, True
-
-        def answer(self, inputs: Any, budget: int) -> list[str]:
-            with torch.inference_mode():
-                model(**inputs, use_cache=True, logits_to_keep=1)
-            return [""] * len(inputs["input_ids"])
-
-    loaded = {"pretrained": model, "tokenizer": tokenizer}
+    loaded = {"pretrained": model, "tokenizer": tokenizer, "batch_size": BATCH}
     return {
         "ours": Model(model, tokenizer, "ours", rows),
-        "FinLoRA's": FinLoRAs(**loaded, batch_size=FINLORAS_BATCH),
-        "lm-eval": HFLM(**loaded, batch_size=BATCH),
-        "prefill": Prefill(**loaded, batch_size=BATCH),
+        "FinLoRA's": FinLoRAs(**loaded),
+        "lm-eval": HFLM(**loaded),
+        "prefill": Prefill(**loaded),
     }
 
 
-def time_answers(lm: Any, dataset: str, limit: int, form: Prompts) -> tuple[float, list[str]]:
+def time_answers(lm: Any, dataset: str, limit: int, prompts: Prompts) -> tuple[float, list[str]]:
     """Seconds that a model takes to answer, and the labels that it answers, by row."""
     generate, seconds = lm.generate_until, []
 
@@ -127,8 +131,7 @@ def time_answers(lm: Any, dataset: str, limit: int, form: Prompts) -> tuple[floa
         return answers
 
     lm.generate_until = generate_until
-    rows, _ = run.measure(lm, dataset, limit, form)
-    del lm.generate_until
+    rows, _ = run.measure(lm, dataset, limit, prompts)
     return seconds[0], [row["answered"] for row in rows]
 
 
@@ -136,42 +139,43 @@ def time_answers(lm: Any, dataset: str, limit: int, form: Prompts) -> tuple[floa
 def main() -> None:
     parser = argparse.ArgumentParser(description="the speed of scoring")
     parser.add_argument("recipe", nargs="?", default="smollm2-135m/sentiment_r4")
-    parser.add_argument("--dataset", default="fpb", help=", ".join(run.tasks()))
+    parser.add_argument("--dataset", default="fpb", help=", ".join(run.read_tasks()))
     parser.add_argument("--limit", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--base", action="store_true", help="without an adapter")
     options = parser.parse_args()
-    run.datasets(None, [options.dataset])
+    run.choose_datasets(None, [options.dataset])
     if options.limit < 1 or options.rounds < 1:
         raise WrongInput("--limit and --rounds are numbers from 1")
     quiet()
     recipe = recipes.find(options.recipe)
     model, tokenizer, adapter = load_model(recipe, options.base)
-    rows = len(run.picked(options.dataset, options.limit))
+    rows = len(run.pick_rows(options.dataset, options.limit))
     precision = models.precision(recipe.config)
     print(f"{recipe.name} with {adapter}, {precision}, {rows} rows of {options.dataset}")
-    form = Prompts("chat", recipe.config.get("chat_template_kwargs"))
+    prompts = Prompts("chat", recipe.config.get("chat_template_kwargs"))
     best: dict[str, float] = {}
     labels: dict[str, list[str]] = {}
     for number in range(options.rounds + 1):
+        # The first round warms up, on a few rows.
+        limit = options.limit if number else BATCH
         for name, lm in build_contenders(model, tokenizer, rows).items():
-            # The first round warms up, on a few rows.
-            limit = options.limit if number else BATCH
-            seconds, labels[name] = time_answers(lm, options.dataset, limit, form)
+            seconds, labels[name] = time_answers(lm, options.dataset, limit, prompts)
             if number:
                 best[name] = min(seconds, best.get(name, seconds))
         print(f"round {number}, load {os.getloadavg()[0]:.1f}", flush=True)
     table = [("", "rows/s", "ours is … times as fast", "other labels")]
-    differing = []
+    differing = {
+        name: sum(a != b for a, b in zip(labels[name], labels["ours"], strict=True))
+        for name in best
+        if name != "prefill"
+    }
     for name, seconds in best.items():
-        count = sum(a != b for a, b in zip(labels[name], labels["ours"], strict=True))
-        text = "" if name == "prefill" else f"{count} of {rows}"
-        table.append((name, f"{rows / seconds:.2f}", f"{seconds / best['ours']:.2f}", text))
-        if text and count:
-            differing.append(name)
+        other = f"{differing[name]} of {rows}" if name in differing else ""
+        table.append((name, f"{rows / seconds:.2f}", f"{seconds / best['ours']:.2f}", other))
     print(f"\n{format_table(table, '<>>>')}")
-    if differing:
-        raise JobFailed(f"labels differ from ours: {', '.join(differing)}")
+    if any(differing.values()):
+        raise JobFailed(f"labels differ from ours: {', '.join(filter(differing.get, differing))}")
 
 
 if __name__ == "__main__":

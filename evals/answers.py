@@ -1,9 +1,4 @@
-"""What goes to a model and what comes back: prompts that fit, and answers that are kept.
-
-Both work with any of lm-eval's models. A prompt is rendered in the format that the model was
-trained on, and one that is too long loses tokens out of its middle. Answers are written to a file
-batch by batch, so that scoring that is cut off goes on from there.
-"""
+"""Prompts that fit, and answers that are saved batch by batch, for any of lm-eval's models."""
 
 import hashlib
 import json
@@ -21,7 +16,7 @@ GAP = "\n[…]\n"  # stands where a prompt was cut
 
 
 class Prompts:
-    """Renders prompts, and counts in `cut` the tokens that each lost: {prompt: tokens}.
+    """Renders prompts in one format; `cut` counts the tokens that each lost: {prompt: tokens}.
 
     `rows` holds the rows of several turns by the text that lm-eval has of them; any other text is
     the content of a user's turn.
@@ -57,13 +52,13 @@ class Prompts:
         if tokenizer is not None and self.form == "chat":
             self.refuse_unrenderable(tokenizer)
 
-        def template(history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        def render(history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             content = history[-1]["content"]
             if tokenizer is None:
                 return self.text(None, content)
-            return self.fitting(tokenizer, content, lm.max_length - budget)
+            return self.fit(tokenizer, content, lm.max_length - budget)
 
-        lm.apply_chat_template = template
+        lm.apply_chat_template = render
 
     def refuse_unrenderable(self, tokenizer: Any) -> None:
         """Raises WrongInput where the base's chat template leaves out what a row asks with."""
@@ -73,14 +68,14 @@ class Prompts:
             if reason := prompts.explain_unrenderable(tokenizer, question, self.options):
                 raise WrongInput(f"row {number}: {reason}; another base can be scored on such rows")
 
-    def fitting(self, tokenizer: Any, content: str, room: int) -> str:
-        """The prompt of `content` in `room` tokens at the most.
+    def fit(self, tokenizer: Any, content: str, room: int) -> str:
+        """The prompt of `content` in at most `room` tokens; raises WrongInput if none fits.
 
-        What is asked stands at the beginning or at the end of a prompt, so where one is too long it
-        is the middle that goes, of its longest turn, and not, as lm-eval does it, the beginning.
+        A prompt that is too long loses the middle of its longest turn: questions stand at the
+        beginning or the end. lm-eval would cut the beginning.
         """
         text = self.text(tokenizer, content)
-        if len(text.encode()) <= room:  # a token is a byte at least
+        if len(text.encode()) <= room:  # a token is at least a byte
             return text
         messages, tools = self.conversation(content)
         longest = max(messages, key=lambda message: len(str(message.get("content") or "")))
@@ -99,7 +94,7 @@ class Prompts:
 
 
 class Progress:
-    """For an lm-eval model: a line that tells how many of `rows` answers are there."""
+    """For an lm-eval model: prints how many of `rows` answers there are."""
 
     def expect(self, label: str, rows: int) -> None:
         self.label, self.rows, self.done, self.start = label, rows, 0, time.monotonic()
@@ -108,84 +103,82 @@ class Progress:
         self.done += rows
         seconds = max(time.monotonic() - self.start, 1e-3)
         text = f"eval       {self.label} {self.done}/{self.rows} rows, {self.done / seconds:.1f}/s"
-        last = self.done >= self.rows
+        is_last = self.done >= self.rows
         if sys.stdout.isatty():
-            print(f"\r{text:<70}", end="\n" if last else "", flush=True)
-        elif last or self.done // 160 != (self.done - rows) // 160:
+            print(f"\r{text:<70}", end="\n" if is_last else "", flush=True)
+        elif is_last or self.done // 160 != (self.done - rows) // 160:
             print(text, flush=True)
 
 
 class Answers:
-    """Answers by prompt: those that `known` has, and those in `file` if they are of `identity`.
+    """Answers by prompt, read from and appended to `file`, which is valid for one `identity`.
 
-    An answer is {"prompt": SHA-256, "answer"}, with {"probabilities": {label: share}} where the
-    model tells them, and {"refused": the reason} where an endpoint gave none. A refused prompt is
-    asked again by the next job.
+    A line is {"prompt": SHA-256, "answer"}, with {"probabilities": {label: share}} where the model
+    gives them, and {"refused": the reason} where an endpoint refused. The next job asks a refused
+    prompt again. `by_prompt` may be shared by datasets with the same prompts.
     """
 
-    def __init__(self, file: Path, identity: Any, known: dict[str, dict[str, Any]] | None = None):
-        self.file, self.known = file, {} if known is None else known
-        lines = _sound_lines(file)
-        kept = lines[1:] if lines and lines[0] == identity else []
-        kept = [line for line in kept if "prompt" in line and "refused" not in line]
-        self.known |= {line["prompt"]: line for line in kept}
+    def __init__(
+        self, file: Path, identity: Any, by_prompt: dict[str, dict[str, Any]] | None = None
+    ):
+        self.file, self.by_prompt = file, {} if by_prompt is None else by_prompt
+        lines = _read_sound_lines(file)
+        is_valid = lines[:1] == [identity]
+        lines = [line for line in lines if "prompt" in line and "refused" not in line]
+        lines = lines if is_valid else []
+        self.by_prompt |= {line["prompt"]: line for line in lines}
         self.probabilities: list[Any] = []
         self.refusals: dict[str, str] = {}
-        # Written anew, whole or not at all: torn lines are gone, and answers of another identity.
-        with atomic(file) as out:
-            for line in [identity, *kept]:
+        with atomic(file) as out:  # without torn lines and answers of another identity
+            for line in [identity, *lines]:
                 out.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
     def add_partial(self, kind: str, request: Any, answer: str) -> None:
-        """lm-eval calls this, its cache hook, with every answer of a batch that is done."""
-        line: dict[str, Any] = {"prompt": _key(request[0]), "answer": answer}
+        """lm-eval calls this, its cache hook, with every answer of a finished batch."""
+        line: dict[str, Any] = {"prompt": _hash_prompt(request[0]), "answer": answer}
         if self.probabilities:
             line["probabilities"] = self.probabilities.pop(0)
         if reason := self.refusals.get(request[0]):
             line["refused"] = reason
-        self.known[line["prompt"]] = line
+        self.by_prompt[line["prompt"]] = line
         with open(self.file, "a", encoding="utf-8") as out:
             out.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-    def recall(self, text: str) -> dict[str, Any]:
-        """What is kept of a prompt's answer."""
-        return self.known[_key(text)]
+    def recall(self, prompt: str) -> dict[str, Any]:
+        """The line of a prompt's answer."""
+        return self.by_prompt[_hash_prompt(prompt)]
 
-    def attach(self, lm: Any, told: Callable[[str], None] = lambda text: None) -> None:
-        """Makes an lm-eval model answer only what is not known yet, and keep what it answers."""
-        plain = lm.generate_until
+    def attach(self, lm: Any, tell: Callable[[str], None] = lambda text: None) -> None:
+        """Makes an lm-eval model answer only new prompts, and saves its answers."""
+        generate = lm.generate_until
         lm.set_cache_hook(self)
         self.probabilities = getattr(lm, "probabilities", [])
         self.refusals = getattr(lm, "refusals", {})
 
         def generate_until(requests: list[Any], **options: Any) -> list[str]:
-            keys = [_key(request.args[0]) for request in requests]
-            asked = dict(zip(keys, requests, strict=True))
-            left = [request for key, request in asked.items() if key not in self.known]
-            if len(left) < len(asked):
-                told(f"{len(asked) - len(left)} of {len(asked)} prompts are answered already")
-            lm.rows, lm.answered = len(left), len(asked) - len(left)
-            if left:
-                plain(left, **options)
-            return [self.known[key]["answer"] for key in keys]
+            keys = [_hash_prompt(request.args[0]) for request in requests]
+            by_key = dict(zip(keys, requests, strict=True))
+            new = [request for key, request in by_key.items() if key not in self.by_prompt]
+            if len(new) < len(by_key):
+                tell(f"{len(by_key) - len(new)} of {len(by_key)} prompts are answered already")
+            lm.rows, lm.answered = len(new), len(by_key) - len(new)
+            if new:
+                generate(new, **options)
+            return [self.by_prompt[key]["answer"] for key in keys]
 
         lm.generate_until = generate_until
 
 
-def _sound_lines(file: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file's lines. A disk that ran full, or a machine that stopped, may
-    have torn any of them.
-    """
+def _read_sound_lines(file: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file's lines; a full disk or a crash may have torn any line."""
     lines = []
     for text in file.read_bytes().splitlines() if file.is_file() else []:
         try:
-            line = json.loads(text)
+            lines.append(json.loads(text))
         except ValueError:
             continue
-        if isinstance(line, dict):
-            lines.append(line)
-    return lines
+    return [line for line in lines if isinstance(line, dict)]
 
 
-def _key(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _hash_prompt(prompt: str) -> str:
+    return hashlib.sha256(prompt.encode()).hexdigest()

@@ -8,25 +8,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-INK = "#59626d"  # grey in a PNG; evals/page.py puts the page's own colour in its place
+from evals.report import Gains
+
+INK = "#59626d"  # grey in a PNG; evals/page.py replaces it with the page's colour
 COLOURS = ("#3b74c4", "#c8553d", "#3f8f5b", "#8a5fb0", "#a8790b", "#2a8c97")
 MARKERS = "osD^vP"
 WINDOW = 10  # steps of the mean that smooths a loss
 
 Drawing = dict[str, Any]
-Gain = dict[str, dict[str, dict[str, Any]]]  # of an adapter: dataset -> metric -> value, low, high
 
 
 @dataclass(frozen=True)
 class Axis:
-    """The horizontal axis of scores against the plan: its label, what it is, and on which GPU."""
+    """The horizontal axis of scores against the plan: its label, its title, and the GPU."""
 
     label: str
     title: str
     gpu: str = ""
 
 
-def make_figure(height: float) -> tuple[Any, Any]:
+def _make_figure(height: float) -> tuple[Any, Any]:
     """(figure, axes) of one width, in inches, in this project's style."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -48,7 +49,7 @@ def make_figure(height: float) -> tuple[Any, Any]:
 
 
 def finish(figure: Any, caption: str) -> Drawing:
-    """Adds what all figures share: a grid, few ticks, and the legend below."""
+    """Adds a grid, few ticks, and the legend below."""
     axes = figure.axes[0]
     axes.grid(alpha=0.25)
     axes.locator_params(axis="x", nbins=5)
@@ -57,33 +58,35 @@ def finish(figure: Any, caption: str) -> Drawing:
     return {"figure": figure, "caption": caption}
 
 
-def style(place: int) -> dict[str, Any]:
-    """Colour and marker of an adapter, by its place in the report."""
-    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
+def _style(place: int) -> dict[str, Any]:
+    """How an adapter's points look, by its place in the report."""
+    color, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+    return {"color": color, "marker": marker, "ls": "", "ms": 6, "capsize": 3}
 
 
-def measure_reach(value: dict[str, Any]) -> tuple[float, list[list[float]]]:
+def _measure_reach(value: dict[str, Any]) -> tuple[float, list[list[float]]]:
     """(point, [[below], [above]]) of a value in %, as matplotlib's errorbar takes them."""
     point = 100 * value["value"]
     low, high = (100 * value.get(end, value["value"]) for end in ("low", "high"))
     return point, [[point - low], [high - point]]
 
 
-def draw_gains(names: Sequence[str], gains: Sequence[Gain]) -> Drawing | None:
+def draw_gains(names: Sequence[str], gains: Sequence[Gains]) -> Drawing | None:
     """The gain of each adapter over its base by dataset, in points of the first metric."""
     datasets = list(dict.fromkeys(dataset for gain in gains for dataset in gain))
     if not datasets:
         return None
     scored = [place for place, gain in enumerate(gains) if gain]
-    figure, axes = make_figure(1.6 + 0.16 * len(datasets) * (1 + len(scored)) + 0.2 * len(scored))
+    figure, axes = _make_figure(1.6 + 0.16 * len(datasets) * (1 + len(scored)) + 0.2 * len(scored))
     axes.axvline(0, color=INK, lw=1)
     for order, place in enumerate(scored):
         offset = (order - (len(scored) - 1) / 2) * 0.7 / len(scored)
-        for number, (dataset, metrics) in enumerate(gains[place].items()):
-            point, reach = measure_reach(next(iter(metrics.values())))
+        label: str | None = names[place]
+        for dataset, metrics in gains[place].items():
+            point, reach = _measure_reach(next(iter(metrics.values())))
             height = datasets.index(dataset) + offset
-            look = style(place) | {"label": names[place] if not number else None}
-            axes.errorbar(point, height, xerr=reach, ls="", ms=6, capsize=3, **look)
+            axes.errorbar(point, height, xerr=reach, label=label, **_style(place))
+            label = None
     axes.set_yticks(range(len(datasets)), datasets)
     axes.set_ylim(len(datasets) - 0.4, -0.6)
     axes.set_xlabel("points")
@@ -99,14 +102,13 @@ def draw_scores(
     axis: Axis,
     label: str,
 ) -> Drawing | None:
-    """Scores (`means`, by place) against planned `values`; one point alone compares nothing."""
+    """Scores (`means`, by place) against planned `values`; a single point compares nothing."""
     if len(values) < 2:
         return None
-    figure, axes = make_figure(3.4 + 0.2 * len(values))
+    figure, axes = _make_figure(3.4 + 0.2 * len(values))
     for place, value in values.items():
-        point, reach = measure_reach(means[place])
-        look = style(place) | {"label": names[place]}
-        axes.errorbar(value, point, yerr=reach, ls="", ms=6, capsize=3, **look)
+        point, reach = _measure_reach(means[place])
+        axes.errorbar(value, point, yerr=reach, label=names[place], **_style(place))
     axes.set_xlabel(axis.label)
     axes.set_ylabel(label)
     axes.margins(x=0.2)
@@ -118,8 +120,7 @@ def draw_scores(
 
 def smooth(losses: Sequence[float]) -> list[float]:
     """The mean of each loss and up to WINDOW - 1 before it."""
-    starts = (max(0, number + 1 - WINDOW) for number in range(len(losses)))
-    parts = (losses[start : number + 1] for number, start in enumerate(starts))
+    parts = (losses[max(0, end - WINDOW) : end] for end in range(1, len(losses) + 1))
     return [sum(part) / len(part) for part in parts]
 
 
@@ -127,7 +128,7 @@ def draw_losses(curves: dict[int, tuple[str, list[dict[str, Any]]]]) -> Drawing 
     """The losses of runs, (name, lines of progress.jsonl) by place, smoothed over the raw lines."""
     if not curves:
         return None
-    figure, axes = make_figure(3.4 + 0.2 * len(curves))
+    figure, axes = _make_figure(3.4 + 0.2 * len(curves))
     for place, (name, lines) in curves.items():
         colour = COLOURS[place % len(COLOURS)]
         trained = [(line["step"], line["loss"]) for line in lines if "loss" in line]

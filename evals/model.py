@@ -1,6 +1,6 @@
-"""lm-eval's transformers model, with batches filled to a number of tokens and the prefix shared.
+"""lm-eval's transformers model, with batches filled to a number of tokens and a shared prefix.
 
-It also keeps what lm-eval throws away: how likely each label was as the answer's first token.
+It also reports how likely each label was as the answer's first token.
 """
 
 import copy
@@ -20,18 +20,16 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from evals.answers import Progress
 from tools import prompts as prompt
 
-SHORTEST_PREFIX = 16  # tokens; computing a shorter one apart saves nothing
-# Tokens of a batch that go through the model, prompts and answers: enough to keep two cores, or a
-# GPU, busy. More would only put rows of more different lengths together, and pad them.
+SHORTEST_PREFIX = 16  # tokens; sharing a shorter one saves nothing
+# Tokens of a batch, prompts and answers: enough to keep two cores, or a GPU, busy. More would only
+# pad rows of more different lengths.
 TOKENS = {"cpu": 1024, "cuda": 16384}
-CACHED = (
-    16384  # tokens whose keys and values a batch holds; each row holds the shared prefix's, too
-)
+CACHED = 16384  # tokens whose keys and values a batch holds, the shared prefix's once for each row
 
 
 def common_prefix(rows: list[list[int]]) -> int:
-    """How many leading tokens all rows share, one less than the shortest row at most."""
-    first, last = min(rows), max(rows)  # what these share, all between them share
+    """How many leading tokens all rows share, at most one less than the shortest row has."""
+    first, last = min(rows), max(rows)  # rows sorted between these share what these share
     longest = min(map(len, rows)) - 1
     return next((at for at in range(longest) if first[at] != last[at]), longest)
 
@@ -39,62 +37,58 @@ def common_prefix(rows: list[list[int]]) -> int:
 def first_tokens(tokenizer: Any, labels: Sequence[str]) -> dict[str, list[int]]:
     """The tokens that an answer with each label can begin with; {} where two labels share one.
 
-    A label may be written as it is or with a capital, and follow a space.
+    A label may begin with a capital, and follow a space.
     """
-    found = {
-        label: sorted(
-            {
-                tokenizer.encode(space + written, add_special_tokens=False)[0]
-                for space in ("", " ")
-                for written in (label, label[:1].upper() + label[1:])
-            }
-        )
-        for label in labels
-    }
-    every = [token for tokens in found.values() for token in tokens]
-    return found if len(found) > 1 and len(every) == len(set(every)) else {}
+    by_label = {}
+    for label in labels:
+        spellings = (label, label[:1].upper() + label[1:])
+        texts = [space + spelling for space in ("", " ") for spelling in spellings]
+        ids = {tokenizer.encode(text, add_special_tokens=False)[0] for text in texts}
+        by_label[label] = sorted(ids)
+    tokens = [token for ids in by_label.values() for token in ids]
+    return by_label if len(by_label) > 1 and len(tokens) == len(set(tokens)) else {}
 
 
-class _First(LogitsProcessor):  # type: ignore[misc]
-    """Keeps the probabilities of labels at the first new token, as shares of one, by row."""
+class FirstToken(LogitsProcessor):  # type: ignore[misc]
+    """Records the probabilities of labels at the first new token, as shares of one, by row."""
 
     def __init__(self, tokens: dict[str, list[int]]):
         self.tokens = tokens
-        self.found: list[dict[str, float]] = []
+        self.shares: list[dict[str, float]] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if not self.found:
+        if not self.shares:
             logs = scores.float().log_softmax(-1)
-            each = [logs[:, tokens].logsumexp(-1) for tokens in self.tokens.values()]
-            shares = torch.stack(each, 1).softmax(1).tolist()
-            self.found = [dict(zip(self.tokens, row, strict=True)) for row in shares]
+            by_label = [logs[:, tokens].logsumexp(-1) for tokens in self.tokens.values()]
+            rows = torch.stack(by_label, 1).softmax(1).tolist()
+            self.shares = [dict(zip(self.tokens, row, strict=True)) for row in rows]
         return scores
 
 
 class Model(Progress, HFLM):
-    """Scores a loaded model. `rows` is how many answers are to come, for the progress line.
+    """Answers with a loaded model. `rows` is how many answers are to come, for the progress line.
 
-    Where `labels` are set, `probabilities` has those of each answer, in the order in which the
-    cache hook gets the answers.
+    Where `labels` are set, `probabilities` gets those of each answer, in the order of the calls of
+    the cache hook.
     """
 
     def __init__(self, model: Any, tokenizer: Any, label: str, rows: int):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
         self.expect(label, rows)
-        # Sliding windows, chunks and linear attention keep less of a prefix than all of it.
+        # Sliding windows, chunks and linear attention do not keep all of a prefix.
         layers = DynamicCache(config=model.config).layers
         self.share = all(type(layer) is DynamicLayer for layer in layers)
         head = model.get_output_embeddings()
         if not head._forward_pre_hooks:
-            # Every row's last token is a slice, of which torch makes a product for each row.
-            head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
+            # The rows' last tokens are a slice, which torch would multiply row by row.
+            head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
         self.tokens = TOKENS["cuda" if self.device.type == "cuda" else "cpu"]
         self.labels: Sequence[str] = ()
         self.probabilities: list[dict[str, float]] = []
 
     @property
     def max_length(self) -> int:
-        """The context; a wrapper of several modalities keeps it in its text model's config."""
+        """The context in tokens; a multimodal model has it in its text model's config."""
         config = self.model.config.get_text_config(decoder=True)
         names = ("n_positions", "max_position_embeddings", "n_ctx")
         sizes = (getattr(config, name, None) for name in names)
@@ -113,8 +107,7 @@ class Model(Progress, HFLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """The answers to requests of one task, which share their settings.
 
-        What all prompts begin with (the system turn, the instruction) goes through the model once;
-        its keys and values stand before every row.
+        The prefix of all prompts (the system turn, the instruction) goes through the model once.
         """
         settings = requests[0].args[1]
         rest = normalize_gen_kwargs(settings, self.max_gen_toks)
@@ -132,11 +125,11 @@ class Model(Progress, HFLM):
             size = self.batch_size_of(len(prompts[order[0]]), shared, budget)
             batch, order = order[:size], order[size:]
             context, mask = self._padded([prompts[row] for row in batch], shared)
-            first = _First(labels)
+            first = FirstToken(labels)
             if prefix:
                 rest["past_key_values"] = copy.deepcopy(prefix)
                 rest["past_key_values"].batch_repeat_interleave(len(batch))
-            told = self._model_generate(
+            generated = self._model_generate(
                 context=context,
                 attention_mask=mask,
                 max_length=context.shape[1] + budget,
@@ -144,8 +137,8 @@ class Model(Progress, HFLM):
                 logits_processor=LogitsProcessorList([first] if labels else []),
                 **rest,
             )
-            self.probabilities += first.found
-            new = told[:, context.shape[1] :].tolist()
+            self.probabilities += first.shares
+            new = generated[:, context.shape[1] :].tolist()
             for row, answer in zip(batch, map(self.tok_decode, new), strict=True):
                 answers[row] = postprocess_generated_text(answer, stop, None)
                 self.cache_hook.add_partial("generate_until", (texts[row], settings), answers[row])
@@ -153,7 +146,7 @@ class Model(Progress, HFLM):
         return answers
 
     def _prefix(self, prompts: list[list[int]]) -> Any:
-        """The keys and values of what all prompts begin with; None where that is not worth it."""
+        """The keys and values of the prompts' shared prefix; None where sharing saves nothing."""
         shared = common_prefix(prompts) if self.share and len(prompts) > 1 else 0
         if shared < SHORTEST_PREFIX:
             return None

@@ -2,16 +2,18 @@
 
     python -m tools report [--gpu "A100 80GB"] [--price 1.19]
 
-It reads the score files of every run and base, what was planned and the losses, and scores nothing.
-Its figures lie beside it as PNGs. Prompts and answers are hostile input: all text is escaped, and
-what steers a page or a terminal is spelled out.
+It reads the score files of every run and base, their plans and losses, and scores nothing. Its
+figures lie beside it as PNGs. Prompts and answers are hostile input: all text is escaped, and
+characters that steer a page or a terminal are spelled out.
 """
 
 import base64
 import hashlib
+import io
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +23,7 @@ from typing import Any
 
 from evals import figures, report, stats
 from evals import run as evaluation
+from evals.report import Content, Gains
 from evals.tasks.own import write_prompt
 from tools import recipes, sources
 from tools import runs as runs_module
@@ -30,20 +33,19 @@ TEMPLATE = ROOT / "evals" / "page.html"
 WRONG = 25  # wrong answers shown of each model and dataset
 TEXT = 3000  # characters shown of each prompt and answer
 LABELS = 12  # classes up to which a confusion matrix can be read
-Content = report.Content
-# The plan of a config that is trained on so many rows of a file; training lies above this module.
+# The plan of a config trained on so many rows of a file; training lies above this module.
 Planner = Callable[[dict[str, Any], int | None, Path], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What was scored: a base or an adapter, at one precision, prompt format and limit."""
+    """A base or an adapter that was scored, at one precision, prompt format and limit."""
 
     folder: Path
     model: str
     method: str
     setting: str
-    adapter: bool
+    is_adapter: bool
     contents: dict[str, Content]  # dataset → its score file
 
     @property
@@ -51,20 +53,24 @@ class Scored:
         return f"{self.model}/{self.method}, {self.setting}"
 
     @property
-    def recipe(self) -> str:
-        return str(self.told.get("recipe") or "")
-
-    @property
-    def told(self) -> dict[str, Any]:
+    def run_info(self) -> dict[str, Any]:
         path = self.folder / "run.json"
         return json.loads(path.read_text()) if path.is_file() else {}
+
+    @property
+    def recipe(self) -> str:
+        return str(self.run_info.get("recipe") or "")
+
+    @property
+    def is_limited(self) -> bool:
+        return any(content["evaluated"]["limit"] for content in self.contents.values())
 
 
 # ---- what was scored
 
 
-def read(file: Path) -> Content:
-    """A score file; WrongInput where it is damaged, or of an adapter that was trained again."""
+def _read_current(file: Path) -> Content:
+    """A score file; raises WrongInput if damaged, or of an adapter that was trained again."""
     content = report.read(file)
     run = file.parent.parent / "run.json"
     now = json.loads(run.read_text()).get("adapter_sha256") if run.is_file() else None
@@ -73,61 +79,82 @@ def read(file: Path) -> Content:
     return content
 
 
-def everything() -> list[Scored]:
+def find_scored() -> list[Scored]:
     """All that was scored, bases before their adapters; files that cannot count are named."""
-    found: dict[tuple[Path, str], dict[str, Content]] = {}
+    contents: dict[tuple[Path, str], dict[str, Content]] = {}
     for file in sorted(runs_module.RUNS.glob("**/evals/*.json")):
         parts = file.relative_to(runs_module.RUNS).parts
         if any(part.startswith(".") or ".previous" in part for part in parts):
             continue
         try:
-            content = read(file)
+            content = _read_current(file)
         except WrongInput as error:
             print(f"report     {shown(file)} left out: {error}", file=sys.stderr)
             continue
         dataset = str(content["evaluated"]["dataset"])
         suffix = file.stem.removeprefix(dataset)
-        found.setdefault((file.parent.parent, suffix), {})[dataset] = content
+        contents.setdefault((file.parent.parent, suffix), {})[dataset] = content
+    scored = [describe(folder, by_dataset) for (folder, _), by_dataset in contents.items()]
+    return sorted(scored, key=lambda s: (s.model, s.is_adapter, s.method, s.setting))
+
+
+def describe(folder: Path, contents: dict[str, Content]) -> Scored:
+    """What the score files of a folder, of one setting, are of; datasets in the project's order."""
+    evaluated = next(iter(contents.values()))["evaluated"]
+    form, limit = evaluated.get("prompt_format", "chat"), evaluated["limit"]
+    setting = [evaluated["precision"], form if form != "chat" else ""]
+    setting += [f"{limit} rows" if limit else ""]
+    is_adapter = bool(evaluated.get("adapter_sha256"))
+    method = folder.name if is_adapter or not folder.name.startswith("base_") else "base"
+    if folder.parent == runs_module.RUNS / "endpoint":
+        method = "endpoint"
     order = list(sources.tables()["datasets"])
-    made = []
-    for (folder, _), contents in found.items():
-        told = next(iter(contents.values()))["evaluated"]
-        form = told.get("prompt_format", "chat")
-        limit = f"{told['limit']} rows" if told["limit"] else ""
-        setting = [told["precision"], form if form != "chat" else "", limit]
-        adapter = bool(told.get("adapter_sha256"))
-        model = str(told.get("base_model") or folder.parent.name).rsplit("/", 1)[-1]
-        method = folder.name if adapter or not folder.name.startswith("base_") else "base"
-        if folder.parent == runs_module.RUNS / "endpoint":
-            method = "endpoint"
-        names = sorted(contents, key=lambda n: (order.index(n) if n in order else len(order), n))
-        ordered = {name: contents[name] for name in names}
-        kept = ", ".join(str(part) for part in setting if part)
-        made.append(Scored(folder, model, method, kept, adapter, ordered))
-    return sorted(made, key=lambda one: (one.model, one.adapter, one.method, one.setting))
+    places = {name: order.index(name) if name in order else len(order) for name in contents}
+    return Scored(
+        folder,
+        str(evaluated.get("base_model") or folder.parent.name).rsplit("/", 1)[-1],
+        method,
+        ", ".join(filter(None, setting)),
+        is_adapter,
+        {name: contents[name] for name in sorted(contents, key=lambda name: (places[name], name))},
+    )
 
 
-def comparable(one: Content, other: Content) -> bool:
-    """Whether nothing but the adapter differs between two scores."""
-    both = ({**content["evaluated"], "adapter_sha256": None} for content in (one, other))
-    return next(both) == next(both)
+def _select_comparable(contents: dict[str, Content], other: Scored) -> dict[str, Content]:
+    """Another's scores that differ from these in nothing but the adapter."""
 
+    def conditions(content: Content) -> dict[str, Any]:
+        return content["evaluated"] | {"adapter_sha256": None}
 
-def base_of(scored: Scored, all_scored: list[Scored]) -> dict[str, Content]:
-    """The base's scores that an adapter's can be compared with, by dataset."""
     return {
-        dataset: base.contents[dataset]
-        for base in all_scored
-        if not base.adapter
-        for dataset, content in scored.contents.items()
-        if dataset in base.contents and comparable(base.contents[dataset], content)
+        dataset: other.contents[dataset]
+        for dataset, content in contents.items()
+        if dataset in other.contents and conditions(content) == conditions(other.contents[dataset])
     }
+
+
+def _compare_with_base(adapter: Scored, scored: list[Scored]) -> Gains:
+    base: dict[str, Content] = {}
+    for other in scored:
+        base |= {} if other.is_adapter else _select_comparable(adapter.contents, other)
+    return report.differences(base, adapter.contents)
+
+
+def _compare_adapters(adapters: list[Scored]) -> list[str]:
+    """Sentences on adapters against each other, on the same base at the same precision."""
+    lines = []
+    for one, other in combinations(adapters, 2):
+        theirs = _select_comparable(one.contents, other)
+        gains = report.differences({name: one.contents[name] for name in theirs}, theirs)
+        verdicts = report.format_sentences(gains, theirs)
+        lines += [f"{other.name} against {one.name}: {verdict}" for verdict in verdicts]
+    return lines
 
 
 # ---- tables
 
 
-def numbers(value: dict[str, Any] | None, signed: bool = False) -> dict[str, Any] | None:
+def _format_number(value: dict[str, Any] | None, signed: bool = False) -> dict[str, Any] | None:
     """A value with an interval for the page: text in %, and the number to sort by."""
     if not value:
         return None
@@ -135,127 +162,96 @@ def numbers(value: dict[str, Any] | None, signed: bool = False) -> dict[str, Any
     return {"point": point, "range": interval or report.NO_INTERVAL, "sort": value["value"]}
 
 
-def published(scored: Scored) -> dict[str, dict[str, float]]:
+def _find_published(scored: Scored) -> dict[str, dict[str, float]]:
     """FinLoRA's scores of the same method on Llama 3.1 8B, by dataset; {} where it has none."""
-    if not scored.adapter:
-        return report.published()["base"] if scored.method == "base" else {}
-    try:
-        method = recipes.split_name(recipes.find(scored.recipe).name)[2]
-        theirs = str(recipes.read_matrix()["methods"][method].get("finlora"))
-    except WrongInput:
-        named = report.method(scored.folder.name)
-        theirs = named[1] if named else ""
-    return report.published().get(theirs, {})
+    method = "base" if scored.method == "base" else ""
+    if scored.is_adapter:
+        try:
+            name = recipes.split_name(recipes.find(scored.recipe).name)[2]
+            method = str(recipes.read_matrix()["methods"][name].get("finlora"))
+        except WrongInput:
+            method = (report.find_method(scored.folder.name) or ("", ""))[1]
+    return report.read_published().get(method, {})
 
 
-def table(scored: Scored, gains: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+def _tabulate(scored: Scored, gains: Gains) -> list[dict[str, Any]]:
     """A row for each dataset and metric of what was scored."""
-    rows, theirs = [], published(scored)
+    rows, published = [], _find_published(scored)
     for dataset, content in scored.contents.items():
-        own = content["evaluated"]["data_from"] == "data/sample"
-        told = ["examples" if own else content["evaluated"].get("data_selected")]
-        told.append(evaluation.explain_old(content))
+        selected = content["evaluated"].get("data_selected")
+        notes = ["examples" if report.is_sample(content) else selected]
+        notes.append(evaluation.explain_old(content))
+        theirs = {} if report.explain_incomparable(dataset) else published.get(dataset, {})
         for place, (metric, value) in enumerate(content["metrics"].items()):
             gain = gains.get(dataset, {}).get(metric)
-            score = (
-                None
-                if report.explain_incomparable(dataset)
-                else theirs.get(dataset, {}).get(metric)
-            )
             rows.append(
                 {
                     "dataset": dataset,
-                    "note": "; ".join(filter(None, told)),
+                    "note": "; ".join(filter(None, notes)),
                     "model": scored.model,
                     "method": scored.method,
                     "setting": scored.setting,
                     "metric": report.title(metric),
                     "main": place == 0,
-                    "score": numbers(value),
-                    "gain": numbers(gain, signed=True),
+                    "score": _format_number(value),
+                    "gain": _format_number(gain, signed=True),
                     "better": gain and (gain["value"] > 0) != (metric in stats.LOWER_IS_BETTER),
                     "p": gain.get("corrected") if gain else None,
-                    "published": score,
+                    "published": theirs.get(metric),
                     "rows": len(report.values(content, metric)),
                 }
             )
     return rows
 
 
-def verdicts(scored: Scored, gains: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+def _order_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Puts the models of a dataset and metric under each other."""
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    metrics = list(dict.fromkeys((row["dataset"], row["metric"]) for row in rows))
+    metrics.sort(key=lambda key: datasets.index(key[0]))
+    return sorted(rows, key=lambda row: metrics.index((row["dataset"], row["metric"])))
+
+
+def explain(scored: Scored, gains: Gains) -> list[str]:
     """What the differences from the base and from FinLoRA's published scores mean, in sentences."""
-    said = [
-        f"{dataset}, {report.title(metric)}: {told}."
-        for dataset, metric, told in report.sentences(gains, scored.contents)
-    ]
-    llama = recipes.read_matrix()["models"]["llama-3.1-8b"]
-    theirs = report.method(scored.recipe or scored.folder.name)
-    told_base = next(iter(scored.contents.values()))["evaluated"].get("base_model")
-    if scored.adapter:
-        method = theirs[1] if theirs and theirs[0] == llama["finlora"] else ""
+    llama = recipes.read_matrix()["models"]["llama-3.1-8b"]["hub"]
+    base = next(iter(scored.contents.values()))["evaluated"].get("base_model")
+    if scored.is_adapter:
+        method = report.find_tested_method(scored.recipe or scored.folder.name)
     else:
-        method = "base" if told_base == llama["hub"] else ""
-    against = report.against_published(scored.contents, method)
-    for dataset, metric, told in report.sentences(against, scored.contents):
-        score = 100 * against[dataset][metric]["published"]
-        text = (
-            f"{dataset}, {report.title(metric)}: against FinLoRA's published {score:.1f}: {told}."
-        )
-        said.append(text)
+        method = "base" if base == llama else ""
+    lines = report.format_sentences(gains, scored.contents)
+    lines += report.explain_unpublished(scored.contents) if _find_published(scored) else []
     for dataset, content in scored.contents.items():
-        if published(scored) and (why := report.explain_incomparable(dataset)):
-            said.append(f"{dataset}: compared with no published score: {why}.")
         if old := evaluation.explain_old(content):
-            said.append(f"{dataset}: {old}; it is compared with no new score.")
-        said += [f"{dataset}: {note}." for note in report.notes_on(content)]
-    return said
+            lines.append(f"{dataset}: {old}; it is compared with no new score.")
+    return lines + report.list_remarks(scored.contents, method)
 
 
-def between(adapters: list[Scored]) -> list[str]:
-    """Adapters against each other, where they have the same base at the same precision."""
-    said = []
-    for one, other in combinations(adapters, 2):
-        same = {
-            dataset: content
-            for dataset, content in one.contents.items()
-            if dataset in other.contents and comparable(content, other.contents[dataset])
-        }
-        gains = report.differences(same, other.contents)
-        said += [
-            f"{other.name} against {one.name}: {dataset}, {report.title(metric)}: {told}."
-            for dataset, metric, told in report.sentences(gains, same)
-        ]
-    return said
-
-
-def confusion(content: Content) -> dict[str, Any] | None:
-    """How often each label was answered for each that was expected; None where there are none.
+def count_confusion(content: Content) -> dict[str, Any] | None:
+    """How often each label was answered for each expected one; None without one label a row.
 
     {"labels", "rows": [(expected, [(count, share of the row)…])]}; the last count of a row is of
     answers that are no label.
     """
     pairs = [row["values"].get("f1_weighted") or [] for row in content["predictions"]]
-    if not all(len(each) == 1 for each in pairs):
+    labels = sorted({expected for row in pairs for expected, _ in row})
+    if len(labels) > LABELS or not all(len(row) == 1 for row in pairs):
         return None
-    labels = sorted({each[0][0] for each in pairs})
-    if len(labels) > LABELS:
-        return None
-    counts = {label: dict.fromkeys([*labels, None], 0) for label in labels}
-    for ((expected, answered),) in pairs:
-        counts[expected][answered if answered in counts else None] += 1
+    counts = Counter((e, a if a in labels else None) for ((e, a),) in pairs)
     rows = []
-    for label, row in counts.items():
-        total = sum(row.values())
-        rows.append((label, [(count, count / total) for count in row.values()]))
+    for label in labels:
+        row = [counts[label, answered] for answered in [*labels, None]]
+        rows.append((label, [(count, count / sum(row)) for count in row]))
     return {"labels": labels, "rows": rows}
 
 
 @cache
-def prompts(dataset: str, sha256: str) -> list[str] | str:
-    """The prompts that a dataset was scored on, in their order, or why they are not at hand."""
-    if dataset not in evaluation.tasks():
+def read_prompts(dataset: str, sha256: str) -> list[str] | str:
+    """The prompts that a dataset was scored on, in their order, or why they cannot be shown."""
+    if dataset not in evaluation.read_tasks():
         return "its task is not there any more"
-    path = evaluation.test_path(dataset)
+    path = evaluation.find_rows(dataset)
     try:
         manifest = sources.manifest(path)
     except WrongInput as error:
@@ -265,64 +261,51 @@ def prompts(dataset: str, sha256: str) -> list[str] | str:
     return list(map(write_prompt, json_lines(path)))
 
 
-def clip(text: str) -> str:
+def _clip(text: str) -> str:
     left_out = len(text) - TEXT
     if left_out <= 0:
         return text
     return f"{text[: TEXT // 2]}\n… {left_out:,} characters left out …\n{text[-TEXT // 2 :]}"
 
 
-def wrong(scored: Scored) -> list[dict[str, Any]]:
-    """For each dataset, the rows whose first metric is not full, the worst first: WRONG of them."""
-    found = []
-    for dataset, content in scored.contents.items():
-        metric = next(iter(content["metrics"]))
-        shares = [(report.share(row["values"][metric]), row) for row in content["predictions"]]
-        missed = sorted(
-            ((share, row) for share, row in shares if share < 1),
-            key=lambda each: (each[0], each[1]["row"]),
-        )
-        known = prompts(dataset, content["evaluated"]["data_sha256"])
-        rows = []
-        for share, row in missed[:WRONG]:
-            here = not isinstance(known, str) and row["row"] < len(known)
-            rows.append(
-                {
-                    "number": row["row"],
-                    "share": share,
-                    "prompt": clip(known[row["row"]]) if here else f"(not at hand: {known})",
-                    "expected": clip(row["expected"]),
-                    "answered": clip(row["answered"]),
-                    "answer": clip(row["answer"]),
-                }
-            )
-        if rows:
-            told = {"dataset": dataset, "name": scored.name, "metric": report.title(metric)}
-            found.append(told | {"total": len(missed), "rows": rows})
-    return found
+def _list_wrong(scored: Scored, dataset: str, content: Content) -> dict[str, Any] | None:
+    """The rows whose first metric is not full, the worst first: WRONG of them."""
+    metric = next(iter(content["metrics"]))
+    shares = [(report.share(row["values"][metric]), row) for row in content["predictions"]]
+    missed = sorted(
+        ((share, row) for share, row in shares if share < 1),
+        key=lambda pair: (pair[0], pair[1]["row"]),
+    )
+    prompts = read_prompts(dataset, content["evaluated"]["data_sha256"])
+    rows = []
+    for share, row in missed[:WRONG]:
+        is_here = not isinstance(prompts, str) and row["row"] < len(prompts)
+        prompt = prompts[row["row"]] if is_here else f"(not at hand: {prompts})"
+        texts = {"prompt": prompt} | {k: row[k] for k in ("expected", "answered", "answer")}
+        clipped = {key: _clip(text) for key, text in texts.items()}
+        rows.append(clipped | {"number": row["row"], "share": share})
+    part = {"dataset": dataset, "name": scored.name, "metric": report.title(metric)}
+    return part | {"total": len(missed), "rows": rows} if rows else None
 
 
 # ---- figures
 
 
-def planned(scored: Scored, planner: Planner) -> dict[str, Any]:
+def plan_training(scored: Scored, planner: Planner) -> dict[str, Any]:
     """The plan of the training that made an adapter; {} where it cannot be planned."""
-    path = scored.folder / "config.yaml"
     try:
-        config = recipes.find(scored.recipe).config if scored.recipe else read_yaml(path)
-        data = (scored.told.get("data") or [{}])[0]
+        if scored.recipe:
+            config = recipes.find(scored.recipe).config
+        else:
+            config = read_yaml(scored.folder / "config.yaml")
+        data = (scored.run_info.get("data") or [{}])[0]
         file = sources.CHAT / Path(config["datasets"][0]["path"]).name
         return planner(config, data.get("rows"), file)
     except (WrongInput, OSError, KeyError):
         return {}
 
 
-def limited(scored: Scored) -> bool:
-    """Whether only some rows of the datasets were scored."""
-    return any(content["evaluated"]["limit"] for content in scored.contents.values())
-
-
-def mean_scores(adapters: list[Scored]) -> tuple[list[str], list[dict[str, float]]]:
+def _average_scores(adapters: list[Scored]) -> tuple[list[str], list[dict[str, float]]]:
     """The datasets that all adapters were scored on, and the mean of each over their first metrics.
 
     The half-widths of intervals of different datasets add in quadrature; where one has none, the
@@ -332,67 +315,66 @@ def mean_scores(adapters: list[Scored]) -> tuple[list[str], list[dict[str, float
         dataset
         for dataset, content in (adapters[0].contents if adapters else {}).items()
         if all(
-            dataset in one.contents and report.paired(one.contents[dataset], content)
-            for one in adapters
+            dataset in a.contents and report.paired(a.contents[dataset], content) for a in adapters
         )
     ]
     means = []
-    for one in adapters if common else []:
-        first = [next(iter(one.contents[dataset]["metrics"].values())) for dataset in common]
+    for adapter in adapters if common else []:
+        values = [next(iter(adapter.contents[name]["metrics"].values())) for name in common]
+        mean = sum(value["value"] for value in values) / len(values)
         low, high = (
-            math.sqrt(sum((each["value"] - each.get(end, each["value"])) ** 2 for each in first))
-            / len(first)
+            math.sqrt(sum((value["value"] - value.get(end, math.nan)) ** 2 for value in values))
+            / len(values)
             for end in ("low", "high")
         )
-        mean = sum(each["value"] for each in first) / len(first)
-        if any(each.get("no_interval") for each in first):
+        if math.isnan(low):
             low = high = 0.0
         means.append({"value": mean, "low": mean - low, "high": mean + high})
     return common, means
 
 
-def draw_figures(
-    adapters: list[Scored], gains: list[figures.Gain], planner: Planner
-) -> dict[str, dict[str, Any]]:
-    """The figures that say something: {name: {"figure", "caption"}}."""
-    names = [one.name for one in adapters]
-    drawn = {"gain": figures.draw_gains(names, gains)}
-    full = [place for place, one in enumerate(adapters) if not limited(one)]
+def _draw_figures(
+    adapters: list[Scored], gains: list[Gains], planner: Planner
+) -> dict[str, figures.Drawing]:
+    """The figures that say something, by name."""
+    names = [adapter.name for adapter in adapters]
+    full = [place for place, adapter in enumerate(adapters) if not adapter.is_limited]
     full = full or list(range(len(adapters)))
-    common, scores = mean_scores([adapters[place] for place in full])
+    common, scores = _average_scores([adapters[place] for place in full])
     means = dict(zip(full, scores, strict=False))
-    plans = {place: planned(adapters[place], planner) for place in means}
+    plans = {place: plan_training(adapters[place], planner) for place in means}
+    plans = {place: plan for place, plan in plans.items() if plan}
     label = f"%, {common[0] if len(common) == 1 else f'mean of {len(common)} datasets'}"
-    priced = any(plan.get("usd") is not None for plan in plans.values())
-    memory = {n: plan["memory"]["peak"] / 2**30 for n, plan in plans.items() if plan}
-    key, title = ("usd", "cost, USD") if priced else ("hours", "GPU hours")
-    cost = {n: plan[key] for n, plan in plans.items() if plan and plan[key] is not None}
-    gpu = next((plan["gpu"]["name"] for plan in plans.values() if plan), "")
-    for name, values, axis in (
-        ("memory", memory, figures.Axis("planned peak memory, GiB", "peak memory")),
-        ("cost", cost, figures.Axis(f"planned {title}", title.partition(",")[0], gpu)),
-    ):
-        drawn[name] = figures.draw_scores(names, means, values, axis, label)
-    folders = {one.folder: place for place, one in reversed(list(enumerate(adapters)))}
-    curves = {}
-    for folder, place in sorted(folders.items(), key=lambda item: item[1]):
+    is_priced = any(plan.get("usd") is not None for plan in plans.values())
+    key, title, unit = ("usd", "cost", "cost, USD") if is_priced else ("hours", *["GPU hours"] * 2)
+    memory = {place: plan["memory"]["peak"] / 2**30 for place, plan in plans.items()}
+    cost = {place: plan[key] for place, plan in plans.items() if plan[key] is not None}
+    gpu = next((plan["gpu"]["name"] for plan in plans.values()), "")
+    curves: dict[int, tuple[str, list[dict[str, Any]]]] = {}
+    first_places = {adapter.folder: place for place, adapter in reversed([*enumerate(adapters)])}
+    for folder, place in sorted(first_places.items(), key=lambda item: item[1]):
         lines = json_lines(folder / "progress.jsonl")
         if any("loss" in line for line in lines):
             curves[place] = (f"{adapters[place].model}/{adapters[place].method}", lines)
-    drawn["loss"] = figures.draw_losses(curves)
-    return {name: figure for name, figure in drawn.items() if figure}
+    memory_axis = figures.Axis("planned peak memory, GiB", "peak memory")
+    cost_axis = figures.Axis(f"planned {unit}", title, gpu)
+    drawings = {
+        "gain": figures.draw_gains(names, gains),
+        "memory": figures.draw_scores(names, means, memory, memory_axis, label),
+        "cost": figures.draw_scores(names, means, cost, cost_axis, label),
+        "loss": figures.draw_losses(curves),
+    }
+    return {name: drawing for name, drawing in drawings.items() if drawing}
 
 
-def svg(figure: Any, name: str) -> str:
-    """A figure as SVG to stand in a page, with its colours."""
-    import io
-
+def _render_svg(figure: Any, name: str) -> str:
+    """A figure as SVG that takes the page's colours."""
     import matplotlib as mpl
 
     file = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}):  # ids that no other figure of the page has
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=metadata)
     text = file.getvalue()
     return text[text.index("<svg") :].replace(figures.INK, "currentColor")
 
@@ -400,69 +382,63 @@ def svg(figure: Any, name: str) -> str:
 # ---- the page
 
 
-def visible(value: Any) -> Any:
-    """A text with what cannot be seen spelled out: controls, separators, changes of direction."""
+def _spell_out(value: Any) -> Any:
+    """A text with invisible characters spelled out: controls, separators, changes of direction."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in value)
 
 
-def page(content: dict[str, Any]) -> str:
-    """The page as one HTML text. Its script is allowed by its digest, and no other one is."""
+def render_page(content: dict[str, Any]) -> str:
+    """The page as one HTML text. Its own script is allowed by its digest, and no other."""
     from jinja2 import Environment
     from markupsafe import Markup
 
     text = TEMPLATE.read_text()
     script = text.partition("<script>")[2].partition("</script>")[0]
     sha = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    template = Environment(autoescape=True, finalize=visible).from_string(text)
-    drawn = {
-        name: each | {"svg": Markup(svg(each["figure"], name))}  # noqa: S704 (matplotlib escapes)
-        for name, each in content["figures"].items()
+    template = Environment(autoescape=True, finalize=_spell_out).from_string(text)
+    drawings = {
+        name: drawing | {"svg": Markup(_render_svg(drawing["figure"], name))}  # noqa: S704 (escaped)
+        for name, drawing in content["figures"].items()
     }
-    return template.render(content | {"figures": drawn, "script_sha": sha, "each": WRONG})
+    return template.render(content | {"figures": drawings, "script_sha": sha, "wrong_limit": WRONG})
 
 
 def build(out: Path, planner: Planner) -> list[Path]:
-    """Writes the page and its PNGs into a folder; WrongInput where nothing is scored."""
-    scored = everything()
+    """Writes the page and its PNGs into a folder; raises WrongInput where nothing is scored."""
+    scored = find_scored()
     if not scored:
         raise WrongInput(
             f"nothing is scored in {shown(runs_module.RUNS)}; `make eval RECIPE=…` does"
         )
-    adapters = [one for one in scored if one.adapter]
-    gains = [report.differences(base_of(one, scored), one.contents) for one in adapters]
-    of = {id(one): gain for one, gain in zip(adapters, gains, strict=True)}
-    drawn = draw_figures(adapters, gains, planner)
-    matrices = [
-        {"dataset": dataset, "name": one.name, "matrix": found}
-        for one in scored
-        for dataset, content in one.contents.items()
-        if (found := confusion(content))
-    ]
+    gains = [_compare_with_base(entry, scored) if entry.is_adapter else {} for entry in scored]
+    pairs = list(zip(scored, gains, strict=True))
+    adapters = [entry for entry in scored if entry.is_adapter]
+    drawings = _draw_figures(adapters, [gain for entry, gain in pairs if entry.is_adapter], planner)
     files = []
     for name in ("gain", "memory", "cost", "loss"):
         file = out / f"{name}.png"
-        if name not in drawn:
+        if name not in drawings:
             file.unlink(missing_ok=True)
             continue
         with atomic(file) as target:
-            drawn[name]["figure"].savefig(target, format="png", dpi=200, facecolor="white")
+            drawings[name]["figure"].savefig(target, format="png", dpi=200, facecolor="white")
         files.append(file)
-    # The models of a dataset and metric stand under each other.
-    rows = [row for one in scored for row in table(one, of.get(id(one), {}))]
-    keys = [(row["dataset"], row["metric"]) for row in rows]
-    datasets = list(dict.fromkeys(dataset for dataset, _ in keys))
-    keys = sorted(dict.fromkeys(keys), key=lambda key: datasets.index(key[0]))
-    places = {key: place for place, key in enumerate(keys)}
-    text = page(
+    contents = [(entry, *item) for entry in scored for item in entry.contents.items()]
+    matrices = [
+        {"dataset": dataset, "name": entry.name, "matrix": matrix}
+        for entry, dataset, content in contents
+        if (matrix := count_confusion(content))
+    ]
+    text = render_page(
         {
-            "table": sorted(rows, key=lambda row: places[row["dataset"], row["metric"]]),
-            "said": [(one.name, verdicts(one, of.get(id(one), {}))) for one in scored],
-            "between": between(adapters),
-            "figures": drawn,
-            "matrices": sorted(matrices, key=lambda each: str(each["dataset"])),
-            "wrong": [each for one in scored for each in wrong(one)],
+            "table": _order_rows([row for entry, gain in pairs for row in _tabulate(entry, gain)]),
+            "explanations": [(entry.name, explain(entry, gain)) for entry, gain in pairs],
+            "between": _compare_adapters(adapters),
+            "figures": drawings,
+            "matrices": sorted(matrices, key=lambda matrix: str(matrix["dataset"])),
+            "wrong": [part for entry in contents if (part := _list_wrong(*entry))],
             "small": stats.SMALL,
         }
     )
@@ -472,8 +448,8 @@ def build(out: Path, planner: Planner) -> list[Path]:
 
 
 def write(planner: Planner) -> None:
-    """Writes runs/report/ and says where."""
+    """Writes runs/report/ and prints where."""
     out = runs_module.RUNS / "report"
-    with evaluation.writing(out / "index.html", "; the scores are not touched"):
+    with evaluation.naming_refusal(out / "index.html", "; the scores are not touched"):
         files = build(out, planner)
     print(f"report     {', '.join(map(shown, files))}")

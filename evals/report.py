@@ -1,25 +1,18 @@
-"""Shows scores from their files: base and adapter side by side, and what the differences mean.
+"""Reads score files, and says what they and their differences mean.
 
-A pair of score files is compared on the same rows, and the p-values of a metric are corrected over
-all datasets of the comparison (Holm). FinLoRA's published scores are compared with ours by its own
-scoring. `differences` and `against_published` are what other reports are made from.
+Two score files are compared on the same rows; the p-values of a metric are corrected over all
+datasets of the comparison (Holm). FinLoRA's published scores are compared with scores by its rule.
 """
 
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    FiniteFloat,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from evals import stats
 from tools import recipes, sources
@@ -39,7 +32,12 @@ TITLES = {
     "ece": "ECE (biased upwards), lower is better",
 }
 Content = dict[str, Any]  # of a score file
+Files = dict[str, dict[str, Path]]  # score files by dataset and side (base, adapter)
+Gains = dict[str, dict[str, dict[str, Any]]]  # differences by dataset and metric
 NO_INTERVAL = "no interval"
+# What two scores must share to be compared; a file of an earlier version may lack some.
+SAME_SCORING = ("data_sha256", "task_version", "task", "scoring")
+SAME_BASE = ("base_model", "precision", "device_class", "backend")
 
 
 class Part(BaseModel):
@@ -54,9 +52,7 @@ class Metric(Part):
 
     @model_validator(mode="after")
     def check_interval(self) -> Self:
-        if (self.low is None) != (self.high is None) or (self.low is None) != bool(
-            self.no_interval
-        ):
+        if not (self.low is None) == (self.high is None) == bool(self.no_interval):
             raise ValueError("low and high are needed, or no_interval")
         return self
 
@@ -93,11 +89,11 @@ class ScoreFile(Part):
 
 
 def read(file: Path) -> Content:
-    """A score file; raises WrongInput that says what is wrong where it is damaged."""
+    """The content of a score file; raises WrongInput where it is damaged."""
     try:
         text = file.read_bytes()
         ScoreFile.model_validate_json(text)
-        content: Content = json.loads(text)
+        return dict(json.loads(text))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "the file"
@@ -107,13 +103,13 @@ def read(file: Path) -> Content:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise WrongInput(f"cannot be read: {reason}; `make eval` scores again") from None
-    return content
 
 
 def title(metric: str) -> str:
-    plain = metric.removeprefix("finlora_")
-    known = TITLES.get(plain, plain.replace("_", " "))
-    return f"{known}, FinLoRA's" if plain != metric else known
+    """A metric as people call it."""
+    name = metric.removeprefix("finlora_")
+    text = TITLES.get(name, name.replace("_", " "))
+    return f"{text}, FinLoRA's" if name != metric else text
 
 
 def format_percent(value: dict[str, Any], signed: bool = False) -> tuple[str, str | None]:
@@ -125,22 +121,18 @@ def format_percent(value: dict[str, Any], signed: bool = False) -> tuple[str, st
     return point, f"{100 * value['low']:{plus}.1f} … {100 * value['high']:{plus}.1f}"
 
 
-def percent(value: dict[str, Any], signed: bool = False) -> str:
-    """A value with its interval, for a table in the terminal."""
-    point, interval = format_percent(value, signed)
-    return f"{point}  [dim]{interval or NO_INTERVAL}[/dim]"
+# ---- differences
 
 
-# What two scores must share to be compared; a file of an earlier version may lack some.
-SAME = ("data_sha256", "task_version", "task", "scoring")
+def _have_same(keys: Iterable[str], first: Content, second: Content) -> bool:
+    sides = first["evaluated"], second["evaluated"]
+    return all(sides[0].get(key) == sides[1].get(key) for key in keys)
 
 
 def paired(first: Content, second: Content) -> bool:
     """Whether two score files hold answers to the same rows, read and scored in the same way."""
-    numbers = ([row["row"] for row in one["predictions"]] for one in (first, second))
-    sides = (first["evaluated"], second["evaluated"])
-    same = all(sides[0].get(key) == sides[1].get(key) for key in SAME)
-    return same and len({tuple(one) for one in numbers}) == 1
+    rows = ([row["row"] for row in content["predictions"]] for content in (first, second))
+    return _have_same(SAME_SCORING, first, second) and next(rows) == next(rows)
 
 
 def values(content: Content, metric: str) -> list[Any]:
@@ -149,100 +141,120 @@ def values(content: Content, metric: str) -> list[Any]:
     return [row[metric] for row in rows if metric in row]
 
 
-def differences(
-    first: dict[str, Content], second: dict[str, Content]
-) -> dict[str, dict[str, dict[str, Any]]]:
+def differences(first: dict[str, Content], second: dict[str, Content]) -> Gains:
     """Second minus first, for each dataset and metric that both have on the same rows.
 
-    {dataset: {metric: what `stats.compare` gives, "corrected": p after Holm's correction over the
-    datasets, "family": how many they are}}.
+    Each holds what `stats.compare` returns, "corrected" (its p after Holm's correction over the
+    datasets) and "family" (how many datasets those are).
     """
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for dataset in first:
-        one, other = first[dataset], second.get(dataset)
-        if other and paired(one, other):
-            both = {
-                metric: (values(one, metric), values(other, metric))
-                for metric in one["metrics"]
-                if metric in other["metrics"]
-            }
-            found[dataset] = {
-                metric: stats.compare(metric, *columns)
-                for metric, columns in both.items()
-                if len(columns[0]) == len(columns[1])
-            }
-    return correct(found)
+    gains: Gains = {}
+    for dataset, content in first.items():
+        other = second.get(dataset)
+        if other and paired(content, other):
+            gains[dataset] = {}
+            for metric in content["metrics"]:
+                columns = values(content, metric), values(other, metric)
+                if metric in other["metrics"] and len(columns[0]) == len(columns[1]):
+                    gains[dataset][metric] = stats.compare(metric, *columns)
+    return _correct(gains)
 
 
-def correct(
-    found: dict[str, dict[str, dict[str, Any]]],
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Adds "corrected" and "family" to differences by dataset and metric that have a p."""
-    for metric in {metric for gains in found.values() for metric in gains}:
-        family = [g[metric] for g in found.values() if metric in g and g[metric]["p"] is not None]
-        for gain, corrected in zip(family, stats.holm([g["p"] for g in family]), strict=True):
-            gain |= {"corrected": corrected, "family": len(family)}
-    return found
+def _correct(gains: Gains) -> Gains:
+    """Adds "corrected" and "family" to the differences that have a p."""
+    for metric in {metric for by_metric in gains.values() for metric in by_metric}:
+        tests = [by_metric[metric] for by_metric in gains.values() if metric in by_metric]
+        tests = [test for test in tests if test["p"] is not None]
+        for test, corrected in zip(tests, stats.holm([t["p"] for t in tests]), strict=True):
+            test |= {"corrected": corrected, "family": len(tests)}
+    return gains
+
+
+def sentences(gains: Gains, contents: dict[str, Content]) -> Iterator[tuple[str, str, str]]:
+    """(dataset, metric, verdict) on the first metric of each dataset."""
+    for dataset, by_metric in gains.items():
+        for metric, gain in list(by_metric.items())[:1]:
+            rows = contents[dataset]["examples"]
+            corrected, family = gain.get("corrected"), gain.get("family", 0)
+            yield dataset, metric, stats.verdict(gain, corrected, family, rows)
+
+
+def format_sentences(gains: Gains, contents: dict[str, Content]) -> list[str]:
+    return [
+        f"{dataset}, {title(metric)}: {verdict}."
+        for dataset, metric, verdict in sentences(gains, contents)
+    ]
+
+
+# ---- FinLoRA's published scores
 
 
 @cache
-def published() -> dict[str, dict[str, dict[str, float]]]:
+def read_published() -> dict[str, dict[str, dict[str, float]]]:
     """FinLoRA's scores, 0 to 1: {method or "base": {dataset: {metric: score}}}."""
     lines = [li for li in PUBLISHED.read_text().splitlines() if li and not li.startswith("#")]
-    heads = lines[0].split("\t")[1:]
-    found: dict[str, dict[str, dict[str, float]]] = {head: {} for head in heads}
+    _, *methods = lines[0].split("\t")
+    published: dict[str, dict[str, dict[str, float]]] = {method: {} for method in methods}
     for dataset, *cells in (line.split("\t") for line in lines[1:]):
-        for head, (accuracy, f1) in zip(heads, (c.split("/") for c in cells), strict=True):
-            found[head][dataset] = (
-                {"bertscore": float(f1)}
-                if accuracy == "-"
-                else {
-                    "finlora_accuracy": float(accuracy) / 100,
-                    "finlora_f1_weighted": float(f1),
-                }
-            )
-    return found
+        for method, cell in zip(methods, cells, strict=True):
+            accuracy, f1 = cell.split("/")
+            scores = {"finlora_accuracy": float(accuracy) / 100} if accuracy != "-" else {}
+            scores["finlora_f1_weighted" if scores else "bertscore"] = float(f1)
+            published[method][dataset] = scores
+    return published
 
 
-def against_published(
-    contents: dict[str, Content], method: str
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Scores against FinLoRA's of the same method (`4bits_r4`, or `base`), on its own data.
+def find_method(name: str) -> tuple[str, str] | None:
+    """FinLoRA's names (model, method) of a recipe or of its own adapter, where it has both."""
+    last = name.rsplit("/", 1)[-1]
+    for recipe in recipes.list_names():
+        if recipe == name or recipes.find_finlora_name(recipe) == last:
+            model, _, method = recipes.split_name(recipe)
+            matrix = recipes.read_matrix()
+            names = matrix["models"][model].get("finlora"), matrix["methods"][method].get("finlora")
+            return (str(names[0]), str(names[1])) if all(names) else None
+    return None
 
-    {dataset: {metric: what `stats.against` gives, "published", "corrected", "family"}}. Only whole
-    datasets count, not the project's examples, and no dataset that is `incomparable`.
+
+def find_tested_method(name: str) -> str:
+    """FinLoRA's method of an adapter that it published scores for; else empty."""
+    model, method = find_method(name) or ("", "")
+    return method if model == recipes.read_matrix()["models"]["llama-3.1-8b"]["finlora"] else ""
+
+
+def against_published(contents: dict[str, Content], method: str) -> Gains:
+    """Scores minus FinLoRA's of the same method (`4bits_r4`, or `base`).
+
+    Each holds what `stats.against` returns, "published", "corrected" and "family". Only scores on
+    FinLoRA's whole data count, and no dataset that `explain_incomparable` explains.
     """
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for dataset, theirs in published().get(method, {}).items():
+    gains: Gains = {}
+    for dataset, scores in read_published().get(method, {}).items():
         content = contents.get(dataset)
         if not content or explain_incomparable(dataset):
             continue
-        told = content["evaluated"]
-        if told["limit"] or told["data_selected"] or told["data_from"] == "data/sample":
+        evaluated = content["evaluated"]
+        if evaluated["limit"] or evaluated["data_selected"] or is_sample(content):
             continue
-        for metric, score in theirs.items():
-            if metric in content["metrics"]:
-                gain = stats.against(metric, values(content, metric), score)
-                found.setdefault(dataset, {})[metric] = gain | {"published": score}
-    return correct(found)
+        by_metric = {
+            metric: stats.against(metric, values(content, metric), score) | {"published": score}
+            for metric, score in scores.items()
+            if metric in content["metrics"]
+        }
+        gains |= {dataset: by_metric} if by_metric else {}
+    return _correct(gains)
 
 
 def explain_incomparable(dataset: str) -> str:
     """Why a score on a dataset is compared with no published one; empty where it may be."""
-    row = sources.tables()["datasets"].get(dataset, {})
-    return str(row.get("incomparable", ""))
+    return str(sources.tables()["datasets"].get(dataset, {}).get("incomparable", ""))
 
 
-def method(name: str) -> tuple[str, str] | None:
-    """FinLoRA's names (model, method) of a recipe or of its own adapter, where it has both."""
-    known, last = recipes.list_names(), name.rsplit("/", 1)[-1]
-    found = [entry for entry in known if entry == name or recipes.find_finlora_name(entry) == last]
-    if not found:
-        return None
-    model, _, how = recipes.split_name(found[0])
-    table = recipes.read_matrix()
-    names = table["models"][model].get("finlora"), table["methods"][how].get("finlora")
-    return (str(names[0]), str(names[1])) if all(names) else None
+def is_sample(content: Content) -> bool:
+    """Whether the rows were written for this project."""
+    return bool(content["evaluated"]["data_from"] == "data/sample")
+
+
+# ---- notes
 
 
 def share(value: Any) -> float:
@@ -252,33 +264,19 @@ def share(value: Any) -> float:
     return float(value)
 
 
-def differing(content: Content) -> int | None:
+def count_differing(content: Content) -> int | None:
     """On how many rows FinLoRA's rule finds another share of right answers than ours."""
-    pairs = [row["values"] for row in content["predictions"]]
-    if not all({"accuracy", "finlora_accuracy"} <= row.keys() for row in pairs):
+    rows = [row["values"] for row in content["predictions"]]
+    if not all({"accuracy", "finlora_accuracy"} <= row.keys() for row in rows):
         return None
-    return sum(share(row["accuracy"]) != share(row["finlora_accuracy"]) for row in pairs)
+    return sum(share(row["accuracy"]) != share(row["finlora_accuracy"]) for row in rows)
 
 
-def sentences(gains: dict[str, dict[str, dict[str, Any]]], contents: dict[str, Content]) -> Any:
-    """(dataset, metric, verdict) on the first metric of each dataset."""
-    for dataset, of_dataset in gains.items():
-        metric = next(iter(of_dataset), None)
-        if metric is None:
-            continue
-        found = of_dataset[metric]
-        rows = contents[dataset]["examples"]
-        told = stats.verdict(found, found.get("corrected"), found.get("family", 0), rows)
-        yield dataset, metric, told
-
-
-def notes_on(content: Content) -> list[str]:
+def _list_notes(content: Content) -> list[str]:
     """What a reader of a score must know beside it."""
-    notes = [
-        f"labels of the {part} rows: {text}"
-        for part, text in content.get("label_checks", {}).items()
-    ]
-    if rows := differing(content):
+    checks = content.get("label_checks", {}).items()
+    notes = [f"labels of the {part} rows: {text}" for part, text in checks]
+    if rows := count_differing(content):
         notes.append(f"FinLoRA's rule scores {rows} rows otherwise")
     notes += [f"{title(metric)} {why}" for metric, why in content.get("left_out", {}).items()]
     reasons: dict[str, list[str]] = {}
@@ -295,101 +293,102 @@ def notes_on(content: Content) -> list[str]:
     return notes
 
 
-def show(name: str, files: dict[str, dict[str, Path]]) -> None:
-    """Prints the scores of a subject: `files` maps dataset → side (base, adapter) → score file."""
-    from rich.console import Console
-    from rich.table import Table
+def list_remarks(contents: dict[str, Content], method: str, side: str = "") -> list[str]:
+    """Sentences on scores against FinLoRA's of a method ("" for none), and the notes on them."""
+    label = f", {side}" if side else ""
+    gains = against_published(contents, method)
+    remarks = []
+    for dataset, metric, verdict in sentences(gains, contents):
+        against = f"against FinLoRA's published {100 * gains[dataset][metric]['published']:.1f}"
+        remarks.append(f"{dataset}{label}, {title(metric)}: {against}: {verdict}.")
+    for dataset, content in contents.items():
+        remarks += [f"{dataset}{label}: {note}." for note in _list_notes(content)]
+    return remarks
 
-    scored = {
+
+def explain_unpublished(datasets: Iterable[str]) -> list[str]:
+    reasons = {dataset: explain_incomparable(dataset) for dataset in datasets}
+    return [
+        f"{name}: compared with no published score: {why}." for name, why in reasons.items() if why
+    ]
+
+
+# ---- in the terminal
+
+
+def show(name: str, files: Files) -> None:
+    """Prints the scores of a subject, what their differences mean, and where the files are."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    scores = {
         dataset: {side: read(file) for side, file in sides.items()}
         for dataset, sides in files.items()
     }
     sides = list(next(iter(files.values())))
-    of_side = {side: {name: both[side] for name, both in scored.items()} for side in sides}
-    gains = differences(of_side["base"], of_side["adapter"]) if len(sides) == 2 else {}
+    by_side = {side: {name: scores[name][side] for name in scores} for side in sides}
+    gains = differences(by_side["base"], by_side["adapter"]) if len(sides) == 2 else {}
+    method = find_tested_method(name)
+    lines = format_sentences(gains, by_side[sides[-1]])
+    lines += explain_unpublished(scores) if method else []
+    for side, contents in by_side.items():
+        lines += list_remarks(contents, "base" if method and side == "base" else method, side)
 
-    table = Table(title=f"{name}: %, with 95 % intervals", title_justify="left", box=None)
-    table.add_column("dataset")
-    table.add_column("metric")
-    for heading in (*sides, *(["difference"] if gains else []), "examples"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for dataset, both in scored.items():
-        one = both[sides[-1]]
-        own = one["evaluated"]["data_from"] == "data/sample"
-        for metric in one["metrics"]:
-            cells = [
-                percent(both[side]["metrics"][metric]) if metric in both[side]["metrics"] else "–"
-                for side in sides
-            ]
-            gain = gains.get(dataset, {}).get(metric)
-            cells += [percent(gain, signed=True) if gain else "–"] if gains else []
-            label = f"{dataset} (examples)" if own else dataset
-            theirs = metric.startswith("finlora_")
-            table.add_row(
-                label,
-                title(metric),
-                *cells,
-                f"{len(values(one, metric)):,}",
-                style="dim" if theirs else "",
-            )
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print()
-    console.print(table)
-    console.print()
-    for dataset, metric, told in sentences(gains, of_side[sides[-1]]):
-        console.print(f"{dataset}, {title(metric)}: {told}.", soft_wrap=True)
-    theirs = method(name)
-    known = recipes.read_matrix()["models"]["llama-3.1-8b"].get("finlora")
-    for side in sides:
-        if not theirs or theirs[0] != known:
-            break
-        contents = of_side[side]
-        told_of = against_published(contents, "base" if side == "base" else theirs[1])
-        for dataset, metric, told in sentences(told_of, contents):
-            score = 100 * told_of[dataset][metric]["published"]
-            console.print(
-                f"{dataset}, {side}, {title(metric)}: against FinLoRA's published {score:.1f}: "
-                f"{told}.",
-                soft_wrap=True,
-            )
-    for dataset, both in scored.items():
-        if theirs and theirs[0] == known and (why := explain_incomparable(dataset)):
-            console.print(
-                f"{dataset}: compared with no published score: {why}.", soft_wrap=True, markup=False
-            )
-        for side, content in both.items():
-            for note in notes_on(content):
-                console.print(f"{dataset}, {side}: {note}.", soft_wrap=True, markup=False)
+    parts = (_tabulate(name, scores, gains), escape("\n".join(lines)))
+    for part in parts:
+        console.print()
+        console.print(part, soft_wrap=isinstance(part, str))
     console.print()
     for dataset, places in files.items():
         for side, file in places.items():
             console.print(f"scores     {dataset}, {side}: {shown(file)}", soft_wrap=True)
 
 
-def between(scored: dict[str, dict[str, dict[str, Path]]]) -> None:
-    """Compares adapters with each other, where they have the same base at the same precision."""
+def _tabulate(name: str, scores: dict[str, dict[str, Content]], gains: Gains) -> Any:
+    """A rich table with a row for each dataset and metric, and a column for each side."""
+    from rich.table import Table
 
-    def load(files: dict[str, dict[str, Path]]) -> dict[str, Content]:
-        return {
+    def cell(value: dict[str, Any] | None, signed: bool = False) -> str:
+        if not value:
+            return "–"
+        point, interval = format_percent(value, signed)
+        return f"{point}  [dim]{interval or NO_INTERVAL}[/dim]"
+
+    table = Table(title=f"{name}: %, with 95 % intervals", title_justify="left", box=None)
+    table.add_column("dataset")
+    table.add_column("metric")
+    sides = list(next(iter(scores.values())))
+    for heading in (*sides, *(["difference"] if gains else []), "examples"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for dataset, contents in scores.items():
+        last = contents[sides[-1]]
+        label = f"{dataset} (examples)" if is_sample(last) else dataset
+        for metric in last["metrics"]:
+            cells = [cell(contents[side]["metrics"].get(metric)) for side in sides]
+            cells += [cell(gains.get(dataset, {}).get(metric), signed=True)] if gains else []
+            style = "dim" if metric.startswith("finlora_") else ""
+            rows = f"{len(values(last, metric)):,}"
+            table.add_row(label, title(metric), *cells, rows, style=style)
+    return table
+
+
+def show_comparisons(scored: dict[str, Files]) -> None:
+    """Prints adapters against each other, where they have the same base at the same precision."""
+    adapters = {
+        name: {
             dataset: read(sides["adapter"])
             for dataset, sides in files.items()
             if "adapter" in sides
         }
-
-    adapters = {name: load(files) for name, files in scored.items()}
-    for first, second in combinations(adapters, 2):
-        one, other = adapters[first], adapters[second]
+        for name, files in scored.items()
+    }
+    for (first, contents), (second, others) in combinations(adapters.items(), 2):
         same = {
             dataset: content
-            for dataset, content in one.items()
-            if dataset in other
-            and all(
-                content["evaluated"].get(key) == other[dataset]["evaluated"].get(key)
-                for key in ("base_model", "precision", "device_class", "backend")
-            )
+            for dataset, content in contents.items()
+            if dataset in others and _have_same(SAME_BASE, content, others[dataset])
         }
-        if not same:
-            continue
-        print(f"\n{second} against {first}")
-        for dataset, metric, told in sentences(differences(same, other), same):
-            print(f"{dataset}, {title(metric)}: {told}.")
+        if same:
+            lines = format_sentences(differences(same, others), same)
+            print("\n".join(["", f"{second} against {first}", *lines]))

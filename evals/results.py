@@ -1,10 +1,10 @@
-"""Measured recipes: one JSON file each in results/, and what the README draws from them.
+"""Measured recipes: one JSON file each in results/<model>/, and the README's table and figure.
 
     python -m tools results            writes the README's table and docs/results.svg
     python -m tools results --check    fails where they do not match results/
 
-`Measurement` is the schema. A file is results/<model>/<name>.json; results/parity.json and
-results/beyond.json are the experiments of bench/ in formats of their own.
+`Measurement` is the schema. bench/ writes results/parity.json and results/beyond.json, in other
+formats.
 """
 
 import hashlib
@@ -31,6 +31,10 @@ class Score(Strict):
     value: float = Field(ge=-1, le=1)
     low: float | None = Field(default=None, ge=-1, le=1)
     high: float | None = Field(default=None, ge=-1, le=1)
+
+    @property
+    def is_interval(self) -> bool:
+        return self.low is not None and self.high is not None
 
 
 class DatasetResult(Strict):
@@ -75,12 +79,11 @@ def load_measurement(path: Path) -> Measurement:
 # ---- table
 
 
-def format_points(score: Score, sign: str = "") -> str:
+def format_points(score: Score, signed: bool = False) -> str:
     """`28.5 (23.8 … 33.8)`: percent, with the interval if there is one."""
-    value = f"{100 * score.value:{sign}.1f}"
-    if score.low is None or score.high is None:
-        return value
-    return f"{value} ({100 * score.low:{sign}.1f} … {100 * score.high:{sign}.1f})"
+    missing = "" if score.is_interval else "not measured"
+    value, interval = report.format_percent(score.model_dump() | {"no_interval": missing}, signed)
+    return f"{value} ({interval})" if interval else value
 
 
 def format_label(measurement: Measurement) -> str:
@@ -89,18 +92,17 @@ def format_label(measurement: Measurement) -> str:
 
 
 def format_table(measurements: list[Measurement]) -> str:
-    lines = [
-        "| recipe | test rows | metric | base, % | adapter, % | gain, points |",
-        "| --- | --- | --- | ---: | ---: | ---: |",
+    rows = [
+        ["recipe", "test rows", "metric", "base, %", "adapter, %", "gain, points"],
+        ["---", "---", "---", "---:", "---:", "---:"],
     ]
     for measurement in measurements:
         for dataset, result in measurement.datasets.items():
-            lines.append(
-                f"| {format_label(measurement)} | {dataset}, {result.rows} "
-                f"| {report.title(result.metric)} | {format_points(result.base)} "
-                f"| {format_points(result.adapter)} | {format_points(result.difference, '+')} |"
-            )
-    return "\n".join(lines) + "\n"
+            scores = [format_points(result.base), format_points(result.adapter)]
+            scores.append(format_points(result.difference, signed=True))
+            name = f"{dataset}, {result.rows}"
+            rows.append([format_label(measurement), name, report.title(result.metric), *scores])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def format_caption(measurements: list[Measurement]) -> str:
@@ -125,7 +127,7 @@ def format_block(measurements: list[Measurement]) -> str:
 
 
 def insert_block(text: str, block: str) -> str:
-    """The page with `block` between its markers."""
+    """The page with `block` between its markers; raises JobFailed where they are missing."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
@@ -139,7 +141,7 @@ def insert_block(text: str, block: str) -> str:
 def draw(measurements: list[Measurement], file: Path, mark: str) -> None:
     """A line for each recipe and dataset from the base's score to the adapter's.
 
-    `mark` goes into the file's description, so that a figure of older results is recognized.
+    `mark` goes into the file's description; a figure of older results is recognized by it.
     """
     import matplotlib
 
@@ -174,8 +176,8 @@ def draw(measurements: list[Measurement], file: Path, mark: str) -> None:
             for side, color, marker in sides
         ]
         figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False)
-        metadata = {"Date": None, "Creator": None, "Description": mark}
         with atomic(file) as out:
+            metadata = {"Date": None, "Creator": None, "Description": mark}
             figure.savefig(out, format="svg", metadata=metadata)
         plt.close(figure)
 

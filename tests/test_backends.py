@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from evals import backends, page
+from evals import backends, endpoint, page
 from tests.test_eval import NF4, evaluate, trained, workplace  # noqa: F401
 from tools import common, runs, sources
 from tools import subjects as subject_of
@@ -145,7 +145,7 @@ def test_a_fault_is_asked_again_and_not_scored(fault, server, monkeypatch):
 
 
 def test_an_answer_that_does_not_come_is_asked_for_again(server, monkeypatch):
-    monkeypatch.setattr(backends, "TIMEOUT", 1.0)
+    monkeypatch.setattr(endpoint, "TIMEOUT", 1.0)
 
     def silent(handler, times, body):
         if times == 0:
@@ -201,8 +201,8 @@ PASSING = ("a rate limit", "a filter")  # a filter refuses a row, not the job
 def test_a_fault_that_stays_stops_the_job_and_the_same_command_goes_on(
     fault, server, monkeypatch, capsys
 ):
-    monkeypatch.setattr(backends, "RETRIES", 1)
-    monkeypatch.setattr(backends, "CONCURRENT", 1)
+    monkeypatch.setattr(endpoint, "RETRIES", 1)
+    monkeypatch.setattr(endpoint, "CONCURRENT", 1)
     spoken = []
 
     def from_the_sixth_on(handler, times, body):
@@ -228,7 +228,7 @@ def test_a_fault_that_stays_stops_the_job_and_the_same_command_goes_on(
 
 @pytest.mark.parametrize("status, code", [(401, 2), (403, 2), (404, 2), (402, 1), (405, 1)])
 def test_what_no_retry_helps_is_asked_once(status, code, server, monkeypatch, capsys):
-    monkeypatch.setattr(backends, "CONCURRENT", 1)
+    monkeypatch.setattr(endpoint, "CONCURRENT", 1)
     refuse = {"error": {"message": "no\nway"}}
     server.misbehave = lambda handler, times, body: handler.reply(refuse, status) or True
     with pytest.raises(SystemExit) as stopped:
@@ -252,7 +252,7 @@ def refuse(reason):
 
 @pytest.mark.parametrize("kind", REFUSALS)
 def test_a_refused_row_is_no_answer_and_the_others_count(kind, server, monkeypatch, capsys):
-    monkeypatch.setattr(backends, "RETRIES", 1)
+    monkeypatch.setattr(endpoint, "RETRIES", 1)
     chosen = []
 
     def refuse_one(handler, times, body):
@@ -282,7 +282,7 @@ def test_a_refused_row_is_no_answer_and_the_others_count(kind, server, monkeypat
 def test_where_every_row_is_refused_the_job_ends_and_keeps_no_refusal(
     kind, server, monkeypatch, capsys
 ):
-    monkeypatch.setattr(backends, "RETRIES", 1)
+    monkeypatch.setattr(endpoint, "RETRIES", 1)
     server.misbehave = lambda handler, times, body: REFUSALS[kind](handler) or True
     with pytest.raises(SystemExit) as stopped:
         ask(monkeypatch, server, limit=40)
@@ -297,8 +297,8 @@ def test_where_every_row_is_refused_the_job_ends_and_keeps_no_refusal(
 
 
 def test_the_last_rows_of_a_job_that_goes_on_may_all_be_refused(server, monkeypatch):
-    monkeypatch.setattr(backends, "CONCURRENT", 1)
-    monkeypatch.setattr(backends, "RETRIES", 0)
+    monkeypatch.setattr(endpoint, "CONCURRENT", 1)
+    monkeypatch.setattr(endpoint, "RETRIES", 0)
     answers = iter([False] * 6)
 
     def stop(handler, times, body):
@@ -313,7 +313,7 @@ def test_the_last_rows_of_a_job_that_goes_on_may_all_be_refused(server, monkeypa
 
 
 def test_a_server_that_is_not_there_is_one_line(server, monkeypatch, capsys):
-    monkeypatch.setattr(backends, "RETRIES", 1)
+    monkeypatch.setattr(endpoint, "RETRIES", 1)
     server.http.server_close()
     with pytest.raises(SystemExit) as stopped:
         ask(monkeypatch, server)
@@ -327,8 +327,8 @@ def test_a_server_that_is_not_there_is_one_line(server, monkeypatch, capsys):
 @pytest.mark.parametrize("debug", ["", "1"])
 def test_the_key_and_a_password_appear_nowhere(debug, server, workplace, monkeypatch, capfd):  # noqa: F811
     monkeypatch.setenv("DEBUG", debug)
-    monkeypatch.setattr(backends, "RETRIES", 1)
-    monkeypatch.setattr(backends, "CONCURRENT", 1)
+    monkeypatch.setattr(endpoint, "RETRIES", 1)
+    monkeypatch.setattr(endpoint, "CONCURRENT", 1)
     faults = iter([401, 400, 500, 500, 500, 500])  # a refused row does not end a job
     echo = {"error": {"message": f"bad key {KEY}"}}
 
@@ -343,7 +343,7 @@ def test_the_key_and_a_password_appear_nowhere(debug, server, workplace, monkeyp
             ask(monkeypatch, server)
     ask(monkeypatch, server)
     assert server.keys[0] == f"Bearer {KEY}"
-    monkeypatch.setattr(backends, "RETRIES", 0)
+    monkeypatch.setattr(endpoint, "RETRIES", 0)
     secret = server.url.replace("http://", "http://me:a-password@")
     ask(monkeypatch, server, "--force", url=secret)
     server.http.server_close()
@@ -351,10 +351,10 @@ def test_the_key_and_a_password_appear_nowhere(debug, server, workplace, monkeyp
     with pytest.raises(SystemExit):
         ask(monkeypatch, server, "--force", url=secret)
     assert scored()["evaluated"]["base_url"] == server.url
-    told = "".join(capfd.readouterr())
-    assert server.url in told
+    printed = "".join(capfd.readouterr())
+    assert server.url in printed
     files = [path.read_text() for path in (workplace / "runs").rglob("*") if path.is_file()]
-    for text in (told, *files):
+    for text in (printed, *files):
         assert KEY not in text and "a-password" not in text
 
 
@@ -362,10 +362,10 @@ def test_the_key_and_a_password_appear_nowhere(debug, server, workplace, monkeyp
 
 
 def test_eight_requests_are_under_way_at_a_time(server, monkeypatch):
-    together = threading.Barrier(backends.CONCURRENT)  # opens when all stand before it
+    together = threading.Barrier(endpoint.CONCURRENT)  # opens when all stand before it
     server.misbehave = lambda handler, times, body: together.wait(60) < 0
     ask(monkeypatch, server, limit=16)
-    assert backends.CONCURRENT == 8
+    assert endpoint.CONCURRENT == 8
     assert server.most == 8 and len(server.asked) == 16
 
 
@@ -377,20 +377,20 @@ def test_the_prompt_is_sent_as_a_turn_or_as_it_stands(form, server, monkeypatch)
     name = "fpb_sample8" if form == "chat" else f"fpb_{form}_sample8"
     assert all_right(scored(name)) and scored(name)["evaluated"]["prompt_format"] == form
     path = "/v1/chat/completions" if form == "chat" else "/v1/completions"
-    for found, body in server.bodies:
+    for result, body in server.bodies:
         text = body.pop("prompt", None) or body.pop("messages")[0]["content"]
-        assert found == path and text in server.key
+        assert result == path and text in server.key
         assert body == {"model": "teacher", "temperature": 0, "max_tokens": 10}
 
 
 def test_a_score_of_an_endpoint_is_kept_until_what_it_depends_on_changes(server, monkeypatch):
     ask(monkeypatch, server)
-    told = scored()["evaluated"]
-    assert (told["base_url"], told["base_model"]) == (server.url, "teacher")
-    assert told["data_sha256"] == sources.manifest(sources.test_path("fpb"))["sha256"]
+    evaluated = scored()["evaluated"]
+    assert (evaluated["base_url"], evaluated["base_model"]) == (server.url, "teacher")
+    assert evaluated["data_sha256"] == sources.manifest(sources.test_path("fpb"))["sha256"]
     ask(monkeypatch, server)
     assert len(server.asked) == 8
-    (one,) = page.everything()
+    (one,) = page.find_scored()
     assert (one.model, one.method, one.setting) == ("teacher", "endpoint", "as served, 8 rows")
     ask(monkeypatch, server, url=server.url.replace("/v1", "/v2"))
     assert len(server.asked) == 16
@@ -411,12 +411,12 @@ def test_the_only_model_of_a_server_needs_no_name(server, monkeypatch, capsys):
 
 def test_a_models_name_leads_out_of_no_folder(workplace):  # noqa: F811
     for name in ("../../x", "/etc/x", "..", ".", "a/../b"):
-        file = backends.Endpoint("http://h/v1", name, "chat").file("base", "fpb", None)
+        file = endpoint.Endpoint("http://h/v1", name, "chat").file("base", "fpb", None)
         assert file.resolve().parent.parent.parent == runs.RUNS / "endpoint"
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, message",
     [
         (["--backend", "gemini"], "BACKEND: 'gemini' is not one of"),
         (["--backend", "openai"], "needs BASE_URL"),
@@ -427,12 +427,12 @@ def test_a_models_name_leads_out_of_no_folder(workplace):  # noqa: F811
         (["sentiment_r4", "--backend", "openai"], "do not go with BACKEND=openai"),
     ],
 )
-def test_what_does_not_go_together_is_one_line(arguments, told, monkeypatch, capsys):
+def test_what_does_not_go_together_is_one_line(arguments, message, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         evaluate(monkeypatch, *arguments)
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert told in line and "pass" not in line
+    assert message in line and "pass" not in line
 
 
 # ---- vLLM: it runs on a GPU alone, so here is what it is given
@@ -440,13 +440,13 @@ def test_what_does_not_go_together_is_one_line(arguments, told, monkeypatch, cap
 
 def test_vllm_gets_the_quantized_base_and_the_adapter_as_a_module(trained, tiny):  # noqa: F811
     path, folder = trained()
-    found = backends.vllm_arguments(subject_of.find(str(path)))
-    assert found["pretrained"] == str(tiny)
-    assert found["quantization"] == "bitsandbytes" and found["dtype"] == "bfloat16"
-    assert found["lora_local_path"] == str(folder) and found["max_lora_rank"] == 8
-    assert found["max_model_len"] == 2048  # Llama's default in transformers
-    found = backends.vllm_arguments(subject_of.find(str(path), precision="fp16"))
-    assert "quantization" not in found and found["dtype"] == "float16"
+    result = backends.vllm_arguments(subject_of.find(str(path)))
+    assert result["pretrained"] == str(tiny)
+    assert result["quantization"] == "bitsandbytes" and result["dtype"] == "bfloat16"
+    assert result["lora_local_path"] == str(folder) and result["max_lora_rank"] == 8
+    assert result["max_model_len"] == 2048  # Llama's default in transformers
+    result = backends.vllm_arguments(subject_of.find(str(path), precision="fp16"))
+    assert "quantization" not in result and result["dtype"] == "float16"
     base = backends.vllm_arguments(subject_of.find(str(path), base_only=True))
     assert "lora_local_path" not in base
 
@@ -476,4 +476,4 @@ def test_without_a_gpu_or_vllm_it_is_refused_in_one_line(trained, monkeypatch, c
 
 def test_a_reply_is_whole_or_nothing():
     for reply in (None, "<html>", SimpleNamespace(choices=["x"]), SimpleNamespace(choices=None)):
-        assert backends.whole(reply) is None
+        assert endpoint.read_reply(reply)[0] is None

@@ -167,7 +167,7 @@ def test_what_a_config_trained_is_scored_and_chatted_with(trained, name, tmp_pat
     monkeypatch.setattr(sources, "CHAT", tmp_path / "data" / "chat")
     convert.convert_task("sentiment", sources.SAMPLE)
     monkeypatch.chdir(tmp_path)  # lm-eval finds data/chat from here
-    files = scoring.run(subjects.find(str(trained[name])), scoring.Request(["fpb"], 4))
+    files = scoring.score_subject(subjects.find(str(trained[name])), scoring.Request(["fpb"], 4))
     for side in ("base", "adapter"):
         assert json.loads(files["fpb"][side].read_text())["examples"] == 4
     done = run("chat", trained[name], "Is <fin_a> good?")

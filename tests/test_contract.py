@@ -23,6 +23,7 @@ from evals import backends
 from evals import own as evaluations
 from evals import run as evaluation
 from evals.answers import Answers, Prompts
+from evals.endpoint import Endpoint
 from evals.tasks import own, utils
 from tests import tokenizers
 from tests.conftest import run, write_recipe
@@ -310,9 +311,9 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "TASKS", tmp_path / "evals" / "tasks")
     monkeypatch.setattr(sources, "CHAT", tmp_path / "data" / "chat")
     monkeypatch.chdir(tmp_path)
-    evaluation.tasks.cache_clear()
+    evaluation.read_tasks.cache_clear()
     yield tmp_path
-    evaluation.tasks.cache_clear()
+    evaluation.read_tasks.cache_clear()
 
 
 def write_task(folder, name, rows):
@@ -328,7 +329,7 @@ def write_task(folder, name, rows):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     facts = {"sha256": common.digest(data), "labels": dict.fromkeys(labels, 1)}
     common.write_json(sources.manifest_path(data), facts)
-    evaluation.tasks.cache_clear()
+    evaluation.read_tasks.cache_clear()
     return content
 
 
@@ -533,17 +534,11 @@ def test_training_on_tools_that_the_template_drops_is_refused(tiny, tmp_path):
     checks.refuse_unrenderable(recipe)
 
 
-@pytest.mark.parametrize(("model", "refused"), [("smollm2-135m", True), ("qwen3-8b", False)])
-def test_scoring_tool_calls_on_a_base_without_tools_is_refused(model, refused):
-    asking = Prompts("chat", get_options(model))
-    asking.rows = {"text": build_row("call and result")}
-    if refused:
-        with pytest.raises(common.WrongInput, match="leaves out the tool find_price"):
-            asking.refuse_unrenderable(tokenizers.load(model))
-    else:
-        asking.refuse_unrenderable(tokenizers.load(model))
-        text = asking.text(tokenizers.load(model), "text")
-        assert "12.50" in text and "find_price" in text and "It is" not in text
+def test_scoring_tool_calls_on_a_base_without_tools_is_refused(place):
+    write_task(place, "task", [build_row("call and result")] * 2)
+    lm = Echo("smollm2-135m", tokenizers.load("smollm2-135m"))
+    with pytest.raises(common.WrongInput, match=r"row 1: .* leaves out the tool find_price"):
+        measure(lm, "task")
 
 
 def test_a_prompt_that_is_too_long_loses_the_middle_of_its_longest_turn():
@@ -552,7 +547,7 @@ def test_a_prompt_that_is_too_long_loses_the_middle_of_its_longest_turn():
     turns = copy.deepcopy(ROWS["system and turns"])
     turns[1]["content"] = " ".join(f"word{n}" for n in range(500))
     asking.rows = {"text": {"messages": turns}}
-    text = asking.fitting(tokenizer, "text", 300)
+    text = asking.fit(tokenizer, "text", 300)
     assert len(tokenizer.encode(text)) <= 300
     for part in ("You label news.", "word0 ", "[…]", "word499", "How sure?"):
         assert part in text
@@ -617,7 +612,7 @@ def endpoint(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/v1"
-    yield backends.Endpoint(url, "teacher", "chat"), bodies
+    yield Endpoint(url, "teacher", "chat"), bodies
     server.shutdown()
     server.server_close()
 
@@ -626,7 +621,7 @@ def endpoint(monkeypatch):
 def test_an_endpoint_gets_all_turns_and_tools_of_a_row(shape, place, endpoint):
     row, (served, bodies) = build_row(shape), endpoint
     write_task(place, "task", [row])
-    with backends.openai(served)("base", "task", 1) as lm:
+    with backends.open_endpoint(served)("base", "task", 1) as lm:
         (answered,), _ = evaluation.measure(lm, "task", None, Prompts("chat"))
     (body,) = bodies
     assert body["messages"] == row["messages"][:-1]

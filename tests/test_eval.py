@@ -113,7 +113,7 @@ def evaluate(monkeypatch, *arguments):
 
 def test_every_dataset_has_a_task_and_stands_in_a_group():
     datasets = set(sources.tables()["datasets"])
-    assert datasets <= set(evaluation.tasks())
+    assert datasets <= set(evaluation.read_tasks())
     groups = {}
     for path in evaluation.TASKS.glob("finlora*.yaml"):
         content = yaml.safe_load(path.read_text())
@@ -123,33 +123,33 @@ def test_every_dataset_has_a_task_and_stands_in_a_group():
     grouped = [name.removeprefix("finlora_") for group in four for name in groups[group]]
     # Of TFNS the repaired labels count, and NWGI counts with both its classes.
     assert sorted(grouped) == sorted(datasets - {"tfns_as_published"} | {"nwgi_folded"})
-    for name in evaluation.tasks():
-        content, _ = evaluation.read(evaluation.tasks()[name])
+    for name in evaluation.read_tasks():
+        content = evaluation.read_tasks()[name]
         assert content["task"] == f"finlora_{name}"
         assert float(content["metadata"]["version"]) >= 1
 
 
 def test_the_answer_budgets_are_finloras():
-    found = {
-        name: evaluation.read(path)[0]["generation_kwargs"]["max_gen_toks"]
-        for name, path in evaluation.tasks().items()
+    result = {
+        name: content["generation_kwargs"]["max_gen_toks"]
+        for name, content in evaluation.read_tasks().items()
     }
     labels = ["fpb", "fiqa", "tfns", "tfns_as_published", "nwgi", "nwgi_folded", "headline", "ner"]
     others = {"tags": 20, "value": 20, "formula_construction": 30, "formula_calculations": 30}
     expected = dict.fromkeys(labels, 10) | others | {"finer": 100, "fnxl": 100}
-    assert found == {name: expected.get(name, 50) for name in found}
+    assert result == {name: expected.get(name, 50) for name in result}
 
 
-@pytest.mark.parametrize("task", evaluation.tasks())
+@pytest.mark.parametrize("task", evaluation.read_tasks())
 def test_the_keys_of_a_dataset_are_right_and_no_answer_is_wrong(task, workplace):
     rows, left_out = evaluation.measure(Speaker(key), task, 12, Prompts("chat"))
-    found = evaluation.score(rows)
+    result = evaluation.score(rows)
     assert len(rows) == 12 and set(left_out) <= {"bertscore"}
-    assert {name: value["value"] for name, value in found.items()} == dict.fromkeys(found, 1)
-    assert report.differing({"predictions": rows}) in (0, None)
+    assert {name: value["value"] for name, value in result.items()} == dict.fromkeys(result, 1)
+    assert report.count_differing({"predictions": rows}) in (0, None)
     rows, _ = evaluation.measure(Speaker(lambda doc: ""), task, 12, Prompts("chat"))
-    found = evaluation.score(rows)
-    assert {name: value["value"] for name, value in found.items()} == dict.fromkeys(found, 0)
+    result = evaluation.score(rows)
+    assert {name: value["value"] for name, value in result.items()} == dict.fromkeys(result, 0)
 
 
 def test_where_finloras_rule_differs_from_ours_the_rows_are_counted(workplace):
@@ -157,10 +157,10 @@ def test_where_finloras_rule_differs_from_ours_the_rows_are_counted(workplace):
         return key(doc) + ("ish" if key(doc) == "neutral" else "")
 
     rows, _ = evaluation.measure(Speaker(inside), "fpb", None, Prompts("chat"))
-    found = evaluation.score(rows)
-    assert found["finlora_accuracy"]["value"] == 1
-    assert found["accuracy"]["value"] == pytest.approx(72 / 172)  # 100 of 172 are neutral
-    assert report.differing({"predictions": rows}) == 100
+    result = evaluation.score(rows)
+    assert result["finlora_accuracy"]["value"] == 1
+    assert result["accuracy"]["value"] == pytest.approx(72 / 172)  # 100 of 172 are neutral
+    assert report.count_differing({"predictions": rows}) == 100
 
 
 def test_nwgi_counts_at_seven_levels_and_at_three_classes(workplace):
@@ -177,7 +177,7 @@ def test_nwgi_counts_at_seven_levels_and_at_three_classes(workplace):
 def test_a_new_dataset_is_a_file_of_yaml(workplace, monkeypatch):
     monkeypatch.setattr(evaluation, "TASKS", workplace / "tasks")
     shutil.copytree(common.ROOT / "evals" / "tasks", workplace / "tasks")
-    evaluation.tasks.cache_clear()
+    evaluation.read_tasks.cache_clear()
     rows = [{"context": f"Bill {n}\nAnswer:", "target": ["paid", "due"][n % 2]} for n in range(20)]
     source = workplace / "bills.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -194,12 +194,12 @@ filter_list:
       - {function: take_first}
 """
     )
-    assert evaluation.datasets(None, ["bills"]) == ["bills"]
+    assert evaluation.choose_datasets(None, ["bills"]) == ["bills"]
     scored, _ = evaluation.measure(Speaker(lambda doc: "Paid!"), "bills", None, Prompts("chat"))
-    found = evaluation.score(scored)
-    assert found["accuracy"]["value"] == 0.5
-    assert found["f1_macro"]["value"] == pytest.approx(1 / 3)
-    evaluation.tasks.cache_clear()
+    result = evaluation.score(scored)
+    assert result["accuracy"]["value"] == 0.5
+    assert result["f1_macro"]["value"] == pytest.approx(1 / 3)
+    evaluation.read_tasks.cache_clear()
 
 
 def test_plain_lm_eval_scores_a_task_without_this_projects_code(workplace, tiny):
@@ -211,8 +211,8 @@ def test_plain_lm_eval_scores_a_task_without_this_projects_code(workplace, tiny)
     done = subprocess.run([program, *arguments], capture_output=True, text=True, env=quiet)
     assert done.returncode == 0, done.stderr[-2000:]
     (file,) = workplace.glob("scores/**/results_*.json")
-    found = json.loads(file.read_text())["results"]["finlora_fpb"]
-    assert {"accuracy,label", "f1_weighted,label", "accuracy,finlora"} <= found.keys()
+    result = json.loads(file.read_text())["results"]["finlora_fpb"]
+    assert {"accuracy,label", "f1_weighted,label", "accuracy,finlora"} <= result.keys()
 
 
 # ---- prompts
@@ -319,15 +319,15 @@ def test_a_prompt_that_is_too_long_loses_its_middle_and_says_so(smollm2):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     content = "Which tag? " + " ".join(f"fact{n}" for n in range(900)) + "\nAnswer:"
     prompts = Prompts("chat")
-    text = prompts.fitting(tokenizer, content, 400)
+    text = prompts.fit(tokenizer, content, 400)
     assert 380 < len(tokenizer.encode(text)) <= 400
     assert "Which tag? fact0" in text and "fact899\nAnswer:<|im_end|>" in text
     assert text.startswith(prompts.text(tokenizer, "")[:40])
     assert prompts.cut[text] > 1000
-    whole = prompts.fitting(tokenizer, content, 8000)
+    whole = prompts.fit(tokenizer, content, 8000)
     assert content in whole and whole not in prompts.cut
     with pytest.raises(common.WrongInput, match="no room"):
-        prompts.fitting(tokenizer, content, 20)
+        prompts.fit(tokenizer, content, 20)
 
 
 # ---- answers are kept
@@ -382,15 +382,15 @@ def test_an_untrained_recipe_and_an_unknown_dataset_are_one_line_each(tmp_path, 
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "is not trained" in result.stderr
     with pytest.raises(common.WrongInput, match="did you mean fpb"):
-        evaluation.datasets(recipes.find(str(recipe)).task, ["fbp"])
+        evaluation.choose_datasets(recipes.find(str(recipe)).task, ["fbp"])
 
 
 def test_a_score_is_kept_until_what_it_depends_on_changes(trained, workplace, monkeypatch, capsys):
     recipe, folder = trained()
     evaluate(monkeypatch, recipe, "--tasks", "fpb,xbrl_term", "--limit", "6")
-    told = capsys.readouterr().out
-    assert "fpb, base: 6/6" in told and "xbrl_term, adapter: 6/6" in told
-    assert "fpb, accuracy: no difference shown" in told and "Small: only 6 rows" in told
+    printed = capsys.readouterr().out
+    assert "fpb, base: 6/6" in printed and "xbrl_term, adapter: 6/6" in printed
+    assert "fpb, accuracy: no difference shown" in printed and "Small: only 6 rows" in printed
     file = folder / "evals" / "fpb_sample6.json"
     content = json.loads(file.read_text())
     assert content["examples"] == len(content["predictions"]) == 6
@@ -422,8 +422,8 @@ def test_another_precision_is_recorded_and_leaves_the_scores_at_its_own(trained,
     evaluate(monkeypatch, recipe, "--tasks", "fpb", "--limit", "2", "--precision", "fp32")
     (file,) = folder.glob("evals/*.json")
     assert file.name == "fpb_fp32_sample2.json"
-    told = json.loads(file.read_text())["evaluated"]
-    assert (told["precision"], told["quantization"]) == ("fp32", {"dtype": "float32"})
+    evaluated = json.loads(file.read_text())["evaluated"]
+    assert (evaluated["precision"], evaluated["quantization"]) == ("fp32", {"dtype": "float32"})
     assert (folder.parent / "base_fp32/evals/fpb_sample2.json").is_file()
     with pytest.raises(SystemExit):
         evaluate(monkeypatch, recipe, "--precision", "int3")
@@ -447,8 +447,8 @@ def test_a_base_is_loaded_at_the_precision_that_is_asked_for(tiny):
 def test_the_base_alone_needs_no_training(workplace, tiny, chat_rows, monkeypatch, capsys):
     recipe = write_recipe(workplace, "r4", tiny, chat_rows)
     evaluate(monkeypatch, recipe, "--base", "--tasks", "headline", "--limit", "2")
-    told = capsys.readouterr().out
-    assert "headline, base: 2/2" in told and "difference" not in told
+    printed = capsys.readouterr().out
+    assert "headline, base: 2/2" in printed and "difference" not in printed
     assert (workplace / "base_nf4/evals/headline_sample2.json").is_file()
 
 
@@ -456,10 +456,10 @@ def test_without_a_recipe_all_finished_runs_are_scored_and_compared(trained, mon
     trained("r4", seed=1)
     trained("r4x", seed=2)
     evaluate(monkeypatch, "--tasks", "headline", "--limit", "2")
-    told = capsys.readouterr().out
-    assert told.count("headline, base: 2/2") == 1  # one base for both
-    assert told.count("headline, adapter: 2/2") == 2
-    assert "\nheadline, accuracy: no difference shown" in told.split(" against ")[1]
+    printed = capsys.readouterr().out
+    assert printed.count("headline, base: 2/2") == 1  # one base for both
+    assert printed.count("headline, adapter: 2/2") == 2
+    assert "\nheadline, accuracy: no difference shown" in printed.split(" against ")[1]
 
 
 def test_an_adapter_of_finloras_gets_its_prompt_and_precision(
@@ -474,15 +474,15 @@ def test_an_adapter_of_finloras_gets_its_prompt_and_precision(
     (file,) = (workplace / "runs").glob(
         "*/adapter_headline_llama_3_1_8b_4bits_r4/evals/headline_finlora_sample2.json"
     )
-    told = json.loads(file.read_text())["evaluated"]
-    assert (told["prompt_format"], told["precision"]) == ("finlora", "nf4")
-    assert told["base_model"] == str(tiny)
+    evaluated = json.loads(file.read_text())["evaluated"]
+    assert (evaluated["prompt_format"], evaluated["precision"]) == ("finlora", "nf4")
+    assert evaluated["base_model"] == str(tiny)
 
 
 def test_the_prompt_that_a_pulled_adapter_tells_of_is_taken(trained, monkeypatch):
     recipe, folder = trained()
-    told = json.loads((folder / "run.json").read_text()) | {"prompt_format": "finlora"}
-    common.write_json(folder / "run.json", told)
+    info = json.loads((folder / "run.json").read_text()) | {"prompt_format": "finlora"}
+    common.write_json(folder / "run.json", info)
     assert subject_of.find("", str(folder)).prompt_format == "finlora"
     assert subject_of.find(str(recipe)).prompt_format == "finlora"
     assert subject_of.find(str(recipe), form="chat").prompt_format == "chat"
@@ -510,29 +510,29 @@ def test_any_other_adapter_needs_a_precision(trained, workplace, monkeypatch, ca
 
 
 def test_published_scores_are_read_for_every_dataset_and_method():
-    found = report.published()
-    assert list(found) == ["base", "8bits_r8", "4bits_r4", "8bits_r8_dora", "8bits_r8_rslora"]
-    assert {len(rows) for rows in found.values()} == {19}
-    assert all(set(rows) <= set(evaluation.tasks()) for rows in found.values())
-    assert found["4bits_r4"]["fpb"] == {"finlora_accuracy": 0.8416, "finlora_f1_weighted": 0.909}
-    assert found["base"]["xbrl_term"] == {"bertscore": 0.574}
+    result = report.read_published()
+    assert list(result) == ["base", "8bits_r8", "4bits_r4", "8bits_r8_dora", "8bits_r8_rslora"]
+    assert {len(rows) for rows in result.values()} == {19}
+    assert all(set(rows) <= set(evaluation.read_tasks()) for rows in result.values())
+    assert result["4bits_r4"]["fpb"] == {"finlora_accuracy": 0.8416, "finlora_f1_weighted": 0.909}
+    assert result["base"]["xbrl_term"] == {"bertscore": 0.574}
 
 
 def test_a_recipe_and_an_adapter_of_finloras_are_known_by_its_names():
     theirs = ("llama_3_1_8b", "4bits_r4")
-    assert report.method("llama-3.1-8b/sentiment_r4") == theirs
-    assert report.method("hub/wangd12/sentiment_llama_3_1_8b_4bits_r4") == theirs
-    assert report.method("hub/someone/sentiment_r4") is None
-    assert report.method("smollm2-135m/sentiment_r4") is None
+    assert report.find_method("llama-3.1-8b/sentiment_r4") == theirs
+    assert report.find_method("hub/wangd12/sentiment_llama_3_1_8b_4bits_r4") == theirs
+    assert report.find_method("hub/someone/sentiment_r4") is None
+    assert report.find_method("smollm2-135m/sentiment_r4") is None
 
 
 def test_scores_are_compared_with_the_published_ones_on_finloras_data_alone(workplace):
     rows, _ = evaluation.measure(Speaker(key), "fpb", None, Prompts("chat"))
     content = {"examples": len(rows), "metrics": evaluation.score(rows), "predictions": rows}
     real = {"data_from": "FinLoRA or your own", "data_selected": None, "limit": None}
-    found = report.against_published({"fpb": content | {"evaluated": real}}, "4bits_r4")["fpb"]
-    assert found["finlora_accuracy"]["value"] == pytest.approx(1 - 0.8416)
-    assert found["finlora_accuracy"]["p"] == pytest.approx(0.8416**172, rel=0.01)
+    result = report.against_published({"fpb": content | {"evaluated": real}}, "4bits_r4")["fpb"]
+    assert result["finlora_accuracy"]["value"] == pytest.approx(1 - 0.8416)
+    assert result["finlora_accuracy"]["p"] == pytest.approx(0.8416**172, rel=0.01)
     # Not the examples, nor a sample, nor what is left of a test set of which a part was trained on.
     others = ({"data_from": "data/sample"}, {"limit": 172}, {"data_selected": "312 chosen rows"})
     for other in others:
@@ -542,16 +542,16 @@ def test_scores_are_compared_with_the_published_ones_on_finloras_data_alone(work
 def test_differences_are_corrected_over_the_datasets(workplace):
     def content(task, speaker):
         rows, _ = evaluation.measure(speaker, task, None, Prompts("chat"))
-        told = {"data_sha256": task, "base_model": "tiny", "precision": "nf4"}
-        return {"evaluated": told, "metrics": evaluation.score(rows), "predictions": rows}
+        evaluated = {"data_sha256": task, "base_model": "tiny", "precision": "nf4"}
+        return {"evaluated": evaluated, "metrics": evaluation.score(rows), "predictions": rows}
 
     names = ("fiqa", "headline", "ner")
     first = {name: content(name, Speaker(lambda doc: "Yes neutral person")) for name in names}
     second = {name: content(name, Speaker(key)) for name in names}
-    found = report.differences(first, second)
-    plain = [found[name]["accuracy"]["p"] for name in names]
-    assert [found[name]["accuracy"]["corrected"] for name in names] == stats.holm(plain)
-    assert found["ner"]["accuracy"]["family"] == 3
+    result = report.differences(first, second)
+    plain = [result[name]["accuracy"]["p"] for name in names]
+    assert [result[name]["accuracy"]["corrected"] for name in names] == stats.holm(plain)
+    assert result["ner"]["accuracy"]["family"] == 3
     assert max(plain) < 0.001
     fewer = second["ner"] | {"predictions": second["ner"]["predictions"][1:]}
     assert "ner" not in report.differences(first, second | {"ner": fewer})

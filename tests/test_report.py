@@ -59,7 +59,7 @@ def runs(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "CHAT", tmp_path / "data" / "chat")
     monkeypatch.setattr(runs_module, "RUNS", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
-    report_page.prompts.cache_clear()
+    report_page.read_prompts.cache_clear()
     sources.CHAT.mkdir(parents=True)
     rows = [
         {
@@ -80,8 +80,8 @@ def runs(tmp_path, monkeypatch):
     (folder / "progress.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
     recipe = recipes.find("smollm2-135m/sentiment_r4")
     sha = common.digest(folder / "adapter_model.safetensors")
-    told = {"recipe": recipe.name, "adapter_sha256": sha, "data": [{"rows": ROWS}]}
-    common.write_json(folder / "run.json", told)
+    info = {"recipe": recipe.name, "adapter_sha256": sha, "data": [{"rows": ROWS}]}
+    common.write_json(folder / "run.json", info)
     subject = subject_of.Subject(
         recipe.name, recipe.config, folder, folder, folder.parent / "base_nf4", "sentiment", "chat"
     )
@@ -91,7 +91,7 @@ def runs(tmp_path, monkeypatch):
                 Speaker(answer), dataset, None, Prompts("chat", None)
             )
             content = {
-                "evaluated": evaluation.evaluated(subject, side, dataset, None),
+                "evaluated": evaluation.identify(subject, side, dataset, None),
                 "device": "cpu",
                 "examples": len(made),
                 "metrics": evaluation.score(made),
@@ -196,13 +196,13 @@ def test_finloras_published_scores_stand_beside_the_metric_of_its_rule(runs):
 def test_a_confusion_matrix_is_scikit_learns(runs):
     content = json.loads(runs.file("adapter", "fpb", None).read_text())
     pairs = [row["values"]["f1_weighted"][0] for row in content["predictions"]]
-    found = report_page.confusion(content)
-    expected = confusion_matrix(*zip(*pairs, strict=True), labels=found["labels"])
-    counts = [[count for count, _ in cells] for _, cells in found["rows"]]
+    result = report_page.count_confusion(content)
+    expected = confusion_matrix(*zip(*pairs, strict=True), labels=result["labels"])
+    counts = [[count for count, _ in cells] for _, cells in result["rows"]]
     assert [row[:-1] for row in counts] == expected.tolist()
     content["predictions"][0]["values"]["f1_weighted"] *= 2  # tags: several labels a row
-    assert report_page.confusion(content) is None
-    base_side = report_page.confusion(json.loads(runs.file("base", "fpb", None).read_text()))
+    assert report_page.count_confusion(content) is None
+    base_side = report_page.count_confusion(json.loads(runs.file("base", "fpb", None).read_text()))
     assert sum(cells[-1][0] for _, cells in base_side["rows"]) == ROWS // 2  # no label
 
 
@@ -232,8 +232,8 @@ def test_prompts_of_other_data_than_was_scored_are_not_shown(runs):
     with open(sources.test_path("fpb"), "a") as file:
         file.write("{}\n")
     _, page = built()
-    told = [text for text in page.shown["prompt"] if "is not the data that was scored" in text]
-    assert len(told) == report_page.WRONG + 12
+    hidden = [text for text in page.shown["prompt"] if "is not the data that was scored" in text]
+    assert len(hidden) == report_page.WRONG + 12
 
 
 def test_the_figures_lie_beside_the_page(runs):
@@ -257,12 +257,12 @@ def test_a_smoothed_loss_is_the_mean_of_the_last_steps():
 
 def test_the_planned_memory_is_the_planners(runs):
     hardware = plan.Hardware("T4 16GB", price=2.0)
-    adapter = next(one for one in report_page.everything() if one.adapter)
-    told = report_page.planned(
+    adapter = next(one for one in report_page.find_scored() if one.is_adapter)
+    planned = report_page.plan_training(
         adapter, lambda config, rows, data: plan.plan(config, hardware, rows=rows, data=data)
     )
     again = plan.plan(runs.config, hardware, data=sources.CHAT / "sentiment_train.jsonl")
-    assert told == again and told["usd"] > 0
+    assert planned == again and planned["usd"] > 0
 
 
 def test_adapters_are_compared_with_each_other_and_share_the_figures(runs):
@@ -296,8 +296,8 @@ def test_without_a_score_it_says_so_and_stops(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, "report")
     assert stopped.value.code == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: nothing is scored in ") and told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: nothing is scored in ") and printed.count("\n") == 1
 
 
 # ---- in a browser
@@ -315,21 +315,21 @@ class Browser:
         number = self.count
         await self.socket.send_json({"id": number, "method": method, "params": parameters})
         while True:
-            told = await self.take()
-            if told.get("id") == number:
-                assert "error" not in told, told
-                return told["result"]
+            message = await self.take()
+            if message.get("id") == number:
+                assert "error" not in message, message
+                return message["result"]
 
     async def take(self):
-        told = await self.socket.receive_json(timeout=60)
-        method, content = told.get("method"), told.get("params", {})
+        message = await self.socket.receive_json(timeout=60)
+        method, content = message.get("method"), message.get("params", {})
         if method == "Network.requestWillBeSent":
             self.requests.append(content["request"]["url"])
         elif method in ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled"):
             self.complaints.append(content)
         elif method == "Page.loadEventFired":
             self.loaded += 1
-        return told
+        return message
 
     async def show(self, file, width, scheme):
         for domain in ("Page", "Network", "Runtime", "Log"):
@@ -344,13 +344,13 @@ class Browser:
             await self.take()
 
     async def ask(self, script):
-        found = await self.call("Runtime.evaluate", expression=script, returnByValue=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
+        reply = await self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in reply, reply
+        return reply["result"].get("value")
 
     async def picture(self, file):
-        found = await self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        file.write_bytes(base64.b64decode(found["data"]))
+        result = await self.call("Page.captureScreenshot", captureBeyondViewport=True)
+        file.write_bytes(base64.b64decode(result["data"]))
 
 
 @pytest.fixture
@@ -366,11 +366,11 @@ def chromium(tmp_path):
     flags += ["--disable-dev-shm-usage", "--remote-debugging-port=0", f"--user-data-dir={profile}"]
     log = open(tmp_path / "chromium.log", "wb")  # noqa: SIM115
     process = subprocess.Popen([CHROMIUM, *flags, "about:blank"], stdout=log, stderr=log)
-    told = profile / "DevToolsActivePort"
-    while not (told.is_file() and told.read_text().count("\n")):
+    port_file = profile / "DevToolsActivePort"
+    while not (port_file.is_file() and port_file.read_text().count("\n")):
         assert process.poll() is None, (tmp_path / "chromium.log").read_text()
         time.sleep(0.1)
-    address = f"http://127.0.0.1:{told.read_text().split()[0]}"
+    address = f"http://127.0.0.1:{port_file.read_text().split()[0]}"
 
     def run(job):
         async def inside():
@@ -446,13 +446,13 @@ def test_filters_and_sorting_work(runs, chromium):
         await browser.show(file, 1400, "light")
         assert len(await browser.ask(seen)) == len(rows)
         await browser.ask(f'({typed})("find", "FPB r4")')
-        found = await browser.ask(seen)
-        assert 0 < len(found) < len(rows) and {row[0] for row in found} == {"fpb"}
-        assert await browser.ask('document.getElementById("count").textContent') == str(len(found))
+        result = await browser.ask(seen)
+        assert 0 < len(result) < len(rows) and {row[0] for row in result} == {"fpb"}
+        assert await browser.ask('document.getElementById("count").textContent') == str(len(result))
         await browser.ask(f'({typed})("find", "")')
         await browser.ask(f'({typed})("metric", "main")')
-        found = await browser.ask(seen)
-        assert [row[3] for row in found] == ["accuracy"] * 4
+        result = await browser.ask(seen)
+        assert [row[3] for row in result] == ["accuracy"] * 4
         await browser.ask(f'({typed})("metric", "")')
         for direction in (1, -1):
             await browser.ask(click.format(4))

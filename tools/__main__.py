@@ -132,6 +132,13 @@ Template = Annotated[
 Labels = Annotated[
     str | None, Option(help="Names of integer labels in their order, comma-separated.")
 ]
+Backend = Annotated[
+    Literal["transformers", "vllm", "openai"], Option(help="What answers the prompts.")
+]
+BaseUrl = Annotated[str | None, Option(help="Address of an OpenAI-compatible endpoint.")]
+ModelName = Annotated[
+    str | None, Option(help="Model of the endpoint; can be omitted if it serves only one.")
+]
 Namespace = Annotated[str | None, Option(help="A user or organisation on the Hub.")]
 
 
@@ -436,29 +443,25 @@ def evaluate(
     adapter: Adapter = None,
     precision: Precision = None,
     prompt_format: PromptFormat = None,
-    backend: Annotated[
-        Literal["transformers", "vllm", "openai"], Option(help="What answers the prompts.")
-    ] = "transformers",
-    base_url: Annotated[
-        str | None, Option(help="Address of an OpenAI-compatible endpoint.")
-    ] = None,
-    model_name: Annotated[
-        str | None, Option(help="Model of the endpoint; can be omitted if it serves only one.")
-    ] = None,
+    backend: Backend = "transformers",
+    base_url: BaseUrl = None,
+    model_name: ModelName = None,
     force: Force = False,
 ) -> None:
     """Score base and adapter with 95 % intervals and paired tests.
 
     Example: python -m tools eval smollm2-135m/sentiment_r4 --tasks fpb,fiqa --limit 200
     """
-    from evals import backends, run
+    from evals import run
     from tools import subjects
 
     request = run.Request(split(tasks), limit, force, backend)
     if backend == "openai":
         if recipe or adapter or precision:
             raise WrongInput("RECIPE, ADAPTER and PRECISION do not go with BACKEND=openai")
-        run.score_all(request, [backends.endpoint(base_url, model_name, prompt_format)])
+        from evals.endpoint import find_endpoint
+
+        run.score_all(request, [find_endpoint(base_url, model_name, prompt_format)])
         return
     if base_url or model_name:
         raise WrongInput("BASE_URL and MODEL_NAME go with BACKEND=openai")
@@ -503,6 +506,52 @@ def chat(
     from tools.use import chat
 
     chat.chat(subjects.find(recipe, adapter, precision, prompt_format), prompt, system)
+
+
+@app.command(rich_help_panel=USE)
+def predict(
+    recipe: Recipe = None,
+    data: Annotated[
+        str | None, Option(help="Rows to answer: CSV, JSON, JSONL, parquet, hf:owner/name.")
+    ] = None,
+    out: Annotated[
+        Path | None, Option(help="The file to write, in the format of the rows.")
+    ] = None,
+    task: Annotated[
+        str | None, Option(help="Whose prompts and labels count; the adapter's if omitted.")
+    ] = None,
+    map: Map = None,
+    template: Template = None,
+    adapter: Adapter = None,
+    precision: Precision = None,
+    prompt_format: PromptFormat = None,
+    backend: Backend = "transformers",
+    base_url: BaseUrl = None,
+    model_name: ModelName = None,
+    force: Force = False,
+) -> None:
+    """Answer the rows of a file; an interrupted job resumes.
+
+    Example: python -m tools predict sentiment_r4 --data headlines.csv --out labelled.csv
+    """
+    from tools import subjects
+    from tools.use import predict
+
+    if not data or not out:
+        raise WrongInput("DATA=headlines.csv and OUT=labelled.csv are needed")
+    request = predict.Request(
+        data, out.expanduser(), task, map, template, backend=backend, force=force
+    )
+    if backend == "openai":
+        if recipe or adapter or precision:
+            raise WrongInput("RECIPE, ADAPTER and PRECISION do not go with BACKEND=openai")
+        from evals.endpoint import find_endpoint
+
+        predict.predict(find_endpoint(base_url, model_name, prompt_format), request)
+        return
+    if base_url or model_name:
+        raise WrongInput("BASE_URL and MODEL_NAME go with BACKEND=openai")
+    predict.predict(subjects.find(recipe, adapter, precision, prompt_format), request)
 
 
 @app.command(rich_help_panel=USE)

@@ -1,24 +1,26 @@
 """How an answer is read and scored: the functions that the task files name.
 
-This file stands alone, so that plain `lm_eval --include_path evals/tasks` finds all that it needs.
-A row goes through a filter (the parse rule) and a `process_results` function. What that returns for
-a metric is a number, or pairs (expected, answered) where a score such as F1 is made from all rows:
+This file imports nothing of the project, so plain `lm_eval --include_path evals/tasks` works. A
+filter reads the answer, then a `process_results` function scores it. For each metric it returns
 
-    number           accuracy, exact_match, numeric_accuracy, rouge_l, token_f1: their mean counts,
-                     over the rows that have one
-    [pair, …]        f1_weighted, f1_macro; and accuracy, where one row holds several tags
-    [pair]           bertscore, which a model computes for all rows together
+    number           accuracy, exact_match, numeric_accuracy, rouge_l, token_f1: the score is the
+                     mean over the rows that have one
+    [pair, …]        (expected, answered) for f1_weighted and f1_macro, and for accuracy where a row
+                     holds several tags
+    [pair]           for bertscore, which a model computes for all rows together
 
 `evals/stats.py` makes intervals and tests from the same values.
 """
 
+import ast
 import json
+import math
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, wraps
-from itertools import chain
+from itertools import chain, product
 from typing import Any, NamedTuple
 
 Pair = tuple[str, str]
@@ -26,7 +28,7 @@ Value = float | list[Pair]
 Scores = dict[str, Value]
 Rule = Callable[[str, str, str], Scores]
 
-NONE = "[none]"  # stands for an answer in which no label was found
+NONE = "[none]"  # the answered label where an answer has none
 
 
 def normal(text: str) -> str:
@@ -37,34 +39,34 @@ def normal(text: str) -> str:
 # ---- FinLoRA's scoring, beside ours
 
 
-def judged(targets: Sequence[str], outputs: Sequence[str]) -> list[Pair]:
+def judge_by_finlora(targets: Sequence[str], outputs: Sequence[str]) -> list[Pair]:
     """Pairs (target, response) by the label rule of FinLoRA's test/test_dataset.py.
 
-    The labels are all targets of the file. Case aside, the label that occurs earliest anywhere in
-    an output is its answer. The response is the target where that is right, and else the whole
-    output: a wrong answer is a false positive of a label only if it is that label and nothing else,
-    which lifts FinLoRA's F1 above its accuracy. Where labels begin at the same place, FinLoRA takes
-    one by the order of a Python set, which changes from run to run; here the longest one is taken.
+    The labels are all targets of the file. The one that occurs earliest anywhere in an output is
+    its answer, ignoring case. The response is the target where that is right, else the whole
+    output: a wrong answer is a false positive only where it is a label and nothing else, which
+    lifts FinLoRA's F1 above its accuracy. Of labels that begin at the same place, FinLoRA takes one
+    by the order of a Python set, which changes from run to run; this function takes the longest.
     """
     labels = sorted({target.lower() for target in targets}, key=len, reverse=True)
     pairs = []
     for target, output in zip(targets, outputs, strict=True):
         text = output.lower()
-        found = [(place, label) for label in labels if (place := text.find(label)) >= 0]
-        earliest = min(found, key=lambda one: one[0])[1] if found else None
+        present = (label for label in labels if label in text)
+        earliest = min(present, key=text.find, default=None)
         pairs.append((target, target if earliest == target.lower() else output))
     return pairs
 
 
-def continuation(output: str) -> str:
-    """What FinLoRA takes for the answer: what follows the last `Answer:`."""
+def _cut_prompt(output: str) -> str:
+    """What FinLoRA takes for the answer: the text after the last `Answer:`."""
     return output.rpartition("Answer:")[2].strip()
 
 
 def finlora(resps: list[list[str]], docs: list[dict[str, Any]]) -> list[list[Pair]]:
     """Filter: FinLoRA's judgement of each row, a pair."""
-    pairs = judged([key(doc) for doc in docs], [continuation(resp[0]) for resp in resps])
-    return [[pair] for pair in pairs]
+    outputs = [_cut_prompt(resp[0]) for resp in resps]
+    return [[pair] for pair in judge_by_finlora([key(doc) for doc in docs], outputs)]
 
 
 def finlora_list(resps: list[list[str]], docs: list[dict[str, Any]]) -> list[list[list[Pair]]]:
@@ -72,9 +74,9 @@ def finlora_list(resps: list[list[str]], docs: list[dict[str, Any]]) -> list[lis
     targets = [[tag.strip() for tag in key(doc).split(",")] for doc in docs]
     outputs = []
     for resp, expected in zip(resps, targets, strict=True):
-        parts = [part.strip().replace("\n", "") for part in continuation(resp[0]).split(",")]
+        parts = [part.strip().replace("\n", "") for part in _cut_prompt(resp[0]).split(",")]
         outputs.append((parts + [""] * len(expected))[: len(expected)])
-    pairs = iter(judged([*chain.from_iterable(targets)], [*chain.from_iterable(outputs)]))
+    pairs = iter(judge_by_finlora([*chain(*targets)], [*chain(*outputs)]))
     return [[[next(pairs) for _ in expected]] for expected in targets]
 
 
@@ -93,15 +95,15 @@ def process_results(rule: Rule) -> Callable[[dict[str, Any], list[Any]], Scores]
     """Makes lm-eval's function of a rule(expected, answer, prompt)."""
 
     @wraps(rule)
-    def scores(doc: dict[str, Any], results: list[Any]) -> Scores:
+    def score_row(doc: dict[str, Any], results: list[Any]) -> Scores:
         answer = results[0]
-        if isinstance(answer, tuple):  # the filter `finlora` has judged it
+        if isinstance(answer, tuple):  # judged by the filter `finlora`
             return {"accuracy": float(answer[0] == answer[1]), "f1_weighted": [answer]}
         if isinstance(answer, list):
             return {"accuracy": answer, "f1_weighted": answer}
         return rule(key(doc), answer.strip(), str(doc["messages"][-2]["content"]))
 
-    return scores
+    return score_row
 
 
 def labelled(expected: str, answered: str) -> Scores:
@@ -109,17 +111,20 @@ def labelled(expected: str, answered: str) -> Scores:
     return {"accuracy": float(expected == answered), "f1_weighted": [pair], "f1_macro": [pair]}
 
 
-def written(expected: str, answer: str, right: bool) -> Scores:
-    """Of an answer that is `right`, or to the letter the expected one."""
-    exact = normal(expected) == normal(answer)
-    pair = (normal(expected), normal(expected if right else answer))
-    right = pair[0] == pair[1]
-    return {"accuracy": float(right), "exact_match": float(exact), "f1_weighted": [pair]}
+def _score_text(expected: str, answer: str, right: bool) -> Scores:
+    """Scores of an answer that counts if it is `right`, or the expected text to the letter."""
+    wanted, answered = normal(expected), normal(answer)
+    pair = (wanted, wanted if right else answered)
+    return {
+        "accuracy": float(pair[0] == pair[1]),
+        "exact_match": float(wanted == answered),
+        "f1_weighted": [pair],
+    }
 
 
 @process_results
 def label(expected: str, answer: str, prompt: str) -> Scores:
-    """A label that the filter has found; right but for case and spaces."""
+    """A label that the filter has read, ignoring case and spaces."""
     return labelled(normal(expected), normal(answer))
 
 
@@ -136,14 +141,14 @@ def exam(expected: str, answer: str, prompt: str) -> Scores:
 
 @process_results
 def tags(expected: str, answer: str, prompt: str) -> Scores:
-    """Several tags in one answer, compared by position: missing ones are wrong, surplus ignored."""
-    wanted, given = tag_list(expected), tag_list(answer)
-    pairs = list(zip(wanted, given + [NONE] * len(wanted), strict=False))
-    every = float(all(one == other for one, other in pairs))
-    return {"accuracy": pairs, "f1_weighted": pairs, "f1_macro": pairs, "exact_match": every}
+    """Several tags in one answer, by position: missing ones are wrong, surplus ones ignored."""
+    wanted, answered = _split_tags(expected), _split_tags(answer)
+    pairs = list(zip(wanted, answered + [NONE] * len(wanted), strict=False))
+    all_right = float(all(one == other for one, other in pairs))
+    return {"accuracy": pairs, "f1_weighted": pairs, "f1_macro": pairs, "exact_match": all_right}
 
 
-def tag_list(text: str) -> list[str]:
+def _split_tags(text: str) -> list[str]:
     """The tags between commas or line ends, without numbering, quotes and the prefix `us-gaap:`."""
     parts = re.split(r"\s*(?:,\s*\n|[,;\n])\s*", text.strip())
     parts = [re.sub(r"^(?:\d+[.):]\s*|[-*]\s+)", "", part.strip(" \t.'\"`[]")) for part in parts]
@@ -152,42 +157,43 @@ def tag_list(text: str) -> list[str]:
 
 @process_results
 def tag(expected: str, answer: str, prompt: str) -> Scores:
-    """One XBRL tag: the first `prefix:Name` of the answer, or a name alone, of any prefix."""
-    found = re.search(r"[A-Za-z][\w-]*:[A-Za-z]\w*", answer)
-    given = (found.group() if found else answer.strip(" .'\"`")).lower()
+    """One XBRL tag: the first `prefix:Name` of the answer, or a name without a prefix."""
+    match = re.search(r"[A-Za-z][\w-]*:[A-Za-z]\w*", answer)
+    answered = (match.group() if match else answer.strip(" .'\"`")).lower()
     wanted = expected.lower()
-    return labelled(wanted, wanted if given in (wanted, wanted.partition(":")[2]) else given)
+    is_right = answered in (wanted, wanted.partition(":")[2])
+    return labelled(wanted, wanted if is_right else answered)
 
 
 @process_results
 def number(expected: str, answer: str, prompt: str) -> Scores:
     """A number, within the tolerance of `close`."""
-    return written(expected, answer, close(expected, answer, prompt))
+    return _score_text(expected, answer, close(expected, answer, prompt))
 
 
 @process_results
 def formula(expected: str, answer: str, prompt: str) -> Scores:
     """A formula, up to the order of the operands of + and *, brackets, spaces and case."""
-    wanted = canonical(expected)
-    return written(expected, answer, wanted is not None and wanted == canonical(answer))
+    wanted = _parse_formula(expected)
+    return _score_text(expected, answer, wanted is not None and wanted == _parse_formula(answer))
 
 
 @process_results
 def calculation(expected: str, answer: str, prompt: str) -> Scores:
-    """A formula in numbers; numeric_accuracy takes what it comes to, written out or worked out."""
+    """A formula of numbers; numeric_accuracy compares its value, written out or worked out."""
     scores = formula.__wrapped__(expected, answer, prompt)  # type: ignore[attr-defined]
-    wanted, given = result(expected), result(answer)
-    if wanted is None or given is None:
+    wanted, answered = evaluate_formula(expected), evaluate_formula(answer)
+    if wanted is None or answered is None:
         right = close(expected, answer, prompt)
     else:
-        right = abs(given - wanted) <= RELATIVE * abs(wanted)
+        right = abs(answered - wanted) <= RELATIVE * abs(wanted)
     return dict(scores) | {"numeric_accuracy": float(scores["accuracy"] == 1 or right)}
 
 
 @process_results
 def text(expected: str, answer: str, prompt: str) -> Scores:
-    """Free text. Where the key is a number, token F1 sees neither its sign nor its decimal point,
-    and numeric_accuracy stands beside it, of those rows alone.
+    """Free text, and numeric_accuracy where the key is only a number: token F1 sees neither its
+    sign nor its decimal point.
     """
     scores: Scores = {
         "bertscore": [(expected, answer)],
@@ -202,8 +208,8 @@ def text(expected: str, answer: str, prompt: str) -> Scores:
 # ---- the letter of a multiple-choice answer
 
 LETTERS = frozenset("ABCDE")
-# A letter is meant as one only where it stands alone. "A bond", "B shares", "Series B", "A-rated",
-# "D&O", "e.g." and "D. E. Shaw" name no choice: what stands before and after decides.
+# "A bond", "B shares", "Series B", "A-rated", "D&O", "e.g." and "D. E. Shaw" name no choice: the
+# text before and after a letter decides.
 _ALONE = re.compile(
     r"[(\[{<\"'](?P<sure>[A-Za-z])[)\]}>\"']|(?<![\w&'.+-])(?P<bare>[A-Za-z])(?![\w&'+%])"
 )
@@ -237,7 +243,7 @@ _NOUN = (
 )
 _ANNOUNCED = re.compile(rf"(?:\b{_NOUN}|\bis)\s*\Z", re.IGNORECASE)
 _NAME = rf"(?:\s+{_NOUN})?[\s:#]*"
-# A cue before the letter, or what is said of the letter after it.
+# Cues before a letter.
 _CUES = [
     # The answer is B. Correct option: B. The statement that fits best is B. The answer, B, is …
     rf"\b(?:{_NOUN}|statement|correct|selected|verdict)\b"
@@ -264,14 +270,16 @@ _ASSERTED = [re.compile(rf"(?:{cue})⟦(\w*)⟧{_DOUBT}", re.IGNORECASE) for cue
         re.IGNORECASE,
     )
 ]
-# Before the letter, in the same clause, this takes back what is said of it.
+# Before the letter, in the same clause, this denies it.
 _DENIED = re.compile(
     r"(?:\b(?:not|never|neither|nor|cannot|no|doubt|unlikely|unclear|unsure|whether|if|unless|incorrect"
     r"|wrong|except|rather\s+than|instead\s+of)\b|n't\b)[^.;,\n]*\Z",
     re.IGNORECASE,
 )
+_NEGATED = re.compile(r"(?:\b(?:not|nor|neither|than|instead of|except)\b|n't)[^.;,]*\Z")
+_CLOSED = re.compile(r"[.):,]?\s*(?:\Z|\n)|[.):]\s")
 _REVISED = re.compile(r"\b(?:wait|actually|correction|second thought|sorry)\b", re.IGNORECASE)
-# What an answer marks as its last word.
+# What an answer marks as final.
 _MARKED = [
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
@@ -287,11 +295,11 @@ _TYPOGRAPHY = str.maketrans(
 
 
 def letter(answer: str, choices: dict[str, str], allowed: Iterable[str] = LETTERS) -> str:
-    """The letter that an answer decides on or, without one, that of the one choice that it quotes.
+    """The letter that an answer decides on, else that of the only choice that it quotes, else NONE.
 
-    What it marks as final counts first (`\\boxed{B}`, `<answer>`, `Final answer: B`), then what it
-    says (`B is correct`, `I would choose B`), then a letter that it begins with. An answer that
-    names several letters without deciding gives none.
+    What the answer marks as final counts first (`\\boxed{B}`, `<answer>`, `Final answer: B`), then
+    what it states (`B is correct`, `I would choose B`), then a letter that it begins with. An
+    answer that names several letters without deciding has none.
     """
     text = unicodedata.normalize("NFKC", answer).translate(_TYPOGRAPHY)
     # A small model may go on with a question of its own.
@@ -300,48 +308,50 @@ def letter(answer: str, choices: dict[str, str], allowed: Iterable[str] = LETTER
     text = re.sub(r"(?m)^A:\s*(?=\W*[A-E]\b)", "Answer: ", text)
     text = re.sub(r"\\[()\[\]]|<\|[^|>]*\|>", "", text)
     text = re.sub(r"<(b|strong|p)>(.*?)</\1>", r"\2", text, flags=re.IGNORECASE)
-    parts = [part for pattern in _MARKED for part in reversed(pattern.findall(text))]
-    decided = (_decided(part.strip(), choices, allowed) for part in [*parts, text])
-    return next(filter(None, decided), "") or _quoted(text, choices)
+    marked = [part for pattern in _MARKED for part in reversed(pattern.findall(text))]
+    decisions = (_find_decision(part.strip(), choices, allowed) for part in [*marked, text])
+    return next(filter(None, decisions), "") or _find_quoted_choice(text, choices)
 
 
-def _decided(text: str, choices: dict[str, str], allowed: Iterable[str]) -> str:
-    """The letter that a text says or begins with; empty where it decides on none."""
-
+def _find_decision(text: str, choices: dict[str, str], allowed: Iterable[str]) -> str:
+    """The letter that a text states or begins with; empty where it decides on none."""
     listed: set[str] = set()  # letters that their choice's text follows
 
     def mark(mention: re.Match[str]) -> str:
-        name, small = str(mention["sure"] or mention["bare"]), mention["bare"] or ""
+        """⟦B⟧ in the place of a B that is meant as a letter."""
+        name, bare = str(mention["sure"] or mention["bare"]), mention["bare"] or ""
         start, end = mention.span()
-        quoted = normal(choices.get(name.upper(), ""))
-        after = normal(text[end : end + 2 * len(quoted) + 9]).lstrip(".:) -")
-        if quoted and after.startswith(quoted):
+        choice = normal(choices.get(name.upper(), ""))
+        after = normal(text[end : end + 2 * len(choice) + 9]).lstrip(".:) -")
+        if choice and after.startswith(choice):
             listed.add(name)
-        alone = mention["sure"] or (
+        is_letter = mention["sure"] or (
             _BEFORE.search(text, max(0, start - 30), start)
             and (_AFTER.match(text, end) or name in listed)
         )
         # A small letter, the article above all, needs punctuation or a word that announces it.
-        if small.islower():
-            alone = alone and (
-                re.compile(r"[.):,]?\s*(?:\Z|\n)|[.):]\s").match(text, end)
-                or (small != "a" and _ANNOUNCED.search(text, max(0, start - 30), start))
-                or (small != "a" and text.startswith((" is correct", " is right", " is the"), end))
+        if is_letter and bare.islower():
+            is_letter = _CLOSED.match(text, end) or (
+                bare != "a"
+                and (
+                    _ANNOUNCED.search(text, max(0, start - 30), start)
+                    or text.startswith((" is correct", " is right", " is the"), end)
+                )
             )
-        return f"⟦{name.upper()}⟧" if alone and name.upper() in allowed else mention[0]
+        return f"⟦{name.upper()}⟧" if is_letter and name.upper() in allowed else mention[0]
 
     text = _LIST.sub("⟦⟧", _ALONE.sub(mark, text))
-    said = [
+    stated = [
         (match.start(1), match[1])
         for pattern in _ASSERTED
         for match in pattern.finditer(text)
         if not _DENIED.search(text, max(0, match.start(1) - 80), match.start(1))
     ]
-    if said:
-        place, last = max(said)
-        others = {name for _, name in said} - {last}
-        return last if not others or _REVISED.search(text[:place]) else ""
-    # The choices said again are no decision.
+    if stated:
+        place, last = max(stated)
+        is_settled = {name for _, name in stated} == {last} or _REVISED.search(text[:place])
+        return last if is_settled else ""
+    # An answer that repeats the choices decides on none.
     lines = re.findall(r"^\W*⟦(\w)⟧[.):]", text, re.MULTILINE)
     if len(listed) > 1 or lines[:2] == ["A", "B"]:
         return ""
@@ -350,21 +360,18 @@ def _decided(text: str, choices: dict[str, str], allowed: Iterable[str]) -> str:
     return alone[1] if alone else ""
 
 
-def _quoted(text: str, choices: dict[str, str]) -> str:
-    """The letter of the one choice whose text an answer holds, not inside of another's."""
-    places = {}
+def _find_quoted_choice(text: str, choices: dict[str, str]) -> str:
+    """The letter of the only choice that an answer quotes, outside of another's text; else NONE."""
+    spans = {}
     body = normal(text)
     for name, choice in choices.items():
-        found = re.search(rf"(?<![\w.,-]){re.escape(normal(choice))}(?![\w-]|[.,]\d)", body)
-        if found and not re.search(
-            r"(?:\b(?:not|nor|neither|than|instead of|except)\b|n't)[^.;,]*\Z",
-            body[: found.start()],
-        ):
-            places[name] = found.span()
+        match = re.search(rf"(?<![\w.,-]){re.escape(normal(choice))}(?![\w-]|[.,]\d)", body)
+        if match and not _NEGATED.search(body[: match.start()]):
+            spans[name] = match.span()
     outer = [
         name
-        for name, (start, end) in places.items()
-        if not any(a <= start and end <= b and (a, b) != (start, end) for a, b in places.values())
+        for name, (start, end) in spans.items()
+        if not any(a <= start and end <= b and (a, b) != (start, end) for a, b in spans.values())
     ]
     return outer[0] if len(outer) == 1 else NONE
 
@@ -376,10 +383,11 @@ SCALES = dict.fromkeys(("hundred",), 2) | dict.fromkeys(("thousand", "thousands"
 SCALES |= dict.fromkeys(("million", "millions", "mil", "mill", "mln", "mio", "mn"), 6)
 SCALES |= dict.fromkeys(("billion", "billions", "bil", "bill", "bln", "bn", "mrd"), 9)
 SCALES |= dict.fromkeys(("trillion", "trillions", "tril", "trn", "tn"), 12)
-# One letter is a scale behind a currency's number or right behind the digits. "250 m above" and
-# "4 400 people" have none.
+# A letter is a scale after an amount of money, or directly after the digits: not in "250 m above".
 SHORT = {"k": 3, "m": 6, "mm": 6, "b": 9, "t": 12}
 PER_ONE = {"": 1.0, "%": 100.0, "bp": 10_000.0}
+# Factors of a number with a unit, where the other number has none.
+READINGS = {"": [1.0], "%": [1.0, 0.01], "bp": [1.0, 0.01, 0.0001]}
 
 _CURRENCY = (
     r"(?:(?:US|CA|AU|HK|NZ|[CAS])?[$€£¥₹₩]"
@@ -410,7 +418,7 @@ _DATE = re.compile(
     r"|^\s*\(?1[.)]\s+(?=[^\d\s])",
     re.MULTILINE,
 )
-# A number after one of these is a name, and before one of those a span of time. 3M is a company.
+# A number after one of these is part of a name, and before one of those a span of time.
 _NAMED = re.compile(
     r"(?:\b(?:note|item|form|section|table|page|figure|step|level|question|exhibit|chapter|part|phase"
     r"|S&P|russell|fortune|nasdaq|no\.|FY|CY|fiscal|years?|Q[1-4])\s?'?|[#\[])\Z",
@@ -427,41 +435,30 @@ class Number(NamedTuple):
     """A number of a text, e.g. `$1.2 million` or `75 bps`."""
 
     value: float
-    half: float  # what half of its last decimal is worth
+    half: float  # half a unit of the last decimal
     unit: str  # of PER_ONE
-    scale: int  # a power of ten that is written out as a word or letter
+    scale: int  # the power of ten that a word or letter stands for
 
 
 def read_number(text: str) -> Number | None:
     """The number that a text answers with; None where it has none.
 
-    What is in `\\boxed{}` counts, then what follows `answer is`, then what follows the last `=`. Of
-    several numbers it is the first one that is no date, year, span of time or name (`Note 5`), if
-    there is one. Understood are currency signs, separators of thousands, decimal commas, minus
-    signs, brackets around a negative number, exponents, thousand to trillion, percent and basis
-    points.
+    The number in `\\boxed{}` counts, else the one after `answer is`, else the one after the last
+    `=`. Of several, the first counts that is no date, year, span of time or name (`Note 5`).
     """
-    text = _tidy(text)
-    for part in (
-        *reversed(re.findall(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}", text)),
-        *reversed(
-            re.split(r"\banswer\b[^.\n]{0,40}?(?:\bis\b|\bbe\b|[:=])", text, flags=re.IGNORECASE)[
-                1:
-            ]
-        ),
-        text.rpartition("=")[2],
-        text,
-    ):
-        undated = _DATE.sub(" ", part)
-        for body in (undated, part):
+    text = _normalize_numbers(text)
+    boxed = re.findall(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}", text)
+    answers = re.split(r"\banswer\b[^.\n]{0,40}?(?:\bis\b|\bbe\b|[:=])", text, flags=re.IGNORECASE)
+    for part in (*reversed(boxed), *reversed(answers[1:]), text.rpartition("=")[2], text):
+        for body in (_DATE.sub(" ", part), part):
             matches = list(NUMBER.finditer(body))
-            meant = [match for match in matches if not _is_aside(match, body)]
-            if meant or (matches and body is part):
-                return _number((meant or matches)[0], body)
+            answered = [match for match in matches if not _is_aside(match, body)]
+            if answered or (matches and body is part):
+                return _convert_number((answered or matches)[0], body)
     return None
 
 
-def _tidy(text: str) -> str:
+def _normalize_numbers(text: str) -> str:
     """A text with its typography and LaTeX written plainly, and powers of ten as exponents."""
     text = re.sub(
         r"(?<=10)[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda power: "^" + power[0].translate(_RAISED), text
@@ -479,17 +476,17 @@ def _tidy(text: str) -> str:
 
 
 def _is_aside(match: re.Match[str], text: str) -> bool:
+    """Whether a number is a year, a span of time, or part of a name."""
+    if any(match[part] for part in ("currency", "late", "scale", "unit", "outer")):
+        return False
     plain = match["plain"] or ""
-    bare = not (
-        match["currency"] or match["late"] or match["scale"] or match["unit"] or match["outer"]
-    )
-    year = bare and not match["short"] and re.fullmatch(r"(?:19|20)\d\d", plain)
-    named = bare and _NAMED.search(text[: match.start()])
-    company = plain == "3" and match["short"] == "M" and not match["space"] and bare
-    return bool(year or named or company or (bare and _SPAN.match(text, match.end())))
+    is_year = not match["short"] and re.fullmatch(r"(?:19|20)\d\d", plain)
+    is_company = plain == "3" and match["short"] == "M" and not match["space"]
+    is_name = _NAMED.search(text[: match.start()])
+    return bool(is_year or is_company or is_name or _SPAN.match(text, match.end()))
 
 
-def _number(match: re.Match[str], text: str) -> Number:
+def _convert_number(match: re.Match[str], text: str) -> Number:
     if match["point"]:
         digits = match["point"].replace(",", "")
     elif match["comma"]:
@@ -498,180 +495,143 @@ def _number(match: re.Match[str], text: str) -> Number:
         digits = re.sub("[' ]", "", match["plain"]).replace(",", ".")
     scale = SCALES.get((match["scale"] or "").lower(), 0)
     if short := match["short"]:
-        money = match["currency"] or match["late"] or _BEHIND.match(text, match.end("short"))
-        if money or short in ("KMBT" if match["space"] else "kmbKMBT"):
+        is_money = match["currency"] or match["late"] or _BEHIND.match(text, match.end("short"))
+        if is_money or short in ("KMBT" if match["space"] else "kmbKMBT"):
             scale = SHORT[short.lower()]
     power = int(match["exponent"] or 0) + scale
     value = float(f"{digits}e{power}")
-    in_brackets = bool(match["close"] and (match["open"] or match["inner"]))
     signs = (match["sign"] or "").lower() + (match["second"] or "")
-    if in_brackets or re.search("-|minus|negative", signs):
+    is_in_brackets = match["close"] and (match["open"] or match["inner"])
+    if is_in_brackets or re.search("-|minus|negative", signs):
         value = -value
-    places = len(digits.partition(".")[2])
-    half = 0.5 * 10.0 ** (power - max(places, 2)) if places else 0.0
+    decimals = len(digits.partition(".")[2])
+    half = 0.5 * 10.0 ** (power - max(decimals, 2)) if decimals else 0.0
     unit = (match["unit"] or match["outer"] or "").lower()
-    kind = "" if not unit else "bp" if unit.startswith("b") else "%"
-    return Number(value, half, kind, scale)
+    return Number(value, half, "" if not unit else "bp" if unit.startswith("b") else "%", scale)
 
 
 def is_number(text: str) -> bool:
-    """Whether a text is a number and no more."""
-    return bool(NUMBER.fullmatch(_tidy(text)))
+    """Whether a text is only a number."""
+    return bool(NUMBER.fullmatch(_normalize_numbers(text)))
 
 
 def close(expected: str, answer: str, prompt: str = "") -> bool:
     """Whether the answer's number is the expected one, within the larger of two tolerances.
 
-    0.1 % of the expected number; and where that has decimals, half of a unit of the last one, 0.005
-    at the most: FinLoRA's keys are rounded to 2 decimals. An expected text that is more than a
-    number, such as a date, is none. Where one of the two has a unit (7.5 %, 75 bps), the other one
-    may be written in it or not. Where the prompt asks for a number in millions, so is 5 million 5.
+    These are 0.1 % of the expected number, and half a unit of its last decimal but at most 0.005:
+    FinLoRA's keys are rounded to 2 decimals. A key that is more than a number has no close answer.
+    Where only one of the two has a unit (7.5 %, 75 bps), the other may be in it or not. Where the
+    prompt asks for millions, 5 million may be written as 5.
     """
-    if not is_number(expected):
-        return False
-    wanted, got = read_number(expected), read_number(answer)
-    if wanted is None or got is None:
+    wanted, answered = read_number(expected), read_number(answer)
+    if not is_number(expected) or wanted is None or answered is None:
         return False
     scales = [1.0]
-    asked = re.search(
+    requested = re.search(
         r"\bin\s+(?:\w*[$€£]\s?|\w+\s+)?(thousands|millions|billions)\b", prompt, re.IGNORECASE
     )
-    if asked and bool(wanted.scale) != bool(got.scale):
-        factor = 10.0 ** SCALES[asked[1].lower()]
+    if requested and bool(wanted.scale) != bool(answered.scale):
+        factor = 10.0 ** SCALES[requested[1].lower()]
         scales.append(factor if wanted.scale else 1 / factor)
+    if wanted.unit and answered.unit:
+        units = [(1 / PER_ONE[wanted.unit], 1 / PER_ONE[answered.unit])]
+    else:
+        units = list(product(READINGS[wanted.unit], READINGS[answered.unit]))
     return any(
-        abs(got.value * there * scale - wanted.value * here)
+        abs(answered.value * there * scale - wanted.value * here)
         <= max(RELATIVE * abs(wanted.value * here), wanted.half * here) * (1 + 1e-9)
         for scale in scales
-        for here, there in _pairs(wanted.unit, got.unit)
+        for here, there in units
     )
-
-
-def _pairs(wanted: str, got: str) -> list[tuple[float, float]]:
-    """Factors of an expected and an answered number under which their units are the same."""
-    if wanted and got:
-        return [(1 / PER_ONE[wanted], 1 / PER_ONE[got])]
-    sizes = {"": [1.0], "%": [1.0, 0.01], "bp": [1.0, 0.01, 0.0001]}
-    return [(here, there) for here in sizes[wanted] for there in sizes[got]]
 
 
 # ---- formulas
 
 Node = tuple[Any, ...]
+# An operand (a number or a name such as us-gaap:Revenues), or an operator.
 TOKEN = re.compile(
-    r"\s*(?:(?P<number>\d+(?:\.\d+)?|\.\d+)"
-    r"|(?P<name>[a-z][\w-]*:[a-z]\w*|[a-z_]\w*)|(?P<sign>\*\*|[-+*/^()]))"
+    r"\s*(?:(?P<operand>\d+(?:\.\d+)?|\.\d+|[a-z][\w-]*:[a-z]\w*|[a-z_]\w*)"
+    r"|(?P<sign>\*\*|[-+*/^()]))"
 )
 SAME = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"})
 SAME |= str.maketrans({"[": "(", "]": ")", "{": "(", "}": ")", "$": "", "`": ""})
 LONGEST = 2000  # characters; longer answers are no formula
 
 
-def canonical(text: str) -> Node | None:
+def _parse_formula(text: str) -> Node | None:
     """A formula as nested tuples in which + and * have no order; None where it cannot be read.
 
-    What stands before the last `=` is left out. A recursive-descent parser over tokens; nothing of
-    an answer is ever evaluated as code.
+    The text before the last `=` is left out. Python's parser reads a formula whose operands are
+    replaced by names, so an answer is never evaluated as code.
     """
     body = text.rpartition("=")[2].strip().rstrip(".").lower().translate(SAME)
     body = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", body)
-    tokens, place = [], 0
+    operands: list[str] = []
+    source, place = [], 0
     while place < len(body):
-        found = TOKEN.match(body, place)
-        if not found or len(body) > LONGEST:
+        match = TOKEN.match(body, place)
+        if not match or len(body) > LONGEST:
             return None
-        tokens.append((str(found.lastgroup), found.group().strip()))
-        place = found.end()
+        if match["operand"]:
+            source.append(f"x{len(operands)}")
+            operands.append(match["operand"])
+        else:
+            source.append(match["sign"].replace("^", "**"))
+        place = match.end()
     try:
-        node, rest = _sum(tokens, 0)
-    except (ValueError, IndexError):
+        return _sort_operands(ast.parse(" ".join(source), mode="eval").body, operands)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
-    return node if rest == len(tokens) else None
 
 
-def _sum(tokens: list[tuple[str, str]], at: int, depth: int = 0) -> tuple[Node, int]:
-    if depth > 40:
-        raise ValueError("nested too deeply")
-    terms: list[tuple[int, Node]] = []
-    sign = 1
-    while True:
-        node, at = _product(tokens, at, depth)
-        inner = node[1] if node[0] == "sum" else [(1, node)]
-        terms += [(sign * one, term) for one, term in inner]
-        if at == len(tokens) or tokens[at][1] not in "+-":
-            break
-        sign = 1 if tokens[at][1] == "+" else -1
-        at += 1
-    terms.sort(key=repr)
-    return (terms[0][1] if len(terms) == 1 and terms[0][0] == 1 else ("sum", tuple(terms))), at
+def _sort_operands(node: ast.expr, operands: list[str]) -> Node:
+    """A formula as ("sum" or "product", ((sign, node), …)), ("power", base, exponent), ("number",
+    value) or ("name", text); raises ValueError for any other Python expression.
+    """
+    match node:
+        case ast.Name(id=name):
+            operand = operands[int(name[1:])]
+            is_number = operand[0] in "0123456789."
+            return ("number", float(operand)) if is_number else ("name", operand)
+        case ast.UnaryOp(op=ast.UAdd(), operand=inner):
+            return _sort_operands(inner, operands)
+        case ast.UnaryOp(op=ast.USub(), operand=inner):
+            return ("sum", ((-1, _sort_operands(inner, operands)),))
+        case ast.BinOp(left=left, op=ast.Pow(), right=right):
+            return ("power", _sort_operands(left, operands), _sort_operands(right, operands))
+        case ast.BinOp(left=left, op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div(), right=right):
+            kind = "sum" if isinstance(node.op, ast.Add | ast.Sub) else "product"
+            sign = 1 if isinstance(node.op, ast.Add | ast.Mult) else -1
+            terms: list[tuple[int, Node]] = []
+            for factor, side in ((1, left), (sign, right)):
+                part = _sort_operands(side, operands)
+                inner_terms = part[1] if part[0] == kind else [(1, part)]
+                terms += [(factor * inner_sign, term) for inner_sign, term in inner_terms]
+            return (kind, tuple(sorted(terms, key=repr)))
+    raise ValueError("not a formula")
 
 
-def _product(tokens: list[tuple[str, str]], at: int, depth: int) -> tuple[Node, int]:
-    factors: list[tuple[int, Node]] = []
-    power = 1
-    while True:
-        node, at = _factor(tokens, at, depth)
-        inner = node[1] if node[0] == "product" else [(1, node)]
-        factors += [(power * one, factor) for one, factor in inner]
-        if at == len(tokens) or tokens[at][1] not in ("*", "/"):
-            break
-        power = 1 if tokens[at][1] == "*" else -1
-        at += 1
-    factors.sort(key=repr)
-    single = len(factors) == 1 and factors[0][0] == 1
-    return (factors[0][1] if single else ("product", tuple(factors))), at
-
-
-def _factor(tokens: list[tuple[str, str]], at: int, depth: int) -> tuple[Node, int]:
-    kind, token = tokens[at]
-    if token in "+-":
-        node, at = _factor(tokens, at + 1, depth + 1 if depth < 40 else _deep())
-        return (node if token == "+" else ("sum", ((-1, node),))), at
-    if token == "(":
-        node, at = _sum(tokens, at + 1, depth + 1)
-        if tokens[at][1] != ")":
-            raise ValueError("a bracket is not closed")
-    elif kind == "number":
-        node = ("number", float(token))
-    elif kind == "name":
-        node = ("name", token)
-    else:
-        raise ValueError(f"{token} has no operand")
-    at += 1
-    if at < len(tokens) and tokens[at][1] in ("^", "**"):
-        exponent, at = _factor(tokens, at + 1, depth + 1 if depth < 40 else _deep())
-        node = ("power", node, exponent)
-    return node, at
-
-
-def _deep() -> int:
-    raise ValueError("nested too deeply")
-
-
-def result(text: str) -> float | None:
-    """What a formula in numbers comes to; None where it holds names or cannot be worked out."""
-    node = canonical(text)
+def evaluate_formula(text: str) -> float | None:
+    """The value of a formula of numbers; None where it holds names or has no real value."""
+    node = _parse_formula(text)
     try:
-        return None if node is None else _result(node)
+        return None if node is None else _evaluate_node(node)
     except (ArithmeticError, ValueError):
         return None
 
 
-def _result(node: Node) -> float:
-    kind, content = node[0], node[1]
-    if kind == "number":
-        return float(content)
-    if kind == "sum":
-        return float(sum(sign * _result(term) for sign, term in content))
-    if kind == "product":
-        value = 1.0
-        for power, factor in content:
-            value = value * _result(factor) if power == 1 else value / _result(factor)
-        return value
-    if kind == "power":
-        value = _result(content) ** _result(node[2])
-        if isinstance(value, float):
-            return value
+def _evaluate_node(node: Node) -> float:
+    match node:
+        case ("number", value):
+            return float(value)
+        case ("sum", terms):
+            return float(sum(sign * _evaluate_node(term) for sign, term in terms))
+        case ("product", factors):
+            return math.prod(_evaluate_node(factor) ** power for power, factor in factors)
+        case ("power", base, exponent):
+            value = _evaluate_node(base) ** _evaluate_node(exponent)
+            if isinstance(value, float):  # and not complex
+                return value
     raise ValueError("not a number")
 
 
@@ -679,7 +639,7 @@ def _result(node: Node) -> float:
 
 
 @cache
-def _rouge() -> Any:
+def _load_rouge() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"])
@@ -687,11 +647,11 @@ def _rouge() -> Any:
 
 def rouge_l(expected: str, answer: str) -> float:
     """ROUGE-L F-measure (Lin 2004) by the package rouge_score, without stemming."""
-    return float(_rouge().score(expected, answer)["rougeL"].fmeasure)
+    return float(_load_rouge().score(expected, answer)["rougeL"].fmeasure)
 
 
 def token_f1(expected: str, answer: str) -> float:
-    """F1 of the words that two texts share, as SQuAD has it (Rajpurkar et al. 2016).
+    """F1 of the words that two texts share, as in SQuAD (Rajpurkar et al. 2016).
 
     Lower case, without punctuation and the articles a, an, the. Two empty texts are equal.
     """
@@ -700,9 +660,9 @@ def token_f1(expected: str, answer: str) -> float:
         text = re.sub(r"[^\w\s]", "", text.lower())
         return Counter(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
-    wanted, given = words(expected), words(answer)
-    total = wanted.total() + given.total()
-    return 2 * (wanted & given).total() / total if total else 1.0
+    wanted, answered = words(expected), words(answer)
+    total = wanted.total() + answered.total()
+    return 2 * (wanted & answered).total() / total if total else 1.0
 
 
 BERT = "ProsusAI/finbert"  # FinLoRA's; bert-score takes its layer 10
@@ -715,8 +675,8 @@ class Unavailable(Exception):
 def bertscore(values: list[list[Pair]]) -> list[float]:
     """BERTScore F1 (Zhang et al. 2020) of every row, by the package bert-score with FinBERT.
 
-    Without inverse document frequencies and without rescaling, as FinLoRA has it; an empty answer
-    has 0. Raises Unavailable where the model is not in the local cache: no other takes its place.
+    Like FinLoRA, without inverse document frequencies and rescaling; an empty answer has 0. Raises
+    Unavailable where the model is not in the local cache: no other replaces it.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -741,7 +701,7 @@ def bertscore(values: list[list[Pair]]) -> list[float]:
     return scores
 
 
-# Metrics whose rows are scored together: values of all rows → a number for each.
+# Metrics that are computed for all rows together: values of all rows → a number for each.
 CORPUS: dict[str, Callable[[list[list[Pair]]], list[float]]] = {"bertscore": bertscore}
 
 
@@ -779,7 +739,7 @@ def f1_macro(values: Iterable[list[Pair]]) -> float:
 
 
 def bertscore_mean(values: list[list[Pair]]) -> float:
-    """Mean BERTScore F1, or not a number, with a word about why, where there is no model."""
+    """Mean BERTScore F1; not a number, with a warning, where the model is missing."""
     try:
         scores = bertscore(values)
     except Unavailable as error:
@@ -794,10 +754,10 @@ def bertscore_mean(values: list[list[Pair]]) -> float:
 
 
 def last_word(dataset: Any) -> Any:
-    """`process_docs`: expects the last word of each answer: `mildly negative` is `negative`."""
+    """`process_docs`: expects the last word of each answer: `negative` for `mildly negative`."""
 
-    def folded(row: dict[str, Any]) -> dict[str, Any]:
+    def fold(row: dict[str, Any]) -> dict[str, Any]:
         question, answer = row["messages"]
         return {"messages": [question, answer | {"content": answer["content"].split()[-1]}]}
 
-    return dataset.map(folded)
+    return dataset.map(fold)

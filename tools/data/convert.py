@@ -181,6 +181,8 @@ def load_lengths(
     lengths = load(base, sequence_len or config.get("sequence_len"))
     if tokenizer and not lengths:
         raise WrongInput(f"{tokenizer} holds no tokenizer")
+    if lengths:
+        lengths.options = config.get("chat_template_kwargs")
     if lengths and chosen and changes_tokenizer(config):
         from tools.models import load_tokenizer
 

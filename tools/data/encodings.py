@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from tools.common import WrongInput, shown
 
@@ -72,7 +72,7 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
         packed = file.read(2) == GZIP
     try:
         with gzip.open(path) if packed else open(path, "rb") as file:
-            yield file
+            yield cast(IO[bytes], file)
     except (EOFError, gzip.BadGzipFile, zlib.error):
         raise WrongInput(
             f"{shown(path)}: the gzip file is cut off or damaged; download or pack it again"

@@ -20,7 +20,7 @@ import orjson
 from tools.common import ROOT, WrongInput, digest
 from tools.data.rows import Batch, write_chat_row
 from tools.data.turns import write_prompt
-from tools.prompts import read_conversation, render
+from tools.prompts import read_conversation, render, render_row
 
 GAP = "\n[…]\n"  # in place of the middle of a prompt
 
@@ -36,22 +36,24 @@ class Lengths:
     tokenizer: Any
     name: str
     sequence_len: int | None = None
+    options: dict[str, Any] | None = None  # the recipe's chat_template_kwargs
     prompt: Counter[int] = field(default_factory=Counter)
     answer: Counter[int] = field(default_factory=Counter)
     over: int = 0
     cut: int = 0
 
     def copy_empty(self) -> "Lengths":
-        return Lengths(self.tokenizer, self.name, self.sequence_len)
+        return Lengths(self.tokenizer, self.name, self.sequence_len, self.options)
 
     def count(self, chats: list[bytes]) -> list[tuple[int, int]]:
         """(tokens before the last answer, tokens of that answer) of each chat row."""
         texts, starts = [], []
         for chat in chats:
-            turns, tools = read_conversation(orjson.loads(chat))
-            text = self.tokenizer.apply_chat_template(turns, tools=tools, tokenize=False)
+            row = orjson.loads(chat)
+            turns, tools = read_conversation(row)
+            text = render_row(self.tokenizer, row, self.options)
             texts.append(text)
-            prompt = render(self.tokenizer, turns[:-1], tools=tools)
+            prompt = render(self.tokenizer, turns[:-1], self.options, tools=tools)
             starts.append(len(commonprefix([prompt, text])))
         rows = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
         sizes = [row.char_to_token(start) for row, start in zip(rows, starts, strict=True)]

@@ -76,10 +76,7 @@ def load_counter(base: str) -> lengths.Lengths:
 
 def count_row_tokens(counter: lengths.Lengths, lines: list[bytes]) -> list[int]:
     """Tokens of each chat row, rendered with the chat template."""
-    rows = [json.loads(line)["messages"] for line in lines]
-    texts = [counter.tokenizer.apply_chat_template(row, tokenize=False) for row in rows]
-    encodings = counter.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
-    return [len(encoding) for encoding in encodings]
+    return [sum(sizes) for sizes in counter.count(lines)]
 
 
 def pick_longest(path: Path, config: dict[str, Any], counter: lengths.Lengths) -> LongestRows:
@@ -180,8 +177,8 @@ def answer_rows(config: dict[str, Any], lines: list[bytes]) -> list[tuple[str, s
     model, tokenizer = models.load(config, TRIAL.folder)
     answers = []
     for line in lines:
-        *turns, key = json.loads(line)["messages"]
-        ids = prompts.tokens(tokenizer, turns, config.get("chat_template_kwargs"))
+        (*turns, key), tools = prompts.read_conversation(json.loads(line))
+        ids = prompts.tokens(tokenizer, turns, config.get("chat_template_kwargs"), tools=tools)
 
         def generate(ids: list[int] = ids) -> str:
             inputs = torch.tensor([ids], device=model.device)
@@ -323,6 +320,7 @@ def try_recipe(recipe: recipes.Recipe, profile: str, host: hardware.Host) -> Che
         if not (twin or base_check.is_ready):
             raise JobFailed(f"base: {base_check.text}")
         counter = load_counter(str(twin or base))
+        counter.options = recipe.config.get("chat_template_kwargs")
         rows = pick_longest(ROOT / data["path"], recipe.config, counter)
         size = f"the {len(rows.lines)} longest of {rows.total_rows:,}"
         say("rows", f"{size}: {rows.longest} tokens")
