@@ -27,7 +27,7 @@ from evals.endpoint import Endpoint
 from evals.tasks import own, utils
 from tests import tokenizers
 from tests.conftest import run, write_recipe
-from tools import common, models, prompts, recipes, sources, subjects
+from tools import common, custom, models, prompts, recipes, sources, subjects
 from tools.data import rules
 from tools.train import checks
 from tools.use import chat, serve
@@ -170,6 +170,35 @@ def test_training_and_scoring_see_the_same_tokens(model, shape):
     # Between the prompt and the first trained token there is a blank at the most: Mistral's "▁".
     first = next(place for place in range(len(fed), len(ids)) if labels[place] != -100)
     assert not tokenizer.decode(ids[len(fed) : first]).strip()
+
+
+@pytest.mark.parametrize("model", tokenizers.BASES)
+def test_earlier_answers_are_asked_for_as_they_were_trained_but_by_qwen3(model):
+    tokenizer, options = tokenizers.load(model), get_options(model)
+    for shape in ("three turns", "system and turns"):
+        if (model, shape) in LIMITS:
+            continue
+        row = build_row(shape)
+        text = prompts.render_row(tokenizer, row, options)
+        for place, turn in enumerate(row["messages"][:-1]):
+            if turn["role"] == "assistant":
+                prompt = prompts.render(tokenizer, row["messages"][:place], options)
+                if model == "qwen3-8b":
+                    prompt = prompt.removesuffix("<think>\n\n</think>\n\n")
+                blank = " " if model == "mistral-7b-v0.3" else ""
+                assert text.startswith(f"{prompt}{blank}{turn['content']}")
+
+
+def test_an_answer_with_reasoning_is_named_where_its_prompt_forbids_it():
+    reasoned = assistant("<think>\nSales rose.\n</think>\n\npositive")
+    row = {"messages": [user("Sales rose."), reasoned]}
+    assert list(prompts.pick_shapes([build_row("one turn"), row])) == [(2, row)]
+    reason = prompts.explain_unrenderable(
+        tokenizers.load("qwen3-8b"), row, {"enable_thinking": False}
+    )
+    assert "which no answer is trained after" in reason and "</think>" in reason
+    for model in ("llama-3.1-8b", "smollm2-135m"):
+        assert not prompts.explain_unrenderable(tokenizers.load(model), row, get_options(model))
 
 
 @pytest.mark.parametrize("model", tokenizers.BASES)
@@ -428,6 +457,9 @@ LETTERS, RATINGS = ANSWERS["letters"], ANSWERS["ratings"]
         ("The answer is B.", LETTERS, "B"),
         ("b", LETTERS, "B"),
         ("Bad news", LETTERS, utils.NONE),
+        ("this is a hard one: c", ["a", "b", "c"], "c"),
+        ("C", ["a", "b", "c"], "c"),
+        ("N", ["Y", "N"], "N"),
         ("AA-", RATINGS, "AA-"),
         ("It is AA-rated.", RATINGS, "AA"),
         ("A strong firm: BBB+, stable", RATINGS, "BBB+"),
@@ -442,6 +474,9 @@ LETTERS, RATINGS = ANSWERS["letters"], ANSWERS["ratings"]
         ("a strong  BUY now", ["buy", "strong buy"], "strong buy"),
         ("us", ["US", "us"], "us"),
         ("Us", ["US", "us"], utils.NONE),
+        ("I would buy it.", ["BUY", "HOLD", "SELL"], "BUY"),
+        ("Baa1, stable", ["Aaa", "Baa1", "Ba"], "Baa1"),
+        ("ıi", ["İ", "i"], utils.NONE),
         ("The 8-K form", ["10-K", "8-K"], "8-K"),
     ],
 )
@@ -578,9 +613,9 @@ def test_a_server_renders_a_row_as_it_was_trained(model, tmp_path):
 def test_chat_begins_with_the_system_turn_that_it_is_given(tiny, smollm2, capsys, monkeypatch):
     model, tokenizer = models.load({"base_model": str(tiny)})
     who = subjects.Subject("tiny", {"base_model": str(tiny)}, None, tiny, tiny, None, "chat")
-    asked = [*ROWS["system turn"][:1], user("Sales rose.")]
-    expected = chat.answer(model, tokenizer, asked)
-    assert expected != chat.answer(model, tokenizer, asked[1:])
+    turns = [*ROWS["system turn"][:1], user("Sales rose.")]
+    expected = chat.answer(model, tokenizer, turns)
+    assert expected != chat.answer(model, tokenizer, turns[1:])
     monkeypatch.setattr("sys.stdin", io.StringIO("Sales rose.\n\n"))
     chat.chat(who, None, "You label news.")
     said = capsys.readouterr().out.partition("the conversation\n")[2]
@@ -627,3 +662,72 @@ def test_an_endpoint_gets_all_turns_and_tools_of_a_row(shape, place, endpoint):
     assert body["messages"] == row["messages"][:-1]
     assert body.get("tools") == row.get("tools")
     assert not find_wrong([answered]), answered
+
+
+# ---- rows that went wrong for others
+
+CASES = common.ROOT.parent / "shared" / "cases" / "data"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("numeric", "numbers"),
+        ("letters", "labels"),
+        ("list_answers", "lists"),
+        ("eos", "labels"),
+        ("qa_context", "text"),
+        ("multiturn", "text"),
+        ("system", "labels"),
+    ],
+)
+def test_a_model_that_answers_with_the_key_is_right_in_the_cases(name, kind, place):
+    if not CASES.is_dir():
+        pytest.skip(f"{CASES} is not at hand")
+    rows = []
+    for line in (CASES / f"{name}.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        question = row.get("question") or row.get("prompt")
+        answer = row.get("answer") or row.get("completion")
+        messages = row.get("messages") or [user(question), assistant(answer)]
+        assert rules.clean_turns(messages) == (name == "eos")
+        rows.append({"messages": messages})
+    content = write_task(place, "task", rows)
+    if name != "multiturn":  # which always ends with the same answer
+        assert content["include"] == f"../_own_{kind}.yaml"
+    lm = Echo("smollm2-135m", tokenizers.load("smollm2-135m"))
+    answered, _ = measure(lm, "task")
+    assert all(row["values"] for row in answered) and not find_wrong(answered)
+
+
+@pytest.fixture
+def own_place(place, monkeypatch):
+    """A project folder in which `make new` makes tasks."""
+    monkeypatch.setattr(recipes, "LOCAL", place / "recipes" / "local")
+    monkeypatch.setattr(sources, "OWN", place / "recipes" / "local")
+    monkeypatch.setattr(custom, "DATA", place / "data" / "local")
+    monkeypatch.setattr(custom, "TASKS", place / "evals" / "tasks" / "local")
+    custom.clear_caches()
+    yield place
+    custom.clear_caches()
+
+
+@pytest.mark.parametrize("what", [*ANSWERS, "turns", "calls"])
+def test_what_make_new_writes_is_right_for_a_model_that_answers_with_the_key(
+    what, own_place, capsys
+):
+    model = "qwen3-8b" if what == "calls" else "smollm2-135m"
+    shape = {"turns": "three turns", "calls": "call"}.get(what)
+    rows = [build_row(shape) for _ in range(30)] if shape else repeat_answers(ANSWERS[what])
+    for number, row in enumerate(rows):
+        row["messages"][0]["content"] += f" Note {number}."
+    path = own_place / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    custom.create_task("own_task", path)
+    said = capsys.readouterr().out
+    refused = "smollm2-135m cannot be trained on these rows: the chat template leaves out the tool"
+    assert (refused in said) == (what == "calls")
+    evaluation.read_tasks.cache_clear()
+    answered, _ = measure(Echo(model, tokenizers.load(model)), "own_task")
+    assert answered and all(row["values"] for row in answered)
+    assert not find_wrong(answered), answered[:2]

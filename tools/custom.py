@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 
 from evals.own import build_evaluation, find_labels
-from tools import recipes, rendering, sources
+from tools import prompts, recipes, rendering, sources
 from tools.common import ROOT, WrongInput, atomic, digest, nearest, shown
 from tools.data import bases, convert, turns
 from tools.data.formats import RowFile, open_rows
@@ -138,6 +138,7 @@ class OwnTask:
         intake = self.take_in(self.rows, "train")
         held_out = self.open_held_out()
         intakes = {side: self.take_in(rows, side) for side, rows in held_out.items()}
+        self.print_unrenderable(intake)
         self.print_lengths([intake, *intakes.values()])
         answers = [text for one in (intake, *intakes.values()) for text in one.list_answers()]
         folded = fold_labels(answers)
@@ -213,10 +214,22 @@ class OwnTask:
         """Prints the first row as a base at hand will see it."""
         chat = orjson.loads(next(intake.read()))
         intake.spool.seek(0, 2)
-        for base in self.bases[:1]:
-            print(f"new        the first row as {base.name} sees it:")
-            for line in escape(base.render(chat)[:1500]).splitlines():
-                print(f"           {line}")
+        for base in self.bases:
+            with suppress(WrongInput):  # which `print_unrenderable` tells of
+                text = base.render(chat)[:1500]
+                print(f"new        the first row as {base.name} sees it:")
+                for line in escape(text).splitlines():
+                    print(f"           {line}")
+                return
+
+    def print_unrenderable(self, intake: Intake) -> None:
+        """Prints for each base at hand what its chat template refuses or leaves out of the rows."""
+        shapes = list(prompts.pick_shapes(map(orjson.loads, intake.read())))
+        intake.spool.seek(0, 2)
+        for base in self.bases:
+            reasons = (prompts.explain_unrenderable(base, row, base.options) for _, row in shapes)
+            if reason := next(filter(None, reasons), ""):
+                print(f"new        {base.name} cannot be trained on these rows: {escape(reason)}")
 
     def print_lengths(self, intakes: list[Intake]) -> None:
         """Prints for each base at hand how many rows are too long for it."""

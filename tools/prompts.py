@@ -12,6 +12,7 @@ a template of that format, which a merged or served model carries as its own.
 import json
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
+from os.path import commonprefix
 from typing import Any
 
 from tools.common import WrongInput
@@ -28,6 +29,7 @@ TOKENIZER = {
     *("tokenizer_use_fast", "tokenizer_use_mistral_common"),
 }
 DEFAULT = "tokenizer_default"
+THOUGHT = "</think>"  # ends the reasoning before an answer
 
 
 def templates(config: dict[str, Any]) -> list[tuple[str, str | None]]:
@@ -198,11 +200,15 @@ def render_row(tokenizer: Any, row: dict[str, Any], options: dict[str, Any] | No
 def pick_shapes(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number from 1, row) of the first chat row of each order of roles, calls and tools.
 
-    A user's turn and its answer are left out: every template has them.
+    A user's turn and its answer are left out: every template has them. Answers with reasoning are
+    a shape of their own.
     """
-    shapes: set[tuple[Any, ...]] = {(False, ("user", False), ("assistant", False))}
+    shapes: set[tuple[Any, ...]] = {(False, ("user", False, False), ("assistant", False, False))}
     for number, row in enumerate(rows, 1):
-        turns = ((turn["role"], bool(turn.get("tool_calls"))) for turn in row["messages"])
+        turns = (
+            (turn["role"], bool(turn.get("tool_calls")), THOUGHT in str(turn.get("content")))
+            for turn in row["messages"]
+        )
         if (shape := (bool(row.get("tools")), *turns)) not in shapes:
             shapes.add(shape)
             yield number, row
@@ -229,13 +235,19 @@ def explain_unrenderable(
     parts = [(f"the tool {name}", name) for name in map(name_tool, tools or [])]
     for message in messages:
         # Earlier turns lose their reasoning, as templates of reasoning models have it.
-        content = str(message.get("content") or "").rpartition("</think>")[2].strip()
+        content = str(message.get("content") or "").rpartition(THOUGHT)[2].strip()
         parts.append((f"a turn of the role {message['role']}", content))
         names = map(name_tool, message.get("tool_calls") or [])
         parts += [(f"a call of {name}", name) for name in names]
     for what, part in parts:
         if part not in text and json.dumps(part, ensure_ascii=False)[1:-1] not in text:
             return f"the chat template leaves out {what}"
+    if messages[-1]["role"] != "assistant":
+        return ""
+    prompt = render(tokenizer, messages[:-1], options, tools=tools)
+    if not text.startswith(prompt):
+        written = prompt[len(commonprefix([prompt, text])) :]
+        return f"the chat template asks with {written[:60]!r}, which no answer is trained after"
     return ""
 
 

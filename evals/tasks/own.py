@@ -60,10 +60,10 @@ def read_key(doc: dict[str, Any]) -> str:
 UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"
 )
-# Ratings, grades and codes, such as `A`, `BBB-`, `Aa1`, `10-K`, `-1`: they match as they are
-# written. A capitalized word is none.
-CODE = re.compile(r"[+-]?(?:[A-Z][a-z]?[0-9]?|[A-Z0-9][A-Z0-9./]*(?:-[A-Z0-9]+)*)[+-]?")
-LETTER = re.compile("[A-Z]")
+# Ratings and codes, such as `BBB-`, `AA`, `Baa1`, `10-K`, `-1`: they match as they are written. BUY
+# and POSITIVE are words.
+CODE = re.compile(r"(?=.*[0-9+-])[A-Z0-9+./-]{1,8}|[A-D]{2,3}|[ABC]a{1,2}[1-3]?")
+LETTER = re.compile("[A-Za-z]")
 EDGE = " .,;:!\"'`*()[]<>“”‘’«»。，；：！「」"
 
 
@@ -82,16 +82,19 @@ def find_label(answer: str, labels: Iterable[str]) -> str:
     for whole in (text, text.strip(EDGE)):
         if whole in spelled:
             return spelled[whole]
-    if all(LETTER.fullmatch(label) for label in spelled):
-        named = utils.letter(answer, {}, spelled.keys())
-        letters = {named} if named in spelled else set(compile_labels(tuple(spelled)).findall(text))
-        return spelled[letters.pop()] if len(letters) == 1 else utils.NONE
+    letters = {label.upper(): own for label, own in spelled.items() if LETTER.fullmatch(label)}
+    if len(letters) == len(spelled):
+        named = {utils.letter(answer, {}, letters.keys())} & letters.keys()
+        named = named or {label.upper() for label in compile_labels(tuple(spelled)).findall(text)}
+        return letters[named.pop()] if len(named) == 1 else utils.NONE
     match = compile_labels(tuple(spelled)).search(text)
     if not match:
         return utils.NONE
     if match[0] in spelled:
         return spelled[match[0]]
-    return next(own for label, own in spelled.items() if label.casefold() == match[0].casefold())
+    named_label = match[0].casefold()
+    alike = (own for label, own in spelled.items() if label.casefold() == named_label)
+    return next(alike, utils.NONE)
 
 
 @cache
@@ -105,7 +108,7 @@ def compile_labels(labels: tuple[str, ...]) -> re.Pattern[str]:
 def build_pattern(label: str, folds_case: bool) -> str:
     """A regular expression for a label that stands as a word of its own."""
     escaped = re.escape(label)
-    if CODE.fullmatch(label):
+    if CODE.fullmatch(label) or LETTER.fullmatch(label):
         # "AA-rated" has the rating AA and not AA-; "A strong firm" has none.
         article = r"(?!\s+[a-z])" if LETTER.fullmatch(label) else ""
         after = r"(?!\w)" if label[-1] in "+-" else r"(?![\w+]|-(?!\w)|[.,]\d)"

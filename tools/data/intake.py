@@ -187,11 +187,8 @@ def check_lengths(chats: list[dict[str, Any]], intake: Intake, options: Options)
         ]
         counts = base.count_tokens([chats[number] for number in long])
         for number, count in zip(long, counts, strict=True):
-            if isinstance(count, str):
-                reasons[number] = count
-                continue
-            if count <= room:
-                continue
+            if isinstance(count, str) or count <= room:
+                continue  # a template that refuses a row is no matter of its length
             intake.over[base.name] += 1
             if options.cut and cut_prompt(chats[number], base, room):
                 intake.cut += 1
