@@ -219,8 +219,6 @@ def parse_row(
     prompt, answer = prompt.strip(), answer.strip()
     if not prompt or not answer:
         raise ValueError(f'"{"target" if prompt else "context"}" is empty')
-    if len(answer) < 5:
-        turns.require_answer(answer, "target")
     answer = check_answer(prompt, answer, rules)
     return prompt, answer, build_chat_row(prompt, answer)
 
