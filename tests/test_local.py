@@ -236,6 +236,8 @@ def test_long_rows_are_refused_cut_or_left_out_and_counted_for_each_base(mine, s
 def test_steps_follow_from_the_rows(rows, epochs):
     settings = custom.build_settings(900, rows, True)
     assert (settings["num_epochs"], settings["max_steps"]) == (epochs, None)
+    assert settings["load_best_model_at_end"]
+    assert custom.build_settings(900, rows, False)["load_best_model_at_end"] is None
     assert settings["sequence_len"] == 1536 and settings["eval_steps"] == settings["save_steps"]
 
 

@@ -408,7 +408,7 @@ def build_settings(longest: int, rows: int, validated: bool) -> dict[str, Any]:
     """Batch, length and steps that follow from the rows; `longest` is a row's in bytes.
 
     A token is a byte at least, so rows of fewer bytes than sequence_len fit every base. Validation
-    and saving fall on the same steps, so that Axolotl keeps the checkpoint that validates best.
+    and saving fall on the same steps, so that the run can be the checkpoint that validates best.
     """
     limit = recipes.read_matrix()["common"]["sequence_len"]
     room = LENGTH_STEP * math.ceil((longest + TEMPLATE_BYTES) / LENGTH_STEP)
@@ -428,4 +428,5 @@ def build_settings(longest: int, rows: int, validated: bool) -> dict[str, Any]:
         "sequence_len": min(limit, room),
         "save_steps": every,
         "eval_steps": every if validated else None,
+        "load_best_model_at_end": True if validated else None,
     }
