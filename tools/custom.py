@@ -23,7 +23,7 @@ from tools import prompts, recipes, rendering, sources
 from tools.common import ROOT, WrongInput, atomic, digest, nearest, shown
 from tools.data import bases, convert, turns
 from tools.data.formats import RowFile, open_rows
-from tools.data.intake import Intake, Options, take_in
+from tools.data.intake import Intake, IntakeOptions, take_in
 from tools.data.parts import escape
 from tools.data.shapes import Shape, parse_map, recognize
 from tools.data.split import TEST_SHARE, VALIDATION_SHARE, divide_rows
@@ -125,7 +125,7 @@ class OwnTask:
     def __post_init__(self) -> None:
         self.bases = bases.list_bases()
         common = recipes.read_matrix()["common"]
-        self.options = Options(
+        self.options = IntakeOptions(
             group=self.choices.group,
             time=self.choices.time,
             last_only=self.choices.last_only,
@@ -140,7 +140,7 @@ class OwnTask:
         intakes = {side: self.take_in(rows, side) for side, rows in held_out.items()}
         self.print_unrenderable(intake)
         self.print_lengths([intake, *intakes.values()])
-        answers = [text for one in (intake, *intakes.values()) for text in one.list_answers()]
+        answers = [text for part in (intake, *intakes.values()) for text in part.list_answers()]
         folded = fold_labels(answers)
         answers = [folded.get(answer, answer) for answer in answers]
         if folded:
@@ -182,7 +182,7 @@ class OwnTask:
             print_shape(rows, shape, [])
         options = self.options
         if rows is not self.rows:
-            options = Options(**vars(options) | {"group": None, "time": None})
+            options = IntakeOptions(**vars(options) | {"group": None, "time": None})
             if self.choices.group in rows.columns:
                 options.group = self.choices.group
         suffix = "" if side == "train" else f"_{side}"
@@ -322,7 +322,7 @@ class OwnTask:
             for side, lines in rows.items():
                 for line in lines:
                     put(side, line)
-        self.longest = max(one.longest for one in (intake, *held_out.values()))
+        self.longest = max(part.longest for part in (intake, *held_out.values()))
         return counts
 
     # ---- files
@@ -354,9 +354,9 @@ class OwnTask:
     def build_tables(self, labels: list[str], counts: Counter[str], rule: str) -> dict[str, Any]:
         """The rows that a task adds to the tables of recipes/matrix.yaml and data/sources.yaml."""
         path = Path(self.rows.source).expanduser()
-        made = {"from": self.rows.name, "format": self.rows.format, "rows": dict(counts)}
-        made |= {"sha256": digest(path)} if path.is_file() else {}
-        made |= {"revision": self.rows.revision} if self.rows.revision else {}
+        origin = {"from": self.rows.name, "format": self.rows.format, "rows": dict(counts)}
+        origin |= {"sha256": digest(path)} if path.is_file() else {}
+        origin |= {"revision": self.rows.revision} if self.rows.revision else {}
         files = {side: shown(DATA / f"{self.task}_{side}.jsonl") for side in ("train", "val")}
         dataset = {"file": shown(DATA / f"{self.task}_test.jsonl")}
         task = {**files, "eval": [self.task], "split": rule, "shape": self.shape.to_dict()}
@@ -373,7 +373,7 @@ class OwnTask:
             "tasks": {self.task: row},
             "sources": {
                 "datasets": {self.task: dataset | ({"labels": labels} if labels else {})},
-                "tasks": {self.task: task | {"made": made}},
+                "tasks": {self.task: task | {"made": origin}},
             },
         }
 
