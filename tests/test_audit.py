@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import call, run
-from tools import sources
+from tests.test_local import jsonl, mine  # noqa: F401
+from tools import custom, sources
 from tools.common import ROOT, JobFailed
 from tools.data import audit, duplicates
 from tools.data import card as datacard
@@ -590,3 +591,27 @@ def test_the_card_holds_the_counts_of_the_files_and_none_of_their_rows(published
             own = prompt.split("Input:")[-1].split("sentence:")[-1].split("Question:")[-1]
             own = own.removesuffix("Answer:").strip()
             assert len(own) < 25 or own not in card
+
+
+# ---- Tasks of the user's own
+
+
+def test_an_own_task_is_audited_with_the_same_checks(mine, capsys):  # noqa: F811
+    rows = [
+        {
+            "question": f"Is filing {n} late, caf\u00c3\u00a9 {n}?",
+            "answer": "Yes" if n % 2 else "No",
+        }
+        for n in range(60)
+    ]
+    custom.create_task("late", jsonl(mine / "rows.jsonl", rows))
+    path = custom.DATA / "late_test.jsonl"
+    train = (custom.DATA / "late_train.jsonl").read_text().splitlines()
+    leaked = train[0].replace("Yes", "YES").replace("No", "NO")
+    path.write_text(path.read_text() + leaked + "\n")
+    report = audit.audit(["late"])
+    checks = {finding["check"]: finding for finding in report["findings"]}
+    assert checks["leak"]["file"].endswith("late_test.jsonl") and checks["leak"]["count"] == 1
+    assert checks["labels"]["count"] == 1 and checks["spellings"]["count"] == 1
+    assert "decoded wrongly" in checks["mojibake"]["text"]
+    assert {file["split"] for file in report["files"]} == {"train", "validation", "test"}

@@ -328,7 +328,8 @@ def test_rows_of_a_block_are_those_that_a_strict_parser_reads(seed):
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line, object_pairs_hook=unique)
-                texts = [rows.read_text(row, key).strip() for key in ("context", "target")]
+                texts = [rows.read_text(row, key) for key in ("context", "target")]
+                texts = [text.replace("\x0c", "\n").strip() for text in texts]
                 assert all(texts)
             except (ValueError, AssertionError):
                 assert number in refused, line
@@ -806,3 +807,64 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+# ---- Chat rows, and the rules for all rows
+
+PAIR = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+MENDED = [
+    ({"context": "one\ftwo", "target": "up"}, "one\ntwo", "up", "page breaks made line breaks"),
+    ({"context": "q", "target": "up<|im_end|>"}, "q", "up", "end tokens taken off answers"),
+    (
+        {"messages": [PAIR[0], {"role": "assistant", "content": "a</s>\n"}]},
+        "q",
+        "a",
+        "end tokens taken off answers",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "prompt", "answer", "repair"), MENDED)
+def test_what_can_be_repaired_is_repaired_and_counted(source, target, row, prompt, answer, repair):
+    source.write_text(json.dumps(row) + "\n")
+    manifest = convert_rows(source, target)
+    assert turns(target) == [(prompt, answer)]
+    assert manifest["repairs"] == {repair: 1}
+
+
+def test_chat_rows_are_converted_as_they_are(source, target):
+    tools = json.dumps([{"type": "function", "function": {"name": "f", "parameters": {}}}])
+    chats = [
+        {"messages": PAIR},
+        {"messages": [{"role": "system", "content": "s"}, *PAIR, *PAIR], "tools": tools},
+    ]
+    source.write_bytes(b"".join(map(rows.write_chat_row, chats)))
+    convert_rows(source, target)
+    assert target.read_bytes() == source.read_bytes()
+
+
+REFUSED = {
+    "a control token": ({"context": "<|im_start|>user", "target": "a"}, "is a control token"),
+    "one in a turn": ({"messages": [{"role": "user", "content": "a [INST] b"}, PAIR[1]]}, "[INST]"),
+    "nan in a turn": ({"messages": [PAIR[0], {"role": "assistant", "content": "NaN"}]}, "missing"),
+    "no answer": ({"messages": PAIR[:1]}, "ends with the user's turn"),
+    "an end token alone": ({"context": "q", "target": "<|im_end|>"}, '"target" is empty'),
+}
+
+
+@pytest.mark.parametrize(("row", "reason"), REFUSED.values(), ids=REFUSED)
+def test_a_row_that_cannot_be_trained_is_refused(source, target, row, reason):
+    source.write_text(json.dumps({"context": "q", "target": "a"}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(WrongInput) as error:
+        convert_rows(source, target)
+    assert f"{source}, line 2: " in str(error.value) and reason in str(error.value)
+
+
+def test_all_bad_rows_are_listed(source, target, capsys):
+    bad = [{"context": "q", "target": ""}] * 12 + [{"context": "", "target": "a"}]
+    source.write_text("".join(json.dumps(row) + "\n" for row in bad))
+    with pytest.raises(WrongInput, match='line 1: "target" is empty; 12 more rows cannot be used'):
+        convert_rows(source, target)
+    out = capsys.readouterr().out
+    assert "line 10: " in out and "line 11: " not in out
+    assert '12 rows: "target" is empty' in out and '1 rows: "context" is empty' in out

@@ -1,6 +1,7 @@
 """Rows and configs of one's own become tasks and recipes, and stay one's own."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_rows_become_a_task_with_data_recipes_and_an_evaluation(mine, capsys):
         path = sources.CHAT / f"late_filing_{side}.jsonl"
         rows = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
         kept |= {user["content"]: assistant["content"] for user, assistant in rows}
-        assert len(rows) == {"train": 47, "val": 1, "test": 12}[side]
+        assert len(rows) == {"train": 43, "val": 5, "test": 12}[side]
     assert kept == {row["prompt"].strip(): row["completion"] for row in TONES}
 
     recipe = recipes.find("qwen3-4b/late_filing_r8_dora")
@@ -66,7 +67,7 @@ def test_rows_become_a_task_with_data_recipes_and_an_evaluation(mine, capsys):
     recipes.validate(recipe.config, "mine")
     task = yaml.safe_load((custom.TASKS / "late_filing.yaml").read_text())
     assert task["task"] == "finlora_late_filing"
-    assert "(Yes|No)" in task["filter_list"][0]["filter"][0]["regex_pattern"]
+    assert task["filter_list"][0]["filter"][0]["labels"] == ["Yes", "No"]
 
 
 def test_render_leaves_what_is_ones_own_as_it_is(mine, capsys):
@@ -106,52 +107,154 @@ def test_a_reason_never_becomes_part_of_a_value(mine, capsys, base):
     assert recipes.find("imported/odd").config["base_model"] == base
 
 
-def test_one_prompt_is_never_on_both_sides():
+def read_sides(task):
+    """{side: [(prompt, answer), …]} of a task's converted rows."""
+    sides = {}
+    for side in ("train", "val", "test"):
+        path = sources.CHAT / f"{task}_{side}.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        rows = [json.loads(line)["messages"] for line in lines]
+        sides[side] = [(row[-2]["content"], row[-1]["content"]) for row in rows]
+    return sides
+
+
+def test_one_prompt_is_never_on_two_sides(mine, capsys):
     spelt = ("prompt {}", "Prompt  {}", "PROMPT {}\n")
-    rows = [(spelt[n % 3].format(n % 20), f"answer {n}") for n in range(100)]
-    train, test = custom.split_rows(rows)
-    assert sorted(train + test) == list(range(100))
-    sides = ({fingerprint(rows[n][0]) for n in side} for side in (train, test))
-    assert not set.intersection(*sides)
-    assert len(test) == 20
+    rows = [
+        {"prompt": spelt[n % 3].format(n % 40), "completion": f"answer {n}"} for n in range(200)
+    ]
+    custom.create_task("mine", jsonl(mine / "rows.jsonl", rows))
+    sides = read_sides("mine")
+    assert sum(map(len, sides.values())) == 200 and all(sides.values())
+    marks = {side: {fingerprint(prompt) for prompt, _ in pairs} for side, pairs in sides.items()}
+    assert sum(map(len, marks.values())) == len(set.union(*marks.values())) == 40
 
 
-@pytest.mark.parametrize(
-    ("answers", "labels"),
-    [
-        (["a"] * 6 + ["b"] * 9, ["b", "a"]),
-        ([f"text {n}" for n in range(15)], []),
-        (["a", "b"], []),
-        (["x" * 61] * 30, []),
-    ],
-)
-def test_labels_are_few_short_and_frequent(answers, labels):
-    assert custom.find_labels(answers) == labels
+def test_sides_are_stratified_by_label_and_the_order_of_the_file_decides_nothing(mine, capsys):
+    rows = [{"text": f"t {n}", "label": "rare" if n % 10 == 0 else "often"} for n in range(300)]
+    custom.create_task("one", jsonl(mine / "one.jsonl", rows))
+    custom.create_task("two", jsonl(mine / "two.jsonl", rows[::-1]))
+    first, second = read_sides("one"), read_sides("two")
+    assert [answer for _, answer in first["test"]].count("rare") == 6 and len(first["test"]) == 60
+    assert [answer for _, answer in first["val"]].count("rare") == 2
+    assert {side: sorted(rows) for side, rows in first.items()} == {
+        side: sorted(rows) for side, rows in second.items()
+    }
 
 
-@pytest.mark.parametrize(
-    ("row", "plain"),
-    [
-        ({"context": "q", "target": "a", "url": "x"}, ("q", "a")),
-        ({"question": "q", "answer": 3}, ("q", 3)),
-        ({"instruction": "q", "input": "more", "output": "a"}, ("q\n\nmore", "a")),
-        ({"instruction": "q", "input": "", "output": "a"}, ("q", "a")),
-        (
-            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
-            ("q", "a"),
-        ),
-    ],
-)
-def test_rows_of_the_usual_shapes_are_taken(row, plain):
-    assert tuple(custom.find_pair(row).values()) == plain
+def test_a_group_is_never_on_two_sides_and_the_newest_rows_test(mine, capsys):
+    rows = [
+        {"question": f"q {n}", "answer": f"a {n}", "firm": f"f {n % 25}", "day": f"20{n:02}-01-31"}
+        for n in range(100)
+    ]
+    source = jsonl(mine / "rows.jsonl", rows)
+    custom.create_task("grouped", source, custom.Choices(group="firm"))
+    firms = {
+        side: {int(prompt[2:]) % 25 for prompt, _ in pairs}
+        for side, pairs in read_sides("grouped").items()
+    }
+    assert sum(map(len, firms.values())) == 25 and all(firms.values())
+    custom.create_task("timed", source, custom.Choices(time="day"))
+    sides = read_sides("timed")
+    numbers = {side: [int(prompt[2:]) for prompt, _ in pairs] for side, pairs in sides.items()}
+    assert max(numbers["train"]) < min(numbers["val"]) <= max(numbers["val"]) < min(numbers["test"])
+    assert len(numbers["test"]) == 20
+    with pytest.raises(WrongInput, match='GROUP: .* has no column "frim"; did you mean firm'):
+        custom.create_task("x", source, custom.Choices(group="frim"))
+    with pytest.raises(WrongInput, match='"firm" is .f 0., no date such as'):
+        custom.create_task("x", source, custom.Choices(time="firm"))
+
+
+def test_a_test_file_of_ones_own_tests_and_none_of_its_prompts_train(mine, capsys):
+    source = jsonl(mine / "rows.jsonl", TONES)
+    test = jsonl(mine / "test.jsonl", [*TONES[:5], {"prompt": "new", "completion": "yes"}])
+    custom.create_task("mine", source, custom.Choices(test=str(test)))
+    sides = read_sides("mine")
+    assert [prompt for prompt, _ in sides["test"]][-1] == "new" and len(sides["test"]) == 6
+    assert sides["test"][-1][1] == "Yes"  # spelled as the other rows spell it
+    assert len(sides["train"]) + len(sides["val"]) == 55
+    out = capsys.readouterr().out
+    assert "5 rows do not train: their prompts stand in the test rows" in out
+
+
+def test_bad_rows_are_listed_with_the_files_own_columns_and_may_be_left_out(mine, capsys):
+    bad = [{"question": f"b {n}", "reply": value} for n, value in enumerate(["", None, "nan"] * 5)]
+    good = [{"question": f"q {n}", "reply": f"a {n}"} for n in range(40)]
+    good[3]["reply"] += "<|im_end|>"
+    good[4]["question"] = "page one\fpage two"
+    source = jsonl(mine / "rows.jsonl", [*bad, *good, {"question": "<|im_start|>x", "reply": "y"}])
+    named = custom.Choices(mapping="prompt=question,answer=reply")
+    before = files(mine)
+    with pytest.raises(WrongInput, match='line 1: "reply" is empty; 15 more rows cannot be used'):
+        custom.create_task("mine", source, named)
+    assert files(mine) == before
+    out = capsys.readouterr().out
+    assert 'line 2: "reply" is null' in out and "line 11" not in out
+    assert '5 rows: "reply" is null' in out
+    custom.create_task("mine", source, replace(named, quarantine=True))
+    assert sum(map(len, read_sides("mine").values())) == 40
+    out = capsys.readouterr().out
+    assert "1 rows: end tokens taken off answers" in out
+    assert "1 rows: page breaks made line breaks" in out
+    refused = (custom.DATA / "mine.refused.jsonl").read_text().splitlines()
+    assert len(refused) == 16 and json.loads(refused[-1])["place"] == "line 56"
+
+
+def test_the_last_answer_alone_is_trained_on_where_that_is_asked(mine, capsys):
+    turns = [{"role": r, "content": r} for r in ("user", "assistant")]
+    rows = [
+        {"messages": [{"role": "user", "content": f"q {n}"}, *turns[1:], *turns]} for n in range(30)
+    ]
+    custom.create_task("mine", jsonl(mine / "rows.jsonl", rows), custom.Choices(last_only=True))
+    line = (sources.CHAT / "mine_train.jsonl").read_text().splitlines()[0]
+    assert [turn.get("train") for turn in json.loads(line)["messages"]] == [None, False, None, None]
+    entry = recipes.find("smollm2-135m/mine_r4").config["datasets"][0]
+    assert entry["message_field_training"] == "train"
+
+
+def test_long_rows_are_refused_cut_or_left_out_and_counted_for_each_base(mine, smollm2, capsys):
+    rows = [
+        {"question": f"q {n} " + "word " * (5000 if n == 7 else 3), "answer": f"a {n}"}
+        for n in range(30)
+    ]
+    source = jsonl(mine / "rows.jsonl", rows)
+    with pytest.raises(
+        WrongInput, match=r"line 8: 5,0\d\d tokens for smollm2-135m, more than 4,096"
+    ):
+        custom.create_task("mine", source)
+    custom.create_task("mine", source, custom.Choices(cut=True))
+    out = capsys.readouterr().out
+    assert "smollm2-135m: 1 rows over sequence_len (4,096 tokens)" in out
+    assert "not counted for llama-3.1-8b" in out or "llama-3.1-8b: " in out
+    pairs = [pair for pairs in read_sides("mine").values() for pair in pairs]
+    assert len(pairs) == 30 and sum("[…]" in prompt for prompt, _ in pairs) == 1
+    custom.create_task("other", source, custom.Choices(quarantine=True))
+    assert sum(map(len, read_sides("other").values())) == 29
+
+
+@pytest.mark.parametrize(("rows", "epochs"), [(40, 10), (300, 6), (5000, 4), (50_000, 2)])
+def test_steps_follow_from_the_rows(rows, epochs):
+    settings = custom.build_settings(900, rows, True)
+    assert (settings["num_epochs"], settings["max_steps"]) == (epochs, None)
+    assert settings["load_best_model_at_end"]
+    assert custom.build_settings(900, rows, False)["load_best_model_at_end"] is None
+    assert settings["sequence_len"] == 1536 and settings["eval_steps"] == settings["save_steps"]
+
+
+def test_a_recipe_of_ones_own_task_has_no_steps_of_the_demos(mine, capsys):
+    custom.create_task("late_filing", jsonl(mine / "rows.jsonl", TONES))
+    config = recipes.find("smollm2-135m/late_filing_r4").config
+    assert "max_steps" not in config
+    assert (config["num_epochs"], config["learning_rate"]) == (10, 0.0005)
+    assert config["save_steps"] == config["eval_steps"] == 6
 
 
 WRONG = {
-    "no pair": ([*TONES, {"text": "x"}], "line 61: no prompt and answer"),
+    "no pair": ([*TONES, {"text": "x"}], 'line 61: "prompt" is null'),
     "empty answer": ([*TONES, {"prompt": "p", "completion": " "}], "line 61: "),
     "three turns": (
-        [*TONES, {"messages": [{"role": "system", "content": "s"}]}],
-        "line 61: messages",
+        [{"messages": [{"role": "system", "content": "s"}]}],
+        'row 1: "messages" ends with the system',
     ),
     "few": (TONES[:9], "at least 10 prompts are needed"),
 }
@@ -357,10 +460,53 @@ def test_ten_thousand_runs_are_read(mine, capsys):
 def test_the_commands_answer_with_one_line():
     for arguments, said in (
         (("new",), "TASK=my_task and DATA=my.jsonl are needed"),
-        (("new", "x", "nowhere.jsonl"), "DATA=nowhere.jsonl is not there"),
+        (("new", "x", "nowhere.jsonl"), "nowhere.jsonl is not there"),
         (("import",), "CONFIG=finetune_configs.json is needed"),
     ):
         done = run(*arguments)
         assert done.returncode == 2
         assert done.stderr.startswith(f"error: {said}") and done.stderr.count("\n") == 1
     assert not (ROOT / "recipes" / "local" / "x.yaml").exists()
+
+
+CASES = ROOT.parent / "shared" / "cases" / "data"
+# Of each file: rows that train and test, and what is printed; or the refusal.
+TAKEN = {
+    "Sentences_AllAgree.txt": (60, "latin-1"),
+    "alpaca_pretty.json": (60, "Alpaca: prompt instruction, answer output, context input"),
+    "eos.jsonl": (60, "60 rows: end tokens taken off answers"),
+    "formfeed.jsonl": (20, "20 rows: page breaks made line breaks"),
+    "label_case.jsonl": (60, "answers: 3 labels"),
+    "letters.jsonl": (60, "answers: 4 labels: A, B, C, D"),
+    "list_answers.jsonl": (60, "answers: lists"),
+    "multiturn.jsonl": (60, "messages"),
+    "numeric.jsonl": (40, "answers: numbers"),
+    "qa_context.jsonl": (40, "not used: ticker, filing"),
+    "sharegpt.json": (60, "ShareGPT: messages conversations"),
+    "system.jsonl": (60, "answers: 3 labels"),
+    "text_label.csv": (60, "csv; text and label: prompt text, answer label"),
+}
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="../shared/cases/data is not at hand")
+@pytest.mark.parametrize("name", TAKEN)
+def test_the_rows_of_a_case_are_taken(mine, name, capsys):
+    custom.create_task("mine", CASES / name)
+    rows, said = TAKEN[name]
+    sides = read_sides("mine")
+    assert sum(map(len, sides.values())) == rows and all(sides.values())
+    assert said in capsys.readouterr().out
+    if name == "qa_context.jsonl":
+        assert all("PASSAGE-" in prompt for prompt, _ in sides["train"])
+    if name == "eos.jsonl":
+        assert {answer for _, answer in sides["train"]} == {"negative", "neutral", "positive"}
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="../shared/cases/data is not at hand")
+def test_the_rows_of_a_case_that_are_wrong_are_refused_and_may_be_left_out(mine, capsys):
+    with pytest.raises(WrongInput, match='no row can be read; .*line 1: the key "answer"'):
+        custom.create_task("mine", CASES / "dupkey.jsonl")
+    with pytest.raises(WrongInput, match='line 11: "answer" is empty; 2 more rows'):
+        custom.create_task("mine", CASES / "empties.jsonl")
+    custom.create_task("mine", CASES / "empties.jsonl", custom.Choices(quarantine=True))
+    assert sum(map(len, read_sides("mine").values())) == 57

@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from tools import prompts, recipes, rendering, sources
 from tools.common import ROOT, WrongInput, atomic, digest, nearest, shown
 from tools.data import bases, convert, turns
 from tools.data.formats import RowFile, open_rows
-from tools.data.intake import Intake, Options, take_in
+from tools.data.intake import Intake, IntakeOptions, take_in
 from tools.data.parts import escape
 from tools.data.shapes import Shape, parse_map, recognize
 from tools.data.split import TEST_SHARE, VALIDATION_SHARE, divide_rows
@@ -125,7 +125,7 @@ class OwnTask:
     def __post_init__(self) -> None:
         self.bases = bases.list_bases()
         common = recipes.read_matrix()["common"]
-        self.options = Options(
+        self.options = IntakeOptions(
             group=self.choices.group,
             time=self.choices.time,
             last_only=self.choices.last_only,
@@ -140,21 +140,30 @@ class OwnTask:
         intakes = {side: self.take_in(rows, side) for side, rows in held_out.items()}
         self.print_unrenderable(intake)
         self.print_lengths([intake, *intakes.values()])
-        answers = [text for one in (intake, *intakes.values()) for text in one.list_answers()]
+        answers = [text for part in (intake, *intakes.values()) for text in part.list_answers()]
         folded = fold_labels(answers)
         answers = [folded.get(answer, answer) for answer in answers]
         if folded:
             pairs = ", ".join(f"{answer} → {label}" for answer, label in list(folded.items())[:6])
             print(f"new        labels that differ in case are one: {pairs}")
-        labels = self.find_labels(answers)
-        if not labels:
+        labels, answer_names = self.find_labels(answers), list(intake.answers)
+        if labels and intake.marks.labels:  # spellings of one label are one stratum
+            numbers = {answer: number for number, answer in enumerate(intake.answers)}
+            for number, row_label in enumerate(intake.marks.labels):
+                answer = answer_names[row_label]
+                intake.marks.labels[number] = numbers.get(folded.get(answer, answer), row_label)
+        else:
             del intake.marks.labels[:]
         sides, rule = self.divide(intake, intakes, labels)
         counts = self.write_sides(intake, intakes, sides, folded)
-        self.write_tables(build_evaluation(self.task, answers, labels), labels, counts, rule)
+        evaluation = build_evaluation(self.task, answers, labels)
+        self.write_tables(evaluation, labels, counts, rule)
         print(f"new        {describe_counts(counts)}; {rule}")
-        kind = f"{len(labels)} labels ({', '.join(labels[:4])}…)" if labels else "no labels"
-        print(f"new        answers: {escape(kind)}; {shown(TASKS / f'{self.task}.yaml')}")
+        kind = evaluation["include"].removeprefix("../_own_").removesuffix(".yaml")
+        if labels:
+            more = ", …" if labels[8:] else ""
+            kind = f"{len(labels)} labels: {', '.join(labels[:8])}{more}"
+        print(f"new        answers: {escape(kind)} ({shown(TASKS / f'{self.task}.yaml')})")
         convert.convert_task(
             self.task, Path(), convert.Options(self.choices.quarantine, repair=self.choices.repair)
         )
@@ -173,7 +182,7 @@ class OwnTask:
             print_shape(rows, shape, [])
         options = self.options
         if rows is not self.rows:
-            options = Options(**vars(options) | {"group": None, "time": None})
+            options = IntakeOptions(**vars(options) | {"group": None, "time": None})
             if self.choices.group in rows.columns:
                 options.group = self.choices.group
         suffix = "" if side == "train" else f"_{side}"
@@ -205,10 +214,13 @@ class OwnTask:
         """Prints the first row as a base at hand will see it."""
         chat = orjson.loads(next(intake.read()))
         intake.spool.seek(0, 2)
-        for base in self.bases[:1]:
-            print(f"new        the first row as {base.name} sees it:")
-            for line in escape(base.render(chat)[:1500]).splitlines():
-                print(f"           {line}")
+        for base in self.bases:
+            with suppress(WrongInput):  # which `print_unrenderable` tells of
+                text = base.render(chat)[:1500]
+                print(f"new        the first row as {base.name} sees it:")
+                for line in escape(text).splitlines():
+                    print(f"           {line}")
+                return
 
     def print_unrenderable(self, intake: Intake) -> None:
         """Prints for each base at hand what its chat template refuses or leaves out of the rows."""
@@ -310,7 +322,7 @@ class OwnTask:
             for side, lines in rows.items():
                 for line in lines:
                     put(side, line)
-        self.longest = max(one.longest for one in (intake, *held_out.values()))
+        self.longest = max(part.longest for part in (intake, *held_out.values()))
         return counts
 
     # ---- files
@@ -342,9 +354,9 @@ class OwnTask:
     def build_tables(self, labels: list[str], counts: Counter[str], rule: str) -> dict[str, Any]:
         """The rows that a task adds to the tables of recipes/matrix.yaml and data/sources.yaml."""
         path = Path(self.rows.source).expanduser()
-        made = {"from": self.rows.name, "format": self.rows.format, "rows": dict(counts)}
-        made |= {"sha256": digest(path)} if path.is_file() else {}
-        made |= {"revision": self.rows.revision} if self.rows.revision else {}
+        origin = {"from": self.rows.name, "format": self.rows.format, "rows": dict(counts)}
+        origin |= {"sha256": digest(path)} if path.is_file() else {}
+        origin |= {"revision": self.rows.revision} if self.rows.revision else {}
         files = {side: shown(DATA / f"{self.task}_{side}.jsonl") for side in ("train", "val")}
         dataset = {"file": shown(DATA / f"{self.task}_test.jsonl")}
         task = {**files, "eval": [self.task], "split": rule, "shape": self.shape.to_dict()}
@@ -361,7 +373,7 @@ class OwnTask:
             "tasks": {self.task: row},
             "sources": {
                 "datasets": {self.task: dataset | ({"labels": labels} if labels else {})},
-                "tasks": {self.task: task | {"made": made}},
+                "tasks": {self.task: task | {"made": origin}},
             },
         }
 
@@ -396,7 +408,7 @@ def build_settings(longest: int, rows: int, validated: bool) -> dict[str, Any]:
     """Batch, length and steps that follow from the rows; `longest` is a row's in bytes.
 
     A token is a byte at least, so rows of fewer bytes than sequence_len fit every base. Validation
-    and saving fall on the same steps, so that Axolotl keeps the checkpoint that validates best.
+    and saving fall on the same steps, so that the run can be the checkpoint that validates best.
     """
     limit = recipes.read_matrix()["common"]["sequence_len"]
     room = LENGTH_STEP * math.ceil((longest + TEMPLATE_BYTES) / LENGTH_STEP)
@@ -416,4 +428,5 @@ def build_settings(longest: int, rows: int, validated: bool) -> dict[str, Any]:
         "sequence_len": min(limit, room),
         "save_steps": every,
         "eval_steps": every if validated else None,
+        "load_best_model_at_end": True if validated else None,
     }

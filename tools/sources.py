@@ -86,7 +86,7 @@ def drop_missing_validation(config: dict[str, Any]) -> tuple[dict[str, Any], str
         validation = manifest(train).get("validation") or {}
         if validation.get("rows"):
             continue
-        dropped = {"test_datasets", "eval_steps", "evals_per_epoch"}
+        dropped = {"test_datasets", "eval_steps", "evals_per_epoch", "load_best_model_at_end"}
         reason = validation.get("reason") or f"{shown(train)} was made without validation rows"
         return {key: value for key, value in config.items() if key not in dropped}, reason
     return config, ""

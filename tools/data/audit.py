@@ -14,6 +14,7 @@ data/sources.yaml under `audit`. The rows of one task are in memory at a time.
 
 import json
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -23,7 +24,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-from tools import sources
+from tools import recipes, sources
 from tools.common import (
     ROOT,
     WrongInput,
@@ -31,11 +32,10 @@ from tools.common import (
     check_name,
     digest,
     git_blob,
-    read_yaml,
     shown,
     write_json,
 )
-from tools.data import duplicates, formulas
+from tools.data import duplicates, formulas, turns
 from tools.data.parts import (
     EXAMPLES,
     Finding,
@@ -97,6 +97,8 @@ def audit(tasks: list[str]) -> dict[str, Any]:
             continue
         for part in parts:
             findings += check_rows(part)
+            findings += check_spellings(part)
+            findings += check_mojibake(part)
             findings += check_balance(part)
             findings += check_templates(part)
             findings += check_lengths(part, find_sequence_len(task))
@@ -158,6 +160,34 @@ def check_rows(part: Part) -> Iterator[Finding]:
         "labels": dict(counts.most_common(20)),
         "chars": count_bins(map(count_chars, part.prompts, part.answers)),
     }
+
+
+def check_spellings(part: Part) -> Iterator[Finding]:
+    """Answers that differ in case or spaces alone, where answers are few."""
+    counts = Counter(part.answers)
+    if len(counts) * 2 > len(part.answers):
+        return
+    if folded := turns.fold_spellings(counts):
+        count = sum(counts[answer] for answer in folded)
+        text = count_noun(count, "answer differs", "answers differ")
+        pairs = [f"{answer[:40]} for {label[:40]}" for answer, label in folded.items()]
+        text += f" from another in case or spaces alone: {escape(', '.join(pairs[:5]))}"
+        rows = [row for row, answer in enumerate(part.answers) if answer in folded]
+        yield part.finding(("warning", "spellings", "certain"), text, count, rows[:EXAMPLES])
+
+
+# UTF-8 that was read as Windows-1252: é becomes Ã©, ’ becomes â€™.
+MOJIBAKE = re.compile("Ã[\x80-\xbf©¨¤¶¼ª«§±³²º¹]|â€[\x80-\xbf™œ“”˜¦\x9d]|Â[\xa0-\xbf]|\ufffd")
+
+
+def check_mojibake(part: Part) -> Iterator[Finding]:
+    """Rows whose letters were decoded wrongly."""
+    texts = zip(part.prompts, part.answers, strict=True)
+    rows = [n for n, pair in enumerate(texts) if any(map(MOJIBAKE.search, pair))]
+    if rows:
+        text = count_noun(len(rows), "row holds", "rows hold")
+        text += " letters that were decoded wrongly (such as Ã© for é)"
+        yield part.finding(("warning", "mojibake", "high"), text, len(rows), rows[:EXAMPLES])
 
 
 def count_chars(prompt: str, answer: str) -> int:
@@ -253,7 +283,7 @@ def read_tokenizer(path: Path) -> Any:
 
 def find_sequence_len(task: str) -> int:
     """Tokens that the task's recipes train on at most."""
-    matrix = read_yaml(ROOT / "recipes" / "matrix.yaml")
+    matrix = recipes.read_matrix()
     settings = (matrix["tasks"].get(task) or {}).get("settings", {})
     return int(settings.get("sequence_len", matrix["common"]["sequence_len"]))
 

@@ -44,7 +44,8 @@ def find_repeats(parts: list[Part]) -> Iterator[Finding]:
             if pairs:
                 text = count_noun(len(pairs), "prompt stands", "prompts stand")
                 text += f" in {source.name} too, but for case and spaces"
-                kind = ("error", "leak") if source.split == "train" else ("note", "overlap")
+                is_leak = source.split == "train" and part.split != "train"
+                kind = ("error", "leak") if is_leak else ("note", "overlap")
                 examples = show_pairs(source, part, pairs)
                 yield part.finding((*kind, "certain"), text, len(pairs), examples)
     yield from find_contradictions(parts, groups)
@@ -142,7 +143,7 @@ class Near:
             text += (
                 f"similarity of {SIMILAR} or more, the same numbers), {same} with the same answer"
             )
-            is_leak = a.split == "train" and b.split == "test"
+            is_leak = a.split == "train" and b.split != "train"
             check = "near leak" if is_leak else "near duplicates"
             grade = ("warning" if is_leak and same else "note", check, "medium")
             yield b.finding(grade, text, len(pairs), show_pairs(a, b, pairs))

@@ -1,6 +1,6 @@
 """Takes in a file of rows: makes chat rows of them on the disk, and says what is in them.
 
-    intake = take_in(open_rows("my.csv"), shape, Options())
+    intake = take_in(open_rows("my.csv"), shape, IntakeOptions(), path)
     intake.rows, intake.refusals, intake.answers        counts, bad rows, the answers or a sample
 
 Memory does not grow with the texts: a row leaves its marks (tools/data/split.py) and its answer
@@ -33,7 +33,7 @@ GAP = "\n[…]\n"  # in place of the middle of a prompt
 
 
 @dataclass
-class Options:
+class IntakeOptions:
     """What a user asks for: columns that group or order rows, and what becomes of long rows."""
 
     group: str | None = None
@@ -89,7 +89,7 @@ def hash_mark(text: str) -> int:
     return int.from_bytes(fingerprint(text)[:8], "big")
 
 
-def take_in(rows: Any, shape: Shape, options: Options, refused: Path) -> Intake:
+def take_in(rows: Any, shape: Shape, options: IntakeOptions, refused: Path) -> Intake:
     """The chat rows of a file; bad rows are counted, and written to the file `refused`."""
     spool = TemporaryFile(dir=refused.parent)  # noqa: SIM115
     intake = Intake(spool, refusals=Refusals(rows.name))
@@ -164,7 +164,7 @@ def train_on_last(messages: list[turns.Turn]) -> None:
 # ---- Lengths
 
 
-def check_lengths(chats: list[dict[str, Any]], intake: Intake, options: Options) -> list[str]:
+def check_lengths(chats: list[dict[str, Any]], intake: Intake, options: IntakeOptions) -> list[str]:
     """Why each row is too long for a base at hand; "" where it fits, or fits after a cut.
 
     A token is a byte at least, so only rows with more bytes than the limit are tokenized.
@@ -187,11 +187,8 @@ def check_lengths(chats: list[dict[str, Any]], intake: Intake, options: Options)
         ]
         counts = base.count_tokens([chats[number] for number in long])
         for number, count in zip(long, counts, strict=True):
-            if isinstance(count, str):
-                reasons[number] = count
-                continue
-            if count <= room:
-                continue
+            if isinstance(count, str) or count <= room:
+                continue  # a template that refuses a row is no matter of its length
             intake.over[base.name] += 1
             if options.cut and cut_prompt(chats[number], base, room):
                 intake.cut += 1

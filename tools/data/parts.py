@@ -102,6 +102,8 @@ def find_parts(task: str, folder: Path) -> list[Part]:
     # The keys of a mixture are checked if those of all its sets are; class counts are of one set.
     check = {"check": facts[0].get("check")} if all(f == facts[0] for f in facts) else {}
     parts = [(folder / spec["train"], "train", spec["eval"], check)]
+    if "val" in spec:
+        parts.append((folder / spec["val"], "validation", spec["eval"], check))
     # A multi-task set without a file of its own repeats its parts.
     if "parts" in spec and not parts[0][0].is_file():
         return []

@@ -219,8 +219,6 @@ def parse_row(
     prompt, answer = prompt.strip(), answer.strip()
     if not prompt or not answer:
         raise ValueError(f'"{"target" if prompt else "context"}" is empty')
-    if len(answer) < 5:
-        turns.require_answer(answer, "target")
     answer = check_answer(prompt, answer, rules)
     return prompt, answer, build_chat_row(prompt, answer)
 
@@ -229,7 +227,13 @@ def parse_chat_row(
     line: bytes, row: dict[str, Any], rules: Rules, repairs: Counter[str]
 ) -> tuple[str, str, bytes]:
     """The same of a line that is a chat row; what its `tools` and turns hold stays in it."""
-    if orjson.dumps(row) != line.strip():  # or it has no key twice and no long number
+    if orjson.dumps(row) == line.strip():  # so it has no key twice and no long number
+        if is_plain_pair(line, row):  # most rows, and the rest takes three times as long
+            prompt, answer = (turn["content"].strip() for turn in row["messages"])
+            if prompt and len(answer) > max(map(len, turns.MISSING)):
+                answer = check_answer(prompt, answer, rules)
+                return prompt, answer, build_chat_row(prompt, answer)
+    else:
         row = json.loads(line, object_pairs_hook=unique)
     chat = mend_chat({"messages": turns.read_turns(row["messages"], "messages")}, repairs)
     if tools := turns.read_tools(row.get("tools"), "tools"):
@@ -241,6 +245,24 @@ def parse_chat_row(
         return prompt, turns.write_answer(last), write_chat_row(chat)
     last["content"] = check_answer(prompt, last["content"], rules)
     return prompt, last["content"], write_chat_row(chat)
+
+
+def is_plain_pair(line: bytes, row: dict[str, Any]) -> bool:
+    """Whether a row is a user's turn and an assistant's, in which nothing can be mended."""
+    messages = row["messages"]
+    return (
+        row.keys() == {"messages"}
+        and isinstance(messages, list)
+        and [turn.get("role") if isinstance(turn, dict) else "" for turn in messages]
+        == ["user", "assistant"]
+        and all(
+            turn.keys() == {"role", "content"} and isinstance(turn["content"], str)
+            for turn in messages
+        )
+        and b"\x7f" not in line
+        and not ASCII_ESCAPE.search(line)
+        and not any(hint in line for hint in TOKEN_HINTS)
+    )
 
 
 def mend_chat(chat: dict[str, Any], repairs: Counter[str]) -> dict[str, Any]:

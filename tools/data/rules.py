@@ -124,8 +124,8 @@ def clean_turns(messages: list[dict[str, Any]]) -> int:
     repaired = 0
     for number, message in enumerate(messages, 1):
         text = message.get("content")
-        if not isinstance(text, str):
-            continue
+        if not isinstance(text, str) or ("<" not in text and "[" not in text):
+            continue  # every control token has one of the two
         if message["role"] == "assistant":
             message["content"] = strip_end_tokens(text)
             repaired += message["content"] != text

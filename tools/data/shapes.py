@@ -368,8 +368,8 @@ class Shape:
             return text
         if text.casefold() in spellings:
             return spellings[text.casefold()]
-        known = ", ".join(f"{key}={name}" for key, name in self.names.items())
-        raise ValueError(f'"{column}" is "{text[:60]}", none of the labels {known}')
+        accepted = ", ".join(f"{key}={name}" for key, name in self.names.items())
+        raise ValueError(f'"{column}" is "{text[:60]}", none of the labels {accepted}')
 
 
 # ---- recognition
@@ -409,7 +409,8 @@ def recognize(
     sample = [row for _, row in islice(iter(rows), SAMPLED) if isinstance(row, dict)]
     columns = list(dict.fromkeys([*(rows.columns or ()), *(key for row in sample for key in row)]))
     if not columns:
-        raise WrongInput(f"{name_rows(rows)}: no row can be read, so no column is known")
+        place, reason = next(iter(rows), ("", "it has none"))
+        raise WrongInput(f"{name_rows(rows)}: no row can be read; the first, {place}: {reason}")
     shape = map_columns(columns, mapping) if mapping else find_shape(columns)
     if shape is None:
         raise WrongInput(f"{name_rows(rows)}: {explain_unknown(columns)}")
@@ -465,13 +466,13 @@ def find_shape(columns: list[str]) -> Shape | None:
     def pick(names: tuple[str, ...]) -> str | None:
         return next((by_name[name] for name in names if name in by_name), None)
 
-    for known in KNOWN:
-        picked = {part: pick(names) for part, names in known.needed.items()}
-        picked |= {part: pick(names) for part, names in known.optional.items()}
+    for candidate in KNOWN:
+        picked = {part: pick(names) for part, names in candidate.needed.items()}
+        picked |= {part: pick(names) for part, names in candidate.optional.items()}
         chosen = {part: column for part, column in picked.items() if column is not None}
         distinct = len(set(chosen.values())) == len(chosen)
-        if known.needed.keys() <= chosen.keys() and distinct:
-            return Shape(known.kind, chosen, known.order)
+        if candidate.needed.keys() <= chosen.keys() and distinct:
+            return Shape(candidate.kind, chosen, candidate.order)
     prompt = pick(PROMPTS)
     return Shape("prompts without answers", {"prompt": prompt}) if prompt else None
 
@@ -496,10 +497,10 @@ def check_template(shape: Shape, columns: list[str]) -> None:
             f"TEMPLATE: {error}; a brace of the text is doubled: {{{{ or }}}}"
         ) from None
     fields = [name for _, name, _, _ in parsed if name is not None]
-    known = [*shape.columns, *columns, "labels"]
+    names = [*shape.columns, *columns, "labels"]
     for name, extra, conversion in ((n, e, c) for _, n, e, c in parsed if n is not None):
-        if name not in known or extra or conversion:
-            hint = nearest(name, known) or f"; there are {', '.join(columns)}"
+        if name not in names or extra or conversion:
+            hint = nearest(name, names) or f"; there are {', '.join(columns)}"
             raise WrongInput(f'TEMPLATE: "{{{name}}}" is no column{hint}')
     if not set(fields) - {"labels"}:
         raise WrongInput('TEMPLATE: name a column in braces, such as "{text}"')

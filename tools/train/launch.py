@@ -109,6 +109,13 @@ def finish(recipe: recipes.Recipe, profile: str, data: list[dict[str, Any]]) -> 
         "platform": platform.platform(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    rows = sum(entry["rows"] for entry in data if entry["split"] == "train")
+    dropped = rows - stats.get("rows_trained", rows)
+    if dropped > 0 and not recipe.config.get("val_set_size"):
+        print(
+            f"train      {dropped} of {rows} rows were longer than "
+            f"sequence_len ({recipe.config.get('sequence_len')}) and were not trained on"
+        )
     share(run.folder)
     write_json(run.info_file, content)
     run.stats_file.unlink()

@@ -128,6 +128,8 @@ class RunPlugin(BasePlugin):
             Path(cfg.output_dir) / "stats.json",
             {
                 "steps": state.global_step,
+                # Axolotl drops rows that are longer than sequence_len.
+                "rows_trained": len(self.trainer.train_dataset),
                 "epochs": round(state.epoch or 0.0, 4),
                 "train_loss": mean([line["loss"] for line in lines if "loss" in line]),
                 "last_loss": find_last(lines, "loss"),
