@@ -828,7 +828,7 @@ MENDED = [
 def test_what_can_be_repaired_is_repaired_and_counted(source, target, row, prompt, answer, repair):
     source.write_text(json.dumps(row) + "\n")
     manifest = convert_rows(source, target)
-    assert turns(target) == [(prompt, answer)]
+    assert read_turns(target) == [(prompt, answer)]
     assert manifest["repairs"] == {repair: 1}
 
 

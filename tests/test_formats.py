@@ -100,10 +100,11 @@ def test_a_format_is_recognized_by_its_content(name, read):
     assert [row for _, row in rows] == expected  # it can be read again
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:a\n"
 REFUSED = {
     "an empty file": (b"", "the file is empty"),
     "white space": (b" \n\n", "the file is empty"),
-    "a pointer of Git LFS": (common.LFS_POINTER + b"v1\noid sha256:a\n", "Git LFS pointer"),
+    "a pointer of Git LFS": (LFS_POINTER, "Git LFS pointer"),
     "a web page": (b"<!DOCTYPE html><html>", "this is a web page"),
     "a sheet of Excel": (b"PK\x03\x04\x14\x00", "zip or Excel file"),
     "a PDF": (b"%PDF-1.7", "this is a PDF"),

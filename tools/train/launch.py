@@ -110,7 +110,7 @@ def finish(recipe: recipes.Recipe, profile: str, data: list[dict[str, Any]]) -> 
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     rows = sum(entry["rows"] for entry in data if entry["split"] == "train")
-    dropped = rows - stats.get("rows_trained", rows)
+    dropped = rows - content.get("rows_trained", rows)
     if dropped > 0 and not recipe.config.get("val_set_size"):
         print(
             f"train      {dropped} of {rows} rows were longer than "
