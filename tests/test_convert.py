@@ -734,7 +734,7 @@ def test_the_command_counts_with_the_tokenizer_of_a_folder(
     assert sources.manifest(target)["tokens"]["prompt"]["max"] > 1000
     for more, message in [
         (["--sequence-len", "100"], "more than the sequence_len of 100"),
-        (["--sequence-len", "long"], "SEQUENCE_LEN: 'long' is not a valid integer"),
+        (["--sequence-len", "long"], "SEQUENCE_LEN must be a whole number of at least 1"),
         (["--tokenizer", source.parent], f"{source.parent} holds no tokenizer"),
     ]:
         with pytest.raises(SystemExit, match="2"):
@@ -879,7 +879,7 @@ def test_chat_rows_are_converted_as_they_are(source, target):
     assert target.read_bytes() == source.read_bytes()
 
 
-REFUSED = {
+UNTRAINABLE = {
     "a control token": ({"context": "<|im_start|>user", "target": "a"}, "is a control token"),
     "one in a turn": ({"messages": [{"role": "user", "content": "a [INST] b"}, PAIR[1]]}, "[INST]"),
     "nan in a turn": ({"messages": [PAIR[0], {"role": "assistant", "content": "NaN"}]}, "missing"),
@@ -888,7 +888,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("row", "reason"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(("row", "reason"), UNTRAINABLE.values(), ids=UNTRAINABLE)
 def test_a_row_that_cannot_be_trained_is_refused(source, target, row, reason):
     source.write_text(json.dumps({"context": "q", "target": "a"}) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(WrongInput) as error:
