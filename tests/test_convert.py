@@ -843,7 +843,7 @@ def test_chat_rows_are_converted_as_they_are(source, target):
     assert target.read_bytes() == source.read_bytes()
 
 
-REFUSED = {
+UNTRAINABLE = {
     "a control token": ({"context": "<|im_start|>user", "target": "a"}, "is a control token"),
     "one in a turn": ({"messages": [{"role": "user", "content": "a [INST] b"}, PAIR[1]]}, "[INST]"),
     "nan in a turn": ({"messages": [PAIR[0], {"role": "assistant", "content": "NaN"}]}, "missing"),
@@ -852,7 +852,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("row", "reason"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(("row", "reason"), UNTRAINABLE.values(), ids=UNTRAINABLE)
 def test_a_row_that_cannot_be_trained_is_refused(source, target, row, reason):
     source.write_text(json.dumps({"context": "q", "target": "a"}) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(WrongInput) as error:
