@@ -348,6 +348,11 @@ def test_the_reported_files_are_read():
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+def list_folders(files):
+    names = dict.fromkeys(file.rpartition("/")[0] for file in files if "/" in file)
+    return [{"type": "directory", "path": name, "size": 0, "oid": "2" * 40} for name in names]
+
+
 class Datasets(BaseHTTPRequestHandler):
     """Datasets of a Hub, as its client asks for them: facts, listings and files at a commit."""
 
@@ -389,7 +394,9 @@ class Datasets(BaseHTTPRequestHandler):
             facts = {"id": f"{name}/{repo}", "sha": COMMIT, "siblings": siblings, "tags": []}
             return self.reply(facts | {"private": False, "downloads": 0, "likes": 0})
         if path.startswith("/api/") and rest.startswith("tree/"):
-            return self.reply(listing)
+            folder = rest.removeprefix("tree/").partition("/")[2]
+            inside = [e for e in listing if e["path"].startswith(f"{folder}/" if folder else "")]
+            return self.reply(inside if folder else [*list_folders(files), *inside])
         if path.startswith("/api/") and rest.startswith("paths-info/"):
             length = int(self.headers.get("Content-Length") or 0)
             wanted = self.rfile.read(length).decode()

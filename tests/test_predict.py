@@ -217,6 +217,7 @@ def make_adapter(base, folder):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dataset", ["fpb", "xbrl_term"])
 def test_the_answers_are_those_of_eval(dataset, smollm2, workplace, monkeypatch):  # noqa: F811
     (workplace / "models").symlink_to(common.ROOT / "models")  # the base is named from here

@@ -111,11 +111,15 @@ def name_split(source: str, split: str) -> str:
 @contextmanager
 def explain(name: str) -> Iterator[None]:
     """Turns what `datasets` and the Hub's client raise into one line."""
-    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+    from datasets.data_files import EmptyDatasetError
+    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError, DatasetsError
 
     try:
         with explain_errors(name):
-            yield
+            try:
+                yield
+            except (EmptyDatasetError, DataFilesNotFoundError):
+                raise WrongInput(f"{name} holds no files of rows that `datasets` reads") from None
     except (WrongInput, JobFailed):
         raise
     except DatasetNotFoundError:

@@ -119,7 +119,8 @@ def find_shape(rows: RowFile, recorded: dict[str, Any], request: Request) -> Sha
         return recognize(rows, mapping or None, request.template)
     content = recorded | {"columns": recorded["columns"] | mapping}
     if request.template is not None:
-        content["template"] = recognize(rows, content["columns"], request.template).template
+        present = {p: c for p, c in content["columns"].items() if c in rows.columns}
+        content["template"] = recognize(rows, present, request.template).template
     shape = Shape(**content)
     if missing := shape.list_missing(rows.columns):
         raise WrongInput(
