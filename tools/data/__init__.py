@@ -1,14 +1,18 @@
-"""From FinLoRA's files to the rows that training and evaluation read.
+"""From FinLoRA's files, or the user's own, to the rows that training and evaluation read.
 
-    fetch ─▶ rows ─▶ convert ─▶ data/chat/<task>_train.jsonl, _val.jsonl, <dataset>_test.jsonl
-               │        ├ rules      labels, repairs and removals of a dataset or task
-               │        ├ swap       whether two labels of a file are swapped
-               │        ├ lengths    tokens of each row
-               │        └ split      rows that validate
-               └─▶ audit ─▶ runs/audit/, data/README.md (card)
-                        ├ duplicates
-                        └ formulas   computed answer keys
+    own file ─▶ formats ─▶ shapes ─▶ intake ─▶ data/local/ ─────────────┐
+                   │         └ turns     what a chat row may hold       │
+                   └ encodings, jsonstream, tables, hub_rows, writers   │
+                                                                        ▼
+    fetch ─▶ data/raw/ ───────────────────────────────────────▶ rows ─▶ convert ─▶ data/chat/
 
-Each converted file has a manifest beside it. `tasks` converts all files of a task, and `join` makes
-multi-task sets from their parts.
+    convert uses  rules      labels, repairs and removals of a dataset or task
+                  swap       whether two labels of a file are swapped
+                  lengths    tokens of each row
+                  split      rows that validate
+    look          shows a row as the model sees it
+    audit         runs/audit/ and data/README.md (card), by duplicates and formulas
+
+Each converted file has a manifest beside it. `make new` and `make data` convert all files of a
+task, and `join` makes multi-task sets from their parts.
 """

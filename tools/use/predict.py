@@ -10,7 +10,6 @@ by row beside OUT, so the same command goes on where it was interrupted.
 
 import hashlib
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -429,7 +428,7 @@ def predict(subject: "Subject | Endpoint", request: Request) -> None:
                 job.saved.path.unlink()
         except Timeout:
             raise WrongInput(f"another job is writing OUT={request.out}; wait for it") from None
-    os.unlink(lock.lock_file) if os.path.exists(lock.lock_file) else None
+    Path(lock.lock_file).unlink(missing_ok=True)
     print(f"predict    {answered:,} rows are answered in {shown(request.out)}")
     if errors:
         raise JobFailed(f"{errors:,} of {answered + errors:,} rows have no answer; {escape(first)}")
