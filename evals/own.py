@@ -45,8 +45,8 @@ def find_kind(answers: Sequence[str]) -> str:
     if any(map(own.read_calls, sample)):
         return "calls"
     tests: dict[str, Callable[[str], bool]] = {
-        "objects": lambda answer: isinstance(own.parse_json(answer), dict) and answer[0] == "{",
-        "lists": lambda answer: isinstance(own.parse_json(answer), list) and answer[0] == "[",
+        "objects": lambda answer: isinstance(own.find_json(answer), dict) and answer[0] == "{",
+        "lists": lambda answer: isinstance(own.find_json(answer), list) and answer[0] == "[",
         "numbers": utils.is_number,
     }
     for kind, test in tests.items():

@@ -91,7 +91,7 @@ def format_label(measurement: Measurement) -> str:
     return f"`{measurement.recipe}`{variant}"
 
 
-def format_table(measurements: list[Measurement]) -> str:
+def build_table(measurements: list[Measurement]) -> str:
     rows = [
         ["recipe", "test rows", "metric", "base, %", "adapter, %", "gain, points"],
         ["---", "---", "---", "---:", "---:", "---:"],
@@ -122,7 +122,7 @@ def format_caption(measurements: list[Measurement]) -> str:
 def format_block(measurements: list[Measurement]) -> str:
     return (
         f"![Score of base and adapter]({FIGURE.relative_to(ROOT)})\n\n"
-        f"{format_table(measurements)}\n{format_caption(measurements)}"
+        f"{build_table(measurements)}\n{format_caption(measurements)}"
     )
 
 

@@ -707,9 +707,9 @@ def own_place(place, monkeypatch):
     monkeypatch.setattr(sources, "OWN", place / "recipes" / "local")
     monkeypatch.setattr(custom, "DATA", place / "data" / "local")
     monkeypatch.setattr(custom, "TASKS", place / "evals" / "tasks" / "local")
-    custom.clear_caches()
+    custom.forget_tables()
     yield place
-    custom.clear_caches()
+    custom.forget_tables()
 
 
 @pytest.mark.parametrize("what", [*ANSWERS, "turns", "calls"])

@@ -335,7 +335,7 @@ class OwnTask:
         self.undo.callback(self.forget)
         write_own(evaluation_file, self.rows.name, evaluation)
         write_own(own_file, self.rows.name, self.build_tables(labels, counts, rule))
-        clear_caches()
+        forget_tables()
         names = [name for name, parts in recipes.list_names().items() if parts[1] == self.task]
         for name in names:
             path = recipes.LOCAL / f"{name}.yaml"
@@ -349,7 +349,7 @@ class OwnTask:
             path.unlink(missing_ok=True)
         for side in ("train", "val", "test"):
             convert.remove(sources.CHAT / f"{self.task}_{side}.jsonl")
-        clear_caches()
+        forget_tables()
 
     def build_tables(self, labels: list[str], counts: Counter[str], rule: str) -> dict[str, Any]:
         """The rows that a task adds to the tables of recipes/matrix.yaml and data/sources.yaml."""
@@ -378,7 +378,7 @@ class OwnTask:
         }
 
 
-def clear_caches() -> None:
+def forget_tables() -> None:
     sources.tables.cache_clear()
     recipes.clear_caches()
 

@@ -65,7 +65,7 @@ read_published_tables = cache(sources.published_tables)  # without the user's ow
 
 
 @cache
-def identify(file: Path) -> str | None:
+def recognize_file(file: Path) -> str | None:
     """The task that a training file of FinLoRA's is for, by its content; None for other files."""
     with open(file, "rb") as content:
         pointer = LFS_DIGEST.match(content.read(300))
@@ -94,7 +94,7 @@ def find_data(run: dict[str, Any], source: Path) -> tuple[str, Path | None]:
         raise ValueError(
             f"dataset_path: {run['dataset_path']} is not there, and no file of FinLoRA's"
         )
-    if task := identify(file):
+    if task := recognize_file(file):
         return task, None
     stem = re.sub(r"\W+", "_", file.stem.removesuffix("_train")).strip("_").lower() or "data"
     stem = stem if stem[0].isalpha() else f"data_{stem}"
@@ -113,7 +113,7 @@ def build_source(task: str, file: Path) -> dict[str, Any]:
     return {"sources": {"tasks": {task: {"train": str(file), "eval": []}}}}
 
 
-def build_config(name: str, run: dict[str, Any], task: str) -> dict[str, Any]:
+def build_run_config(name: str, run: dict[str, Any], task: str) -> dict[str, Any]:
     """The Axolotl config of a run that trains on a task's rows."""
     base = recipes.find_base(run["base_model"])[1] or {"hub": run["base_model"], "settings": {}}
     settings = {
@@ -173,7 +173,7 @@ def import_run(name: str, run: Any, source: Path) -> bool:
     if faults := list_faults(name, run):
         raise ValueError("; ".join(faults))
     task, file = find_data(run, source)
-    config = build_config(name, run, task)
+    config = build_run_config(name, run, task)
     twin = None if file else find_twin(config)
     if twin and not twin.differences:
         print(f"catalogue  {name} is {twin.name}")
@@ -209,7 +209,7 @@ def import_runs(source: Path) -> None:
     runs = parse_json(source.read_bytes(), shown(source))
     if not runs:
         raise WrongInput(f"{shown(source)}: an object of run names and settings is needed")
-    identify.cache_clear()  # a file may have changed since
+    recognize_file.cache_clear()  # a file may have changed since
     problems, written = dict[str, str](), 0
     for name, run in runs.items():
         try:

@@ -162,7 +162,7 @@ def number(expected: str, answer: str, prompt: str) -> Scores:
 OPENING = re.compile(r"[\[{]")
 
 
-def parse_json(text: str) -> Any:
+def find_json(text: str) -> Any:
     """The first list or object in a text, as JSON or as Python writes it; None without one."""
     text = text.strip()
     try:
@@ -203,7 +203,7 @@ def freeze(value: Any) -> str:
 @process_results
 def items(expected: str, answer: str, prompt: str) -> Scores:
     """A list: the same items, in the same order for `exact_match`, and how many are shared."""
-    wanted, answered = parse_json(expected), parse_json(answer)
+    wanted, answered = find_json(expected), find_json(answer)
     if not isinstance(wanted, list):
         exact = float(join_spaces(expected) == join_spaces(answer))
         return {"accuracy": exact, "exact_match": exact, "item_f1": exact}
@@ -223,7 +223,7 @@ def items(expected: str, answer: str, prompt: str) -> Scores:
 @process_results
 def fields(expected: str, answer: str, prompt: str) -> Scores:
     """An object: equal as a whole, and the share of its fields that are right."""
-    wanted, answered = parse_json(expected), parse_json(answer)
+    wanted, answered = find_json(expected), find_json(answer)
     if not isinstance(wanted, dict):
         exact = float(join_spaces(expected) == join_spaces(answer))
         return {"exact_match": exact, "field_accuracy": exact}
@@ -252,7 +252,7 @@ def read_calls(text: str) -> list[tuple[str, str]]:
             if not isinstance(call, dict) or not isinstance(call.get("name"), str):
                 continue
             arguments = call.get("arguments", call.get("parameters"))
-            arguments = parse_json(arguments) if isinstance(arguments, str) else arguments
+            arguments = find_json(arguments) if isinstance(arguments, str) else arguments
             if isinstance(arguments, dict):
                 pairs.append((call["name"], freeze(arguments)))
     return pairs

@@ -30,7 +30,7 @@ from tools.common import WrongInput, atomic, digest, naming, shown, write_json
 from tools.data.rows import MAX_LINE, NO_RULES, Batch, Refusals, Rules, read_batches
 from tools.data.rules import fingerprint
 from tools.data.split import draw_validation
-from tools.data.turns import write_prompt
+from tools.data.turns import join_turns
 
 if TYPE_CHECKING:
     from tools.data.lengths import Lengths
@@ -206,7 +206,7 @@ class Conversion:
         rows.seek(0)
         for line in rows:
             *before, last = orjson.loads(line)["messages"]
-            side = sides[fingerprint(write_prompt(before)) in marks]
+            side = sides[fingerprint(join_turns(before)) in marks]
             side.add(line, [last["content"]] if self.rules.labels else ())
         held_out = {"rows": sum(copies[mark] for mark in marks), "prompts": len(marks)}
         if marks:

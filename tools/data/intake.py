@@ -142,7 +142,7 @@ def add_row(intake: Intake, chat: dict[str, Any], numbers: dict[str, int]) -> No
     messages = chat["messages"]
     intake.spool.write(write_chat_row(chat))
     intake.rows += 1
-    intake.marks.prompts.append(hash_mark(turns.write_prompt(messages[:-1])))
+    intake.marks.prompts.append(hash_mark(turns.join_turns(messages[:-1])))
     answer = turns.write_answer(messages[-1])
     if intake.add_answer(answer) < 0:
         numbers.clear()

@@ -18,7 +18,7 @@ import orjson
 
 from tools.common import ROOT, WrongInput, digest
 from tools.data.rows import Batch, write_chat_row
-from tools.data.turns import write_prompt
+from tools.data.turns import join_turns
 from tools.prompts import read_conversation, render, render_row
 
 GAP = "\n[…]\n"  # in place of the middle of a prompt
@@ -71,7 +71,7 @@ class Lengths:
             if cut and (chat := self.cut_middle(batch.chat[index])):
                 batch.chat[index] = chat
                 messages = orjson.loads(chat)["messages"]
-                batch.prompts[index] = write_prompt(messages[:-1])
+                batch.prompts[index] = join_turns(messages[:-1])
                 self.cut += 1
                 fits[-1] = True
                 continue

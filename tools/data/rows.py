@@ -239,7 +239,7 @@ def parse_chat_row(
     if tools := turns.read_tools(row.get("tools"), "tools"):
         chat["tools"] = tools
     messages = chat["messages"]
-    prompt = turns.write_prompt(messages[:-1])
+    prompt = turns.join_turns(messages[:-1])
     last = messages[-1]
     if last.get("tool_calls"):
         return prompt, turns.write_answer(last), write_chat_row(chat)

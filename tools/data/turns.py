@@ -138,11 +138,11 @@ def read_turn(turn: Any, where: str) -> Turn:
         )
     content = read_content(next((turn[k] for k in CONTENT_KEYS if k in turn), None), where)
     if role == "call":
-        return {"role": "assistant", "content": "", "tool_calls": read_calls(content, where)}
+        return {"role": "assistant", "content": "", "tool_calls": parse_calls(content, where)}
     row: Turn = {"role": role, "content": content}
     calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else [])
     if calls and role == "assistant":
-        row["tool_calls"] = read_calls(calls, where)
+        row["tool_calls"] = parse_calls(calls, where)
     if role == "tool":
         row |= {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key)}
     if role == "assistant" and (turn.get("weight") == 0 or turn.get("train") is False):
@@ -163,7 +163,7 @@ def read_content(content: Any, where: str) -> str:
     return write_value(content, where)
 
 
-def read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+def parse_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     """Tool calls as OpenAI writes them, with their arguments as JSON text."""
     if isinstance(calls, str):
         try:
@@ -251,7 +251,7 @@ def check_row(row: dict[str, Any], name: str = "messages") -> None:
         raise ValueError(f'"{name}" has no assistant turn to train on: all have weight 0')
 
 
-def write_prompt(messages: Iterable[Turn]) -> str:
+def join_turns(messages: Iterable[Turn]) -> str:
     """The turns before an answer as one text, by which prompts are compared and split."""
     turns = list(messages)
     if len(turns) == 1:
