@@ -342,7 +342,7 @@ def test_out_of_memory_says_what_the_planner_suggests(tiny, chat_rows, tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=common.ROOT, capture_output=True, text=True
     )
-    limit = (int(done.stdout.split()[-2]) << 10) + (200 << 20)
+    limit = (int(done.stdout.split()[-2]) << 10) + (400 << 20)
 
     def little_memory() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
