@@ -26,7 +26,7 @@ $(READY): requirements.txt $(wildcard requirements/*.txt) $(PY)
 $(PY):
 	@$(SETUP)
 
-.PHONY: help setup wheelhouse demo model fetch data audit new look recipes show plan smoke profile train status sweep reproduce eval report parity chat predict merge serve push pull adapters import render results performance check test test-all lock clean
+.PHONY: help setup wheelhouse demo model fetch data audit new look recipes show plan smoke profile train status sweep reproduce eval report parity chat predict merge serve push pull adapters import render results check test test-all lock clean
 
 help:
 	@sed -n 's/^##@ \(.*\)/\n\1/p; s/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -105,9 +105,8 @@ import: $(READY) ## Recipes from a FinLoRA config file · CONFIG=finetune_config
 render: $(READY) ## Write recipes, docs/commands.md and docs/scale.md; print a recipe · [RECIPE=…]
 	@$(RUN) render
 	@$(RUN) reference
-results: $(READY) ## Write the README's table and figure from results/
+results: $(READY) ## Write the README's table and figure and docs/performance.md from results/
 	@$(RUN) results
-performance: $(READY) ## Write docs/performance.md from what the benchmarks recorded in results/
 	@$(PY) -m bench.performance
 model: $(READY) ## Write SmolLM2-135M-Instruct to models/
 	@$(RUN) model

@@ -25,7 +25,7 @@ HEAD = """\
 # Performance
 
 Each table comes from one machine, and each comparison from one run of a benchmark, which measures
-both sides on the same rows. `make performance` writes this page from
+both sides on the same rows. `make results` writes this page from
 [results/](../results/). Yours is one command away:
 
     .venv/bin/python -m bench.train --record
@@ -155,7 +155,7 @@ def main() -> None:
         return
     if parser.parse_args().check:
         raise JobFailed(
-            f"{shown(PAGE)} is not what {shown(RESULTS)} holds; `make performance` writes it"
+            f"{shown(PAGE)} is not what {shown(RESULTS)} holds; `make results` writes it"
         )
     with atomic(PAGE) as file:
         file.write(page.encode())
