@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from evals.tasks import own, utils
-from tools import architectures, recipes
+from tools.data import bases
 
 # Answers are labels where they are short and each stands in several rows.
 LONGEST_LABEL, ROWS_PER_LABEL = 60, 5  # characters; rows of a label on average
@@ -87,12 +87,7 @@ def count_budget(answers: Sequence[str]) -> int:
 
 def load_tokenizers() -> list[Any]:
     """The tokenizers of the catalogue's bases that are on this machine."""
-    from tokenizers import Tokenizer
-
-    rows = recipes.read_matrix()["models"].values()
-    bases = dict.fromkeys(row.get("base_model", row["hub"]) for row in rows)
-    files = (architectures.find_file(base, "tokenizer.json") for base in bases)
-    return [Tokenizer.from_file(str(file)) for file in files if file]
+    return [base.tokenizer for base in bases.list_bases()]
 
 
 def estimate_tokens(text: str) -> int:

@@ -16,7 +16,7 @@ from tests.chat_files import read_turns, write_rows
 from tests.conftest import call, run
 from tools import common, sources
 from tools.common import ROOT, WrongInput, unique
-from tools.data import convert, lengths, rows
+from tools.data import convert, lengths, rows, turns
 from tools.data.chatfile import Options, convert_rows
 from tools.data.rows import MAX_LINE, Rules
 from tools.data.rules import REMOVALS, load_test_rules
@@ -659,7 +659,7 @@ def test_only_where_the_task_says_so_a_prompt_loses_its_middle(tmp_path, chat, r
     convert.convert_task("formula", tmp_path, options)
     train = read_turns(sources.train_path("formula"))
     assert train[0] == ("Short?", "yes") and train[1][1] == answer
-    start, end = train[1][0].split(lengths.GAP)
+    start, end = train[1][0].split(turns.GAP)
     assert LONG_PROMPT.startswith(start) and LONG_PROMPT.endswith(end)
     assert abs(len(start) - len(end)) < 20
     (counted,) = ruler.count([rows.build_chat_row(train[1][0], answer)])

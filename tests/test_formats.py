@@ -123,7 +123,7 @@ REFUSED = {
     ),
     "numbers for a header": ("1,2\n3,4\n", "line 1 looks like a row"),
     "a header alone": ("q,a\n", "there is no row below line 1"),
-    "two columns of a name": ("q,q\na,b\n", 'the column "q" stands twice'),
+    "two columns of a name": ("q,q\na,b\n", 'the column "q" occurs twice'),
     "a column without a name": ("q,,a\n1,2,3\n", "column 2 has no name"),
     "another delimiter in the rows": (
         "q,a\nb;c\nd;e\nf;g\n",
@@ -131,7 +131,7 @@ REFUSED = {
     ),
     "a list that is not closed": (
         '[{"q": "a"},\n{"q": "b"}',
-        "line 2: not JSON: the end of the file",
+        'line 2: not JSON: "," or "\\]" is expected, not the end of the file',
     ),
     "a list with a fault": ('[{"q": "a"},\n{"q": "b"\n{"q": "c"}]', "line 3: not JSON"),
     "text behind a list": ('[{"q": "a"}]\nx', "line 2: not JSON: more text follows"),

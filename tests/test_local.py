@@ -282,7 +282,7 @@ def test_a_task_that_is_there_is_not_overwritten(mine):
     source = jsonl(mine / "rows.jsonl", TONES)
     custom.create_task("mine", source)
     before = files(mine)
-    with pytest.raises(WrongInput, match="mine.yaml is there already; delete it"):
+    with pytest.raises(WrongInput, match="mine.yaml already exists; delete it"):
         custom.create_task("mine", source)
     assert files(mine) == before
 

@@ -294,7 +294,7 @@ def test_a_column_that_training_had_and_the_file_has_not_is_named(tmp_path):
 @pytest.mark.parametrize(
     "out, more, message",
     [
-        ("there.csv", [], "is there already"),
+        ("there.csv", [], "already exists"),
         ("out.parquet", [], "rows of csv are not written as parquet"),
         ("out.csv", ["--task", "fpbb"], 'unknown task "fpbb"; did you mean fpb'),
         ("out.csv", ["--map", "prompt=headline"], 'names the column "headline"'),

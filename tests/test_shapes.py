@@ -283,7 +283,7 @@ REFUSED = {
         {"conversations": [{"from": "human", "value": ""}]},
         '"conversations, turn 1"',
     ),
-    "no list": ({"messages": "hello"}, "no JSON list of turns"),
+    "no list": ({"messages": "hello"}, "not a JSON list of turns"),
     "a result without a call": (
         {"messages": [*say("p", "c"), {"role": "tool", "content": "3"}]},
         "follows no call",
@@ -318,7 +318,7 @@ UNKNOWN = {
     "a column that is not there": (
         {"q": "x", "a": "y"},
         {"mapping": {"prompt": "Q", "answer": "a"}},
-        'MAP: prompt names the column "Q", which is not there',
+        'MAP: prompt names the column "Q", which does not exist',
     ),
     "a template's column": (
         {"text": "x", "label": "y"},
@@ -331,7 +331,11 @@ UNKNOWN = {
         "name a column in braces",
     ),
     "an open brace": ({"text": "x", "label": "y"}, {"template": "{text"}, "a brace of the text"),
-    "a template of turns": ({"messages": []}, {"template": "{x}"}, "these rows hold turns"),
+    "a template of turns": (
+        {"messages": []},
+        {"template": "{x}"},
+        "does not apply to rows that hold turns",
+    ),
     "two labels of one name": (
         {"text": "x", "label": 0},
         {"labels": ["a", "a"]},
@@ -351,7 +355,7 @@ def test_rows_of_no_shape_are_refused_in_one_line(row, options, reason):
     ("text", "reason"),
     [
         ("question", "write part=column"),
-        ("promt=q,answer=a", '"promt" is no part of a row; did you mean prompt'),
+        ("promt=q,answer=a", '"promt" is not a part of a row; did you mean prompt'),
         ("prompt=q,prompt=r", '"prompt" is named twice'),
         ("answer=a", "the column of the prompt is missing"),
     ],

@@ -457,15 +457,11 @@ def evaluate(
     from tools import subjects
 
     request = run.Request(split(tasks), limit, force, backend)
-    if backend == "openai":
-        if recipe or adapter or precision:
-            raise WrongInput("RECIPE, ADAPTER and PRECISION do not go with BACKEND=openai")
-        from evals.endpoint import find_endpoint
-
-        run.score_all(request, [find_endpoint(base_url, model_name, prompt_format)])
+    if endpoint := find_endpoint(
+        backend, base_url, model_name, prompt_format, [recipe, adapter, precision]
+    ):
+        run.score_all(request, [endpoint])
         return
-    if base_url or model_name:
-        raise WrongInput("BASE_URL and MODEL_NAME go with BACKEND=openai")
     if recipe or adapter:
         subject = subjects.find(recipe, adapter, precision, prompt_format, base_only=base)
         run.score_all(request, [subject])
@@ -543,16 +539,10 @@ def predict(
     request = predict.Request(
         data, out.expanduser(), task, map, template, backend=backend, force=force
     )
-    if backend == "openai":
-        if recipe or adapter or precision:
-            raise WrongInput("RECIPE, ADAPTER and PRECISION do not go with BACKEND=openai")
-        from evals.endpoint import find_endpoint
-
-        predict.predict(find_endpoint(base_url, model_name, prompt_format), request)
-        return
-    if base_url or model_name:
-        raise WrongInput("BASE_URL and MODEL_NAME go with BACKEND=openai")
-    predict.predict(subjects.find(recipe, adapter, precision, prompt_format), request)
+    endpoint = find_endpoint(
+        backend, base_url, model_name, prompt_format, [recipe, adapter, precision]
+    )
+    predict.predict(endpoint or subjects.find(recipe, adapter, precision, prompt_format), request)
 
 
 @app.command(rich_help_panel=USE)
@@ -736,6 +726,29 @@ def build_commands() -> Any:
             if parameter.param_type_name == "argument":
                 parameter.help = annotations[parameter.name].__metadata__[0].help
     return group
+
+
+def find_endpoint(
+    backend: str,
+    base_url: str | None,
+    model_name: str | None,
+    prompt_format: str | None,
+    local_options: list[str | None],
+) -> Any:
+    """The endpoint of BACKEND=openai; None for a backend that loads a model here.
+
+    `local_options` are the values of RECIPE, ADAPTER and PRECISION. Raises WrongInput for options
+    that do not go with the backend.
+    """
+    if backend != "openai":
+        if base_url or model_name:
+            raise WrongInput("BASE_URL and MODEL_NAME go with BACKEND=openai")
+        return None
+    if any(local_options):
+        raise WrongInput("RECIPE, ADAPTER and PRECISION do not go with BACKEND=openai")
+    from evals import endpoint
+
+    return endpoint.find_endpoint(base_url, model_name, prompt_format)
 
 
 def split(names: str | None) -> list[str]:

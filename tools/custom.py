@@ -44,7 +44,7 @@ TASKS = ROOT / "evals" / "tasks" / "local"
 
 @dataclass(frozen=True)
 class Choices:
-    """What a user says of the rows beyond their file; see `python -m tools new --help`."""
+    """What a user specifies beside the file of rows; see `python -m tools new --help`."""
 
     test: str | None = None
     mapping: str | None = None
@@ -69,11 +69,11 @@ def require_free_name(task: str) -> None:
             f'TASK "{task}": small letters, digits and _ are needed, such as TASK=my_task'
         )
     if own_file.exists():
-        raise WrongInput(f"{shown(own_file)} is there already; delete it to make the task anew")
+        raise WrongInput(f"{shown(own_file)} already exists; delete it to make the task again")
     tables = sources.tables()
     taken = {*tables["datasets"], *tables["tasks"], *recipes.list_aliases()}
     if {task, *(f"{task}_{method}" for method in recipes.read_matrix()["methods"])} & taken:
-        raise WrongInput(f'TASK "{task}" is a name of the catalogue; choose another')
+        raise WrongInput(f'TASK "{task}" is already a name in the catalogue; choose another')
 
 
 def create_task(task: str, source: Path | str, choices: Choices = DEFAULTS) -> None:
@@ -145,7 +145,7 @@ class OwnTask:
         answers = [folded.get(answer, answer) for answer in answers]
         if folded:
             pairs = ", ".join(f"{answer} → {label}" for answer, label in list(folded.items())[:6])
-            print(f"new        labels that differ in case are one: {pairs}")
+            print(f"new        labels that differ only in case are merged: {pairs}")
         labels, answer_names = self.find_labels(answers), list(intake.answers)
         if labels and intake.marks.labels:  # spellings of one label are one stratum
             numbers = {answer: number for number, answer in enumerate(intake.answers)}
@@ -215,7 +215,7 @@ class OwnTask:
         chat = orjson.loads(next(intake.read()))
         intake.spool.seek(0, 2)
         for base in self.bases:
-            with suppress(WrongInput):  # which `print_unrenderable` tells of
+            with suppress(WrongInput):  # `print_unrenderable` reports it
                 text = base.render(chat)[:1500]
                 print(f"new        the first row as {base.name} sees it:")
                 for line in escape(text).splitlines():

@@ -50,10 +50,6 @@ def write_prompt(doc: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def read_key(doc: dict[str, Any]) -> str:
-    return utils.key(doc)
-
-
 # ---- labels
 
 # Scripts without spaces between words: there a label may stand inside a longer run of letters.

@@ -99,7 +99,7 @@ def open_rows(source: str) -> RowFile:
 
 
 def refuse_others(head: bytes, name: str) -> None:
-    """Raises WrongInput where the first bytes of a file are those of no format with rows."""
+    """Raises WrongInput for a file whose first bytes belong to no supported format."""
     if not head.strip(b" \t\r\n\0\xef\xbb\xbf\xfe\xff"):
         raise WrongInput(f"{name}: the file is empty; rows are needed")
     for start, advice in OTHERS.items():
@@ -320,7 +320,7 @@ def open_columns(
 
     twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
     if twice:
-        raise WrongInput(f'{shown(Path(source))}: the column "{twice[0]}" stands twice; rename one')
+        raise WrongInput(f'{shown(Path(source))}: the column "{twice[0]}" occurs twice; rename one')
     rows = RowFile(source, kind, schema.names, read, schema=schema)
     rows.label_names = read_label_names(schema.metadata or {})
     return rows

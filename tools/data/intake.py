@@ -29,12 +29,11 @@ from tools.data.split import RowMarks, read_time
 MOST_ANSWERS = 10_000  # different ones that are counted; with more, a sample is kept
 SAMPLED = 1000  # answers of a sample, and the longest beside them
 BLOCK = 1000  # rows whose tokens are counted at a time
-GAP = "\n[…]\n"  # in place of the middle of a prompt
 
 
 @dataclass
 class IntakeOptions:
-    """What a user asks for: columns that group or order rows, and what becomes of long rows."""
+    """What a user asks for: columns that group or order rows, and how long rows are treated."""
 
     group: str | None = None
     time: str | None = None
@@ -188,9 +187,9 @@ def check_lengths(chats: list[dict[str, Any]], intake: Intake, options: IntakeOp
         counts = base.count_tokens([chats[number] for number in long])
         for number, count in zip(long, counts, strict=True):
             if isinstance(count, str) or count <= room:
-                continue  # a template that refuses a row is no matter of its length
+                continue  # `print_unrenderable` reports a template that refuses a row
             intake.over[base.name] += 1
-            if options.cut and cut_prompt(chats[number], base, room):
+            if options.cut and cut_to_fit(chats[number], base, room):
                 intake.cut += 1
                 continue
             reasons[number] = f"{count:,} tokens for {base.name}, more than {room:,} (sequence_len)"
@@ -201,17 +200,8 @@ def count_bytes(chat: dict[str, Any]) -> int:
     return sum(len(turn["content"].encode()) for turn in chat["messages"])
 
 
-def cut_prompt(chat: dict[str, Any], base: BaseTokenizer, room: int) -> bool:
-    """Takes the middle out of the longest prompt of a row until the row fits; whether it does."""
-    users = [turn for turn in chat["messages"] if turn["role"] in ("user", "tool", "system")]
-    longest = max(users, key=lambda turn: len(turn["content"]))
-    offsets = base.find_offsets(longest["content"])
-    content, left = longest["content"], len(offsets)
-    while (count := base.count_tokens([chat])[0]) and (excess := int(count) - room) > 0:
-        left -= excess
-        if left < 2:
-            longest["content"] = content
-            return False
-        end, start = offsets[(left + 1) // 2 - 1][1], offsets[-(left // 2)][0]
-        longest["content"] = content[:end] + GAP + content[start:]
-    return True
+def cut_to_fit(chat: dict[str, Any], base: BaseTokenizer, room: int) -> bool:
+    """Takes the middle out of the longest prompt of a row until it has `room` tokens at most."""
+    return turns.cut_longest(
+        chat["messages"], base.find_offsets, lambda: int(base.count_tokens([chat])[0]) - room
+    )

@@ -99,7 +99,8 @@ class JsonStream:
         character = self.peek()
         if not character or character not in expected:
             what = f'"{character}"' if character else "the end of the file"
-            raise self.fail(f"{what} stands where {' or '.join(expected)} is needed", self.at)
+            wanted = " or ".join(f'"{option}"' for option in expected)
+            raise self.fail(f"{wanted} is expected, not {what}", self.at)
         self.at += 1
         return character
 

@@ -18,10 +18,8 @@ import orjson
 
 from tools.common import ROOT, WrongInput, digest
 from tools.data.rows import Batch, write_chat_row
-from tools.data.turns import join_turns
+from tools.data.turns import cut_longest, join_turns
 from tools.prompts import read_conversation, render, render_row
-
-GAP = "\n[…]\n"  # in place of the middle of a prompt
 
 
 @dataclass
@@ -81,23 +79,15 @@ class Lengths:
         return batch.select(fits) if bounded else batch
 
     def cut_middle(self, chat: bytes) -> bytes | None:
-        """Cuts out as little of the longest prompt's middle as makes its row fit; None if no cut
-        does.
-        """
+        """The row with a prompt that lost its middle, so that it fits; None if no cut does that."""
         row = orjson.loads(chat)
-        prompts = [turn for turn in row["messages"] if turn["role"] != "assistant"]
-        longest = max(prompts, key=lambda turn: len(turn["content"]))
-        prompt = longest["content"]
-        offsets = self.tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).offsets
-        left = len(offsets)
-        while excess := max(0, sum(self.count([chat])[0]) - (self.sequence_len or 0)):
-            left -= excess
-            if left < 2:
-                return None
-            end, start = offsets[(left + 1) // 2 - 1][1], offsets[-(left // 2)][0]
-            longest["content"] = prompt[:end] + GAP + prompt[start:]
-            chat = write_chat_row(row)
-        return chat
+        encode = self.tokenizer.backend_tokenizer.encode
+        fits = cut_longest(
+            row["messages"],
+            lambda text: encode(text, add_special_tokens=False).offsets,
+            lambda: sum(self.count([write_chat_row(row)])[0]) - (self.sequence_len or 0),
+        )
+        return write_chat_row(row) if fits else None
 
     def summarize(self) -> dict[str, Any]:
         """Returns the manifest's facts; each quantile is the length of a row (nearest rank)."""

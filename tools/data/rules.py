@@ -111,14 +111,14 @@ def refuse_control_tokens(text: str) -> None:
         )
 
 
-# What is repaired, as it is told.
+# The names of repairs in messages.
 PAGE_BREAKS, END_TOKENS_TAKEN = "page breaks made line breaks", "end tokens taken off answers"
 
 
 def clean_turns(messages: list[dict[str, Any]]) -> int:
     """Takes the end tokens off the assistant's turns; returns how many turns had one.
 
-    Raises ValueError that names the turn where a control token is left. One rule for `make new`,
+    Raises ValueError that names the turn with any other control token. One rule for `make new`,
     `make data` and `make audit`.
     """
     repaired = 0

@@ -226,7 +226,7 @@ class Shape:
             try:
                 value = orjson.loads(value)
             except ValueError:
-                raise ValueError(f'"{column}" is a text and no JSON list of pairs') from None
+                raise ValueError(f'"{column}" is a text and not a JSON list of pairs') from None
         if turns.is_missing(value) or not len(value):
             return []
         if not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
@@ -276,7 +276,7 @@ class Shape:
             try:
                 value = orjson.loads(value)
             except ValueError:
-                raise ValueError(f'"{column}" is a text and no JSON list of choices') from None
+                raise ValueError(f'"{column}" is a text and not a JSON list of choices') from None
         if isinstance(value, dict):  # ARC: {"text": […], "label": […]}; or {"A": …, "B": …}
             if isinstance(value.get("text"), list):
                 value, labels = value["text"], value.get("label") or []
@@ -385,7 +385,7 @@ def parse_map(text: str) -> dict[str, str]:
         if part not in PARTS:
             parts = ", ".join(PARTS)
             raise WrongInput(
-                f'MAP: "{part}" is no part of a row{nearest(part, list(PARTS))}: {parts}'
+                f'MAP: "{part}" is not a part of a row{nearest(part, list(PARTS))}: {parts}'
             )
         if part in mapping:
             raise WrongInput(f'MAP: "{part}" is named twice; TEMPLATE= joins several columns')
@@ -422,7 +422,7 @@ def recognize(
     if labels or rows.label_names.get(answer):
         shape.names = parse_labels(labels) if labels else name_numbers(rows.label_names[answer])
         if not answer:
-            raise WrongInput("LABELS= names answers, and these rows hold theirs in turns")
+            raise WrongInput("LABELS= does not apply to rows that hold turns")
     if shape.kind == "text and label" or "labels" in shape.fields:
         shape.options = list_options(rows, shape)
     shape.unused = list_unused(shape, columns, sample)
@@ -453,7 +453,7 @@ def map_columns(columns: list[str], mapping: dict[str, str]) -> Shape:
     for part, column in mapping.items():
         if column not in columns:
             hint = nearest(column, columns) or f"; there are {', '.join(columns)}"
-            raise WrongInput(f'MAP: {part} names the column "{column}", which is not there{hint}')
+            raise WrongInput(f'MAP: {part} names the column "{column}", which does not exist{hint}')
     return Shape("your own columns", mapping)
 
 
@@ -489,7 +489,7 @@ def explain_unknown(columns: list[str]) -> str:
 def check_template(shape: Shape, columns: list[str]) -> None:
     """Raises WrongInput where a template names no column, or one that is not there."""
     if "messages" in shape.columns:
-        raise WrongInput("TEMPLATE= words a prompt of columns, and these rows hold turns")
+        raise WrongInput("TEMPLATE= does not apply to rows that hold turns")
     try:
         parsed = list(Formatter().parse(shape.template or ""))
     except ValueError as error:

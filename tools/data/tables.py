@@ -131,7 +131,7 @@ def read_head(text: Text) -> list[str]:
 def check_header(rows: list[list[str]], name: str) -> tuple[list[str], list[str]]:
     """The names of the columns, and notes on them; raises WrongInput where line 1 is a row."""
     if not rows:
-        raise WrongInput(f"{name}: no row of a table is readable; JSONL, JSON or CSV is needed")
+        raise WrongInput(f"{name}: no table row is readable; JSONL, JSON or CSV is needed")
     header = [cell.strip() for cell in rows[0]]
     missing = (
         f"{name}: line 1 looks like a row and not like the names of columns; put a header before "
@@ -150,7 +150,7 @@ def check_header(rows: list[list[str]], name: str) -> tuple[list[str], list[str]
         raise WrongInput(f"{name}: column {header.index('') + 1} has no name in line 1; name it")
     twice = [cell for cell, count in Counter(header).items() if count > 1]
     if twice:
-        raise WrongInput(f'{name}: the column "{twice[0]}" stands twice in line 1; rename one')
+        raise WrongInput(f'{name}: the column "{twice[0]}" occurs twice in line 1; rename one')
     if len(rows) == 1:
         raise WrongInput(f"{name}: there is no row below line 1, the names of the columns")
     return header, notes

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -23,6 +23,7 @@ Turn = dict[str, Any]
 BREAKS = re.compile("[\x0b\x0c]")
 CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
 SURROGATE = re.compile("[\ud800-\udfff]")
+GAP = "\n[…]\n"  # in place of the middle of a prompt
 MISSING = {"nan", "null", "<na>"}  # what pandas and SQL write for a value that is not there
 # Grades of rating agencies: Aa and AA are two of them.
 RATING = re.compile(r"[A-Da-d]{2,3}[0-9]?[+-]?")
@@ -121,7 +122,7 @@ def read_turns(value: Any, name: str) -> list[Turn]:
         try:
             value = orjson.loads(value)
         except ValueError:
-            raise ValueError(f'"{name}" is a text and no JSON list of turns') from None
+            raise ValueError(f'"{name}" is a text and not a JSON list of turns') from None
     if not isinstance(value, list) or not value:
         raise ValueError(f'"{name}" must be a list of turns, not {type(value).__name__}')
     return [read_turn(turn, f"{name}, turn {n}") for n, turn in enumerate(value, 1)]
@@ -134,7 +135,7 @@ def read_turn(turn: Any, where: str) -> Turn:
     role = ROLE_OF.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         raise ValueError(
-            f'"{where}" has the role {name!r}; user, assistant, system, tool are known'
+            f'"{where}" has the role {name!r}; it must be user, assistant, system or tool'
         )
     content = read_content(next((turn[k] for k in CONTENT_KEYS if k in turn), None), where)
     if role == "call":
@@ -169,7 +170,7 @@ def parse_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         try:
             calls = orjson.loads(calls)
         except ValueError:
-            raise ValueError(f'"{where}" is no JSON of a tool call') from None
+            raise ValueError(f'"{where}" is not the JSON of a tool call') from None
     rows = []
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function") or call if isinstance(call, dict) else {}
@@ -179,7 +180,7 @@ def parse_calls(calls: Any, where: str) -> list[dict[str, Any]]:
                 arguments = orjson.loads(arguments or "{}")
             except ValueError:
                 raise ValueError(
-                    f'"{where}" calls {name} with arguments that are no JSON'
+                    f'"{where}" calls {name} with arguments that are not JSON'
                 ) from None
         if not isinstance(name, str) or not isinstance(arguments, dict):
             raise ValueError(f'"{where}" has a tool call without a name or without arguments')
@@ -198,7 +199,7 @@ def read_tools(value: Any, name: str) -> str:
         try:
             value = orjson.loads(value) if value.strip() else []
         except ValueError:
-            raise ValueError(f'"{name}" is a text and no JSON list of tools') from None
+            raise ValueError(f'"{name}" is a text and not a JSON list of tools') from None
     if not value:
         return ""
     tools = [
@@ -249,6 +250,34 @@ def check_row(row: dict[str, Any], name: str = "messages") -> None:
             raise ValueError(f'"{where}" is "{turn["content"]}", which stands for a missing value')
     if not any(turn.get("train", True) for turn in messages if turn["role"] == "assistant"):
         raise ValueError(f'"{name}" has no assistant turn to train on: all have weight 0')
+
+
+def cut_longest(
+    messages: list[Turn],
+    find_offsets: Callable[[str], Sequence[tuple[int, int]]],
+    count_excess: Callable[[], int],
+) -> bool:
+    """Cuts as little out of the middle of the longest prompt as makes a row fit.
+
+    `find_offsets`: (start, end) of each token of a text, in characters. `count_excess`: tokens that
+    the row has too many, with `messages` as they are. Returns False where no cut suffices; the
+    messages are then as before.
+    """
+    longest = max(
+        (turn for turn in messages if turn["role"] != "assistant"),
+        key=lambda turn: len(turn["content"]),
+    )
+    text = longest["content"]
+    offsets = find_offsets(text)
+    left = len(offsets)
+    while (excess := count_excess()) > 0:
+        left -= excess
+        if left < 2:
+            longest["content"] = text
+            return False
+        end, start = offsets[(left + 1) // 2 - 1][1], offsets[-(left // 2)][0]
+        longest["content"] = text[:end] + GAP + text[start:]
+    return True
 
 
 def join_turns(messages: Iterable[Turn]) -> str:

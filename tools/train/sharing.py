@@ -135,7 +135,7 @@ def describe_saving(config: dict[str, Any]) -> str:
     rows = read_sample(config)
     size = config.get("micro_batch_size") or 1
     if len(rows) < size:
-        return "; no rows or no tokenizer is at hand to say how many tokens it saves"
+        return "; to see what it saves, run `make data` and have the base's tokenizer here"
     if config.get("group_by_length"):
         rows.sort(key=lambda row: len(row.ids))
     steps = [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]

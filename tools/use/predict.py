@@ -1,4 +1,4 @@
-"""Answers the rows of a file: any format in, the same format out with the answers beside.
+"""Answers the rows of a file: any format in, the same format out, with the answers in new columns.
 
     python -m tools predict smollm2-135m/sentiment_r4 --data headlines.csv --out labelled.csv
 
@@ -123,8 +123,8 @@ def find_shape(rows: RowFile, recorded: dict[str, Any], request: Request) -> Sha
     shape = Shape(**content)
     if missing := shape.list_missing(rows.columns):
         raise WrongInput(
-            f"{rows.name} has no column {missing[0]}, of which the prompts of {request.task} are "
-            f'made; it has {", ".join(rows.columns)[:200]}. MAP="prompt=…" names another'
+            f"{rows.name} has no column {missing[0]}, which the prompts of {request.task} need; it "
+            f'has {", ".join(rows.columns)[:200]}. MAP="prompt=…" names another'
         )
     return shape
 
@@ -134,7 +134,7 @@ def find_shape(rows: RowFile, recorded: dict[str, Any], request: Request) -> Sha
 
 @dataclass
 class Saved:
-    """The answers on the disk: a line for each row, in the order of the rows but for a chunk's.
+    """The answers on the disk: a line for each row; chunks are in the order of the rows.
 
     A line is {"row": number from 0} with the answer, or with the error that the row has in place
     of one. It is valid for one identity.
@@ -234,7 +234,7 @@ class Job:
         self.rows = open_rows(request.data)
         self.form = choose_form(self.rows, request.out)
         if request.out.exists():
-            raise WrongInput(f"OUT={request.out} is there already; delete it or name another")
+            raise WrongInput(f"OUT={request.out} already exists; delete it or name another file")
         self.reading, recorded = find_reading(task)
         wording = Request(**{**vars(request), "task": task})
         self.shape = find_shape(self.rows, recorded, wording)
@@ -261,7 +261,7 @@ class Job:
         return {"identity": hashlib.sha256(text.encode()).hexdigest(), "chunk": CHUNK}
 
     def describe(self) -> int | None:
-        """Prints what is asked and the rows that cannot be; returns how many rows there are.
+        """Prints what is answered and which rows have no prompt; returns the number of rows.
 
         Rows of the Hub are not read a second time for that.
         """
@@ -270,7 +270,7 @@ class Job:
         for note in rows.notes:
             print(f"predict    {escape(note)}")
         if not self.reading.dataset:
-            print("predict    no task is known: answers are texts; TASK= names one with labels")
+            print("predict    no task: answers are free text; TASK= names a task with labels")
         total, faults, example = 0, Counter[str](), ""
         for place, row in islice(rows, CHUNK if rows.format == "hub" else None):
             total += 1
@@ -429,6 +429,6 @@ def predict(subject: "Subject | Endpoint", request: Request) -> None:
         except Timeout:
             raise WrongInput(f"another job is writing OUT={request.out}; wait for it") from None
     Path(lock.lock_file).unlink(missing_ok=True)
-    print(f"predict    {answered:,} rows are answered in {shown(request.out)}")
+    print(f"predict    {answered:,} rows are answered, in {shown(request.out)}")
     if errors:
         raise JobFailed(f"{errors:,} of {answered + errors:,} rows have no answer; {escape(first)}")
