@@ -32,8 +32,13 @@ def reply(handler, times, body):
     return True
 
 
-def expect_answer(prompt):
-    return LABELS[len(prompt) % 3]
+def word(text):
+    """A headline as the prompts of `fpb` word it."""
+    return sources.tables()["tasks"]["sentiment"]["wording"].format(prompt=text)
+
+
+def expect_answer(text):
+    return LABELS[len(word(text)) % 3]
 
 
 @pytest.fixture
@@ -259,6 +264,7 @@ RECORDED = {
     "columns": {"prompt": "text", "answer": "label"},
     "options": ["down", "up"],
 }
+OWN_TASK = {"eval": ["mine"], "shape": RECORDED}
 
 
 def write_file(path, content):
@@ -270,22 +276,55 @@ def test_prompts_are_made_as_in_training(tmp_path):
     trained = predict.Shape(**RECORDED).build_chat({"text": "Sales rose", "label": "up"})
     request = predict.Request("", tmp_path, "mine")
     same = write_file(tmp_path / "a.csv", "text\nSales rose\n")
-    shape = predict.find_shape(same, RECORDED, request)
+    shape = predict.find_shape(same, OWN_TASK, request)
     assert shape.build_prompt({"text": "Sales rose"})["messages"] == trained["messages"][:1]
     other = write_file(tmp_path / "b.csv", "title,day\nSales rose,Monday\n")
     request = predict.Request("", tmp_path, "mine", "prompt=title")
-    shape = predict.find_shape(other, RECORDED, request)
+    shape = predict.find_shape(other, OWN_TASK, request)
     row = {"title": "Sales rose", "day": "Monday"}
     assert shape.build_prompt(row)["messages"] == trained["messages"][:1]
     request = predict.Request("", tmp_path, "mine", "prompt=title", "{day}: {title}")
-    shape = predict.find_shape(other, RECORDED, request)
+    shape = predict.find_shape(other, OWN_TASK, request)
     assert shape.build_prompt(row)["messages"][0]["content"] == "Monday: Sales rose"
+
+
+@pytest.mark.parametrize("task", ["sentiment", "fpb"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "headline\nSales rose\n",
+        'context\n"{}"\n',
+        'headline\n"{}"\n',
+        "text,label\nSales rose,up\n",
+    ],
+)
+def test_texts_are_worded_as_finlora_s_and_whole_prompts_are_left_alone(task, content, tmp_path):
+    rows = write_file(tmp_path / "a.csv", content.replace("{}", word("Sales rose")))
+    shape = predict.find_shape(rows, predict.find_task(task), predict.Request("", tmp_path, task))
+    (row,) = (row for _, row in rows)
+    assert shape.build_prompt(row)["messages"] == [{"role": "user", "content": word("Sales rose")}]
+
+
+def test_a_task_without_a_wording_shows_how_its_prompts_read(
+    endpoint, tmp_path, monkeypatch, capsys
+):
+    chat = tmp_path / "headline_test.jsonl"
+    turns = [
+        {"role": "user", "content": "Instruction: up?"},
+        {"role": "assistant", "content": "Yes"},
+    ]
+    chat.write_text(json.dumps({"messages": turns}) + "\n")
+    monkeypatch.setattr(predict, "find_rows", lambda dataset: chat)
+    write_rows(tmp_path / "rows.csv", ["Gold rose", "Gold fell"])
+    ask(monkeypatch, endpoint, tmp_path / "rows.csv", tmp_path / "out.csv", "--task", "headline")
+    printed = capsys.readouterr().out
+    assert "in training, a prompt was: Instruction: up?" in printed and "TEMPLATE=" in printed
 
 
 def test_a_column_that_training_had_and_the_file_has_not_is_named(tmp_path):
     rows = write_file(tmp_path / "b.csv", "title,day\nSales rose,Monday\n")
     with pytest.raises(WrongInput, match=r'no column text, .*MAP="prompt=…"'):
-        predict.find_shape(rows, RECORDED, predict.Request("", tmp_path, "mine"))
+        predict.find_shape(rows, OWN_TASK, predict.Request("", tmp_path, "mine"))
 
 
 # ---- refusals

@@ -64,6 +64,7 @@ LABEL = (
     *("gold_label", "polarity", "tone"),
 )
 INSTRUCTION_FIRST = ("prompt", "context")
+FINLORA_PROMPT = "context"  # the column of FinLoRA's whole prompts
 
 KNOWN = [
     Known("messages", {"messages": ("messages",)}, {"tools": ("tools", "functions")}),
@@ -84,7 +85,7 @@ KNOWN = [
         {"context": ("context", "input"), "system": SYSTEM},
         INSTRUCTION_FIRST,
     ),
-    Known("FinLoRA", {"prompt": ("context",), "answer": ("target",)}),
+    Known("FinLoRA", {"prompt": (FINLORA_PROMPT,), "answer": ("target",)}),
     Known(
         "PIXIU",
         {"prompt": ("query",), "answer": ("answer",)},
@@ -107,7 +108,7 @@ KNOWN = [
     Known("text and label", {"prompt": TEXT, "answer": LABEL}),
 ]
 # Columns of unanswered rows, for `make predict` without a task.
-PROMPTS = ("prompt", "question", "query", "instruction", *TEXT, "input")
+PROMPTS = ("prompt", "question", "query", "instruction", *TEXT, "input", FINLORA_PROMPT)
 
 
 @dataclass

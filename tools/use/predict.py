@@ -14,7 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,7 @@ from tools import models, sources
 from tools.common import JobFailed, WrongInput, check_name, digest, quiet, shown
 from tools.data.formats import Row, RowFile, open_rows
 from tools.data.parts import escape
-from tools.data.shapes import Shape, parse_map, recognize
+from tools.data.shapes import FINLORA_PROMPT, Shape, parse_map, recognize
 from tools.data.writers import choose_form, write_rows
 from tools.subjects import Subject
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 CHUNK = 1024  # rows that a model gets at a time
 BUDGET = 200  # tokens of an answer, where no task says how many
+FINLORA_START = "Instruction:"  # of FinLoRA's whole prompts
 LISTED = 10  # rows without an answer that are named
 SECONDS = 5  # between two lines of progress
 NO_TASK: dict[str, Any] = {
@@ -100,22 +101,32 @@ class Reading:
         return [spellings.get(utils.normal(answer), answer) for answer in answers]
 
 
-def find_reading(task: str | None) -> tuple[Reading, dict[str, Any]]:
-    """How a task's answers are read, and the shape that `make new` recorded with it."""
-    tables = sources.tables()
+def find_task(task: str | None) -> dict[str, Any]:
+    """The row of a task in the tables; of a dataset, that of the first task scored on it."""
     if task is None:
-        return Reading(None), {}
+        return {"eval": []}
+    tables = sources.tables()
     check_name("task", task, {**tables["tasks"], **tables["datasets"]})
-    row = tables["tasks"].get(task, {"eval": [task]})
-    datasets = [name for name in row["eval"] if name in read_tasks()]
-    return Reading(datasets[0] if datasets else None), dict(row.get("shape") or {})
+    if task in tables["tasks"]:
+        return dict(tables["tasks"][task])
+    owners = (row for row in tables["tasks"].values() if task in row["eval"])
+    return next(owners, {}) | {"eval": [task]}
 
 
-def find_shape(rows: RowFile, recorded: dict[str, Any], request: Request) -> Shape:
-    """Which columns make the prompts: as in training, but for what MAP= and TEMPLATE= say."""
+def find_shape(rows: RowFile, task_row: dict[str, Any], request: Request) -> Shape:
+    """Which columns make the prompts: as in training, but for what MAP= and TEMPLATE= say.
+
+    A task of `make new` has recorded its `shape`; a task of the catalogue may have a `wording` for
+    plain texts, where its own rows hold whole prompts.
+    """
     mapping = parse_map(request.mapping) if request.mapping else {}
+    recorded = task_row.get("shape")
     if not recorded or "messages" in mapping:
-        return recognize(rows, mapping or None, request.template)
+        shape = recognize(rows, mapping or None, request.template)
+        wording = task_row.get("wording")
+        if wording and request.template is None and holds_texts(shape, rows):
+            shape = Shape(**shape.to_dict() | {"template": wording})
+        return shape
     content = recorded | {"columns": recorded["columns"] | mapping}
     if request.template is not None:
         present = {p: c for p, c in content["columns"].items() if c in rows.columns}
@@ -127,6 +138,14 @@ def find_shape(rows: RowFile, recorded: dict[str, Any], request: Request) -> Sha
             f'has {", ".join(rows.columns)[:200]}. MAP="prompt=…" names another'
         )
     return shape
+
+
+def holds_texts(shape: Shape, rows: RowFile) -> bool:
+    """Whether rows hold plain texts, and neither turns nor FinLoRA's whole prompts."""
+    column = shape.columns.get("prompt", FINLORA_PROMPT)
+    first_row: Row = next((row for _, row in rows if isinstance(row, dict)), {})
+    is_whole = str(first_row.get(column)).lstrip().startswith(FINLORA_START)
+    return column.lower() != FINLORA_PROMPT and not is_whole
 
 
 # ---- answers
@@ -235,9 +254,10 @@ class Job:
         self.form = choose_form(self.rows, request.out)
         if request.out.exists():
             raise WrongInput(f"OUT={request.out} already exists; delete it or name another file")
-        self.reading, recorded = find_reading(task)
-        wording = Request(**{**vars(request), "task": task})
-        self.shape = find_shape(self.rows, recorded, wording)
+        self.task_row = find_task(task)
+        datasets = [name for name in self.task_row["eval"] if name in read_tasks()]
+        self.reading = Reading(datasets[0] if datasets else None)
+        self.shape = find_shape(self.rows, self.task_row, replace(request, task=task))
         path = request.out.absolute().with_name(f".{request.out.name}.partial.jsonl")
         self.saved = Saved(path, self.identify())
 
@@ -287,7 +307,26 @@ class Job:
         if not example:
             raise WrongInput(f"{rows.name}: no row has a prompt; {next(iter(faults), 'no row')}")
         print(f"predict    the first prompt: {escape(example[:200])}")
+        if usual := self.find_usual_prompt():
+            print(f"predict    in training, a prompt was: {escape(usual[:200])}")
+            print('predict    TEMPLATE="… {prompt} …" words these alike')
         return None if rows.format == "hub" else total
+
+    def find_usual_prompt(self) -> str:
+        """A prompt of the task's own rows, where nothing says how plain texts are worded."""
+        dataset = self.reading.dataset
+        is_worded = self.shape.template is not None or "shape" in self.task_row
+        if not dataset or is_worded or not holds_texts(self.shape, self.rows):
+            return ""
+        try:
+            path = find_rows(dataset)
+            sources.manifest(path)
+        except WrongInput:  # the rows are on another machine
+            return ""
+        from evals.tasks import own
+
+        with open(path, "rb") as file:
+            return own.write_prompt(json.loads(file.readline()))
 
     def build_prompt(self, row: Row | ValueError) -> dict[str, Any]:
         if isinstance(row, ValueError):
