@@ -17,7 +17,7 @@ import yaml
 
 from tests.conftest import GPU, make_adapter, run
 from tests.hub_server import Hub
-from tools import models, subjects
+from tools import models, sources, subjects
 from tools.common import ROOT, JobFailed, WrongInput
 from tools.use import chat, merge, serve
 
@@ -313,6 +313,15 @@ def test_one_prompt_is_answered_by_base_and_adapter_and_lines_are_a_conversation
         output = chat.answer(model, tokenizer, messages)
         messages.append({"role": "assistant", "content": output})
         assert chat.harmless(output)[:40] in done.stdout
+
+
+def test_a_prompt_that_lacks_the_instruction_of_the_training_is_named():
+    note = chat.explain_wording("sentiment", "Profits rose.")
+    assert note.startswith("sentiment was trained on prompts of the form 'Instruction: What")
+    assert "{negative/neutral/positive}" in note and "Input: …" in note
+    worded = sources.tables()["tasks"]["sentiment"]["wording"].format(prompt="Profits rose.")
+    assert not chat.explain_wording("sentiment", worded)
+    assert not chat.explain_wording("ner", "Profits rose.") and not chat.explain_wording(None, "x")
 
 
 def test_what_a_model_says_does_not_steer_the_terminal():

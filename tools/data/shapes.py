@@ -65,6 +65,7 @@ LABEL = (
 )
 INSTRUCTION_FIRST = ("prompt", "context")
 FINLORA_PROMPT = "context"  # the column of FinLoRA's whole prompts
+FINLORA_START = "Instruction:"  # of most of them
 
 KNOWN = [
     Known("messages", {"messages": ("messages",)}, {"tools": ("tools", "functions")}),

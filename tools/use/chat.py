@@ -11,8 +11,9 @@ import sys
 from contextlib import nullcontext
 from typing import Any
 
-from tools import models, prompts, subjects
+from tools import models, prompts, sources, subjects
 from tools.common import quiet
+from tools.data.shapes import FINLORA_START
 
 BUDGET = 200  # new tokens at most
 
@@ -94,6 +95,14 @@ def converse(
         messages.append({"role": "assistant", "content": text})
 
 
+def explain_wording(task: str | None, prompt: str) -> str:
+    """How a catalogue's task words a text, where a prompt is not worded; empty where it is."""
+    wording = sources.tables()["tasks"].get(task or "", {}).get("wording", "")
+    if not wording or prompt.lstrip().startswith(FINLORA_START):
+        return ""
+    return f"{task} was trained on prompts of the form {wording.format(prompt='…')!r}"
+
+
 def chat(subject: subjects.Subject, prompt: str | None, system: str | None = None) -> None:
     """Answers `prompt` with base and adapter, or holds a conversation without one.
 
@@ -101,6 +110,8 @@ def chat(subject: subjects.Subject, prompt: str | None, system: str | None = Non
     """
     models.bring_base(subject.config["base_model"])
     quiet()
+    if note := explain_wording(subject.task, prompt or ""):
+        print(f"chat       note: {note}")
     model, tokenizer = models.load(subject.config, subject.adapter)
     messages = [{"role": "system", "content": system}] if system else []
     if prompt and prompt.strip():

@@ -27,7 +27,7 @@ from tools import models, sources
 from tools.common import JobFailed, WrongInput, check_name, digest, quiet, shown
 from tools.data.formats import Row, RowFile, open_rows
 from tools.data.parts import escape
-from tools.data.shapes import FINLORA_PROMPT, Shape, parse_map, recognize
+from tools.data.shapes import FINLORA_PROMPT, FINLORA_START, Shape, parse_map, recognize
 from tools.data.writers import choose_form, write_rows
 from tools.subjects import Subject
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 CHUNK = 1024  # rows that a model gets at a time
 BUDGET = 200  # tokens of an answer, where no task says how many
-FINLORA_START = "Instruction:"  # of FinLoRA's whole prompts
 LISTED = 10  # rows without an answer that are named
 SECONDS = 5  # between two lines of progress
 NO_TASK: dict[str, Any] = {
