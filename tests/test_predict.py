@@ -34,7 +34,7 @@ def reply(handler, times, body):
 
 def word(text):
     """A headline as the prompts of `fpb` word it."""
-    return sources.tables()["tasks"]["sentiment"]["wording"].format(prompt=text)
+    return sources.word_text("sentiment", text)
 
 
 def expect_answer(text):

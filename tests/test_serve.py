@@ -319,7 +319,7 @@ def test_a_prompt_that_lacks_the_instruction_of_the_training_is_named():
     note = chat.explain_wording("sentiment", "Profits rose.")
     assert note.startswith("sentiment was trained on prompts of the form 'Instruction: What")
     assert "{negative/neutral/positive}" in note and "Input: …" in note
-    worded = sources.tables()["tasks"]["sentiment"]["wording"].format(prompt="Profits rose.")
+    worded = sources.word_text("sentiment", "Profits rose.")
     assert not chat.explain_wording("sentiment", worded)
     assert not chat.explain_wording("ner", "Profits rose.") and not chat.explain_wording(None, "x")
 

@@ -96,6 +96,12 @@ def test_path(dataset: str) -> Path:
     return CHAT / f"{dataset}_test.jsonl"
 
 
+def word_text(task: str | None, text: str) -> str:
+    """A text in the wording of a task's prompts; as it is where the catalogue has none."""
+    wording = tables()["tasks"].get(task or "", {}).get("wording", "{prompt}")
+    return str(wording.format(prompt=text))
+
+
 def list_folders() -> dict[str, Path]:
     """The folders that may hold FinLoRA's files in `train/` and `test/`, the first one first."""
     own = {"data/raw": RAW, "data/sample": SAMPLE}

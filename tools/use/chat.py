@@ -96,11 +96,11 @@ def converse(
 
 
 def explain_wording(task: str | None, prompt: str) -> str:
-    """How a catalogue's task words a text, where a prompt is not worded; empty where it is."""
-    wording = sources.tables()["tasks"].get(task or "", {}).get("wording", "")
-    if not wording or prompt.lstrip().startswith(FINLORA_START):
+    """How the catalogue's task words a text, if a prompt is not worded so; else empty."""
+    worded = sources.word_text(task, "…")
+    if worded == "…" or prompt.lstrip().startswith(FINLORA_START):
         return ""
-    return f"{task} was trained on prompts of the form {wording.format(prompt='…')!r}"
+    return f"{task} was trained on prompts of the form {worded!r}"
 
 
 def chat(subject: subjects.Subject, prompt: str | None, system: str | None = None) -> None:

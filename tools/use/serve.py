@@ -30,7 +30,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tools import adapters, models, prompts, subjects
+from tools import adapters, models, prompts, sources, subjects
 from tools.common import ROOT, JobFailed, WrongInput, quiet
 from tools.runs import Run
 from tools.use import merge
@@ -298,7 +298,8 @@ def serve(subject: subjects.Subject, host: str, port: int, length: int | None) -
             if length:
                 print("serve      only vLLM has MAX_MODEL_LEN", flush=True)
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-        body = {"model": name, "messages": [{"role": "user", "content": "Is it good?"}]}
+        prompt = sources.word_text(subject.task, "Is it good?")
+        body = {"model": name, "messages": [{"role": "user", "content": prompt}]}
         curl = ["curl", f"{url}/chat/completions", "-H", "Content-Type: application/json"]
         curl += ["-d", json.dumps(body | {"max_tokens": 64, "temperature": 0})]
         base = f', its base "{name}-base"' if "--lora-modules" in line else ""
