@@ -174,7 +174,7 @@ def test_a_test_file_of_ones_own_tests_and_none_of_its_prompts_train(mine, capsy
     assert sides["test"][-1][1] == "Yes"  # spelled as the other rows spell it
     assert len(sides["train"]) + len(sides["val"]) == 55
     out = capsys.readouterr().out
-    assert "5 rows do not train: their prompts stand in the test rows" in out
+    assert "5 rows do not train: their prompts test or validate" in out
 
 
 def test_bad_rows_are_listed_with_the_files_own_columns_and_may_be_left_out(mine, capsys):
@@ -285,6 +285,38 @@ def test_a_task_that_is_there_is_not_overwritten(mine):
     with pytest.raises(WrongInput, match="mine.yaml already exists; delete it"):
         custom.create_task("mine", source)
     assert files(mine) == before
+
+
+@pytest.mark.parametrize("has_test", [True, False])
+def test_a_datasets_own_splits_test_and_validate(mine, capsys, has_test):
+    from datasets import Dataset, DatasetDict
+
+    def build(numbers):
+        rows = [{"prompt": f"Late? {n}", "completion": "Yes" if n % 3 else "No"} for n in numbers]
+        return Dataset.from_list(rows)
+
+    # Prompt 0 is in all splits, prompt 100 in two of them.
+    splits = {"train": build(range(60)), "validation": build([0, 100, *range(110, 120)])}
+    if has_test:
+        splits["test"] = build([0, 100, *range(200, 220)])
+    DatasetDict(splits).save_to_disk(mine / "set")
+    custom.create_task("late", mine / "set")
+    prompts = {
+        side: {
+            json.loads(line)["messages"][0]["content"]
+            for line in (custom.DATA / f"late_{side}.jsonl").read_text().splitlines()
+        }
+        for side in ("train", "val", "test")
+    }
+    assert prompts["train"].isdisjoint(prompts["val"] | prompts["test"])
+    assert prompts["val"].isdisjoint(prompts["test"])
+    if has_test:
+        assert (len(prompts["test"]), len(prompts["val"])) == (22, 10)
+        assert (
+            "2 rows do not validate: their prompts are in the test rows" in capsys.readouterr().out
+        )
+    else:
+        assert len(prompts["val"]) == 12 and prompts["test"] < {f"Late? {n}" for n in range(1, 60)}
 
 
 # ---- FinLoRA's config file

@@ -10,7 +10,6 @@ anything is wrong it writes nothing.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,13 +245,15 @@ class OwnTask:
 
     def open_held_out(self) -> dict[str, RowFile]:
         """The files of test and validation rows: `TEST=`, else the dataset's own splits."""
+        # Where `train` is among the others, these rows are a split that the user chose by name.
+        own_splits = [] if "train" in self.rows.splits else self.rows.splits
         held_out = {}
         if self.choices.test:
             held_out["test"] = open_rows(self.choices.test)
-        elif "train" not in self.rows.splits and "test" in self.rows.splits:
+        elif "test" in own_splits:
             held_out["test"] = self.rows.open_split("test")
         for name in ("validation", "val", "valid", "dev"):
-            if "test" in held_out and name in self.rows.splits:
+            if name in own_splits:
                 held_out["val"] = self.rows.open_split(name)
                 break
         return held_out
@@ -283,7 +284,7 @@ class OwnTask:
             if mark in tested or (groups and intake.marks.groups[number] in groups):
                 sides[number] = ""
         if dropped := sides.count(""):
-            print(f"new        {dropped:,} rows do not train: their prompts stand in the test rows")
+            print(f"new        {dropped:,} rows do not train: their prompts test or validate")
         if "train" not in sides:
             raise WrongInput(f"{self.rows.name}: no rows are left to train on")
         rule = "by label" if labels else "at random"
@@ -304,7 +305,7 @@ class OwnTask:
     ) -> Counter[str]:
         """Writes data/local/<task>_<side>.jsonl; returns the rows of each side."""
         counts = Counter[str]()
-        rows: dict[str, Iterator[bytes]] = {side: other.read() for side, other in held_out.items()}
+        tested = set(held_out["test"].marks.prompts) if "test" in held_out else set()
         with ExitStack() as files:
             opened: dict[str, Any] = {}
 
@@ -319,9 +320,14 @@ class OwnTask:
             for side, line in zip(sides, intake.read(), strict=True):
                 if side:
                     put(side, line)
-            for side, lines in rows.items():
-                for line in lines:
-                    put(side, line)
+            for side, other in held_out.items():
+                for mark, line in zip(other.marks.prompts, other.read(), strict=True):
+                    if side == "test" or mark not in tested:
+                        put(side, line)
+        if "val" in held_out and (dropped := held_out["val"].rows - counts["val"]):
+            print(
+                f"new        {dropped:,} rows do not validate: their prompts are in the test rows"
+            )
         self.longest = max(part.longest for part in (intake, *held_out.values()))
         return counts
 
