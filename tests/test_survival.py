@@ -118,7 +118,7 @@ def test_a_stop_reaches_the_training_beside_processes_that_cannot_be_asked(tmp_p
         "    open(name, 'w').close()\n"
         "    sys.exit(0)\n"
         "signal.signal(signal.SIGTERM, stop)\n"
-        "subprocess.Popen(['true'])  # never waited for\n"
+        "zombie = subprocess.Popen(['true'])  # never waited for\n"
         "inside = os.environ | {'TORCHELASTIC_RUN_ID': 'a'}\n"
         "for other in more:\n"
         "    subprocess.Popen([sys.executable, __file__, *other.split()], env=inside)\n"
