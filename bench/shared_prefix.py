@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from bench.jobs import describe_machine
-from tools import models, recipes, smollm2
+from tools import models, packs, recipes, smollm2
 from tools.common import ROOT, WrongInput, command, format_table, read_json, write_json
 from tools.train import batches, shared_prefix, sharing
 
@@ -49,12 +49,12 @@ def build_model(config: dict[str, Any], as_finlora: bool) -> Any:
     return model
 
 
-def pad_rows(rows: list[sharing.Row], pad: int) -> Batch:
+def pad_rows(rows: list[packs.Row], pad: int) -> Batch:
     """A padded micro-batch of whole rows, without the template's last line break."""
     whole = [[*row.ids, row.labels[-1]] for row in rows]
     length = max(map(len, whole))
     ids = torch.full((len(rows), length), pad)
-    labels = torch.full((len(rows), length), sharing.IGNORED)
+    labels = torch.full((len(rows), length), packs.IGNORED)
     mask = torch.zeros((len(rows), length), dtype=torch.int64)
     for number, (row, tokens) in enumerate(zip(rows, whole, strict=True)):
         ids[number, : len(tokens)] = torch.tensor(tokens)

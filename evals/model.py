@@ -1,10 +1,10 @@
-"""lm-eval's transformers model, with batches filled to a number of tokens and a shared prefix.
+"""lm-eval's transformers model, on prompts without padding that share what they begin with.
 
 It also reports how likely each label was as the answer's first token.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,19 +18,21 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from evals.answers import Progress
+from tools import packs
 from tools import prompts as prompt
+from tools.packs import SHORTEST
+from tools.segments import Segments, attend_to_segments
 
-SHORTEST_PREFIX = 16  # tokens; sharing a shorter one saves nothing
-# Tokens of a batch, prompts and answers: enough to keep two cores, or a GPU, busy. More would only
-# pad rows of more different lengths.
+# Tokens that go through the model together: enough to keep two cores, or a GPU, busy.
 TOKENS = {"cpu": 1024, "cuda": 16384}
-CACHED = 16384  # tokens whose keys and values a batch holds, the shared prefix's once for each row
+# Tokens whose keys and values a batch holds, those that rows share once for each row.
+CACHED = {"cpu": 4096, "cuda": 16384}
 
 
 def common_prefix(rows: list[list[int]]) -> int:
-    """How many leading tokens all rows share, at most one less than the shortest row has."""
+    """How many leading tokens all rows share, at most two less than the shortest row has."""
     first, last = min(rows), max(rows)  # rows sorted between these share what these share
-    longest = min(map(len, rows)) - 1
+    longest = max(min(map(len, rows)) - 2, 0)
     return next((at for at in range(longest) if first[at] != last[at]), longest)
 
 
@@ -65,6 +67,18 @@ class FirstToken(LogitsProcessor):  # type: ignore[misc]
         return scores
 
 
+def accepts_packs(config: Any) -> bool:
+    """Whether prompts are packed: not with sliding windows, chunks or linear attention.
+
+    Nor where rotary embeddings depend on the longest row of a batch.
+    """
+    text = config.get_text_config(decoder=True)
+    full = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+    tested = text.model_type in packs.TESTED and text._attn_implementation == "sdpa"
+    return full and tested and rope in packs.FIXED_ROPES
+
+
 class Model(Progress, HFLM):
     """Answers with a loaded model. `rows` is how many answers are to come, for the progress line.
 
@@ -75,14 +89,15 @@ class Model(Progress, HFLM):
     def __init__(self, model: Any, tokenizer: Any, label: str, rows: int):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
         self.expect(label, rows)
-        # Sliding windows, chunks and linear attention do not keep all of a prefix.
-        layers = DynamicCache(config=model.config).layers
-        self.share = all(type(layer) is DynamicLayer for layer in layers)
+        self.packs = accepts_packs(model.config)
+        if self.packs:
+            attend_to_segments("sdpa")
         head = model.get_output_embeddings()
         if not head._forward_pre_hooks:
             # The rows' last tokens are a slice, which torch would multiply row by row.
             head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
-        self.tokens = TOKENS["cuda" if self.device.type == "cuda" else "cpu"]
+        kind = "cuda" if self.device.type == "cuda" else "cpu"
+        self.tokens, self.cached = TOKENS[kind], CACHED[kind]
         self.labels: Sequence[str] = ()
         self.probabilities: list[dict[str, float]] = []
 
@@ -94,11 +109,6 @@ class Model(Progress, HFLM):
         sizes = (getattr(config, name, None) for name in names)
         return next((int(size) for size in sizes if size), super().max_length)
 
-    def batch_size_of(self, longest: int, shared: int, budget: int) -> int:
-        """How many rows of at most `longest` tokens go together."""
-        whole = longest + budget
-        return max(1, min(self.tokens // (whole - shared), CACHED // whole))
-
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
@@ -107,7 +117,8 @@ class Model(Progress, HFLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """The answers to requests of one task, which share their settings.
 
-        The prefix of all prompts (the system turn, the instruction) goes through the model once.
+        What prompts begin with (the system turn, the instruction, a text with several questions)
+        goes through the model once.
         """
         settings = requests[0].args[1]
         rest = normalize_gen_kwargs(settings, self.max_gen_toks)
@@ -117,18 +128,14 @@ class Model(Progress, HFLM):
         labels = first_tokens(self.tokenizer, self.labels)
         texts = [request.args[0] for request in requests]
         prompts = [self.tok_encode(text)[-(self.max_length - budget) :] for text in texts]
-        prefix = self._prefix(prompts)
-        shared = prefix.get_seq_length() if prefix else 0
-        order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+        prefix = self.compute_prefix(prompts) if self.packs else None
         answers = [""] * len(prompts)
-        while order:
-            size = self.batch_size_of(len(prompts[order[0]]), shared, budget)
-            batch, order = order[:size], order[size:]
-            context, mask = self._padded([prompts[row] for row in batch], shared)
+        for batch in self.divide(prompts, budget):
+            rows = [prompts[row] for row in batch]
             first = FirstToken(labels)
-            if prefix:
-                rest["past_key_values"] = copy.deepcopy(prefix)
-                rest["past_key_values"].batch_repeat_interleave(len(batch))
+            if self.packs:
+                rest["past_key_values"] = self.compute_keys(rows, prefix)
+            context, mask = self._pad(rows)
             generated = self._model_generate(
                 context=context,
                 attention_mask=mask,
@@ -145,22 +152,110 @@ class Model(Progress, HFLM):
             self.progress(len(batch))
         return answers
 
-    def _prefix(self, prompts: list[list[int]]) -> Any:
-        """The keys and values of the prompts' shared prefix; None where sharing saves nothing."""
-        shared = common_prefix(prompts) if self.share and len(prompts) > 1 else 0
-        if shared < SHORTEST_PREFIX:
+    def divide(self, prompts: list[list[int]], budget: int) -> list[list[int]]:
+        """Batches of the prompts' numbers; prompts of similar length that begin alike are close.
+
+        A batch holds at most `self.cached` tokens, padding and answers included; where prompts are
+        not packed, at most `self.tokens`.
+        """
+        most = self.cached if self.packs else self.tokens
+
+        def place(row: int) -> Any:
+            length = len(prompts[row])
+            return (-length.bit_length(), prompts[row]) if self.packs else -length
+
+        batches: list[list[int]] = []
+        longest = 0
+        for row in sorted(range(len(prompts)), key=place):
+            longest = max(longest, len(prompts[row]) + budget)
+            if not batches or longest * (len(batches[-1]) + 1) > most:
+                batches.append([])
+                longest = len(prompts[row]) + budget
+            batches[-1].append(row)
+        return batches
+
+    def compute_prefix(self, prompts: list[list[int]]) -> Any:
+        """The keys and values of what all prompts begin with; None where that is too short."""
+        shared = common_prefix(prompts)
+        if len(prompts) == 1 or shared < SHORTEST:
             return None
         ids = torch.tensor([prompts[0][:shared]], device=self.device)
         with torch.inference_mode():
-            output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        return output.past_key_values if type(output.past_key_values) is DynamicCache else None
+            return self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
 
-    def _padded(self, rows: list[list[int]], shared: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows, length) int64 prompts and their mask, with the padding behind `shared` tokens."""
+    def compute_keys(self, rows: list[list[int]], prefix: Any) -> DynamicCache:
+        """The keys and values of prompts but for their last tokens, padded on the left.
+
+        For each layer two tensors (rows, heads, longest prompt - 1, size).
+        """
+        width = max(map(len, rows)) - 1
+        layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        done = 0
+
+        def make(packed: torch.Tensor) -> torch.Tensor:
+            return packed.new_zeros((len(rows), packed.shape[1], width, packed.shape[3]))
+
+        for pack in self.pack(rows, prefix.get_seq_length() if prefix else 0):
+            places = torch.zeros((len(pack.ends), width), dtype=torch.int64)
+            for row, end in enumerate(pack.ends):
+                path = pack.paths[end]
+                places[row, width - len(path) :] = torch.tensor(path)
+            places = places.to(self.device)
+            packed = [
+                (layer.keys, layer.values) for layer in self.compute_pack(pack, prefix).layers
+            ]
+            if not layers:
+                layers = [(make(keys), make(values)) for keys, values in packed]
+            for pair, packed_pair in zip(layers, packed, strict=True):
+                for states, of_pack in zip(pair, packed_pair, strict=True):
+                    spread = of_pack[0][:, places].transpose(0, 1)
+                    states[done : done + len(places)] = spread
+            done += len(places)
+        return DynamicCache(layers)
+
+    def pack(self, rows: list[list[int]], cached: int) -> Iterator[packs.Pack]:
+        """Packs of consecutive prompts but for their last tokens, of about `self.tokens` tokens."""
+        chosen: list[packs.Row] = []
+        tokens = 0
+        for number, row in enumerate(rows):
+            ids = row[:-1]
+            shared = common_prefix([row, rows[number - 1]]) if chosen else 0
+            new = len(ids) - (shared if shared >= cached + SHORTEST else cached)
+            if chosen and tokens + new > self.tokens:
+                yield packs.pack_rows(chosen, cached)
+                chosen, tokens, new = [], 0, len(ids) - cached
+            chosen.append(packs.Row(ids, [packs.IGNORED] * (len(ids) - 1) + [0], 1.0))
+            tokens += new
+        yield packs.pack_rows(chosen, cached)
+
+    def compute_pack(self, pack: packs.Pack, prefix: Any) -> DynamicCache:
+        """The keys and values of a pack, behind those of what all prompts begin with."""
+
+        def tensor(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, device=self.device)
+
+        places = [place for path in pack.paths for place in path]
+        segments = Segments(
+            tensor(pack.lengths), tensor(list(map(len, pack.paths))), tensor(places)
+        )
+        segments.pad()
+        with torch.inference_mode():
+            output = self.model(
+                input_ids=tensor(pack.ids)[None],
+                position_ids=tensor(pack.positions)[None],
+                attention_mask=segments.mask,
+                segments=segments,
+                past_key_values=copy.deepcopy(prefix) if prefix else DynamicCache(),
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return output.past_key_values
+
+    def _pad(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, longest) int64 prompts, padded on the left, and their mask."""
         longest = max(map(len, rows))
         pad = self.tokenizer.pad_token_id
-        ids = [row[:shared] + [pad] * (longest - len(row)) + row[shared:] for row in rows]
-        mask = torch.ones((len(rows), longest), dtype=torch.long)
-        for number, row in enumerate(rows):
-            mask[number, shared : shared + longest - len(row)] = 0
-        return torch.tensor(ids, device=self.device), mask.to(self.device)
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
+        lengths = torch.tensor([[len(row)] for row in rows])
+        mask = (torch.arange(longest) >= longest - lengths).long()
+        return ids.to(self.device), mask.to(self.device)

@@ -418,6 +418,7 @@ def test_a_mirror_is_its_base_and_other_names_are_themselves():
         assert recipes.find_base(hub_id)[0], hub_id
 
 
+@pytest.mark.slow
 def test_a_precision_is_asked_for_and_taken_at_every_door(copy):
     for door in ("chat", "merge", "serve", "eval"):
         done = run(door, "--adapter", str(copy))
@@ -518,6 +519,7 @@ def test_merging_does_not_care_about_words_in_a_path(tiny, tmp_path, name):
     merge.merge(subjects.find("", str(folder), "fp32").config, folder)
 
 
+@pytest.mark.slow
 def test_a_base_without_a_chat_template_is_merged_and_other_doors_say_what_is_needed(
     tiny, tmp_path
 ):

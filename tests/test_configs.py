@@ -49,7 +49,7 @@ CONFIGS = {
     "packed": {"sample_packing": True, "pad_to_sequence_len": True, "lora_target_linear": True},
     "dora": {"peft_use_dora": True, "tokenizer_config": "BASE", "base_model_config": "BASE"},
 }
-LONG = {"overridden", "dora", "packed", "named_template"}
+SHORT = {"minimal", "tokens"}  # the others are for `make test-all`
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def trained(tiny, rows, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in CONFIGS],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in SHORT)) for name in CONFIGS],
 )
 def test_what_a_config_trained_is_rendered_loaded_merged_and_served_as_it_was_trained(
     trained, name, tmp_path
@@ -162,7 +162,13 @@ def test_what_a_config_trained_is_rendered_loaded_merged_and_served_as_it_was_tr
         assert line[line.index("--tokenizer") + 1] == str(subject.adapter)
 
 
-@pytest.mark.parametrize("name", ["tokens", "template_of_rows", "compute_dtype"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in SHORT))
+        for name in ("tokens", "template_of_rows", "compute_dtype")
+    ],
+)
 def test_what_a_config_trained_is_scored_and_chatted_with(trained, name, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "CHAT", tmp_path / "data" / "chat")
     convert.convert_task("sentiment", sources.SAMPLE)
@@ -237,6 +243,7 @@ def test_rows_without_one_chat_template_need_a_prompt_format(entries, tiny, rows
     assert subjects.find(path, base_only=True, form="bare").prompt_format == "bare"
 
 
+@pytest.mark.slow
 def test_rows_of_another_type_train_with_a_note_and_are_merged(tiny, tmp_path):
     rows = tmp_path / "alpaca.jsonl"
     row = {"instruction": "Is it good?", "input": "", "output": "yes"}
@@ -383,6 +390,7 @@ def test_what_a_profile_changes_of_ones_own_keys_is_said(tiny, rows, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_is_turned_on_and_off(tiny, rows, tmp_path):
     path = write(tmp_path, tiny, rows, gradient_checkpointing=True)
     for option, state in (("", "on"), ("no-", "off")):

@@ -386,7 +386,16 @@ def find_wrong(rows):
     }
 
 
-@pytest.mark.parametrize("model", tokenizers.BASES)
+ALWAYS = {"gemma-3-4b", "smollm2-135m"}  # the others are for `make test-all`
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(model, marks=[pytest.mark.slow] * (model not in ALWAYS))
+        for model in tokenizers.BASES
+    ],
+)
 def test_a_model_that_answers_with_the_key_is_right_in_every_metric(model, place):
     lm = Echo(model, tokenizers.load(model))
     tasks = {name: repeat_answers(answers) for name, answers in ANSWERS.items()}

@@ -246,7 +246,7 @@ def test_the_scorer_answers_as_a_plain_generate_loop_does(base, workplace, reque
 
     model, tokenizer = models.load({"base_model": str(request.getfixturevalue(base))} | NF4)
     lm = Model(model, tokenizer, "fpb", 16)
-    lm.tokens = 500  # a few rows a batch
+    lm.tokens, lm.cached = 200, 500  # a few rows a batch, and of those a few a pack
     scored, _ = evaluation.measure(lm, "fpb", 16, Prompts("chat"))
     rows = [json.loads(line) for line in sources.test_path("fpb").open()]
     assert len({row["row"] for row in scored}) == 16
@@ -263,7 +263,7 @@ def test_the_probabilities_of_labels_are_those_of_a_plain_forward_pass(tiny, wor
 
     model, tokenizer = models.load({"base_model": str(tiny)} | NF4)
     lm = Model(model, tokenizer, "fpb", 16)
-    lm.tokens = 500
+    lm.tokens, lm.cached = 200, 500
     answers = Answers(tmp_path / "kept.jsonl", {})
     scored, _ = evaluation.measure(lm, "fpb", 16, Prompts("chat"), answers)
     rows = [json.loads(line) for line in sources.test_path("fpb").open()]

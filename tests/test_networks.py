@@ -145,6 +145,7 @@ def isolated(*arguments: object, connections: Path) -> subprocess.CompletedProce
     )
 
 
+@pytest.mark.slow
 def test_training_scoring_and_chat_without_a_network_try_no_connection(
     no_network, tiny, chat_rows, tmp_path
 ):

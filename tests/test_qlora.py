@@ -396,6 +396,7 @@ def test_bitsandbytes_pages_nothing_on_a_cpu_and_steps_as_torch_does():
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_cpu_profile_puts_float32_adamw_in_ordinary_memory_in_their_place(
     tiny, chat_rows, tmp_path
 ):

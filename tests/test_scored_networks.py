@@ -6,7 +6,7 @@ import transformers
 from transformers import AutoTokenizer
 
 from evals import backends
-from evals.model import CACHED, Model
+from evals.model import Model
 from tools.subjects import Subject
 
 TINY = {
@@ -76,7 +76,7 @@ def test_a_batch_is_answered_as_each_row_alone(kind, tokenizer):
     model = network(config).eval()
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     lm = Model(model, tokenizer, kind, len(NEWS))
-    assert lm.share == (kind == "full attention")
+    assert lm.packs == (kind == "full attention")
     assert lm.max_length == 4096
     together = lm.generate_until([Request(INSTRUCTION + news) for news in NEWS])
     alone = []
@@ -90,13 +90,63 @@ def test_a_batch_is_answered_as_each_row_alone(kind, tokenizer):
     assert len(set(alone)) > 1
 
 
+PACKED = ["llama", "mistral", "qwen2", "qwen3"]
+BEGINNING = list(range(100, 140))
+PROMPTS = [
+    *(
+        [*BEGINNING, *text, question]
+        for text in (range(20, 60), range(60, 99))
+        for question in (1, 2)
+    ),
+    [*BEGINNING, *range(20, 60), 3, 4, 5],
+    [*BEGINNING, *range(20, 60), 3, 4, 5],  # twice
+    [*BEGINNING, 8, 9],
+    [*BEGINNING, *range(200, 500)],  # much longer
+]
+
+
+@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.parametrize("shared", [True, False], ids=["all begin alike", "one begins otherwise"])
+@pytest.mark.parametrize("tokens", [64, 1024])
+def test_packed_prompts_have_the_keys_and_values_of_each_alone(kind, shared, tokens, tokenizer):
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **TINY | {"vocab_size": len(tokenizer)})
+    config.sliding_window = None
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    lm = Model(model, tokenizer, kind, 1)
+    assert lm.packs
+    lm.tokens = tokens
+    prompts = PROMPTS if shared else [*PROMPTS, [7, 7, 7]]
+    prefix = lm.compute_prefix(prompts)
+    assert (prefix.get_seq_length() if prefix else 0) == (40 if shared else 0)
+    rows = [prompts[row] for batch in lm.divide(prompts, 1) for row in batch]
+    assert sorted(rows) == sorted(prompts)
+    packs = list(lm.pack(rows, 40 if shared else 0))
+    if tokens == 1024:  # counted by hand: 40 shared, 39 + 8 and 38 + 2 of the texts, 1, 299, 2
+        assert [len(pack.ids) for pack in packs] == [387 if shared else 429]
+    cache = lm.compute_keys(rows, prefix)
+    for number, row in enumerate(rows):
+        with torch.inference_mode():
+            alone = model(torch.tensor([row[:-1]]), use_cache=True).past_key_values
+        for layer, expected in zip(cache.layers, alone.layers, strict=True):
+            for states, of_row in ((layer.keys, expected.keys), (layer.values, expected.values)):
+                own = states[number, :, states.shape[2] - len(row) + 1 :]
+                torch.testing.assert_close(own, of_row[0], rtol=1e-5, atol=1e-5)
+
+
 def test_a_batch_holds_no_more_keys_and_values_than_its_rows_and_their_prefixes(tokenizer):
     network, config = build("full attention", len(tokenizer))
     lm = Model(network(config).eval(), tokenizer, "rows", 1)
-    lm.tokens = 16384
-    assert lm.batch_size_of(longest=4000, shared=3900, budget=10) * 4010 <= CACHED
-    assert lm.batch_size_of(longest=100, shared=0, budget=28) == 128
-    assert lm.batch_size_of(longest=20_000, shared=0, budget=10) == 1
+    lm.cached = 16384
+
+    def sizes(*lengths: int) -> list[int]:
+        return [len(batch) for batch in lm.divide([[1] * length for length in lengths], 10)]
+
+    assert sizes(*[4000] * 9) == [4, 4, 1]
+    assert sizes(*[20_000] * 2) == [1, 1]
+    assert sizes(*[118] * 256) == [128, 128]
+    lm.packs, lm.tokens = False, 1024
+    assert sizes(*[118] * 10) == [8, 2]
 
 
 def test_vllm_gets_the_context_of_the_text_model(tmp_path):

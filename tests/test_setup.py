@@ -96,11 +96,13 @@ def lock(version: str) -> set[str]:
     return {line for line in lines if "==" in line}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_lock_is_what_the_cuda_build_of_torch_resolves_to(version, tmp_path):
     assert resolve(version, tmp_path) == lock(version)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_cpu_build_takes_the_lock_without_the_packages_for_cuda(version, tmp_path):
     # The index offers no CPU build for every Python; its requirements are the same for all.

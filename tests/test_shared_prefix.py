@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from tools import recipes
+from tools.packs import TESTED
 from tools.train import profiles
 from tools.train import shared_prefix as sharing
 from tools.train.batches import count_real_tokens
 from tools.train.hardware import Host
-from tools.train.sharing import TESTED, explain_base
+from tools.train.sharing import explain_base
 
 
 def build_batch(rows: list[tuple[list[int], list[int]]], pad: int = 0) -> dict:

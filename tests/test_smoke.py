@@ -3,6 +3,7 @@
 import json
 import re
 
+import pytest
 from transformers import AutoTokenizer
 
 from tests.conftest import run, write_recipe
@@ -45,6 +46,7 @@ def test_the_rows_are_the_longest_that_fit_and_fill_a_batch(tiny, chat_rows, tmp
     assert len(rows.lines) == 8 and {*rows.lines} == {*lines[:3]}
 
 
+@pytest.mark.slow
 def test_a_base_that_is_too_large_is_tried_by_its_tiny_twin(tiny, chat_rows, tmp_path):
     base = "meta-llama/Llama-3.1-8B-Instruct"
     recipe = write_recipe(tmp_path, "r8_dora", tiny, chat_rows, base_model=base)

@@ -70,6 +70,7 @@ def test_a_training_told_to_stop_saves_and_goes_on(undisturbed, tiny, chat_rows,
     assert_same(folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_training_whose_command_is_killed_saves_and_ends(undisturbed, tiny, chat_rows, tmp_path):
     recipe, folder = write_recipe(tmp_path, "r4", tiny, chat_rows, **LONG), tmp_path / "r4"
     process = start(recipe)
@@ -82,6 +83,7 @@ def test_a_training_whose_command_is_killed_saves_and_ends(undisturbed, tiny, ch
     assert not (folder / "run.json").exists() and not Run(folder).is_training
 
 
+@pytest.mark.slow
 def test_a_training_told_to_stop_leaves_its_evaluation(undisturbed, tiny, chat_rows, tmp_path):
     """In the middle (SIGTERM) and at the end (SIGINT); what was left is done when it goes on."""
     data = yaml.safe_load((undisturbed.parent / "r4.yaml").read_text())["datasets"][0]
@@ -118,7 +120,7 @@ def test_a_stop_reaches_the_training_beside_processes_that_cannot_be_asked(tmp_p
         "    open(name, 'w').close()\n"
         "    sys.exit(0)\n"
         "signal.signal(signal.SIGTERM, stop)\n"
-        "subprocess.Popen(['true'])  # never waited for\n"
+        "zombie = subprocess.Popen(['true'])  # never waited for\n"
         "inside = os.environ | {'TORCHELASTIC_RUN_ID': 'a'}\n"
         "for other in more:\n"
         "    subprocess.Popen([sys.executable, __file__, *other.split()], env=inside)\n"

@@ -1,6 +1,6 @@
 """What a step computes: logits at labels only, the order of rows, shares of a micro-batch.
 
-How rows are packed is in tools/train/sharing.py and tools/train/shared_prefix.py.
+How rows are packed is in tools/packs.py and tools/train/shared_prefix.py.
 """
 
 from typing import Any

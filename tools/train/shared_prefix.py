@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from axolotl.utils.samplers import get_dataset_lengths
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tools.packs import IGNORED, Pack, Row, pack_rows
+from tools.segments import Segments, attend_to_segments
 from tools.train.ranks import read_rank
-from tools.train.sharing import IGNORED, Pack, Row, pack_rows
 
 PLAIN_KEYS = {"input_ids", "attention_mask", "labels"}
 
@@ -56,101 +56,6 @@ def read_rows(batch: dict[str, torch.Tensor], items: int | None = None) -> list[
             rows.append(([ids[place] for place in real[:end]], following[:end]))
     count = items or sum(label != IGNORED for _, labels in rows for label in labels)
     return [Row(ids, labels, 1 / count) for ids, labels in rows]
-
-
-class Segments:
-    """What attention needs to know of a packed sequence of segments.
-
-    Segment s has `lengths[s]` queries and `reaches[s]` keys, which end at the same token.
-    """
-
-    def __init__(self, lengths: torch.Tensor, reaches: torch.Tensor, paths: torch.Tensor):
-        """Three flat int64 tensors, on the model's device."""
-        self.lengths, self.reaches, self.paths = lengths, reaches, paths
-        self.longest, self.farthest = int(lengths.max()), int(reaches.max())
-        self.mask: torch.Tensor | None = None
-
-    def pad(self) -> None:
-        """Makes the segments one padded batch, for kernels that take no lengths.
-
-        `queries` (segments x longest) and `keys` (segments x farthest) are places in the sequence,
-        `mask` (segments, 1, longest, farthest) is True where a query attends to a key, and `own`
-        are the places in `queries` that are no padding. transformers leaves a mask of four axes as
-        it is.
-        """
-        device = self.lengths.device
-        query = torch.arange(self.longest, device=device)
-        key = torch.arange(self.farthest, device=device)
-        lengths, reaches = self.lengths[:, None], self.reaches[:, None]
-        starts = self.lengths.cumsum(0)[:, None] - lengths
-        self.queries = torch.where(query < lengths, starts + query, 0).flatten()
-        self.own = (query < lengths).flatten().nonzero().flatten()
-        keys = torch.zeros((len(lengths), self.farthest), dtype=torch.int64, device=device)
-        keys[key < reaches] = self.paths
-        self.keys = keys.flatten()
-        seen = (reaches - lengths + query)[:, :, None]  # the last key of each query
-        self.mask = (key <= seen)[:, None]
-
-    def attend_padded(
-        self, attention: Any, module: Any, heads: list[torch.Tensor], options: dict[str, Any]
-    ) -> torch.Tensor:
-        """SDPA of [query, key, value], each (1, heads, tokens, size); (1, tokens, heads, size)."""
-
-        def regroup(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-            chosen = states[0].index_select(1, places)
-            return chosen.unflatten(1, (len(self.lengths), -1)).transpose(0, 1)
-
-        places = (self.queries, self.keys, self.keys)
-        output, _ = attention(module, *map(regroup, heads, places), self.mask, **options)
-        return output.flatten(0, 1).index_select(0, self.own)[None]
-
-    def attend_varlen(self, heads: list[torch.Tensor], options: dict[str, Any]) -> torch.Tensor:
-        """The same by flash-attn's kernel for sequences of several lengths.
-
-        Its causal mask lets the last query see the last key, so that the queries of a segment see
-        all that comes before it.
-        """
-        from flash_attn import flash_attn_varlen_func
-
-        def count(lengths: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-
-        query, key, value = (states[0].transpose(0, 1) for states in heads)
-        output = flash_attn_varlen_func(
-            query,
-            key.index_select(0, self.paths),
-            value.index_select(0, self.paths),
-            cu_seqlens_q=count(self.lengths),
-            cu_seqlens_k=count(self.reaches),
-            max_seqlen_q=self.longest,
-            max_seqlen_k=self.farthest,
-            dropout_p=options.get("dropout") or 0.0,
-            softmax_scale=options.get("scaling"),
-            causal=True,
-        )
-        return output[None]
-
-
-def attend_to_segments(name: str) -> None:
-    """Teaches transformers' attention of this name, SDPA or flash-attn, to attend to segments.
-
-    Models pass on to their attention what they do not know: here it is `segments`. Without it,
-    attention is what it was.
-    """
-    original = ALL_ATTENTION_FUNCTIONS[name]
-    if hasattr(original, "attends_to_segments"):
-        return
-
-    def attention(module: Any, *heads_and_mask: Any, segments: Any = None, **options: Any) -> Any:
-        if segments is None:
-            return original(module, *heads_and_mask, **options)
-        heads = list(heads_and_mask[:3])
-        if name == "sdpa":
-            return segments.attend_padded(original, module, heads, options), None
-        return segments.attend_varlen(heads, options), None
-
-    attention.attends_to_segments = True  # type: ignore[attr-defined]
-    ALL_ATTENTION_FUNCTIONS.register(name, attention)
 
 
 def accept_packs(model: Any) -> None:

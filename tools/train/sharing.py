@@ -1,25 +1,16 @@
-"""Which tokens rows share, how they are packed, and whether a recipe can be trained so.
-
-    pack = pack_rows([Row(ids, labels, weight), …])      pack.ids, pack.positions, pack.paths
+"""Whether a recipe can be trained on packed rows (tools/packs.py), and what that saves.
 
 No torch here: `make profile` computes with it, too. tools/train/shared_prefix.py trains on packs.
 """
 
 import json
-from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import Any
 
 from tools import architectures, models, prompts
 from tools.common import ROOT, WrongInput, json_lines
+from tools.packs import FIXED_ROPES, IGNORED, TESTED, Row, pack_rows
 
-SHORTEST = 16  # tokens; sharing fewer costs more in attention than it saves
-IGNORED = -100  # the label of a token that is not trained, as transformers has it
 SAMPLED = 256  # rows that `measure_saving` packs
-# The architectures whose packed rows are tested against padded ones (tests/test_shared_prefix.py).
-TESTED = {"llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma3_text"}
-# Rotary embeddings whose frequencies do not depend on how long the rows of a batch are.
-FIXED_ROPES = {"default", "linear", "llama3", "yarn"}
 # Axolotl's options under which a row's loss depends on more than its own tokens, or whose trainer
 # has batches of its own, or which was not tried with packs (FSDP, torch.compile).
 OPTIONS = [
@@ -32,67 +23,6 @@ OTHER_ATTENTION = [
     *("xformers_attention", "flex_attention", "sage_attention", "eager_attention", "s2_attention")
 ]
 STEPS = "gradient_accumulation_steps"
-
-
-@dataclass(frozen=True)
-class Row:
-    """The tokens that a row's loss depends on."""
-
-    ids: list[int]
-    labels: list[int]  # for each token the one that it is trained to predict, or IGNORED
-    weight: float  # of each of its labels in the loss
-
-    @property
-    def prompt(self) -> int:
-        """How many tokens come before the first one that predicts a label; only they are shared."""
-        return next(at for at, label in enumerate(self.labels) if label != IGNORED)
-
-
-@dataclass
-class Pack:
-    """Rows as one sequence, which is divided into segments: shared beginnings and rows' rests."""
-
-    ids: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)  # of the segments
-    # For each segment the places that it attends to: those before it in its rows, then its own.
-    paths: list[list[int]] = field(default_factory=list)
-
-    def add(self, row: Row, start: int, end: int, path: list[int]) -> list[int]:
-        """Adds tokens `start` to `end` of a row behind a path; returns the path with them."""
-        path = [*path, *range(len(self.ids), len(self.ids) + end - start)]
-        self.ids += row.ids[start:end]
-        self.positions += range(start, end)
-        self.labels += row.labels[start:end]
-        self.weights += [row.weight] * (end - start)
-        self.lengths.append(end - start)
-        self.paths.append(path)
-        return path
-
-
-def pack_rows(rows: list[Row]) -> Pack:
-    """Packs rows; beginnings of at least SHORTEST tokens that several rows share stand once."""
-    pack = Pack()
-
-    def add_rows(rows: list[Row], start: int, path: list[int]) -> None:
-        groups: dict[Any, list[Row]] = {}
-        for number, row in enumerate(rows):
-            shareable = start + SHORTEST <= row.prompt
-            key = tuple(row.ids[start : start + SHORTEST]) if shareable else number
-            groups.setdefault(key, []).append(row)
-        for group in groups.values():
-            if len(group) == 1:
-                pack.add(group[0], start, len(group[0].ids), path)
-                continue
-            prompts = (row.ids[start : row.prompt] for row in group)
-            columns = zip(*prompts, strict=False)
-            end = start + sum(1 for _ in takewhile(lambda column: len({*column}) == 1, columns))
-            add_rows(group, end, pack.add(group[0], start, end, path))
-
-    add_rows(rows, 0, [])
-    return pack
 
 
 def explain_no_sharing(config: dict[str, Any]) -> str | None:
