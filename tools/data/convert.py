@@ -18,7 +18,7 @@ from tools.common import WrongInput, check_name, shown, write_json
 from tools.data.chatfile import DEFAULT, UNCOUNTED, Options, convert_rows, remove
 from tools.data.join import join_parts
 from tools.data.rules import check_labels, load_test_rules, load_train_rules
-from tools.data.split import split_test_set
+from tools.data.split import choose_mark, split_test_set
 
 if TYPE_CHECKING:
     from tools.data.lengths import Lengths
@@ -72,7 +72,7 @@ def convert_task(task: str, folder: Path, options: Options = DEFAULT) -> None:
 def convert_train(task: str, folder: Path, options: Options) -> dict[str, frozenset[int]]:
     """Converts a training set; returns the rows left to test on, where a test set replaces it."""
     spec, target = sources.tables()["tasks"][task], sources.train_path(task)
-    source, split = folder / spec["train"], spec.get("without_train")
+    source, split = find_train_file(task, folder), spec.get("without_train")
     test_set = folder / sources.tables()["datasets"][split["split"]]["file"] if split else None
     holding_out = replace(options, validation=sources.val_path(task))
     if "val" in spec and source.is_file():
@@ -82,11 +82,7 @@ def convert_train(task: str, folder: Path, options: Options) -> dict[str, frozen
         rules = check_labels(source, rules, options.repair, options.quarantine)
         print_conversion(convert_rows(source, target, rules, options=holding_out), target)
     elif split and test_set and test_set.is_file():
-        dataset = split["split"]
-        rules = load_test_rules(dataset, test_set, options.repair, options.quarantine)
-        train, test = split_test_set(test_set, rules, split["rows"], split["seed"])
-        print_conversion(convert_rows(test_set, target, rules, train, holding_out), target)
-        return {dataset: test}
+        return divide_test_set(task, test_set, holding_out)
     elif "parts" not in spec:
         discard(target, source.name)
     elif isinstance(result := join_parts(task, options), str):
@@ -94,6 +90,32 @@ def convert_train(task: str, folder: Path, options: Options) -> dict[str, frozen
     else:
         print_conversion(result, target)
     return {}
+
+
+def find_train_file(task: str, folder: Path) -> Path:
+    """Where a task's training file is expected.
+
+    It may lie in another folder than the test files where a part of these would replace it.
+    """
+    spec = sources.tables()["tasks"][task]
+    folders = [folder, *sources.list_folders().values()] if "without_train" in spec else []
+    places = (place / spec["train"] for place in folders if place != sources.SAMPLE)
+    return next((place for place in places if place.is_file()), folder / spec["train"])
+
+
+def divide_test_set(task: str, test_set: Path, options: Options) -> dict[str, frozenset[int]]:
+    """Converts the rows of a test set that train; returns the others, by dataset of the file."""
+    spec, datasets = sources.tables()["tasks"][task], sources.tables()["datasets"]
+    split, target = spec["without_train"], sources.train_path(task)
+    rules = load_test_rules(split["split"], test_set, options.repair, options.quarantine)
+    train, test = split_test_set(test_set, rules, split)
+    options = replace(options, mark=choose_mark(split))
+    manifest = convert_rows(test_set, target, rules, train, options)
+    manifest["in_place_of"] = f"{Path(spec['train']).name}, which is not at hand"
+    write_json(sources.manifest_path(target), manifest)
+    print_conversion(manifest, target)
+    file = datasets[split["split"]]["file"]
+    return {name: test for name in spec["eval"] if datasets[name]["file"] == file}
 
 
 def convert_own(task: str, options: Options) -> None:
@@ -143,6 +165,8 @@ def print_conversion(manifest: dict[str, Any], target: Path) -> None:
         notes.append(f"{manifest['refused']} refused: {shown(sources.refused_path(target))}")
     text = "; ".join(filter(None, [labels[:70], *notes]))
     print(f"data       {target.name:<32} {manifest['rows']:>6} rows  {text}".rstrip())
+    if missing := manifest.get("in_place_of"):
+        print(f"           in place of {missing}; other rows of {manifest['source']} test")
     if held_out := manifest.get("validation"):
         if held_out["rows"]:
             rows, file = held_out["rows"], held_out["file"]
