@@ -172,6 +172,8 @@ class Conversion:
                 mask = [not test(*row) for row in zip(batch.prompts, batch.answers, strict=True)]
                 self.removed[removal.kind] += mask.count(False)
                 batch = batch.select(mask)
+        if self.rules.reword:
+            batch = batch.reword(self.rules.reword)
         if self.lengths:
             batch = self.lengths.check(batch, self.rules.cut, self.options.bounded)
         return batch
