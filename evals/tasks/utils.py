@@ -200,8 +200,8 @@ def worked(expected: str, answer: str, prompt: str) -> Scores:
     calculation, equals, _ = line.rpartition("=")
     value = evaluate_formula(PERCENT.sub(r"(\1 / 100)", calculation if equals else line))
     is_plain = is_number(line)
-    right = not is_plain and value is not None and close(expected, f"{value:.12f}", prompt)
-    stated = close(expected, line, prompt)
+    stated = bool(equals or is_plain) and close(expected, line, prompt)
+    right = value is not None and close(expected, f"{value:.12f}", prompt)
     return {"accuracy": float(stated if is_plain else right), "numeric_accuracy": float(stated)}
 
 
