@@ -48,7 +48,7 @@ def list_own(method: str = "") -> list[str]:
 
 def test_every_recipe_is_what_the_tables_give_and_valid_for_axolotl_with_every_profile(capsys):
     catalogue.check()
-    count = 757 + len(list_own())
+    count = 946 + len(list_own())
     assert capsys.readouterr().out.startswith(
         f"{count} recipes: current, and valid for Axolotl with"
     )
@@ -462,8 +462,8 @@ def read_table(text):
 def test_the_list_shows_every_recipe_with_a_file_and_loads_no_heavy_library():
     names, rest = read_table(ran("recipes"))
     assert names == {*map(recipes.shorten, filter(recipes.has_file, recipes.list_names()))}
-    assert rest.startswith(f"{337 + len(list_own())} recipes, ")
-    assert "420 more have no file and train by their names; METHOD=r8_dora" in rest
+    assert rest.startswith(f"{421 + len(list_own())} recipes, ")
+    assert "525 more have no file and train by their names; METHOD=r8_dora" in rest
 
 
 def test_a_method_lists_its_recipes_with_a_file_and_without_also_for_machines():
@@ -471,7 +471,7 @@ def test_a_method_lists_its_recipes_with_a_file_and_without_also_for_machines():
     all_names = [name for name in recipes.list_names() if name.endswith("_r8_dora")]
     assert names == {*map(recipes.shorten, all_names)}
     assert (
-        rest.startswith(f"{108 + len(list_own('_r8_dora'))} recipes, ")
+        rest.startswith(f"{135 + len(list_own('_r8_dora'))} recipes, ")
         and "more have no file" not in rest
     )
     rows = json.loads(ran("recipes", "--method", "r8_dora", "--task", "ner", "--json"))
