@@ -121,7 +121,7 @@ def test_every_dataset_has_a_task_and_stands_in_a_group():
     four = [f"finlora_{name}" for name in ("general", "certificate", "reporting", "analysis")]
     assert groups["finlora"] == four
     grouped = [name.removeprefix("finlora_") for group in four for name in groups[group]]
-    # Of a file FinLoRA's own dataset counts (of TFNS with its repaired labels), and NWGI counts with
+    # Of each file FinLoRA's dataset counts (of TFNS the repaired labels), and NWGI counts with
     # both its classes.
     first = {row["file"]: name for name, row in reversed(sources.tables()["datasets"].items())}
     assert sorted(grouped) == sorted({*first.values(), "nwgi_folded"})
