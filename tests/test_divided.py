@@ -80,13 +80,22 @@ def test_the_same_rows_train_every_time_whatever_their_order(folder):
 
 
 @pytest.mark.parametrize("place", ["finlora/data", "raw"])
-def test_a_real_training_file_is_used_wherever_it_lies(folder, tmp_path, place):
+def test_no_test_file_is_divided_where_the_training_file_is_at_hand(
+    folder, tmp_path, place, capsys
+):
     write_rows(folder / "test" / "ner_test.jsonl", make_entities(60, 35))
     write_rows(tmp_path / place / "train" / "ner_train.jsonl", [("Who?", "person")] * 40)
     convert.convert_task("ner", folder)
-    assert sources.manifest(sources.train_path("ner"))["rows"] == 40
-    assert "in_place_of" not in sources.manifest(sources.train_path("ner"))
     assert sources.manifest(sources.test_path("ner"))["rows"] == 2100
+    train = sources.train_path("ner")
+    if place == "raw":  # a task takes its files from one folder
+        assert not train.exists()
+        assert "raw/train/ner_train.jsonl is there, but its test files are in" in (
+            capsys.readouterr().out
+        )
+    else:
+        assert sources.manifest(train)["rows"] == 40
+        assert "in_place_of" not in sources.manifest(train)
 
 
 def test_too_few_rows_are_refused(folder):

@@ -62,7 +62,7 @@ def convert_task(task: str, folder: Path, options: Options = DEFAULT) -> None:
     for name in () if "parts" in spec else spec["eval"]:
         source, target = folder / datasets[name]["file"], sources.test_path(name)
         if not source.is_file():
-            discard(target, source.name)
+            discard(target, f"{source.name} is not at hand")
             continue
         rules = load_test_rules(name, source, options.repair, options.quarantine)
         selected, unbounded = test_rows.get(name), replace(options, bounded=False)
@@ -72,7 +72,7 @@ def convert_task(task: str, folder: Path, options: Options = DEFAULT) -> None:
 def convert_train(task: str, folder: Path, options: Options) -> dict[str, frozenset[int]]:
     """Converts a training set; returns the rows left to test on, where a test set replaces it."""
     spec, target = sources.tables()["tasks"][task], sources.train_path(task)
-    source, split = find_train_file(task, folder), spec.get("without_train")
+    source, split = folder / spec["train"], spec.get("without_train")
     test_set = folder / sources.tables()["datasets"][split["split"]]["file"] if split else None
     holding_out = replace(options, validation=sources.val_path(task))
     if "val" in spec and source.is_file():
@@ -81,26 +81,25 @@ def convert_train(task: str, folder: Path, options: Options) -> dict[str, frozen
         rules = load_train_rules(task, folder)
         rules = check_labels(source, rules, options.repair, options.quarantine)
         print_conversion(convert_rows(source, target, rules, options=holding_out), target)
+    elif split and (elsewhere := find_train_file_elsewhere(task, folder)):
+        discard(target, f"{shown(elsewhere)} is there, but its test files are in {shown(folder)}")
     elif split and test_set and test_set.is_file():
         return divide_test_set(task, test_set, holding_out)
     elif "parts" not in spec:
-        discard(target, source.name)
+        discard(target, f"{source.name} is not at hand")
     elif isinstance(result := join_parts(task, options), str):
-        discard(target, source.name, result)
+        discard(target, f"{source.name} is not at hand, nor can its parts be joined: {result}")
     else:
         print_conversion(result, target)
     return {}
 
 
-def find_train_file(task: str, folder: Path) -> Path:
-    """Where a task's training file is expected.
-
-    It may lie in another folder than the test files where a part of these would replace it.
-    """
-    spec = sources.tables()["tasks"][task]
-    folders = [folder, *sources.list_folders().values()] if "without_train" in spec else []
-    places = (place / spec["train"] for place in folders if place != sources.SAMPLE)
-    return next((place for place in places if place.is_file()), folder / spec["train"])
+def find_train_file_elsewhere(task: str, folder: Path) -> Path | None:
+    """A task's training file in another folder than the one that its files are taken from."""
+    file = sources.tables()["tasks"][task]["train"]
+    folders = (place for place in sources.list_folders().values() if place != sources.SAMPLE)
+    places = (place / file for place in folders if place != folder)
+    return next((place for place in places if place.is_file()), None)
 
 
 def divide_test_set(task: str, test_set: Path, options: Options) -> dict[str, frozenset[int]]:
@@ -143,13 +142,12 @@ def convert_file(dataset: str, source: Path, target: Path, options: Options = DE
     print_conversion(convert_rows(source, target, rules, options=options), target)
 
 
-def discard(target: Path, file: str, why: str | None = None) -> None:
+def discard(target: Path, reason: str) -> None:
     """Removes what an earlier conversion of other data left, so that the two never mix."""
     remove(target)
     if target.name.endswith("_train.jsonl"):
         remove(target.with_name(target.name.removesuffix("_train.jsonl") + "_val.jsonl"))
-    reason = f", nor can its parts be joined: {why}" if why else ""
-    print(f"data       {target.name:<32} left out: {file} is not at hand{reason}")
+    print(f"data       {target.name:<32} left out: {reason}")
 
 
 def print_conversion(manifest: dict[str, Any], target: Path) -> None:

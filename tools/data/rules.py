@@ -68,7 +68,8 @@ def load_train_rules(task: str, folder: Path) -> Rules:
         for kind in repair.keys() & REMOVALS.keys()
     )
     cut = spec.get("cut_long_prompts") == "middle"
-    reword = choose_reword(sources.tables()["datasets"][spec["eval"][0]], spec.get("answers"))
+    datasets = [sources.tables()["datasets"][name] for name in spec["eval"]]
+    reword = choose_reword(datasets[0], spec.get("answers")) if datasets else None
     return Rules(join_labels(spec["eval"]), removals=removals, cut=cut, reword=reword)
 
 
