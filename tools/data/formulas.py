@@ -146,7 +146,9 @@ def find_expressions(prompt: str, answer: str) -> tuple[str, ...]:
     Expressions that differ only in the order of their operands count as one.
     """
     key, texts = parse_number(answer), dict[str, str]()
-    for reading in list_readings(prompt) if key is not None else []:
+    if key is None:
+        return ()
+    for reading in list_readings(prompt):
         value = reading.value
         if reading.why or abs(value - key) > TOLERANCE or not isinstance(value, Quantity):
             continue
@@ -214,7 +216,7 @@ def find_frequency(text: str) -> float:
 
 def pair_amounts_with_times(q: Question) -> list[tuple[float, float]]:
     """Returns (amount, years until it is paid) if every amount of the question has a date."""
-    pairs = [
+    pairs: list[tuple[float, float]] = [
         (
             Quantity(float(m[1].replace(",", ""))),
             float(ORDINALS.get((m[2] or "").lower()) or parse_count(m[3])),
