@@ -122,7 +122,7 @@ def bracket(quantity: Quantity, least: int) -> str:
 
 
 def write_number(value: float) -> str:
-    return f"{value:.0f}" if value == round(value) else f"{value:.12f}".rstrip("0")
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:.12f}".rstrip("0")
 
 
 def exp(power: float) -> Quantity:
