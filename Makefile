@@ -74,7 +74,7 @@ reproduce: $(READY) ## Train a finished run again and compare the adapters · RU
 	@$(RUN) reproduce
 
 ##@ Score
-eval: $(READY) ## Score base and adapter, with intervals · [RECIPE=… | ADAPTER=…] [TASKS=fpb] [LIMIT=200]
+eval: $(READY) ## Score base and adapter, with intervals · [RECIPE=… | ADAPTER=…] [TASKS=fpb] [LIMIT=200] [SHOTS=3]
 	@$(RUN) eval
 report: $(READY) ## A page of all scores and its figures · [PRICE=0.26] [GPU=…]
 	@$(RUN) report

@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,52 +13,79 @@ from tools.common import WrongInput, atomic
 from tools.prompts import FORMATS
 
 GAP = "\n[…]\n"  # stands where a prompt was cut
+Turn = dict[str, Any]  # {"role", "content"}
+Turns = list[Turn]
 
 
 class Prompts:
-    """Renders prompts in one format; `cut` counts the tokens that each lost: {prompt: tokens}.
+    """Renders prompts in one format, behind the worked `examples`: chat rows, none by default.
 
-    `rows` holds the rows of several turns by the text that lm-eval has of them; any other text is
-    the content of a user's turn.
+    `cut` counts the tokens that each prompt lost, `dropped` the examples: {prompt: count}. `rows`
+    holds the rows of several turns by the text that lm-eval has of them; any other text is the
+    content of a user's turn.
     """
 
-    def __init__(self, form: str, options: dict[str, Any] | None = None):
-        self.form, self.options = form, options
+    def __init__(
+        self,
+        form: str,
+        options: dict[str, Any] | None = None,
+        examples: Sequence[dict[str, Any]] = (),
+    ):
+        self.form, self.options, self.examples = form, options, list(examples)
         self.cut: dict[str, int] = {}
+        self.dropped: dict[str, int] = {}
         self.rows: dict[str, dict[str, Any]] = {}
+        self.histories: dict[str, Turns] = {}  # of an endpoint's prompts
 
-    def conversation(self, content: str) -> tuple[list[dict[str, Any]], list[Any] | None]:
-        """(turns before the answer, tools) of a text of lm-eval's."""
-        if content in self.rows:
-            messages, tools = prompts.read_conversation(self.rows[content])
-            return messages[:-1], tools
-        return [{"role": "user", "content": content}], None
+    def conversation(
+        self, content: str, examples: Sequence[Turn] = ()
+    ) -> tuple[Turns, list[Any] | None]:
+        """(turns before the answer, tools) of a text of lm-eval's, with the examples' turns."""
+        if content not in self.rows:
+            return [*examples, {"role": "user", "content": content}], None
+        messages, tools = prompts.read_conversation(self.rows[content])
+        first = int(messages[0]["role"] == "system")  # templates take it at the beginning only
+        return [*messages[:first], *examples, *messages[first:-1]], tools
 
-    def text(self, tokenizer: Any, content: str) -> str:
+    def text(self, tokenizer: Any, content: str, examples: Sequence[Turn] = ()) -> str:
         if tokenizer is None:  # an endpoint's, which starts a completion with its own first token
-            return FORMATS[self.form].format(content)
-        messages, tools = self.conversation(content)
+            texts = [turn["content"] for turn in examples]
+            pairs = zip(texts[::2], texts[1::2], strict=True)
+            written = [f"{FORMATS[self.form].format(text)} {answer}" for text, answer in pairs]
+            return "\n\n".join([*written, FORMATS[self.form].format(content)])
+        messages, tools = self.conversation(content, examples)
         return prompts.render(tokenizer, messages, self.options, self.form, tools)
 
     def attach(self, lm: Any, budget: int) -> None:
         """Makes an lm-eval model render with this, leaving room for `budget` new tokens.
 
-        A model without a tokenizer here (behind an endpoint) keeps its own chat format.
+        A model without a tokenizer here (behind an endpoint) keeps its own chat format: its prompts
+        are texts that stand for turns.
         """
         tokenizer = getattr(lm, "tokenizer", None)
-        lm.conversation = self.conversation
-        if tokenizer is None and self.form == "chat":
-            return
+        lm.conversation = self.recall_conversation
         if tokenizer is not None and self.form == "chat":
             self.refuse_unrenderable(tokenizer)
 
-        def render(history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            content = history[-1]["content"]
+        def render(history: Turns, add_generation_prompt: bool = True) -> str:
+            *examples, question = history
+            if tokenizer is None and self.form == "chat":
+                return self.remember(history)
             if tokenizer is None:
-                return self.text(None, content)
-            return self.fit(tokenizer, content, lm.max_length - budget)
+                return self.text(None, question["content"], examples)
+            return self.fit(tokenizer, question["content"], lm.max_length - budget, examples)
 
         lm.apply_chat_template = render
+
+    def remember(self, history: Turns) -> str:
+        """The text that stands for the turns of lm-eval's history."""
+        text = "\n\n".join(turn["content"] for turn in history)
+        self.histories[text] = history
+        return text
+
+    def recall_conversation(self, text: str) -> tuple[Turns, list[Any] | None]:
+        *examples, question = self.histories[text]
+        return self.conversation(question["content"], examples)
 
     def refuse_unrenderable(self, tokenizer: Any) -> None:
         """Raises WrongInput where the base's chat template leaves out what a row asks with."""
@@ -68,29 +95,53 @@ class Prompts:
             if reason := prompts.explain_unrenderable(tokenizer, question, self.options):
                 raise WrongInput(f"row {number}: {reason}; another base can be scored on such rows")
 
-    def fit(self, tokenizer: Any, content: str, room: int) -> str:
+    def fit(self, tokenizer: Any, content: str, room: int, examples: Sequence[Turn] = ()) -> str:
         """The prompt of `content` in at most `room` tokens; raises WrongInput if none fits.
 
-        A prompt that is too long loses the middle of its longest turn: questions stand at the
-        beginning or the end. lm-eval would cut the beginning.
+        It drops the last examples first, so that prompts go on sharing their beginning, and then
+        cuts the question.
+        """
+        turns = list(examples)
+        text = self.text(tokenizer, content, turns)
+        while turns and count_surplus(tokenizer, text, room) > 0:
+            del turns[-2:]
+            text = self.text(tokenizer, content, turns)
+        if not turns:
+            text = self.cut_middle(tokenizer, content, room)
+        if len(turns) < len(examples):
+            self.dropped[text] = (len(examples) - len(turns)) // 2
+        return text
+
+    def cut_middle(self, tokenizer: Any, content: str, room: int) -> str:
+        """The prompt of `content` without examples; one that is too long loses tokens.
+
+        They are the middle of its longest turn: questions stand at the beginning or the end.
+        lm-eval would cut the beginning.
         """
         text = self.text(tokenizer, content)
-        if len(text.encode()) <= room:  # a token is at least a byte
+        if count_surplus(tokenizer, text, room) <= 0:
             return text
         messages, tools = self.conversation(content)
         longest = max(messages, key=lambda message: len(str(message.get("content") or "")))
         tokens = tokenizer.encode(str(longest.get("content") or ""), add_special_tokens=False)
         keep = len(tokens)
-        while (over := len(tokenizer.encode(text)) - room) > 0:
+        while (over := count_surplus(tokenizer, text, room)) > 0:
             keep -= over
             if keep < 2:
                 raise WrongInput(f"a model of {room} tokens has no room for a prompt")
             parts = (tokens[: (keep + 1) // 2], tokens[len(tokens) - keep // 2 :])
             longest["content"] = GAP.join(map(tokenizer.decode, parts))
             text = prompts.render(tokenizer, messages, self.options, self.form, tools)
-        if keep < len(tokens):
-            self.cut[text] = len(tokens) - keep
+        self.cut[text] = len(tokens) - keep
         return text
+
+
+def count_surplus(tokenizer: Any, text: str, room: int) -> int:
+    """How many tokens of a prompt are too many; 0 or less where it fits."""
+    size = len(text.encode())
+    if size <= room:  # a token is at least a byte
+        return size - room
+    return len(tokenizer.encode(text)) - room
 
 
 class Progress:

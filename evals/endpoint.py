@@ -45,6 +45,7 @@ class Endpoint:
     base_url: str  # may hold a password
     model: str
     prompt_format: str
+    shots: int = 0  # worked examples in each prompt
 
     sides = ("base",)
     task = None
@@ -64,6 +65,7 @@ class Endpoint:
     def file(self, side: str, dataset: str, limit: int | None) -> Path:
         folder = re.sub(r"[^\w.-]+", "-", self.model).strip(".-") or "model"
         form = f"_{self.prompt_format}" if self.prompt_format != "chat" else ""
+        folder += f"_{self.shots}_shots" if self.shots else ""
         name = f"{dataset}{form}{f'_sample{limit}' if limit else ''}.json"
         return runs.RUNS / "endpoint" / folder / "evals" / name
 
@@ -170,11 +172,6 @@ class RemoteModel(Progress, LM):  # type: ignore[misc]
         self.refusals: dict[str, str] = {}
         self.answered = 0
         self.expect(label, rows)
-
-    def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-    ) -> str:
-        return chat_history[-1]["content"]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         try:

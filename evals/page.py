@@ -62,6 +62,11 @@ class Scored:
         return str(self.run_info.get("recipe") or "")
 
     @property
+    def shots(self) -> int:
+        """Worked examples in each prompt."""
+        return int(next(iter(self.contents.values()))["evaluated"].get("shots") or 0)
+
+    @property
     def is_limited(self) -> bool:
         return any(content["evaluated"]["limit"] for content in self.contents.values())
 
@@ -108,6 +113,7 @@ def describe(folder: Path, contents: dict[str, Content]) -> Scored:
     method = folder.name if is_adapter or not folder.name.startswith("base_") else "base"
     if folder.parent == runs_module.RUNS / "endpoint":
         method = "endpoint"
+    method = report.describe_side(method, evaluated.get("shots"))
     order = list(sources.tables()["datasets"])
     places = {name: order.index(name) if name in order else len(order) for name in contents}
     return Scored(
@@ -121,10 +127,10 @@ def describe(folder: Path, contents: dict[str, Content]) -> Scored:
 
 
 def _select_comparable(contents: dict[str, Content], other: Scored) -> dict[str, Content]:
-    """Another's scores that differ from these in nothing but the adapter."""
+    """Another's scores that differ from these in nothing but the adapter and worked examples."""
 
     def conditions(content: Content) -> dict[str, Any]:
-        return content["evaluated"] | {"adapter_sha256": None}
+        return content["evaluated"] | dict.fromkeys(("adapter_sha256", "shots", "examples_sha256"))
 
     return {
         dataset: other.contents[dataset]
@@ -136,18 +142,23 @@ def _select_comparable(contents: dict[str, Content], other: Scored) -> dict[str,
 def _compare_with_base(adapter: Scored, scored: list[Scored]) -> Gains:
     base: dict[str, Content] = {}
     for other in scored:
-        base |= {} if other.is_adapter else _select_comparable(adapter.contents, other)
+        if not other.is_adapter and not other.shots:
+            base |= _select_comparable(adapter.contents, other)
     return report.differences(base, adapter.contents)
 
 
-def _compare_adapters(adapters: list[Scored]) -> list[str]:
-    """Sentences on adapters against each other, on the same base at the same precision."""
+def _compare_others(scored: list[Scored]) -> list[str]:
+    """Sentences on adapters, and bases with worked examples, against each other.
+
+    Those of a pair have the same base at the same precision.
+    """
     lines = []
-    for one, other in combinations(adapters, 2):
-        theirs = _select_comparable(one.contents, other)
-        gains = report.differences({name: one.contents[name] for name in theirs}, theirs)
+    others = [entry for entry in scored if entry.is_adapter or entry.shots]
+    for first, second in combinations(others, 2):
+        theirs = _select_comparable(first.contents, second)
+        gains = report.differences({name: first.contents[name] for name in theirs}, theirs)
         verdicts = report.format_sentences(gains, theirs)
-        lines += [f"{other.name} against {one.name}: {verdict}" for verdict in verdicts]
+        lines += [f"{second.name} against {first.name}: {verdict}" for verdict in verdicts]
     return lines
 
 
@@ -219,7 +230,7 @@ def explain(scored: Scored, gains: Gains) -> list[str]:
     if scored.is_adapter:
         method = report.find_tested_method(scored.recipe or scored.folder.name)
     else:
-        method = "base" if base == llama else ""
+        method = "base" if base == llama and not scored.shots else ""
     lines = report.format_sentences(gains, scored.contents)
     lines += report.explain_unpublished(scored.contents) if _find_published(scored) else []
     for dataset, content in scored.contents.items():
@@ -435,7 +446,7 @@ def build(out: Path, planner: Planner) -> list[Path]:
         {
             "table": _order_rows([row for entry, gain in pairs for row in _tabulate(entry, gain)]),
             "explanations": [(entry.name, explain(entry, gain)) for entry, gain in pairs],
-            "between": _compare_adapters(adapters),
+            "between": _compare_others(scored),
             "figures": drawings,
             "matrices": sorted(matrices, key=lambda matrix: str(matrix["dataset"])),
             "wrong": [part for entry in contents if (part := _list_wrong(*entry))],

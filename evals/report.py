@@ -112,6 +112,15 @@ def title(metric: str) -> str:
     return f"{text}, FinLoRA's" if name != metric else text
 
 
+def describe_side(side: str, shots: int | None) -> str:
+    """`base`, `adapter`, or `base, 3 examples` where so many worked examples stand in a prompt."""
+    return f"{side}, {describe_shots(shots)}" if shots else side
+
+
+def describe_shots(shots: int) -> str:
+    return f"{shots} example{'s' if shots > 1 else ''}"
+
+
 def format_percent(value: dict[str, Any], signed: bool = False) -> tuple[str, str | None]:
     """(value, interval) in %, as text; the interval is None where the value has none."""
     plus = "+" if signed else ""
@@ -225,7 +234,8 @@ def against_published(contents: dict[str, Content], method: str) -> Gains:
     """Scores minus FinLoRA's of the same method (`4bits_r4`, or `base`).
 
     Each holds what `stats.against` returns, "published", "corrected" and "family". Only scores on
-    FinLoRA's whole data count, and no dataset that `explain_incomparable` explains.
+    FinLoRA's whole data without worked examples count, and no dataset that `explain_incomparable`
+    explains.
     """
     gains: Gains = {}
     for dataset, scores in read_published().get(method, {}).items():
@@ -233,7 +243,8 @@ def against_published(contents: dict[str, Content], method: str) -> Gains:
         if not content or explain_incomparable(dataset):
             continue
         evaluated = content["evaluated"]
-        if evaluated["limit"] or evaluated["data_selected"] or is_sample(content):
+        is_whole = not (evaluated["limit"] or evaluated["data_selected"] or is_sample(content))
+        if not is_whole or evaluated.get("shots"):
             continue
         by_metric = {
             metric: stats.against(metric, values(content, metric), score) | {"published": score}
@@ -286,6 +297,9 @@ def _list_notes(content: Content) -> list[str]:
     notes += [f"no interval of {', '.join(names)}: {why}" for why, names in reasons.items()]
     if content.get("cut_prompts"):
         notes.append(f"{content['cut_prompts']} prompts were cut in their middle to fit")
+    if rows := content.get("rows_with_fewer_examples"):
+        shots = describe_shots(content["evaluated"]["shots"])
+        notes.append(f"{rows} rows had less than {shots}, which would not fit into the context")
     if rows := content.get("refused_rows"):
         notes.append(f"{rows} rows were refused and count as no answer")
     if rows := content.get("unscored_rows"):
@@ -332,7 +346,8 @@ def show(name: str, files: Files) -> None:
     lines = format_sentences(gains, by_side[sides[-1]])
     lines += explain_unpublished(scores) if method else []
     for side, contents in by_side.items():
-        lines += list_remarks(contents, "base" if method and side == "base" else method, side)
+        label = _name_column(side, next(iter(contents.values())))
+        lines += list_remarks(contents, "base" if method and side == "base" else method, label)
 
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     parts = (_tabulate(name, scores, gains), escape("\n".join(lines)))
@@ -343,6 +358,10 @@ def show(name: str, files: Files) -> None:
     for dataset, places in files.items():
         for side, file in places.items():
             console.print(f"scores     {dataset}, {side}: {shown(file)}", soft_wrap=True)
+
+
+def _name_column(side: str, content: Content) -> str:
+    return describe_side(side, content["evaluated"].get("shots"))
 
 
 def _tabulate(name: str, scores: dict[str, dict[str, Content]], gains: Gains) -> Any:
@@ -359,7 +378,9 @@ def _tabulate(name: str, scores: dict[str, dict[str, Content]], gains: Gains) ->
     table.add_column("dataset")
     table.add_column("metric")
     sides = list(next(iter(scores.values())))
-    for heading in (*sides, *(["difference"] if gains else []), "examples"):
+    first = next(iter(scores.values()))
+    headings = [_name_column(side, first[side]) for side in sides]
+    for heading in (*headings, *(["difference"] if gains else []), "rows"):
         table.add_column(heading, justify="right", no_wrap=True)
     for dataset, contents in scores.items():
         last = contents[sides[-1]]

@@ -3,6 +3,7 @@
     python -m tools eval smollm2-135m/sentiment_r4 [--tasks fpb,fiqa] [--limit 200] [--force]
     python -m tools eval                                  every finished run, and its base
     python -m tools eval sentiment_r4 --base               the base alone; nothing has to be trained
+    python -m tools eval sentiment_r4 --shots 3            the base, with 3 worked examples a prompt
     python -m tools eval --adapter path/to/adapter         any PEFT adapter
     … --precision int8 --prompt-format finlora --backend vllm
     python -m tools eval --backend openai --base-url https://host/v1 --model-name gpt-4o
@@ -34,6 +35,7 @@ import yaml
 from evals import report, stats
 from evals.answers import Answers, Prompts
 from evals.backends import BACKENDS, OpenModel
+from evals.examples import choose_examples, read_question
 from tools import models as weights
 from tools import smollm2, sources
 from tools.common import ROOT, JobFailed, WrongInput, check_name, digest, quiet, shown, write_json
@@ -132,7 +134,16 @@ def identify(
         "task": hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()[:12],
         "scoring": SCORING,
         "limit": limit,
+        **_identify_examples(dataset, subject.shots),
     }
+
+
+def _identify_examples(dataset: str, shots: int) -> dict[str, Any]:
+    """The worked examples in each prompt; {} where there are none."""
+    if not shots:
+        return {}
+    text = json.dumps(choose_examples(find_rows(dataset), shots), sort_keys=True)
+    return {"shots": shots, "examples_sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _identify_subject(subject: Subject, side: str) -> dict[str, Any]:
@@ -212,12 +223,13 @@ def measure(
     if answers:
         answers.attach(lm, lambda text: print(f"eval       {dataset}: {text}", flush=True))
     task = get_task_dict([name], TaskManager(include_path=str(TASKS), include_defaults=False))
-    task[name].set_config(key="num_fewshot", value=0)
+    set_examples(task[name], prompts.examples)
     prompts.rows = {task[name].doc_to_text(doc): doc for doc in task[name].test_docs()}
     prompts.attach(lm, content["generation_kwargs"]["max_gen_toks"])
     unscored = guard_scoring(task[name])
     samples = {name: pick_rows(dataset, limit)}
-    result = evaluate(lm, task, apply_chat_template=True, bootstrap_iters=0, samples=samples)
+    rendering = {"apply_chat_template": True, "fewshot_as_multiturn": True}
+    result = evaluate(lm, task, **rendering, bootstrap_iters=0, samples=samples)
 
     # The first filter is ours; metrics of another (FinLoRA's) carry its name.
     first = content["filter_list"][0]["name"]
@@ -241,6 +253,18 @@ def measure(
     return list(rows.values()), _score_together(list(rows.values()), metrics)
 
 
+def set_examples(task: Any, examples: list[dict[str, Any]]) -> None:
+    """Gives an lm-eval task its worked examples, in the order in which they stand in a prompt."""
+    from lm_eval.api.samplers import get_sampler
+
+    from evals.tasks import utils
+
+    task.set_config(key="num_fewshot", value=len(examples))
+    task.sampler = get_sampler("first_n")(examples)
+    # lm-eval parses a target that looks like a list, and a row of ours may have a system turn.
+    task.fewshot_cfg.doc_to_text, task.fewshot_cfg.doc_to_target = read_question, utils.key
+
+
 def _describe_answer(
     sample: dict[str, Any], values: dict[str, Any], prompts: Prompts, answers: Answers | None
 ) -> dict[str, Any]:
@@ -253,6 +277,8 @@ def _describe_answer(
     expected, answered = (", ".join(side) for side in zip(*pairs, strict=True))
     row = {"expected": expected, "answered": answered, "answer": answer}
     row |= {"cut": prompts.cut[prompt]} if prompt in prompts.cut else {}
+    dropped = prompts.dropped.get(prompt)
+    row |= {"dropped_examples": dropped} if dropped else {}
     stored = answers.recall(prompt) if answers else {}
     row |= {"refused": stored["refused"]} if "refused" in stored else {}
     if target in stored.get("probabilities", ()):
@@ -338,8 +364,10 @@ class Job:
         if self.request.force:
             partial.unlink(missing_ok=True)
         answers = Answers(partial, identity, self.answers.setdefault(side + budget, {}))
-        prompts = Prompts(subject.prompt_format, subject.options)
-        with self.open_model(side, f"{name}, {side}:", len(pick_rows(name, limit))) as lm:
+        examples = choose_examples(find_rows(name), subject.shots) if subject.shots else []
+        prompts = Prompts(subject.prompt_format, subject.options, examples)
+        label = report.describe_side(side, subject.shots)
+        with self.open_model(side, f"{name}, {label}:", len(pick_rows(name, limit))) as lm:
             rows, left_out = measure(lm, name, limit, prompts, answers)
         refused = [row["refused"] for row in rows if "refused" in row]
         if len(refused) == len(rows):
@@ -356,6 +384,7 @@ class Job:
             "metrics": score(rows),
             "left_out": left_out,
             "cut_prompts": sum("cut" in row for row in rows),
+            "rows_with_fewer_examples": sum("dropped_examples" in row for row in rows),
             "refused_rows": len(refused),
             "unscored_rows": len(unscored),
             "label_checks": collect_label_checks(subject, side, name),

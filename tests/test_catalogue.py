@@ -23,8 +23,9 @@ MODELS += ["mistral-7b-v0.3", "gemma-3-4b", "smollm2-135m"]
 
 
 def test_every_model_has_every_task_by_every_method():
-    tasks = ["sentiment", "headline", "ner", "finer", "xbrl_extract", "xbrl_term", "formula"]
-    tasks += ["financebench", "cfa", "general_multi", "reporting_multi", "analysis_multi"]
+    tasks = ["sentiment", "tfns", "tfns_as_published", "headline", "ner", "finer", "xbrl_extract"]
+    tasks += ["xbrl_term", "formula", "formula_worked", "financebench", "cfa"]
+    tasks += ["general_multi", "reporting_multi", "analysis_multi"]
     methods = ["r4", "r8", "r8_dora", "r8_dora_a32", "r8_rslora", "r8_fp16", "qlora_all"]
     expected = [f"{m}/{t}_{method}" for m in MODELS for t in tasks for method in methods]
     names = recipes.list_catalogue()
@@ -48,7 +49,7 @@ def list_own(method: str = "") -> list[str]:
 
 def test_every_recipe_is_what_the_tables_give_and_valid_for_axolotl_with_every_profile(capsys):
     catalogue.check()
-    count = 757 + len(list_own())
+    count = 946 + len(list_own())
     assert capsys.readouterr().out.startswith(
         f"{count} recipes: current, and valid for Axolotl with"
     )
@@ -335,7 +336,7 @@ def test_what_a_recipe_learns_changes_only_with_its_version(copy, capsys):
     write(table)
     before = {path: path.read_bytes() for path in folder.rglob("*.yaml")}
     for verb in (catalogue.render, catalogue.check):
-        with pytest.raises(JobFailed, match="24 recipes learn something else under the same"):
+        with pytest.raises(JobFailed, match="30 recipes learn something else under the same"):
             verb()
         message = capsys.readouterr().err
         assert "llama-3.1-8b/sentiment_r4 1.1.0:\n    -lora_r: 4\n    +lora_r: 5\n" in message
@@ -462,8 +463,8 @@ def read_table(text):
 def test_the_list_shows_every_recipe_with_a_file_and_loads_no_heavy_library():
     names, rest = read_table(ran("recipes"))
     assert names == {*map(recipes.shorten, filter(recipes.has_file, recipes.list_names()))}
-    assert rest.startswith(f"{337 + len(list_own())} recipes, ")
-    assert "420 more have no file and train by their names; METHOD=r8_dora" in rest
+    assert rest.startswith(f"{421 + len(list_own())} recipes, ")
+    assert "525 more have no file and train by their names; METHOD=r8_dora" in rest
 
 
 def test_a_method_lists_its_recipes_with_a_file_and_without_also_for_machines():
@@ -471,7 +472,7 @@ def test_a_method_lists_its_recipes_with_a_file_and_without_also_for_machines():
     all_names = [name for name in recipes.list_names() if name.endswith("_r8_dora")]
     assert names == {*map(recipes.shorten, all_names)}
     assert (
-        rest.startswith(f"{108 + len(list_own('_r8_dora'))} recipes, ")
+        rest.startswith(f"{135 + len(list_own('_r8_dora'))} recipes, ")
         and "more have no file" not in rest
     )
     rows = json.loads(ran("recipes", "--method", "r8_dora", "--task", "ner", "--json"))

@@ -11,6 +11,7 @@ where they are called, so that help and lists appear at once.
 import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -441,6 +442,10 @@ def evaluate(
         int | None, Option(min=1, help="Rows of each dataset to score; all if omitted.")
     ] = None,
     base: Annotated[bool, Option("--base", help="Score only the base.")] = False,
+    shots: Annotated[
+        int | None,
+        Option(min=1, help="Score only the base, with so many worked examples in each prompt."),
+    ] = None,
     adapter: Adapter = None,
     precision: Precision = None,
     prompt_format: PromptFormat = None,
@@ -460,10 +465,16 @@ def evaluate(
     if endpoint := find_endpoint(
         backend, base_url, model_name, prompt_format, [recipe, adapter, precision]
     ):
-        run.score_all(request, [endpoint])
+        run.score_all(request, [replace(endpoint, shots=shots or 0)])
         return
+    if shots and (adapter or not recipe):
+        raise WrongInput("SHOTS= scores a base with worked examples: name its RECIPE=, no ADAPTER=")
     if recipe or adapter:
-        subject = subjects.find(recipe, adapter, precision, prompt_format, base_only=base)
+        alone = base or bool(shots)
+        subject = subjects.find(recipe, adapter, precision, prompt_format, base_only=alone)
+        if shots:
+            print(f"eval       the base alone is scored with {shots} worked examples a prompt")
+            subject = subject.with_examples(shots)
         run.score_all(request, [subject])
     else:
         run.score_all(request, subjects.all_finished(precision, prompt_format))

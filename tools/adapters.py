@@ -76,7 +76,8 @@ class Settings(BaseModel):
     auto_mapping: AutoMapping | None = None
     bias: Literal["none"] | None = None
     # The other initializations (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA) rewrite the base's weights on
-    # loading, so that base and adapter would be scored on another model.
+    # loading, so that base and adapter would be scored on another model. An adapter that PEFT's
+    # `replace_lora_weights_loftq` initialized names none of them: it leaves the base as it is.
     init_lora_weights: bool | Literal["gaussian", "orthogonal", "eva"] | None = None
     rank: Rank = Field(alias="r")
     alpha: Scale = Field(alias="lora_alpha")

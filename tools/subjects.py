@@ -46,6 +46,7 @@ class Subject:
     task: str | None  # that it was trained for
     prompt_format: str
     suffix: str = ""  # of the adapter's score files, at a precision other than its own
+    shots: int = 0  # worked examples in each prompt, for a base alone
 
     @property
     def sides(self) -> list[str]:
@@ -57,6 +58,12 @@ class Subject:
         prompt_format = "" if self.prompt_format == "chat" else self.prompt_format
         parts = [dataset, suffix, prompt_format, f"sample{limit}" if limit else ""]
         return Run(folder).scores_folder / ("_".join(filter(None, parts)) + ".json")
+
+    def with_examples(self, shots: int) -> "Subject":
+        """The base with so many worked examples in each prompt, without the adapter."""
+        folder = self.base_folder
+        folder = folder.with_name(f"{folder.name}_{shots}_shots")
+        return replace(self, adapter=None, shots=shots, base_folder=folder)
 
     @property
     def options(self) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from itertools import chain, product
 from typing import Any, NamedTuple
 
@@ -188,6 +188,21 @@ def calculation(expected: str, answer: str, prompt: str) -> Scores:
     else:
         right = abs(answered - wanted) <= RELATIVE * abs(wanted)
     return dict(scores) | {"numeric_accuracy": float(scores["accuracy"] == 1 or right)}
+
+
+@process_results
+def worked(expected: str, answer: str, prompt: str) -> Scores:
+    """A calculation of numbers, `(7 - 5) / 5 = 0.4`: its value counts, and the stated one apart.
+
+    Only the first line is read. A number alone is its own value.
+    """
+    line = answer.partition("\n")[0].strip()
+    calculation, equals, _ = line.rpartition("=")
+    value = evaluate_formula(PERCENT.sub(r"(\1 / 100)", calculation if equals else line))
+    is_plain = is_number(line)
+    stated = bool(equals or is_plain) and close(expected, line, prompt)
+    right = value is not None and close(expected, f"{value:.12f}", prompt)
+    return {"accuracy": float(stated if is_plain else right), "numeric_accuracy": float(stated)}
 
 
 @process_results
@@ -548,14 +563,19 @@ def close(expected: str, answer: str, prompt: str = "") -> bool:
 # ---- formulas
 
 Node = tuple[Any, ...]
-# An operand (a number or a name such as us-gaap:Revenues), or an operator.
+# A function, an operand (a number or a name such as us-gaap:Revenues), or an operator.
 TOKEN = re.compile(
-    r"\s*(?:(?P<operand>\d+(?:\.\d+)?|\.\d+|[a-z][\w-]*:[a-z]\w*|[a-z_]\w*)"
+    r"\s*(?:(?P<function>(?:ln|exp|sqrt)(?=\s*\())"
+    r"|(?P<operand>\d+(?:\.\d+)?|\.\d+|[a-z][\w-]*:[a-z]\w*|[a-z_]\w*)"
     r"|(?P<sign>\*\*|[-+*/^()]))"
 )
 SAME = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"})
 SAME |= str.maketrans({"[": "(", "]": ")", "{": "(", "}": ")", "$": "", "`": ""})
 LONGEST = 2000  # characters; longer answers are no formula
+DEEPEST = 100  # formulas within formulas
+LARGEST = 1e100  # of the values on the way
+FUNCTIONS = {"ln": math.log, "exp": math.exp, "sqrt": math.sqrt}
+PERCENT = re.compile(r"((?:\d+\.)?\d+)\s*%")
 
 
 def _parse_formula(text: str) -> Node | None:
@@ -576,7 +596,7 @@ def _parse_formula(text: str) -> Node | None:
             source.append(f"x{len(operands)}")
             operands.append(match["operand"])
         else:
-            source.append(match["sign"].replace("^", "**"))
+            source.append(match["function"] or match["sign"].replace("^", "**"))
         place = match.end()
     try:
         return _sort_operands(ast.parse(" ".join(source), mode="eval").body, operands)
@@ -584,27 +604,34 @@ def _parse_formula(text: str) -> Node | None:
         return None
 
 
-def _sort_operands(node: ast.expr, operands: list[str]) -> Node:
-    """A formula as ("sum" or "product", ((sign, node), …)), ("power", base, exponent), ("number",
-    value) or ("name", text); raises ValueError for any other Python expression.
+def _sort_operands(node: ast.expr, operands: list[str], depth: int = 0) -> Node:
+    """A formula as ("sum" or "product", ((sign, node), …)), ("power", base, exponent), ("function",
+    name, node), ("number", value) or ("name", text).
+
+    Raises ValueError for any other Python expression, and for one that is too deep.
     """
+    if depth > DEEPEST:
+        raise ValueError("too deep")
+    sort = partial(_sort_operands, operands=operands, depth=depth + 1)
     match node:
         case ast.Name(id=name):
             operand = operands[int(name[1:])]
             is_number = operand[0] in "0123456789."
             return ("number", float(operand)) if is_number else ("name", operand)
         case ast.UnaryOp(op=ast.UAdd(), operand=inner):
-            return _sort_operands(inner, operands)
+            return sort(inner)
         case ast.UnaryOp(op=ast.USub(), operand=inner):
-            return ("sum", ((-1, _sort_operands(inner, operands)),))
+            return ("sum", ((-1, sort(inner)),))
+        case ast.Call(func=ast.Name(id=name), args=[inner], keywords=[]) if name in FUNCTIONS:
+            return ("function", name, sort(inner))
         case ast.BinOp(left=left, op=ast.Pow(), right=right):
-            return ("power", _sort_operands(left, operands), _sort_operands(right, operands))
+            return ("power", sort(left), sort(right))
         case ast.BinOp(left=left, op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div(), right=right):
             kind = "sum" if isinstance(node.op, ast.Add | ast.Sub) else "product"
             sign = 1 if isinstance(node.op, ast.Add | ast.Mult) else -1
             terms: list[tuple[int, Node]] = []
             for factor, side in ((1, left), (sign, right)):
-                part = _sort_operands(side, operands)
+                part = sort(side)
                 inner_terms = part[1] if part[0] == kind else [(1, part)]
                 terms += [(factor * inner_sign, term) for inner_sign, term in inner_terms]
             return (kind, tuple(sorted(terms, key=repr)))
@@ -621,18 +648,23 @@ def evaluate_formula(text: str) -> float | None:
 
 
 def _evaluate_node(node: Node) -> float:
+    """The value of a node without names; ArithmeticError or ValueError where it has none."""
     match node:
-        case ("number", value):
-            return float(value)
+        case ("number", number):
+            value = float(number)
         case ("sum", terms):
-            return float(sum(sign * _evaluate_node(term) for sign, term in terms))
+            value = float(sum(sign * _evaluate_node(term) for sign, term in terms))
         case ("product", factors):
-            return math.prod(_evaluate_node(factor) ** power for power, factor in factors)
+            value = math.prod(_evaluate_node(factor) ** power for power, factor in factors)
         case ("power", base, exponent):
             value = _evaluate_node(base) ** _evaluate_node(exponent)
-            if isinstance(value, float):  # and not complex
-                return value
-    raise ValueError("not a number")
+        case ("function", name, inner):
+            value = FUNCTIONS[name](_evaluate_node(inner))
+        case _:
+            raise ValueError("not a number")
+    if isinstance(value, complex) or not abs(value) <= LARGEST:
+        raise ValueError("no real number, or too large")
+    return value
 
 
 # ---- text

@@ -15,7 +15,7 @@ TARGET.refused.jsonl and the conversion continues.
 import hashlib
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -46,6 +46,7 @@ class Options:
     lengths: "Lengths | str" = UNCOUNTED  # counts tokens, or says why none are counted
     bounded: bool = True  # a row over the sequence length breaks a rule, as in training sets
     validation: Path | None = None  # takes the held-out prompts
+    mark: Callable[[str], bytes] = fingerprint  # of what stays together when they are drawn
     repair: bool | None = None  # whether labels are swapped; None leaves it to tools/data/swap.py
 
 
@@ -141,7 +142,7 @@ class Conversion:
                     self.put_aside(batch, refused_file)
                 self.counts["rows"] += len(batch.chat)
                 if validation:
-                    copies.update(map(fingerprint, batch.prompts))
+                    copies.update(map(self.options.mark, batch.prompts))
                 chat_file.add(b"".join(batch.chat), batch.answers if self.rules.labels else ())
             refusals.stop()
             if not self.counts["rows"]:
@@ -171,6 +172,8 @@ class Conversion:
                 mask = [not test(*row) for row in zip(batch.prompts, batch.answers, strict=True)]
                 self.removed[removal.kind] += mask.count(False)
                 batch = batch.select(mask)
+        if self.rules.reword:
+            batch = batch.reword(self.rules.reword)
         if self.lengths:
             batch = self.lengths.check(batch, self.rules.cut, self.options.bounded)
         return batch
@@ -206,7 +209,7 @@ class Conversion:
         rows.seek(0)
         for line in rows:
             *before, last = orjson.loads(line)["messages"]
-            side = sides[fingerprint(join_turns(before)) in marks]
+            side = sides[self.options.mark(join_turns(before)) in marks]
             side.add(line, [last["content"]] if self.rules.labels else ())
         held_out = {"rows": sum(copies[mark] for mark in marks), "prompts": len(marks)}
         if marks:

@@ -18,7 +18,7 @@ from tools.common import WrongInput, check_name, shown, write_json
 from tools.data.chatfile import DEFAULT, UNCOUNTED, Options, convert_rows, remove
 from tools.data.join import join_parts
 from tools.data.rules import check_labels, load_test_rules, load_train_rules
-from tools.data.split import split_test_set
+from tools.data.split import choose_mark, split_test_set
 
 if TYPE_CHECKING:
     from tools.data.lengths import Lengths
@@ -62,7 +62,7 @@ def convert_task(task: str, folder: Path, options: Options = DEFAULT) -> None:
     for name in () if "parts" in spec else spec["eval"]:
         source, target = folder / datasets[name]["file"], sources.test_path(name)
         if not source.is_file():
-            discard(target, source.name)
+            discard(target, f"{source.name} is not at hand")
             continue
         rules = load_test_rules(name, source, options.repair, options.quarantine)
         selected, unbounded = test_rows.get(name), replace(options, bounded=False)
@@ -81,19 +81,40 @@ def convert_train(task: str, folder: Path, options: Options) -> dict[str, frozen
         rules = load_train_rules(task, folder)
         rules = check_labels(source, rules, options.repair, options.quarantine)
         print_conversion(convert_rows(source, target, rules, options=holding_out), target)
+    elif split and (elsewhere := find_train_file_elsewhere(task, folder)):
+        discard(target, f"{shown(elsewhere)} is there, but its test files are in {shown(folder)}")
     elif split and test_set and test_set.is_file():
-        dataset = split["split"]
-        rules = load_test_rules(dataset, test_set, options.repair, options.quarantine)
-        train, test = split_test_set(test_set, rules, split["rows"], split["seed"])
-        print_conversion(convert_rows(test_set, target, rules, train, holding_out), target)
-        return {dataset: test}
+        return divide_test_set(task, test_set, holding_out)
     elif "parts" not in spec:
-        discard(target, source.name)
+        discard(target, f"{source.name} is not at hand")
     elif isinstance(result := join_parts(task, options), str):
-        discard(target, source.name, result)
+        discard(target, f"{source.name} is not at hand, nor can its parts be joined: {result}")
     else:
         print_conversion(result, target)
     return {}
+
+
+def find_train_file_elsewhere(task: str, folder: Path) -> Path | None:
+    """A task's training file in another folder than the one that its files are taken from."""
+    file = sources.tables()["tasks"][task]["train"]
+    folders = (place for place in sources.list_folders().values() if place != sources.SAMPLE)
+    places = (place / file for place in folders if place != folder)
+    return next((place for place in places if place.is_file()), None)
+
+
+def divide_test_set(task: str, test_set: Path, options: Options) -> dict[str, frozenset[int]]:
+    """Converts the rows of a test set that train; returns the others, by dataset of the file."""
+    spec, datasets = sources.tables()["tasks"][task], sources.tables()["datasets"]
+    split, target = spec["without_train"], sources.train_path(task)
+    rules = load_test_rules(split["split"], test_set, options.repair, options.quarantine)
+    train, test = split_test_set(test_set, rules, split)
+    options = replace(options, mark=choose_mark(split))
+    manifest = convert_rows(test_set, target, rules, train, options)
+    manifest["in_place_of"] = f"{Path(spec['train']).name}, which is not at hand"
+    write_json(sources.manifest_path(target), manifest)
+    print_conversion(manifest, target)
+    file = datasets[split["split"]]["file"]
+    return {name: test for name in spec["eval"] if datasets[name]["file"] == file}
 
 
 def convert_own(task: str, options: Options) -> None:
@@ -121,13 +142,12 @@ def convert_file(dataset: str, source: Path, target: Path, options: Options = DE
     print_conversion(convert_rows(source, target, rules, options=options), target)
 
 
-def discard(target: Path, file: str, why: str | None = None) -> None:
+def discard(target: Path, reason: str) -> None:
     """Removes what an earlier conversion of other data left, so that the two never mix."""
     remove(target)
     if target.name.endswith("_train.jsonl"):
         remove(target.with_name(target.name.removesuffix("_train.jsonl") + "_val.jsonl"))
-    reason = f", nor can its parts be joined: {why}" if why else ""
-    print(f"data       {target.name:<32} left out: {file} is not at hand{reason}")
+    print(f"data       {target.name:<32} left out: {reason}")
 
 
 def print_conversion(manifest: dict[str, Any], target: Path) -> None:
@@ -143,6 +163,8 @@ def print_conversion(manifest: dict[str, Any], target: Path) -> None:
         notes.append(f"{manifest['refused']} refused: {shown(sources.refused_path(target))}")
     text = "; ".join(filter(None, [labels[:70], *notes]))
     print(f"data       {target.name:<32} {manifest['rows']:>6} rows  {text}".rstrip())
+    if missing := manifest.get("in_place_of"):
+        print(f"           in place of {missing}; other rows of {manifest['source']} test")
     if held_out := manifest.get("validation"):
         if held_out["rows"]:
             rows, file = held_out["rows"], held_out["file"]

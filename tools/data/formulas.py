@@ -12,12 +12,15 @@ The formulas are the textbook ones, as the prompts spell them out.
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import chain, permutations, product
+
+from tools.data.expressions import Quantity, exp, ln
 
 TOLERANCE = 0.005 + 1e-9  # keys have 2 decimals; halves may be rounded either way
 LONGEST = 4000, 200  # characters and years of a question that is computed
+LONGEST_EXPRESSION = 160  # characters; those of FinLoRA's keys have up to 65, but for one of 276
 
 WORDS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8}
 ORDINALS = {"first": 1, "second": 2, "third": 3, "fourth": 4, "fifth": 5, "sixth": 6}
@@ -95,29 +98,17 @@ class Verdict:
 
 def check_key(prompt: str, answer: str) -> Verdict | None:
     """Checks whether a prompt's formula gives its key; None if the question cannot be computed."""
-    name, formula, question = split_prompt(prompt)
-    key = parse_number(answer)
-    rule = next((rule for words, rule in RULES.items() if re.search(words, name, re.I)), None)
-    if not rule or key is None or len(question) > LONGEST[0]:
+    key, readings = parse_number(answer), list_readings(prompt)
+    plain = [reading.value for reading in readings if not reading.why]
+    if key is None or not plain:
         return None
-    q = read_quantities(question)
-    if any(time > LONGEST[1] for time in q.years):
-        return None
-    # The formulas of shares are fractions in RULES; a prompt's own formula may ask for percent.
-    unit = 100 if re.search(r"[×*]\s*100\b", formula) else 1
-    try:
-        readings = list(rule(q))
-    except (ArithmeticError, ValueError):  # a payout of no income, an option without volatility
-        return None
-    plain = [reading.value * unit for reading in readings if not reading.why]
-    if not plain or any(isinstance(v, complex) or not math.isfinite(v) for v in plain):
-        return None
+    name = split_prompt(prompt)[0]
     value = min(plain, key=lambda value: abs(value - key))
-    verdict = partial(Verdict, name, value, key, len({round(v, 2) for v in plain}))
+    verdict = partial(Verdict, name, float(value), key, len({round(v, 2) for v in plain}))
     if abs(value - key) <= TOLERANCE:
         return verdict(True, "")
     for reading in readings:
-        if abs(reading.value * unit - key) <= TOLERANCE:
+        if abs(reading.value - key) <= TOLERANCE:
             return verdict(False, reading.why, reading.confidence)
     if abs(value - key) <= 1e-4 * abs(value):
         return verdict(False, "within 0.01 %, rounded on the way", "low")
@@ -126,6 +117,44 @@ def check_key(prompt: str, answer: str) -> Verdict | None:
             why = f"the key stands {unit_name}, which is not the formula's unit"
             return verdict(False, why, "medium")
     return verdict()
+
+
+def list_readings(prompt: str) -> list[Reading]:
+    """What a prompt's formula may give, in its unit; [] if the question cannot be computed."""
+    name, formula, question = split_prompt(prompt)
+    rule = next((rule for words, rule in RULES.items() if re.search(words, name, re.I)), None)
+    if not rule or len(question) > LONGEST[0]:
+        return []
+    q = read_quantities(question)
+    if any(time > LONGEST[1] for time in q.years):
+        return []
+    # The formulas of shares are fractions in RULES; a prompt's own formula may ask for percent.
+    is_percent = re.search(r"[×*]\s*100\b", formula)
+    try:
+        readings = list(rule(q))
+    except (ArithmeticError, ValueError):  # a payout of no income, an option without volatility
+        return []
+    if any(not math.isfinite(reading.value) for reading in readings if not reading.why):
+        return []
+    return [replace(r, value=r.value * 100) if is_percent else r for r in readings]
+
+
+@cache
+def find_expressions(prompt: str, answer: str) -> tuple[str, ...]:
+    """How a prompt's formula gives its key, as expressions of numbers; several are ambiguous.
+
+    Expressions that differ only in the order of their operands count as one.
+    """
+    key, texts = parse_number(answer), dict[str, str]()
+    if key is None:
+        return ()
+    for reading in list_readings(prompt):
+        value = reading.value
+        if reading.why or abs(value - key) > TOLERANCE or not isinstance(value, Quantity):
+            continue
+        if len(value.text) <= LONGEST_EXPRESSION:
+            texts.setdefault(f"{complex(value.stand_in):.9g}", value.text)
+    return tuple(dict.fromkeys(texts.values()))
 
 
 def split_prompt(prompt: str) -> tuple[str, str, str]:
@@ -152,7 +181,7 @@ def read_quantities(text: str) -> Question:
 
     def scaled(match: re.Match[str]) -> float:
         value = float(match[2].replace(",", "")) * SCALE[(match[3] or "").lower()]
-        return -value if match[1] else value
+        return Quantity(-value if match[1] else value)
 
     def take(pattern: re.Pattern[str]) -> list[re.Match[str]]:
         nonlocal rest
@@ -161,11 +190,17 @@ def read_quantities(text: str) -> Question:
         return matches
 
     money = [scaled(match) for match in take(MONEY)]
-    rates = [float(match[1]) / 100 for match in take(RATE)]
+    rates: list[float] = [Quantity(float(match[1]) / 100) for match in take(RATE)]
     take(TIMES)
-    years = [parse_count(match[1]) / UNITS[match[2].lower()] for match in take(DURATION)]
+    years = [read_duration(match) for match in take(DURATION)]
     take(CALENDAR)
     return Question(text, money, rates, years, [scaled(match) for match in take(NUMBER)])
+
+
+def read_duration(match: re.Match[str]) -> float:
+    """Years of a match of DURATION."""
+    count, unit = Quantity(parse_count(match[1])), UNITS[match[2].lower()]
+    return count if unit == 1 else count / unit
 
 
 def parse_count(word: str) -> float:
@@ -181,9 +216,9 @@ def find_frequency(text: str) -> float:
 
 def pair_amounts_with_times(q: Question) -> list[tuple[float, float]]:
     """Returns (amount, years until it is paid) if every amount of the question has a date."""
-    pairs = [
+    pairs: list[tuple[float, float]] = [
         (
-            float(m[1].replace(",", "")),
+            Quantity(float(m[1].replace(",", ""))),
             float(ORDINALS.get((m[2] or "").lower()) or parse_count(m[3])),
         )
         for m in DATED.finditer(q.text)
@@ -199,8 +234,9 @@ def value_annuity(payment: float, rate: float, n: float) -> float:
 def compound(rate: float, time: float, periods: float) -> float:
     """Computes what 1 becomes in `time` years at a yearly `rate`, with `periods` a year."""
     if periods == math.inf:
-        return math.exp(rate * time)
-    return float((1 + rate / periods) ** (periods * time))
+        return exp(rate * time)
+    growth: float = (1 + rate / periods) ** (periods * time)
+    return growth
 
 
 def read_npv(q: Question) -> Iterator[Reading]:
@@ -343,14 +379,17 @@ def read_put_call_parity(q: Question) -> Iterator[Reading]:
                 if q.years:
                     yield Reading(growth ** (1 / q.years[0]) - 1)
                 else:
-                    yield Reading(math.log(growth) / math.log(1 + q.rates[0]))
+                    yield Reading(ln(growth) / ln(1 + q.rates[0]))
 
 
 def call_price(s: float, x: float, r: float, sigma: float, t: float) -> float:
-    """Prices a European call on a stock without dividends (Black and Scholes, 1973)."""
+    """Prices a European call on a stock without dividends (Black and Scholes, 1973).
+
+    The error function is none of an expression's, so the price is a plain float.
+    """
     d1 = (math.log(s / x) + (r + sigma**2 / 2) * t) / (sigma * math.sqrt(t))
     n1, n2 = (0.5 * (1 + math.erf(d / math.sqrt(2))) for d in (d1, d1 - sigma * math.sqrt(t)))
-    return s * n1 - x * math.exp(-r * t) * n2
+    return float(s) * n1 - float(x) * math.exp(-r * t) * n2
 
 
 def make_rule(
@@ -397,7 +436,7 @@ RULES: dict[str, Callable[[Question], Iterable[Reading]]] = {
     r"operating cash flow": make_rule("$$$", lambda a, b, c: a + b + c, lambda a, b, c: a + b - c),
     r"enterprise value": make_rule("$$$", lambda a, b, c: a + b - c),
     r"market cap": make_rule("$#", lambda price, n: price * n),
-    r"days sales": make_rule("$$y", lambda a, b, t: a / b * t * 365),
+    r"days sales": make_rule("$$y", lambda a, b, t: a / b * (t * 365)),
     r"inflation": make_rule("##", lambda a, b: (a - b) / b),
     r"unemployment|^beta": make_rule("##", lambda a, b: a / b),
     r"\bCAPM\b": make_rule("%%#", lambda a, b, beta: a + beta * (b - a)),

@@ -41,6 +41,7 @@ TOKEN_HINTS += [b"INST]", b"[TOOL", b"[/TOOL", b"[AVAILABLE", b"[/AVAILABLE", b"
 REFUSALS_SHOWN = 10  # rows that are named one by one
 
 RowTest = Callable[[str, str], object]  # of prompt and answer
+Reword = Callable[[str, str], tuple[str, str]]  # of the same; raises ValueError where it cannot
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Rules:
     label_check: dict[str, Any] | None = None  # the findings of tools/data/swap.py
     removals: tuple[Removal, ...] = ()  # training sets only
     cut: bool = False  # shortens prompts that are too long in their middle
+    reword: Reword | None = None  # after the removals
 
     def repair(self, prompt: str, answer: str) -> str:
         """Returns the repaired answer."""
@@ -95,6 +97,24 @@ class Batch:
         names = ("numbers", "lines", "prompts", "answers", "chat")
         columns: dict[str, Any] = {n: list(compress(getattr(self, n), mask)) for n in names}
         return replace(self, **columns)
+
+    def reword(self, reword: Reword) -> "Batch":
+        """Returns the batch with other prompts and answers; rows without any become refused."""
+        batch = replace(self, numbers=[], lines=[], prompts=[], answers=[], chat=[])
+        batch.refused = list(self.refused)
+        columns = (self.numbers, self.lines, self.prompts, self.answers)
+        for number, line, *pair in zip(*columns, strict=True):
+            try:
+                prompt, answer = reword(*pair)
+            except ValueError as error:
+                batch.refused.append((number, str(error), line))
+                continue
+            batch.numbers.append(number)
+            batch.lines.append(line)
+            batch.prompts.append(prompt)
+            batch.answers.append(answer)
+            batch.chat.append(build_chat_row(prompt, answer))
+        return batch
 
     def stop_at_first(self) -> None:
         """Raises WrongInput that names the first row that broke a rule, if one did."""

@@ -18,7 +18,8 @@ from typing import Any
 from tools import sources
 from tools.common import git_blob
 from tools.data import swap
-from tools.data.rows import Removal, RowTest, Rules, read_batches
+from tools.data.formulas import find_expressions
+from tools.data.rows import Removal, Reword, RowTest, Rules, read_batches
 from tools.data.turns import BREAKS
 
 
@@ -29,7 +30,7 @@ def load_test_rules(
     the dataset and for a user's own test file the rows decide (see tools/data/swap.py).
     """
     spec = sources.tables()["datasets"][dataset]
-    rules = Rules(frozenset(spec.get("labels", ())))
+    rules = Rules(frozenset(spec.get("labels", ())), reword=choose_reword(spec))
     known_repair = spec.get("repair")
     if known_repair and git_blob(source) == known_repair["blob"]:
         reason = known_repair["reason"]
@@ -67,7 +68,27 @@ def load_train_rules(task: str, folder: Path) -> Rules:
         for kind in repair.keys() & REMOVALS.keys()
     )
     cut = spec.get("cut_long_prompts") == "middle"
-    return Rules(join_labels(spec["eval"]), removals=removals, cut=cut)
+    datasets = [sources.tables()["datasets"][name] for name in spec["eval"]]
+    reword = choose_reword(datasets[0], spec.get("answers")) if datasets else None
+    return Rules(join_labels(spec["eval"]), removals=removals, cut=cut, reword=reword)
+
+
+def choose_reword(dataset: dict[str, Any], answers: str | None = None) -> Reword | None:
+    """How a dataset words its prompts, and a task its training answers, where FinLoRA's differ."""
+    instruction = dataset.get("instruction")
+    if not instruction:
+        return None
+    before, after = instruction["instead_of"], instruction["write"]
+
+    def reword(prompt: str, answer: str) -> tuple[str, str]:
+        if before not in prompt:
+            raise ValueError(f'the prompt lacks its instruction, "{before[:60]}…"')
+        if answers == "worked":
+            (expression,) = find_expressions(prompt, answer)
+            answer = f"{expression} = {answer}"
+        return prompt.replace(before, after), answer
+
+    return reword
 
 
 def join_labels(datasets: list[str]) -> frozenset[str]:
@@ -184,9 +205,20 @@ def remove_answers(pattern: str, folder: Path) -> RowTest:
     return lambda prompt, answer: search(answer)
 
 
+def remove_without_expression(wanted: bool, folder: Path) -> RowTest:
+    """Tests whether no expression gives the key of Financial Math."""
+    return lambda prompt, answer: wanted and not find_expressions(prompt, answer)
+
+
+def remove_with_several_expressions(wanted: bool, folder: Path) -> RowTest:
+    return lambda prompt, answer: wanted and len(find_expressions(prompt, answer)) > 1
+
+
 REMOVALS: dict[str, Callable[[Any, Path], RowTest | str]] = {
     "without_rows_of": remove_rows_of,
     "unique": remove_repeats,
     "without_prompts": remove_prompts,
     "without_answers": remove_answers,
+    "without_expression": remove_without_expression,
+    "with_several_expressions": remove_with_several_expressions,
 }

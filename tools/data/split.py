@@ -1,7 +1,7 @@
 """Divides rows by prompt into those that train and those that validate or test.
 
     draw_validation(Counter({mark: rows, …}))     prompts of a training set that validate
-    split_test_set(source, rules, 900, seed=42)   rows that train in place of a missing file
+    split_test_set(source, rules, spec)           rows that train in place of a missing file
     divide_rows(marks, [TEST_SHARE])              sides of the user's own rows, by label or time
 
 All rows of a prompt go to one side.
@@ -13,6 +13,7 @@ import random
 import re
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -48,22 +49,56 @@ def draw_validation(copies: Counter[bytes]) -> set[bytes]:
 
 
 def split_test_set(
-    source: Path, rules: Rules, rows: int, seed: int
+    source: Path, rules: Rules, spec: dict[str, Any]
 ) -> tuple[frozenset[int], frozenset[int]]:
     """Returns the numbers of a test set's rows that train, and of those that test.
 
-    No prompt is in both. Holds 16 bytes of each prompt.
+    `spec` is a task's `without_train`. No prompt is in both, nor what `choose_mark` takes for one.
+    Holds 16 bytes of each row.
     """
-    batches = read_batches(source, rules)
-    prompts = [fingerprint(prompt) for batch in batches for prompt in batch.prompts]
-    if len(prompts) <= rows:
+    mark, wanted = choose_mark(spec), spec["rows"]
+    marks = [mark(prompt) for batch in read_batches(source, rules) for prompt in batch.prompts]
+    if len(marks) <= wanted:
         raise WrongInput(
-            f"{shown(source)} has {len(prompts)} rows; {rows} of them train in place of a missing "
+            f"{shown(source)} has {len(marks)} rows; {wanted} of them train in place of a missing "
             "training file, and some must be left to test on"
         )
-    train = frozenset(random.Random(seed).sample(range(len(prompts)), rows))
-    trained = {prompts[number] for number in train}
-    return train, frozenset(n for n, prompt in enumerate(prompts) if prompt not in trained)
+    draw = random.Random(spec["seed"])
+    if "together" in spec:
+        units = draw_whole_units(Counter(marks), wanted, draw)
+        train = frozenset(number for number, unit in enumerate(marks) if unit in units)
+    else:
+        train = frozenset(draw.sample(range(len(marks)), wanted))
+    trained = {marks[number] for number in train}
+    return train, frozenset(number for number, unit in enumerate(marks) if unit not in trained)
+
+
+def choose_mark(spec: dict[str, Any]) -> Callable[[str], bytes]:
+    """What identifies the unit of a prompt that is never divided, by a task's `without_train`.
+
+    It is the whole prompt, or what the first group of the pattern `together` finds in it.
+    """
+    if "together" not in spec:
+        return fingerprint
+    pattern = re.compile(spec["together"], re.DOTALL)
+
+    def mark_part(prompt: str) -> bytes:
+        match = pattern.search(prompt)
+        return fingerprint(match[1] if match else prompt)
+
+    return mark_part
+
+
+def draw_whole_units(rows: Counter[bytes], wanted: int, draw: random.Random) -> set[bytes]:
+    """Draws units, given the rows of each, with at most `wanted` rows; at least one unit."""
+    order = sorted(rows)
+    draw.shuffle(order)
+    units, room = set[bytes](), wanted
+    for unit in order:
+        if rows[unit] <= room:
+            units.add(unit)
+            room -= rows[unit]
+    return units or {min(order, key=rows.__getitem__)}
 
 
 # ---- Rows of the user's own

@@ -88,7 +88,7 @@ def rank_licence(origin: dict[str, Any]) -> int:
 def explain_forbidden(data: list[dict[str, Any]]) -> str | None:
     """Says why an adapter trained on this data must not be public; None if it may be."""
     for origin in list_origins(data):
-        if not origin.get("published", True):
+        if not origin.get("published", True) and not origin.get("licence"):
             return f"{origin['name']} is under copyright and not published"
         if "-ND" in (origin.get("licence") or ""):
             return f"{origin['name']} is {origin['licence']}: nothing derived from it may be shared"

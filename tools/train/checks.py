@@ -93,6 +93,7 @@ def describe_data(recipe: recipes.Recipe) -> list[dict[str, Any]]:
                 "from": content.get("from"),
                 "source": content["source"],
                 "label_check": (content.get("label_check") or {}).get("text"),
+                **{key: content[key] for key in ("in_place_of",) if key in content},
             }
         )
         held_out = content.get("validation") or {}
