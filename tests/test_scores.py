@@ -29,7 +29,7 @@ from tools.data.rules import load_test_rules
 
 # Of the code's lines but comments. Where this test fails, a score may come out otherwise than
 # before: then raise SCORING. If none can, the digest alone is renewed.
-SCORING, DIGEST = 2, "48d24eaba4a7039f"
+SCORING, DIGEST = 2, "6138ee6f4abe69e9"
 CODE = (
     *("evals/answers.py", "evals/model.py", "evals/stats.py"),
     *("evals/tasks/utils.py", "evals/tasks/own.py"),
