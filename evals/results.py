@@ -217,7 +217,9 @@ def explain_stale(result: Result) -> str:
         return "the recipe is not there any more"
     if recipe.digest != result.digest:
         return f"the recipe has changed since version {result.version}"
-    if not recipe.task or sources.digest_rules(recipe.task) != result.rules:
+    if recipe.task not in sources.tables()["tasks"]:
+        return "its task is not there any more"
+    if sources.digest_rules(recipe.task) != result.rules:
         return "the rules of its data have changed"
     return "" if result.scoring == SCORING else "answers are scored otherwise now"
 
@@ -230,11 +232,6 @@ def read_recipe(name: str) -> recipes.Recipe:
     if name in recipes.list_names() and not recipes.is_local(name):
         return recipes.Recipe(name, None, recipes.build_config(name), recipes.find_version(name))
     return recipes.find(name)
-
-
-def list_evidence() -> list[Result]:
-    """The results that are evidence: neither stale nor of the examples."""
-    return [r for r in load_results() if not r.is_of_examples and not explain_stale(r)]
 
 
 # ---- FinLoRA's published scores
