@@ -19,9 +19,9 @@ from tools.common import (
     WrongInput,
     atomic,
     command,
-    name_file,
     read_json,
     shown,
+    slugify,
     write_json,
 )
 from tools.train.hardware import detect_host
@@ -50,7 +50,7 @@ allows. *Real* tokens are those of the rows, without padding; *computed* ones go
 def record(bench: str, subject: str, figures: dict[str, Any]) -> Path:
     """Adds one benchmark's figures to the file of this machine; returns the file."""
     machine = detect_host().describe_machine()
-    path = RESULTS / f"performance_{name_file(machine)}.json"
+    path = RESULTS / f"performance_{slugify(machine)}.json"
     content = read_json(path) if path.is_file() else {"machine": machine}
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     entry = {"date": time.strftime("%Y-%m-%d"), "packages": versions, **figures}

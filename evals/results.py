@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from evals import report, stats
 from evals.run import SCORING, find_rows
 from tools import recipes, sources
-from tools.common import ROOT, JobFailed, WrongInput, atomic, name_file, parse_json, shown
+from tools.common import ROOT, JobFailed, WrongInput, atomic, parse_json, shown, slugify
 
 FOLDER = ROOT / "results"
 EXAMPLES = "data/sample"  # where rows are from that were written for this project
@@ -150,7 +150,7 @@ class Result(Strict):
 
 def locate_result(recipe: str, device: str, is_of_examples: bool = False) -> Path:
     """results/<model>/<recipe>/<device>.json, with `_examples` where it is no evidence."""
-    return FOLDER / recipe / f"{name_file(device)}{'_examples' if is_of_examples else ''}.json"
+    return FOLDER / recipe / f"{slugify(device)}{'_examples' if is_of_examples else ''}.json"
 
 
 def load_results() -> list[Result]:
@@ -262,7 +262,7 @@ def explain_no_comparison(result: Result, dataset: str) -> str:
 # ---- from manifests and score files
 
 
-def describe_rows(path: Path) -> ChatRows:
+def describe_chat_rows(path: Path) -> ChatRows:
     """A file of chat rows, as its manifest tells of it."""
     manifest = sources.manifest(path)
     rows = manifest.get("rows")
@@ -302,7 +302,7 @@ def measure_dataset(
         raise JobFailed(f"the scores of {dataset} are not of the same rows; FORCE=1 scores again")
     selected = evaluated["data_selected"]
     return DatasetResult(
-        data=describe_rows(find_rows(dataset)),
+        data=describe_chat_rows(find_rows(dataset)),
         rows=base["examples"],
         selected=clean_text(selected) if selected else None,
         metrics={

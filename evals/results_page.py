@@ -60,7 +60,7 @@ def pick_main(entry: DatasetResult) -> tuple[str, MetricResult]:
     return next(iter(entry.metrics.items()))
 
 
-def join_row(*cells: str) -> str:
+def join_cells(*cells: str) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
@@ -74,7 +74,7 @@ def join_seeds(result: Result) -> str:
 def build_readme_table(evidence: list[Result]) -> str:
     """A line for each recipe and dataset, as far as there is room."""
     lines = [
-        join_row(
+        join_cells(
             format_recipe(result, "docs/"),
             f"{dataset}, {entry.rows:,}",
             report.title(pick_main(entry)[0]),
@@ -83,9 +83,9 @@ def build_readme_table(evidence: list[Result]) -> str:
         for result in evidence
         for dataset, entry in result.datasets.items()
     ]
-    head = join_row("recipe", "test rows", "metric", "base, %", "adapter, %", "gain, points")
+    head = join_cells("recipe", "test rows", "metric", "base, %", "adapter, %", "gain, points")
     rest = f"\n{len(lines) - MOST_ROWS} more are in [results](docs/results.md).\n"
-    table = head + join_row(*["---"] * 3, *["---:"] * 3) + "".join(lines[:MOST_ROWS])
+    table = head + join_cells(*["---"] * 3, *["---:"] * 3) + "".join(lines[:MOST_ROWS])
     return table + (rest if len(lines) > MOST_ROWS else "")
 
 
@@ -134,7 +134,7 @@ def insert_block(text: str, block: str) -> str:
 # ---- docs/results.md
 
 
-def build_page(measured: list[Result]) -> str:
+def build_results_page(measured: list[Result]) -> str:
     """The page of all results that are not of the examples."""
     reasons = {id(result): results.explain_stale(result) for result in measured}
     current = [result for result in measured if not reasons[id(result)]]
@@ -155,7 +155,7 @@ def build_section(result: Result) -> str:
     """The heading, facts, table and notes of one result."""
     facts = "".join(f"- {fact}.\n" for fact in list_facts(result))
     notes = "".join(f"- {note}.\n" for note in list_notes(result))
-    table = build_table(result)
+    table = build_score_table(result)
     return f"## {name_heading(result)}\n\n{facts}\n{table}" + (f"\n{notes}" if notes else "")
 
 
@@ -181,13 +181,13 @@ def list_facts(result: Result) -> list[str]:
     ]
 
 
-def build_table(result: Result) -> str:
+def build_score_table(result: Result) -> str:
     """A line for each dataset and metric."""
     shots = f"base, {result.shots} examples" if result.shots else ""
     published = {name: results.find_published(result, name) for name in result.datasets}
     sides = ["base", *([shots] if shots else []), "adapter", "each seed", "gain, points"]
     heads = ["test rows", "metric", *sides, *(["published"] if any(published.values()) else [])]
-    lines = [join_row(*heads), join_row("---", "---", *["---:"] * (len(heads) - 2))]
+    lines = [join_cells(*heads), join_cells("---", "---", *["---:"] * (len(heads) - 2))]
     for dataset, entry in result.datasets.items():
         for metric, scores in entry.metrics.items():
             base, adapter, gain = format_sides(scores)
@@ -198,7 +198,7 @@ def build_table(result: Result) -> str:
             if any(published.values()):
                 score = published[dataset].get(metric)
                 cells.append("–" if score is None else f"{100 * score:.1f}")
-            lines.append(join_row(*cells))
+            lines.append(join_cells(*cells))
     return "".join(lines)
 
 
@@ -269,7 +269,7 @@ def write(check: bool = False) -> None:
     evidence = [result for result in measured if not results.explain_stale(result)]
     readme = README.read_text(encoding="utf-8")
     block = build_readme_block(evidence)
-    texts = {README: insert_block(readme, block), PAGE: build_page(measured)}
+    texts = {README: insert_block(readme, block), PAGE: build_results_page(measured)}
     drawn = "".join(result.model_dump_json() for result in evidence)
     mark = f"sha256 of the results: {hashlib.sha256(drawn.encode()).hexdigest()}"
     old = FIGURE.read_text(encoding="utf-8") if FIGURE.is_file() else ""

@@ -408,7 +408,7 @@ def test_finloras_published_scores_stand_beside_ours_where_rows_and_labels_are_t
     published = report.read_published()["4bits_r4"]
     assert results.find_published(result, "fiqa") == published["fiqa"]
     assert results.find_published(result, "fpb") == {}
-    table = results_page.build_table(result).splitlines()
+    table = results_page.build_score_table(result).splitlines()
     assert table[0].endswith("| gain, points | published |")
     lines = {line.split(" |")[0]: line for line in table if "accuracy, FinLoRA's" in line}
     assert lines["| fiqa, 312"].endswith("| 78.3 |") and lines["| fpb, 312"].endswith("| – |")
@@ -416,5 +416,5 @@ def test_finloras_published_scores_stand_beside_ours_where_rows_and_labels_are_t
     assert len(notes) == 2 and "312 chosen rows of the published file" in " ".join(notes)
     assert "on which labels FinLoRA's published score stands" in " ".join(notes)
     other = Result.model_validate(describe_result(name="smollm2-135m/sentiment_r4_all"))
-    assert "published" not in results_page.build_table(other)
+    assert "published" not in results_page.build_score_table(other)
     assert recipes.split_name("smollm2-135m/sentiment_r4_all")[2] == "r4_all"

@@ -20,7 +20,7 @@ from tools import common, recipes, runs, sources
 from tools.common import ROOT, WrongInput
 from tools.runs import Run
 from tools.train import checks, hardware, status, verify
-from tools.train.verify import Request
+from tools.train.verify import Verification
 
 NAME = "smollm2-135m/sentiment_r4"
 
@@ -107,17 +107,17 @@ def test_a_run_of_anything_else_does_not_count(trained, change):
 @pytest.mark.parametrize(
     ("change", "request_", "reason"),
     [
-        ({}, Request(seeds=2), ""),
-        ({}, Request(seeds=1, shots=0), ""),
-        ({}, Request(seeds=3), "it has 2 of 3 seeds"),
-        ({"shots": 0}, Request(seeds=2), "the base is to be scored with 3 examples"),
-        ({"digest": "0" * 64}, Request(seeds=2), "the recipe has changed since version 1.1.0"),
+        ({}, Verification(seeds=2), ""),
+        ({}, Verification(seeds=1, shots=0), ""),
+        ({}, Verification(seeds=3), "it has 2 of 3 seeds"),
+        ({"shots": 0}, Verification(seeds=2), "the base is to be scored with 3 examples"),
+        ({"digest": "0" * 64}, Verification(seeds=2), "the recipe has changed since version 1.1.0"),
         (
             {"training_data": [describe_rows("sentiment_train.jsonl") | {"sha256": "1" * 64}]},
-            Request(seeds=2),
+            Verification(seeds=2),
             "the data has changed (sentiment_train.jsonl)",
         ),
-        ({"training_data": [describe_rows("more.jsonl")]}, Request(seeds=2), "more.jsonl"),
+        ({"training_data": [describe_rows("more.jsonl")]}, Verification(seeds=2), "more.jsonl"),
     ],
 )
 def test_a_result_is_finished_with_the_same_recipe_and_data_and_enough_seeds(
@@ -190,7 +190,7 @@ class Project:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.result = root / "results" / TINY / f"{common.name_file(DEVICE)}.json"
+        self.result = root / "results" / TINY / f"{common.slugify(DEVICE)}.json"
 
     def start(self, verb: str, *arguments: object) -> subprocess.Popen[str]:
         environment = os.environ | {"FINLORA_DATA": str(self.root / "finlora"), "PYTHONPATH": ""}

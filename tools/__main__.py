@@ -453,7 +453,7 @@ def verify(
     from tools.train import verify
     from tools.train.profiles import Choice
 
-    request = verify.Request(seeds, shots, Choice(profile, nproc), force, examples)
+    request = verify.Verification(seeds, shots, Choice(profile, nproc), force, examples)
     verify.verify(recipe, request)
     write_result_pages()
 

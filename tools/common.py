@@ -391,7 +391,7 @@ def shown(path: Path) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
-def name_file(title: str) -> str:
+def slugify(title: str) -> str:
     """A title as part of a file's name: `1 x NVIDIA A40` becomes `1-x-nvidia-a40`."""
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 

@@ -32,7 +32,7 @@ DECISIVE = ("tools", "evals", "recipes/matrix.yaml", "recipes/profiles", "data/s
 
 
 @dataclass(frozen=True)
-class Request:
+class Verification:
     """How much is measured, and where it is trained."""
 
     seeds: int = 3
@@ -42,11 +42,11 @@ class Request:
     permits_examples: bool = False  # data/sample, which is no evidence
 
 
-def say(text: str) -> None:
+def announce(text: str) -> None:
     print(f"verify     {text}", flush=True)
 
 
-def verify(name: str, request: Request) -> None:
+def verify(name: str, request: Verification) -> None:
     """Measures a recipe and writes its result.
 
     Raises WrongInput, before anything is trained, for a recipe that has no name or task, and for
@@ -71,19 +71,19 @@ def verify(name: str, request: Request) -> None:
     elif path.is_file():
         reason = explain_unfinished(results.load_result(path), data, request)
         if not reason:
-            say(f"{shown(path)} is of this recipe and data (FORCE=1 measures again)")
+            announce(f"{shown(path)} is of this recipe and data (FORCE=1 measures again)")
             return
-        say(f"{shown(path)} is written again: {reason}")
+        announce(f"{shown(path)} is written again: {reason}")
     for number, (seed, seeded) in enumerate(recipes_of_seeds.items(), 1):
-        say(f"{recipe.name}, seed {seed}, {number} of {request.seeds}")
+        announce(f"{recipe.name}, seed {seed}, {number} of {request.seeds}")
         if not request.force and is_trained(seeded, processes):
-            say(f"trained before: {seeded.run}")
+            announce(f"trained before: {seeded.run}")
         else:
             launch.train(seeded, request.choice, Machines(), request.force)
-    scores = {seed: score(seeded, datasets) for seed, seeded in recipes_of_seeds.items()}
+    scores = {seed: score_seed(seeded, datasets) for seed, seeded in recipes_of_seeds.items()}
     with_examples = score_base_with_examples(recipe, datasets, request.shots)
     measured = {
-        dataset: measure_dataset(
+        dataset: join_scores(
             {seed: files[dataset] for seed, files in scores.items()}, with_examples.get(dataset)
         )
         for dataset in datasets
@@ -129,7 +129,7 @@ def list_data(recipe: Recipe, datasets: list[str]) -> list[ChatRows]:
     """The rows that a recipe is trained, validated and scored on."""
     files = [ROOT / entry["path"] for entry in describe_data(recipe)]
     tests = dict.fromkeys(map(run.find_rows, datasets))
-    return [results.describe_rows(path) for path in (*files, *tests)]
+    return [results.describe_chat_rows(path) for path in (*files, *tests)]
 
 
 def refuse_examples(recipe: Recipe, data: list[ChatRows], is_permitted: bool) -> bool:
@@ -144,7 +144,7 @@ def refuse_examples(recipe: Recipe, data: list[ChatRows], is_permitted: bool) ->
     return bool(examples)
 
 
-def explain_unfinished(result: Result, data: list[ChatRows], request: Request) -> str:
+def explain_unfinished(result: Result, data: list[ChatRows], request: Verification) -> str:
     """Why a result is not the one that is wanted; empty where it is."""
     if stale := results.explain_stale(result):
         return stale
@@ -175,7 +175,7 @@ def is_trained(recipe: Recipe, processes: int) -> bool:
     return before == now and device == (info["device"], info["processes"])
 
 
-def score(recipe: Recipe, datasets: list[str]) -> report.Files:
+def score_seed(recipe: Recipe, datasets: list[str]) -> report.Files:
     """Scores a run and its base, or what has no score yet; returns the score files."""
     files = run.score_subject(subjects.of_recipe(recipe, False, None, None), run.Request(datasets))
     gc.collect()  # the model, whose parts refer to each other, before the next one is loaded
@@ -197,12 +197,12 @@ def score_base_with_examples(recipe: Recipe, datasets: list[str], shots: int) ->
             run.identify(subject, "base", dataset, None)
             possible.append(dataset)
         except WrongInput as error:
-            say(f"{dataset}: the base is not scored with examples: {error}")
+            announce(f"{dataset}: the base is not scored with examples: {error}")
     files = run.score_subject(subject, run.Request(possible)) if possible else {}
     return {dataset: sides["base"] for dataset, sides in files.items()}
 
 
-def measure_dataset(files: dict[int, dict[str, Path]], with_examples: Path | None) -> DatasetResult:
+def join_scores(files: dict[int, dict[str, Path]], with_examples: Path | None) -> DatasetResult:
     """What the score files of a dataset say together, by seed and side."""
     base = report.read(next(iter(files.values()))["base"])
     adapters = {seed: report.read(sides["adapter"]) for seed, sides in files.items()}
@@ -226,7 +226,7 @@ def build_result(
     commit, is_changed = describe_commit()
     rows: dict[str, list[ChatRows]] = {"train": [], "validation": []}
     for entry in describe_data(recipe):
-        rows[entry["split"]].append(results.describe_rows((ROOT / entry["path"]).resolve()))
+        rows[entry["split"]].append(results.describe_chat_rows((ROOT / entry["path"]).resolve()))
     return Result(
         recipe=recipe.name,
         version=recipe.version,
@@ -288,4 +288,4 @@ def print_summary(result: Result) -> None:
         gain = results_page.format_score(scores.gain, signed=True)
         rows.append((f"{dataset}, {entry.rows}", report.title(metric), *cells, gain))
     print(format_table(rows, "<<>>>"))
-    say(f"{shown(result.path)}")
+    announce(f"{shown(result.path)}")
