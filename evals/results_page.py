@@ -64,10 +64,6 @@ def join_cells(*cells: str) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
-def join_seeds(result: Result) -> str:
-    return ", ".join(map(str, result.trainings))
-
-
 # ---- README
 
 
@@ -112,13 +108,18 @@ def build_readme_block(evidence: list[Result]) -> str:
     if not evidence:
         return NOTHING
     devices = ", ".join(dict.fromkeys(result.device for result in evidence))
-    seeds = sorted({len(result.trainings) for result in evidence})
-    counts = " or ".join(map(str, seeds))
+    counts = sorted({len(result.trainings) for result in evidence})
+    means = "Scores of adapters are of one training.\n"
+    if counts != [1]:
+        words = " or ".join(map(str, counts))
+        means = (
+            f"Scores of adapters are means over {words} seeds, and their intervals are over rows "
+            "and seeds.\n"
+        )
     return (
         f"![Score of base and adapter]({FIGURE.relative_to(ROOT)})\n\n"
         f"{build_readme_table(evidence)}\n"
-        f"On {devices}. In brackets: 95 % intervals. Scores of adapters are means over {counts} "
-        f"seed{'s' if seeds != [1] else ''}, and their intervals are over rows and seeds.\n"
+        f"On {devices}. In brackets: 95 % intervals. {means}"
     )
 
 
@@ -175,7 +176,7 @@ def list_facts(result: Result) -> list[str]:
         f"Version {result.version} ({result.digest[:12]}), {result.model} at {result.precision}",
         f"Trained on {rows:,} rows of {files}"
         + (f", validated on {validated:,}" if validated else "")
-        + f", with the seeds {join_seeds(result)}",
+        + f"; seeds: {', '.join(map(str, result.trainings))}",
         f"One training: {', '.join(cost)}",
         f"{result.finished}, {', '.join(versions)}{commit}",
     ]
