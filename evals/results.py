@@ -217,7 +217,7 @@ def explain_stale(result: Result) -> str:
         return "the recipe is not there any more"
     if recipe.digest != result.digest:
         return f"the recipe has changed since version {result.version}"
-    if recipe.task not in sources.tables()["tasks"]:
+    if recipe.task is None or recipe.task not in sources.tables()["tasks"]:
         return "its task is not there any more"
     if sources.digest_rules(recipe.task) != result.rules:
         return "the rules of its data have changed"
