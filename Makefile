@@ -26,10 +26,10 @@ $(READY): requirements.txt $(wildcard requirements/*.txt) $(PY)
 $(PY):
 	@$(SETUP)
 
-.PHONY: help setup wheelhouse demo model fetch data audit new look recipes show plan smoke profile train status sweep reproduce eval report parity chat predict merge serve push pull adapters import render results check test test-all lock clean
+.PHONY: help setup wheelhouse demo model fetch data audit new look recipes show plan smoke profile train status sweep reproduce verify eval report parity chat predict merge serve push pull adapters import render results check test test-all lock clean
 
 help:
-	@sed -n 's/^##@ \(.*\)/\n\1/p; s/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+	@sed -n 's/^##@ \(.*\)/\n\1/p; s/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14 | tail -n +2
 
 ##@ Start
 demo: $(READY) ## Convert example data, train SmolLM2-135M with QLoRA, score it, show the table
@@ -74,6 +74,8 @@ reproduce: $(READY) ## Train a finished run again and compare the adapters · RU
 	@$(RUN) reproduce
 
 ##@ Score
+verify: $(READY) ## Measure a recipe for results/: data, training, scores · RECIPE=… [SEEDS=3] [SHOTS=3] [FORCE=1]
+	@$(RUN) verify
 eval: $(READY) ## Score base and adapter, with intervals · [RECIPE=… | ADAPTER=…] [TASKS=fpb] [LIMIT=200] [SHOTS=3]
 	@$(RUN) eval
 report: $(READY) ## A page of all scores and its figures · [PRICE=0.26] [GPU=…]
@@ -105,7 +107,7 @@ import: $(READY) ## Recipes from a FinLoRA config file · CONFIG=finetune_config
 render: $(READY) ## Write recipes, docs/commands.md and docs/scale.md; print a recipe · [RECIPE=…]
 	@$(RUN) render
 	@$(RUN) reference
-results: $(READY) ## Write the README's table and figure and docs/performance.md from results/
+results: $(READY) ## Write docs/results.md, its figure, the README's table and other pages from results/
 	@$(RUN) results
 	@$(PY) -m bench.performance
 model: $(READY) ## Write SmolLM2-135M-Instruct to models/

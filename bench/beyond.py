@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench.jobs import describe_machine, find_scores, run_all, run_verb, write_config
+from bench.jobs import find_scores, run_all, run_verb, write_config
 from evals import stats
 from tools import recipes
 from tools.common import (
@@ -33,6 +33,7 @@ from tools.common import (
 )
 from tools.data.rules import fingerprint
 from tools.runs import Run
+from tools.train.hardware import detect_host
 
 SPEC = ROOT / "bench" / "beyond.yaml"
 RESULTS = ROOT / "results" / "beyond.json"
@@ -180,7 +181,7 @@ def main() -> None:
 
     run_all("beyond", configs, train, options.workers)
     content = {
-        "machine": describe_machine(),
+        "machine": detect_host().describe_machine(),
         "spec": spec,
         "candidates": {name: read_figures(config) for name, config in configs.items()},
     }

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from typing import Any
 
 from tools.common import ROOT, JobFailed, atomic, format_yaml
 from tools.subjects import Subject
-from tools.train.hardware import detect_host
 
 
 def run_verb(*arguments: Any) -> None:
@@ -58,13 +56,3 @@ def write_config(path: Path, config: dict[str, Any]) -> None:
 def find_scores(run: Path, base: Path, side: str, dataset: str, limit: int | None) -> Path:
     """The score file of a run (`side` is adapter) or of its base, whose folder is `base`."""
     return Subject("", {}, run, run, base, None, "chat").file(side, dataset, limit)
-
-
-def describe_machine() -> str:
-    """The machine as results name it: its GPUs, or its cores and memory. Never its host name."""
-    import psutil
-
-    if gpus := detect_host().gpus:
-        return f"{len(gpus)} x {gpus[0][0]}"
-    memory = psutil.virtual_memory().total / 1e9
-    return f"{os.cpu_count()} cores ({platform.machine()}), {memory:.0f} GB, no GPU"

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.jobs import describe_machine, find_scores, run_all, run_verb, write_config
+from bench.jobs import find_scores, run_all, run_verb, write_config
 from evals import report, stats
 from tools import models, recipes, sources
 from tools.common import (
@@ -47,6 +47,7 @@ from tools.common import (
     write_json,
 )
 from tools.runs import Run
+from tools.train.hardware import detect_host
 
 SPEC = ROOT / "bench" / "parity.yaml"
 RESULTS = ROOT / "results" / "parity.json"
@@ -54,8 +55,6 @@ DOC = ROOT / "docs" / "experiments.md"
 FIGURE = ROOT / "docs" / "parity.png"
 RUNS = ROOT / "runs" / ".parity"  # hidden from `make report`, `eval` and `status`
 BEGIN, END = "<!-- parity: begin -->\n", "<!-- parity: end -->\n"
-RESAMPLES = 10_000
-SEED = 20231107
 
 Array = np.ndarray[Any, Any]
 
@@ -148,16 +147,6 @@ def run_jobs(jobs: dict[Any, Training], workers: int) -> None:
 # ---- statistics
 
 
-def resample(differences: Array) -> Array:
-    """Means of (rows, seeds) differences with rows and seeds drawn again: (RESAMPLES,)."""
-    generator = np.random.default_rng(SEED)
-    by_row, by_seed = (
-        generator.multinomial(size, np.full(size, 1 / size), size=RESAMPLES) / size
-        for size in differences.shape
-    )
-    return np.asarray(((by_row @ differences) * by_seed).sum(1))
-
-
 def compare_variants(values: Array, others: Array, margin: float | None) -> dict[str, Any]:
     """Mean of `values` minus that of `others`, (rows, seeds) each, and whether they are equivalent.
 
@@ -165,20 +154,20 @@ def compare_variants(values: Array, others: Array, margin: float | None) -> dict
     margin also "low90", "high90" and "p_margin": that the difference reaches the margin.
     """
     differences = values - others
-    means = resample(differences)
+    means = stats.resample_seeds("mean", values.T.tolist(), others.T.tolist())
     low, high, low90, high90 = map(float, np.percentile(means, [2.5, 97.5, 5, 95]))
     opposite = min((means <= 1e-12).sum(), (means >= -1e-12).sum())
     comparison: dict[str, Any] = {
         "value": float(differences.mean()),
         "low": low,
         "high": high,
-        "p": float(min(1.0, 2 * (opposite + 1) / (RESAMPLES + 1))),
+        "p": float(min(1.0, 2 * (opposite + 1) / (len(means) + 1))),
         "seeds": differences.mean(0).tolist(),
     }
     if margin is not None:
         outside = max((means <= -margin).sum(), (means >= margin).sum())
         comparison |= {"low90": low90, "high90": high90}
-        comparison["p_margin"] = float((outside + 1) / (RESAMPLES + 1))
+        comparison["p_margin"] = float((outside + 1) / (len(means) + 1))
     return comparison
 
 
@@ -372,7 +361,10 @@ def main() -> None:
         raise WrongInput(f"unknown part {unknown[0]}; there are {', '.join(spec['parts'])}")
     jobs = list_jobs(spec, only)
     run_jobs(jobs, max(1, options.workers))
-    content = collect_results(spec, jobs) | {"spec": spec, "machine": describe_machine()}
+    content = collect_results(spec, jobs) | {
+        "spec": spec,
+        "machine": detect_host().describe_machine(),
+    }
     if not only:
         write_json(RESULTS, content)
         draw_scores(content, FIGURE)

@@ -9,13 +9,22 @@ A file holds one machine's figures by benchmark and subject; a new measurement r
 
 import argparse
 import importlib.metadata
-import re
 import time
 from pathlib import Path
 from typing import Any
 
-from bench.jobs import describe_machine
-from tools.common import ROOT, JobFailed, WrongInput, atomic, command, read_json, shown, write_json
+from tools.common import (
+    ROOT,
+    JobFailed,
+    WrongInput,
+    atomic,
+    command,
+    read_json,
+    shown,
+    slugify,
+    write_json,
+)
+from tools.train.hardware import detect_host
 
 RESULTS = ROOT / "results"
 PAGE = ROOT / "docs" / "performance.md"
@@ -42,9 +51,8 @@ the model once, whole or in the packs that our scoring makes of them, and nothin
 
 def record(bench: str, subject: str, figures: dict[str, Any]) -> Path:
     """Adds one benchmark's figures to the file of this machine; returns the file."""
-    machine = describe_machine()
-    slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
-    path = RESULTS / f"performance_{slug}.json"
+    machine = detect_host().describe_machine()
+    path = RESULTS / f"performance_{slugify(machine)}.json"
     content = read_json(path) if path.is_file() else {"machine": machine}
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     entry = {"date": time.strftime("%Y-%m-%d"), "packages": versions, **figures}

@@ -13,10 +13,11 @@ from typing import Any
 
 import yaml
 
-from bench.jobs import describe_machine, run_verb
+from bench.jobs import run_verb
 from tools import recipes
 from tools.common import ROOT, atomic, command, format_table, write_json
 from tools.runs import Run
+from tools.train.hardware import detect_host
 
 RECIPE, DATASET = "smollm2-135m/sentiment_r4", "fpb"
 RUNS = ROOT / "runs" / ".shared_dropout"
@@ -70,7 +71,7 @@ def main() -> None:
     for seed in options.seeds:
         seeds[str(seed)] = {side: train_and_score(seed, options.steps, side) for side in SIDES}
         content = {"recipe": RECIPE, "dataset": DATASET, "steps": options.steps}
-        write_json(RESULTS, content | {"machine": describe_machine(), "seeds": seeds})
+        write_json(RESULTS, content | {"machine": detect_host().describe_machine(), "seeds": seeds})
     print_seeds(seeds)
 
 

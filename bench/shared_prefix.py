@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from bench.jobs import describe_machine
 from tools import models, packs, recipes, smollm2
 from tools.common import ROOT, WrongInput, command, format_table, read_json, write_json
 from tools.train import batches, shared_prefix, sharing
+from tools.train.hardware import detect_host
 
 RESULTS = ROOT / "results" / "shared_prefix.json"
 PLACES = (0.2, 0.5, 0.8)  # of the measured steps among those sorted by the length of their rows
@@ -142,7 +142,7 @@ def main() -> None:
     content = read_json(RESULTS) if RESULTS.is_file() else {}
     measured = {
         "data": config["datasets"][0]["path"],
-        "machine": describe_machine(),
+        "machine": detect_host().describe_machine(),
         "sides": sides,
     }
     write_json(RESULTS, content | {recipe.name: measured})

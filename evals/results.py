@@ -1,24 +1,37 @@
-"""Measured recipes: one JSON file each in results/<model>/, and the README's table and figure.
+"""Results: what `make verify` measured of a recipe on one device, a small JSON file each.
 
-    python -m tools results            writes the README's table and docs/results.svg
-    python -m tools results --check    fails where they do not match results/
+    results.load_results()                         every file of results/<model>/<recipe>/
+    results.explain_stale(result)                  why it is no evidence any more; empty while it is
 
-`Measurement` is the schema. bench/ writes results/parity.json and results/beyond.json, in other
-formats.
+`Result` is the schema. A file holds scores, time, memory and versions, and no row of any data. It
+is evidence while the recipe, the rules of its data and the scoring are those of today. bench/
+writes the other files of results/, in formats of its own.
 """
 
-import hashlib
+import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from evals import report
-from tools.common import ROOT, JobFailed, WrongInput, atomic, read_json, shown
+from evals import report, stats
+from evals.run import SCORING, find_rows
+from tools import recipes, sources
+from tools.common import ROOT, JobFailed, WrongInput, atomic, parse_json, shown, slugify
 
 FOLDER = ROOT / "results"
-PAGE = ROOT / "README.md"
-FIGURE = ROOT / "docs" / "results.svg"
-BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
+EXAMPLES = "data/sample"  # where rows are from that were written for this project
+LARGEST = 64_000  # bytes of a file; the largest set, of ten datasets and ten seeds, needs half
+WIDTH = 100  # characters of a line of a file
+DECIMALS = 5  # of a score
+
+Name = Annotated[str, Field(pattern=r"^[\w./+-]+$", max_length=100)]
+# Text that stands in tables of Markdown as it is; `clean_text` makes it.
+Text = Annotated[str, Field(pattern=r"^[\w .,;:()+/@-]*$", max_length=300)]
+Sha = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Strict(BaseModel):
@@ -26,177 +39,319 @@ class Strict(BaseModel):
 
 
 class Score(Strict):
-    """A metric from 0 to 1 (a difference: from -1), and its 95 % interval if there is one."""
+    """A metric from 0 to 1 (a gain: from -1), and its 95 % interval if there is one."""
 
     value: float = Field(ge=-1, le=1)
     low: float | None = Field(default=None, ge=-1, le=1)
     high: float | None = Field(default=None, ge=-1, le=1)
 
-    @property
-    def is_interval(self) -> bool:
-        return self.low is not None and self.high is not None
+    @model_validator(mode="after")
+    def check_interval(self) -> Self:
+        if (self.low is None) != (self.high is None):
+            raise ValueError("low and high belong together")
+        return self
+
+
+class MetricResult(Strict):
+    """A metric on one dataset, of the base and of the adapter of each seed, on the same rows."""
+
+    base: Score
+    base_with_examples: Score | None  # the base with worked examples in its prompts
+    seeds: dict[int, Score] = Field(min_length=1)
+    adapter: Score  # the mean over the seeds; the interval is over rows and seeds
+    gain: Score  # adapter - base
+
+
+class ChatRows(Strict):
+    """A file of chat rows that a recipe is trained, validated or scored on."""
+
+    file: Text
+    rows: int = Field(gt=0)
+    sha256: Sha
+    source: Text  # the file that they were converted from
+    place: Text | None  # where that lay: FINLORA_DATA, data/raw, data/sample
 
 
 class DatasetResult(Strict):
-    metric: str
-    rows: int = Field(gt=0)  # test rows
-    seeds: list[int] = Field(min_length=1)  # of the trainings; an adapter's score is their mean
-    base: Score
-    adapter: Score
-    difference: Score  # adapter - base, on the same rows
+    data: ChatRows
+    rows: int = Field(gt=0)  # that were scored
+    selected: Text | None  # which of the published rows those are, where they are not all
+    metrics: dict[Name, MetricResult] = Field(min_length=1)  # the main one first, FinLoRA's after
 
 
-class Measurement(Strict):
-    """What one recipe scored on one machine."""
+class TrainingResult(Strict):
+    """What the training of one seed took."""
 
-    recipe: str
-    version: str
-    digest: str | None  # None where the run was made before digests were recorded
-    variant: str | None  # what was changed in the recipe; None for the recipe as it stands
-    model: str
-    device: str
-    trained_on: str
-    datasets: dict[str, DatasetResult]
-    seconds: float | None = Field(gt=0)  # of one training; the mean over seeds
-    peak_memory_bytes: int | None = Field(gt=0)
-    source: str  # the file, page and date that the figures come from
+    steps: int = Field(gt=0)
+    seconds: float = Field(gt=0)
+    peak_memory_bytes: int = Field(gt=0)
+    tokens_per_second: float | None
+    train_loss: float
+    validation_loss: float | None
 
 
-def load_measurements() -> list[Measurement]:
-    """All measurements in results/; raises WrongInput that names the file and the key."""
-    return [load_measurement(path) for path in sorted(FOLDER.glob("*/*.json"))]
+class Result(Strict):
+    """What `make verify` measured of a recipe on one device."""
+
+    recipe: Name
+    version: Name
+    digest: Sha  # of what the recipe learns
+    model: Name  # the base's name on the Hub
+    precision: Name  # of the base, in training and scoring
+    rules: Sha  # of what decides the rows of its data: `sources.digest_rules`
+    scoring: int  # version of the scoring code
+    device: Text
+    finished: Text
+    commit: Name | None  # of this project; None outside a repository
+    is_changed: bool  # whether files differed from that commit
+    python: Name
+    packages: dict[Name, Name]
+    shots: int = Field(ge=0)  # worked examples in the prompts of `base_with_examples`
+    training_data: list[ChatRows] = Field(min_length=1)
+    validation_data: list[ChatRows]
+    trainings: dict[int, TrainingResult] = Field(min_length=1)  # by seed
+    datasets: dict[Name, DatasetResult] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def check_seeds(self) -> Self:
+        for name, dataset in self.datasets.items():
+            for metric, entry in dataset.metrics.items():
+                if entry.seeds.keys() != self.trainings.keys():
+                    raise ValueError(f"{name}, {metric}: not the seeds of the trainings")
+        return self
+
+    @property
+    def path(self) -> Path:
+        return locate_result(self.recipe, self.device, self.is_of_examples)
+
+    @property
+    def is_of_examples(self) -> bool:
+        """Whether any of its rows were written for this project, which makes it no evidence."""
+        return any(data.place == EXAMPLES for data in self.data)
+
+    @property
+    def data(self) -> list[ChatRows]:
+        """All data that it rests on."""
+        tested = [entry.data for entry in self.datasets.values()]
+        return [*self.training_data, *self.validation_data, *tested]
+
+    @property
+    def seconds(self) -> float:
+        """Of one training: the mean over seeds."""
+        return fmean(training.seconds for training in self.trainings.values())
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        return max(training.peak_memory_bytes for training in self.trainings.values())
 
 
-def load_measurement(path: Path) -> Measurement:
+# ---- files
+
+
+def locate_result(recipe: str, device: str, is_of_examples: bool = False) -> Path:
+    """results/<model>/<recipe>/<device>.json, with `_examples` where it is no evidence."""
+    return FOLDER / recipe / f"{slugify(device)}{'_examples' if is_of_examples else ''}.json"
+
+
+def load_results() -> list[Result]:
+    """All results in results/, by recipe in the catalogue's order, then by device.
+
+    Raises WrongInput that names the file and the key where one is not of the schema.
+    """
+    if strays := sorted(FOLDER.glob("*/*.json")):
+        raise WrongInput(
+            f"{shown(strays[0])}: results lie in results/<model>/<recipe>/<device>.json"
+        )
+    results = [load_result(path) for path in sorted(FOLDER.glob("*/*/*.json"))]
+    order = {name: place for place, name in enumerate(recipes.list_names())}
+    return sorted(results, key=lambda result: order.get(result.recipe, len(order)))
+
+
+def load_result(path: Path) -> Result:
+    if path.stat().st_size > LARGEST:
+        raise WrongInput(f"{shown(path)}: over {LARGEST:,} bytes; `make verify` writes less")
+    content = path.read_bytes()
+    parse_json(content, shown(path))
     try:
-        return Measurement.model_validate(read_json(path))
+        result = Result.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
+        key = ".".join(map(str, first["loc"])) or "the file"
         raise WrongInput(f"{shown(path)}: {key}: {first['msg']}") from None
+    if path != result.path:
+        raise WrongInput(f"{shown(path)}: by recipe and device it belongs in {shown(result.path)}")
+    return result
 
 
-# ---- table
+def write_result(result: Result) -> None:
+    with atomic(result.path) as file:
+        file.write(f"{format_json(result.model_dump(mode='json'))}\n".encode())
 
 
-def format_points(score: Score, signed: bool = False) -> str:
-    """`28.5 (23.8 … 33.8)`: percent, with the interval if there is one."""
-    missing = "" if score.is_interval else "not measured"
-    value, interval = report.format_percent(score.model_dump() | {"no_interval": missing}, signed)
-    return f"{value} ({interval})" if interval else value
-
-
-def format_label(measurement: Measurement) -> str:
-    variant = f", {measurement.variant}" if measurement.variant else ""
-    return f"`{measurement.recipe}`{variant}"
-
-
-def build_table(measurements: list[Measurement]) -> str:
-    rows = [
-        ["recipe", "test rows", "metric", "base, %", "adapter, %", "gain, points"],
-        ["---", "---", "---", "---:", "---:", "---:"],
-    ]
-    for measurement in measurements:
-        for dataset, result in measurement.datasets.items():
-            scores = [format_points(result.base), format_points(result.adapter)]
-            scores.append(format_points(result.difference, signed=True))
-            name = f"{dataset}, {result.rows}"
-            rows.append([format_label(measurement), name, report.title(result.metric), *scores])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def format_caption(measurements: list[Measurement]) -> str:
-    """Which models and versions, on which machine, and how to read the table."""
-    models, versions, devices = (
-        ", ".join(sorted({getattr(m, key) for m in measurements}))
-        for key in ("model", "version", "device")
-    )
-    return (
-        f"{models}, version {versions} of the recipes, on {devices}. In brackets: 95 % intervals, "
-        "where they were measured. Recipes with a note were trained as it says, and the scores of "
-        "their adapters are means over seeds. [results/](results/) holds seeds, training rows, "
-        "time and memory.\n"
-    )
-
-
-def format_block(measurements: list[Measurement]) -> str:
-    return (
-        f"![Score of base and adapter]({FIGURE.relative_to(ROOT)})\n\n"
-        f"{build_table(measurements)}\n{format_caption(measurements)}"
-    )
-
-
-def insert_block(text: str, block: str) -> str:
-    """The page with `block` between its markers; raises JobFailed where they are missing."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise JobFailed(f"{shown(PAGE)} has no lines {BEGIN.strip()} and {END.strip()}")
-    return before + begin + block + end + after
-
-
-# ---- figure
-
-
-def draw(measurements: list[Measurement], file: Path, mark: str) -> None:
-    """A line for each recipe and dataset from the base's score to the adapter's.
-
-    `mark` goes into the file's description; a figure of older results is recognized by it.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = [(m, name, result) for m in measurements for name, result in m.datasets.items()]
-    labels = [
-        f"{format_label(m).replace('`', '')}: {name}, {report.title(result.metric)} ({result.rows})"
-        for m, name, result in rows
-    ]
-    with plt.rc_context({"svg.hashsalt": "results", "font.size": 9}):
-        figure, axis = plt.subplots(figsize=(9, 0.32 * len(rows) + 1), layout="constrained")
-        sides = (("base", "#8a8f98", "o"), ("adapter", "#1f6f8b", "D"))
-        for place, (_, _, result) in enumerate(rows):
-            ends = (100 * result.base.value, 100 * result.adapter.value)
-            axis.plot(ends, (place, place), color="#c9ccd1", linewidth=2.5, zorder=1)
-            for side, color, marker in sides:
-                score: Score = getattr(result, side)
-                if score.low is not None and score.high is not None:
-                    axis.hlines(place, 100 * score.low, 100 * score.high, color=color, alpha=0.6)
-                axis.scatter(100 * score.value, place, color=color, marker=marker, s=26, zorder=2)
-        axis.set_yticks(range(len(rows)), labels)
-        axis.invert_yaxis()
-        axis.set_xlim(0, 100)
-        axis.set_xlabel("%, with 95 % intervals; in brackets: test rows")
-        axis.grid(axis="x", alpha=0.25)
-        axis.spines[["top", "right", "left"]].set_visible(False)
-        axis.tick_params(axis="y", length=0)
-        handles = [
-            plt.Line2D([], [], color=color, marker=marker, linestyle="", label=side)
-            for side, color, marker in sides
+def format_json(content: Any, indent: int = 0) -> str:
+    """JSON in which an object or list stands on one line if it fits there."""
+    line = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    if not isinstance(content, dict | list) or len(line) + indent <= WIDTH - 20:
+        return line
+    inner = " " * (indent + 2)
+    if isinstance(content, dict):
+        parts = [
+            f"{inner}{json.dumps(key)}: {format_json(value, indent + 2)}"
+            for key, value in content.items()
         ]
-        figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False)
-        with atomic(file) as out:
-            metadata = {"Date": None, "Creator": None, "Description": mark}
-            figure.savefig(out, format="svg", metadata=metadata)
-        plt.close(figure)
+    else:
+        parts = [f"{inner}{format_json(value, indent + 2)}" for value in content]
+    first, last = "{}" if isinstance(content, dict) else "[]"
+    lines = ",\n".join(parts)
+    return f"{first}\n{lines}\n{' ' * indent}{last}"
 
 
-def write(check: bool = False) -> None:
-    """Writes the README's table and the figure; with `check`, raises JobFailed if they differ."""
-    measurements = load_measurements()
-    block = format_block(measurements)
-    mark = f"sha256 of the table: {hashlib.sha256(block.encode()).hexdigest()}"
-    text = PAGE.read_text(encoding="utf-8")
-    page = insert_block(text, block)
-    is_drawn = FIGURE.is_file() and mark in FIGURE.read_text(encoding="utf-8")
-    if check:
-        for path, is_current in ((PAGE, page == text), (FIGURE, is_drawn)):
-            if not is_current:
-                raise JobFailed(f"{shown(path)} does not match results/; `make results` writes it")
-        return
-    if page != text:
-        with atomic(PAGE) as file:
-            file.write(page.encode())
-    if not is_drawn:
-        draw(measurements, FIGURE, mark)
+# ---- what is evidence
+
+
+def explain_stale(result: Result) -> str:
+    """Why a result is no evidence any more, in words; empty while it is."""
+    try:
+        recipe = read_recipe(result.recipe)
+    except WrongInput:
+        return "the recipe is not there any more"
+    if recipe.digest != result.digest:
+        return f"the recipe has changed since version {result.version}"
+    if recipe.task is None or recipe.task not in sources.tables()["tasks"]:
+        return "its task is not there any more"
+    if sources.digest_rules(recipe.task) != result.rules:
+        return "the rules of its data have changed"
+    return "" if result.scoring == SCORING else "answers are scored otherwise now"
+
+
+def read_recipe(name: str) -> recipes.Recipe:
+    """A recipe as the tables give it, and one of the user's own from its file.
+
+    Files of the catalogue are rendered with what is said here of their results.
+    """
+    if name in recipes.list_names() and not recipes.is_local(name):
+        return recipes.Recipe(name, None, recipes.build_config(name), recipes.find_version(name))
+    return recipes.find(name)
+
+
+# ---- FinLoRA's published scores
+
+
+def find_published(result: Result, dataset: str) -> dict[str, float]:
+    """FinLoRA's scores of the recipe's method on Llama 3.1 8B; {} where they are not compared."""
+    method = find_published_method(result.recipe)
+    scores = report.read_published().get(method, {}).get(dataset, {})
+    return {} if explain_no_comparison(result, dataset) else scores
+
+
+def find_published_method(recipe: str) -> str:
+    """FinLoRA's name of a recipe's method; empty for a method or recipe that it does not have."""
+    if recipe not in recipes.list_names() or recipes.is_local(recipe):
+        return ""
+    method = recipes.split_name(recipe)[2]
+    return str(recipes.read_matrix()["methods"][method].get("finlora") or "")
+
+
+def explain_no_comparison(result: Result, dataset: str) -> str:
+    """Why a score is compared with no published one that there is; empty where it is."""
+    if selected := result.datasets[dataset].selected:
+        return f"it was scored on {selected} of the published file"
+    return report.explain_incomparable(dataset)
+
+
+# ---- from manifests and score files
+
+
+def describe_chat_rows(path: Path) -> ChatRows:
+    """A file of chat rows, as its manifest tells of it."""
+    manifest = sources.manifest(path)
+    rows = manifest.get("rows")
+    if rows is None:
+        with open(path, "rb") as file:
+            rows = sum(1 for line in file if not line.isspace())
+    place, source = manifest.get("from"), str(manifest["source"])
+    if place not in ("FINLORA_DATA", "data/raw", EXAMPLES):  # a folder of the user's
+        source = Path(source).name
+    return ChatRows(
+        file=clean_text(path.name),
+        rows=rows,
+        sha256=manifest["sha256"],
+        source=clean_text(source),
+        place=clean_text(place) if place else None,
+    )
+
+
+def clean_text(text: str) -> str:
+    """A text with an underscore for each character that `Text` does not permit."""
+    return re.sub(r"[^\w .,;:()+/@-]", "_", text)[:300]
+
+
+def measure_dataset(
+    base: report.Content,
+    adapters: dict[int, report.Content],
+    with_examples: report.Content | None,
+) -> DatasetResult:
+    """What the score files of a base, and of its adapters by seed, say together.
+
+    Kept are the dataset's first metric and those by FinLoRA's scoring. Raises JobFailed where the
+    files hold answers to other rows.
+    """
+    evaluated = base["evaluated"]
+    dataset = evaluated["dataset"]
+    if not all(report.paired(base, content) for content in adapters.values()):
+        raise JobFailed(f"the scores of {dataset} are not of the same rows; FORCE=1 scores again")
+    selected = evaluated["data_selected"]
+    return DatasetResult(
+        data=describe_chat_rows(find_rows(dataset)),
+        rows=base["examples"],
+        selected=clean_text(selected) if selected else None,
+        metrics={
+            metric: measure_metric(metric, base, adapters, with_examples)
+            for metric in choose_metrics([base, *adapters.values()])
+        },
+    )
+
+
+def choose_metrics(contents: Sequence[report.Content]) -> list[str]:
+    """The first metric that all score files have, and FinLoRA's: it publishes them."""
+    first, *others = (list(content["metrics"]) for content in contents)
+    shared = [metric for metric in first if all(metric in names for names in others)]
+    published = {"finlora_accuracy", "finlora_f1_weighted", "bertscore"}
+    return [metric for metric in shared if metric == shared[0] or metric in published]
+
+
+def measure_metric(
+    metric: str,
+    base: report.Content,
+    adapters: dict[int, report.Content],
+    with_examples: report.Content | None,
+) -> MetricResult:
+    sides = [base, *adapters.values()]
+    values_of_base, *columns = select_shared(metric, sides)
+    few_shots = with_examples["metrics"].get(metric) if with_examples else None
+    return MetricResult(
+        base=round_score(base["metrics"][metric]),
+        base_with_examples=round_score(few_shots) if few_shots else None,
+        seeds={seed: round_score(content["metrics"][metric]) for seed, content in adapters.items()},
+        adapter=round_score(stats.estimate_mean(metric, columns)),
+        gain=round_score(stats.estimate_mean(metric, columns, values_of_base)),
+    )
+
+
+def select_shared(metric: str, contents: Sequence[report.Content]) -> list[list[Any]]:
+    """The values of a metric in each score file, of the rows that have one in all of them."""
+    tables = [
+        {
+            row["row"]: row["values"][metric]
+            for row in content["predictions"]
+            if metric in row["values"]
+        }
+        for content in contents
+    ]
+    shared = [row for row in tables[0] if all(row in table for table in tables)]
+    return [[table[row] for row in shared] for table in tables]
+
+
+def round_score(value: dict[str, Any]) -> Score:
+    ends = ("value", "low", "high")
+    return Score(**{end: round(value[end], DECIMALS) for end in ends if end in value})

@@ -34,6 +34,7 @@ Z = 1.959963984540054
 FEW = 200  # groups up to which drawing their counts is faster than drawing rows
 
 Array = np.ndarray[Any, Any]
+Columns = Sequence[Sequence[Any]]  # the values of the same rows, for each seed
 
 
 def _find_kind(metric: str) -> str:
@@ -254,6 +255,62 @@ def compare(metric: str, first: Sequence[Any], second: Sequence[Any]) -> dict[st
     far = min((sampled <= rounding).sum(), (sampled >= -rounding).sum())
     p = min(1.0, 2 * _undo_widening((far + 1) / (len(sampled) + 1), len(first)))
     return {"value": point, "low": low, "high": high, "p": p} | test
+
+
+def resample_seeds(metric: str, columns: Columns, others: Columns | None = None) -> Array:
+    """A metric's mean over seeds, of RESAMPLES draws of rows and seeds: (RESAMPLES,).
+
+    `columns` holds the values of each seed's rows; with `others`, one for each seed, the metric of
+    those is subtracted. All columns have the same rows, and the same ones are drawn from all. Rows
+    and seeds are drawn independently (Owen 2007, "The pigeonhole bootstrap").
+    """
+    sides, seeds = [*columns, *(others or ())], len(columns)
+    groups, counts = _group_rows(*sides)
+    summands = [_list_summands(metric, [row[side] for row in groups]) for side in range(len(sides))]
+    parts = []
+    for drawn in _draw_resamples(counts):
+        scores = np.stack([_compute(metric, _add_up(drawn, part)) for part in summands], axis=1)
+        parts.append(scores[:, :seeds] - scores[:, seeds:] if others else scores)
+    by_seed = np.concatenate(parts)
+    generator = np.random.default_rng((SEED, 1))  # other numbers than those that draw the rows
+    share = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=len(by_seed)) / seeds
+    return np.asarray((by_seed * share).sum(1))
+
+
+def estimate_mean(
+    metric: str, columns: Columns, base: Sequence[Any] | None = None
+) -> dict[str, Any]:
+    """A metric's mean over seeds, and its 95 % interval over rows and seeds.
+
+    `columns` holds the values of each seed's rows; with `base`, the values of the same rows, it is
+    the mean's gain over the metric of the base. {"value", "low", "high"}, or {"value",
+    "no_interval"}. With one seed the interval is that of `estimate` or `compare`.
+    """
+    if len(columns) == 1:
+        single = compare(metric, base, columns[0]) if base else estimate(metric, columns[0])
+        keys = ("value", "low", "high", "no_interval")
+        return {key: single[key] for key in keys if key in single}
+    point = float(np.mean([_score_rows(metric, column) for column in columns]))
+    point -= _score_rows(metric, base) if base else 0
+    if reason := _explain_no_interval(metric, columns[0]):
+        return {"value": point, "no_interval": reason}
+    sampled = resample_seeds(metric, columns, [base] * len(columns) if base else None)
+    if np.ptp(sampled) > 0:
+        low, high = _find_interval(metric, point, sampled, len(columns[0]))
+    else:
+        rows = _count_effective_rows(metric, columns[0])
+        ends = _wilson(point, rows)
+        if base:
+            half = _bonett_price(0, 0, rows)["high"]
+            ends = {"low": point - half, "high": point + half}
+        low, high = ends["low"], ends["high"]
+    return {"value": point, "low": max(low, -1.0 if base else 0.0), "high": min(high, 1.0)}
+
+
+def _score_rows(metric: str, values: Sequence[Any]) -> float:
+    groups, counts = _group_rows(values)
+    summands = _list_summands(metric, [value for (value,) in groups])
+    return float(_compute(metric, _add_up(counts[None], summands))[0])
 
 
 def _are_binary(values: Sequence[Any]) -> bool:

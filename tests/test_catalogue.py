@@ -13,6 +13,7 @@ import yaml
 
 from evals import results as measured
 from tests.conftest import run
+from tests.test_results import describe_result, describe_rows
 from tools import architectures, catalogue, evidence, prompts, recipes, rendering
 from tools.common import ROOT, JobFailed, WrongInput
 from tools.hub import client
@@ -143,27 +144,16 @@ def test_the_page_of_a_model_lists_all_its_recipes_and_links_those_with_a_file(m
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """A folder of measurements, which a test may fill."""
+    """A folder of results, which a test may fill."""
     monkeypatch.setattr(measured, "FOLDER", tmp_path)
-    evidence.read_measurements.cache_clear()
+    evidence.read_results.cache_clear()
     yield tmp_path
-    evidence.read_measurements.cache_clear()
+    evidence.read_results.cache_clear()
 
 
-def write_result(folder, name, version="1.1.0", **changed):
-    """Writes a measurement of a recipe; returns its file."""
-    content = {"recipe": name, "version": version, "variant": None, "device": "two CPU cores"}
-    content |= {"seconds": 378, "peak_memory_bytes": 3_900_000_000, "digest": None}
-    content |= {"model": "SmolLM2", "trained_on": "fpb", "source": "a test"}
-    values = {"base": 0.2853, "adapter": 0.7147, "difference": 0.4294}
-    fpb = {"metric": "accuracy", "rows": 312, "seeds": [1]}
-    fpb |= {side: {"value": value} for side, value in values.items()}
-    content |= {"datasets": {"fpb": fpb}} | changed
-    path = folder / "smollm2-135m" / f"{len(list(folder.rglob('*.json')))}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content))
-    evidence.read_measurements.cache_clear()
-    return path
+def write_result(**changes):
+    measured.write_result(measured.Result.model_validate(describe_result(**changes)))
+    evidence.read_results.cache_clear()
 
 
 def test_the_evidence_is_measured_planned_or_never_run(results):
@@ -178,21 +168,28 @@ def test_the_evidence_is_measured_planned_or_never_run(results):
         evidence.describe_evidence("llama-3.1-70b/ner_r8_fp16") == "never run"
     )  # no card holds it
     (results / "experiment.json").write_text('{"parts": {}}')
-    write_result(results, name)
-    text = "measured: fpb accuracy 28.5 → 71.5 %, 3.9 GB, 6.3 min, two CPU cores"
+    write_result(name=name, device="two CPU cores")
+    text = "measured: fpb accuracy 28.5 → 71.5 %, 2 seeds, 3.9 GB, 6.3 min, two CPU cores"
     assert evidence.describe_evidence(name) == text
     assert f"# Evidence: {text}\n" in rendering.render_recipe(name)
     assert f"| {text} |" in rendering.render_model_page("smollm2-135m")
-
-
-def test_a_measurement_says_what_was_other_than_the_recipe_is_now(results):
-    name = "smollm2-135m/cfa_r4"
-    write_result(results, name, "1.0.0", seconds=None, peak_memory_bytes=None)
-    write_result(results, name, variant="60 steps")
-    assert evidence.describe_evidence(name) == (
-        "measured as version 1.0.0: fpb accuracy 28.5 → 71.5 %, two CPU cores; "
-        "measured with 60 steps: fpb accuracy 28.5 → 71.5 %, 3.9 GB, 6.3 min, two CPU cores"
+    write_result(name=name, device="1 x NVIDIA A40")
+    assert (
+        evidence.describe_evidence(name)
+        == f"{text.replace('two CPU cores', '1 x NVIDIA A40')}; {text}"
     )
+
+
+def test_a_stale_result_is_no_evidence_and_is_told_with_the_reason(results):
+    name = "smollm2-135m/cfa_r4"
+    write_result(name=name, version="1.0.0", digest="0" * 64)
+    assert evidence.describe_evidence(name) == (
+        "never run (measured before: the recipe has changed since version 1.0.0)"
+    )
+    write_result(
+        name=name, device="1 x NVIDIA A40", training_data=[describe_rows("a", "data/sample")]
+    )
+    assert evidence.describe_evidence(name).startswith("never run (measured before")
     text = rendering.render_recipe(name)
     assert max(map(len, text.splitlines())) <= 100 and yaml.safe_load(text)
 

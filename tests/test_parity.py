@@ -9,6 +9,7 @@ import yaml
 from scipy.stats import norm
 
 from bench import parity
+from evals import stats
 from tools import models, recipes
 
 SPEC = yaml.safe_load(parity.SPEC.read_text())
@@ -43,7 +44,7 @@ def test_seeds_that_disagree_widen_an_interval():
 
 def test_three_seeds_that_differ_by_two_points_are_covered(monkeypatch):
     """Of 150 simulated experiments with no difference, about 5 % may have an interval without 0."""
-    monkeypatch.setattr(parity, "RESAMPLES", 1000)
+    monkeypatch.setattr(stats, "RESAMPLES", 1000)
     chance, covered = np.random.default_rng(4), 0
     for _ in range(150):
         rows, seeds = chance.normal(0, 0.15, (312, 1)), chance.normal(0, 0.02, (1, 3))

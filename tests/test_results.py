@@ -1,127 +1,420 @@
-"""Measured recipes: the schema, the figures of the experiments, and the README's table."""
+"""Results: the schema, what is evidence, scores over seeds, and the pages that show them."""
 
 import json
+import re
 
+import numpy as np
 import pytest
 
-from evals import results, stats
+from evals import report, results, results_page, stats
+from evals.results import Result
+from evals.run import SCORING
 from tests.conftest import run
-from tools.common import JobFailed, WrongInput
+from tools import recipes, sources
+from tools.common import ROOT, JobFailed, WrongInput
 
-BEYOND = json.loads((results.FOLDER / "beyond.json").read_text())
-PARITY = json.loads((results.FOLDER / "parity.json").read_text())
+NAME = "smollm2-135m/sentiment_r4"
+DEVICE = "2 cores (x86_64), 25 GB, no GPU"
+SHA = "0" * 64
+
+
+def describe_score(value, half=0.05):
+    return {"value": value, "low": max(-1, value - half), "high": min(1, value + half)}
+
+
+def describe_metric(base, adapter, seeds):
+    return {
+        "base": describe_score(base),
+        "base_with_examples": describe_score(base + 0.02),
+        "seeds": {seed: describe_score(adapter) for seed in seeds},
+        "adapter": describe_score(adapter),
+        "gain": describe_score(adapter - base),
+    }
+
+
+def describe_rows(file, place="FINLORA_DATA"):
+    return {"file": file, "rows": 312, "sha256": SHA, "source": f"test/{file}", "place": place}
+
+
+def describe_dataset(name, seeds, selected=None):
+    metrics = {"accuracy": describe_metric(0.285, 0.715, seeds)}
+    metrics["finlora_accuracy"] = describe_metric(0.28, 0.7, seeds)
+    data = describe_rows(f"{name}_test.jsonl")
+    return {"data": data, "rows": 312, "selected": selected, "metrics": metrics}
+
+
+def describe_result(name=NAME, seeds=(42, 43), datasets=("fpb",), **changes):
+    """A result of today's recipe, as a file holds it."""
+    recipe = results.read_recipe(name)
+    training = {"steps": 110, "seconds": 378.0, "peak_memory_bytes": 3_900_000_000}
+    training |= {"tokens_per_second": 640.0, "train_loss": 0.3, "validation_loss": 0.2}
+    return {
+        "recipe": name,
+        "version": recipe.version,
+        "digest": recipe.digest,
+        "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "precision": "nf4",
+        "rules": sources.digest_rules(recipe.task),
+        "scoring": SCORING,
+        "device": DEVICE,
+        "finished": "2026-11-26",
+        "commit": "c87dbff",
+        "is_changed": False,
+        "python": "3.11.7",
+        "packages": {"torch": "2.13.0+cpu", "axolotl": "0.19.0"},
+        "shots": 3,
+        "training_data": [describe_rows("sentiment_train.jsonl")],
+        "validation_data": [],
+        "trainings": {seed: training for seed in seeds},
+        "datasets": {dataset: describe_dataset(dataset, seeds) for dataset in datasets},
+    } | changes
 
 
 @pytest.fixture
-def page(tmp_path, monkeypatch):
-    """A page and a figure of their own."""
-    file = tmp_path / "README.md"
-    file.write_text(f"before\n{results.BEGIN}yesterday\n{results.END}after\n")
-    monkeypatch.setattr(results, "PAGE", file)
-    monkeypatch.setattr(results, "FIGURE", results.ROOT / "docs" / "results.svg")
-    return file
+def folder(tmp_path, monkeypatch):
+    """A folder of results and pages of their own."""
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
+    readme = tmp_path / "README.md"
+    text = (ROOT / "README.md").read_text()
+    readme.write_text(results_page.insert_block(text, "yesterday\n"))
+    monkeypatch.setattr(results_page, "README", readme)
+    monkeypatch.setattr(results_page, "PAGE", tmp_path / "results.md")
+    monkeypatch.setattr(results_page, "FIGURE", ROOT / "docs" / ".test_results.svg")
+    yield tmp_path / "results"
+    results_page.FIGURE.unlink(missing_ok=True)
 
 
-def load(name):
-    return results.load_measurement(results.FOLDER / "smollm2-135m" / f"{name}.json")
+def write_result(**changes):
+    result = Result.model_validate(describe_result(**changes))
+    results.write_result(result)
+    return result
 
 
-@pytest.mark.parametrize(("side", "name"), [(0, "sentiment_r4"), (1, "sentiment_r4_all")])
-def test_a_whole_recipe_has_the_figures_of_the_search(side, name):
-    measurement = load(name)
-    assert measurement.seconds == BEYOND["confirmed"]["seconds"][side]
-    for dataset, result in measurement.datasets.items():
-        measured = BEYOND["confirmed"]["sets"][dataset]
-        assert result.rows == measured["rows"]
-        assert result.base.value == pytest.approx(measured["base"], abs=6e-5)
-        assert result.adapter.value == pytest.approx(measured["accuracy"][side], abs=6e-5)
+# ---- the schema
 
 
-@pytest.mark.parametrize(
-    ("name", "part", "task", "variant"),
-    [
-        ("sentiment_r8", "precision_2e-3", "sentiment", "int8"),
-        ("sentiment_r8_fp16", "precision_2e-3", "sentiment", "full"),
-        ("sentiment_r8_dora", "method", "sentiment", "DoRA"),
-        ("sentiment_r8_rslora", "method", "sentiment", "rsLoRA"),
-        ("xbrl_term_r8", "precision", "xbrl_term", "int8"),
-        ("xbrl_term_r8_fp16", "precision", "xbrl_term", "full"),
-    ],
-)
-def test_a_recipe_of_60_steps_has_the_figures_of_the_parity_experiment(name, part, task, variant):
-    (result,) = load(f"{name}_60_steps").datasets.values()
-    entry = PARITY["parts"][part][task]
-    measured = entry["variants"][variant]
-    mean = sum(measured["scores"]) / len(measured["scores"])
-    assert (result.metric, result.rows) == (entry["metric"], entry["rows"])
-    assert len(result.seeds) == len(measured["scores"])
-    assert result.base.value == pytest.approx(measured["base"], abs=6e-5)
-    assert result.adapter.value == pytest.approx(mean, abs=6e-5)
+def test_the_committed_results_are_of_the_schema_and_their_pages_are_current():
+    assert all(result.recipe and result.datasets for result in results.load_results())
+    done = run("results", "--check")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_differences_are_those_of_the_scores_and_rates_have_wilsons_interval():
-    for measurement in results.load_measurements():
-        for result in measurement.datasets.values():
-            gain = result.adapter.value - result.base.value
-            assert result.difference.value == pytest.approx(gain, abs=1e-5)
-            for score in (result.base, result.adapter):
-                if score.low is not None:
-                    right = round(score.value * result.rows)
-                    values = [1.0] * right + [0.0] * (result.rows - right)
-                    expected = stats.estimate(result.metric, values)
-                    assert (score.low, score.high) == pytest.approx(
-                        (expected["low"], expected["high"]), abs=1e-5
-                    )
+def test_a_result_is_read_as_it_was_written_and_has_a_few_kilobytes(folder):
+    result = write_result(datasets=("fpb", "fiqa", "tfns", "nwgi"))
+    file = folder / NAME / "2-cores-x86-64-25-gb-no-gpu.json"
+    assert results.load_results() == [result] and result.path == file
+    assert 3000 < file.stat().st_size < 9000
+    text = file.read_text()
+    assert max(map(len, text.splitlines())) <= 100
+    assert json.loads(text) == json.loads(result.model_dump_json())
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"colour": "red"}, "colour"),
-        ({"version": None}, "version"),
-        ({"seconds": -1}, "seconds"),
-        ({"datasets": {"fpb": {"metric": "accuracy"}}}, "datasets.fpb.rows"),
+        ({"colour": "red"}, "colour: Extra inputs"),
+        ({"version": None}, "version: "),
+        ({"digest": "abc"}, "digest: "),
+        ({"device": "`host`"}, "device: "),
+        ({"trainings": {}}, "trainings: "),
+        ({"datasets": {"fpb": {"rows": 312}}}, "datasets.fpb.data: "),
+        ({"datasets": {"fpb": describe_dataset("fpb", [42])}}, "fpb, accuracy: not the seeds"),
+        ({"recipe": "smollm2-135m/ner_r4"}, "it belongs in results/smollm2-135m/ner_r4/"),
+        ({"device": "1 x NVIDIA A40"}, "it belongs in .*/1-x-nvidia-a40.json"),
     ],
 )
-def test_a_wrong_file_is_one_line_with_file_and_key(tmp_path, change, message):
-    content = json.loads((results.FOLDER / "smollm2-135m" / "sentiment_r4.json").read_text())
-    file = tmp_path / "wrong.json"
-    file.write_text(json.dumps(content | change))
-    with pytest.raises(WrongInput, match=f"wrong.json: {message}: ") as error:
-        results.load_measurement(file)
-    assert "\n" not in str(error.value)
+def test_a_wrong_file_is_one_line_with_file_and_key(folder, monkeypatch, change, message):
+    monkeypatch.setattr(results, "ROOT", folder.parent)
+    monkeypatch.setattr(results, "shown", lambda path: str(path.relative_to(folder.parent)))
+    file = results.locate_result(NAME, DEVICE)
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(describe_result() | change))
+    with pytest.raises(WrongInput, match=message) as error:
+        results.load_results()
+    assert str(error.value).startswith("results/") and "\n" not in str(error.value)
 
 
-def test_the_page_gets_the_table_and_an_old_one_is_an_error(page):
-    with pytest.raises(JobFailed, match="does not match results/"):
-        results.write(check=True)
-    results.write()
-    text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "yesterday" not in text
-    assert (
-        "| `smollm2-135m/sentiment_r4` | fpb, 312 | accuracy | 28.5 (23.8 … 33.8) | 71.5 " in text
+def test_a_file_in_another_place_or_of_another_size_is_named(folder):
+    write_result()
+    stray = folder / "smollm2-135m" / "sentiment_r4.json"
+    stray.write_text("{}")
+    with pytest.raises(WrongInput, match=r"sentiment_r4.json: results lie in results/<model>"):
+        results.load_results()
+    stray.unlink()
+    file = results.locate_result(NAME, DEVICE)
+    file.write_text(file.read_text() + " " * results.LARGEST)
+    with pytest.raises(WrongInput, match="over 64,000 bytes"):
+        results.load_results()
+
+
+def test_what_is_not_permitted_in_a_file_is_replaced():
+    text = "Tesla <b>V100</b> | `x`\n" + "y" * 400
+    cleaned = results.clean_text(text)
+    assert cleaned.startswith("Tesla _b_V100_/b_ _ _x__y") and len(cleaned) == 300
+    Result.model_validate(describe_result(device=cleaned))
+
+
+# ---- what is evidence
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, ""),
+        ({"digest": SHA, "version": "1.0.0"}, "the recipe has changed since version 1.0.0"),
+        ({"rules": SHA}, "the rules of its data have changed"),
+        ({"scoring": SCORING - 1}, "answers are scored otherwise now"),
+        ({"recipe": "smollm2-135m/nothing_r4"}, "the recipe is not there any more"),
+    ],
+)
+def test_a_result_is_evidence_while_recipe_data_and_scoring_are_the_same(change, reason):
+    result = Result.model_validate(describe_result() | change)
+    assert results.explain_stale(result) == reason
+
+
+def test_the_digest_of_the_rules_changes_with_what_decides_rows_and_not_with_prose(monkeypatch):
+    before = {task: sources.digest_rules(task) for task in sources.tables()["tasks"]}
+    assert len(set(before.values())) == len(before)
+
+    def digest_with(task, change):
+        content = json.loads(json.dumps(sources.published_tables()))
+        change(content)
+        monkeypatch.setattr(sources, "tables", lambda: content)
+        return sources.digest_rules(task)
+
+    assert digest_with("sentiment", lambda tables: None) == before["sentiment"]
+    for key in ("reason", "incomparable"):
+        assert before["sentiment"] == digest_with(
+            "sentiment", lambda tables, key=key: tables["datasets"]["fpb"].update({key: "new"})
+        )
+    deciding = {
+        "labels": lambda tables: tables["datasets"]["fpb"]["labels"].append("mixed"),
+        "the split": lambda tables: tables["tasks"]["sentiment"]["without_train"].update(rows=800),
+        "the file": lambda tables: tables["files"]["test/fpb_test.jsonl"].update(blob="1"),
+        "validation": lambda tables: tables["validation"].update(share=0.1),
+    }
+    for name, change in deciding.items():
+        assert digest_with("sentiment", change) != before["sentiment"], name
+        assert digest_with("general_multi", change) != before["general_multi"], name
+    assert digest_with("ner", deciding["labels"]) == before["ner"]
+
+
+# ---- scores over seeds
+
+
+def test_with_one_seed_the_interval_is_that_of_its_rows():
+    values, base = [1.0] * 70 + [0.0] * 30, [1.0] * 40 + [0.0] * 60
+    single = stats.estimate("accuracy", values)
+    assert stats.estimate_mean("accuracy", [values]) == single
+    gain = stats.compare("accuracy", base, values)
+    assert stats.estimate_mean("accuracy", [values], base) == {
+        key: gain[key] for key in ("value", "low", "high")
+    }
+
+
+def test_the_interval_over_seeds_is_that_of_the_closed_form():
+    """Equal seeds: the variance of a mean over rows. Equal rows: that of a mean over seeds."""
+    right = np.random.default_rng(1).random(400) < 0.7
+    columns = [right.astype(float).tolist()] * 3
+    mean = stats.estimate_mean("accuracy", columns)
+    error = right.std() / 20
+    assert mean["value"] == pytest.approx(right.mean())
+    assert mean["high"] - mean["low"] == pytest.approx(2 * 1.96 * error, rel=0.05)
+    scores = np.linspace(0.2, 0.8, 30)
+    mean = stats.estimate_mean("rouge_l", [[score] * 200 for score in scores])
+    error = scores.std() / np.sqrt(30)
+    assert mean["value"] == pytest.approx(0.5)
+    assert mean["high"] - mean["low"] == pytest.approx(2 * 1.96 * error, rel=0.05)
+
+
+def test_the_gain_over_seeds_is_paired_with_the_base_by_row():
+    chance = np.random.default_rng(2)
+    hard = chance.random(300)  # rows that are hard are so for the base and for every seed
+    base = (0.5 * hard).tolist()
+    columns = [(0.5 * hard + 0.1 + shift).tolist() for shift in (-0.01, 0.0, 0.01)]
+    gain = stats.estimate_mean("rouge_l", columns, base)
+    alone = stats.estimate_mean("rouge_l", columns)
+    assert gain["value"] == pytest.approx(0.1)
+    assert gain["high"] - gain["low"] < (alone["high"] - alone["low"]) / 1.5
+
+
+def test_any_metric_has_a_mean_over_seeds_and_an_interval():
+    chance = np.random.default_rng(3)
+    labels = ["negative", "neutral", "positive"]
+
+    def answer(rate):
+        return [
+            [(label, label if chance.random() < rate else "neutral")]
+            for label in labels
+            for _ in range(40)
+        ]
+
+    columns, base = [answer(0.8), answer(0.7)], answer(0.2)
+    for metric in ("f1_weighted", "finlora_f1_weighted", "f1_macro", "accuracy"):
+        single = [stats.estimate(metric, column)["value"] for column in columns]
+        mean = stats.estimate_mean(metric, columns)
+        gain = stats.estimate_mean(metric, columns, base)
+        assert mean["value"] == pytest.approx(sum(single) / 2)
+        assert mean["low"] < mean["value"] < mean["high"]
+        assert gain["value"] == pytest.approx(mean["value"] - stats.estimate(metric, base)["value"])
+        assert 0 < gain["low"] < gain["value"] < gain["high"]
+
+
+def test_an_interval_over_seeds_has_a_width_where_all_rows_are_right_and_none_with_few_rows():
+    perfect = stats.estimate_mean("accuracy", [[1.0] * 50] * 3)
+    assert (perfect["value"], perfect["high"]) == (1, 1) and perfect["low"] == pytest.approx(
+        0.929, abs=0.001
     )
-    results.write(check=True)
-    page.write_text("no markers\n")
+    gain = stats.estimate_mean("accuracy", [[1.0] * 50] * 3, [1.0] * 50)
+    assert gain["value"] == 0 and gain["low"] == -gain["high"] < 0
+    few = stats.estimate_mean("rouge_l", [[0.5] * 6, [0.4] * 6])
+    assert few == {"value": pytest.approx(0.45), "no_interval": "fewer than 10 rows (6)"}
+
+
+# ---- from score files
+
+
+def describe_scores(side_values, **changes):
+    """A score file of fpb with an accuracy by row; None for a row that could not be scored."""
+    rows = [
+        {"row": number, "values": {} if value is None else {"accuracy": value, "f1_macro": value}}
+        for number, value in enumerate(side_values)
+    ]
+    values = [value for value in side_values if value is not None]
+    evaluated = {"dataset": "fpb", "data_sha256": SHA, "task": "t", "task_version": 1.1}
+    evaluated |= {"scoring": SCORING, "limit": None, "data_selected": "40 chosen rows"}
+    return {
+        "evaluated": evaluated | changes,
+        "examples": len(rows),
+        "metrics": {
+            "accuracy": stats.estimate("accuracy", values),
+            "f1_macro": {"value": 0.5},
+        },
+        "predictions": rows,
+    }
+
+
+@pytest.fixture
+def fpb(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "CHAT", tmp_path)
+    file = tmp_path / "fpb_test.jsonl"
+    file.write_text("{}\n" * 40)
+    manifest = {"source": "/home/me/fpb.jsonl", "from": "your own"}
+    sources.manifest_path(file).write_text(json.dumps(manifest))
+    return file
+
+
+def test_a_dataset_is_measured_from_the_score_files_of_base_and_seeds(fpb):
+    base = describe_scores([1.0] * 10 + [0.0] * 30)
+    adapters = {
+        42: describe_scores([1.0] * 30 + [0.0] * 10),
+        43: describe_scores([1.0] * 20 + [0.0] * 20),
+    }
+    entry = results.measure_dataset(base, adapters, describe_scores([1.0] * 20 + [0.0] * 20))
+    (scores,) = entry.metrics.values()
+    assert (entry.rows, entry.selected, list(entry.metrics)) == (40, "40 chosen rows", ["accuracy"])
+    assert (entry.data.rows, entry.data.source, entry.data.place) == (40, "fpb.jsonl", "your own")
+    assert [score.value for score in scores.seeds.values()] == [0.75, 0.5]
+    assert (scores.base.value, scores.base_with_examples.value) == (0.25, 0.5)
+    assert (scores.adapter.value, scores.gain.value) == (0.625, 0.375)
+    assert scores.gain.low < 0.375 < scores.gain.high
+
+
+def test_rows_that_one_side_could_not_score_do_not_count_in_the_mean(fpb):
+    base = describe_scores([None] + [0.0] * 39)
+    adapter = describe_scores([1.0] * 20 + [None] * 4 + [0.0] * 16)
+    (scores,) = results.measure_dataset(base, {42: adapter}, None).metrics.values()
+    assert scores.gain.value == round(19 / 35, 5) and scores.base_with_examples is None
+
+
+def test_scores_of_other_rows_are_not_compared(fpb):
+    base = describe_scores([1.0] * 40)
+    for other in (describe_scores([1.0] * 39), describe_scores([1.0] * 40, data_sha256="1")):
+        with pytest.raises(JobFailed, match="the scores of fpb are not of the same rows"):
+            results.measure_dataset(base, {42: other}, None)
+
+
+# ---- pages
+
+
+def test_the_pages_show_what_is_measured_and_old_ones_are_an_error(folder):
+    write_result(datasets=("fpb", "fiqa"))
+    with pytest.raises(JobFailed, match="README.md does not match results/"):
+        results_page.write(check=True)
+    results_page.write()
+    results_page.write(check=True)
+    readme, page = results_page.README.read_text(), results_page.PAGE.read_text()
+    row = "fpb, 312 | accuracy | 28.5 (23.5 … 33.5) | 71.5 (66.5 … 76.5) | +43.0 (+38.0 … +48.0) |"
+    assert row in readme and "yesterday" not in readme and "means over 2 seeds" in readme
+    assert "| fpb, 312 | accuracy | 28.5 (23.5 … 33.5) | 30.5 (25.5 … 35.5) | 71.5 (" in page
+    assert "base, 3 examples" in page and "| 71.5, 71.5 |" in page
+    assert "accuracy, FinLoRA's" in page and "One training: 6.3 minutes, 3.9 GB, 640 tokens" in page
+    anchor = re.search(r"results\.md#(\S+)\)", readme)[1]
+    heading = re.search(r"^## (.*no GPU)$", page, re.M)[1]
+    assert anchor == re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+    results_page.README.write_text("no markers\n")
     with pytest.raises(JobFailed, match="has no lines"):
-        results.write()
+        results_page.write()
 
 
-def test_an_old_figure_is_an_error_and_is_drawn_again(page, tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "FIGURE", results.ROOT / "docs" / ".test_results.svg")
-    try:
-        results.write()
-        first = results.FIGURE.read_bytes()
-        results.write(check=True)
-        results.FIGURE.write_bytes(first.replace(b"sha256 of the table: ", b"sha256: "))
-        with pytest.raises(JobFailed, match="svg does not match"):
-            results.write(check=True)
-        results.write()
-        assert results.FIGURE.read_bytes() == first
-    finally:
-        results.FIGURE.unlink(missing_ok=True)
+def test_an_old_figure_is_drawn_again_and_one_of_nothing_is_removed(folder):
+    result = write_result()
+    results_page.write()
+    first = results_page.FIGURE.read_bytes()
+    results_page.FIGURE.write_bytes(first.replace(b"sha256 of the results: ", b"sha256: "))
+    with pytest.raises(JobFailed, match="svg does not match"):
+        results_page.write(check=True)
+    results_page.write()
+    assert results_page.FIGURE.read_bytes() == first
+    result.path.unlink()
+    results_page.write()
+    assert not results_page.FIGURE.exists()
+    for path in (results_page.README, results_page.PAGE):
+        text = path.read_text()
+        assert "Nothing is measured yet" in text and "results.svg" not in text
+    results_page.write(check=True)
 
 
-def test_the_committed_readme_and_figure_are_current():
-    done = run("results", "--check")
-    assert (done.returncode, done.stderr) == (0, "")
+def test_a_stale_result_is_named_without_its_figures_and_examples_are_not_shown(folder):
+    write_result(scoring=SCORING - 1)
+    examples = write_result(
+        name="smollm2-135m/ner_r4", training_data=[describe_rows("a", "data/sample")]
+    )
+    assert examples.path.name == "2-cores-x86-64-25-gb-no-gpu_examples.json"
+    results_page.write()
+    readme, page = results_page.README.read_text(), results_page.PAGE.read_text()
+    assert "71.5" not in readme + page and "ner_r4" not in page
+    assert f"`{NAME}` on {DEVICE}, 2026-11-26: answers are scored otherwise now; `make" in page
+    assert not results_page.FIGURE.exists()
+
+
+def test_the_readme_stays_short_however_much_is_measured(folder):
+    for task in ("sentiment", "ner", "xbrl_term", "formula"):
+        for device in (DEVICE, "1 x NVIDIA A40"):
+            name, datasets = f"smollm2-135m/{task}_r4", ("fpb", "fiqa", "ner", "tags")
+            write_result(name=name, device=device, datasets=datasets)
+    results_page.write()
+    text = results_page.README.read_text()
+    assert len(text.splitlines()) <= 120 and "20 more are in [results]" in text
+    assert results_page.PAGE.read_text().count("## smollm2-135m/") == 8
+
+
+def test_finloras_published_scores_stand_beside_ours_where_rows_and_labels_are_the_same():
+    seeds = (42, 43)
+    datasets = {name: describe_dataset(name, seeds) for name in ("fiqa", "tfns_as_published")}
+    datasets["fpb"] = describe_dataset("fpb", seeds, "312 chosen rows")
+    content = describe_result(name="llama-3.1-8b/sentiment_r4", datasets=(), shots=0)
+    result = Result.model_validate(content | {"datasets": datasets})
+    published = report.read_published()["4bits_r4"]
+    assert results.find_published(result, "fiqa") == published["fiqa"]
+    assert results.find_published(result, "fpb") == {}
+    table = results_page.build_score_table(result).splitlines()
+    assert table[0].endswith("| gain, points | published |")
+    lines = {line.split(" |")[0]: line for line in table if "accuracy, FinLoRA's" in line}
+    assert lines["| fiqa, 312"].endswith("| 78.3 |") and lines["| fpb, 312"].endswith("| – |")
+    notes = results_page.list_notes(result)
+    assert len(notes) == 2 and "312 chosen rows of the published file" in " ".join(notes)
+    assert "on which labels FinLoRA's published score stands" in " ".join(notes)
+    other = Result.model_validate(describe_result(name="smollm2-135m/sentiment_r4_all"))
+    assert "published" not in results_page.build_score_table(other)
+    assert recipes.split_name("smollm2-135m/sentiment_r4_all")[2] == "r4_all"

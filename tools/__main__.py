@@ -380,11 +380,12 @@ def train(
 
     Example: python -m tools train smollm2-135m/sentiment_r4
     """
+    from tools import recipes
     from tools.train import launch, machines, profiles
 
     choice = profiles.Choice(profile, nproc, gradient_checkpointing, tracker)
     cluster = machines.Machines(nnodes=nnodes, rank=node_rank, rdzv=rdzv)
-    launch.train(recipe, choice, cluster, force)
+    launch.train(recipes.find(recipe), choice, cluster, force)
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -426,6 +427,36 @@ def reproduce(run: Annotated[Path, Argument(help="The folder of a finished run."
     from tools.train import reproduce
 
     reproduce.reproduce(run)
+
+
+@app.command(rich_help_panel=TRAIN)
+def verify(
+    recipe: NeededRecipe,
+    seeds: Annotated[int, Option(min=1, help="Trainings, each with another seed.")] = 3,
+    shots: Annotated[
+        int,
+        Option(min=0, help="Also score the base with so many worked examples in each prompt."),
+    ] = 3,
+    profile: Profile = None,
+    nproc: Nproc = None,
+    examples: Annotated[
+        bool, Option("--examples", help="Measure data/sample, which no page shows.")
+    ] = False,
+    force: Force = False,
+) -> None:
+    """Measure a recipe: train it with several seeds, score it and its base, write the result.
+
+    The result is a file of results/; the pages that show it are written, too. An interrupted job
+    resumes, and a finished one is left alone.
+
+    Example: python -m tools verify smollm2-135m/sentiment_r4
+    """
+    from tools.train import verify
+    from tools.train.profiles import Choice
+
+    request = verify.Verification(seeds, shots, Choice(profile, nproc), force, examples)
+    verify.verify(recipe, request)
+    write_result_pages()
 
 
 # ---- Score
@@ -687,13 +718,16 @@ def reference() -> None:
 
 @app.command(rich_help_panel=MAINTAIN)
 def results(check: Check = False) -> None:
-    """Write the README's table and figure from results/.
+    """Write docs/results.md, its figure, the README's table and the recipes' pages from results/.
 
     Example: python -m tools results --check
     """
-    from evals import results
+    from evals import results_page
 
-    results.write(check)
+    if check:
+        results_page.write(check=True)
+    else:
+        write_result_pages()
 
 
 @app.command(rich_help_panel=MAINTAIN)
@@ -713,16 +747,25 @@ def check() -> None:
 
     Example: python -m tools check
     """
-    from evals import results
+    from evals import results_page
     from tools import catalogue, reference
     from tools.data import card
     from tools.train import scale
 
     reference.write(build_commands(), check=True)
-    results.write(check=True)
+    results_page.write(check=True)
     card.write(check=True)
     scale.write(check=True)
     catalogue.check()
+
+
+def write_result_pages() -> None:
+    """Writes every page that shows results: recipes and their pages tell of them, too."""
+    from evals import results_page
+    from tools import catalogue
+
+    results_page.write()
+    catalogue.render()
 
 
 def build_commands() -> Any:

@@ -391,6 +391,11 @@ def shown(path: Path) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
+def slugify(title: str) -> str:
+    """A title as part of a file's name: `1 x NVIDIA A40` becomes `1-x-nvidia-a40`."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
 def format_table(rows: Sequence[Sequence[str]], sides: str) -> str:
     """Rows as aligned columns; `sides` has `<` or `>` for each column: aligned left or right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

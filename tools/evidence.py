@@ -12,46 +12,56 @@ from tools import recipes
 from tools.train import scale
 
 if TYPE_CHECKING:
-    from evals.results import Measurement
+    from evals.results import Result
 
 LEGEND = """\
-*Measured*: trained and scored; the figures are in `results/`. *Planned*: not measured; the hours
-are for FinLoRA's rows ([assumptions](../../docs/scale.md)). *Never run*: no more than the memory is
-planned."""
+*Measured*: trained and scored by `make verify` ([results](../../docs/results.md)). *Planned*: not
+measured; the hours are for FinLoRA's rows ([assumptions](../../docs/scale.md)). *Never run*: no
+more than the memory is planned."""
 
 
 @cache
-def read_measurements() -> dict[str, list[Measurement]]:
-    """The measurements of each recipe, by its name."""
+def read_results() -> dict[str, list[Result]]:
+    """The results of each recipe, by its name, without those of the examples."""
     from evals import results  # takes longer to import than a list of recipes
 
-    measurements: dict[str, list[Measurement]] = {}
-    for measurement in results.load_measurements():
-        measurements.setdefault(measurement.recipe, []).append(measurement)
-    return measurements
+    by_recipe: dict[str, list[Result]] = {}
+    for result in results.load_results():
+        if not result.is_of_examples:
+            by_recipe.setdefault(result.recipe, []).append(result)
+    return by_recipe
 
 
 def describe_evidence(name: str) -> str:
-    """The evidence for a recipe of the catalogue, as one line."""
-    version = recipes.find_version(name)
-    texts = [describe_measurement(row, version) for row in read_measurements().get(name, [])]
-    return "; ".join(texts) or describe_plan(name)
+    """The evidence for a recipe of the catalogue, as one line.
+
+    A stale result is none, but it is told with the reason.
+    """
+    from evals import results
+
+    measured = read_results().get(name, [])
+    reasons = [results.explain_stale(result) for result in measured]
+    if texts := [
+        describe_result(result)
+        for result, reason in zip(measured, reasons, strict=True)
+        if not reason
+    ]:
+        return "; ".join(texts)
+    stale = f" (measured before: {reasons[0]})" if reasons else ""
+    return f"{describe_plan(name)}{stale}"
 
 
-def describe_measurement(measurement: Measurement, version: str) -> str:
-    """A measurement as text, for a recipe whose present version is `version`."""
-    earlier = f" as version {measurement.version}" if measurement.version != version else ""
-    variant = f" with {measurement.variant}" if measurement.variant else ""
-    figures = [
-        f"{dataset} {result.metric.replace('_', ' ')} {100 * result.base.value:.1f} → "
-        f"{100 * result.adapter.value:.1f} %"
-        for dataset, result in measurement.datasets.items()
-    ]
-    if measurement.peak_memory_bytes:
-        figures.append(f"{measurement.peak_memory_bytes / 1e9:.1f} GB")
-    if measurement.seconds:
-        figures.append(f"{measurement.seconds / 60:.1f} min")
-    return f"measured{earlier}{variant}: {', '.join((*figures, measurement.device))}"
+def describe_result(result: Result) -> str:
+    """A result as text: the first metric of each dataset, and what a training took."""
+    figures = []
+    for dataset, entry in result.datasets.items():
+        metric, scores = next(iter(entry.metrics.items()))
+        ends = f"{100 * scores.base.value:.1f} → {100 * scores.adapter.value:.1f} %"
+        figures.append(f"{dataset} {metric.replace('_', ' ')} {ends}")
+    count = len(result.trainings)
+    figures.append(f"{count} seed{'s' if count > 1 else ''}")
+    figures.append(f"{result.peak_memory_bytes / 1e9:.1f} GB, {result.seconds / 60:.1f} min")
+    return f"measured: {', '.join((*figures, result.device))}"
 
 
 def describe_plan(name: str) -> str:

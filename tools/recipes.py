@@ -14,7 +14,7 @@ import re
 import typing
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,7 @@ FOLDER = ROOT / "recipes"
 PROFILES = FOLDER / "profiles"
 LOCAL = FOLDER / "local"  # the user's own tasks and recipes, from `make new` and `make import`
 DEFAULT_MODEL = "llama-3.1-8b"
+DEFAULT_SEED = 42  # of transformers, where a recipe names none
 
 # Keys that say where and how a recipe runs, not what it learns: the digest excludes them, and a
 # profile may change them.
@@ -78,6 +79,18 @@ class Recipe:
         """SHA-256 of what the recipe learns."""
         learned = json.dumps(select_learned(self.config), sort_keys=True)
         return hashlib.sha256(learned.encode()).hexdigest()
+
+    @property
+    def seed(self) -> int:
+        return int(self.config.get("seed") or DEFAULT_SEED)
+
+    def with_seed(self, seed: int) -> "Recipe":
+        """The same recipe with another seed, whose run lies beside the recipe's own."""
+        if seed == self.seed:
+            return self
+        run = shown(self.run.with_seed(seed).folder)
+        changes = {"seed": seed, "output_dir": run, "dataset_prepared_path": f"{run}/prepared"}
+        return replace(self, config=self.config | changes)
 
     def read_trained_config(self) -> dict[str, Any]:
         """The merged config of the finished run; raises WrongInput without one."""

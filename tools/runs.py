@@ -15,11 +15,13 @@
     hub.json                 where a pulled run comes from
     evals/<dataset>.json     scores
 
-Beside it lie `.<run>.lock`, which the training holds, and `<run>.previous`, a run moved aside.
+Beside it lie `.<run>.lock`, which the training holds, `<run>.previous`, a run moved aside, and
+`<run>.seed<number>`, a run of the same recipe with another seed.
 """
 
 import fcntl
 import os
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +48,7 @@ FLOCK = "hhqqi4x"
 WHOLE_FILE = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 # Folders inside a run, or hidden ones, that hold no run.
 NO_RUNS = ("checkpoint-", "damaged-", "evals", "prepared", ".")
+OTHER_SEED = re.compile(r"(?P<run>.+)\.seed(?P<seed>\d+)")
 
 
 class RunFile:
@@ -80,9 +83,15 @@ class Run:
 
     @property
     def name(self) -> str:
-        """`<model>/<recipe>`, or the path of a run that lies elsewhere."""
+        """`<model>/<recipe>`, with another seed `…, seed 43`; the path of a run elsewhere."""
         inside = self.folder.is_relative_to(RUNS)
-        return str(self.folder.relative_to(RUNS) if inside else self.folder)
+        name = str(self.folder.relative_to(RUNS) if inside else self.folder)
+        other = OTHER_SEED.fullmatch(name)
+        return f"{other['run']}, seed {other['seed']}" if inside and other else name
+
+    def with_seed(self, seed: int) -> "Run":
+        """The run of the same recipe with another seed, which lies beside this one."""
+        return Run(self.folder.with_name(f"{self.folder.name}.seed{seed}"))
 
     @property
     def lock_file(self) -> Path:
@@ -184,11 +193,16 @@ def step_of(checkpoint: Path) -> int:
 
 
 def list_runs() -> list[Run]:
-    """The runs below runs/, started or finished or pulled; without those moved aside."""
+    """The runs below runs/, started or finished or pulled.
+
+    Without those moved aside, and those of another seed than the recipe's.
+    """
     runs = []
     for place, folders, files in os.walk(RUNS):
         folders[:] = [
-            name for name in folders if not name.startswith(NO_RUNS) and ".previous" not in name
+            name
+            for name in folders
+            if not (name.startswith(NO_RUNS) or ".previous" in name or OTHER_SEED.fullmatch(name))
         ]
         if {INFO, "identity.json"} & set(files):
             runs.append(Run(Path(place)))

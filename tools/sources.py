@@ -8,6 +8,8 @@ FinLoRA's files lie in FINLORA_DATA/data, data/raw (from `make fetch`) or data/s
 converted files lie in data/chat, each with a manifest beside it.
 """
 
+import hashlib
+import json
 import os
 from functools import cache
 from pathlib import Path
@@ -42,6 +44,35 @@ def tables() -> dict[str, Any]:
                     entry[key] = str(ROOT / entry[key])  # not below FinLoRA's data/
             content[table] |= rows
     return content
+
+
+# Keys of the tables that explain and do not decide which rows there are.
+PROSE = {"reason", "evidence", "wording", "incomparable", "seen", "concluded", "unknown"}
+
+
+def digest_rules(task: str) -> str:
+    """SHA-256 of what decides the chat rows of a task: its rows of the tables, without prose, and
+    the checksums of the published files.
+
+    It is the same on every machine, whether the files are there or not.
+    """
+    content, spec = tables(), tables()["tasks"][task]
+    tasks = {name: content["tasks"][name] for name in (*spec.get("parts", ()), task)}
+    datasets = {name: content["datasets"][name] for name in spec["eval"]}
+    names = [row["train"] for row in tasks.values()] + [row["file"] for row in datasets.values()]
+    files = {name: content["files"].get(name, {}) for name in names}
+    checksums = {name: row.get("blob") or row.get("sha256") for name, row in files.items()}
+    shared = {key: content[key] for key in ("swap", "validation")}
+    rules = remove_prose([tasks, datasets, shared])
+    text = json.dumps([rules, checksums], sort_keys=True).replace(f"{ROOT}/", "")
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def remove_prose(content: Any) -> Any:
+    """A part of the tables without the keys of PROSE."""
+    if isinstance(content, dict):
+        return {key: remove_prose(value) for key, value in content.items() if key not in PROSE}
+    return [remove_prose(value) for value in content] if isinstance(content, list) else content
 
 
 def manifest_path(chat: Path) -> Path:

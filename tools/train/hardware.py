@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,15 @@ class Host:
             name, memory = self.gpus[0]
             return f"{len(self.gpus)} x {name} with {memory / 2**30:.0f} GiB"
         return f"{self.cores} CPU cores with {self.memory / 2**30:.0f} GiB and no GPU"
+
+    def describe_machine(self, gpus: int | None = None) -> str:
+        """The machine as results name it: so many of its GPUs, or its cores and memory.
+
+        Never its host name.
+        """
+        if self.gpus:
+            return f"{gpus or len(self.gpus)} x {self.gpus[0][0]}"
+        return f"{self.cores} cores ({platform.machine()}), {self.memory / 1e9:.0f} GB, no GPU"
 
 
 def detect_host() -> Host:

@@ -162,13 +162,12 @@ def describe_rows(recipe: recipes.Recipe, data: list[dict[str, Any]]) -> str:
     return " and ".join(parts) + validated
 
 
-def train(name: str, choice: profiles.Choice, machines: Machines, force: bool) -> None:
+def train(recipe: recipes.Recipe, choice: profiles.Choice, machines: Machines, force: bool) -> None:
     """Trains a recipe; returns once its run is finished, or the part of this machine is.
 
     `machines` without processes, which are chosen here. Raises WrongInput for what cannot be
     trained here, JobFailed where a training stops.
     """
-    recipe = recipes.find(name)
     data = describe_data(recipe)
     here = hardware.detect_host()
     profile, nproc, reason = profiles.choose(here, choice, machines.nnodes)

@@ -78,7 +78,10 @@ def read_status(run: Run) -> Status:
 
 
 def list_statuses() -> list[Status]:
-    """The status of every run, training ones first, without runs that were moved aside."""
+    """The status of every run, training ones first.
+
+    Without runs that were moved aside, and those of experiments, in hidden folders.
+    """
     statuses = []
 
     def add_unreadable(error: OSError) -> None:
@@ -88,6 +91,7 @@ def list_statuses() -> list[Status]:
 
     for folder, folders, files in os.walk(runs.RUNS, onerror=add_unreadable):
         run = Run(Path(folder))
+        folders[:] = [name for name in folders if not name.startswith(".")]
         if run.identity_file.name in files:
             folders.clear()  # checkpoints and prepared data
             if ".previous" not in run.name:

@@ -1,0 +1,293 @@
+"""Pages of the results: docs/results.md, the README's table and the figure docs/results.svg.
+
+    python -m tools results            writes them from results/
+    python -m tools results --check    fails where they do not match results/
+
+Only evidence is shown with its figures. A stale result is named with the reason, and one of the
+examples in data/sample is not shown at all.
+"""
+
+import hashlib
+from pathlib import Path
+from statistics import fmean
+
+from evals import report, results
+from evals.results import DatasetResult, MetricResult, Result, Score
+from tools.common import ROOT, JobFailed, atomic, shown
+
+README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "results.md"
+FIGURE = ROOT / "docs" / "results.svg"
+BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
+MOST_ROWS = 12  # of the README's table, which has 120 lines at most
+
+NOTHING = (
+    "Nothing is measured yet with today's recipes and data; `make verify "
+    "RECIPE=smollm2-135m/sentiment_r4` measures one.\n"
+)
+HEAD = """\
+# Results
+
+What each recipe scored, what it took, and on which device. `make verify RECIPE=…` trains a recipe
+with three seeds, scores it and its base on the same rows, and writes one file to
+[results/](../results/); `make results` writes this page from those files.
+[Contributing](../CONTRIBUTING.md#a-result) says how to add yours.
+
+- Scores are in %, with 95 % intervals. An adapter's score is the mean over its seeds, and its
+  interval is over rows and seeds; the gain over the base is on the same rows.
+- *Base, examples*: the untrained base with worked examples of the training rows in its prompts.
+- *FinLoRA's* metrics are by FinLoRA's scoring, the others by this project's
+  ([evaluation](evaluation.md)). *Published* is FinLoRA's score of the same method on Llama 3.1 8B,
+  shown where rows and labels are the same.
+- Time is that of one training, memory the peak of one process.
+"""
+
+
+# ---- scores as text
+
+
+def format_score(score: Score | None, signed: bool = False) -> str:
+    """`28.5 (23.8 … 33.8)`: percent, with the interval if there is one."""
+    if score is None:
+        return "–"
+    missing = "" if score.low is not None else "no interval"
+    value, interval = report.format_percent(score.model_dump() | {"no_interval": missing}, signed)
+    return f"{value} ({interval})" if interval else value
+
+
+def pick_main(entry: DatasetResult) -> tuple[str, MetricResult]:
+    """The first metric of a dataset, by its name."""
+    return next(iter(entry.metrics.items()))
+
+
+def join_cells(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+# ---- README
+
+
+def build_readme_table(evidence: list[Result]) -> str:
+    """A line for each recipe and dataset, as far as there is room."""
+    lines = [
+        join_cells(
+            format_recipe(result, "docs/"),
+            f"{dataset}, {entry.rows:,}",
+            report.title(pick_main(entry)[0]),
+            *format_sides(pick_main(entry)[1]),
+        )
+        for result in evidence
+        for dataset, entry in result.datasets.items()
+    ]
+    head = join_cells("recipe", "test rows", "metric", "base, %", "adapter, %", "gain, points")
+    rest = f"\n{len(lines) - MOST_ROWS} more are in [results](docs/results.md).\n"
+    table = head + join_cells(*["---"] * 3, *["---:"] * 3) + "".join(lines[:MOST_ROWS])
+    return table + (rest if len(lines) > MOST_ROWS else "")
+
+
+def format_recipe(result: Result, folder: str = "") -> str:
+    return f"[`{result.recipe}`]({folder}results.md#{name_anchor(result)})"
+
+
+def name_anchor(result: Result) -> str:
+    """The anchor that GitHub gives the heading of a result."""
+    kept = [c for c in name_heading(result).lower() if c.isalnum() or c in "-_ "]
+    return "".join(kept).replace(" ", "-")
+
+
+def name_heading(result: Result) -> str:
+    return f"{result.recipe} on {result.device}"
+
+
+def format_sides(scores: MetricResult) -> tuple[str, str, str]:
+    gain = format_score(scores.gain, signed=True)
+    return format_score(scores.base), format_score(scores.adapter), gain
+
+
+def build_readme_block(evidence: list[Result]) -> str:
+    if not evidence:
+        return NOTHING
+    devices = ", ".join(dict.fromkeys(result.device for result in evidence))
+    counts = sorted({len(result.trainings) for result in evidence})
+    means = "Scores of adapters are of one training.\n"
+    if counts != [1]:
+        words = " or ".join(map(str, counts))
+        means = (
+            f"Scores of adapters are means over {words} seeds, and their intervals are over rows "
+            "and seeds.\n"
+        )
+    return (
+        f"![Score of base and adapter]({FIGURE.relative_to(ROOT)})\n\n"
+        f"{build_readme_table(evidence)}\n"
+        f"On {devices}. In brackets: 95 % intervals. {means}"
+    )
+
+
+def insert_block(text: str, block: str) -> str:
+    """The README with `block` between its markers; raises JobFailed where they are missing."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise JobFailed(f"{shown(README)} has no lines {BEGIN.strip()} and {END.strip()}")
+    return before + begin + block + end + after
+
+
+# ---- docs/results.md
+
+
+def build_results_page(measured: list[Result]) -> str:
+    """The page of all results that are not of the examples."""
+    reasons = {id(result): results.explain_stale(result) for result in measured}
+    current = [result for result in measured if not reasons[id(result)]]
+    stale = [result for result in measured if reasons[id(result)]]
+    figure = f"![Score of base and adapter]({FIGURE.name})\n"
+    parts = [HEAD, figure, *map(build_section, current)] if current else [HEAD, NOTHING]
+    if stale:
+        lines = "".join(
+            f"- `{result.recipe}` on {result.device}, {result.finished}: "
+            f"{reasons[id(result)]}; `make verify RECIPE={result.recipe}` measures it again.\n"
+            for result in stale
+        )
+        parts.append(f"## Stale\n\nMeasured once, and no evidence any more:\n\n{lines}")
+    return "\n".join(parts)
+
+
+def build_section(result: Result) -> str:
+    """The heading, facts, table and notes of one result."""
+    facts = "".join(f"- {fact}.\n" for fact in list_facts(result))
+    notes = "".join(f"- {note}.\n" for note in list_notes(result))
+    table = build_score_table(result)
+    return f"## {name_heading(result)}\n\n{facts}\n{table}" + (f"\n{notes}" if notes else "")
+
+
+def list_facts(result: Result) -> list[str]:
+    """What was trained, on which rows, at what cost, with which versions."""
+    rows = sum(data.rows for data in result.training_data)
+    files = ", ".join(dict.fromkeys(data.source for data in result.training_data))
+    validated = sum(data.rows for data in result.validation_data)
+    speeds = [run.tokens_per_second for run in result.trainings.values() if run.tokens_per_second]
+    cost = [f"{result.seconds / 60:.1f} minutes", f"{result.peak_memory_bytes / 1e9:.1f} GB"]
+    cost += [f"{fmean(speeds):,.0f} tokens per second"] if speeds else []
+    names = ("torch", "transformers", "peft", "bitsandbytes", "axolotl")
+    versions = [f"{name} {result.packages[name]}" for name in names if name in result.packages]
+    changed = " with changes" if result.is_changed else ""
+    commit = f", commit {result.commit[:12]}{changed}" if result.commit else ""
+    return [
+        f"Version {result.version} ({result.digest[:12]}), {result.model} at {result.precision}",
+        f"Trained on {rows:,} rows of {files}"
+        + (f", validated on {validated:,}" if validated else "")
+        + f"; seeds: {', '.join(map(str, result.trainings))}",
+        f"One training: {', '.join(cost)}",
+        f"{result.finished}, {', '.join(versions)}{commit}",
+    ]
+
+
+def build_score_table(result: Result) -> str:
+    """A line for each dataset and metric."""
+    shots = f"base, {result.shots} examples" if result.shots else ""
+    published = {name: results.find_published(result, name) for name in result.datasets}
+    sides = ["base", *([shots] if shots else []), "adapter", "each seed", "gain, points"]
+    heads = ["test rows", "metric", *sides, *(["published"] if any(published.values()) else [])]
+    lines = [join_cells(*heads), join_cells("---", "---", *["---:"] * (len(heads) - 2))]
+    for dataset, entry in result.datasets.items():
+        for metric, scores in entry.metrics.items():
+            base, adapter, gain = format_sides(scores)
+            seeds = ", ".join(f"{100 * score.value:.1f}" for score in scores.seeds.values())
+            cells = [f"{dataset}, {entry.rows:,}", report.title(metric), base]
+            cells += [format_score(scores.base_with_examples)] if shots else []
+            cells += [adapter, seeds, gain]
+            if any(published.values()):
+                score = published[dataset].get(metric)
+                cells.append("–" if score is None else f"{100 * score:.1f}")
+            lines.append(join_cells(*cells))
+    return "".join(lines)
+
+
+def list_notes(result: Result) -> list[str]:
+    """Why scores are compared with none of those that FinLoRA published."""
+    method = results.find_published_method(result.recipe)
+    datasets = [name for name in result.datasets if name in report.read_published().get(method, {})]
+    reasons = {name: results.explain_no_comparison(result, name) for name in datasets}
+    return [
+        f"{name} is compared with no published score: {why}" for name, why in reasons.items() if why
+    ]
+
+
+# ---- figure
+
+
+def draw_results(evidence: list[Result], file: Path, mark: str) -> None:
+    """A line for each recipe and dataset from the base's score to the adapter's.
+
+    `mark` goes into the file's description; a figure of older results is recognized by it.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [(r, name, entry) for r in evidence for name, entry in r.datasets.items()]
+    labels = [
+        f"{result.recipe}: {name}, {report.title(pick_main(entry)[0])} ({entry.rows:,})"
+        for result, name, entry in rows
+    ]
+    with plt.rc_context({"svg.hashsalt": "results", "font.size": 9}):
+        figure, axis = plt.subplots(figsize=(9, 0.32 * len(rows) + 1), layout="constrained")
+        sides = (("base", "#8a8f98", "o"), ("adapter", "#1f6f8b", "D"))
+        for place, (_, _, entry) in enumerate(rows):
+            scores = pick_main(entry)[1]
+            ends = (100 * scores.base.value, 100 * scores.adapter.value)
+            axis.plot(ends, (place, place), color="#c9ccd1", linewidth=2.5, zorder=1)
+            for side, color, marker in sides:
+                score: Score = getattr(scores, side)
+                if score.low is not None and score.high is not None:
+                    axis.hlines(place, 100 * score.low, 100 * score.high, color=color, alpha=0.6)
+                axis.scatter(100 * score.value, place, color=color, marker=marker, s=26, zorder=2)
+        axis.set_yticks(range(len(rows)), labels)
+        axis.invert_yaxis()
+        axis.set_xlim(0, 100)
+        axis.set_xlabel("%, with 95 % intervals; in brackets: test rows")
+        axis.grid(axis="x", alpha=0.25)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+        handles = [
+            plt.Line2D([], [], color=color, marker=marker, linestyle="", label=side)
+            for side, color, marker in sides
+        ]
+        figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False)
+        with atomic(file) as out:
+            metadata = {"Date": None, "Creator": None, "Description": mark}
+            figure.savefig(out, format="svg", metadata=metadata)
+        plt.close(figure)
+
+
+# ---- all of them
+
+
+def write(check: bool = False) -> None:
+    """Writes the pages and the figure; with `check`, raises JobFailed where they differ."""
+    measured = [result for result in results.load_results() if not result.is_of_examples]
+    evidence = [result for result in measured if not results.explain_stale(result)]
+    readme = README.read_text(encoding="utf-8")
+    block = build_readme_block(evidence)
+    texts = {README: insert_block(readme, block), PAGE: build_results_page(measured)}
+    drawn = "".join(result.model_dump_json() for result in evidence)
+    mark = f"sha256 of the results: {hashlib.sha256(drawn.encode()).hexdigest()}"
+    old = FIGURE.read_text(encoding="utf-8") if FIGURE.is_file() else ""
+    outdated = [
+        path
+        for path, text in texts.items()
+        if not path.is_file() or path.read_text(encoding="utf-8") != text
+    ]
+    if bool(evidence) != bool(old) or (evidence and mark not in old):
+        outdated.append(FIGURE)
+    if check and outdated:
+        raise JobFailed(f"{shown(outdated[0])} does not match results/; `make results` writes it")
+    for path in outdated:
+        if path in texts:
+            with atomic(path) as file:
+                file.write(texts[path].encode())
+        elif evidence:
+            draw_results(evidence, FIGURE, mark)
+        else:
+            FIGURE.unlink()

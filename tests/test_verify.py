@@ -1,0 +1,287 @@
+"""`make verify`: which data and runs count, what is done again, and a recipe from data to pages."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from evals.results import Result
+from tests.conftest import losses
+from tests.test_results import DEVICE, describe_result, describe_rows
+from tools import common, recipes, runs, sources
+from tools.common import ROOT, WrongInput
+from tools.runs import Run
+from tools.train import checks, hardware, status, verify
+from tools.train.verify import Verification
+
+NAME = "smollm2-135m/sentiment_r4"
+
+
+# ---- a recipe with another seed
+
+
+def test_another_seed_is_the_same_recipe_with_a_run_of_its_own():
+    recipe = recipes.find(NAME)
+    other = recipe.with_seed(43)
+    assert recipe.with_seed(recipe.seed) is recipe
+    changed = {key for key in recipe.config if recipe.config[key] != other.config[key]}
+    assert changed == {"seed", "output_dir", "dataset_prepared_path"}
+    assert (other.name, other.seed) == (NAME, 43) and other.digest != recipe.digest
+    assert other.run.folder == ROOT / "runs" / f"{NAME}.seed43"
+    assert replace(recipe, config=recipe.config | {"seed": None}).seed == 42
+
+
+def test_a_run_of_another_seed_is_no_recipe_of_its_own_and_has_its_place_in_the_status(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(runs, "RUNS", tmp_path)
+    experiment = tmp_path / ".parity" / "runs" / "nf4"
+    for folder in (tmp_path / NAME, tmp_path / f"{NAME}.seed43", experiment):
+        folder.mkdir(parents=True)
+        common.write_json(folder / "identity.json", {})
+    assert [run.name for run in runs.list_runs()] == [NAME]
+    assert [row.run for row in status.list_statuses()] == [NAME, f"{NAME}, seed 43"]
+
+
+# ---- what counts
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A recipe on two small files, and the finished run of it on this machine."""
+    entries = []
+    for split in ("train", "val"):
+        file = tmp_path / f"sentiment_{split}.jsonl"
+        file.write_text('{"messages": []}\n' * 3)
+        entries.append({"path": str(file), "type": "chat_template"})
+    config = recipes.build_config(NAME) | {"output_dir": str(tmp_path / "run")}
+    config |= {"datasets": entries[:1], "test_datasets": entries[1:]}
+    recipe = recipes.Recipe(NAME, None, config, "1.1.0")
+    recipe.run.folder.mkdir()
+    recipe.run.adapter_file.write_bytes(b"adapter")
+    gpus = hardware.detect_host().gpus
+    info = {"recipe_digest": recipe.digest, "data": checks.describe_data(recipe), "processes": 1}
+    info |= {"adapter_sha256": common.digest(recipe.run.adapter_file)}
+    info |= {"device": gpus[0][0] if gpus else "cpu"}
+    common.write_json(recipe.run.info_file, info)
+    return recipe
+
+
+def test_a_finished_run_of_the_same_recipe_and_data_counts_wherever_its_data_lies(trained):
+    assert verify.is_trained(trained, 1)
+    info = trained.run.info
+    info["data"][0]["path"] = "data/chat/sentiment_train.jsonl"
+    common.write_json(trained.run.info_file, info)
+    assert verify.is_trained(trained, 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["recipe", "data", "adapter", "device", "processes", "unfinished"],
+)
+def test_a_run_of_anything_else_does_not_count(trained, change):
+    run, processes = trained.run, 1
+    if change == "recipe":
+        trained = replace(trained, config=trained.config | {"lora_r": 16})
+    elif change == "data":
+        Path(trained.config["datasets"][0]["path"]).write_text('{"messages": []}\n')
+    elif change == "adapter":
+        run.adapter_file.write_bytes(b"another adapter")
+    elif change == "device":
+        common.write_json(run.info_file, run.info | {"device": "NVIDIA A40"})
+    elif change == "processes":
+        processes = 2
+    else:
+        run.info_file.unlink()
+    assert not verify.is_trained(trained, processes)
+
+
+@pytest.mark.parametrize(
+    ("change", "request_", "reason"),
+    [
+        ({}, Verification(seeds=2), ""),
+        ({}, Verification(seeds=1, shots=0), ""),
+        ({}, Verification(seeds=3), "it has 2 of 3 seeds"),
+        ({"shots": 0}, Verification(seeds=2), "the base is to be scored with 3 examples"),
+        ({"digest": "0" * 64}, Verification(seeds=2), "the recipe has changed since version 1.1.0"),
+        (
+            {"training_data": [describe_rows("sentiment_train.jsonl") | {"sha256": "1" * 64}]},
+            Verification(seeds=2),
+            "the data has changed (sentiment_train.jsonl)",
+        ),
+        ({"training_data": [describe_rows("more.jsonl")]}, Verification(seeds=2), "more.jsonl"),
+    ],
+)
+def test_a_result_is_finished_with_the_same_recipe_and_data_and_enough_seeds(
+    change, request_, reason
+):
+    data = Result.model_validate(describe_result()).data
+    result = Result.model_validate(describe_result() | change)
+    text = verify.explain_unfinished(result, data, request_)
+    assert reason in text and bool(reason) == bool(text)
+
+
+def test_a_recipe_without_a_name_or_a_task_is_refused_before_anything_is_done(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(recipes.build_config(NAME)))
+    with pytest.raises(WrongInput, match="mine.yaml: a result is filed under the name"):
+        verify.find_named_recipe(str(file))
+    assert verify.find_named_recipe("sentiment_r4").name == "llama-3.1-8b/sentiment_r4"
+
+
+def test_a_recipe_on_rows_of_no_task_is_refused(tmp_path, monkeypatch):
+    file = tmp_path / "tiny" / "mine_r4.yaml"
+    file.parent.mkdir()
+    config = recipes.build_config(NAME)
+    config["datasets"][0]["path"] = "rows.jsonl"
+    file.write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(recipes, "LOCAL", tmp_path)
+    recipes.clear_caches()
+    try:
+        with pytest.raises(WrongInput, match="mine_r4.yaml: it trains on rows of no task"):
+            verify.find_named_recipe("tiny/mine_r4")
+    finally:
+        monkeypatch.undo()
+        recipes.clear_caches()
+
+
+def test_a_commit_is_told_with_whether_the_code_differs_from_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "ROOT", tmp_path)
+    assert verify.describe_commit() == (None, False)
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "a.py").write_text("1\n")
+    name = ("-c", "user.name=me", "-c", "user.email=me@example.com")
+    for arguments in (["init", "-q"], ["add", "."], [*name, "commit", "-qm", "First"]):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    commit, is_changed = verify.describe_commit()
+    assert len(commit) == 40 and not is_changed
+    (tmp_path / "README.md").write_text("a page\n")
+    assert verify.describe_commit() == (commit, False)
+    (tmp_path / "tools" / "a.py").write_text("2\n")
+    assert verify.describe_commit() == (commit, True)
+
+
+# ---- the command, in a copy of the project
+
+WORDS = {"positive": "rose", "negative": "fell", "neutral": "stayed"}
+TINY = "tiny/sentiment_r4"
+
+
+def write_rows(file: Path, count: int, start: int) -> None:
+    """Rows as FinLoRA writes them: a sentence on each of `count` companies."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "w") as lines:
+        for number in range(start, start + count):
+            label, word = list(WORDS.items())[number % 3]
+            text = f"What is the sentiment of this news?\nInput: Profit {number} {word}.\nAnswer: "
+            lines.write(json.dumps({"context": text, "target": label}) + "\n")
+
+
+class Project:
+    """A copy of the project with a recipe that trains a tiny model, and rows of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.result = root / "results" / TINY / f"{common.slugify(DEVICE)}.json"
+
+    def start(self, verb: str, *arguments: object) -> subprocess.Popen[str]:
+        environment = os.environ | {"FINLORA_DATA": str(self.root / "finlora"), "PYTHONPATH": ""}
+        return subprocess.Popen(
+            [sys.executable, "-m", "tools", verb, *map(str, arguments)],
+            cwd=self.root,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, verb: str, *arguments: object, status: int = 0) -> tuple[str, str]:
+        process = self.start(verb, *arguments)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == status, out + err
+        return out, err
+
+
+@pytest.fixture(scope="module")
+def project(smollm2, tiny, tmp_path_factory) -> Project:
+    root = tmp_path_factory.mktemp("verify") / "project"
+    skip = shutil.ignore_patterns("__pycache__", "local")
+    for part in ("tools", "evals", "recipes", "data/sample", "docs"):
+        shutil.copytree(ROOT / part, root / part, ignore=skip)
+    for file in ("README.md", "Makefile", "data/sources.yaml"):
+        shutil.copy(ROOT / file, root / file)
+    (root / "models").symlink_to(smollm2.parent)
+    config = recipes.build_config(NAME) | {"base_model": str(tiny), "output_dir": f"runs/{TINY}"}
+    config |= {"dataset_prepared_path": f"runs/{TINY}/prepared", "warmup_steps": 1}
+    config |= {"max_steps": 12, "save_steps": 4, "eval_steps": 12}
+    path = root / "recipes" / "local" / f"{TINY}.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(yaml.safe_dump(config))
+    write_rows(root / "finlora/data/train/finlora_sentiment_train.jsonl", 96, 0)
+    write_rows(root / "finlora/data/test/fpb_test.jsonl", 40, 1000)
+    write_rows(root / "finlora/data/test/fiqa_test.jsonl", 20, 2000)
+    return Project(root)
+
+
+@pytest.mark.slow
+def test_a_recipe_is_measured_resumed_and_left_alone_once_it_is_finished(project):
+    """One seed by `make train`; verify trains the next, is stopped, goes on, and writes the result.
+
+    The examples are refused first; their chat rows then give way to FinLoRA's.
+    """
+    root, examples = project.root, sources.SAMPLE.relative_to(ROOT)
+    folder = root / "finlora"
+    folder.rename(root / "aside")
+    (folder / "data").mkdir(parents=True)
+    _, err = project.run("verify", TINY, status=2)
+    assert "`make fetch TASKS=sentiment`" in err and err.count("\n") == 1
+    assert not project.result.parent.exists() and (root / examples).is_dir()
+    shutil.rmtree(folder)
+    (root / "aside").rename(folder)
+
+    project.run("data", "sentiment")
+    project.run("train", TINY)
+    process = project.start("verify", TINY, "--seeds", 2, "--shots", 0)
+    seed43 = Run(root / "runs" / f"{TINY}.seed43")
+    deadline = time.monotonic() + 240
+    while not seed43.checkpoints() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert "trained before: runs/tiny/sentiment_r4\n" in out, out + err
+    assert process.returncode == 130 and "the same command goes on from here" in err
+    assert not project.result.exists() and not seed43.is_finished
+
+    out, _ = project.run("verify", TINY, "--seeds", 2, "--shots", 0)
+    assert "trained before: runs/tiny/sentiment_r4\n" in out and "goes on from step" in out
+    assert sorted(losses(seed43.folder)) == list(range(1, 13))
+
+    (path,) = project.result.parent.glob("*.json")
+    content = path.read_text()
+    result = Result.model_validate_json(content)
+    assert list(result.trainings) == [42, 43] and list(result.datasets) == ["fpb", "fiqa"]
+    assert result.datasets["fpb"].rows == 40 and "Profit" not in content
+    assert all(training.seconds > 0 for training in result.trainings.values())
+    assert {data.place for data in result.data} == {"FINLORA_DATA"}
+    for page in ("README.md", "docs/results.md"):
+        assert "fpb, 40 | accuracy" in (root / page).read_text(), page
+    project.run("results", "--check")
+
+    before = path.stat().st_mtime_ns
+    out, _ = project.run("verify", TINY, "--seeds", 2, "--shots", 0)
+    assert "is of this recipe and data" in out and "train " not in out
+    assert path.stat().st_mtime_ns == before
+
+    recipe = root / "recipes" / "local" / f"{TINY}.yaml"
+    recipe.write_text(recipe.read_text().replace("max_steps: 12", "max_steps: 11"))
+    project.run("results")
+    readme, page = ((root / name).read_text() for name in ("README.md", "docs/results.md"))
+    assert "fpb, 40" not in readme + page and "the recipe has changed since version 0" in page

@@ -1,0 +1,291 @@
+"""Measures a recipe: trains it with several seeds, scores it and its base, and writes the result.
+
+    python -m tools verify smollm2-135m/sentiment_r4 [--seeds 3] [--shots 3] [--force]
+
+The result, results/<model>/<recipe>/<device>.json (`evals.results.Result`), is the evidence that
+pages show. The seeds are the recipe's own and the next ones; a run that `make train` finished with
+the same recipe and data counts as its seed. An interrupted job goes on at the seed, step and batch
+at which it was, and a finished one is left alone while recipe and data are the same.
+"""
+
+import gc
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from evals import report, results, results_page, run
+from evals.results import ChatRows, DatasetResult, Result, TrainingResult
+from tools import models, recipes, sources, subjects
+from tools.common import ROOT, WrongInput, format_table, shown
+from tools.data import convert
+from tools.recipes import Recipe
+from tools.train import hardware, launch, profiles
+from tools.train.checks import describe_data
+from tools.train.machines import Machines
+from tools.train.profiles import Choice
+
+# What decides the result of a training and a scoring; pages and recipes' headers change with it.
+DECISIVE = ("tools", "evals", "recipes/matrix.yaml", "recipes/profiles", "data/sources.yaml")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How much is measured, and where it is trained."""
+
+    seeds: int = 3
+    shots: int = 3  # worked examples in the prompts of the base, which is scored with and without
+    choice: Choice = Choice()
+    force: bool = False
+    permits_examples: bool = False  # data/sample, which is no evidence
+
+
+def announce(text: str) -> None:
+    print(f"verify     {text}", flush=True)
+
+
+def verify(name: str, request: Verification) -> None:
+    """Measures a recipe and writes its result.
+
+    Raises WrongInput, before anything is trained, for a recipe that has no name or task, and for
+    data that is no evidence.
+    """
+    recipe = find_named_recipe(name)
+    prepare_data(str(recipe.task))
+    datasets = run.choose_datasets(recipe.task, [])
+    data = list_data(recipe, datasets)
+    is_of_examples = refuse_examples(recipe, data, request.permits_examples)
+    if not hasattr(subjects.Subject, "with_examples"):
+        request = replace(request, shots=0)
+    here = hardware.detect_host()
+    _, processes, _ = profiles.choose(here, request.choice, 1)
+    device = results.clean_text(here.describe_machine(processes))
+    path = results.locate_result(recipe.name, device, is_of_examples)
+    recipes_of_seeds = {
+        seed: recipe.with_seed(seed) for seed in range(recipe.seed, recipe.seed + request.seeds)
+    }
+    if path.is_file() and request.force:
+        path.unlink()  # the same command without FORCE=1 then goes on where this one is interrupted
+    elif path.is_file():
+        reason = explain_unfinished(results.load_result(path), data, request)
+        if not reason:
+            announce(f"{shown(path)} is of this recipe and data (FORCE=1 measures again)")
+            return
+        announce(f"{shown(path)} is written again: {reason}")
+    for number, (seed, seeded) in enumerate(recipes_of_seeds.items(), 1):
+        announce(f"{recipe.name}, seed {seed}, {number} of {request.seeds}")
+        if not request.force and is_trained(seeded, processes):
+            announce(f"trained before: {seeded.run}")
+        else:
+            launch.train(seeded, request.choice, Machines(), request.force)
+    scores = {seed: score_seed(seeded, datasets) for seed, seeded in recipes_of_seeds.items()}
+    with_examples = score_base_with_examples(recipe, datasets, request.shots)
+    measured = {
+        dataset: join_scores(
+            {seed: files[dataset] for seed, files in scores.items()}, with_examples.get(dataset)
+        )
+        for dataset in datasets
+    }
+    infos = {seed: seeded.run.info for seed, seeded in recipes_of_seeds.items()}
+    result = build_result(recipe, infos, device, request.shots, measured)
+    results.write_result(result)
+    print_summary(result)
+
+
+def find_named_recipe(name: str) -> Recipe:
+    """The recipe that a result can be filed under."""
+    recipe = recipes.find(name)
+    if recipe.name not in recipes.list_aliases():
+        raise WrongInput(
+            f"{recipe.where}: a result is filed under the name of a recipe, which this file has "
+            "not; put it into recipes/local/<model>/"
+        )
+    if recipe.task not in sources.tables()["tasks"]:
+        raise WrongInput(
+            f"{recipe.where}: it trains on rows of no task, so it cannot be scored; `make new` "
+            "makes a task of your rows"
+        )
+    return recipe
+
+
+# ---- data
+
+
+def prepare_data(task: str) -> None:
+    """Converts the rows of a task where they are missing, or only the examples were converted."""
+    spec = sources.tables()["tasks"][task]
+    train, tests = sources.train_path(task), [sources.test_path(name) for name in spec["eval"]]
+    present = [path for path in (train, *tests) if path.is_file()]
+    is_complete = train in present and len(present) > 1
+    has_examples = any(sources.manifest(path).get("from") == results.EXAMPLES for path in present)
+    folders = {sources.source_folder(name) for name in (*spec.get("parts", ()), task)}
+    if not is_complete or (has_examples and folders != {sources.SAMPLE}):
+        convert.convert_tasks([task])
+
+
+def list_data(recipe: Recipe, datasets: list[str]) -> list[ChatRows]:
+    """The rows that a recipe is trained, validated and scored on."""
+    files = [ROOT / entry["path"] for entry in describe_data(recipe)]
+    tests = dict.fromkeys(map(run.find_rows, datasets))
+    return [results.describe_chat_rows(path) for path in (*files, *tests)]
+
+
+def refuse_examples(recipe: Recipe, data: list[ChatRows], is_permitted: bool) -> bool:
+    """Whether rows are those of data/sample; raises WrongInput unless that is permitted."""
+    examples = [rows.file for rows in data if rows.place == results.EXAMPLES]
+    if examples and not is_permitted:
+        raise WrongInput(
+            f"{examples[0]} holds this project's examples, which are no evidence: FinLoRA's rows "
+            f"are needed (FINLORA_DATA=path/to/FinLoRA, or `make fetch TASKS={recipe.task}`); "
+            "EXAMPLES=1 measures the examples, and no page shows that"
+        )
+    return bool(examples)
+
+
+def explain_unfinished(result: Result, data: list[ChatRows], request: Verification) -> str:
+    """Why a result is not the one that is wanted; empty where it is."""
+    if stale := results.explain_stale(result):
+        return stale
+    before = {rows.file: rows.sha256 for rows in result.data}
+    now = {rows.file: rows.sha256 for rows in data}
+    if changed := sorted(file for file in before | now if before.get(file) != now.get(file)):
+        return f"the data has changed ({', '.join(changed)})"
+    if len(result.trainings) < request.seeds:
+        return f"it has {len(result.trainings)} of {request.seeds} seeds"
+    if request.shots not in (0, result.shots):
+        return f"the base is to be scored with {request.shots} examples"
+    return ""
+
+
+# ---- training and scoring
+
+
+def is_trained(recipe: Recipe, processes: int) -> bool:
+    """Whether a finished run has trained this recipe on this data and kind of device."""
+    info, gpus = recipe.run.info, hardware.detect_host().gpus
+    if not info or not recipe.run.is_intact or info.get("recipe_digest") != recipe.digest:
+        return False
+    before, now = (
+        [(Path(entry["path"]).name, entry["sha256"]) for entry in entries]
+        for entries in (info["data"], describe_data(recipe))
+    )
+    device = (gpus[0][0] if gpus else "cpu", processes)
+    return before == now and device == (info["device"], info["processes"])
+
+
+def score_seed(recipe: Recipe, datasets: list[str]) -> report.Files:
+    """Scores a run and its base, or what has no score yet; returns the score files."""
+    files = run.score_subject(subjects.of_recipe(recipe, False, None, None), run.Request(datasets))
+    gc.collect()  # the model, whose parts refer to each other, before the next one is loaded
+    return files
+
+
+def score_base_with_examples(recipe: Recipe, datasets: list[str], shots: int) -> dict[str, Path]:
+    """Scores the base with worked examples in its prompts; returns the score files by dataset.
+
+    A dataset whose training rows give too few examples is left out.
+    """
+    if not shots:
+        return {}
+    subject = subjects.of_recipe(recipe, False, None, None)
+    subject = getattr(subject, "with_examples")(shots)  # noqa: B009
+    possible = []
+    for dataset in datasets:
+        try:
+            run.identify(subject, "base", dataset, None)
+            possible.append(dataset)
+        except WrongInput as error:
+            announce(f"{dataset}: the base is not scored with examples: {error}")
+    files = run.score_subject(subject, run.Request(possible)) if possible else {}
+    return {dataset: sides["base"] for dataset, sides in files.items()}
+
+
+def join_scores(files: dict[int, dict[str, Path]], with_examples: Path | None) -> DatasetResult:
+    """What the score files of a dataset say together, by seed and side."""
+    base = report.read(next(iter(files.values()))["base"])
+    adapters = {seed: report.read(sides["adapter"]) for seed, sides in files.items()}
+    return results.measure_dataset(
+        base, adapters, report.read(with_examples) if with_examples else None
+    )
+
+
+# ---- result
+
+
+def build_result(
+    recipe: Recipe,
+    infos: dict[int, dict[str, Any]],
+    device: str,
+    shots: int,
+    datasets: dict[str, DatasetResult],
+) -> Result:
+    """The result of a recipe from the run.json of each seed and the scores by dataset."""
+    info, base = infos[recipe.seed], str(recipe.config["base_model"])
+    commit, is_changed = describe_commit()
+    rows: dict[str, list[ChatRows]] = {"train": [], "validation": []}
+    for entry in describe_data(recipe):
+        rows[entry["split"]].append(results.describe_chat_rows((ROOT / entry["path"]).resolve()))
+    return Result(
+        recipe=recipe.name,
+        version=recipe.version,
+        digest=recipe.digest,
+        model=recipes.find_base(base)[1].get("hub") or Path(base).name,
+        precision=models.precision(recipe.config),
+        rules=sources.digest_rules(str(recipe.task)),
+        scoring=run.SCORING,
+        device=device,
+        finished=time.strftime("%Y-%m-%d", time.gmtime()),
+        commit=commit,
+        is_changed=is_changed,
+        python=info["python"],
+        packages=info["packages"],
+        shots=shots,
+        training_data=rows["train"],
+        validation_data=rows["validation"],
+        trainings={seed: describe_training(info) for seed, info in infos.items()},
+        datasets=datasets,
+    )
+
+
+def describe_training(info: dict[str, Any]) -> TrainingResult:
+    return TrainingResult(
+        steps=info["steps"],
+        seconds=info["seconds"],
+        peak_memory_bytes=info["peak_memory_bytes"],
+        tokens_per_second=info["tokens_per_second"],
+        train_loss=round(info["train_loss"], 4),
+        validation_loss=None
+        if info["last_eval_loss"] is None
+        else round(info["last_eval_loss"], 4),
+    )
+
+
+def describe_commit() -> tuple[str | None, bool]:
+    """This project's commit, and whether what trains and scores differs from it.
+
+    (None, False) outside a repository.
+    """
+    commit = call_git("rev-parse", "HEAD")
+    return commit, bool(commit and call_git("status", "--porcelain", "--", *DECISIVE))
+
+
+def call_git(*arguments: str) -> str | None:
+    """What git prints; None where there is no git or no repository."""
+    if not shutil.which("git"):
+        return None
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return None if done.returncode else done.stdout.strip()
+
+
+def print_summary(result: Result) -> None:
+    """Prints the scores, and what to do with the result."""
+    rows = [("test rows", "metric", "base, %", "adapter, %", "gain, points")]
+    for dataset, entry in result.datasets.items():
+        metric, scores = next(iter(entry.metrics.items()))
+        cells = (results_page.format_score(scores.base), results_page.format_score(scores.adapter))
+        gain = results_page.format_score(scores.gain, signed=True)
+        rows.append((f"{dataset}, {entry.rows}", report.title(metric), *cells, gain))
+    print(format_table(rows, "<<>>>"))
+    announce(f"{shown(result.path)}")
