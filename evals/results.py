@@ -3,8 +3,8 @@
     python -m tools results            writes the README's table and docs/results.svg
     python -m tools results --check    fails where they do not match results/
 
-`Measurement` is the schema. bench/ writes results/parity.json and results/beyond.json, in other
-formats.
+`Measurement` is the schema. Other formats have the files that bench/ writes, results/beyond.json (a
+search made by hand) and results/_tune/ (of `make tune`).
 """
 
 import hashlib
@@ -64,7 +64,7 @@ class Measurement(Strict):
 
 def load_measurements() -> list[Measurement]:
     """All measurements in results/; raises WrongInput that names the file and the key."""
-    return [load_measurement(path) for path in sorted(FOLDER.glob("*/*.json"))]
+    return [load_measurement(path) for path in sorted(FOLDER.glob("[!_]*/*.json"))]
 
 
 def load_measurement(path: Path) -> Measurement:

@@ -125,3 +125,17 @@ def test_an_old_figure_is_an_error_and_is_drawn_again(page, tmp_path, monkeypatc
 def test_the_committed_readme_and_figure_are_current():
     done = run("results", "--check")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_page_of_experiments_shows_the_figures_of_the_search_by_hand():
+    page = (results.ROOT / "docs" / "experiments.md").read_text()
+    slowest = BEYOND["candidates"][BEYOND["spec"]["baseline"]]["seconds"]
+    for name, candidate in BEYOND["candidates"].items():
+        share = f"{100 * candidate['seconds'] / slowest:.0f} %"
+        loss, steps = candidate["validation_loss"], candidate["steps"]
+        assert f"| {name} | {loss:.3f} | {steps} | {share} |\n" in page
+    for name, entry in BEYOND["confirmed"]["sets"].items():
+        first, second = (f"{100 * mean:.1f}" for mean in entry["accuracy"])
+        gain = f"{100 * entry['difference']['value']:+.1f}"
+        assert f"| {name}, {entry['rows']} | " in page
+        assert f" | {first} | {second} | {gain} (" in page

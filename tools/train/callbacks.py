@@ -175,10 +175,13 @@ def explain_divergence(lines: list[dict[str, Any]]) -> str | None:
 
 
 class Progress(TrainerCallback):
-    """Appends a line to `progress.jsonl` for each logged step."""
+    """Appends a line to `progress.jsonl` for each logged step.
 
-    def __init__(self, folder: Path):
-        self.file = folder / "progress.jsonl"
+    `metric` is what an evaluation logs beside its loss, such as `eval_accuracy`.
+    """
+
+    def __init__(self, folder: Path, metric: str = ""):
+        self.file, self.metric = folder / "progress.jsonl", metric
         self.start = time.monotonic()
         self.before = 0.0  # seconds that this training took before an interruption
         self.lines: list[dict[str, Any]] = []
@@ -213,7 +216,7 @@ class Progress(TrainerCallback):
             "memory": max(gather(max(self.peak_memory, measure_peak_memory()))),
         }
         # JSON has no NaN; `Watch` reports one where it stops the training.
-        for name in ("loss", "grad_norm", "learning_rate", "eval_loss"):
+        for name in ("loss", "grad_norm", "learning_rate", "eval_loss", self.metric):
             if name in logs and math.isfinite(number := float(logs[name])):
                 line[name] = number
         self.lines.append(line)

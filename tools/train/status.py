@@ -87,6 +87,7 @@ def list_statuses() -> list[Status]:
             statuses.append(Status(name, "unreadable", str(error.strerror)))
 
     for folder, folders, files in os.walk(runs.RUNS, onerror=add_unreadable):
+        folders[:] = [name for name in folders if name[0] != "."]  # trials of a search
         run = Run(Path(folder))
         if run.identity_file.name in files:
             folders.clear()  # checkpoints and prepared data
