@@ -43,7 +43,7 @@ def read_lines(recipe: recipes.Recipe, entry: dict[str, Any]) -> list[bytes]:
     field = entry.get("field_messages") or "messages"
     lines = [line for line in path.read_bytes().split(b"\n") if line.strip()] if path else []
     try:
-        if not lines or not all(orjson.loads(line)[field][-1] for line in lines):
+        if path is None or not all(orjson.loads(line)[field][-1] for line in lines):
             raise ValueError
     except (ValueError, KeyError, TypeError, IndexError):
         raise WrongInput(

@@ -107,6 +107,11 @@ def encode(value: Any) -> Any:
     return " ".join(value) if isinstance(value, list) else value
 
 
+def round_number(number: float) -> float:
+    """A number of a range to three digits: more would only be harder to read."""
+    return number if isinstance(number, int) else float(f"{number:.3g}")
+
+
 class Space:
     """The values to try around a recipe's config, which is one of the points."""
 
@@ -146,11 +151,12 @@ class Space:
         """The space as Optuna takes it."""
         from optuna import distributions
 
-        built: dict[str, BaseDistribution] = {
-            key: distributions.CategoricalDistribution(list(choices))
-            for key, choices in self.choices.items()
-        }
-        for key, entry in self.ranges.items():
+        built: dict[str, BaseDistribution] = {}
+        for key in self.own:  # in the order of the file
+            if key in self.choices:
+                built[key] = distributions.CategoricalDistribution(list(self.choices[key]))
+                continue
+            entry = self.ranges[key]
             whole = isinstance(entry.low, int) and isinstance(entry.high, int)
             kind = distributions.IntDistribution if whole else distributions.FloatDistribution
             built[key] = kind(entry.low, entry.high, log=entry.log)  # type: ignore[arg-type]
@@ -162,7 +168,7 @@ class Space:
         for key, stored in point.items():
             if stored == self.own[key]:
                 continue
-            value = self.choices[key][stored] if key in self.choices else stored
+            value = self.choices[key][stored] if key in self.choices else round_number(stored)
             if key == BATCH:
                 # Divides the batch in micro-batches that the recipe's memory is enough for.
                 micro = math.gcd(value, self.config.get("micro_batch_size") or 1)
