@@ -15,6 +15,7 @@ from tools import custom, models, recipes, sources
 from tools.common import WrongInput
 from tools.data.chatfile import convert_rows
 from tools.data.rules import load_test_rules
+from tools.train.callbacks import Progress, Watch
 
 
 @pytest.mark.parametrize(
@@ -99,6 +100,25 @@ def test_scoring_leaves_the_random_numbers_of_a_training_as_they_are():
     with keep_random_state():
         draw()
     assert draw() == expected
+
+
+def test_an_evaluation_left_undone_can_still_find_the_best_checkpoint(tiny, tmp_path):
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 2
+    options = {"metric_for_best_model": "loss", "greater_is_better": False, "report_to": "none"}
+    args = TrainingArguments(
+        str(tmp_path), eval_strategy="steps", save_strategy="steps", use_cpu=True, **options
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows)
+    state = trainer.state
+    state.global_step, state.best_model_checkpoint = 8, f"{tmp_path}/checkpoint-4"
+    state.stateful_callbacks = {"TrainerControl": {"args": {"should_evaluate": True}}}
+    for best, folder in ((100.0, "checkpoint-8"), (0.001, "checkpoint-4")):
+        state.best_metric, state.best_model_checkpoint = best, f"{tmp_path}/checkpoint-4"
+        Watch(None, trainer, Progress(tmp_path)).finish_step(args, state, trainer.control)
+        assert state.best_model_checkpoint == f"{tmp_path}/{folder}"
 
 
 @pytest.mark.slow

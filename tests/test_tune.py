@@ -415,6 +415,23 @@ def test_the_schedule_follows_the_steps_of_the_winner(config, ratio, rows, chang
     assert tune.scale_schedule(config, ratio, rows) == changes
 
 
+def test_the_entries_for_the_matrix_give_the_winners_recipe(monkeypatch):
+    name = "gemma-3-4b/finer_r4"
+    own = recipes.build_config(name)
+    space = Space(read_settings(None).space, own)
+    modules = "q_proj k_proj v_proj o_proj"
+    point = space.own | {"lora_target_modules": modules, "lora_r": 16}
+    wanted = space.apply(point)
+    changes = {key: value for key, value in wanted.items() if own.get(key) != value}
+    report = {"recipe": name, "changes": changes, "next_version": "1.2.0"}
+    entries = yaml.safe_load(tune.format_entries(report | {"winner": {"point": point}}))
+    matrix = recipes.read_matrix()
+    tables = {key: matrix[key] | entries[key] for key in ("versions", "overrides")}
+    monkeypatch.setattr(recipes, "read_matrix", lambda: matrix | tables)
+    assert recipes.build_config(name) == wanted and wanted != own
+    assert recipes.find_version(name) == "1.2.0"
+
+
 def test_the_next_version_is_a_minor_one():
     assert [tune.raise_version(v) for v in ("1.1.0", "2.9.3", "0")] == ["1.2.0", "2.10.0", "0.1.0"]
 
@@ -560,8 +577,8 @@ def test_candidates_share_the_prepared_rows_and_are_judged_row_by_row(whole):
     for number in (0, whole.report["winner"]["number"]):
         run = Run(whole.place / f"{number:03d}")
         last = run.evaluations()[-1]
-        assert last["step"] == last["steps"] and len(last["losses"]) == 32
-        assert last["loss"] == pytest.approx(sum(last["losses"]) / 32, rel=1e-5)
+        assert last["step"] == last["steps"] and len(last["losses"]) == 20
+        assert last["loss"] == pytest.approx(sum(last["losses"]) / 20, rel=1e-5)
         assert run.info["last_eval_loss"] == pytest.approx(last["loss"])
         assert not (run.folder / "prepared").exists() and not run.adapter_file.exists()
     assert len([path for path in (whole.place / "prepared").iterdir() if path.is_dir()]) == 2

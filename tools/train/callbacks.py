@@ -77,7 +77,10 @@ class Watch(TrainerCallback):
         args.eval_on_start = False  # Axolotl sets it; the run has that evaluation
         saved = state.stateful_callbacks["TrainerControl"]["args"]
         if saved["should_evaluate"]:
-            self.trainer._determine_best_metric(self.trainer._evaluate(None, None), None)
+            metrics = self.trainer._evaluate(None, None)
+            if self.trainer._determine_best_metric(metrics, None):
+                # transformers names the best checkpoint where it saves one, and this one is saved.
+                state.best_model_checkpoint = f"{args.output_dir}/checkpoint-{state.global_step}"
         if 0 < state.max_steps <= state.global_step:
             # All steps are trained; transformers would train one more before it notices.
             self.trainer._run_epoch = lambda **_: None

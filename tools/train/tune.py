@@ -102,7 +102,7 @@ def build_report(search: Search, again: Judged | str) -> Report:
         else {"seed": search.seed + 1, **again.describe(), "gain": first.compare(again)}
     )
     return {
-        "recipe": recipe.name,
+        "recipe": search.name,
         "recipe_version": recipe.version,
         "recipe_digest": recipe.digest,
         "machine": str(hardware.detect_host()),
@@ -163,6 +163,15 @@ def format_gain(gain: Report) -> str:
     return f"{gain['value']:+.4f}{interval}"
 
 
+def format_entries(report: Report) -> str:
+    """The winner as entries of recipes/matrix.yaml, where modules are named without a pattern."""
+    changes, name = dict(report["changes"]), report["recipe"]
+    if "lora_target_modules" in changes:
+        changes["lora_target_modules"] = report["winner"]["point"]["lora_target_modules"].split()
+    version = {"versions": {name: report["next_version"]}}
+    return format_yaml(version | {"overrides": {name: changes}})
+
+
 def print_winner(report: Report) -> None:
     """Prints what the search gained, and the YAML for the tables."""
     winner, judged_by, name = report["winner"], report["judged_by"], report["recipe"]
@@ -184,8 +193,7 @@ def print_winner(report: Report) -> None:
         return
     if name in recipes.list_names() and not recipes.is_local(name):
         say("for recipes/matrix.yaml, the last entries of the two tables:")
-        changes = {"overrides": {name: report["changes"]}}
-        print(format_yaml({"versions": {name: report["next_version"]}} | changes), end="")
+        print(format_entries(report), end="")
     else:
         say(f"for {name}, whose version becomes {report['next_version']}:")
         print(format_yaml(report["changes"]), end="")
@@ -242,7 +250,8 @@ class LiveTable:
         if self.console.is_terminal:
             from rich.text import Text
 
-            self.live.update(Text(f"{format_trials(report)}\n{self.describe_step(last)}"))
+            text = f"{format_trials(report)}\n{self.describe_step(last)}"
+            self.live.update(Text(text, no_wrap=True, overflow="ellipsis"))
             self.live.refresh()
             return
         ended = [trial for trial in trials if trial["state"] in ("finished", "stopped", "failed")]
