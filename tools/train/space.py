@@ -171,7 +171,7 @@ class Space:
             value = self.choices[key][stored] if key in self.choices else round_number(stored)
             if key == BATCH:
                 # Divides the batch in micro-batches that the recipe's memory is enough for.
-                micro = math.gcd(value, self.config.get("micro_batch_size") or 1)
+                micro = math.gcd(int(value), self.config.get("micro_batch_size") or 1)
                 config |= {"micro_batch_size": micro, "gradient_accumulation_steps": value // micro}
             elif value is None:
                 config.pop(key, None)
