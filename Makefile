@@ -26,10 +26,10 @@ $(READY): requirements.txt $(wildcard requirements/*.txt) $(PY)
 $(PY):
 	@$(SETUP)
 
-.PHONY: help setup wheelhouse demo model fetch data audit new look recipes show plan smoke profile train status sweep reproduce verify eval report parity chat predict merge serve push pull adapters import render results check test test-all lock clean
+.PHONY: help setup wheelhouse demo model fetch data audit new look recipes show plan smoke profile train status sweep tune reproduce verify eval report parity chat predict merge serve push pull adapters import render results check test test-all lock clean
 
 help:
-	@sed -n 's/^##@ \(.*\)/\n\1/p; s/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14 | tail -n +2
+	@sed -n 's/^##@ \(.*\)/\1/p; s/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
 ##@ Start
 demo: $(READY) ## Convert example data, train SmolLM2-135M with QLoRA, score it, show the table
@@ -70,6 +70,8 @@ status: $(READY) ## What is training, finished or interrupted
 	@$(RUN) status
 sweep: $(READY) ## Train several recipes, with one table at the end · RECIPES="sentiment_r4 ner_*"
 	@$(RUN) sweep
+tune: $(READY) ## Search settings that learn more at equal cost · RECIPE=… [MINUTES=60 | TRIALS=20] [APPLY=1]
+	@$(RUN) tune
 reproduce: $(READY) ## Train a finished run again and compare the adapters · RUN=runs/smollm2-135m/sentiment_r4
 	@$(RUN) reproduce
 

@@ -6,7 +6,7 @@ point.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from evals.report import Gains
 
@@ -146,3 +146,35 @@ def draw_losses(curves: dict[int, tuple[str, list[dict[str, Any]]]]) -> Drawing 
         f"Training loss (lines: each step, and the mean of {WINDOW} steps) and validation loss "
         "(points).",
     )
+
+
+class Tried(NamedTuple):
+    """A candidate of a search: its learning rate, what judged it, and whether it was finished."""
+
+    rate: float | None
+    value: float
+    state: str
+
+
+def draw_search(tried: Sequence[Tried], judged_by: str) -> Drawing | None:
+    """What judged the candidates of a search against their learning rate, the recipe first."""
+    points = [candidate for candidate in tried if candidate.rate is not None]
+    if len({candidate.rate for candidate in points}) < 2:
+        return None
+    figure, axes = _make_figure(3.6)
+    groups = {
+        "the recipe": (points[:1], COLOURS[1], "D"),
+        "finished": ([c for c in points[1:] if c.state == "finished"], COLOURS[0], "o"),
+        "stopped early": ([c for c in points[1:] if c.state != "finished"], INK, "x"),
+    }
+    for label, (group, colour, marker) in groups.items():
+        if group:
+            rates, values = zip(*((c.rate, c.value) for c in group), strict=True)
+            axes.plot(rates, values, marker, color=colour, label=label)
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel(f"validation {judged_by}")
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside lower left", ncols=3, fontsize=10)
+    return {"figure": figure, "caption": "Candidates of a search by their learning rate."}

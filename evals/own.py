@@ -10,8 +10,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from evals import run
 from evals.tasks import own, utils
 from tools.data import bases
 
@@ -73,6 +75,12 @@ def build_evaluation(task: str, answers: Sequence[str], labels: Sequence[str]) -
         steps = [find_label, {"function": "take_first"}]
         content["filter_list"] = [{"name": "label", "filter": steps}]
     return content
+
+
+def find_metric(evaluation: dict[str, Any]) -> str:
+    """The first metric of what `build_evaluation` returned."""
+    path = run.TASKS / Path(evaluation["include"]).name
+    return str(run.read_task_file(path)["metric_list"][0]["metric"])
 
 
 def count_budget(answers: Sequence[str]) -> int:

@@ -5,7 +5,7 @@
 
 `Result` is the schema. A file holds scores, time, memory and versions, and no row of any data. It
 is evidence while the recipe, the rules of its data and the scoring are those of today. bench/
-writes the other files of results/, in formats of its own.
+and `make tune` (results/_tune/) write the other files, in formats of their own.
 """
 
 import json
@@ -158,11 +158,11 @@ def load_results() -> list[Result]:
 
     Raises WrongInput that names the file and the key where one is not of the schema.
     """
-    if strays := sorted(FOLDER.glob("*/*.json")):
+    if strays := sorted(FOLDER.glob("[!_]*/*.json")):
         raise WrongInput(
             f"{shown(strays[0])}: results lie in results/<model>/<recipe>/<device>.json"
         )
-    results = [load_result(path) for path in sorted(FOLDER.glob("*/*/*.json"))]
+    results = [load_result(path) for path in sorted(FOLDER.glob("[!_]*/*/*.json"))]
     order = {name: place for place, name in enumerate(recipes.list_names())}
     return sorted(results, key=lambda result: order.get(result.recipe, len(order)))
 

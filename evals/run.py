@@ -57,14 +57,14 @@ KEPT = "; what was answered is kept, and the same command goes on from there"
 # ---- tasks
 
 
-def _read_task_file(path: Path) -> dict[str, Any]:
+def read_task_file(path: Path) -> dict[str, Any]:
     """A task file merged with what it includes."""
     content = yaml.load(path.read_text().replace("!function", ""), yaml.CSafeLoader)
     included = content.pop("include", [])
     merged: dict[str, Any] = {}
     # As in lm-eval: the first of several includes counts most, the file itself above all.
     for name in reversed([included] if isinstance(included, str) else included):
-        merged |= _read_task_file((path.parent / name).resolve())
+        merged |= read_task_file((path.parent / name).resolve())
     return merged | content
 
 
@@ -72,7 +72,7 @@ def _read_task_file(path: Path) -> dict[str, Any]:
 def read_tasks() -> dict[str, dict[str, Any]]:
     """The content of each task file by its dataset, which is the file's name."""
     paths = (path for path in sorted(TASKS.rglob("*.yaml")) if not path.name.startswith("_"))
-    contents = {path.stem: _read_task_file(path) for path in paths}
+    contents = {path.stem: read_task_file(path) for path in paths}
     return {name: content for name, content in contents.items() if "dataset_kwargs" in content}
 
 
@@ -204,32 +204,50 @@ def collect_label_checks(subject: "Subject | Endpoint", side: str, dataset: str)
 # ---- scoring
 
 
+def load_task(dataset: str, rows: Path | None = None) -> Any:
+    """The lm-eval task of a dataset, on its test rows or on other chat rows that it can score."""
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    name = read_tasks()[dataset]["task"]
+    entry = {"task": name, "dataset_kwargs": {"data_files": {"test": str(rows)}}} if rows else name
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False)
+    task = get_task_dict([entry], manager)[name]
+    task.set_config(key="num_fewshot", value=0)
+    return task
+
+
 def measure(
     lm: Any, dataset: str, limit: int | None, prompts: Prompts, answers: Answers | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """A model's answers to a dataset's rows, in the rows' order, and what metrics made of them.
-
-    lm: any model of lm-eval. Also returns the metrics that were left out, with the reason.
-    """
-    from lm_eval import evaluate
-    from lm_eval.tasks import TaskManager, get_task_dict
-
-    from evals.tasks import utils
-
-    content = read_tasks()[dataset]
-    name = content["task"]
-    if content["process_results"].endswith(".label"):
+    """A model's answers to a dataset's test rows; see `measure_task`. lm: any model of lm-eval."""
+    if read_tasks()[dataset]["process_results"].endswith(".label"):
         lm.labels = list(sources.manifest(find_rows(dataset)).get("labels") or [])
     if answers:
         answers.attach(lm, lambda text: print(f"eval       {dataset}: {text}", flush=True))
-    task = get_task_dict([name], TaskManager(include_path=str(TASKS), include_defaults=False))
-    set_examples(task[name], prompts.examples)
-    prompts.rows = {task[name].doc_to_text(doc): doc for doc in task[name].test_docs()}
+    task = load_task(dataset)
+    return measure_task(lm, task, pick_rows(dataset, limit), prompts, answers)
+
+
+def measure_task(
+    lm: Any, task: Any, numbers: list[int], prompts: Prompts, answers: Answers | None = None
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """A model's answers to the rows with these numbers, in their order, and their scores.
+
+    task: from `load_task`. Also returns the metrics that were left out, with the reason.
+    """
+    from lm_eval import evaluate
+
+    from evals.tasks import utils
+
+    name = task.config.task
+    content = next(row for row in read_tasks().values() if row["task"] == name)
+    set_examples(task, prompts.examples)
+    prompts.rows = {task.doc_to_text(doc): doc for doc in task.test_docs()}
     prompts.attach(lm, content["generation_kwargs"]["max_gen_toks"])
-    unscored = guard_scoring(task[name])
-    samples = {name: pick_rows(dataset, limit)}
+    unscored = guard_scoring(task)
+    samples = {name: numbers}
     rendering = {"apply_chat_template": True, "fewshot_as_multiturn": True}
-    result = evaluate(lm, task, **rendering, bootstrap_iters=0, samples=samples)
+    result = evaluate(lm, {name: task}, **rendering, bootstrap_iters=0, samples=samples)
 
     # The first filter is ours; metrics of another (FinLoRA's) carry its name.
     first = content["filter_list"][0]["name"]

@@ -13,6 +13,8 @@ from tests.conftest import run
 from tools import recipes, sources
 from tools.common import ROOT, JobFailed, WrongInput
 
+BEYOND = json.loads((results.FOLDER / "beyond.json").read_text())
+
 NAME = "smollm2-135m/sentiment_r4"
 DEVICE = "2 cores (x86_64), 25 GB, no GPU"
 SHA = "0" * 64
@@ -418,3 +420,17 @@ def test_finloras_published_scores_stand_beside_ours_where_rows_and_labels_are_t
     other = Result.model_validate(describe_result(name="smollm2-135m/sentiment_r4_all"))
     assert "published" not in results_page.build_score_table(other)
     assert recipes.split_name("smollm2-135m/sentiment_r4_all")[2] == "r4_all"
+
+
+def test_the_page_of_experiments_shows_the_figures_of_the_search_by_hand():
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    slowest = BEYOND["candidates"][BEYOND["spec"]["baseline"]]["seconds"]
+    for name, candidate in BEYOND["candidates"].items():
+        share = f"{100 * candidate['seconds'] / slowest:.0f} %"
+        loss, steps = candidate["validation_loss"], candidate["steps"]
+        assert f"| {name} | {loss:.3f} | {steps} | {share} |\n" in page
+    for name, entry in BEYOND["confirmed"]["sets"].items():
+        first, second = (f"{100 * mean:.1f}" for mean in entry["accuracy"])
+        gain = f"{100 * entry['difference']['value']:+.1f}"
+        assert f"| {name}, {entry['rows']} | " in page
+        assert f" | {first} | {second} | {gain} (" in page

@@ -234,6 +234,10 @@ def new(
     cut: Annotated[
         bool, Option("--cut", help="Take the middle out of prompts that are too long.")
     ] = False,
+    early_stopping: Annotated[
+        Literal["loss", "metric"] | None,
+        Option(help="Stop where validation loss, or the metric, gets no better; keep the best."),
+    ] = None,
     on_error: OnError = "stop",
     repair: Repair = None,
 ) -> None:
@@ -253,6 +257,7 @@ def new(
         quarantine=on_error == "quarantine",
         cut=cut,
         last_only=loss == "last",
+        early_stopping=early_stopping,
         repair=repair,
     )
     custom.create_task(task, data, choices)
@@ -416,6 +421,44 @@ def sweep(
     from tools.train import profiles, sweep
 
     sweep.run(recipes, profiles.Choice(profile, nproc, None, tracker), force)
+
+
+@app.command(rich_help_panel=TRAIN)
+def tune(
+    recipe: NeededRecipe,
+    minutes: Annotated[
+        float | None,
+        Option(min=0, callback=check_finite, help="How long to search; 60 without TRIALS."),
+    ] = None,
+    trials: Annotated[
+        int | None, Option(min=2, help="How many candidates to try, the recipe included.")
+    ] = None,
+    equal: Annotated[
+        Literal["time", "steps"],
+        Option(help="Candidates cost what the recipe costs, in this."),
+    ] = "time",
+    judge: Annotated[
+        Literal["loss", "metric"],
+        Option(help="Judge by the validation loss, or by the task's metric on validation rows."),
+    ] = "loss",
+    space: Annotated[Path | None, Option(help="What to try; recipes/tune.yaml if omitted.")] = None,
+    profile: Profile = None,
+    apply: Annotated[
+        bool, Option("--apply", help="Write the winner as a recipe of your own.")
+    ] = False,
+) -> None:
+    """Search for a recipe that learns more at the same cost, judged by validation rows alone.
+
+    Example: python -m tools tune smollm2-135m/sentiment_r4 --trials 20
+    """
+    from tools import custom
+    from tools.train import search, tune
+
+    minutes = minutes if minutes or trials else 60.0
+    request = search.Request(minutes, trials, equal, judge, space, profile)
+    result, report = tune.tune(recipe, request)
+    if apply:
+        custom.write_tuned(result, report["changes"], report["next_version"])
 
 
 @app.command(rich_help_panel=TRAIN)

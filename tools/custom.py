@@ -17,9 +17,9 @@ from typing import Any
 
 import orjson
 
-from evals.own import build_evaluation, find_labels
+from evals.own import build_evaluation, find_labels, find_metric
 from tools import prompts, recipes, rendering, sources
-from tools.common import ROOT, WrongInput, atomic, digest, nearest, shown
+from tools.common import ROOT, WrongInput, atomic, digest, format_yaml, nearest, read_yaml, shown
 from tools.data import bases, convert, turns
 from tools.data.formats import RowFile, open_rows
 from tools.data.intake import Intake, IntakeOptions, take_in
@@ -36,6 +36,7 @@ LEAST_STEPS, MOST_EPOCHS = 100, 10
 EPOCHS = {20_000: 4, 100_000: 2, math.inf: 1}  # up to so many rows
 FEW_ROWS = 200
 LENGTH_STEP, TEMPLATE_BYTES = 256, 400
+PATIENCE = 2  # evaluations in a row that are no better, of four or more, end a training
 
 DATA = ROOT / "data" / "local"
 TASKS = ROOT / "evals" / "tasks" / "local"
@@ -55,6 +56,7 @@ class Choices:
     cut: bool = False
     last_only: bool = False
     repair: bool | None = None
+    early_stopping: str | None = None  # by "loss" or "metric"
 
 
 DEFAULTS = Choices()
@@ -156,6 +158,8 @@ class OwnTask:
         sides, rule = self.divide(intake, intakes, labels)
         counts = self.write_sides(intake, intakes, sides, folded)
         evaluation = build_evaluation(self.task, answers, labels)
+        self.settings = build_settings(self.longest, counts["train"], bool(counts["val"]))
+        self.settings |= self.stop_early(evaluation, counts)
         self.write_tables(evaluation, labels, counts, rule)
         print(f"new        {describe_counts(counts)}; {rule}")
         kind = evaluation["include"].removeprefix("../_own_").removesuffix(".yaml")
@@ -349,6 +353,22 @@ class OwnTask:
             write_text(path, rendering.render_recipe(name))
         print(f"new        {shown(own_file)} and {len(names)} recipes")
 
+    def stop_early(self, evaluation: dict[str, Any], counts: Counter[str]) -> dict[str, Any]:
+        """The settings of EARLY_STOPPING; {} without it."""
+        if not (choice := self.choices.early_stopping):
+            return {}
+        if not counts["val"]:
+            least = sources.tables()["validation"]["least"]
+            raise WrongInput(
+                f"EARLY_STOPPING={choice} needs validation rows, and they are held out from "
+                f"{least} prompts on"
+            )
+        settings: dict[str, Any] = {"early_stopping_patience": PATIENCE}
+        if choice == "metric":
+            name = f"eval_{find_metric(evaluation)}"
+            settings |= {"metric_for_best_model": name, "greater_is_better": True}
+        return settings
+
     def forget(self) -> None:
         """Removes the task's tables and converted rows."""
         for path in (recipes.LOCAL / f"{self.task}.yaml", TASKS / f"{self.task}.yaml"):
@@ -366,12 +386,11 @@ class OwnTask:
         files = {side: shown(DATA / f"{self.task}_{side}.jsonl") for side in ("train", "val")}
         dataset = {"file": shown(DATA / f"{self.task}_test.jsonl")}
         task = {**files, "eval": [self.task], "split": rule, "shape": self.shape.to_dict()}
-        settings = build_settings(self.longest, counts["train"], bool(counts["val"]))
         tokens = int(self.longest / CHARACTERS_PER_TOKEN) + TEMPLATE_TOKENS
         row: dict[str, Any] = {
             "title": self.task.replace("_", " "),
-            "longest": min(tokens, settings["sequence_len"]),
-            "settings": settings,
+            "longest": min(tokens, self.settings["sequence_len"]),
+            "settings": self.settings,
         }
         if self.choices.last_only or "messages" in self.shape.columns:
             row["rows"] = {"message_field_training": "train"}
@@ -382,6 +401,42 @@ class OwnTask:
                 "tasks": {self.task: task | {"made": origin}},
             },
         }
+
+
+def write_tuned(recipe: recipes.Recipe, changes: dict[str, Any], version: str) -> None:
+    """Writes what a search found as a recipe of the user's own, beside the one it began with."""
+    if not changes:
+        print(f"tune       {recipe.name} stays as it is; APPLY=1 has nothing to write")
+        return
+    stem = Path(recipe.name).with_suffix("").name
+    name = recipe.name if recipe.name in recipes.list_aliases() else f"tuned/{stem}"
+    name = f"{name}_tuned"
+    path = recipes.LOCAL / f"{name}.yaml"
+    config = recipe.config | changes
+    config |= {"output_dir": f"runs/{name}", "dataset_prepared_path": f"runs/{name}/prepared"}
+    config = {key: value for key, value in config.items() if value is not None}
+    if path.exists():
+        if read_yaml(path) != config:
+            raise WrongInput(f"{shown(path)} says something else; delete it to write the winner")
+        return
+    digits = recipes.Recipe(name, path, config, version).digest[:12]
+    header = [
+        f"Found by a search that began with {recipe.name}",
+        "",
+        f"  make train RECIPE={name}",
+        f"  axolotl train {shown(path)}",
+        "",
+        f"Version: {version} ({digits})",
+        "Yours to change: `make render` leaves it alone.",
+    ]
+    groups = recipes.read_matrix()["keys"].values()
+    if config.keys() <= {key for keys in groups for key in keys}:
+        text = rendering.format_recipe(header, config, "")
+    else:  # a user's own keys have no reasons
+        text = "".join(f"# {line}".rstrip() + "\n" for line in header) + format_yaml(config)
+    write_text(path, text)
+    recipes.clear_caches()
+    print(f"tune       {shown(path)}; make train RECIPE={name}")
 
 
 def forget_tables() -> None:

@@ -42,7 +42,9 @@ NUMBER_KEYS = {
     *("micro_batch_size", "gradient_accumulation_steps", "val_set_size", "weight_decay"),
 }
 # From tools/train/plugin.py.
-PLUGIN_KEYS = {"plugins", "dequantize_once", "answer_logits_only", "shared_prefix"}
+PLUGIN_KEYS = {
+    *("plugins", "dequantize_once", "answer_logits_only", "shared_prefix", "record_validation"),
+}
 # Words in the path of a base that make Axolotl take it for another kind of model, and the option
 # that this affects (None: all of them).
 MISLEADING_PATHS = {"mpt": "gradient_checkpointing", "falcon": "fsdp", "pixtral": None}
@@ -348,11 +350,21 @@ def compose_config(
         config |= deepcopy(layer)  # the tables are cached, and callers change configs
     config = {key: value for key, value in config.items() if value is not None}
     if "target_modules" in base:
-        modules = "|".join(config["lora_target_modules"])
-        config["lora_target_modules"] = base["target_modules"].replace("NAMES", modules)
+        config["lora_target_modules"] = fill_pattern(base, config["lora_target_modules"])
     config |= {} if "save_steps" in config else {"saves_per_epoch": 4}
     config |= {} if "eval_steps" in config else {"evals_per_epoch": 1}
     return config
+
+
+def fill_pattern(base: dict[str, Any], modules: list[str]) -> str:
+    """The regular expression of modules of a base that must be named in full."""
+    return str(base["target_modules"].replace("NAMES", "|".join(modules)))
+
+
+def name_modules(base: str, modules: list[str]) -> list[str] | str:
+    """`lora_target_modules` for modules of a base: their names, or a pattern where it needs one."""
+    row = find_base(base)[1]
+    return fill_pattern(row, modules) if "target_modules" in row else modules
 
 
 # ---- validation

@@ -7,6 +7,7 @@
     identity.json            the config and the data that the run was started with
     config.yaml              the merged config that Axolotl got
     progress.jsonl           a line for each logged step
+    validation.jsonl         the losses and scores of the rows, for each evaluation of a search
     train.log                what Axolotl printed
     checkpoint-<step>/       the newest two
     stats.json               what was measured; there from the last step until run.json is written
@@ -22,6 +23,7 @@ Beside it lie `.<run>.lock`, which the training holds, `<run>.previous`, a run m
 import fcntl
 import os
 import re
+import shutil
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,6 +73,7 @@ class Run:
     config_file = RunFile(CONFIG)
     identity_file = RunFile("identity.json")
     progress_file = RunFile("progress.jsonl")
+    validation_file = RunFile("validation.jsonl")
     stats_file = RunFile("stats.json")
     log_file = RunFile("train.log")
     adapter_file = RunFile("adapter_model.safetensors")
@@ -174,9 +177,20 @@ class Run:
         """The lines of progress.jsonl that have a training loss."""
         return [line for line in json_lines(self.progress_file) if "loss" in line]
 
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The lines of validation.jsonl by step; a step that was repeated counts once."""
+        lines = {line["step"]: line for line in json_lines(self.validation_file)}
+        return [lines[step] for step in sorted(lines)]
+
     def checkpoints(self) -> list[Path]:
         """The checkpoints, newest first."""
         return sorted(self.folder.glob("checkpoint-[0-9]*"), key=step_of, reverse=True)
+
+    def remove_weights(self) -> None:
+        """Removes checkpoints and adapter; logs and figures stay."""
+        for folder in self.checkpoints():
+            shutil.rmtree(folder)
+        self.adapter_file.unlink(missing_ok=True)
 
     def move_aside(self) -> "Run":
         """Renames the folder to `<run>.previous` or the next free name; returns the moved run."""

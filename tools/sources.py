@@ -118,6 +118,7 @@ def drop_missing_validation(config: dict[str, Any]) -> tuple[dict[str, Any], str
         if validation.get("rows"):
             continue
         dropped = {"test_datasets", "eval_steps", "evals_per_epoch", "load_best_model_at_end"}
+        dropped |= {"early_stopping_patience", "metric_for_best_model", "greater_is_better"}
         reason = validation.get("reason") or f"{shown(train)} was made without validation rows"
         return {key: value for key, value in config.items() if key not in dropped}, reason
     return config, ""

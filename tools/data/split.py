@@ -36,9 +36,14 @@ def draw_validation(copies: Counter[bytes]) -> set[bytes]:
     spec = sources.tables()["validation"]
     if len(copies) < spec["least"]:
         return set()
-    key = str(spec["seed"]).encode()
+    return draw_prompts(copies, math.ceil(spec["share"] * copies.total()))
+
+
+def draw_prompts(copies: Counter[bytes], room: int) -> set[bytes]:
+    """Draws prompts by the seed until they fill `room` rows; at least one prompt."""
+    key = str(sources.tables()["validation"]["seed"]).encode()
     order = sorted(copies, key=lambda mark: hashlib.blake2b(mark, key=key).digest())
-    room, drawn = math.ceil(spec["share"] * copies.total()), set[bytes]()
+    drawn = set[bytes]()
     for mark in order:
         if copies[mark] <= room:
             drawn.add(mark)

@@ -77,7 +77,10 @@ class Watch(TrainerCallback):
         args.eval_on_start = False  # Axolotl sets it; the run has that evaluation
         saved = state.stateful_callbacks["TrainerControl"]["args"]
         if saved["should_evaluate"]:
-            self.trainer._determine_best_metric(self.trainer._evaluate(None, None), None)
+            metrics = self.trainer._evaluate(None, None)
+            if self.trainer._determine_best_metric(metrics, None):
+                # transformers names the best checkpoint where it saves one, and this one is saved.
+                state.best_model_checkpoint = f"{args.output_dir}/checkpoint-{state.global_step}"
         if 0 < state.max_steps <= state.global_step:
             # All steps are trained; transformers would train one more before it notices.
             self.trainer._run_epoch = lambda **_: None
@@ -175,10 +178,13 @@ def explain_divergence(lines: list[dict[str, Any]]) -> str | None:
 
 
 class Progress(TrainerCallback):
-    """Appends a line to `progress.jsonl` for each logged step."""
+    """Appends a line to `progress.jsonl` for each logged step.
 
-    def __init__(self, folder: Path):
-        self.file = folder / "progress.jsonl"
+    `metric` is what an evaluation logs beside its loss, such as `eval_accuracy`.
+    """
+
+    def __init__(self, folder: Path, metric: str = ""):
+        self.file, self.metric = folder / "progress.jsonl", metric
         self.start = time.monotonic()
         self.before = 0.0  # seconds that this training took before an interruption
         self.lines: list[dict[str, Any]] = []
@@ -213,7 +219,7 @@ class Progress(TrainerCallback):
             "memory": max(gather(max(self.peak_memory, measure_peak_memory()))),
         }
         # JSON has no NaN; `Watch` reports one where it stops the training.
-        for name in ("loss", "grad_norm", "learning_rate", "eval_loss"):
+        for name in ("loss", "grad_norm", "learning_rate", "eval_loss", self.metric):
             if name in logs and math.isfinite(number := float(logs[name])):
                 line[name] = number
         self.lines.append(line)

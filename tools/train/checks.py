@@ -135,6 +135,32 @@ def refuse_unusable(recipe: recipes.Recipe) -> None:
             raise WrongInput(f"{recipe.where}: {text}")
 
 
+def name_metric(config: dict[str, Any]) -> str:
+    """The metric other than the loss that finds a config's best checkpoint; "" without one."""
+    metric = str(config.get("metric_for_best_model") or "loss").removeprefix("eval_")
+    return "" if metric == "loss" else metric
+
+
+def refuse_unscorable(config: dict[str, Any], where: str, processes: int) -> None:
+    """Raises WrongInput where the metric of `metric_for_best_model` cannot be computed."""
+    if not (metric := name_metric(config)):
+        return
+    from evals.validation import list_task_metrics
+
+    place = f"{where}: metric_for_best_model: {config['metric_for_best_model']}"
+    if not (metrics := list_task_metrics(recipes.find_task(config))):
+        raise WrongInput(f"{place}: the rows are of no task with a metric; eval_loss is possible")
+    if metric not in metrics:
+        names = ", ".join(f"eval_{name}" for name in ("loss", *metrics))
+        raise WrongInput(f"{place}: there are {names}")
+    if processes > 1:
+        raise WrongInput(f"{place} needs one process; train with NPROC=1, or by eval_loss")
+    if not config.get("greater_is_better"):
+        raise WrongInput(f"{place} needs greater_is_better: true")
+    if not config.get("test_datasets"):
+        raise WrongInput(f"{place} needs validation rows under test_datasets")
+
+
 def refuse_unrenderable(recipe: recipes.Recipe) -> None:
     """Raises WrongInput where the base's chat template refuses or leaves out turns of the data.
 

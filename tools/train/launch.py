@@ -33,6 +33,7 @@ from tools.train.checkpoints import last_checkpoint
 from tools.train.checks import (
     describe_data,
     refuse_unrenderable,
+    refuse_unscorable,
     refuse_unusable,
     require_hardware,
     require_space,
@@ -190,6 +191,7 @@ def train(recipe: recipes.Recipe, choice: profiles.Choice, machines: Machines, f
     print(f"train      {recipe.name} on {rows}, profile {profile} ({reason}){count}")
     choice = replace(choice, profile=profile, nproc=machines.processes)
     config = profiles.merge_config(recipe, choice, here)
+    refuse_unscorable(config, recipe.where, machines.processes)
     for line in profiles.list_changes(recipe, config):
         print(f"train      {line}")
     if note := explain_unscorable(recipe.config):

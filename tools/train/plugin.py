@@ -17,6 +17,7 @@ from transformers import TrainerCallback, set_seed
 from tools import versions
 from tools.common import json_lines, write_json
 from tools.models import dequantize_once, keep_8bit_scales
+from tools.runs import Run
 from tools.train.batches import (
     compute_answer_logits_only,
     count_real_tokens,
@@ -25,6 +26,8 @@ from tools.train.batches import (
 )
 from tools.train.callbacks import Progress, Watch, measure_peak_memory
 from tools.train.checkpoints import write_atomically
+from tools.train.checks import name_metric
+from tools.train.judge import Judge
 from tools.train.ranks import allow_deepspeed_on_cpu, read_rank
 from tools.train.shared_prefix import accept_packs, share_prefixes
 
@@ -35,6 +38,7 @@ class Args(BaseModel):
     dequantize_once: bool | None = None
     answer_logits_only: bool | None = None
     shared_prefix: bool | None = None
+    record_validation: bool | None = None  # each row's loss, and an evaluation at the last step
     processes: int | None = None  # that train together; fewer means that some train apart
     micro_batch_parts: int | None = None  # processes that share one micro-batch of the recipe
 
@@ -96,7 +100,9 @@ class RunPlugin(BasePlugin):
             accept_packs(model)
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
-        self.progress, self.trainer = Progress(Path(cfg.output_dir)), trainer
+        run, metric = Run(Path(cfg.output_dir)), name_metric(cfg)
+        self.progress = Progress(run.folder, f"eval_{metric}" if metric else "")
+        self.trainer = trainer
         self.watch = Watch(cfg, trainer, self.progress)
         count_real_tokens(trainer, self.progress)
         if cfg.shared_prefix:
@@ -105,7 +111,9 @@ class RunPlugin(BasePlugin):
         order_by_epoch(trainer)
         if (cfg.micro_batch_parts or 1) > 1:
             weigh_parts(trainer, cfg.micro_batch_parts)
-        return [self.progress, self.watch]
+        callbacks = [self.progress, self.watch]
+        judges = cfg.record_validation or cfg.early_stopping_patience or metric
+        return [*callbacks, Judge(cfg, trainer, run)] if judges else callbacks
 
     def post_train_unload(self, cfg: Any) -> None:
         # The last hook of all: `post_train` is called before the adapter is saved, too. Axolotl

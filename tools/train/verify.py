@@ -12,7 +12,7 @@ import gc
 import shutil
 import subprocess
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,6 @@ def verify(name: str, request: Verification) -> None:
     datasets = run.choose_datasets(recipe.task, [])
     data = list_data(recipe, datasets)
     is_of_examples = refuse_examples(recipe, data, request.permits_examples)
-    if not hasattr(subjects.Subject, "with_examples"):
-        request = replace(request, shots=0)
     here = hardware.detect_host()
     _, processes, _ = profiles.choose(here, request.choice, 1)
     device = results.clean_text(here.describe_machine(processes))
@@ -189,8 +187,7 @@ def score_base_with_examples(recipe: Recipe, datasets: list[str], shots: int) ->
     """
     if not shots:
         return {}
-    subject = subjects.of_recipe(recipe, False, None, None)
-    subject = getattr(subject, "with_examples")(shots)  # noqa: B009
+    subject = subjects.of_recipe(recipe, False, None, None).with_examples(shots)
     possible = []
     for dataset in datasets:
         try:

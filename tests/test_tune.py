@@ -1,0 +1,584 @@
+"""make tune: what it tries, what judges, what it costs, and what it says at the end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import write_recipe
+from tools import custom, recipes, sources
+from tools.common import ROOT, WrongInput, digest
+from tools.data.rules import fingerprint
+from tools.runs import Run
+from tools.train import checks, search, tune
+from tools.train.heldout import hold_out, mark_prompt
+from tools.train.space import Space, Validation, read_settings
+
+SMALL = "validation: {least: 20, most: 40}\nspace:\n  learning_rate: [0.0005, 0.005]\n"
+
+
+def write_chat(path: Path, pairs: list[tuple[str, str]]) -> Path:
+    rows = (
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+        for q, a in pairs
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_prompts(path: Path) -> list[bytes]:
+    rows = map(json.loads, path.read_text().splitlines())
+    return [fingerprint(row["messages"][0]["content"]) for row in rows]
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    file = tmp_path / "space.yaml"
+    file.write_text(SMALL)
+    return file
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """Where searches and results go."""
+    monkeypatch.setattr(search, "FOLDER", tmp_path / "tune")
+    monkeypatch.setattr(tune, "RESULTS", tmp_path / "results")
+    return tmp_path
+
+
+# ---- the space
+
+
+def test_the_recipe_is_a_point_of_the_space_and_stays_itself_there():
+    for name in (
+        "smollm2-135m/sentiment_r4",
+        "gemma-3-4b/finer_qlora_all",
+        "llama-3.1-8b/formula_r8",
+    ):
+        config = recipes.build_config(name)
+        space = Space(read_settings(None).space, config)
+        assert space.apply(space.own) == config, name
+        space.build_distributions()
+
+
+def test_a_point_changes_the_keys_that_it_names_and_no_others():
+    config = recipes.build_config("smollm2-135m/sentiment_r4")
+    space = Space(read_settings(None).space, config)
+    modules = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+    point = space.own | {"lora_r": 16, "batch": 32, "learning_rate": 0.00123456}
+    changed = space.apply(point | {"lora_target_modules": modules})
+    assert changed == config | {
+        "lora_r": 16,
+        "micro_batch_size": 8,
+        "gradient_accumulation_steps": 4,
+        "learning_rate": 0.00123,
+        "lora_target_modules": modules.split(),
+    }
+    assert space.apply(space.own | {"batch": 4})["micro_batch_size"] == 4
+
+
+def test_modules_of_a_base_with_a_vision_tower_are_named_in_full():
+    config = recipes.build_config("gemma-3-4b/finer_r4")
+    space = Space(read_settings(None).space, config)
+    point = space.own | {"lora_target_modules": "q_proj k_proj v_proj o_proj"}
+    pattern = space.apply(point)["lora_target_modules"]
+    assert pattern == config["lora_target_modules"].replace("v_proj", "v_proj|o_proj")
+
+
+def test_a_space_is_widened_to_what_the_recipe_has():
+    config = recipes.build_config("smollm2-135m/sentiment_r4")
+    config |= {"learning_rate": 0.01, "lora_r": 5, "lora_dropout": 0.3}
+    space = Space(read_settings(None).space, config)
+    distributions = space.build_distributions()
+    assert distributions["learning_rate"].high == 0.01
+    assert 5 in distributions["lora_r"].choices and 0.3 in distributions["lora_dropout"].choices
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("space: {max_steps: [10]}", "max_steps is the same for all"),
+        ("space: {batch: [0, 8]}", "batch needs a list of whole numbers"),
+        ("space: {learning_rate: {low: 1, high: 0.1}}", "low must be below high"),
+        ("space: {learning_rate: {low: 0, high: 1, log: true}}", "above 0"),
+        ("space: {lora_r: [8, 8]}", "each once"),
+        ("spaces: {}", "spaces: "),
+        ("validation: {least: 50, most: 20}", "least must not be above most"),
+        ("[1, 2]", "sections"),
+    ],
+)
+def test_a_wrong_space_is_named_with_file_and_key(tmp_path, text, words):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(WrongInput, match=rf"mine\.yaml.*{words}"):
+        read_settings(file)
+
+
+def test_a_range_of_what_the_recipe_lacks_is_refused():
+    entries = read_settings(None).space
+    config = recipes.build_config("smollm2-135m/sentiment_r4")
+    del config["learning_rate"]
+    with pytest.raises(WrongInput, match="learning_rate is a range and the recipe has None"):
+        Space(entries, config)
+
+
+def test_axolotl_takes_every_value_of_the_default_space_and_a_misspelt_key_is_named():
+    config = recipes.build_config("smollm2-135m/sentiment_r4")
+    space = Space(read_settings(None).space, config)
+    assert len(space.list_extremes()) == 23
+    tune.validate_points(space, "mine")
+    with pytest.raises(WrongInput, match="mine, space: Axolotl has no key lora_rank"):
+        tune.validate_points(Space({"lora_rank": [4]}, config), "mine")
+
+
+# ---- rows
+
+
+@pytest.fixture
+def divided(tmp_path):
+    """Divides rows: {prompts that validate already} and training rows in three copies each."""
+
+    def divide(train: int, own: int, copies: int = 1) -> tuple:
+        folder = tmp_path / f"{train}-{own}"
+        folder.mkdir()
+        pairs = [(f"Row {n // copies}?", str(n % 3)) for n in range(train)]
+        config = recipes.build_config("smollm2-135m/formula_r4")
+        path = write_chat(folder / "formula_train.jsonl", pairs)
+        config["datasets"][0]["path"] = str(path)
+        val = write_chat(folder / "formula_val.jsonl", [(f"Own {n}?", "1") for n in range(own)])
+        config["test_datasets"][0]["path"] = str(val)
+        recipe = recipes.Recipe("mine.yaml", folder / "mine.yaml", config, "1")
+        return recipe, hold_out(recipe, Validation(least=100, most=200), folder / "out")
+
+    return divide
+
+
+@pytest.mark.parametrize(
+    ("train", "own", "judged", "held_back"),
+    [(900, 18, 183, 165), (900, 150, 150, 0), (5000, 5, 200, 195), (90, 0, 30, 30)],
+)
+def test_a_hundred_rows_and_more_judge_where_there_are_enough(
+    divided, train, own, judged, held_back
+):
+    _, division = divided(train, own)
+    assert (division.judged, division.held_back) == (judged, held_back)
+    assert division.trained == train - held_back
+    assert f"{judged} judge" in str(division)
+
+
+def test_of_many_validation_rows_two_hundred_judge_and_the_others_do_not_train(divided):
+    _, division = divided(900, 500)
+    assert (division.trained, division.judged, division.held_back) == (900, 200, 0)
+
+
+def test_no_prompt_both_trains_and_judges(divided):
+    recipe, division = divided(900, 6, copies=3)
+    trains, judges = (read_prompts(path) for path in (division.train, division.validation))
+    assert not set(trains) & set(judges)
+    assert len(trains) + len(judges) == 906 and 100 <= len(judges) <= 200
+    assert {Path(path).name for path in (division.train, division.validation)} == {
+        "formula_train.jsonl",
+        "formula_val.jsonl",
+    }
+    before = digest(division.validation)
+    hold_out(recipe, Validation(least=100, most=200), division.train.parent)
+    assert digest(division.validation) == before
+
+
+def test_prompts_are_compared_by_all_turns_before_the_answer():
+    entry = {"field_messages": "messages"}
+
+    def mark(*turns):
+        row = {"messages": [{"role": "user", "content": text} for text in turns]}
+        return mark_prompt(json.dumps(row).encode(), entry)
+
+    assert mark("A b", "c") == mark("a  B", "d") != mark("a", "b", "c")
+
+
+def test_rows_without_turns_are_refused(tmp_path):
+    path = tmp_path / "plain.jsonl"
+    path.write_text('{"text": "a"}\n' * 50)
+    config = recipes.build_config("smollm2-135m/formula_r4")
+    config["datasets"][0]["path"] = str(path)
+    recipe = recipes.Recipe("mine", tmp_path / "mine.yaml", config, "1")
+    with pytest.raises(WrongInput, match=r"JSONL rows with turns under messages; .*plain\.jsonl"):
+        hold_out(recipe, Validation(least=2, most=9), tmp_path)
+
+
+# ---- judging
+
+
+def test_the_rule_that_fits_the_validation_rows_scores_them(tmp_path):
+    from evals.validation import find_scorer
+
+    three = write_chat(tmp_path / "a.jsonl", [("Up?", "positive"), ("Down?", "negative")])
+    seven = write_chat(tmp_path / "b.jsonl", [("Up?", "mildly positive")])
+    other = write_chat(tmp_path / "c.jsonl", [("Up?", "who knows")])
+    assert (find_scorer("sentiment", three).dataset, find_scorer("sentiment", three).metric) == (
+        "fpb",
+        "accuracy",
+    )
+    assert find_scorer("sentiment", seven).dataset == "nwgi"
+    with pytest.raises(WrongInput, match=r"no evaluation of sentiment .*c\.jsonl"):
+        find_scorer("sentiment", other)
+    with pytest.raises(WrongInput, match="general_multi is several tasks"):
+        find_scorer("general_multi", three)
+    with pytest.raises(WrongInput, match="no task of the tables"):
+        find_scorer(None, three)
+
+
+def test_a_metric_for_the_best_checkpoint_must_be_the_tasks(tmp_path):
+    config = recipes.build_config("smollm2-135m/sentiment_r4")
+    good = config | {"metric_for_best_model": "eval_accuracy", "greater_is_better": True}
+    checks.refuse_unscorable(config, "mine", 4)
+    checks.refuse_unscorable(config | {"metric_for_best_model": "eval_loss"}, "mine", 4)
+    checks.refuse_unscorable(good, "mine", 1)
+    for changes, processes, words in (
+        ({"metric_for_best_model": "eval_bleu"}, 1, "there are eval_loss, eval_accuracy"),
+        ({}, 2, "needs one process"),
+        ({"greater_is_better": None}, 1, "needs greater_is_better: true"),
+        ({"test_datasets": None}, 1, "needs validation rows"),
+        ({"datasets": [{"path": "my.jsonl"}]}, 1, "of no task with a metric"),
+    ):
+        with pytest.raises(WrongInput, match=f"^mine: metric_for_best_model: .*{words}"):
+            checks.refuse_unscorable(good | changes, "mine", processes)
+
+
+# ---- the search, on files of trainings
+
+
+@pytest.fixture
+def opened(place, tiny, chat_rows, small):
+    """A search of the tiny Llama, whose trainings are written by hand."""
+    recipe = recipes.find(str(write_recipe(place, "r4", tiny, chat_rows)))
+
+    def open_search(**request) -> search.Search:
+        request = search.Request(**{"equal": "steps", "space": small} | request)
+        opened = search.Search(recipe, request, "cpu", read_settings(small))
+        opened.open()
+        return opened
+
+    return open_search
+
+
+def evaluate(opened, number, losses, steps=12):
+    """Writes the evaluations of a training: `losses` are means over rows that differ by 0.1."""
+    run = Run(opened.folder / f"{number:03d}")
+    run.folder.mkdir(exist_ok=True)
+    with open(run.validation_file, "a") as file:
+        for place, loss in enumerate(losses, 1):
+            rows = [loss + 0.1 * (row % 2) - 0.05 for row in range(30)]
+            line = {"step": 3 * place, "steps": steps, "loss": loss, "losses": rows, "scores": {}}
+            file.write(json.dumps(line) + "\n")
+    return run
+
+
+def finish(opened, losses, seconds=60.0, state="COMPLETE", **attributes):
+    """A candidate as a search leaves it."""
+    from optuna.trial import TrialState
+
+    trial = opened.study.ask(opened.space.build_distributions())
+    run = evaluate(opened, trial.number, losses)
+    would_stop = opened.pass_on(trial, run)
+    for name, value in {"seconds": seconds, "steps": 12, **attributes}.items():
+        trial.set_user_attr(name, value)
+    opened.study.tell(trial, losses[-1] if state == "COMPLETE" else None, state=TrialState[state])
+    return would_stop
+
+
+def test_the_first_candidate_is_the_recipe_as_it_stands(opened):
+    first = opened()
+    trial = first.study.ask(first.space.build_distributions())
+    assert trial.params == first.space.own
+    assert first.candidate(0).config == first.recipe.config
+    assert first.choose_steps(trial) is None
+
+
+def test_a_candidate_that_falls_behind_is_stopped_and_one_that_leads_goes_on(opened):
+    first = opened()
+    finish(first, [3.0, 2.5, 2.2, 2.0])
+    assert finish(first, [3.1], state="PRUNED")
+    assert not finish(first, [2.9, 2.4, 2.1, 1.9])
+
+
+def test_a_search_goes_on_where_it_was_left(opened):
+    first = opened()
+    finish(first, [3.0, 2.0])
+    left = first.study.ask(first.space.build_distributions())
+    again = opened()
+    assert [trial.state.name for trial in again.list_trials()] == ["COMPLETE", "RUNNING"]
+    assert again.list_trials()[1].params == left.params
+    assert again.study.best_value == 2.0
+
+
+def test_a_search_of_other_rows_or_settings_starts_afresh(opened, capsys):
+    finish(opened(), [3.0, 2.0])
+    changed = opened(equal="time")
+    assert [trial.state.name for trial in changed.list_trials()] == ["WAITING"]
+    assert "starts afresh" in capsys.readouterr().out
+    assert Run(changed.folder.with_name("r4.previous")).identity_file.is_file()
+
+
+def test_the_budget_leaves_time_for_the_winners_second_training(opened):
+    timed = opened(minutes=4.5)
+    finish(timed, [3.0, 2.0])
+    assert timed.has_budget()  # a recipe alone is no search
+    finish(timed, [3.0, 2.0])
+    assert timed.has_budget()  # 2 minutes and 2 more of a candidate and the second training
+    finish(timed, [3.0, 2.0])
+    assert not timed.has_budget()
+
+
+def test_the_number_of_candidates_counts_those_that_failed(opened):
+    counted = opened(trials=3)
+    finish(counted, [3.0, 2.0])
+    finish(counted, [3.0], state="FAIL", reason="out of memory")
+    assert counted.has_budget()
+    finish(counted, [3.0, 2.0])
+    assert not counted.has_budget()
+
+
+def test_steps_fit_the_recipes_time_where_a_candidate_of_the_same_cost_was_timed(opened):
+    timed = opened(equal="time")
+    attributes = {"steps": 12, "tokens_per_row": 100.0, "training_seconds": 60.0}
+    finish(timed, [3.0, 2.0], **attributes)
+    like_the_recipe = timed.study.ask(timed.space.build_distributions())
+    assert timed.choose_steps(like_the_recipe) == 12  # only the rate can differ
+    cost = {"lora_r": 64}
+    like_the_recipe.set_user_attr("cost", cost)
+    like_the_recipe.set_user_attr("seconds_per_token", 0.01)
+    assert timed.find_rate(cost) == 0.01 and timed.find_rate({"lora_r": 4}) is None
+
+
+def test_the_report_says_what_was_gained_and_how_much_is_luck(opened, capsys):
+    found = opened()
+    finish(found, [3.0, 2.0])
+    finish(found, [2.5, 1.5])
+    again = found.judge(evaluate(found, 7, [2.6, 1.6]))
+    report = tune.build_report(found, again)
+    assert report["recipe_itself"]["value"] == 2.0 and report["winner"]["number"] == 1
+    assert report["recipe_itself"]["half_width"] == pytest.approx(1.96 * 0.0508 / 30**0.5, rel=0.01)
+    assert report["winner"]["gain"]["value"] == pytest.approx(-0.5)
+    assert report["winner"]["another_seed"]["gain"]["value"] == pytest.approx(-0.4)
+    assert report["winner"]["another_seed"]["seed"] == 43
+    assert report["rows"]["judged"] == found.division.judged >= 20
+    json.dumps(report, allow_nan=False)
+    tune.print_winner(report)
+    printed = capsys.readouterr().out
+    assert "with seed 43 instead of 42: 1.6000, -0.4000" in printed
+    table = tune.format_trials(report).splitlines()
+    assert table[1].startswith("recipe") and table[1].split()[1:3] == ["finished", "2.0000"]
+    tune.draw(report, found.folder / "figure.svg")
+    assert "validation loss" in (found.folder / "figure.svg").read_text()
+
+
+def test_where_nothing_is_better_the_recipe_stays(opened, capsys):
+    found = opened()
+    finish(found, [3.0, 2.0])
+    finish(found, [4.0], state="PRUNED")
+    report = tune.build_report(found, "out of memory")
+    assert report["changes"] == {} and report["next_version"] == found.recipe.version
+    tune.print_winner(report)
+    printed = capsys.readouterr().out
+    assert "it stays as it is" in printed and "with seed 43 it failed: out of memory" in printed
+
+
+# ---- what comes of it
+
+
+@pytest.mark.parametrize(
+    ("config", "ratio", "rows", "changes"),
+    [
+        ({"max_steps": 110, "eval_steps": 55, "save_steps": 20}, 1.0, 0.5, {}),
+        (
+            {"max_steps": 110, "eval_steps": 55, "save_steps": 20},
+            1.5,
+            1.0,
+            {"max_steps": 165, "eval_steps": 82, "save_steps": 30},
+        ),
+        ({"num_epochs": 4}, 2.0, 1.0, {}),
+        ({"num_epochs": 4}, 1.0, 0.5, {"num_epochs": 2.0}),
+        (
+            {"num_epochs": 4, "eval_steps": 7, "save_steps": 14},
+            0.5,
+            0.5,
+            {"num_epochs": 2.0, "eval_steps": 4, "save_steps": 8},
+        ),
+    ],
+)
+def test_the_schedule_follows_the_steps_of_the_winner(config, ratio, rows, changes):
+    assert tune.scale_schedule(config, ratio, rows) == changes
+
+
+def test_the_entries_for_the_matrix_give_the_winners_recipe(monkeypatch):
+    name = "gemma-3-4b/finer_r4"
+    own = recipes.build_config(name)
+    space = Space(read_settings(None).space, own)
+    modules = "q_proj k_proj v_proj o_proj"
+    point = space.own | {"lora_target_modules": modules, "lora_r": 16}
+    wanted = space.apply(point)
+    changes = {key: value for key, value in wanted.items() if own.get(key) != value}
+    report = {"recipe": name, "changes": changes, "next_version": "1.2.0"}
+    entries = yaml.safe_load(tune.format_entries(report | {"winner": {"point": point}}))
+    matrix = recipes.read_matrix()
+    tables = {key: matrix[key] | entries[key] for key in ("versions", "overrides")}
+    monkeypatch.setattr(recipes, "read_matrix", lambda: matrix | tables)
+    assert recipes.build_config(name) == wanted and wanted != own
+    assert recipes.find_version(name) == "1.2.0"
+
+
+def test_the_next_version_is_a_minor_one():
+    assert [tune.raise_version(v) for v in ("1.1.0", "2.9.3", "0")] == ["1.2.0", "2.10.0", "0.1.0"]
+
+
+def test_the_winner_becomes_a_recipe_of_ones_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recipes, "LOCAL", tmp_path / "local")
+    monkeypatch.setattr(sources, "OWN", tmp_path / "local")
+    recipes.clear_caches()
+    try:
+        recipe = recipes.find("smollm2-135m/sentiment_r4")
+        changes = {"learning_rate": 0.002, "group_by_length": None}
+        custom.write_tuned(recipe, changes, "1.2.0")
+        custom.write_tuned(recipe, changes, "1.2.0")  # again: the same file
+        tuned = recipes.find("smollm2-135m/sentiment_r4_tuned")
+        assert tuned.version == "1.2.0" and tuned.config["learning_rate"] == 0.002
+        assert "group_by_length" not in tuned.config
+        assert tuned.run.name == "smollm2-135m/sentiment_r4_tuned"
+        recipes.validate(tuned.config, "tuned")
+        with pytest.raises(WrongInput, match="says something else; delete it"):
+            custom.write_tuned(recipe, {"learning_rate": 0.003}, "1.2.0")
+        custom.write_tuned(recipe, {}, "1.1.0")
+        assert "stays as it is" in capsys.readouterr().out
+    finally:
+        recipes.clear_caches()
+
+
+# ---- a whole search
+
+HOOK = """
+import os, sys
+def note(event, arguments):
+    if event == "open" and isinstance(arguments[0], str) and arguments[0].endswith(".jsonl"):
+        with open(os.environ["OPENED"] + str(os.getpid()), "a") as file:
+            file.write(arguments[0] + "\\n")
+sys.addaudithook(note)
+"""
+SEARCH = """
+import sys
+from pathlib import Path
+from tools.common import command
+from tools.train import search, tune
+search.FOLDER, tune.RESULTS = Path(sys.argv[2]) / "tune", Path(sys.argv[2]) / "results"
+request = search.Request(trials=4, space=Path(sys.argv[3]), profile="cpu")
+command(lambda: tune.tune(sys.argv[1], request))()
+"""
+
+
+class WholeSearch:
+    """A search that was interrupted once and then came to its end."""
+
+    def __init__(self, folder: Path, recipe: Path):
+        self.folder, self.recipe = folder, recipe
+        (folder / "sitecustomize.py").write_text(HOOK)
+        self.space = folder / "space.yaml"
+        self.space.write_text(
+            "validation: {least: 20, most: 40}\nspace:\n"
+            "  learning_rate: [0.0005, 0.005]\n  lora_dropout: [0.05, 1.5]\n  lora_r: [4, 8]\n"
+        )
+        self.place = folder / "tune" / "r4"
+
+    def start(self) -> subprocess.Popen:
+        environment = os.environ | {
+            "PYTHONPATH": f"{self.folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+            "OPENED": str(self.folder / "opened."),
+        }
+        return subprocess.Popen(
+            [sys.executable, "-c", SEARCH, self.recipe, self.folder, self.space],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def list_opened(self) -> set[str]:
+        texts = (file.read_text() for file in self.folder.glob("opened.*"))
+        return {Path(name).name for text in texts for name in text.splitlines()}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, chat_rows, tmp_path_factory) -> WholeSearch:
+    from tests.training import count_steps, wait_for
+
+    folder = tmp_path_factory.mktemp("search")
+    for path in (chat_rows, chat_rows.with_name("sentiment_val.jsonl")):
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "sentiment_test.jsonl").write_bytes(chat_rows.read_bytes())
+    recipe = write_recipe(folder, "r4", tiny, folder / chat_rows.name)
+    result = WholeSearch(folder, recipe)
+    process = result.start()
+    wait_for(process, lambda: count_steps(result.place / "000") >= 5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130 and "goes on from here" in errors
+    assert not Run(result.place / "000").is_finished
+    result.interrupted_at = count_steps(result.place / "000")
+    process = result.start()
+    result.output, errors = process.communicate()
+    assert process.returncode == 0, result.output + errors
+    result.report = json.loads((folder / "results" / "r4.json").read_text())
+    return result
+
+
+@pytest.mark.slow
+def test_an_interrupted_search_goes_on_to_its_end(whole):
+    trials = whole.report["trials"]
+    assert len(trials) == 4 and trials[0]["state"] == "finished"
+    assert trials[0]["steps"] == 12
+    lines = (whole.place / "000" / "progress.jsonl").read_text().splitlines()
+    steps = [row["step"] for row in map(json.loads, lines) if "loss" in row]
+    assert steps == list(range(1, 13))
+    log = (whole.place / "000" / "train.log").read_text()
+    assert "Resuming" in log or "resume" in log.lower()
+
+
+@pytest.mark.slow
+def test_a_candidate_that_fails_counts_as_failed_and_the_search_goes_on(whole):
+    states = {trial["point"]["lora_dropout"]: trial["state"] for trial in whole.report["trials"]}
+    assert states[1.5] == "failed" and states[0.05] != "failed"
+    failed = next(trial for trial in whole.report["trials"] if trial["state"] == "failed")
+    assert "dropout" in failed["reason"]
+
+
+@pytest.mark.slow
+def test_no_test_row_is_read_and_validation_rows_are(whole):
+    opened = whole.list_opened()
+    assert {"sentiment_train.jsonl", "sentiment_val.jsonl", "validation.jsonl"} <= opened
+    assert not {name for name in opened if "test" in name}
+
+
+@pytest.mark.slow
+def test_the_winner_was_trained_with_two_seeds(whole):
+    winner = whole.report["winner"]
+    assert winner["another_seed"]["seed"] == 43 and winner["another_seed"]["value"] > 0
+    assert winner["another_seed"]["value"] != winner["value"]
+    config = yaml.safe_load((whole.place / f"{winner['number']:03d}-again.yaml").read_text())
+    assert config["seed"] == 43
+    assert f"with seed 43 instead of 42: {winner['another_seed']['value']:.4f}" in whole.output
+
+
+@pytest.mark.slow
+def test_candidates_share_the_prepared_rows_and_are_judged_row_by_row(whole):
+    for number in (0, whole.report["winner"]["number"]):
+        run = Run(whole.place / f"{number:03d}")
+        last = run.evaluations()[-1]
+        assert last["step"] == last["steps"] and len(last["losses"]) == 20
+        assert last["loss"] == pytest.approx(sum(last["losses"]) / 20, rel=1e-5)
+        assert run.info["last_eval_loss"] == pytest.approx(last["loss"])
+        assert not (run.folder / "prepared").exists() and not run.adapter_file.exists()
+    assert len([path for path in (whole.place / "prepared").iterdir() if path.is_dir()]) == 2

@@ -1,0 +1,104 @@
+"""Divides a recipe's rows for a search: those that train, and 100 to 200 that judge.
+
+    hold_out(recipe, settings.validation, folder).judged
+
+The recipe's validation rows judge. Where they are too few, training rows are held back, drawn by
+prompt with a fixed seed; all copies of a prompt are on one side. Test rows are not read.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from tools import recipes
+from tools.common import ROOT, WrongInput, atomic, shown
+from tools.data.rules import fingerprint
+from tools.data.split import draw_prompts
+from tools.data.turns import join_turns
+from tools.train.checks import find_data_file
+from tools.train.space import Validation
+
+
+@dataclass(frozen=True)
+class Division:
+    """The files of a search, and how many rows they have."""
+
+    train: Path
+    validation: Path
+    trained: int
+    judged: int
+    held_back: int  # of those that judge
+
+    def __str__(self) -> str:
+        origin = f", {self.held_back} of them held back from training" if self.held_back else ""
+        return f"{self.trained} rows train, {self.judged} judge{origin}; no test row is read"
+
+
+def read_lines(recipe: recipes.Recipe, entry: dict[str, Any]) -> list[bytes]:
+    """The rows of a data file; raises WrongInput unless it is JSONL with turns."""
+    path = find_data_file(recipe, entry["path"])
+    field = entry.get("field_messages") or "messages"
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()] if path else []
+    try:
+        if path is None or not all(orjson.loads(line)[field][-1] for line in lines):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise WrongInput(
+            f"{recipe.where}: a search needs JSONL rows with turns under {field}; "
+            f"{shown(path) if path else entry['path']} has others"
+        ) from None
+    return lines
+
+
+def mark_prompt(line: bytes, entry: dict[str, Any]) -> bytes:
+    """Identifies the prompt of a chat row: its turns but the last, and its tools."""
+    row = orjson.loads(line)
+    turns = row[entry.get("field_messages") or "messages"][:-1]
+    texts = [{"role": "", "content": ""} | turn for turn in turns]
+    return fingerprint(f"{join_turns(texts)}{row.get('tools') or ''}")
+
+
+def hold_out(recipe: recipes.Recipe, sizes: Validation, folder: Path) -> Division:
+    """Writes the two files of a search into `folder`; the same rows give the same files."""
+    config = recipe.config
+    if len(config["datasets"]) > 1:
+        raise WrongInput(f"{recipe.where}: a search needs one training file, and it names several")
+    entry = config["datasets"][0]
+    lines = read_lines(recipe, entry)
+    own = [
+        line
+        for other in config.get("test_datasets") or ()
+        if (ROOT / other["path"]).is_file()
+        for line in read_lines(recipe, other)
+    ]
+    marks = [mark_prompt(line, entry) for line in lines]
+    own_marks = [mark_prompt(line, entry) for line in own]
+    copies = Counter(mark for mark in marks if mark not in set(own_marks))
+    if len(own) > sizes.most:
+        drawn = draw_prompts(Counter(own_marks), sizes.most)
+        judging = [line for line, mark in zip(own, own_marks, strict=True) if mark in drawn]
+    else:
+        judging, drawn = list(own), set[bytes]()
+    if len(own) < sizes.least:
+        total = len(lines) + len(own)
+        wanted = min(max(sizes.least, total // 5), sizes.most, total // 3) - len(own)
+        drawn = draw_prompts(copies, wanted) if wanted > 0 and copies else set()
+        judging += [line for line, mark in zip(lines, marks, strict=True) if mark in drawn]
+    judged = {*own_marks, *drawn}
+    training = [line for line, mark in zip(lines, marks, strict=True) if mark not in judged]
+    if len(judging) < 2 or not training:
+        raise WrongInput(
+            f"{recipe.where}: {len(lines)} rows are too few to train on some and judge by others"
+        )
+    stem = Path(entry["path"]).stem.removesuffix("_train")
+    # The name tells the task, as that of the recipe's own file does.
+    files = {f"{Path(entry['path']).stem}.jsonl": training, f"{stem}_val.jsonl": judging}
+    for name, rows in files.items():
+        with atomic(folder / name) as file:
+            file.writelines(row + b"\n" for row in rows)
+    train, validation = (folder / name for name in files)
+    held_back = max(0, len(judging) - len(own))
+    return Division(train, validation, len(training), len(judging), held_back)
