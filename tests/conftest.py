@@ -26,7 +26,7 @@ common.quiet()
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 # Files that take longest, which start first, so that no worker is left alone with one at the end.
-LONGEST = ["test_survival", "test_train", "test_eval", "test_multi", "test_hub", "test_serve"]
+LONGEST = ["test_hub", "test_train", "test_configs", "test_multi", "test_serve", "test_adapter"]
 # What vLLM answers on a GPU of the Ampere generation.
 GPU = serve.Engine(
     ["vllm", "serve"],

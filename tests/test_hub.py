@@ -348,7 +348,14 @@ def test_a_push_killed_at_any_step_publishes_nothing_and_the_next_one_all(me, se
     assert files[adapters.WEIGHTS] == (me.folder / adapters.WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize("step", ["create", "upload", "commit", "tag"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        *(pytest.param(step, marks=pytest.mark.slow) for step in ("create", "tag")),
+        "upload",
+        "commit",
+    ],
+)
 def test_a_connection_that_breaks_is_one_line_and_the_same_command_repairs_it(me, server, step):
     server.at[step] = once(cut)
     first = me.push()

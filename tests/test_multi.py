@@ -106,6 +106,7 @@ def test_two_processes_killed_in_the_second_epoch_go_on(tiny, chat_rows, tmp_pat
     assert losses(folder) == losses(tmp_path / "once" / "r4")
 
 
+@pytest.mark.slow
 def test_two_processes_told_to_stop_save_together(tiny, chat_rows, tmp_path):
     recipe = write_recipe(tmp_path, "r4", tiny, chat_rows, max_steps=200, save_steps=200)
     folder = tmp_path / "r4"
@@ -139,7 +140,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_with_what_can():
 @pytest.mark.parametrize(
     ("profile", "reason"),
     [
-        ("cpu", "they would train apart"),
+        pytest.param("cpu", "they would train apart", marks=pytest.mark.slow),
         pytest.param("cpu,zero1", "trains without it", marks=pytest.mark.slow),
     ],
 )
@@ -165,6 +166,7 @@ def test_training_apart_is_refused(tiny, chat_rows, tmp_path, profile, reason):
     assert not list(recipe.run.folder.glob("adapter_model*"))
 
 
+@pytest.mark.slow
 def test_different_data_on_two_processes_is_refused(tmp_path):
     """The watch over a training, alone, in two real processes over gloo."""
     script = tmp_path / "apart.py"

@@ -268,6 +268,7 @@ def test_vllm_answers_as_chat_does_under_the_names_that_are_printed(smollm2, tmp
         assert text and expected.startswith(text)
 
 
+@pytest.mark.slow
 def test_a_base_of_the_hub_is_downloaded_and_offline_one_line_says_that_it_is_not_here(
     tiny, adapters, tmp_path
 ):

@@ -48,7 +48,7 @@ def undisturbed(tiny, chat_rows, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+    [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGINT)],
     ids=lambda n: n.name,
 )
 def test_a_training_told_to_stop_saves_and_goes_on(undisturbed, tiny, chat_rows, tmp_path, number):

@@ -120,6 +120,7 @@ def test_a_run_killed_in_the_middle_goes_on_to_the_same_adapter(runs, tiny, chat
     assert_same(folder, runs["r4"])
 
 
+@pytest.mark.slow
 def test_packed_rows_train_what_padded_rows_do_in_fewer_tokens(tiny, chat_rows, tmp_path):
     """Without dropout, whose random numbers differ; with micro-batches that are merged."""
     batch = {"micro_batch_size": 4, "gradient_accumulation_steps": 2, "lora_dropout": 0.0}
