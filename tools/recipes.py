@@ -139,9 +139,11 @@ def list_names() -> dict[str, tuple[str, str, str]]:
     return {
         f"{model}/{task}_{method}": (model, task, method)
         for model in matrix["models"]
-        for task in matrix["tasks"]
-        for method, row in matrix["methods"].items()
-        if fnmatchcase(f"{model}/{task}", row.get("only", "*"))
+        for task, task_row in matrix["tasks"].items()
+        for method, method_row in matrix["methods"].items()
+        if all(
+            fnmatchcase(f"{model}/{task}", row.get("only", "*")) for row in (task_row, method_row)
+        )
     }
 
 

@@ -163,7 +163,7 @@ def share_prefixes(trainer: Any) -> None:
     """Lets a trainer pack the rows of each step. Evaluation keeps its batches.
 
     Micro-batches of a step are merged up to the tokens that the largest one would hold padded, so
-    memory does not grow. Several processes, and DeepSpeed, count micro-batches: there none are
+    memory hardly grows. Several processes, and DeepSpeed, count micro-batches: there none are
     merged. bitsandbytes' int8 on a GPU picks its outlier columns by batch, so there neither.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
