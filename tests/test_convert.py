@@ -782,6 +782,10 @@ def test_every_published_row_is_converted(target, name, path):
     rows = [json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
     assert manifest["rows"] == len(rows) > 0
     expected = [(str(row["context"]).strip(), str(row["target"]).strip()) for row in rows]
+    if instruction := sources.tables()["datasets"].get(name, {}).get("instruction"):
+        words = instruction["instead_of"], instruction["write"]
+        assert all(prompt.count(words[0]) == 1 for prompt, _ in expected)
+        expected = [(prompt.replace(*words), answer) for prompt, answer in expected]
     assert read_turns(target) == [(p, rule.relabel.get(a, a)) for p, a in expected]
 
 

@@ -52,6 +52,23 @@ def mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+def save_in_this_process() -> None:
+    """Lets Axolotl save prepared rows without other processes, which take seconds to start.
+
+    It starts at least one, also where `dataset_num_proc` is 0.
+    """
+    from datasets import Dataset
+
+    save = Dataset.save_to_disk
+
+    def save_to_disk(
+        rows: Any, *arguments: Any, num_proc: int | None = None, **options: Any
+    ) -> None:
+        save(rows, *arguments, **options)
+
+    Dataset.save_to_disk = save_to_disk
+
+
 class RunPlugin(BasePlugin):
     watch: Watch | None = None  # until there is a trainer
 
@@ -61,6 +78,8 @@ class RunPlugin(BasePlugin):
     def register(self, cfg: Any) -> None:
         import torch
 
+        if cfg.get("dataset_num_proc") == 0:
+            save_in_this_process()
         if read_rank("WORLD_SIZE") > 1 and not torch.cuda.is_available():
             versions.skip_peer_check()
             # Each process's device is cpu:N, to which torch.load knows no way for an optimizer.
