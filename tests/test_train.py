@@ -320,3 +320,17 @@ def test_a_finished_run_moves_aside_where_it_is_trained_again(tmp_path, capsys):
         assert not (run / "run.json").exists()
     folders = {path.name for path in tmp_path.iterdir() if (path / "run.json").is_file()}
     assert folders == {"run.previous", *(f"run.previous-{n}" for n in (2, 3, 4))}
+
+
+def test_few_rows_are_prepared_by_the_training_itself(tiny, tmp_path):
+    few, many = tmp_path / "few_train.jsonl", tmp_path / "many_train.jsonl"
+    few.write_text("{}\n")
+    many.write_bytes(b"\n" * (profiles.FEW_BYTES + 1))
+    for data, processes in ((few, 0), (many, None)):
+        recipe = recipes.find(str(write_recipe(tmp_path, "r4", tiny, data, test_datasets=None)))
+        config = profiles.merge_config(recipe, profiles.Choice("cpu"))
+        assert config.get("dataset_num_proc") == processes
+    chosen = write_recipe(tmp_path, "r4", tiny, few, test_datasets=None, dataset_num_proc=3)
+    config = profiles.merge_config(recipes.find(str(chosen)), profiles.Choice("cpu"))
+    assert config["dataset_num_proc"] == 3
+    assert "dataset_num_proc" not in profiles.identity_of(config)
