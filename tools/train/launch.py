@@ -176,13 +176,12 @@ def train(recipe: recipes.Recipe, choice: profiles.Choice, machines: Machines, f
     if not force and not recipe.run.identity_file.is_file():
         require_hardware(recipe, here, profile)
     refuse_unusable(recipe)
-    # Axolotl's schema loads torch, and this process stays beside the training: a child's gigabyte.
+    # Axolotl loads torch, and this process stays beside the training: a child's gigabyte.
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
         child.submit(recipes.validate, recipe.config, recipe.where).result()
-    if recipe.run.folder in (ROOT, ROOT / "runs", *ROOT.parents):
-        raise WrongInput(f"{recipe.where}: output_dir must be a folder of its own")
-    smollm2.ensure(recipe.config["base_model"])
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
+        if recipe.run.folder in (ROOT, ROOT / "runs", *ROOT.parents):
+            raise WrongInput(f"{recipe.where}: output_dir must be a folder of its own")
+        smollm2.ensure(recipe.config["base_model"])
         child.submit(refuse_unrenderable, recipe).result()
     if missing := sources.drop_missing_validation(recipe.config)[1]:
         print(f"train      no rows validate: {missing}")
