@@ -76,7 +76,7 @@ reproduce: $(READY) ## Train a finished run again and compare the adapters · RU
 	@$(RUN) reproduce
 
 ##@ Score
-verify: $(READY) ## Measure a recipe for results/: data, training, scores · RECIPE=… [SEEDS=3] [SHOTS=3] [FORCE=1]
+verify: $(READY) ## Measure a recipe for results/: data, training, scores · RECIPE=… [SEEDS=3] [SHOTS=3] [TASKS=fpb]
 	@$(RUN) verify
 eval: $(READY) ## Score base and adapter · [RECIPE=… | ADAPTER=…] [TASKS=fpb] [LIMIT=200] [SHOTS=3]
 	@$(RUN) eval

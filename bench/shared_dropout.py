@@ -1,49 +1,52 @@
 """Whether accuracy suffers where packed rows share the dropout of their common beginning.
 
-    python -m bench.shared_dropout [--seeds 42 43 44] [--steps 110]
+    python -m bench.shared_dropout [--seeds 3]
 
-Trains smollm2-135m/sentiment_r4 for each seed on packed and on padded rows, and scores both on FPB.
-What is trained stays in runs/.shared_dropout/, so the command can be interrupted and repeated; a
-table of all finished seeds goes to results/shared_dropout.json.
+Trains smollm2-135m/sentiment_r4 with each seed on packed and on padded rows; FPB scores both. Packed
+runs are the recipe's own (`make verify` has the same), padded ones stay in
+runs/.shared_dropout/, so the command can be interrupted and repeated. A table of all finished seeds
+goes to results/shared_dropout.json.
 """
 
 import argparse
 import json
+from dataclasses import replace
 from typing import Any
 
-import yaml
-
-from bench.jobs import run_verb
-from tools import recipes
-from tools.common import ROOT, atomic, command, format_table, write_json
-from tools.runs import Run
+from evals import run
+from tools import recipes, subjects
+from tools.common import ROOT, command, format_table, quiet, read_json, write_json
+from tools.train import launch
 from tools.train.hardware import detect_host
+from tools.train.machines import Machines
+from tools.train.profiles import Choice
 
 RECIPE, DATASET = "smollm2-135m/sentiment_r4", "fpb"
-RUNS = ROOT / "runs" / ".shared_dropout"
+RUNS = "runs/.shared_dropout"
 RESULTS = ROOT / "results" / "shared_dropout.json"
-SIDES = {"packed": {}, "padded": {"shared_prefix": False}}
+SIDES = ("packed", "padded")
 
 
-def train_and_score(seed: int, steps: int, side: str) -> dict[str, Any]:
-    """Trains one side with one seed, or what is missing of it; returns what it reached."""
-    folder = RUNS / f"{steps}_steps_{seed}_{side}"
-    config = recipes.build_config(RECIPE) | SIDES[side]
-    config |= {"seed": seed, "max_steps": steps, "output_dir": str(folder)}
-    config |= {"dataset_prepared_path": str(folder / "prepared"), "eval_steps": steps}
-    path = folder.with_suffix(".yaml")
-    with atomic(path) as file:
-        file.write(yaml.safe_dump(config, sort_keys=False).encode())
-    run_verb("train", path)
-    run_verb("eval", path, "--tasks", DATASET)
-    info = Run(folder).info
-    scores = json.loads((folder / "evals" / f"{DATASET}.json").read_text())
+def train_and_score(recipe: recipes.Recipe) -> dict[str, Any]:
+    """Trains and scores one side with one seed, or what is missing of it; what it reached."""
+    launch.train(recipe, Choice(), Machines(), False)
+    subject = subjects.of_recipe(recipe, False, None, None)
+    file = run.score_subject(subject, run.Request([DATASET]))[DATASET]["adapter"]
+    scores, info = json.loads(file.read_text()), recipe.run.info
     return {
         "accuracy": round(scores["metrics"]["accuracy"]["value"], 4),
         "validation_loss": round(info["last_eval_loss"], 4),
         "seconds": round(info["seconds"]),
         "computed_tokens": info["computed_tokens"],
     }
+
+
+def pad_rows(recipe: recipes.Recipe) -> recipes.Recipe:
+    """The same recipe without packs, whose run lies in a folder of this benchmark."""
+    folder = f"{RUNS}/seed{recipe.seed}"
+    changes = {"shared_prefix": False, "output_dir": folder}
+    changes |= {"dataset_prepared_path": f"{folder}/prepared"}
+    return replace(recipe, config=recipe.config | changes)
 
 
 def print_seeds(seeds: dict[str, dict[str, dict[str, Any]]]) -> None:
@@ -62,16 +65,19 @@ def print_seeds(seeds: dict[str, dict[str, dict[str, Any]]]) -> None:
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description="packed rows against padded ones, with dropout")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
-    parser.add_argument("--steps", type=int, default=110)
+    parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
-    RUNS.mkdir(parents=True, exist_ok=True)
-    old = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    seeds = old.get("seeds", {}) if old.get("steps") == options.steps else {}
-    for seed in options.seeds:
-        seeds[str(seed)] = {side: train_and_score(seed, options.steps, side) for side in SIDES}
-        content = {"recipe": RECIPE, "dataset": DATASET, "steps": options.steps}
-        write_json(RESULTS, content | {"machine": detect_host().describe_machine(), "seeds": seeds})
+    quiet()
+    recipe = recipes.find(RECIPE)
+    content = {"recipe": RECIPE, "dataset": DATASET, "digest": recipe.digest}
+    old = read_json(RESULTS) if RESULTS.is_file() else {}
+    seeds = old["seeds"] if old.get("digest") == recipe.digest else {}
+    for seed in range(recipe.seed, recipe.seed + options.seeds):
+        seeded = recipe.with_seed(seed)
+        packed, padded = map(train_and_score, (seeded, pad_rows(seeded)))
+        seeds[str(seed)] = {"packed": packed, "padded": padded}
+        machine = detect_host().describe_machine(1)
+        write_json(RESULTS, content | {"machine": machine, "seeds": seeds})
     print_seeds(seeds)
 
 

@@ -67,6 +67,7 @@ Tasks = Annotated[
     str | None,
     Argument(help="Tasks, comma-separated; all if omitted.", autocompletion=complete_task),
 ]
+Datasets = Annotated[str | None, Option(help="Datasets, comma-separated; all if omitted.")]
 Adapter = Annotated[str | None, Option(help="A PEFT folder, or owner/name of a pulled adapter.")]
 Precision = Annotated[
     Literal["nf4", "int8", "bf16", "fp16", "fp32"] | None,
@@ -480,6 +481,7 @@ def verify(
         int,
         Option(min=0, help="Also score the base with so many worked examples in each prompt."),
     ] = 3,
+    tasks: Datasets = None,
     profile: Profile = None,
     nproc: Nproc = None,
     examples: Annotated[
@@ -497,7 +499,8 @@ def verify(
     from tools.train import verify
     from tools.train.profiles import Choice
 
-    request = verify.Verification(seeds, shots, Choice(profile, nproc), force, examples)
+    choice, datasets = Choice(profile, nproc), tuple(split(tasks))
+    request = verify.Verification(seeds, shots, choice, force, examples, datasets)
     verify.verify(recipe, request)
     write_result_pages()
 
@@ -511,7 +514,7 @@ def evaluate(
         str | None,
         Argument(help="A recipe; every finished run if omitted.", autocompletion=complete_recipe),
     ] = None,
-    tasks: Annotated[str | None, Option(help="Datasets, comma-separated.")] = None,
+    tasks: Datasets = None,
     limit: Annotated[
         int | None, Option(min=1, help="Rows of each dataset to score; all if omitted.")
     ] = None,

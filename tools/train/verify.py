@@ -40,6 +40,7 @@ class Verification:
     choice: Choice = Choice()
     force: bool = False
     permits_examples: bool = False  # data/sample, which is no evidence
+    datasets: tuple[str, ...] = ()  # that are scored; all of the task where there are none
 
 
 def announce(text: str) -> None:
@@ -54,7 +55,7 @@ def verify(name: str, request: Verification) -> None:
     """
     recipe = find_named_recipe(name)
     prepare_data(str(recipe.task))
-    datasets = run.choose_datasets(recipe.task, [])
+    datasets = run.choose_datasets(recipe.task, list(request.datasets))
     data = list_data(recipe, datasets)
     is_of_examples = refuse_examples(recipe, data, request.permits_examples)
     here = hardware.detect_host()
