@@ -2,10 +2,10 @@
 
     python -m bench.shared_dropout [--seeds 3]
 
-Trains smollm2-135m/sentiment_r4 with each seed on packed and on padded rows; FPB scores both. Packed
-runs are the recipe's own (`make verify` has the same), padded ones stay in
-runs/.shared_dropout/, so the command can be interrupted and repeated. A table of all finished seeds
-goes to results/shared_dropout.json.
+Trains smollm2-135m/sentiment_r4 with each seed on packed and on padded rows, and scores both on
+FPB. Packed runs are the recipe's own (`make verify` has the same), padded ones stay in
+runs/.shared_dropout/, so the command can be interrupted and repeated. A table of all finished
+seeds goes to results/shared_dropout.json.
 """
 
 import argparse
