@@ -118,7 +118,7 @@ class PackedPrefill(Model):
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         prefix = self.compute_prefix(prompts)
         for batch in self.divide(prompts, requests[0].args[1]["max_gen_toks"]):
-            rows = [[*prompts[row], 0] for row in batch]  # a pack ends before the last token
+            rows = [prompts[row] for row in batch]
             for pack in self.pack(rows, prefix.get_seq_length() if prefix else 0):
                 self.compute_pack(pack, prefix)
         return [""] * len(requests)

@@ -5,6 +5,7 @@ It also reports how likely each label was as the answer's first token.
 
 import copy
 from collections.abc import Iterator, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lm_eval.models.utils import (
 )
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from evals.answers import Progress
 from tools import packs
@@ -30,9 +32,9 @@ CACHED = {"cpu": 4096, "cuda": 16384}
 
 
 def common_prefix(rows: list[list[int]]) -> int:
-    """How many leading tokens all rows share, at most two less than the shortest row has."""
+    """How many leading tokens all rows share, at most one less than the shortest row has."""
     first, last = min(rows), max(rows)  # rows sorted between these share what these share
-    longest = max(min(map(len, rows)) - 2, 0)
+    longest = min(map(len, rows)) - 1
     return next((at for at in range(longest) if first[at] != last[at]), longest)
 
 
@@ -133,17 +135,18 @@ class Model(Progress, HFLM):
         for batch in self.divide(prompts, budget):
             rows = [prompts[row] for row in batch]
             first = FirstToken(labels)
-            if self.packs:
-                rest["past_key_values"] = self.compute_keys(rows, prefix)
             context, mask = self._pad(rows)
-            generated = self._model_generate(
-                context=context,
-                attention_mask=mask,
-                max_length=context.shape[1] + budget,
-                stop=stop,
-                logits_processor=LogitsProcessorList([first] if labels else []),
-                **rest,
-            )
+            options = rest | {
+                "context": context,
+                "attention_mask": mask,
+                "max_length": context.shape[1] + budget,
+                "stop": stop,
+                "logits_processor": LogitsProcessorList([first] if labels else []),
+            }
+            if self.packs:
+                generated = self.generate_behind(rows, prefix, options)
+            else:
+                generated = self._model_generate(**options)
             self.probabilities += first.shares
             new = generated[:, context.shape[1] :].tolist()
             for row, answer in zip(batch, map(self.tok_decode, new), strict=True):
@@ -183,13 +186,45 @@ class Model(Progress, HFLM):
         with torch.inference_mode():
             return self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
 
-    def compute_keys(self, rows: list[list[int]], prefix: Any) -> DynamicCache:
-        """The keys and values of prompts but for their last tokens, padded on the left.
+    def generate_behind(
+        self, rows: list[list[int]], prefix: Any, settings: dict[str, Any]
+    ) -> torch.Tensor:
+        """(rows, tokens) what `_model_generate` gives, with prompts that went through in packs.
 
-        For each layer two tensors (rows, heads, longest prompt - 1, size).
+        `generate` computes at least one token of each prompt. That pass is answered with what the
+        packs have given, so that the rules by which it chooses a token stay its own.
         """
-        width = max(map(len, rows)) - 1
+        logits, cache = self.compute_keys(rows, prefix)
+        inner = getattr(self.model, "get_base_model", lambda: self.model)()
+        own, forward = "forward" in vars(inner), inner.forward
+
+        def restore() -> None:
+            if own:
+                inner.forward = forward
+            else:
+                vars(inner).pop("forward", None)
+
+        @wraps(forward)  # `generate` reads the names of its parameters
+        def answer(*_: Any, **__: Any) -> CausalLMOutputWithPast:
+            restore()
+            return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=cache)
+
+        shorter = [(layer.keys[:, :, :-1], layer.values[:, :, :-1]) for layer in cache.layers]
+        inner.forward = answer
+        try:
+            return self._model_generate(past_key_values=DynamicCache(shorter), **settings)
+        finally:
+            restore()
+
+    def compute_keys(self, rows: list[list[int]], prefix: Any) -> tuple[torch.Tensor, DynamicCache]:
+        """Prompts' logits at their last tokens, and their keys and values, padded on the left.
+
+        The logits are (rows, vocabulary); for each layer there are two tensors (rows, heads,
+        longest prompt, size).
+        """
+        width = max(map(len, rows))
         layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        logits: list[torch.Tensor] = []
         done = 0
 
         def make(packed: torch.Tensor) -> torch.Tensor:
@@ -201,9 +236,9 @@ class Model(Progress, HFLM):
                 path = pack.paths[end]
                 places[row, width - len(path) :] = torch.tensor(path)
             places = places.to(self.device)
-            packed = [
-                (layer.keys, layer.values) for layer in self.compute_pack(pack, prefix).layers
-            ]
+            output = self.compute_pack(pack, prefix)
+            logits.append(output.logits[0])
+            packed = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
             if not layers:
                 layers = [(make(keys), make(values)) for keys, values in packed]
             for pair, packed_pair in zip(layers, packed, strict=True):
@@ -211,25 +246,27 @@ class Model(Progress, HFLM):
                     spread = of_pack[0][:, places].transpose(0, 1)
                     states[done : done + len(places)] = spread
             done += len(places)
-        return DynamicCache(layers)
+        return torch.cat(logits), DynamicCache(layers)
 
     def pack(self, rows: list[list[int]], cached: int) -> Iterator[packs.Pack]:
-        """Packs of consecutive prompts but for their last tokens, of about `self.tokens` tokens."""
+        """Packs of consecutive prompts, of about `self.tokens` tokens each."""
         chosen: list[packs.Row] = []
         tokens = 0
         for number, row in enumerate(rows):
-            ids = row[:-1]
             shared = common_prefix([row, rows[number - 1]]) if chosen else 0
-            new = len(ids) - (shared if shared >= cached + SHORTEST else cached)
+            new = len(row) - (shared if shared >= cached + SHORTEST else cached)
             if chosen and tokens + new > self.tokens:
                 yield packs.pack_rows(chosen, cached)
-                chosen, tokens, new = [], 0, len(ids) - cached
-            chosen.append(packs.Row(ids, [packs.IGNORED] * (len(ids) - 1) + [0], 1.0))
+                chosen, tokens, new = [], 0, len(row) - cached
+            chosen.append(packs.Row(row, [packs.IGNORED] * (len(row) - 1) + [0], 1.0))
             tokens += new
         yield packs.pack_rows(chosen, cached)
 
-    def compute_pack(self, pack: packs.Pack, prefix: Any) -> DynamicCache:
-        """The keys and values of a pack, behind those of what all prompts begin with."""
+    def compute_pack(self, pack: packs.Pack, prefix: Any) -> Any:
+        """The model's output of a pack behind what all prompts begin with.
+
+        Its logits (1, rows, vocabulary) are those at the rows' last tokens.
+        """
 
         def tensor(values: list[int]) -> torch.Tensor:
             return torch.tensor(values, device=self.device)
@@ -240,16 +277,15 @@ class Model(Progress, HFLM):
         )
         segments.pad()
         with torch.inference_mode():
-            output = self.model(
+            return self.model(
                 input_ids=tensor(pack.ids)[None],
                 position_ids=tensor(pack.positions)[None],
                 attention_mask=segments.mask,
                 segments=segments,
                 past_key_values=copy.deepcopy(prefix) if prefix else DynamicCache(),
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=tensor([pack.paths[end][-1] - pack.cached for end in pack.ends]),
             )
-        return output.past_key_values
 
     def _pad(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, longest) int64 prompts, padded on the left, and their mask."""

@@ -122,15 +122,16 @@ def test_packed_prompts_have_the_keys_and_values_of_each_alone(kind, shared, tok
     rows = [prompts[row] for batch in lm.divide(prompts, 1) for row in batch]
     assert sorted(rows) == sorted(prompts)
     packs = list(lm.pack(rows, 40 if shared else 0))
-    if tokens == 1024:  # counted by hand: 40 shared, 39 + 8 and 38 + 2 of the texts, 1, 299, 2
-        assert [len(pack.ids) for pack in packs] == [387 if shared else 429]
-    cache = lm.compute_keys(rows, prefix)
+    if tokens == 1024:  # counted by hand: 40 shared, 40 + 8 and 39 + 2 of the texts, 2, 300, 3
+        assert [len(pack.ids) for pack in packs] == [391 if shared else 434]
+    logits, cache = lm.compute_keys(rows, prefix)
     for number, row in enumerate(rows):
         with torch.inference_mode():
-            alone = model(torch.tensor([row[:-1]]), use_cache=True).past_key_values
-        for layer, expected in zip(cache.layers, alone.layers, strict=True):
+            alone = model(torch.tensor([row]), use_cache=True)
+        torch.testing.assert_close(logits[number], alone.logits[0, -1], rtol=1e-5, atol=1e-5)
+        for layer, expected in zip(cache.layers, alone.past_key_values.layers, strict=True):
             for states, of_row in ((layer.keys, expected.keys), (layer.values, expected.values)):
-                own = states[number, :, states.shape[2] - len(row) + 1 :]
+                own = states[number, :, states.shape[2] - len(row) :]
                 torch.testing.assert_close(own, of_row[0], rtol=1e-5, atol=1e-5)
 
 
