@@ -28,7 +28,13 @@ def test_every_model_has_every_task_by_every_method():
     tasks += ["xbrl_term", "formula", "formula_worked", "financebench", "cfa"]
     tasks += ["general_multi", "reporting_multi", "analysis_multi"]
     methods = ["r4", "r8", "r8_dora", "r8_dora_a32", "r8_rslora", "r8_fp16", "qlora_all"]
-    expected = [f"{m}/{t}_{method}" for m in MODELS for t in tasks for method in methods]
+    expected = [
+        f"{model}/{task}_{method}"
+        for model in MODELS
+        for task in tasks
+        if model == "smollm2-135m" or task != "tfns_as_published"  # what swapped labels do
+        for method in methods
+    ]
     names = recipes.list_catalogue()
     names.remove("smollm2-135m/sentiment_r4_all")  # the one method that is not for all
     assert names == expected
@@ -333,7 +339,7 @@ def test_what_a_recipe_learns_changes_only_with_its_version(copy, capsys):
     write(table)
     before = {path: path.read_bytes() for path in folder.rglob("*.yaml")}
     for verb in (catalogue.render, catalogue.check):
-        with pytest.raises(JobFailed, match="30 recipes learn something else under the same"):
+        with pytest.raises(JobFailed, match="28 recipes learn something else under the same"):
             verb()
         message = capsys.readouterr().err
         assert "llama-3.1-8b/sentiment_r4 1.1.0:\n    -lora_r: 4\n    +lora_r: 5\n" in message
@@ -461,7 +467,7 @@ def test_the_list_shows_every_recipe_with_a_file_and_loads_no_heavy_library():
     names, rest = read_table(ran("recipes"))
     assert names == {*map(recipes.shorten, filter(recipes.has_file, recipes.list_names()))}
     assert rest.startswith(f"{400 + len(list_own())} recipes, ")
-    assert "525 more have no file and train by their names; METHOD=r8_dora" in rest
+    assert "490 more have no file and train by their names; METHOD=r8_dora" in rest
 
 
 def test_a_method_lists_its_recipes_with_a_file_and_without_also_for_machines():
@@ -469,7 +475,7 @@ def test_a_method_lists_its_recipes_with_a_file_and_without_also_for_machines():
     all_names = [name for name in recipes.list_names() if name.endswith("_r8_dora")]
     assert names == {*map(recipes.shorten, all_names)}
     assert (
-        rest.startswith(f"{135 + len(list_own('_r8_dora'))} recipes, ")
+        rest.startswith(f"{127 + len(list_own('_r8_dora'))} recipes, ")
         and "more have no file" not in rest
     )
     rows = json.loads(ran("recipes", "--method", "r8_dora", "--task", "ner", "--json"))
