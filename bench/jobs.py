@@ -1,4 +1,4 @@
-"""What experiments share: trainings and scorings side by side, each a verb of the command line."""
+"""What experiments share: changed recipes, and trainings and scorings, one by one or at once."""
 
 import itertools
 import os
@@ -6,11 +6,35 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tools.common import ROOT, JobFailed, atomic, format_yaml
+from evals import run
+from tools import subjects
+from tools.common import ROOT, JobFailed, atomic, format_yaml, read_json
+from tools.recipes import Recipe
 from tools.subjects import Subject
+from tools.train import launch
+from tools.train.machines import Machines
+from tools.train.profiles import Choice
+
+
+def vary(recipe: Recipe, folder: str, changes: dict[str, Any]) -> Recipe:
+    """A recipe with other settings, which is trained in `folder`; None takes a setting away."""
+    config = recipe.config | changes
+    config |= {"output_dir": folder, "dataset_prepared_path": f"{folder}/prepared"}
+    return replace(
+        recipe, config={key: value for key, value in config.items() if value is not None}
+    )
+
+
+def train_and_score(recipe: Recipe, dataset: str) -> dict[str, dict[str, Any]]:
+    """Trains and scores a recipe, or what is missing of it; the score files of base and adapter."""
+    launch.train(recipe, Choice(), Machines(), False)
+    subject = subjects.of_recipe(recipe, False, None, None)
+    files = run.score_subject(subject, run.Request([dataset]))[dataset]
+    return {side: read_json(file) for side, file in files.items()}
 
 
 def run_verb(*arguments: Any) -> None:

@@ -177,15 +177,19 @@ def plan_bytes(bits: int, double_quant: bool, rows: int, tokens: int) -> dict[st
     """The same as the planner computes it, without the CUDA context."""
     config = recipes.build_config(RECIPE) | {"micro_batch_size": rows}
     model = architectures.find(config["base_model"])
-    changes = {"bits": bits, "double_quant": double_quant, "optimizer": name_optimizer()}
-    setup = replace(read_setup(config, tokens, 1), **changes)
+    setup = replace(
+        read_setup(config, tokens, 1),
+        bits=bits,
+        double_quant=double_quant,
+        optimizer=name_optimizer(),
+    )
     need = compute_memory(model, setup)
     base = sum(compute_weight_bytes(model, setup))
     return {"base": base, "adapter": need.adapter, "peak": need.training - need.cuda_context}
 
 
 def print_results(results: dict[str, dict[str, dict[str, int]]]) -> None:
-    rows = [("MB", "base", "planned", "peak", "planned", "process")]
+    rows: list[tuple[str, ...]] = [("MB", "base", "planned", "peak", "planned", "process")]
     for name, result in results.items():
         real, planned = result["measured"], result["planned"]
         sizes = (real["base"], planned["base"], real["peak"], planned["peak"], real["process"])

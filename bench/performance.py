@@ -53,7 +53,7 @@ def record(bench: str, subject: str, figures: dict[str, Any]) -> Path:
     """Adds one benchmark's figures to the file of this machine; returns the file."""
     machine = detect_host().describe_machine()
     path = RESULTS / f"performance_{slugify(machine)}.json"
-    content = read_json(path) if path.is_file() else {"machine": machine}
+    content: dict[str, Any] = read_json(path) if path.is_file() else {"machine": machine}
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     entry = {"date": time.strftime("%Y-%m-%d"), "packages": versions, **figures}
     content.setdefault(bench, {})[subject] = entry

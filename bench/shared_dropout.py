@@ -9,17 +9,12 @@ seeds goes to results/shared_dropout.json.
 """
 
 import argparse
-import json
-from dataclasses import replace
 from typing import Any
 
-from evals import run
-from tools import recipes, subjects
+from bench.jobs import train_and_score, vary
+from tools import recipes
 from tools.common import ROOT, command, format_table, quiet, read_json, write_json
-from tools.train import launch
 from tools.train.hardware import detect_host
-from tools.train.machines import Machines
-from tools.train.profiles import Choice
 
 RECIPE, DATASET = "smollm2-135m/sentiment_r4", "fpb"
 RUNS = "runs/.shared_dropout"
@@ -27,26 +22,15 @@ RESULTS = ROOT / "results" / "shared_dropout.json"
 SIDES = ("packed", "padded")
 
 
-def train_and_score(recipe: recipes.Recipe) -> dict[str, Any]:
-    """Trains and scores one side with one seed, or what is missing of it; what it reached."""
-    launch.train(recipe, Choice(), Machines(), False)
-    subject = subjects.of_recipe(recipe, False, None, None)
-    file = run.score_subject(subject, run.Request([DATASET]))[DATASET]["adapter"]
-    scores, info = json.loads(file.read_text()), recipe.run.info
+def measure(recipe: recipes.Recipe) -> dict[str, Any]:
+    """What one side reached with one seed."""
+    scores, info = train_and_score(recipe, DATASET)["adapter"], recipe.run.info
     return {
         "accuracy": round(scores["metrics"]["accuracy"]["value"], 4),
         "validation_loss": round(info["last_eval_loss"], 4),
         "seconds": round(info["seconds"]),
         "computed_tokens": info["computed_tokens"],
     }
-
-
-def pad_rows(recipe: recipes.Recipe) -> recipes.Recipe:
-    """The same recipe without packs, whose run lies in a folder of this benchmark."""
-    folder = f"{RUNS}/seed{recipe.seed}"
-    changes = {"shared_prefix": False, "output_dir": folder}
-    changes |= {"dataset_prepared_path": f"{folder}/prepared"}
-    return replace(recipe, config=recipe.config | changes)
 
 
 def print_seeds(seeds: dict[str, dict[str, dict[str, Any]]]) -> None:
@@ -74,8 +58,8 @@ def main() -> None:
     seeds = old["seeds"] if old.get("digest") == recipe.digest else {}
     for seed in range(recipe.seed, recipe.seed + options.seeds):
         seeded = recipe.with_seed(seed)
-        packed, padded = map(train_and_score, (seeded, pad_rows(seeded)))
-        seeds[str(seed)] = {"packed": packed, "padded": padded}
+        padded = vary(seeded, f"{RUNS}/seed{seed}", {"shared_prefix": False})
+        seeds[str(seed)] = {"packed": measure(seeded), "padded": measure(padded)}
         machine = detect_host().describe_machine(1)
         write_json(RESULTS, content | {"machine": machine, "seeds": seeds})
     print_seeds(seeds)

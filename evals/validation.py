@@ -135,7 +135,7 @@ def is_fitting(scorer: Scorer) -> bool:
             return chat_history[-1]["content"]
 
         def loglikelihood(self, requests: list[Any]) -> Any:
-            raise NotImplementedError
+            raise NotImplementedError("a key has no probability")
 
         loglikelihood_rolling = loglikelihood
 

@@ -1,6 +1,7 @@
 """The pages say what is: links, anchors, commands, recipe keys and examples."""
 
 import doctest
+import importlib
 import itertools
 import re
 import tomllib
@@ -262,3 +263,10 @@ def test_the_picture_of_the_layers_is_that_of_the_import_linter():
     places = [picture.find(module) for layer in layers for module in layer.split(" : ")[:1]]
     assert -1 not in places and places == sorted(places)
     assert all(module in picture for layer in layers for module in layer.split(" : "))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "bench").glob("[!_]*.py")))
+def test_every_experiment_and_benchmark_says_how_it_is_called(name):
+    module = importlib.import_module(f"bench.{name}")
+    if hasattr(module, "main"):
+        assert f"python -m bench.{name}" in module.__doc__

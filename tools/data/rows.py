@@ -98,6 +98,14 @@ class Batch:
         columns: dict[str, Any] = {n: list(compress(getattr(self, n), mask)) for n in names}
         return replace(self, **columns)
 
+    def append(self, number: int, line: bytes, prompt: str, answer: str, chat: bytes) -> None:
+        """Adds a row that broke no rule."""
+        self.numbers.append(number)
+        self.lines.append(line)
+        self.prompts.append(prompt)
+        self.answers.append(answer)
+        self.chat.append(chat)
+
     def reword(self, reword: Reword) -> "Batch":
         """Returns the batch with other prompts and answers; rows without any become refused."""
         batch = replace(self, numbers=[], lines=[], prompts=[], answers=[], chat=[])
@@ -109,11 +117,7 @@ class Batch:
             except ValueError as error:
                 batch.refused.append((number, str(error), line))
                 continue
-            batch.numbers.append(number)
-            batch.lines.append(line)
-            batch.prompts.append(prompt)
-            batch.answers.append(answer)
-            batch.chat.append(build_chat_row(prompt, answer))
+            batch.append(number, line, prompt, answer, build_chat_row(prompt, answer))
         return batch
 
     def stop_at_first(self) -> None:
@@ -184,11 +188,7 @@ def parse_lines(source: Path, lines: list[tuple[int, bytes]], rules: Rules, plai
         except (ValueError, RecursionError) as error:
             batch.refused.append((number, str(error), line))
             continue
-        batch.numbers.append(number)
-        batch.lines.append(line)
-        batch.prompts.append(prompt)
-        batch.answers.append(answer)
-        batch.chat.append(chat)
+        batch.append(number, line, prompt, answer, chat)
     return batch
 
 

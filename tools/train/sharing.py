@@ -10,7 +10,7 @@ from tools import architectures, models, prompts
 from tools.common import ROOT, WrongInput, json_lines
 from tools.packs import FIXED_ROPES, IGNORED, TESTED, Row, pack_rows
 
-SAMPLED = 256  # rows that `measure_saving` packs
+SAMPLED = 256  # rows that `describe_saving` packs
 # Axolotl's options under which a row's loss depends on more than its own tokens, or whose trainer
 # has batches of its own, or which was not tried with packs (FSDP, torch.compile).
 OPTIONS = [
