@@ -22,7 +22,7 @@ RESULTS = ROOT / "results" / "shared_dropout.json"
 SIDES = ("packed", "padded")
 
 
-def measure(recipe: recipes.Recipe) -> dict[str, Any]:
+def measure_side(recipe: recipes.Recipe) -> dict[str, Any]:
     """What one side reached with one seed."""
     scores, info = train_and_score(recipe, DATASET)["adapter"], recipe.run.info
     return {
@@ -59,7 +59,7 @@ def main() -> None:
     for seed in range(recipe.seed, recipe.seed + options.seeds):
         seeded = recipe.with_seed(seed)
         padded = vary(seeded, f"{RUNS}/seed{seed}", {"shared_prefix": False})
-        seeds[str(seed)] = {"packed": measure(seeded), "padded": measure(padded)}
+        seeds[str(seed)] = {"packed": measure_side(seeded), "padded": measure_side(padded)}
         machine = detect_host().describe_machine(1)
         write_json(RESULTS, content | {"machine": machine, "seeds": seeds})
     print_seeds(seeds)

@@ -37,7 +37,7 @@ METRICS = {"bare": ("accuracy",), "worked": ("accuracy", "numeric_accuracy")}
 SETTINGS = {"test_datasets": None, "eval_steps": None, "load_best_model_at_end": None}
 
 
-def write_rows() -> dict[str, Path]:
+def write_training_rows() -> dict[str, Path]:
     """Writes the training rows whose key one calculation gives, with both kinds of answers."""
     for name in TASKS.values():
         path = sources.train_path(name)
@@ -58,21 +58,23 @@ def write_rows() -> dict[str, Path]:
     return files
 
 
-def build_recipe(answers: str, rows: Path, seed: int) -> recipes.Recipe:
+def vary_recipe(answers: str, rows: Path, seed: int) -> recipes.Recipe:
     recipe = recipes.find(f"smollm2-135m/{TASKS[answers]}_r4")
     datasets = [recipe.config["datasets"][0] | {"path": shown(rows)}]
     changes = SETTINGS | {"seed": seed, "datasets": datasets}
     return vary(recipe, f"{shown(RUNS)}/{answers}_seed{seed}", changes)
 
 
-def read_values(scores: dict[str, Any], metric: str) -> list[float]:
+def list_row_values(scores: dict[str, Any], metric: str) -> list[float]:
     """The values of a metric, in the order of the test rows."""
     return [row["values"][metric] for row in scores["predictions"]]
 
 
-def measure(answers: str, rows: Path, seeds: list[int]) -> tuple[dict[str, Any], list[list[float]]]:
+def measure_answers(
+    answers: str, rows: Path, seeds: list[int]
+) -> tuple[dict[str, Any], list[list[float]]]:
     """What one kind of answers scored with all seeds, and its accuracy by seed and test row."""
-    trained = [build_recipe(answers, rows, seed) for seed in seeds]
+    trained = [vary_recipe(answers, rows, seed) for seed in seeds]
     scores = [train_and_score(recipe, DATASETS[answers]) for recipe in trained]
     infos = [recipe.run.info for recipe in trained]
     side: dict[str, Any] = {
@@ -83,15 +85,15 @@ def measure(answers: str, rows: Path, seeds: list[int]) -> tuple[dict[str, Any],
         "seconds": [round(info["seconds"]) for info in infos],
     }
     for metric in METRICS[answers]:
-        base = fmean(read_values(scores[0]["base"], metric))
-        means = [fmean(read_values(sides["adapter"], metric)) for sides in scores]
+        base = fmean(list_row_values(scores[0]["base"], metric))
+        means = [fmean(list_row_values(sides["adapter"], metric)) for sides in scores]
         side[metric] = {"base": round(base, 4), "seeds": [round(mean, 4) for mean in means]}
-    return side, [read_values(sides["adapter"], "accuracy") for sides in scores]
+    return side, [list_row_values(sides["adapter"], "accuracy") for sides in scores]
 
 
-def collect_results(files: dict[str, Path], seeds: list[int]) -> dict[str, Any]:
+def compare_answers(files: dict[str, Path], seeds: list[int]) -> dict[str, Any]:
     """What each kind of answers scored, and worked minus bare on the same rows."""
-    measured = {answers: measure(answers, rows, seeds) for answers, rows in files.items()}
+    measured = {answers: measure_answers(answers, rows, seeds) for answers, rows in files.items()}
     values = {answers: columns for answers, (_, columns) in measured.items()}
     bare, worked = (np.array(values[answers], float).T for answers in ("bare", "worked"))
     pairs = zip(values["bare"], values["worked"], strict=True)
@@ -126,9 +128,9 @@ def main() -> None:
     if options.seeds < 1:
         raise WrongInput("--seeds is a number from 1")
     quiet()
-    files = write_rows()
+    files = write_training_rows()
     first = recipes.find(f"smollm2-135m/{TASKS['bare']}_r4").seed
-    content = collect_results(files, list(range(first, first + options.seeds)))
+    content = compare_answers(files, list(range(first, first + options.seeds)))
     write_json(RESULTS, content)
     print(describe_results(content))
 

@@ -16,8 +16,7 @@ import orjson
 
 from tools import sources
 from tools.common import WrongInput, shown
-from tools.data.rules import fingerprint
-from tools.data.turns import join_turns
+from tools.data.rules import fingerprint_row
 
 SEED = b"42"
 
@@ -31,9 +30,9 @@ def choose_examples(test_rows: Path, count: int) -> list[dict[str, Any]]:
     train_rows = find_training_rows(test_rows)
     labels = set(sources.manifest(test_rows).get("labels") or ())
     sources.manifest(train_rows)
-    tested = {mark_prompt(row) for row in read_rows(test_rows)}
+    tested = {mark_prompt(row) for row in read_chat_rows(test_rows)}
     by_label: dict[str, list[tuple[bytes, bytes]]] = {}  # the first ones: (mark, row as JSON)
-    for row in read_rows(train_rows):
+    for row in read_chat_rows(train_rows):
         answer, mark = str(row["messages"][-1].get("content")), mark_prompt(row)
         if not is_single_question(row) or mark in tested or (labels and answer not in labels):
             continue
@@ -64,7 +63,7 @@ def find_training_rows(test_rows: Path) -> Path:
     raise WrongInput(f"no task trains for {shown(test_rows)}, so there are no worked examples")
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+def read_chat_rows(path: Path) -> Iterator[dict[str, Any]]:
     with open(path, "rb") as file:
         yield from map(orjson.loads, file)
 
@@ -78,8 +77,7 @@ def is_single_question(row: dict[str, Any]) -> bool:
 
 def mark_prompt(row: dict[str, Any]) -> bytes:
     """Identifies a prompt but for case and white space, in an order that the seed decides."""
-    mark = fingerprint(join_turns(row["messages"][:-1]))
-    return hashlib.blake2b(mark, key=SEED, digest_size=16).digest()
+    return hashlib.blake2b(fingerprint_row(row), key=SEED, digest_size=16).digest()
 
 
 def read_question(row: dict[str, Any]) -> str:

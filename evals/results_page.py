@@ -71,7 +71,7 @@ def build_readme_table(evidence: list[Result]) -> str:
     """A line for each recipe and dataset, as far as there is room."""
     lines = [
         join_cells(
-            format_recipe(result, "docs/"),
+            link_result(result, "docs/"),
             f"{dataset}, {entry.rows:,}",
             report.title(pick_main(entry)[0]),
             *format_sides(pick_main(entry)[1]),
@@ -85,7 +85,7 @@ def build_readme_table(evidence: list[Result]) -> str:
     return table + (rest if len(lines) > MOST_ROWS else "")
 
 
-def format_recipe(result: Result, folder: str = "") -> str:
+def link_result(result: Result, folder: str = "") -> str:
     return f"[`{result.recipe}`]({folder}results.md#{name_anchor(result)})"
 
 

@@ -13,10 +13,10 @@ import yaml
 from tests.conftest import write_recipe
 from tools import custom, recipes, sources
 from tools.common import ROOT, WrongInput, digest
-from tools.data.rules import fingerprint
+from tools.data.rules import fingerprint, fingerprint_row
 from tools.runs import Run
 from tools.train import checks, search, tune
-from tools.train.heldout import hold_out, mark_prompt
+from tools.train.heldout import hold_out
 from tools.train.space import Space, Validation, read_settings
 
 SMALL = "validation: {least: 20, most: 40}\nspace:\n  learning_rate: [0.0005, 0.005]\n"
@@ -191,11 +191,10 @@ def test_no_prompt_both_trains_and_judges(divided):
 
 
 def test_prompts_are_compared_by_all_turns_before_the_answer():
-    entry = {"field_messages": "messages"}
-
     def mark(*turns):
-        row = {"messages": [{"role": "user", "content": text} for text in turns]}
-        return mark_prompt(json.dumps(row).encode(), entry)
+        return fingerprint_row(
+            {"chat": [{"role": "user", "content": text} for text in turns]}, "chat"
+        )
 
     assert mark("A b", "c") == mark("a  B", "d") != mark("a", "b", "c")
 
@@ -258,7 +257,7 @@ def opened(place, tiny, chat_rows, small):
     recipe = recipes.find(str(write_recipe(place, "r4", tiny, chat_rows)))
 
     def open_search(**request) -> search.Search:
-        request = search.Request(**{"equal": "steps", "space": small} | request)
+        request = search.SearchRequest(**{"equal": "steps", "space": small} | request)
         opened = search.Search(recipe, request, "cpu", read_settings(small))
         opened.open()
         return opened
@@ -474,7 +473,7 @@ from pathlib import Path
 from tools.common import command
 from tools.train import search, tune
 search.FOLDER, tune.RESULTS = Path(sys.argv[2]) / "tune", Path(sys.argv[2]) / "results"
-request = search.Request(trials=4, space=Path(sys.argv[3]), profile="cpu")
+request = search.SearchRequest(trials=4, space=Path(sys.argv[3]), profile="cpu")
 command(lambda: tune.tune(sys.argv[1], request))()
 """
 

@@ -456,7 +456,7 @@ def tune(
     from tools.train import search, tune
 
     minutes = minutes if minutes or trials else 60.0
-    request = search.Request(minutes, trials, equal, judge, space, profile)
+    request = search.SearchRequest(minutes, trials, equal, judge, space, profile)
     result, report = tune.tune(recipe, request)
     if apply:
         custom.write_tuned(result, report["changes"], report["next_version"])

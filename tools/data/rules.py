@@ -20,7 +20,7 @@ from tools.common import git_blob
 from tools.data import swap
 from tools.data.formulas import find_expressions
 from tools.data.rows import Removal, Reword, RowTest, Rules, read_batches
-from tools.data.turns import BREAKS
+from tools.data.turns import BREAKS, join_turns
 
 
 def load_test_rules(
@@ -101,6 +101,12 @@ def join_labels(datasets: list[str]) -> frozenset[str]:
 def fingerprint(prompt: str) -> bytes:
     """Hashes a prompt to 16 bytes, ignoring case and white space."""
     return hashlib.blake2b(" ".join(prompt.lower().split()).encode(), digest_size=16).digest()
+
+
+def fingerprint_row(row: dict[str, Any], field: str = "messages") -> bytes:
+    """Hashes the prompt of a chat row: its turns but the last, and its tools."""
+    turns = [{"role": "", "content": ""} | turn for turn in row[field][:-1]]
+    return fingerprint(f"{join_turns(turns)}{row.get('tools') or ''}")
 
 
 # ---- Control tokens: a tokenizer makes real ones of their text, wherever it stands

@@ -15,9 +15,8 @@ import orjson
 
 from tools import recipes
 from tools.common import ROOT, WrongInput, atomic, shown
-from tools.data.rules import fingerprint
+from tools.data.rules import fingerprint_row
 from tools.data.split import draw_prompts
-from tools.data.turns import join_turns
 from tools.train.checks import find_data_file
 from tools.train.space import Validation
 
@@ -37,7 +36,7 @@ class Division:
         return f"{self.trained} rows train, {self.judged} judge{origin}; no test row is read"
 
 
-def read_lines(recipe: recipes.Recipe, entry: dict[str, Any]) -> list[bytes]:
+def read_chat_lines(recipe: recipes.Recipe, entry: dict[str, Any]) -> list[bytes]:
     """The rows of a data file; raises WrongInput unless it is JSONL with turns."""
     path = find_data_file(recipe, entry["path"])
     field = entry.get("field_messages") or "messages"
@@ -53,29 +52,23 @@ def read_lines(recipe: recipes.Recipe, entry: dict[str, Any]) -> list[bytes]:
     return lines
 
 
-def mark_prompt(line: bytes, entry: dict[str, Any]) -> bytes:
-    """Identifies the prompt of a chat row: its turns but the last, and its tools."""
-    row = orjson.loads(line)
-    turns = row[entry.get("field_messages") or "messages"][:-1]
-    texts = [{"role": "", "content": ""} | turn for turn in turns]
-    return fingerprint(f"{join_turns(texts)}{row.get('tools') or ''}")
-
-
 def hold_out(recipe: recipes.Recipe, sizes: Validation, folder: Path) -> Division:
     """Writes the two files of a search into `folder`; the same rows give the same files."""
     config = recipe.config
     if len(config["datasets"]) > 1:
         raise WrongInput(f"{recipe.where}: a search needs one training file, and it names several")
     entry = config["datasets"][0]
-    lines = read_lines(recipe, entry)
+    lines = read_chat_lines(recipe, entry)
     own = [
         line
         for other in config.get("test_datasets") or ()
         if (ROOT / other["path"]).is_file()
-        for line in read_lines(recipe, other)
+        for line in read_chat_lines(recipe, other)
     ]
-    marks = [mark_prompt(line, entry) for line in lines]
-    own_marks = [mark_prompt(line, entry) for line in own]
+    field = entry.get("field_messages") or "messages"
+    marks, own_marks = (
+        [fingerprint_row(orjson.loads(line), field) for line in rows] for rows in (lines, own)
+    )
     copies = Counter(mark for mark in marks if mark not in set(own_marks))
     if len(own) > sizes.most:
         drawn = draw_prompts(Counter(own_marks), sizes.most)

@@ -27,7 +27,7 @@ from tools.recipes import Recipe
 from tools.runs import Run
 from tools.train import checks
 from tools.train.heldout import Division, hold_out
-from tools.train.space import Point, Settings, Space, count_batch
+from tools.train.space import Point, SearchSettings, Space, count_batch
 from tools.train.trial import PROBED_STEPS, Candidate, Measures, measure_speed, train_candidate
 
 FOLDER = ROOT / "runs" / ".tune"
@@ -39,7 +39,7 @@ Report = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Request:
+class SearchRequest:
     """What a user asks a search for; it ends at `minutes` or `trials`, whichever comes first."""
 
     minutes: float | None = None
@@ -65,7 +65,7 @@ def name_search(recipe: Recipe) -> str:
     return Path(recipe.name).stem if recipe.name.endswith((".yaml", ".yml")) else recipe.name
 
 
-def find_metric(task: str | None, rows: Path) -> str:
+def name_metric_of_rows(task: str | None, rows: Path) -> str:
     from evals.validation import find_scorer
 
     return find_scorer(task, rows).metric
@@ -127,7 +127,9 @@ def keeps_best(config: dict[str, Any]) -> bool:
 class Search:
     """A search of one recipe; `study` is Optuna's, on the disk."""
 
-    def __init__(self, recipe: Recipe, request: Request, profile: str, settings: Settings):
+    def __init__(
+        self, recipe: Recipe, request: SearchRequest, profile: str, settings: SearchSettings
+    ):
         self.recipe, self.request, self.profile, self.settings = recipe, request, profile, settings
         self.name = name_search(recipe)
         self.folder = FOLDER / self.name
@@ -145,7 +147,7 @@ class Search:
         write_json(record, identity)
         metric = ""
         if self.request.judge == "metric":
-            metric = run_in_child(find_metric, self.recipe.task, self.division.validation)
+            metric = run_in_child(name_metric_of_rows, self.recipe.task, self.division.validation)
         self.measures = Measures(self.division, self.settings.evaluations, metric)
         self.study = self.open_study()
 

@@ -61,7 +61,7 @@ class Validation(Section):
         return self
 
 
-class Settings(Section):
+class SearchSettings(Section):
     space: dict[str, Range | list[Choice]] = Field(min_length=1)
     validation: Validation
     evaluations: int = Field(ge=1)
@@ -81,7 +81,7 @@ class Settings(Section):
         return self
 
 
-def read_settings(path: Path | None) -> Settings:
+def read_settings(path: Path | None) -> SearchSettings:
     """The settings of a search; raises WrongInput that names the file and the key."""
     content = read_yaml(DEFAULT)
     if path:
@@ -92,7 +92,7 @@ def read_settings(path: Path | None) -> Settings:
             raise WrongInput(f"SPACE={path}: sections such as those of {shown(DEFAULT)} are needed")
         content |= changes
     try:
-        return Settings.model_validate(content)
+        return SearchSettings.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"][:2]))

@@ -21,7 +21,7 @@ from tools.common import ROOT, atomic, digest, format_table, format_yaml, shown,
 from tools.recipes import Recipe
 from tools.runs import Run
 from tools.train import checks, hardware, profiles
-from tools.train.search import Judged, Report, Request, Search, run_in_child, say
+from tools.train.search import Judged, Report, Search, SearchRequest, run_in_child, say
 from tools.train.space import Space, count_batch, read_settings
 from tools.train.status import read_last_step
 
@@ -61,7 +61,7 @@ def raise_version(version: str) -> str:
     return f"{major}.{minor + 1}.0"
 
 
-def list_changes(search: Search) -> dict[str, Any]:
+def list_changes_of_winner(search: Search) -> dict[str, Any]:
     """The keys in which the winner differs from the recipe; {} where that wins."""
     best, first = search.study.best_trial, search.list_trials()[0]
     if best.number == 0:
@@ -95,7 +95,7 @@ def build_report(search: Search, again: Judged | str) -> Report:
     best = search.study.best_trial
     first, winner = (search.judge(search.candidate(n).run) for n in (0, best.number))
     assert first and winner  # complete trials were evaluated
-    changes = list_changes(search)
+    changes = list_changes_of_winner(search)
     second = (
         {"seed": search.seed + 1, "failed": again}
         if isinstance(again, str)
@@ -132,7 +132,7 @@ def build_report(search: Search, again: Judged | str) -> Report:
     }
 
 
-def shorten(value: Any) -> str:
+def shorten_value(value: Any) -> str:
     """A value of a point in a table."""
     if isinstance(value, float):
         return f"{value:.3g}"
@@ -151,7 +151,7 @@ def format_trials(report: Report) -> str:
             "-" if trial[key] is None else f"{trial[key]:.4f}" for key in ("value", "half_width")
         )
         minutes = "-" if trial["seconds"] is None else f"{trial['seconds'] / 60:.1f}"
-        point = [shorten(trial["point"].get(key, "")) for key in keys]
+        point = [shorten_value(trial["point"].get(key, "")) for key in keys]
         rows.append(
             [name, trial["state"], value, half, str(trial["steps"] or "-"), minutes, *point]
         )
@@ -273,7 +273,7 @@ class LiveTable:
         return f"{name}: step {row['step']}/{row['steps']}, training loss {row['loss']:.3f}"
 
 
-def open_search(name: str, request: Request) -> Search:
+def open_search(name: str, request: SearchRequest) -> Search:
     """Checks all that a training would check, and opens the search."""
     recipe, here = recipes.find(name), hardware.detect_host()
     settings = read_settings(request.space)
@@ -288,7 +288,7 @@ def open_search(name: str, request: Request) -> Search:
     return search
 
 
-def tune(name: str, request: Request) -> tuple[Recipe, Report]:
+def tune(name: str, request: SearchRequest) -> tuple[Recipe, Report]:
     """Searches, prints what came of it and writes it; returns the recipe and the report."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     search = open_search(name, request)
