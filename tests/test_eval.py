@@ -578,3 +578,11 @@ def test_the_adapter_of_the_demo_beats_its_base_by_20_points(
     gain = adapter["metrics"]["accuracy"]["value"] - base["metrics"]["accuracy"]["value"]
     print(capsys.readouterr().out)
     assert gain >= 0.20
+
+
+@pytest.mark.parametrize("first", ["evals.run", "tools.train.verify", "tools.__main__"])
+def test_no_bar_of_a_library_stands_among_the_lines(first):
+    code = f"import {first}, lm_eval.api.task as task; print(task.tqdm([1]).disable)"
+    clean = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["True"], done.stdout + done.stderr

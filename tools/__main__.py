@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 from typer import Argument, Option
 
-from tools.common import WrongInput, command, nearest, quiet
+from tools.common import WrongInput, command, nearest
 
 START, DATA, TRAIN, SCORE, USE, SHARE, MAINTAIN = (
     *("Start", "Data", "Train", "Score", "Use", "Share", "Maintain"),
@@ -496,7 +496,6 @@ def verify(
 
     Example: python -m tools verify smollm2-135m/sentiment_r4
     """
-    quiet()  # before lm-eval and its bars are imported
     from tools.train import verify
     from tools.train.profiles import Choice
 

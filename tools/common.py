@@ -35,6 +35,7 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",  # read when tqdm is imported
 }
 for _name, _value in QUIET.items():
     os.environ.setdefault(_name, _value)
@@ -56,7 +57,6 @@ def quiet() -> None:
     import logging
     import warnings
 
-    os.environ["TQDM_DISABLE"] = "1"
     if not shutil.which("nvidia-smi"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns that it finds no other
     libraries = ["torchao", "torch.utils._pytree", "lm_eval", "DeepSpeed", "transformers"]
