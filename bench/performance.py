@@ -44,8 +44,8 @@ both sides on the same rows. `make results` writes this page from
 
 *FinLoRA's settings*: its Axolotl config, with the optimizer and the precision that the machine
 allows. *Real* tokens are those of the rows, without padding; *computed* ones go through the model.
-*Not packed*: without [shared-prefix batches](shared-prefix.md). *Pure prefill*: prompts go through
-the model once, whole or in the packs that our scoring makes of them, and nothing is answered.
+*Not packed*: without [shared-prefix batches](shared-prefix.md). *Prefill*: prompts go through the
+model once, whole or in the packs that our scoring makes of them, and nothing is answered.
 """
 
 
