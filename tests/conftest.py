@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,14 @@ common.quiet()
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 # Files that take longest, which start first, so that no worker is left alone with one at the end.
-LONGEST = ["test_hub", "test_train", "test_configs", "test_multi", "test_serve", "test_adapter"]
+LONGEST = [
+    "test_hub",
+    "test_adapter",
+    "test_backends",
+    "test_contract",
+    "test_hostile",
+    "test_train",
+]
 # What vLLM answers on a GPU of the Ampere generation.
 GPU = serve.Engine(
     ["vllm", "serve"],
@@ -38,6 +45,17 @@ GPU = serve.Engine(
 # Some tests work in another folder.
 if os.environ.get("FINLORA_DATA"):
     os.environ["FINLORA_DATA"] = os.path.abspath(os.environ["FINLORA_DATA"])
+
+
+def run_first(count: int, values: Iterable[Any]) -> list[Any]:
+    """Parameters of a test: `make test` runs the first ones, `make test-all` the others, too."""
+    slow = [pytest.mark.slow]
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else [value]), marks=slow * (number >= count)
+        )
+        for number, value in enumerate(values)
+    ]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,7 +14,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import GPU, QKV, run
+from tests.conftest import GPU, QKV, run, run_first
 from tests.conftest import make_adapter as make
 from tools import adapters, architectures, common, models, patterns, prompts, recipes, subjects
 from tools.common import ROOT, WrongInput
@@ -58,26 +58,26 @@ FROZEN = re.compile(r"\.(base_layer|original_module|modules_to_save)\.")
 LAYER = r"model\.layers\.\d+\.self_attn\."
 KINDS = {
     "plain": {},
-    "an expression": {"target_modules": rf".*({LAYER})(q|v)_proj"},
-    "all linear": {"target_modules": "all-linear"},
-    "excluded modules": {"exclude_modules": rf"{LAYER}k_proj"},
-    "some layers": {"layers_to_transform": [1], "layers_pattern": "layers"},
-    "the first layer": {"layers_to_transform": 0},
     "ranks and alphas": {
         "rank_pattern": {"layers.0.self_attn.q_proj": 7, r"^model\.layers\.1\..*k_proj": 2},
         "alpha_pattern": {"v_proj": 40},
     },
-    "rsLoRA with ranks": {"use_rslora": True, "rank_pattern": {"q_proj": 9}},
     "DoRA": {"use_dora": True},
-    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
-    "head": {"target_modules": ["q_proj", "lm_head"]},
-    "DoRA on the embedding": {"target_modules": ["embed_tokens"], "use_dora": True},
-    "head saved whole": {"modules_to_save": ["lm_head"]},
     "both saved whole": {"modules_to_save": ["embed_tokens", "lm_head"]},
     "added tokens": {
         "modules_to_save": ["embed_tokens", "lm_head"],
         "tokens": ["<bull>", "<bear>"],
     },
+    "an expression": {"target_modules": rf".*({LAYER})(q|v)_proj"},
+    "all linear": {"target_modules": "all-linear"},
+    "excluded modules": {"exclude_modules": rf"{LAYER}k_proj"},
+    "some layers": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "the first layer": {"layers_to_transform": 0},
+    "rsLoRA with ranks": {"use_rslora": True, "rank_pattern": {"q_proj": 9}},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "DoRA on the embedding": {"target_modules": ["embed_tokens"], "use_dora": True},
+    "head saved whole": {"modules_to_save": ["lm_head"]},
     "added tokens, saved by PEFT": {"tokens": ["<bull>"]},
     "gaussian": {"init_lora_weights": "gaussian"},
     "orthogonal": {"init_lora_weights": "orthogonal"},
@@ -86,7 +86,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", run_first(5, KINDS))
 def test_what_peft_loads_is_loaded_merged_and_leaves_the_base_as_it_is(tiny, tmp_path, kind):
     """Its logits are PEFT's own, the merged model has the same, and without it the base answers."""
     from peft import PeftModel
@@ -292,7 +292,7 @@ SLOW = ["(.*)*(.*)*(.*)*(.*)*(.*)*x", "(([a-z._0-9])*)*X", "(" * 5000 + ")" * 50
 
 
 @pytest.mark.parametrize("expression", SLOW)
-@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern"])
+@pytest.mark.parametrize("key", run_first(1, ["target_modules", "exclude_modules", "rank_pattern"]))
 def test_untrusted_expressions_end_in_bounded_time(tiny, copy, expression, key):
     change(copy, **{key: {expression: 8} if key == "rank_pattern" else expression})
     start = time.monotonic()
@@ -466,6 +466,7 @@ def test_a_bases_name_says_that_it_is_quantized_before_it_is_here(tmp_path):
         subjects.find("", str(stand_in(tmp_path / "b", "x/Llama-3-GPTQ", 4)))
 
 
+@pytest.mark.slow
 def test_the_prompt_format_is_the_same_in_scoring_chat_merge_and_serve(tiny, tmp_path):
     from transformers import AutoTokenizer
 
@@ -512,7 +513,9 @@ def test_a_format_starts_with_the_token_that_the_tokenizer_puts_before_a_text(ti
     assert ids == tokenizer.encode("[INST] a [/INST]")
 
 
-@pytest.mark.parametrize("name", ["attempt", "prompt", "falcon", "mistral", "pixtral", "llama"])
+@pytest.mark.parametrize(
+    "name", run_first(2, ["prompt", "mistral", "attempt", "falcon", "pixtral", "llama"])
+)
 def test_merging_does_not_care_about_words_in_a_path(tiny, tmp_path, name):
     base = Path(shutil.copytree(tiny, tmp_path / name / "base"))
     folder = make(base, tmp_path / name / "adapter")
@@ -545,6 +548,7 @@ def test_an_adapter_of_any_rank_is_served(tiny, tmp_path, rank):
         assert line[line.index("--max-lora-rank") + 1] == str(max(rank, 8))
 
 
+@pytest.mark.slow
 def test_vllm_gets_merged_what_it_would_serve_otherwise_than_trained(tiny, tmp_path):
     from evals import backends
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from evals import backends, endpoint, page
+from tests.conftest import run_first
 from tests.test_eval import NF4, evaluate, trained, workplace  # noqa: F401
 from tools import common, runs, sources
 from tools import subjects as subject_of
@@ -130,7 +131,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", run_first(6, FAULTS))
 def test_a_fault_is_asked_again_and_not_scored(fault, server, monkeypatch):
     def once(handler, times, body):
         if times == 0:
@@ -197,7 +198,7 @@ def test_a_wrong_an_empty_and_a_long_answer_are_answers(server, monkeypatch):
 PASSING = ("a rate limit", "a filter")  # a filter refuses a row, not the job
 
 
-@pytest.mark.parametrize("fault", [name for name in FAULTS if name not in PASSING])
+@pytest.mark.parametrize("fault", run_first(5, [name for name in FAULTS if name not in PASSING]))
 def test_a_fault_that_stays_stops_the_job_and_the_same_command_goes_on(
     fault, server, monkeypatch, capsys
 ):
@@ -226,7 +227,9 @@ def test_a_fault_that_stays_stops_the_job_and_the_same_command_goes_on(
     assert len(server.asked) == 3 and not set(server.asked) & set(spoken)
 
 
-@pytest.mark.parametrize("status, code", [(401, 2), (403, 2), (404, 2), (402, 1), (405, 1)])
+@pytest.mark.parametrize(
+    "status, code", run_first(2, [(401, 2), (402, 1), (403, 2), (404, 2), (405, 1)])
+)
 def test_what_no_retry_helps_is_asked_once(status, code, server, monkeypatch, capsys):
     monkeypatch.setattr(endpoint, "CONCURRENT", 1)
     refuse = {"error": {"message": "no\nway"}}
@@ -250,7 +253,7 @@ def refuse(reason):
     return {"error": {"message": f"{reason}\nfor key {KEY}"}}
 
 
-@pytest.mark.parametrize("kind", REFUSALS)
+@pytest.mark.parametrize("kind", run_first(2, REFUSALS))
 def test_a_refused_row_is_no_answer_and_the_others_count(kind, server, monkeypatch, capsys):
     monkeypatch.setattr(endpoint, "RETRIES", 1)
     chosen = []
@@ -278,7 +281,7 @@ def test_a_refused_row_is_no_answer_and_the_others_count(kind, server, monkeypat
     assert len(server.asked) == asked
 
 
-@pytest.mark.parametrize("kind", REFUSALS)
+@pytest.mark.parametrize("kind", run_first(1, REFUSALS))
 def test_where_every_row_is_refused_the_job_ends_and_keeps_no_refusal(
     kind, server, monkeypatch, capsys
 ):

@@ -54,6 +54,7 @@ def list_own(method: str = "") -> list[str]:
     return [name for name in names if name.endswith(method)]
 
 
+@pytest.mark.slow
 def test_every_recipe_is_what_the_tables_give_and_valid_for_axolotl_with_every_profile(capsys):
     catalogue.check()
     count = 890 + len(list_own())
@@ -392,6 +393,7 @@ def test_a_file_may_come_and_go_but_not_change_on_the_way(copy, capsys):
     assert recipes.find(name).path is None
 
 
+@pytest.mark.slow
 def test_how_it_runs_may_change_without_a_new_version(copy):
     folder, table, write = copy
     table["common"]["gradient_checkpointing"] = False

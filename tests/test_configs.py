@@ -49,7 +49,6 @@ CONFIGS = {
     "packed": {"sample_packing": True, "pad_to_sequence_len": True, "lora_target_linear": True},
     "dora": {"peft_use_dora": True, "tokenizer_config": "BASE", "base_model_config": "BASE"},
 }
-SHORT = {"minimal", "tokens"}  # the others are for `make test-all`
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +100,8 @@ def trained(tiny, rows, tmp_path_factory):
     return Trained()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name not in SHORT)) for name in CONFIGS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
 def test_what_a_config_trained_is_rendered_loaded_merged_and_served_as_it_was_trained(
     trained, name, tmp_path
 ):
@@ -162,13 +159,8 @@ def test_what_a_config_trained_is_rendered_loaded_merged_and_served_as_it_was_tr
         assert line[line.index("--tokenizer") + 1] == str(subject.adapter)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name not in SHORT))
-        for name in ("tokens", "template_of_rows", "compute_dtype")
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("tokens", "template_of_rows", "compute_dtype"))
 def test_what_a_config_trained_is_scored_and_chatted_with(trained, name, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "CHAT", tmp_path / "data" / "chat")
     convert.convert_task("sentiment", sources.SAMPLE)

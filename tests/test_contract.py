@@ -26,7 +26,7 @@ from evals.answers import Answers, Prompts
 from evals.endpoint import Endpoint
 from evals.tasks import own, utils
 from tests import tokenizers
-from tests.conftest import run, write_recipe
+from tests.conftest import run, run_first, write_recipe
 from tools import common, custom, models, prompts, recipes, sources, subjects
 from tools.data import rules
 from tools.train import checks
@@ -386,7 +386,7 @@ def find_wrong(rows):
     }
 
 
-ALWAYS = {"gemma-3-4b", "smollm2-135m"}  # the others are for `make test-all`
+ALWAYS = {"smollm2-135m"}  # the others are for `make test-all`
 
 
 @pytest.mark.parametrize(
@@ -598,7 +598,7 @@ def test_a_prompt_that_is_too_long_loses_the_middle_of_its_longest_turn():
     assert asking.cut[text] > 1000
 
 
-@pytest.mark.parametrize("model", tokenizers.BASES)
+@pytest.mark.parametrize("model", run_first(2, tokenizers.BASES))
 def test_a_server_renders_a_row_as_it_was_trained(model, tmp_path):
     tokenizer, config = tokenizers.load(model), recipes.find(f"{model}/sentiment_r4").config
     config = config | {"base_model": str(tokenizers.bring(model))}
@@ -721,7 +721,7 @@ def own_place(place, monkeypatch):
     custom.forget_tables()
 
 
-@pytest.mark.parametrize("what", [*ANSWERS, "turns", "calls"])
+@pytest.mark.parametrize("what", run_first(8, ["turns", "calls", *ANSWERS]))
 def test_what_make_new_writes_is_right_for_a_model_that_answers_with_the_key(
     what, own_place, capsys
 ):

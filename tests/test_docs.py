@@ -81,6 +81,7 @@ def test_the_equation_of_a_method_page_holds_as_it_is_printed(page):
     check(page)
 
 
+@pytest.mark.slow
 def test_the_usage_example_answers_on_a_4_bit_smollm2(smollm2, adapter, tmp_path, monkeypatch):
     for place, real in (
         ("models/smollm2-135m", smollm2),

@@ -60,6 +60,7 @@ def test_early_stopping_needs_validation_rows(mine):  # noqa: F811
     assert not (recipes.LOCAL / "late.yaml").exists()
 
 
+@pytest.mark.slow
 def test_validation_rows_are_scored_as_test_rows_are(smollm2, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "CHAT", tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -206,6 +206,7 @@ filter_list:
     evaluation.read_tasks.cache_clear()
 
 
+@pytest.mark.slow
 def test_plain_lm_eval_scores_a_task_without_this_projects_code(workplace, tiny):
     arguments = ["--model", "hf", "--model_args", f"pretrained={tiny}", "--limit", "3"]
     arguments += ["--include_path", str(common.ROOT / "evals" / "tasks"), "--tasks", "finlora_fpb"]

@@ -22,7 +22,7 @@ import yaml
 from safetensors.numpy import load_file, save
 
 from evals import stats
-from tests.conftest import call
+from tests.conftest import call, run_first
 from tests.hub_server import Hold, Hub, busy, cut, once
 from tools import adapters, architectures, common, recipes
 from tools.hub import card, client, pull, push
@@ -293,6 +293,7 @@ def test_a_push_is_one_private_tagged_commit_with_the_evidence(me, server):
     assert row == {"row": 1, "expected": "positive", "answered": "positive", "answer": " positive"}
 
 
+@pytest.mark.slow
 def test_the_same_content_again_sends_nothing(me, server):
     good(me.push())
     before = list(server.repos[REPO].commits)
@@ -302,6 +303,7 @@ def test_the_same_content_again_sends_nothing(me, server):
     assert not {"create", "preupload", "batch", "upload", "commit", "tag"} & set(server.requests)
 
 
+@pytest.mark.slow
 def test_other_content_under_the_same_version_is_refused_and_another_version_is_not(me, server):
     good(me.push())
     first = server.files(REPO, "v1.1.0")
@@ -350,11 +352,7 @@ def test_a_push_killed_at_any_step_publishes_nothing_and_the_next_one_all(me, se
 
 @pytest.mark.parametrize(
     "step",
-    [
-        *(pytest.param(step, marks=pytest.mark.slow) for step in ("create", "tag")),
-        "upload",
-        "commit",
-    ],
+    run_first(1, ["commit", "create", "tag", "upload"]),
 )
 def test_a_connection_that_breaks_is_one_line_and_the_same_command_repairs_it(me, server, step):
     server.at[step] = once(cut)
@@ -368,6 +366,7 @@ def test_a_connection_that_breaks_is_one_line_and_the_same_command_repairs_it(me
     assert server.repos[REPO].tags == {"v1.1.0": server.repos[REPO].head}
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_overloaded_for_a_moment_is_asked_again(me, server):
     server.at["upload"] = once(busy)
     good(me.push())
@@ -386,6 +385,7 @@ def test_two_pushes_of_the_same_run_at_once_make_one_commit(me, server):
     assert server.repos[REPO].tags == {"v1.1.0": server.repos[REPO].head}
 
 
+@pytest.mark.slow
 def test_of_two_different_pushes_of_a_version_at_once_one_is_refused(me, place, server):
     other = place("other", me.token)
     shutil.copytree(me.root / "runs", other.root / "runs")
@@ -405,12 +405,15 @@ def test_of_two_different_pushes_of_a_version_at_once_one_is_refused(me, place, 
 
 @pytest.mark.parametrize(
     ("user", "role", "namespace", "why"),
-    [
-        ("me", "read", "me", "can only read"),
-        ("me", "write", "stranger", "stranger is not yours: the token is of me, or lab"),
-        ("me", "write", "guild", "guild is not yours"),
-        ("me:elsewhere", "fineGrained", "me", "may not write to me"),
-    ],
+    run_first(
+        1,
+        [
+            ("me", "write", "stranger", "stranger is not yours: the token is of me, or lab"),
+            ("me", "read", "me", "can only read"),
+            ("me", "write", "guild", "guild is not yours"),
+            ("me:elsewhere", "fineGrained", "me", "may not write to me"),
+        ],
+    ),
 )
 def test_a_token_without_the_right_is_refused_and_leaves_nothing(
     me, server, user, role, namespace, why
@@ -428,6 +431,7 @@ def test_a_wrong_token_and_none_are_one_line_each(me, server):
     assert server.repos == {}
 
 
+@pytest.mark.slow
 def test_a_fine_grained_token_an_organisation_and_a_login_may_push(me, server):
     me.token = server.user("me:me", "fineGrained")
     good(me.push())
@@ -461,7 +465,9 @@ def test_scores_of_an_earlier_adapter_are_none(me):
 
 @pytest.mark.parametrize(
     "secret",
-    ["hf_" + "A1b2" * 8, "AKIAABCDEFGHIJKLMNOP", "-----BEGIN RSA PRIVATE KEY-----", "mine"],
+    run_first(
+        2, ["hf_" + "A1b2" * 8, "mine", "AKIAABCDEFGHIJKLMNOP", "-----BEGIN RSA PRIVATE KEY-----"]
+    ),
 )
 def test_a_secret_in_any_file_is_refused_and_never_shown(me, server, secret):
     if secret == "mine":
@@ -473,6 +479,7 @@ def test_a_secret_in_any_file_is_refused_and_never_shown(me, server, secret):
     assert secret not in result.stdout + result.stderr and server.requests == []
 
 
+@pytest.mark.slow
 def test_a_score_is_never_paired_with_another_models(me):
     beside = me.folder.with_name("base_nf4") / "evals" / "fpb.json"
     content = read_json(beside)
@@ -510,6 +517,7 @@ def test_a_run_that_diverged_or_was_trained_with_another_recipe_is_refused(me):
     refused(me.push(), "is not what .* was trained with")
 
 
+@pytest.mark.slow
 def test_public_is_only_what_was_asked_to_be(me, place, server):
     stranger = place("stranger", server.user("stranger"))
     good(me.push())
@@ -520,6 +528,7 @@ def test_public_is_only_what_was_asked_to_be(me, place, server):
     refused(me.push(), "is public already; PUBLIC=1")
 
 
+@pytest.mark.slow
 def test_a_repository_that_holds_something_else_is_left_alone(me, server):
     server.put(REPO, {"model.safetensors": b"mine"}, private=True)
     refused(me.push(), "holds something else")
@@ -544,6 +553,7 @@ def test_paths_of_this_machine_do_not_leave_it(me, server, tmp_path):
     assert (config["output_dir"], config["base_model"]) == ("mine", "models/smollm2-135m")
 
 
+@pytest.mark.slow
 def test_tokenizer_and_chat_template_go_along_only_where_they_are_not_the_bases(me, server):
     path = me.folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"is_local": False}))
@@ -619,6 +629,7 @@ def test_exams_and_no_derivatives_may_not_be_shared_and_the_examples_may():
     assert card.choose_licence("Qwen/Qwen3-8B", sample) == {"license": "apache-2.0"}
 
 
+@pytest.mark.slow
 def test_the_cards_code_runs_as_it_stands(me, server, tiny, tmp_path):
     """PEFT's on a tiny base that the Hub on loopback holds; vLLM's needs a GPU, and compiles."""
     import torch
@@ -658,6 +669,7 @@ def test_the_cards_code_runs_as_it_stands(me, server, tiny, tmp_path):
 # --- Pull ---
 
 
+@pytest.mark.slow
 def test_what_was_pulled_at_a_tag_gives_the_same_logits_to_the_bit(me, place, server, base):
     import torch
 
@@ -694,6 +706,7 @@ def test_a_second_pull_downloads_nothing_and_a_new_version_moves_the_old_aside(m
     assert (bob.folder.parent / "sentiment_r4.previous" / "adapter_config.json").read_text() == "{}"
 
 
+@pytest.mark.slow
 def test_without_a_network_the_cache_is_enough(me, place, server):
     good(me.push())
     bob = place("bob", me.token)
@@ -778,6 +791,7 @@ def test_an_address_names_a_repository_or_a_folder_of_one(address, repo, folder)
         pull.find_source(None, None, address, None, None)
 
 
+@pytest.mark.slow
 def test_unknown_names_are_one_line_each(me, place, server):
     good(me.push())
     bob = place("bob", me.token)
@@ -1086,6 +1100,7 @@ def test_adapters_lists_the_runs_here_and_what_a_namespace_holds(me, server):
     assert "0 adapters" in good(me.run("adapters", "--namespace", "me"))
 
 
+@pytest.mark.slow
 def test_the_token_is_in_nothing_that_was_written_printed_or_sent_astray(me, place, server):
     bob = place("bob", me.token)
     server.at["tag"] = once(cut)

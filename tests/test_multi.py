@@ -48,9 +48,8 @@ def assert_agrees(folder: Path, single: Path) -> dict:
     return info
 
 
-@pytest.mark.parametrize(
-    ("micro", "accumulation"), [pytest.param(4, 2, marks=pytest.mark.slow), (8, 1)]
-)
+@pytest.mark.parametrize(("micro", "accumulation"), [(4, 2), (8, 1)])
+@pytest.mark.slow
 def test_two_processes_share_the_batches_of_one(
     single_run, tiny, chat_rows, tmp_path, micro, accumulation
 ):
@@ -423,6 +422,7 @@ def test_checkpoints_of_activations_are_on_only_where_the_plan_needs_them(tmp_pa
         assert profiles.fits_gpus(content, here, 1)
 
 
+@pytest.mark.slow
 def test_make_profile_says_what_is_used_and_why():
     done = run("profile", "smollm2-135m/sentiment_r4", "--nproc", 2)
     assert done.returncode == 0, done.stderr

@@ -152,6 +152,7 @@ def test_rows_without_an_answer_are_named_and_the_rest_goes_on(
     assert "empty" in rows[1]["predicted_error_2"] and "flagged" in rows[2]["predicted_error_2"]
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_from_its_last_row(endpoint, tmp_path, monkeypatch):
     data, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     texts = [f"Sales rose by {n} per cent" + "!" * (n % 3) for n in range(1500)]

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from bench import memory
 from tests import nf4
-from tests.conftest import run, write_recipe
+from tests.conftest import run, run_first, write_recipe
 from tools import architectures, recipes
 from tools.train.memory import OPTIMIZERS
 
@@ -355,7 +355,7 @@ def test_merging_into_4_bits_rounds_the_sum_to_nf4_again(real):
 # ---- memory
 
 
-@pytest.mark.parametrize("name", memory.PRECISIONS)
+@pytest.mark.parametrize("name", run_first(2, memory.PRECISIONS))
 def test_a_loaded_base_takes_the_bytes_that_are_planned(smollm2, name):
     precision = memory.PRECISIONS[name]
     planned = memory.plan_bytes(*precision, memory.ROWS, memory.TOKENS)

@@ -16,7 +16,7 @@ from evals import page as report_page
 from evals import report
 from evals import run as evaluation
 from evals.answers import Answers, Prompts
-from tests.conftest import call
+from tests.conftest import call, run_first
 from tests.hub_server import Hub
 from tests.test_eval import Speaker, evaluate, key, trained, workplace  # noqa: F401
 from tests.test_report import Page, runs  # noqa: F401
@@ -127,7 +127,7 @@ def test_a_damaged_score_file_is_named_and_left_out_of_the_page(runs, capsys):  
         assert datasets == [{"fpb", "fiqa"}, {"fiqa"}], kind
 
 
-@pytest.mark.parametrize("kind", ["cut", "a list", "no metrics"])
+@pytest.mark.parametrize("kind", run_first(1, ["no metrics", "cut", "a list"]))
 def test_a_damaged_score_is_scored_again(kind, trained, monkeypatch, capsys):  # noqa: F811
     recipe, folder = trained()
     evaluate(monkeypatch, recipe, "--tasks", "fpb", "--limit", "4")
@@ -269,6 +269,7 @@ def write_base_recipe(root, base):
     return path
 
 
+@pytest.mark.slow
 def test_two_jobs_that_share_a_base_score_it_once(project):
     recipe = write_base_recipe(project, "models/tiny")
     arguments = (recipe, "--base", "--tasks", "fpb", "--limit", "60")
@@ -281,6 +282,7 @@ def test_two_jobs_that_share_a_base_score_it_once(project):
     assert all("fpb_sample60.json" in out for out, _ in outputs)
 
 
+@pytest.mark.slow
 def test_the_score_of_a_base_that_is_downloaded_first_is_kept(project, tmp_path):
     folder = project / "models" / "tiny"
     files = {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import GPU, make_adapter, run
+from tests.conftest import GPU, make_adapter, run, run_first
 from tests.hub_server import Hub
 from tools import models, sources, subjects
 from tools.common import ROOT, JobFailed, WrongInput
@@ -47,7 +47,7 @@ def adapters(tiny, tmp_path_factory):
     return folders
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", run_first(2, METHODS))
 def test_the_merged_model_is_base_and_adapter_at_the_precision_of_training(adapters, method):
     folder = adapters[method]
     subject = subjects.find("", str(folder))
@@ -232,6 +232,7 @@ def ask(output, *models):
     return [answer.choices[0].message.content.strip() for answer in answers]
 
 
+@pytest.mark.slow
 def test_the_openai_client_gets_the_answer_that_chat_gives(adapters, tmp_path):
     folder, port = adapters["nf4"], free_port()
     subject = subjects.find("", str(folder))
@@ -294,6 +295,7 @@ def test_a_base_of_the_hub_is_downloaded_and_offline_one_line_says_that_it_is_no
     assert not list((tmp_path / "cache").rglob("*.bin"))
 
 
+@pytest.mark.slow
 def test_one_prompt_is_answered_by_base_and_adapter_and_lines_are_a_conversation(adapters):
     folder = str(adapters["nf4"])
     once = run("chat", "", "Is it good?", "--adapter", folder)

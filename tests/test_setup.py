@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import serve_files
+from tests.conftest import run_first, serve_files
 from tools import setup
 from tools.common import ROOT
 
@@ -209,7 +209,7 @@ def private_index(tmp_path):
         yield f"{url}/"
 
 
-@pytest.mark.parametrize("tool", ["uv", "pip"])
+@pytest.mark.parametrize("tool", run_first(1, ["uv", "pip"]))
 def test_a_private_index_with_a_password_is_used_and_the_password_is_not_logged(
     tool, private_index, tmp_path, monkeypatch, capsys
 ):

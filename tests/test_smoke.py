@@ -10,6 +10,7 @@ from tests.conftest import run, write_recipe
 from tools.train import smoke
 
 
+@pytest.mark.slow
 def test_a_recipe_is_tried_on_its_longest_rows_and_nothing_stays(tiny, chat_rows, tmp_path):
     result = run("smoke", write_recipe(tmp_path, "r4", tiny, chat_rows))
     assert result.returncode == 0, result.stdout + result.stderr
@@ -59,6 +60,7 @@ def test_a_base_that_is_too_large_is_tried_by_its_tiny_twin(tiny, chat_rows, tmp
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_row_that_is_too_long_for_every_batch_is_one_line(tiny, tmp_path):
     file = tmp_path / "long_train.jsonl"
     turns = [{"role": "user", "content": "word " * 300}, {"role": "assistant", "content": "yes"}]

@@ -183,6 +183,7 @@ def test_the_command_decides_stops_and_is_overruled(folder):
     assert f"{source}: its rows do not tell whether neutral and positive are swapped" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_file_that_was_replaced_stays_whatever_its_size(folder):
     """3,634 x 6 + 938 x 21 + 9,543 x 2 + 16,184 rows, of which the labels are right."""
     # The counts of the source's training split.

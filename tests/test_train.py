@@ -10,17 +10,13 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from tests.conftest import losses, run, write_recipe
+from tests.conftest import losses, run, run_first, write_recipe
 from tests.training import assert_same, count_steps, kill, start, wait_for
 from tools import common, recipes
 from tools.runs import Run
 from tools.train import batches, checkpoints, checks, hardware, launch, machines, profiles
 
-METHODS = [
-    "r4",
-    "r8_dora",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("r8", "r8_rslora", "r8_fp16")),
-]
+METHODS = run_first(1, ["r4", "r8", "r8_dora", "r8_rslora", "r8_fp16"])
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +101,7 @@ def test_axolotl_trained_on_the_tokens_that_the_scorer_feeds(runs, tiny, chat_ro
     assert not expected
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_the_middle_goes_on_to_the_same_adapter(runs, tiny, chat_rows, tmp_path):
     recipe, folder = write_recipe(tmp_path, "r4", tiny, chat_rows), tmp_path / "r4"
     process = start(recipe)
@@ -175,6 +172,7 @@ def test_missing_data_and_a_misspelt_key_are_one_line_each(tiny, chat_rows, tmp_
     assert "lora_rank" in result.stderr and not (tmp_path / "r4").exists()
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_says_why_and_is_no_finished_run(tiny, chat_rows, tmp_path):
     broken = tmp_path / "base"
     shutil.copytree(tiny, broken)
