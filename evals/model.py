@@ -27,8 +27,9 @@ from tools.segments import Segments, attend_to_segments
 
 # Tokens that go through the model together: enough to keep two cores, or a GPU, busy.
 TOKENS = {"cpu": 1024, "cuda": 16384}
-# Tokens whose keys and values a batch holds, those that rows share once for each row.
-CACHED = {"cpu": 4096, "cuda": 16384}
+# Bytes of the keys and values of a batch of packed prompts: every later token of its answers reads
+# all weights once, so that large batches read them seldom.
+CACHED = {"cpu": 2**29, "cuda": 2**31}
 
 
 def common_prefix(rows: list[list[int]]) -> int:
@@ -81,6 +82,14 @@ def accepts_packs(config: Any) -> bool:
     return full and tested and rope in packs.FIXED_ROPES
 
 
+def count_cached(model: Any, size: int) -> int:
+    """Of how many tokens `size` bytes hold the keys and values."""
+    text = model.config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return size // int(2 * text.num_hidden_layers * heads * head * model.dtype.itemsize)
+
+
 class Model(Progress, HFLM):
     """Answers with a loaded model. `rows` is how many answers are to come, for the progress line.
 
@@ -99,7 +108,8 @@ class Model(Progress, HFLM):
             # The rows' last tokens are a slice, which torch would multiply row by row.
             head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
         kind = "cuda" if self.device.type == "cuda" else "cpu"
-        self.tokens, self.cached = TOKENS[kind], CACHED[kind]
+        self.tokens = TOKENS[kind]
+        self.cached = count_cached(model, CACHED[kind]) if self.packs else self.tokens
         self.labels: Sequence[str] = ()
         self.probabilities: list[dict[str, float]] = []
 
@@ -158,10 +168,8 @@ class Model(Progress, HFLM):
     def divide(self, prompts: list[list[int]], budget: int) -> list[list[int]]:
         """Batches of the prompts' numbers; prompts of similar length that begin alike are close.
 
-        A batch holds at most `self.cached` tokens, padding and answers included; where prompts are
-        not packed, at most `self.tokens`.
+        A batch holds at most `self.cached` tokens, padding and answers included.
         """
-        most = self.cached if self.packs else self.tokens
 
         def place(row: int) -> Any:
             length = len(prompts[row])
@@ -171,7 +179,7 @@ class Model(Progress, HFLM):
         longest = 0
         for row in sorted(range(len(prompts)), key=place):
             longest = max(longest, len(prompts[row]) + budget)
-            if not batches or longest * (len(batches[-1]) + 1) > most:
+            if not batches or longest * (len(batches[-1]) + 1) > self.cached:
                 batches.append([])
                 longest = len(prompts[row]) + budget
             batches[-1].append(row)
@@ -228,7 +236,7 @@ class Model(Progress, HFLM):
         done = 0
 
         def make(packed: torch.Tensor) -> torch.Tensor:
-            return packed.new_zeros((len(rows), packed.shape[1], width, packed.shape[3]))
+            return packed.new_empty((len(rows), width, packed.shape[1], packed.shape[3]))
 
         for pack in self.pack(rows, prefix.get_seq_length() if prefix else 0):
             places = torch.zeros((len(pack.ends), width), dtype=torch.int64)
@@ -243,10 +251,11 @@ class Model(Progress, HFLM):
                 layers = [(make(keys), make(values)) for keys, values in packed]
             for pair, packed_pair in zip(layers, packed, strict=True):
                 for states, of_pack in zip(pair, packed_pair, strict=True):
-                    spread = of_pack[0][:, places].transpose(0, 1)
-                    states[done : done + len(places)] = spread
+                    spread = states[done : done + len(places)].flatten(0, 1)
+                    torch.index_select(of_pack[0].transpose(0, 1), 0, places.flatten(), out=spread)
             done += len(places)
-        return torch.cat(logits), DynamicCache(layers)
+        by_head = [(keys.transpose(1, 2), values.transpose(1, 2)) for keys, values in layers]
+        return torch.cat(logits), DynamicCache(by_head)
 
     def pack(self, rows: list[list[int]], cached: int) -> Iterator[packs.Pack]:
         """Packs of consecutive prompts, of about `self.tokens` tokens each."""

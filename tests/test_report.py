@@ -53,14 +53,13 @@ def adapter(doc):
     return LABELS[(LABELS.index(key(doc)) + 1) % 3] if number(doc) % 10 == 0 else key(doc)
 
 
-@pytest.fixture(scope="module")
-def metrics():
-    """The metrics of each side, which take seconds: the same for every test."""
-    return {}
+METRICS: dict[
+    tuple[str, str], dict
+] = {}  # by dataset and side: they take seconds, and never change
 
 
 @pytest.fixture
-def runs(tmp_path, monkeypatch, metrics):
+def runs(tmp_path, monkeypatch):
     """A base and an adapter, scored by the real code on rows whose prompts are hostile."""
     monkeypatch.setattr(sources, "CHAT", tmp_path / "data" / "chat")
     monkeypatch.setattr(runs_module, "RUNS", tmp_path / "runs")
@@ -96,13 +95,13 @@ def runs(tmp_path, monkeypatch, metrics):
             made, left_out = evaluation.measure(
                 Speaker(answer), dataset, None, Prompts("chat", None)
             )
-            if (dataset, side) not in metrics:
-                metrics[dataset, side] = evaluation.score(made)
+            if (dataset, side) not in METRICS:
+                METRICS[dataset, side] = evaluation.score(made)
             content = {
                 "evaluated": evaluation.identify(subject, side, dataset, None),
                 "device": "cpu",
                 "examples": len(made),
-                "metrics": metrics[dataset, side],
+                "metrics": METRICS[dataset, side],
                 "left_out": left_out,
                 "cut_prompts": 0,
                 "predictions": made,

@@ -6,7 +6,7 @@ import transformers
 from transformers import AutoTokenizer
 
 from evals import backends
-from evals.model import Model
+from evals.model import Model, count_cached
 from tools.subjects import Subject
 
 TINY = {
@@ -146,8 +146,18 @@ def test_a_batch_holds_no_more_keys_and_values_than_its_rows_and_their_prefixes(
     assert sizes(*[4000] * 9) == [4, 4, 1]
     assert sizes(*[20_000] * 2) == [1, 1]
     assert sizes(*[118] * 256) == [128, 128]
-    lm.packs, lm.tokens = False, 1024
+    lm.packs, lm.cached = False, 1024
     assert sizes(*[118] * 10) == [8, 2]
+
+
+def test_the_tokens_that_a_batch_may_hold_follow_from_the_bytes_of_a_cache(tokenizer):
+    network, config = build("full attention", len(tokenizer))
+    network = network(config).eval()
+    with torch.inference_mode():
+        cache = network(torch.ones(1, 7, dtype=torch.int64), use_cache=True).past_key_values
+    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert count_cached(network, size) == 7
+    assert count_cached(network, size - 1) == 6
 
 
 def test_vllm_gets_the_context_of_the_text_model(tmp_path):
