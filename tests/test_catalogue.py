@@ -36,7 +36,7 @@ def test_every_model_has_every_task_by_every_method():
         for method in methods
     ]
     names = recipes.list_catalogue()
-    names.remove("smollm2-135m/sentiment_r4_all")  # the one method that is not for all
+    names.remove("smollm2-135m/sentiment_tuned")  # the one method that is not for all
     assert names == expected
 
 

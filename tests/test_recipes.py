@@ -105,7 +105,20 @@ def test_a_recipe_without_a_file_is_found_and_named_like_any_other(typed):
     assert recipe.run.folder == ROOT / "runs/qwen3-8b/ner_r8_dora"
 
 
-@pytest.mark.parametrize("name", ["llama-3.1-8b/ner_r8_dora", "smollm2-135m/sentiment_r4_all"])
+@pytest.mark.parametrize(
+    "before", ["smollm2-135m/sentiment_r4_all", "SmolLM2-135m/sentiment_r4_all", "sentiment_r4_all"]
+)
+def test_a_name_that_a_recipe_had_before_goes_on_working(before):
+    assert recipes.find(before).name == "smollm2-135m/sentiment_tuned"
+
+
+def test_no_former_name_is_that_of_another_recipe():
+    renamed = recipes.read_matrix()["renamed"]
+    assert renamed and not renamed.keys() & recipes.list_names().keys()
+    assert set(renamed.values()) <= recipes.list_names().keys()
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b/ner_r8_dora", "smollm2-135m/sentiment_tuned"])
 def test_a_recipe_is_the_same_with_its_file_and_without(name, tmp_path, monkeypatch):
     """What a recipe is, its digest and version do not come from its file."""
     file = recipes.find(name)

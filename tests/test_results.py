@@ -417,9 +417,9 @@ def test_finloras_published_scores_stand_beside_ours_where_rows_and_labels_are_t
     notes = results_page.list_notes(result)
     assert len(notes) == 2 and "312 chosen rows of the published file" in " ".join(notes)
     assert "on which labels FinLoRA's published score stands" in " ".join(notes)
-    other = Result.model_validate(describe_result(name="smollm2-135m/sentiment_r4_all"))
+    other = Result.model_validate(describe_result(name="smollm2-135m/sentiment_tuned"))
     assert "published" not in results_page.build_score_table(other)
-    assert recipes.split_name("smollm2-135m/sentiment_r4_all")[2] == "r4_all"
+    assert recipes.split_name("smollm2-135m/sentiment_tuned")[2] == "tuned"
 
 
 def test_the_page_of_experiments_shows_the_figures_of_the_search_by_hand():

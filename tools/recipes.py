@@ -227,6 +227,8 @@ def list_aliases() -> dict[str, str]:
     names = list_names()
     local = [f"{path.parent.name}/{path.stem}" for path in LOCAL.glob("*/*.yaml")]
     aliases = {name: name for name in (*names, *local)}
+    for before, name in read_matrix()["renamed"].items():
+        aliases |= {before: name, shorten(before): name, before.rpartition("/")[2]: name}
     aliases |= {name.rpartition("/")[2]: name for name in local if name not in names}
     aliases |= {shorten(name): name for name in names}
     aliases |= {alias: name for name in names if (alias := find_finlora_name(name))}
