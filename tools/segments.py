@@ -34,7 +34,11 @@ class Group:
             return chosen.unflatten(1, (self.count, -1)).transpose(0, 1)
 
         places = (self.queries, self.keys, self.keys)
-        output, _ = attention(module, *map(regroup, heads, places), self.mask, **options)
+        regrouped = list(map(regroup, heads, places))
+        if shares_keys(regrouped):
+            output = attend_by_head_groups(regrouped, self.mask, options)
+        else:
+            output, _ = attention(module, *regrouped, self.mask, **options)
         return output.flatten(0, 1).index_select(0, self.own)
 
 
@@ -122,20 +126,54 @@ class Segments:
         return output[None]
 
 
+def shares_keys(heads: list[torch.Tensor]) -> bool:
+    """Whether several query heads attend to one key head, on a CPU.
+
+    Transformers repeats keys and values there, since torch's CPU kernel takes no such groups.
+    """
+    query, key, _ = heads
+    return query.shape[1] > key.shape[1] and key.device.type == "cpu"
+
+
+def attend_by_head_groups(
+    heads: list[torch.Tensor], mask: torch.Tensor, options: dict[str, Any]
+) -> torch.Tensor:
+    """SDPA of [query, key, value], each (batch, heads, tokens, size); (batch, tokens, heads, size).
+
+    The query heads that share a key head are so many more queries of it, so that keys and values
+    stand once in memory. `mask` is (batch, 1, queries, keys).
+    """
+    query, key, value = heads
+    batch, count, length, size = query.shape
+    groups = count // key.shape[1]
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query.reshape(batch, -1, groups * length, size),
+        key,
+        value,
+        attn_mask=mask if length == 1 else mask.repeat(1, 1, groups, 1),
+        dropout_p=options.get("dropout") or 0.0,
+        scale=options.get("scaling"),
+    )
+    return output.reshape(batch, count, length, size).transpose(1, 2)
+
+
 def attend_to_segments(name: str) -> None:
     """Teaches transformers' attention of this name, SDPA or flash-attn, to attend to segments.
 
     Models pass on to their attention what they do not know: here it is `segments`. Without it,
-    attention is what it was.
+    attention is what it was, except that the next token of each row is computed by head groups.
     """
     original = ALL_ATTENTION_FUNCTIONS[name]
     if hasattr(original, "attends_to_segments"):
         return
 
     def attention(module: Any, *heads_and_mask: Any, segments: Any = None, **options: Any) -> Any:
+        heads, mask = list(heads_and_mask[:3]), heads_and_mask[3]
         if segments is None:
+            is_next_token = heads[0].shape[2] == 1 and mask is not None
+            if name == "sdpa" and is_next_token and shares_keys(heads) and not module.training:
+                return attend_by_head_groups(heads, mask, options), None
             return original(module, *heads_and_mask, **options)
-        heads = list(heads_and_mask[:3])
         if name == "sdpa":
             return segments.attend_padded(original, module, heads, options), None
         return segments.attend_varlen(heads, options), None
