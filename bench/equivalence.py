@@ -5,8 +5,8 @@
 A row's difference is that of two trainings with the same seed on the same row. Rows and seeds are
 both samples, so the mean's variance is that of a crossed design with random rows and random seeds,
 with the degrees of freedom of Hillis (2007, Statistics in Medicine 26:596). Few seeds that lie far
-apart give few degrees of freedom, and a wide interval. In simulated experiments with three seeds the
-95 % interval covers the truth in 95 % of them where rows decide, and in 92 % where seeds do.
+apart give few degrees of freedom, and a wide interval. In simulated experiments with three seeds
+the 95 % interval covers the truth in 95 % of them where rows decide, and in 92 % where seeds do.
 
 Equivalence within a margin is shown by two one-sided t tests (Schuirmann 1987): the 90 % interval
 lies inside of it. A difference that was not found shows no equivalence.

@@ -90,15 +90,22 @@ def read_prose() -> list[str]:
 
 
 def list_datasets() -> list[str]:
-    """The datasets whose real test rows are here."""
-    names = []
-    for name in sources.tables()["datasets"]:
+    """The datasets whose real test rows are here; of several from one file the first."""
+    named: dict[str, str] = {}
+    for name, entry in sources.tables()["datasets"].items():
         path = sources.test_path(name)
-        if path.is_file() and name in evaluation.read_tasks():
-            manifest = sources.manifest(path)
-            if manifest.get("from") != "data/sample":
-                names.append(name)
-    return names
+        is_scored = path.is_file() and name in evaluation.read_tasks()
+        if is_scored and sources.manifest(path).get("from") != "data/sample":
+            named.setdefault(entry["file"], name)
+    return list(named.values())
+
+
+def list_own_datasets(task: str | None) -> list[str]:
+    """The datasets with rows of a task, by the files that it is scored on."""
+    tables = sources.tables()
+    names = tables["tasks"].get(task or "", {}).get("eval", [])
+    files = {tables["datasets"][name]["file"] for name in names}
+    return [name for name in list_datasets() if tables["datasets"][name]["file"] in files]
 
 
 def split_row(tokenizer: Any, row: dict[str, Any], options: dict[str, Any] | None) -> Pair:
@@ -173,7 +180,7 @@ def measure_run(run: Run) -> dict[str, Any]:
         "recipe": run.info["recipe"],
         "recipe_digest": run.info["recipe_digest"],
         "task": subject.task,
-        "own_datasets": sources.tables()["tasks"].get(subject.task or "", {}).get("eval", []),
+        "own_datasets": list_own_datasets(subject.task),
         "seed": run.config.get("seed"),
         "precision": models.precision(subject.config),
         "losses": measured,

@@ -15,7 +15,6 @@ machine that has these files; FinLoRA's rows are needed (`make fetch data`).
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,7 @@ class Experiment:
     def list_seed_cells(self, method: str, rate: float) -> list[Cell]:
         return [self.cell(method, rate, seed) for seed in self.spec["seeds"]]
 
-    @cached_property
+    @property
     def missing_rates(self) -> list[str]:
         """The names of trainings without which no rate can be chosen."""
         named = (self.list_rate_cells(method).values() for method in self.spec["methods"])
@@ -195,7 +194,6 @@ def run_experiment(experiment: Experiment) -> None:
             lambda cell: train_and_validate(cell, plan["validated_as"], validation, plan["metric"]),
             f"{task}, rates",
         )
-        experiment = Experiment(experiment.spec, task)  # what was missing is there now
     if experiment.missing_tests:
         divide_rows(experiment)
         work_through(

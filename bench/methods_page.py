@@ -307,6 +307,10 @@ def build_forgetting() -> list[str]:
     return [*lines, *build_table(headings, rows), *conclude_forgetting()]
 
 
+def count_runs(count: int) -> str:
+    return f"{count} run{'s' if count != 1 else ''}"
+
+
 def conclude_forgetting() -> list[str]:
     """A sentence for the prose, and one for other tasks' keys."""
     entries = read_json(forgetting.RESULTS)["runs"].values()
@@ -315,8 +319,8 @@ def conclude_forgetting() -> list[str]:
     worse = sum(bool(d["low"] is not None and d["low"] > 0) for d in prose)
     mean = fmean(d["value"] for d in prose)
     lines.append(
-        f"- Prose: {mean:+.3f} nats a token on average over {len(prose)} runs; {worse} of them "
-        "read it worse than their base, by the interval."
+        f"- Prose: {mean:+.3f} nats a token on average over {count_runs(len(prose))}; {worse} of "
+        "them worse than the base, by the interval."
     )
     others = [
         measured["difference"]

@@ -101,6 +101,18 @@ def test_an_entry_is_measured_again_where_its_rows_changed(tmp_path, monkeypatch
     assert forgetting.identify_run(run)["files"].keys() == {"fpb"}
 
 
+def test_datasets_of_one_file_count_once_and_the_own_ones_are_those_of_the_tasks_files(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sources, "CHAT", tmp_path)
+    for name in ("fpb", "tfns", "tfns_as_published", "tfns_rest", "ner"):
+        sources.test_path(name).write_text(json.dumps(ROW) + "\n")
+    assert forgetting.list_datasets() == ["fpb", "tfns", "ner"]
+    assert forgetting.list_own_datasets("sentiment") == ["fpb", "tfns"]
+    assert forgetting.list_own_datasets("tfns_as_published") == ["tfns"]
+    assert forgetting.list_own_datasets(None) == []
+
+
 def write_results(path, **differences):
     """A result with these ends of the difference by dataset."""
     losses = {
@@ -122,7 +134,7 @@ def test_the_page_counts_what_is_worse_and_leaves_the_own_task_apart(tmp_path, m
     assert "Not measured yet" in "\n".join(methods_page.build_forgetting())
     write_results(path, prose=0.2, ner=0.5, formula=0.05, fpb=-2.0)
     section = "\n".join(methods_page.build_forgetting())
-    assert "+0.200 nats a token on average over 1 runs; 1 of them" in section
+    assert "+0.200 nats a token on average over 1 run; 1 of them" in section
     assert "of 2 pairs of run and dataset 1 are worse than the base and 0 better" in section
     assert "fpb, its own task" in section
 
