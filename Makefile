@@ -112,6 +112,7 @@ render: $(READY) ## Write recipes, docs/commands.md and docs/scale.md; print a r
 results: $(READY) ## Write docs/results.md, its figure, the README's table and other pages from results/
 	@$(RUN) results
 	@$(PY) -m bench.performance
+	@$(PY) -m bench.methods --page
 model: $(READY) ## Write SmolLM2-135M-Instruct to models/
 	@$(RUN) model
 
@@ -130,6 +131,7 @@ check: $(READY) ## Lint, types, layers, generated files, every recipe against Ax
 	@$(PY) data/sample/make.py --check
 	@$(PY) -m bench.parity --check
 	@$(PY) -m bench.performance --check
+	@$(PY) -m bench.methods --check
 	@$(RUN) check
 lock: $(READY) ## Resolve requirements.txt for every supported Python: requirements/python-3.*.txt
 	@$(PY) -m tools.setup --lock

@@ -19,6 +19,9 @@ from tools.train import launch
 from tools.train.machines import Machines
 from tools.train.profiles import Choice
 
+# All rows train, and the last step is scored: nothing is validated.
+UNVALIDATED = {"test_datasets": None, "eval_steps": None, "load_best_model_at_end": None}
+
 
 def vary(recipe: Recipe, folder: str, changes: dict[str, Any]) -> Recipe:
     """A recipe with other settings, which is trained in `folder`; None takes a setting away."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.jobs import train_and_score, vary
+from bench.jobs import UNVALIDATED, train_and_score, vary
 from bench.parity import compare_variants
 from evals import stats
 from tools import recipes, sources
@@ -33,8 +33,6 @@ RUNS = ROOT / "runs" / ".worked"  # hidden from `make report`, `eval` and `statu
 TASKS = {"bare": "formula", "worked": "formula_worked"}
 DATASETS = {"bare": "financial_math", "worked": "financial_math_worked"}
 METRICS = {"bare": ("accuracy",), "worked": ("accuracy", "numeric_accuracy")}
-# All rows train: nothing is validated.
-SETTINGS = {"test_datasets": None, "eval_steps": None, "load_best_model_at_end": None}
 
 
 def write_training_rows() -> dict[str, Path]:
@@ -61,7 +59,7 @@ def write_training_rows() -> dict[str, Path]:
 def vary_recipe(answers: str, rows: Path, seed: int) -> recipes.Recipe:
     recipe = recipes.find(f"smollm2-135m/{TASKS[answers]}_r4")
     datasets = [recipe.config["datasets"][0] | {"path": shown(rows)}]
-    changes = SETTINGS | {"seed": seed, "datasets": datasets}
+    changes = UNVALIDATED | {"seed": seed, "datasets": datasets}
     return vary(recipe, f"{shown(RUNS)}/{answers}_seed{seed}", changes)
 
 

@@ -1,0 +1,180 @@
+"""One training of an experiment, and the small JSON that keeps what it scored.
+
+    cell = Cell(RESULTS / "lora_1e-3_seed42.json", recipe)
+    cell.is_done                     the JSON is there, and of this recipe
+    train_and_test(cell, [ScoredSet(["fpb"], "accuracy")])
+
+The JSON is committed, so an experiment goes on on another machine. It holds the value of each row
+that was scored, in the order of the rows, and no text of theirs: a paired test needs no more.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evals import run, stats
+from evals.backends import open_transformers
+from evals.validation import Scorer
+from tools import subjects
+from tools.common import JobFailed, WrongInput, digest, read_json, shown, write_json
+from tools.recipes import Recipe
+from tools.train import launch
+from tools.train.hardware import detect_host
+from tools.train.machines import Machines
+from tools.train.profiles import Choice
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A training, by the file of its results and its varied recipe."""
+
+    file: Path
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        return self.file.stem
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What was measured; {} where it is missing, or of another recipe or scoring."""
+        if not self.file.is_file():
+            return {}
+        content = read_json(self.file)
+        is_current = (content.get("digest"), content.get("scoring")) == (
+            self.recipe.digest,
+            run.SCORING,
+        )
+        return content if is_current else {}
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self.content)
+
+
+@dataclass(frozen=True)
+class ScoredSet:
+    """Datasets that one metric scores together; `limit` takes seeded rows of each."""
+
+    datasets: list[str]
+    metric: str
+    limit: int | None = None
+
+
+def list_missing(cells: Sequence[Cell]) -> list[str]:
+    return [cell.name for cell in cells if not cell.is_done]
+
+
+def pack_values(values: Sequence[float]) -> str | list[float]:
+    """The values of rows, short: a digit each where all are 0 or 1."""
+    if all(value in (0, 1) for value in values):
+        return "".join(str(int(value)) for value in values)
+    return [round(float(value), 4) for value in values]
+
+
+def unpack_values(packed: str | list[float]) -> list[float]:
+    return [float(value) for value in packed]
+
+
+def train(recipe: Recipe) -> dict[str, Any]:
+    """Trains a recipe, or what is missing of it; returns what its results say of the training."""
+    launch.train(recipe, Choice(), Machines(), False)
+    info = recipe.run.info
+    return {
+        "recipe": recipe.name,
+        "digest": recipe.digest,
+        "seed": recipe.seed,
+        "steps": info["steps"],
+        "rows": sum(entry["rows"] for entry in info["data"] if entry["split"] == "train"),
+        "train_sha256": [entry["sha256"] for entry in info["data"]],
+        "loss": round(info["train_loss"], 4),
+        "seconds": round(info["seconds"]),
+        "trainable_parameters": info["trainable_parameters"],
+        "machine": detect_host().describe_machine(),
+        "packages": {name: info["packages"][name] for name in ("torch", "transformers", "peft")},
+        "date": time.strftime("%Y-%m-%d"),
+        "scoring": run.SCORING,
+    }
+
+
+def describe_score(metric: str, values: Sequence[float], data_sha256: str) -> dict[str, Any]:
+    score = stats.estimate(metric, values)
+    ends = {key: round(end, 4) for key, end in score.items() if isinstance(end, float)}
+    packed = pack_values(values)
+    return {
+        "metric": metric,
+        "rows": len(values),
+        "data_sha256": data_sha256,
+        **ends,
+        "values": packed,
+    }
+
+
+def train_and_validate(cell: Cell, dataset: str, rows: Path, metric: str) -> None:
+    """Trains a cell and scores it on validation rows, by the rule of a dataset."""
+    content = train(cell.recipe)
+    subject = subjects.of_recipe(cell.recipe, False, None, None)
+    with open(rows, "rb") as file:
+        count = sum(1 for _ in file)
+    with open_transformers(subject)("adapter", f"{cell.name}, validation:", count) as lm:
+        answers = Scorer(dataset, rows).answer(lm, subject.options)
+    values = [answer["values"].get(metric) for answer in answers]
+    if None in values:
+        raise JobFailed(f"{cell.name}: {values.count(None)} validation rows cannot be scored")
+    scores = {"validation": describe_score(metric, values, digest(rows))}
+    write_json(cell.file, content | {"scores": scores})
+
+
+def train_and_test(cell: Cell, test_sets: Sequence[ScoredSet]) -> None:
+    """Trains a cell and scores it, and its base, on test rows."""
+    content = train(cell.recipe)
+    subject = subjects.of_recipe(cell.recipe, False, None, None)
+    scores = {}
+    for test_set in test_sets:
+        files = run.score_subject(subject, run.Request(test_set.datasets, test_set.limit))
+        for dataset, sides in files.items():
+            base, adapter = (read_json(sides[side]) for side in ("base", "adapter"))
+            values = [row["values"].get(test_set.metric) for row in adapter["predictions"]]
+            if None in values:
+                raise JobFailed(
+                    f"{cell.name}: {values.count(None)} rows of {dataset} cannot be scored"
+                )
+            sha = adapter["evaluated"]["data_sha256"]
+            scores[dataset] = describe_score(test_set.metric, values, sha)
+            scores[dataset] |= {"base": round(base["metrics"][test_set.metric]["value"], 4)}
+    write_json(cell.file, content | {"scores": scores})
+
+
+def list_values(cell: Cell, datasets: Sequence[str]) -> list[float]:
+    """The values of a cell's rows, those of one dataset after the other."""
+    scores = cell.content["scores"]
+    return [value for name in datasets for value in unpack_values(scores[name]["values"])]
+
+
+def collect_columns(cells: Sequence[Cell], datasets: Sequence[str]) -> Array:
+    """The values of cells that differ by their seed: (rows, seeds)."""
+    return np.array([list_values(cell, datasets) for cell in cells], float).T
+
+
+def refuse_other_rows(cells: Sequence[Cell], same_training: bool = True) -> None:
+    """Raises WrongInput where cells were not scored, or not trained, on the same rows."""
+    seen: dict[str, tuple[str, Any]] = {}
+    for cell in cells:
+        content = cell.content
+        scores = content["scores"].items()
+        digests = {name: score["data_sha256"] for name, score in scores}
+        if same_training:
+            digests["training"] = content["train_sha256"]
+        for name, sha in digests.items():
+            first, other = seen.setdefault(name, (cell.name, sha))
+            if sha != other:
+                raise WrongInput(
+                    f"{shown(cell.file)} has other rows of {name} than {first}; remove the file "
+                    "and run the experiment again"
+                )

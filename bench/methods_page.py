@@ -1,0 +1,420 @@
+"""docs/methods.md and its figure, from results/{methods,together}/ and results/forgetting.json.
+
+Every number comes from these files or from the plans in bench/*.yaml. Where trainings are missing,
+the page names them and draws no conclusion from the others.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from bench import equivalence, forgetting, together
+from bench.cells import Cell, collect_columns, list_missing, refuse_other_rows
+from bench.performance import build_table
+from evals import report, stats
+from evals.figures import COLOURS, MARKERS
+from tools.common import atomic, read_json
+
+if TYPE_CHECKING:
+    from bench.methods import Experiment
+
+HEAD = """\
+# FinLoRA's ranking re-examined
+
+FinLoRA ranks LoRA, QLoRA, DoRA and rsLoRA at one learning rate. Here each method first gets its own
+rate, chosen on validation rows, and is then trained with three seeds and scored on test rows.
+`make results` writes this page from [results/](../results/), and says what is missing.
+
+    make fetch data TASKS=sentiment,xbrl_term,ner,tfns,tfns_as_published
+    .venv/bin/python -m bench.methods            # hours on two cores; goes on where it stopped
+    .venv/bin/python -m bench.together
+    .venv/bin/python -m bench.forgetting         # what the finished runs of SmolLM2 forgot
+    make results
+
+Each training leaves a small file of results. They are committed, so another machine with the same
+data goes on from them. A test row is read once all rates of its task are chosen, and not before.
+"""
+
+VERDICTS = """\
+Verdicts are t tests over rows and seeds, both of them drawn (Hillis 2007), and two one-sided tests
+of the margin, corrected over the methods of a table (Holm). *Undecided*: neither a difference nor
+equivalence is shown. The score is one mean over the rows of all datasets, so the largest counts
+most.
+"""
+
+LIMITS = """\
+## What a 135M model cannot tell
+
+- It has 135 million parameters, FinLoRA's models 8 billion. A small model loses more at 4 bits, has
+  less to forget, and takes higher rates. The order of methods here is no order there.
+- It is trained for minutes. A method that starts slowly and ends higher is cut off.
+- Data are FinLoRA's published test files, divided; its training files are not at hand. Keys of the
+  sentiment sets have errors of their own, which cost all methods the same.
+- The rates are half a decade apart. A best rate at an end of the grid may lie beyond it.
+
+## What would overturn it
+
+- More seeds, whose interval leaves the margin, or enters it.
+- A rate between those of the grid that is better by more than the margin, for one method alone.
+- The same experiment on a model of billions of parameters. The command is the same with another
+  `model` in [bench/methods.yaml](../bench/methods.yaml), on a GPU.
+"""
+
+
+def format_points(value: float, signed: bool = False) -> str:
+    return f"{100 * value:{'+' if signed else ''}.1f}"
+
+
+def format_difference(comparison: dict[str, Any]) -> str:
+    value, low, high = (format_points(comparison[key], True) for key in ("value", "low", "high"))
+    return f"{value} ({low} … {high})"
+
+
+def quote(text: str) -> str:
+    return "> " + " ".join(text.split())
+
+
+def list_names(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def describe_missing(what: str, missing: Sequence[str], total: int) -> list[str]:
+    """A line on how much of a stage is done; with the names of what is missing."""
+    if not missing:
+        return [f"- {what}: all {total} trainings are done."]
+    if len(missing) == total:
+        return [f"- {what}: none of {total} trainings is done."]
+    return [f"- {what}: {total - len(missing)} of {total} done. Missing: {list_names(missing)}."]
+
+
+# ---- the ranking
+
+
+def describe_progress(experiment: "Experiment") -> list[str]:
+    task, spec = experiment.task, experiment.spec
+    total = len(spec["methods"]) * len(spec["rates"])
+    lines = describe_missing(f"{task}, rates", experiment.missing_rates, total)
+    if experiment.missing_rates:
+        return [*lines, f"- {task}, test rows: not read, since not all rates are chosen."]
+    tests = len(experiment.list_test_cells())
+    return lines + describe_missing(f"{task}, test rows", experiment.missing_tests, tests)
+
+
+def describe_plan(experiment: "Experiment") -> list[str]:
+    """The difference that can be detected and the margin that can be shown, before any result."""
+    plan, seeds = experiment.plan, len(experiment.spec["seeds"])
+    planned = plan["planned"]
+    rows, row_sd, seed_sd = (planned[key] for key in ("rows", "row_sd", "seed_sd"))
+    error, freedom = equivalence.plan_error(rows, seeds, row_sd, seed_sd)
+    detectable = equivalence.find_detectable_difference(error, freedom)
+    margin = equivalence.find_showable_margin(error, freedom)
+    by_rows = equivalence.find_detectable_difference(row_sd / rows**0.5, rows - 1)
+    return [
+        f"{experiment.task}: {rows:,} test rows ({', '.join(plan['datasets'])}), {seeds} seeds. "
+        f"Where paired differences have a standard deviation of {format_points(row_sd)} points "
+        f"over rows and {format_points(seed_sd)} over seeds, 80 % of all experiments find a true "
+        f"difference of {format_points(detectable)} points, and show equal methods equivalent "
+        f"within {format_points(margin)}. Rows alone, without a spread of seeds, would find "
+        f"{format_points(by_rows)}.",
+        "",
+    ]
+
+
+def build_rates(experiment: "Experiment") -> list[str]:
+    """The table of validation scores by rate; a method's best is bold once all rates are in."""
+    spec, plan = experiment.spec, experiment.plan
+    rows = []
+    for method, entry in spec["methods"].items():
+        best, cells = experiment.choose_rate(method), []
+        for rate, cell in experiment.list_rate_cells(method).items():
+            text = "missing"
+            if cell.is_done:
+                score = cell.content["scores"]["validation"]
+                text = format_points(score["value"])
+                if "low" in score:
+                    text += f" ({format_points(score['low'])} … {format_points(score['high'])})"
+            cells.append(f"**{text}**" if rate == best else text)
+        rows.append([entry["title"], *cells])
+    headings = [f"{report.title(plan['metric'])}, %", *(f"{rate:g}" for rate in spec["rates"])]
+    text = (
+        f"{plan['validation']} validation rows, seed {spec['rate_seed']}, "
+        f"{spec['settings']['max_steps']} steps of {spec['settings']['micro_batch_size']} rows. "
+        "95 % intervals over rows; a method's chosen rate is bold."
+    )
+    return [f"### Rates, {experiment.task}", "", text, "", *build_table(headings, rows)]
+
+
+def list_setting_cells(experiment: "Experiment", method: str, setting: str) -> list[Cell]:
+    best = experiment.choose_rate(method)
+    rate = best if setting == "best" else experiment.spec["common_rate"]
+    return experiment.list_seed_cells(method, rate) if rate is not None else []
+
+
+def format_method(
+    experiment: "Experiment", method: str, setting: str, comparison: dict[str, Any] | None
+) -> list[str]:
+    """The row of a method in the table of test scores."""
+    spec, plan = experiment.spec, experiment.plan
+    title = spec["methods"][method]["title"]
+    cells = list_setting_cells(experiment, method, setting)
+    if list_missing(cells):
+        return [title, "", "missing", "", ""]
+    columns = collect_columns(cells, plan["datasets"])
+    mean = stats.estimate_mean(plan["metric"], columns.T.tolist())
+    seeds = ", ".join(format_points(value) for value in columns.mean(0))
+    score = f"{format_points(mean['value'])} ({seeds})"
+    rate = cells[0].recipe.config["learning_rate"]
+    if method == spec["reference"]:
+        return [title, f"{rate:g}", score, "–", "reference"]
+    if comparison is None:
+        return [title, f"{rate:g}", score, "", "not all are done"]
+    verdict = equivalence.describe_verdict(comparison, spec["margin"])
+    return [title, f"{rate:g}", score, format_difference(comparison), verdict]
+
+
+def build_tests(experiment: "Experiment", setting: str) -> list[str]:
+    """The table of test scores at the common or the best rates."""
+    spec, plan = experiment.spec, experiment.plan
+    if experiment.missing_rates:
+        return []
+    name = "one common rate" if setting == "common" else "each method's best rate"
+    compared = experiment.compare_all(setting)
+    rows = [
+        format_method(experiment, method, setting, compared.get(method))
+        for method in spec["methods"]
+    ]
+    reference = spec["methods"][spec["reference"]]["title"]
+    headings = ["method", "rate", f"{report.title(plan['metric'])}, % (each seed)"]
+    headings += [f"minus {reference}, points", "verdict"]
+    lines = [f"### Test rows at {name}, {experiment.task}", "", *build_table(headings, rows)]
+    for method, comparison in compared.items():
+        if comparison:
+            lines.append(describe_comparison(spec["methods"][method]["title"], comparison))
+    return [*lines, ""]
+
+
+def describe_comparison(title: str, comparison: dict[str, Any]) -> str:
+    low, high = (format_points(comparison[key], True) for key in ("low90", "high90"))
+    seeds = ", ".join(format_points(value, True) for value in comparison["seeds"])
+    return (
+        f"- {title}: seeds {seeds}; 90 % interval {low} … {high}; "
+        f"p of no difference {comparison['p']:.2g}, of the margin {comparison['p_margin']:.2g} "
+        f"(Holm), {comparison['freedom']:.1f} degrees of freedom."
+    )
+
+
+def conclude_ranking(experiment: "Experiment") -> list[str]:
+    """A sentence for each setting that is complete."""
+    spec, lines = experiment.spec, []
+    reference = spec["methods"][spec["reference"]]["title"]
+    if experiment.missing_rates:
+        return [f"- {experiment.task}: none yet, rates are missing."]
+    for setting, name in (("common", "at one common rate"), ("best", "at each one's best rate")):
+        compared = experiment.compare_all(setting)
+        for method, comparison in compared.items():
+            title = spec["methods"][method]["title"]
+            if comparison is None:
+                lines.append(
+                    f"- {experiment.task}, {title} {name}: none yet, trainings are missing."
+                )
+                continue
+            verdict = equivalence.describe_verdict(comparison, spec["margin"])
+            lines.append(
+                f"- {experiment.task}, {title} against {reference} {name}: {verdict}; "
+                f"{format_difference(comparison)} points, 95 % over rows and "
+                f"{len(comparison['seeds'])} seeds."
+            )
+    edges = (min(spec["rates"]), max(spec["rates"]))
+    for method, entry in spec["methods"].items():
+        if (best := experiment.choose_rate(method)) in edges:
+            lines.append(
+                f"- {experiment.task}: the best rate of {entry['title']}, {best:g}, is an end of "
+                "the grid; a better one may lie beyond."
+            )
+    return lines
+
+
+# ---- tasks together, swapped labels
+
+
+def describe_part(part: together.Part) -> list[str]:
+    total = len(part.plan["variants"]) * len(part.spec["seeds"])
+    return describe_missing(part.plan["title"], part.missing, total)
+
+
+def build_part(part: together.Part) -> list[str]:
+    """A section: the hypothesis, scores by variant and test, and the comparisons."""
+    plan, spec = part.plan, part.spec
+    lines = [f"## {plan['title']}", "", quote(plan["hypothesis"]), ""]
+    rows = []
+    for variant, entry in plan["variants"].items():
+        cells = part.list_cells(variant)
+        for test in entry["tests"]:
+            base, scores = "", "missing"
+            if not list_missing(cells):
+                refuse_other_rows(cells)
+                datasets = part.find_test(test).datasets
+                columns = collect_columns(cells, datasets)
+                seeds = ", ".join(format_points(value) for value in columns.mean(0))
+                scores = f"{format_points(columns.mean())} ({seeds})"
+                base = format_points(average_base(cells[0], datasets))
+            rows.append([variant, test, base, scores])
+    lines += build_table(["trained on", "scored on", "base", "accuracy, % (each seed)"], rows)
+    for pair, comparison in zip(plan["compared"], part.compare_all(), strict=True):
+        name = f"{pair['variant']} against {pair['against']}, on {pair['test']}"
+        if comparison is None:
+            lines.append(f"- {name}: no conclusion, trainings are missing.")
+        else:
+            verdict = equivalence.describe_verdict(comparison, spec["margin"])
+            points = f"{format_difference(comparison)} points over {len(spec['seeds'])} seeds"
+            lines.append(f"- {name}: {verdict}; {points}, p = {comparison['p']:.2g} (Holm).")
+    return [*lines, ""]
+
+
+def average_base(cell: Cell, datasets: Sequence[str]) -> float:
+    """The base's score over the rows of several datasets."""
+    scores = [cell.content["scores"][name] for name in datasets]
+    total = sum(score["rows"] for score in scores)
+    return float(sum(score["base"] * score["rows"] for score in scores) / total)
+
+
+# ---- forgetting
+
+
+def build_forgetting() -> list[str]:
+    text = (
+        "Loss per token of base and adapter on the same texts, at the adapter's precision: general "
+        "prose, and the keys of each task's test rows behind their prompts. More is forgetting. "
+        "The adapter's own task stands last. 95 % intervals over texts, of one run each."
+    )
+    lines = ["## What an adapter costs elsewhere", "", text, ""]
+    if not forgetting.RESULTS.is_file():
+        return [*lines, "Not measured yet: `python -m bench.forgetting`.", ""]
+    rows = []
+    for name, entry in read_json(forgetting.RESULTS)["runs"].items():
+        own = entry["own_datasets"]
+        for dataset in sorted(entry["losses"], key=lambda dataset: dataset in own):
+            measured = entry["losses"][dataset]
+            difference = measured["difference"]
+            gain = f"{difference['value']:+.3f}"
+            if difference["low"] is not None:
+                gain += f" ({difference['low']:+.3f} … {difference['high']:+.3f})"
+            where = f"{dataset}, its own task" if dataset in own else dataset
+            values = (f"{measured[side]:.3f}" for side in ("base", "adapter"))
+            rows.append([name, where, str(measured["texts"]), *values, gain])
+    headings = ["run", "texts of", "texts", "base", "adapter", "adapter minus base, nats a token"]
+    return [*lines, *build_table(headings, rows), *conclude_forgetting()]
+
+
+def count_runs(count: int) -> str:
+    return f"{count} run{'s' if count != 1 else ''}"
+
+
+def conclude_forgetting() -> list[str]:
+    """A sentence for the prose, and one for other tasks' keys."""
+    entries = read_json(forgetting.RESULTS)["runs"].values()
+    lines = []
+    prose = [entry["losses"][forgetting.PROSE]["difference"] for entry in entries]
+    worse = sum(bool(d["low"] is not None and d["low"] > 0) for d in prose)
+    mean = fmean(d["value"] for d in prose)
+    lines.append(
+        f"- Prose: {mean:+.3f} nats a token on average over {count_runs(len(prose))}; {worse} of "
+        "them worse than the base, by the interval."
+    )
+    others = [
+        measured["difference"]
+        for entry in entries
+        for dataset, measured in entry["losses"].items()
+        if dataset != forgetting.PROSE and dataset not in entry["own_datasets"]
+    ]
+    if others:
+        worse = sum(bool(d["low"] is not None and d["low"] > 0) for d in others)
+        better = sum(bool(d["high"] is not None and d["high"] < 0) for d in others)
+        lines.append(
+            f"- Keys of other tasks: of {len(others)} pairs of run and dataset {worse} are worse "
+            f"than the base and {better} better, by the interval."
+        )
+    lines.append(
+        "- Other seeds or longer trainings would overturn it. Loss is not the score: an adapter "
+        "that answers in another form has a higher loss without knowing less."
+    )
+    return [*lines, ""]
+
+
+# ---- page and figure
+
+
+def build_page(experiments: list["Experiment"]) -> str:
+    """The whole page; raises WrongInput where results do not belong together."""
+    spec, parts = experiments[0].spec, together.open_parts([])
+    for experiment in experiments:
+        refuse_other_rows(experiment.list_all_files())
+    margin = f"Margin: {format_points(spec['margin'])} points. Written before the first training:"
+    lines = [HEAD, "## What is done", ""]
+    lines += [line for experiment in experiments for line in describe_progress(experiment)]
+    lines += [line for part in parts for line in describe_part(part)]
+    lines += ["", "## Hypothesis", "", margin, "", quote(spec["hypothesis"]), ""]
+    lines += [line for experiment in experiments for line in describe_plan(experiment)]
+    lines += [VERDICTS, "## Conclusions", ""]
+    lines += [line for experiment in experiments for line in conclude_ranking(experiment)]
+    lines += ["", "## Results", ""]
+    if any(experiment.list_all_files() for experiment in experiments):
+        lines += ["![Validation score by learning rate, a line for each method](methods.svg)", ""]
+    for experiment in experiments:
+        lines += build_rates(experiment)
+        for setting in ("common", "best"):
+            lines += build_tests(experiment, setting)
+    lines += [line for part in parts for line in build_part(part)]
+    lines += [*build_forgetting(), LIMITS]
+    machines = sorted({machine for e in experiments for machine in list_machines(e)})
+    if machines:
+        lines += [f"Trained on: {'; '.join(machines)}."]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def list_machines(experiment: "Experiment") -> set[str]:
+    return {cell.content["machine"] for cell in experiment.list_all_files()}
+
+
+def draw_rates(experiments: list["Experiment"], file: Path) -> None:
+    """Validation score against rate: a panel for each task, a line for each method."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    shown_tasks = [experiment for experiment in experiments if experiment.list_all_files()]
+    if not shown_tasks:
+        return
+    settings: dict[Any, Any] = {"svg.hashsalt": "methods", "svg.fonttype": "none"}
+    with mpl.rc_context(settings):
+        figure = Figure(figsize=(5.4 * len(shown_tasks), 4.2), layout="constrained")
+        panels = figure.subplots(1, len(shown_tasks), squeeze=False)[0]
+        for axes, experiment in zip(panels, shown_tasks, strict=True):
+            draw_task(axes, experiment)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+        with atomic(file) as out:
+            figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+
+
+def draw_task(axes: Any, experiment: "Experiment") -> None:
+    for place, (method, entry) in enumerate(experiment.spec["methods"].items()):
+        cells = experiment.list_rate_cells(method).items()
+        done = [
+            (rate, cell.content["scores"]["validation"]) for rate, cell in cells if cell.is_done
+        ]
+        shift = 1.04 ** (place - 1.5)  # so that intervals do not cover each other
+        rates = [rate * shift for rate, _ in done]
+        values = [100 * score["value"] for _, score in done]
+        reach = [
+            [100 * abs(score.get(end, score["value"]) - score["value"]) for _, score in done]
+            for end in ("low", "high")
+        ]
+        style = {"color": COLOURS[place], "marker": MARKERS[place], "ms": 5, "capsize": 3}
+        axes.errorbar(rates, values, yerr=reach, label=entry["title"], **style)
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel(f"validation {report.title(experiment.plan['metric'])}, %")
+    axes.set_title(experiment.task)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)

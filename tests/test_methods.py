@@ -1,0 +1,266 @@
+"""The experiment on methods: rates by validation rows, test rows once, results that resume."""
+
+import json
+import shutil
+
+import pytest
+
+from bench import cells, equivalence, methods, methods_page
+from bench.cells import Cell
+from evals import run
+from tests.conftest import write_recipe
+from tools import recipes, sources
+from tools.common import JobFailed, WrongInput, read_yaml
+
+SPEC = read_yaml(methods.SPEC)
+TASK = "sentiment"
+
+
+def make_values(count, right):
+    return [1.0] * right + [0.0] * (count - right)
+
+
+def write_cell(cell: Cell, scores: dict[str, list[float]], **changes):
+    """The results of a training, as `train_and_validate` and `train_and_test` write them."""
+    content = {
+        "recipe": cell.recipe.name,
+        "digest": cell.recipe.digest,
+        "seed": cell.recipe.seed,
+        "train_sha256": ["a"],
+        "scoring": run.SCORING,
+        "machine": "a machine",
+        "scores": {
+            name: cells.describe_score("accuracy", values, f"rows of {name}") | {"base": 0.25}
+            for name, values in scores.items()
+        },
+    }
+    cell.file.parent.mkdir(parents=True, exist_ok=True)
+    cell.file.write_text(json.dumps(content | changes))
+
+
+def write_rates(experiment, best: dict[str, float], skip: str = "") -> None:
+    for method in SPEC["methods"]:
+        for rate, cell in experiment.list_rate_cells(method).items():
+            if cell.name != skip:
+                right = 200 if rate == best[method] else 150
+                write_cell(cell, {"validation": make_values(300, right)})
+
+
+def write_tests(experiment, skip: str = "") -> None:
+    for number, cell in enumerate(experiment.list_test_cells().values()):
+        if cell.name != skip:
+            write_cell(
+                cell, {name: make_values(400, 250 + number) for name in ("fpb", "fiqa", "tfns")}
+            )
+
+
+BEST = {"lora": 0.001, "dora": 0.003, "rslora": 0.0003, "qlora": 0.01}
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(methods, "RUNS", tmp_path / "runs")
+
+    def open_experiment():
+        return methods.Experiment(SPEC, TASK)
+
+    return open_experiment
+
+
+# ---- choosing a rate
+
+
+def test_the_best_validation_score_chooses_a_rate_and_a_tie_the_lower_one(experiment):
+    write_rates(experiment(), BEST)
+    assert {method: experiment().choose_rate(method) for method in BEST} == BEST
+    for cell in experiment().list_rate_cells("lora").values():
+        write_cell(cell, {"validation": make_values(300, 150)})
+    assert experiment().choose_rate("lora") == min(SPEC["rates"])
+
+
+def test_no_rate_is_chosen_and_no_test_row_is_read_before_all_rates_are_in(experiment):
+    write_rates(experiment(), BEST, skip="qlora_1e-2_seed42")
+    assert experiment().missing_rates == ["qlora_1e-2_seed42"]
+    assert experiment().choose_rate("qlora") is None
+    with pytest.raises(JobFailed, match="before all rates are chosen"):
+        experiment().list_test_cells()
+
+
+def test_seeds_that_choose_a_rate_score_no_test_row(experiment):
+    write_rates(experiment(), BEST)
+    assert SPEC["rate_seed"] not in SPEC["seeds"]
+    tested = experiment().list_test_cells()
+    # LoRA's best rate is the common one, so its three seeds count twice.
+    assert len(tested) == 7 * len(SPEC["seeds"])
+    assert not [name for name in tested if name.endswith(f"seed{SPEC['rate_seed']}")]
+
+
+def test_all_methods_train_the_same_rows_for_the_same_steps(experiment):
+    configs = [
+        cell.recipe.config for m in BEST for cell in experiment().list_rate_cells(m).values()
+    ]
+    shared = ("max_steps", "micro_batch_size", "gradient_accumulation_steps", "datasets", "seed")
+    for key in (*shared, "lora_target_modules", "lora_dropout", "lr_scheduler", "warmup_steps"):
+        assert len({json.dumps(config[key]) for config in configs}) == 1, key
+    rows = configs[0]["max_steps"] * configs[0]["micro_batch_size"]
+    assert rows <= 900 - SPEC["tasks"][TASK]["validation"]  # no row is seen twice
+    assert not any("test_datasets" in config for config in configs)
+
+
+# ---- results that resume
+
+
+def test_results_of_another_recipe_or_scoring_are_missing(experiment):
+    cell = experiment().cell("lora", 0.001, 42)
+    assert not cell.is_done
+    write_cell(cell, {"validation": make_values(300, 150)})
+    assert cell.is_done
+    for key, value in (("digest", "another"), ("scoring", run.SCORING - 1)):
+        write_cell(cell, {"validation": make_values(300, 150)}, **{key: value})
+        assert not cell.is_done
+
+
+def test_what_is_done_is_not_trained_again(experiment, monkeypatch):
+    write_rates(experiment(), BEST, skip="dora_3e-4_seed42")
+    trained = []
+
+    def validate(cell, dataset, rows, metric):
+        trained.append(cell.name)
+        write_cell(cell, {"validation": make_values(300, 1)})
+
+    def test(cell, test_sets):
+        trained.append(cell.name)
+        write_cell(cell, {name: make_values(100, 50) for name in test_sets[0].datasets})
+
+    monkeypatch.setattr(methods, "divide_rows", lambda experiment: None)
+    monkeypatch.setattr(methods, "train_and_validate", validate)
+    monkeypatch.setattr(methods, "train_and_test", test)
+    methods.run_experiment(experiment())
+    assert trained[0] == "dora_3e-4_seed42" and len(trained) == 1 + 21
+    methods.run_experiment(experiment())
+    assert len(trained) == 22
+
+
+def test_results_hold_the_values_of_rows_and_no_text():
+    binary = cells.describe_score("accuracy", [1.0, 0.0, 1.0], "sha")
+    assert binary["values"] == "101"
+    shares = cells.describe_score("rouge_l", [0.123456, 1.0] * 5, "sha")
+    for score, values in ((binary, [1, 0, 1]), (shares, [0.1235, 1.0] * 5)):
+        assert cells.unpack_values(score["values"]) == values
+        assert not {"expected", "answered", "answer", "predictions"} & score.keys()
+
+
+def test_rows_that_differ_between_machines_are_refused(experiment):
+    write_rates(experiment(), BEST)
+    cell = experiment().cell("lora", 0.001, 42)
+    write_cell(cell, {"validation": make_values(300, 150)}, train_sha256=["b"])
+    with pytest.raises(WrongInput, match="has other rows of training than"):
+        cells.refuse_other_rows(experiment().list_all_files())
+
+
+# ---- what the page says
+
+
+def test_a_partial_experiment_names_what_is_missing_and_concludes_nothing(experiment):
+    write_rates(experiment(), BEST, skip="qlora_1e-2_seed42")
+    page = "\n".join(
+        [
+            *methods_page.describe_progress(experiment()),
+            *methods_page.build_rates(experiment()),
+            *methods_page.conclude_ranking(experiment()),
+        ]
+    )
+    assert "19 of 20 done. Missing: `qlora_1e-2_seed42`" in page
+    assert "not read, since not all rates are chosen" in page
+    assert "none yet" in page and "equivalent" not in page and "different" not in page
+
+
+def test_one_missing_seed_leaves_a_table_without_a_verdict(experiment):
+    write_rates(experiment(), BEST)
+    write_tests(experiment(), skip="dora_3e-3_seed44")
+    assert experiment().missing_tests == ["dora_3e-3_seed44"]
+    assert not any(experiment().compare_all("best").values())
+    assert all(experiment().compare_all("common").values())
+    lines = "\n".join(methods_page.build_tests(experiment(), "best"))
+    assert "missing" in lines and "Holm" not in lines
+    concluded = methods_page.conclude_ranking(experiment())
+    assert sum("none yet" in line for line in concluded) == 3
+
+
+def test_a_whole_experiment_is_compared_on_the_same_rows_and_seeds(experiment):
+    write_rates(experiment(), BEST)
+    write_tests(experiment())
+    compared = experiment().compare_all("best")
+    direct = experiment().compare("dora", "best")
+    assert compared["dora"]["value"] == pytest.approx(direct["value"])
+    assert compared["dora"]["p"] >= direct["p"]
+    lora, dora = (
+        cells.collect_columns(
+            experiment().list_seed_cells(name, BEST[name]), ["fpb", "fiqa", "tfns"]
+        )
+        for name in ("lora", "dora")
+    )
+    assert lora.shape == (1200, 3)
+    assert direct == equivalence.compare_means(dora - lora, SPEC["margin"])
+    concluded = "\n".join(methods_page.conclude_ranking(experiment()))
+    assert "none yet" not in concluded
+    assert "QLoRA, 4 bits, r 4, 0.01, is an end of the grid" in concluded
+
+
+def test_the_figure_has_a_line_for_each_method_and_is_the_same_again(experiment, tmp_path):
+    write_rates(experiment(), BEST, skip="qlora_1e-2_seed42")
+    files = [tmp_path / f"{number}.svg" for number in range(2)]
+    for file in files:
+        methods_page.draw_rates([experiment()], file)
+    drawing = files[0].read_bytes()
+    assert drawing == files[1].read_bytes()
+    for method in SPEC["methods"].values():
+        assert method["title"].encode() in drawing
+
+
+# ---- the real thing, small
+
+
+@pytest.mark.slow
+def test_a_tiny_experiment_trains_scores_and_resumes(
+    tiny, chat_rows, experiment, tmp_path, monkeypatch
+):
+    """Rates first, on rows held back from training; test rows after them; then nothing is left."""
+    spec = SPEC | {"rates": [0.001, 0.01], "seeds": [43]}
+    spec |= {"methods": {name: SPEC["methods"][name] for name in ("lora", "qlora")}}
+    spec["settings"] = {**SPEC["settings"], "max_steps": 2, "warmup_steps": 1, "save_steps": 2}
+    plan = {**SPEC["tasks"][TASK], "validation": 20, "limit": 6, "datasets": ["fpb"]}
+    spec["tasks"] = {TASK: plan}
+    chat = tmp_path / "chat"
+    chat.mkdir()
+    for name in (chat_rows.name, chat_rows.name.replace("_train", "_val")):
+        shutil.copy(chat_rows.with_name(name), chat)
+    monkeypatch.setattr(sources, "CHAT", chat)
+
+    def find_recipe(self, method):
+        settings = SPEC["methods"][method]["recipe"]
+        return recipes.find(str(write_recipe(tmp_path, settings, tiny, chat / chat_rows.name)))
+
+    monkeypatch.setattr(methods.Experiment, "find_recipe", find_recipe)
+    first = methods.Experiment(spec, TASK)
+    with pytest.raises(WrongInput, match="fpb_test"):  # the test rows are not there: rates go well
+        methods.run_experiment(first)
+    assert not methods.Experiment(spec, TASK).missing_rates
+    trained, validated = (
+        {row for row in (first.folder / name).read_bytes().splitlines()}
+        for name in ("sentiment_train.jsonl", "sentiment_val.jsonl")
+    )
+    assert len(validated) == 20 and not trained & validated
+    shutil.copy(chat_rows, chat / "fpb_test.jsonl")
+    methods.run_experiment(methods.Experiment(spec, TASK))
+    second = methods.Experiment(spec, TASK)
+    assert not second.missing_tests
+    assert all(
+        len(cell.content["scores"]["fpb"]["values"]) == 6
+        for cell in second.list_all_files()
+        if "fpb" in cell.content["scores"]
+    )
+    shutil.rmtree(methods.RUNS)  # as on another machine
+    methods.run_experiment(methods.Experiment(spec, TASK))
+    assert not methods.RUNS.exists()

@@ -1,0 +1,113 @@
+"""Tasks together and alone: equal rows of each, comparisons on the same rows and seeds."""
+
+import json
+import random
+
+import pytest
+
+from bench import methods_page, together
+from tests.test_methods import make_values, write_cell
+from tools import sources
+from tools.common import WrongInput, read_yaml
+
+SPEC = read_yaml(together.SPEC)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(together, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(together, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(sources, "CHAT", tmp_path / "chat")
+    return tmp_path
+
+
+def write_training_rows(task, count, of=None):
+    """Chat rows that name their task and number."""
+    path = sources.train_path(task)
+    path.parent.mkdir(exist_ok=True)
+    lines = [
+        json.dumps(
+            {
+                "messages": [
+                    {"role": "user", "content": f"{of or task} {number}"},
+                    {"role": "assistant", "content": f"{task}"},
+                ]
+            }
+        )
+        for number in range(count)
+    ]
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def read_prompts(part, variant):
+    rows = map(json.loads, part.find_rows_file(variant).read_text().splitlines())
+    return [row["messages"][0]["content"] for row in rows]
+
+
+def test_a_task_has_the_same_rows_alone_and_together():
+    part = together.Part(SPEC, "tasks")
+    for task in ("sentiment", "ner"):
+        write_training_rows(task, 600)
+    for variant in part.plan["variants"]:
+        together.write_rows(part, variant)
+    both = read_prompts(part, "both")
+    alone = [read_prompts(part, name) for name in ("sentiment alone", "NER alone")]
+    assert [len(rows) for rows in alone] == [SPEC["rows"]] * 2
+    assert sorted(both) == sorted(alone[0] + alone[1])
+    assert len({row.split()[0] for row in both[:20]}) == 2  # mixed, not one task after the other
+
+
+def test_rows_with_repaired_and_published_labels_have_the_same_prompts():
+    part = together.Part(SPEC, "labels")
+    for task in ("tfns", "tfns_as_published"):
+        write_training_rows(task, 600, of="tweet")
+    for variant in part.plan["variants"]:
+        together.write_rows(part, variant)
+    repaired, published = (read_prompts(part, variant) for variant in part.plan["variants"])
+    assert repaired == published
+
+
+def test_all_variants_see_each_row_once_at_the_same_schedule():
+    for name in SPEC["parts"]:
+        part = together.Part(SPEC, name)
+        configs = [part.list_cells(variant)[0].recipe.config for variant in part.plan["variants"]]
+        for config in configs:
+            assert config["num_epochs"] == 1 and "max_steps" not in config
+            assert "warmup_steps" not in config and "test_datasets" not in config
+        for key in (
+            *("learning_rate", "lora_r", "lora_alpha", "load_in_8bit", "optimizer"),
+            *("micro_batch_size", "gradient_accumulation_steps", "warmup_ratio", "sequence_len"),
+        ):
+            assert len({config[key] for config in configs}) == 1, key
+
+
+def test_too_few_rows_are_refused():
+    for task in ("sentiment", "ner"):
+        write_training_rows(task, 5)
+    with pytest.raises(WrongInput, match=r"sentiment_train\.jsonl has 5 rows; 480 are needed"):
+        together.write_rows(together.Part(SPEC, "tasks"), "both")
+
+
+def test_a_comparison_waits_for_every_seed_and_uses_the_rows_of_one_test():
+    part = together.Part(SPEC, "labels")
+    draw = random.Random(0)
+    for variant, right in (("repaired", 0.8), ("as published", 0.4)):
+        for cell in part.list_cells(variant):
+            values = [float(draw.random() < right) for _ in range(500)]
+            tests = {"tfns_rest": values, "tfns_rest_as_published": make_values(500, 250)}
+            write_cell(cell, tests)
+    wrong, same = part.compare_all()
+    assert wrong["value"] < -0.3 and wrong["p"] < 0.01
+    assert same["value"] == 0
+    section = "\n".join(methods_page.build_part(part))
+    assert "on repaired: different" in section and "equivalent within" in section
+    part.list_cells("repaired")[0].file.unlink()
+    assert part.compare_all() == [None, None]
+    section = "\n".join(methods_page.build_part(part))
+    assert section.count("no conclusion") == 2 and "equivalent within" not in section
+    assert part.missing == [part.list_cells("repaired")[0].name]
+
+
+def test_an_unknown_part_is_named():
+    with pytest.raises(WrongInput, match="unknown part nothing; there are tasks, labels"):
+        together.open_parts(["nothing"])
