@@ -639,14 +639,19 @@ def merge(
     adapter: Adapter = None,
     precision: Precision = None,
     prompt_format: PromptFormat = None,
+    bits: Annotated[
+        Literal["4", "16"] | None,
+        Option(help="Of each weight: NF4 or bfloat16; as this machine computes if omitted."),
+    ] = None,
 ) -> None:
     """Merge an adapter into its base and compare the two.
 
-    Example: python -m tools merge smollm2-135m/sentiment_r4
+    Example: python -m tools merge smollm2-135m/sentiment_r4 --bits 16
     """
     from tools.use import merge
 
-    merge.merge_and_report(recipe, adapter, precision, prompt_format)
+    width = int(bits) if bits else None
+    merge.merge_and_report(recipe, adapter, precision, prompt_format, width)
 
 
 @app.command(rich_help_panel=USE)

@@ -266,7 +266,14 @@ def check_adapter(config: dict[str, Any], adapter: Path) -> adapters.Checked:
 
 
 def load(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, Any]:
-    """Loads (model, tokenizer) of a recipe's merged config, ready to generate.
+    """Loads (model, tokenizer) of a recipe's merged config, ready to generate (see `assemble`)."""
+    model, tokenizer = assemble(config, adapter)
+    dequantize_once(model)
+    return model, tokenizer
+
+
+def assemble(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer) of a recipe's merged config.
 
     The base is quantized as Axolotl quantizes it for training; compute runs in bfloat16 on a GPU
     and in float32 on a CPU, or in the config's `dtype` (see `at`). `adapter` is a PEFT folder;
@@ -280,7 +287,6 @@ def load(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, Any]
             tokenizer = resize(model, tokenizer, adapter, checked.rows)
         model = attach(model, adapter, checked)
     model.eval()
-    dequantize_once(model)
     return model, tokenizer
 
 

@@ -1,23 +1,29 @@
 """Merges an adapter into its base, so that any program can load the result without PEFT.
 
     python -m tools merge smollm2-135m/sentiment_r4
+    python -m tools merge smollm2-135m/sentiment_r4 --bits 4
     python -m tools merge --adapter runs/hub/someone/some-adapter [--precision nf4]
 
 The base is first what the adapter saw in training: its linear layers quantized and dequantized,
 everything else unchanged. PEFT then adds the adapter's product. (`axolotl merge-lora` also
 quantizes the embedding of a QLoRA adapter's base, which training never does; on SmolLM2 that moves
-a logit by up to 10. It also takes a base for an MPT model if its path contains "mpt".) The result
-is in `<run>/merged`; its tokenizer carries the chat template that renders prompts as the adapter
-was trained on them.
+a logit by up to 10. It also takes a base for an MPT model if its path contains "mpt".) The
+tokenizer carries the chat template that renders prompts as the adapter was trained on them.
 
-`merged/merge.json` compares the merged model with base + adapter: the largest difference of a
-logit, and what quantizing the merged weights again would change.
+    <run>/merged         in the precision that this machine computes in: base + adapter
+    <run>/merged-16bit   in bfloat16, with a Modelfile for Ollama
+    <run>/merged-4bit    in NF4. Layers of a 4-bit base without an adapter stay as they are; those
+                         with one are rounded again
+
+`merge.json` in each compares it with base + adapter: the largest difference of a logit, and how
+often the next token is the same.
 """
 
 import gc
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +45,26 @@ from tools.common import (
 # activations to 8 bits, which the merged model does not.
 TOLERANCE = {"float32": 1e-2, "bfloat16": 1.0, "int8": 1.0}
 
+FOLDERS = {None: "merged", 16: "merged-16bit", 4: "merged-4bit"}  # by the bits of a weight
+
 TEXTS = [
     "What is the sentiment of this news? The company raised its forecast.",
     "Which tag belongs to the amount of 4.2 million that was paid in dividends?",
     "Net sales fell by 3 % to EUR 12 million, said the company on Monday.",
     "Compute the net present value of 100 a year for three years at 5 %.",
 ]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a merged model goes, and how many bits its weights have (see FOLDERS)."""
+
+    folder: Path
+    bits: int | None
+
+    def dtype(self, config: dict[str, Any]) -> str:
+        """The type of 16 bits: the one that a config computes in, else bfloat16."""
+        return str(config["dtype"]) if config.get("dtype") == "float16" else "bfloat16"
 
 
 def logits(
@@ -70,13 +90,16 @@ def difference(these: list[Any], those: list[Any]) -> dict[str, float]:
     return {"largest_logit_difference": largest, "same_next_token": sum(same) / len(same)}
 
 
-def merge(config: dict[str, Any], adapter: Path, form: str = "chat") -> Path:
+def merge(
+    config: dict[str, Any], adapter: Path, form: str = "chat", bits: int | None = None
+) -> Path:
     """Merges a PEFT folder into the base of an Axolotl config; returns the folder of the model.
 
-    form: the prompt format that the adapter was trained on. Does nothing where `merged/` is up to
-    date. Raises JobFailed where the merged model is not base + adapter within TOLERANCE.
+    form: the prompt format that the adapter was trained on. bits: 4 or 16 of each weight; None for
+    the precision that this machine computes in. Does nothing where the folder is up to date. Raises
+    JobFailed where the merged model is not base + adapter within TOLERANCE.
     """
-    target = adapter / "merged"
+    target = adapter / FOLDERS[bits]
     origin = {
         "adapter_sha256": digest(adapter / adapters.WEIGHTS),
         "base_model": config["base_model"],
@@ -91,7 +114,8 @@ def merge(config: dict[str, Any], adapter: Path, form: str = "chat") -> Path:
     quiet()
     with tempfile.TemporaryDirectory(dir=adapter, prefix=".merging-") as name:
         work = Path(name)
-        write_json(work / "merge.json", origin | merge_and_compare(config, adapter, form, work))
+        report = merge_and_compare(config, adapter, form, Target(work, bits))
+        write_json(work / "merge.json", origin | report)
         share(work)
         shutil.rmtree(target, ignore_errors=True)
         work.chmod(adapter.stat().st_mode)
@@ -101,48 +125,61 @@ def merge(config: dict[str, Any], adapter: Path, form: str = "chat") -> Path:
 
 
 def merge_and_compare(
-    config: dict[str, Any], adapter: Path, form: str, folder: Path
+    config: dict[str, Any], adapter: Path, form: str, target: Target
 ) -> dict[str, Any]:
-    """Writes the merged model to `folder`; returns how it differs from base + adapter."""
+    """Writes the merged model to the target's folder; returns how it differs from base + adapter.
+
+    A 4-bit model differs by its rounding. It must be the one that was rounded; a model of more
+    bits must be base + adapter.
+    """
     options, precision = config.get("chat_template_kwargs"), models.precision(config)
-    model, tokenizer = models.load(config, adapter)
+    model, tokenizer = models.assemble(config, adapter)
     dtype = str(model.dtype).removeprefix("torch.")
     if template := prompts.template(tokenizer, form):
         tokenizer.chat_template = template
     # A base without a chat template can be merged too; the texts are then bare.
     shape = "chat" if tokenizer.chat_template else "bare"
-    expected = logits(model, tokenizer, options, shape)
+    adapted = logits(model, tokenizer, options, shape)
     base = model.unload()
     del model
-    with naming(adapter / "merged"):
-        write_merged(base, config, adapter, folder)
-        tokenizer.save_pretrained(folder)
-    del base
+    with naming(adapter / FOLDERS[target.bits]):
+        merged = merge_weights(base, config, adapter, target)
+        del base
+        expected = logits(merged, tokenizer, options, shape) if target.bits == 4 else adapted
+        save(merged, config, target.folder)
+        tokenizer.save_pretrained(target.folder)
+    del merged
     gc.collect()
 
-    def compare(merged_config: dict[str, Any]) -> dict[str, float]:
-        merged, _ = models.load({"base_model": str(folder)} | merged_config)
-        return difference(expected, logits(merged, tokenizer, options, shape))
+    def load_and_compute(merged_config: dict[str, Any]) -> list[Any]:
+        merged, _ = models.load({"base_model": str(target.folder)} | merged_config)
+        return logits(merged, tokenizer, options, shape)
 
-    tolerance = TOLERANCE.get("int8" if precision == "int8" else dtype, 1.0)
-    report: dict[str, Any] = {"computed_in": dtype, "tolerance": tolerance}
-    report |= compare({"dtype": dtype})
-    if precision == "nf4":
-        report["quantized_again"] = compare(models.PRECISIONS["nf4"])
-    if report["largest_logit_difference"] > tolerance:
+    loaded = load_and_compute({"dtype": dtype})
+    stored = target.dtype(config) if target.bits == 16 else dtype
+    tolerance = TOLERANCE.get("int8" if precision == "int8" else stored, 1.0)
+    distance = difference(expected, loaded)["largest_logit_difference"]
+    if distance > tolerance:
         raise JobFailed(
-            f"the merged model is not base + adapter: a logit differs by "
-            f"{report['largest_logit_difference']:.3g}, more than {tolerance:g}; "
-            "nothing is kept"
+            f"the merged model is not {'what was saved' if target.bits == 4 else 'base + adapter'}:"
+            f" a logit differs by {distance:.3g}, more than {tolerance:g}; nothing is kept"
         )
+    report: dict[str, Any] = {"computed_in": dtype, "tolerance": tolerance}
+    report |= difference(adapted, loaded)
+    if precision == "nf4" and not target.bits:
+        again = load_and_compute(models.PRECISIONS["nf4"])
+        report["quantized_again"] = difference(adapted, again)
     return report
 
 
-def write_merged(base: Any, config: dict[str, Any], adapter: Path, folder: Path) -> None:
-    """Writes base plus adapter to `folder`; changes the loaded `base`."""
+def merge_weights(base: Any, config: dict[str, Any], adapter: Path, target: Target) -> Any:
+    """The merged model with the weights that the target has; changes the loaded `base`."""
     import torch
 
-    if models.precision(config) in ("nf4", "fp4", "int8"):
+    precision = models.precision(config)
+    # PEFT merges into a 4-bit layer by rounding the sum again.
+    rounds = target.bits == 4 and precision in ("nf4", "fp4")
+    if precision in ("nf4", "fp4", "int8") and not rounds:
         base = base.dequantize()
     checked = models.check_adapter(config, adapter)
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
@@ -150,13 +187,32 @@ def write_merged(base: Any, config: dict[str, Any], adapter: Path, folder: Path)
         # An adapter of one of them does not change the other.
         head.weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
     merged = models.attach(base, adapter, checked).merge_and_unload(safe_merge=True)
+    if target.bits == 16:
+        return merged.to(getattr(torch, target.dtype(config)))
+    return merged if rounds or not target.bits else quantize(merged, config, target.folder)
+
+
+def save(merged: Any, config: dict[str, Any], folder: Path) -> None:
     # transformers would restore the names of the quantized file, which fails.
     published = models.published_precision(str(config["base_model"]))
     merged.save_pretrained(folder, save_original_format=not published)
 
 
+def quantize(merged: Any, config: dict[str, Any], folder: Path) -> Any:
+    """A model's linear layers in NF4, but for the head, as in the base of a QLoRA recipe."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        save(merged, config, Path(place))
+        models.load_tokenizer(config).save_pretrained(place)
+        options = {"base_model": place, "dtype": config.get("dtype")} | models.PRECISIONS["nf4"]
+        return models.load_base(options)[0]
+
+
 def merge_and_report(
-    recipe: str | None, adapter: str | None, precision: str | None, prompt_format: str | None
+    recipe: str | None,
+    adapter: str | None,
+    precision: str | None,
+    prompt_format: str | None,
+    bits: int | None = None,
 ) -> None:
     """Merges an adapter, named as in `subjects.find`, and prints how the two compare."""
     try:
@@ -166,11 +222,24 @@ def merge_and_report(
     if not subject.adapter:
         raise WrongInput(f"{subject.name} has no adapter to merge")
     print(f"merge      {subject.name} into {subject.config['base_model']}", flush=True)
-    target = merge(subject.config, subject.adapter, subject.prompt_format)
+    target = merge(subject.config, subject.adapter, subject.prompt_format, bits)
+    print_report(target, bits)
+
+
+def print_report(target: Path, bits: int | None) -> None:
     report = read_json(target / "merge.json")
+    distance = f"{report['largest_logit_difference']:.2g}"
+    size = sum(path.stat().st_size for path in target.glob("*.safetensors")) / 1e6
+    if bits == 4:
+        print(
+            f"merge      {shown(target)}, {size:,.0f} MB: rounded to 4 bits; logits differ from "
+            f"base + adapter by up to {distance}, with the same next token on "
+            f"{report['same_next_token']:.0%}"
+        )
+        return
     print(
-        f"merge      {shown(target)}: logits differ from base + adapter by at most "
-        f"{report['largest_logit_difference']:.2g} (tolerance {report['tolerance']:g})"
+        f"merge      {shown(target)}, {size:,.0f} MB: logits differ from base + adapter by at most "
+        f"{distance} (tolerance {report['tolerance']:g})"
     )
     if again := report.get("quantized_again"):
         print(
