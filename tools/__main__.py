@@ -643,6 +643,9 @@ def merge(
         Literal["4", "16"] | None,
         Option(help="Of each weight: NF4 or bfloat16; as this machine computes if omitted."),
     ] = None,
+    format: Annotated[
+        Literal["safetensors", "gguf"], Option(help="Of the file; gguf has 16 bits.")
+    ] = "safetensors",
 ) -> None:
     """Merge an adapter into its base and compare the two.
 
@@ -650,8 +653,10 @@ def merge(
     """
     from tools.use import merge
 
-    width = int(bits) if bits else None
-    merge.merge_and_report(recipe, adapter, precision, prompt_format, width)
+    if format == "gguf" and bits == "4":
+        raise WrongInput("FORMAT=gguf writes 16 bits; llama.cpp's own llama-quantize writes fewer")
+    subject = merge.find_subject(recipe, adapter, precision, prompt_format)
+    merge.merge_and_report(subject, int(bits) if bits else None, format == "gguf")
 
 
 @app.command(rich_help_panel=USE)

@@ -12,6 +12,7 @@ tokenizer carries the chat template that renders prompts as the adapter was trai
 
     <run>/merged         in the precision that this machine computes in: base + adapter
     <run>/merged-16bit   in bfloat16, with a Modelfile for Ollama
+    <run>/merged-gguf    the same 16 bits as a GGUF file, with a Modelfile
     <run>/merged-4bit    in NF4. Layers of a 4-bit base without an adapter stay as they are; those
                          with one are rounded again
 
@@ -23,6 +24,8 @@ import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,7 @@ from tools.common import (
     shown,
     write_json,
 )
+from tools.use import gguf, modelfile
 
 # Largest difference of a logit between the merged model and base + adapter. In float32 they add the
 # same products in another order; bfloat16 rounds the sums to 3 digits, and an int8 base rounds
@@ -46,6 +50,9 @@ from tools.common import (
 TOLERANCE = {"float32": 1e-2, "bfloat16": 1.0, "int8": 1.0}
 
 FOLDERS = {None: "merged", 16: "merged-16bit", 4: "merged-4bit"}  # by the bits of a weight
+GGUF_FOLDER = "merged-gguf"
+REPORT = "merge.json"
+CONTEXT = 4096  # tokens, where a config has no sequence_len
 
 TEXTS = [
     "What is the sentiment of this news? The company raised its forecast.",
@@ -100,28 +107,121 @@ def merge(
     JobFailed where the merged model is not base + adapter within TOLERANCE.
     """
     target = adapter / FOLDERS[bits]
-    origin = {
+    origin = describe_origin(config, adapter, form)
+    if is_up_to_date(target, origin):
+        return target
+    models.bring_base(config["base_model"])
+    quiet()
+    with replacing(target) as work:
+        report = merge_and_compare(config, adapter, form, Target(work, bits))
+        if bits == 16:
+            report |= add_modelfile(config, work, work, ".")
+        write_json(work / REPORT, origin | report)
+    return target
+
+
+def write_gguf(config: dict[str, Any], source: Path, form: str = "chat") -> Path:
+    """Writes a merged 16-bit model as a GGUF file beside it; returns the file's folder.
+
+    Raises JobFailed where transformers reads another model from the file.
+    """
+    adapter = source.parent
+    target = adapter / GGUF_FOLDER
+    origin = describe_origin(config, adapter, form) | {"converter": gguf.read_version()}
+    if is_up_to_date(target, origin):
+        return target
+    quiet()
+    with replacing(target) as work:
+        file = work / gguf.FILE
+        gguf.convert(source, Target(source, 16).dtype(config), file)
+        report = compare_gguf(source, file, config)
+        report |= add_modelfile(config, source, work, f"./{file.name}")
+        write_json(work / REPORT, origin | report)
+    return target
+
+
+def describe_origin(config: dict[str, Any], adapter: Path, form: str) -> dict[str, Any]:
+    return {
         "adapter_sha256": digest(adapter / adapters.WEIGHTS),
         "base_model": config["base_model"],
         "precision": models.precision(config),
         "prompt_format": form,
     }
-    if (target / "merge.json").is_file():
-        report = read_json(target / "merge.json")
-        if report == report | origin:
-            return target
-    models.bring_base(config["base_model"])
-    quiet()
+
+
+def is_up_to_date(target: Path, origin: dict[str, Any]) -> bool:
+    if not (target / REPORT).is_file():
+        return False
+    report = read_json(target / REPORT)
+    return bool(report == report | origin)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `target` at the end, unless an error came before."""
+    adapter = target.parent
     with tempfile.TemporaryDirectory(dir=adapter, prefix=".merging-") as name:
         work = Path(name)
-        report = merge_and_compare(config, adapter, form, Target(work, bits))
-        write_json(work / "merge.json", origin | report)
+        yield work
         share(work)
         shutil.rmtree(target, ignore_errors=True)
         work.chmod(adapter.stat().st_mode)
         os.rename(work, target)
         work.mkdir()  # which the temporary directory removes
-    return target
+
+
+def add_modelfile(config: dict[str, Any], model: Path, folder: Path, source: str) -> dict[str, str]:
+    """Writes a Modelfile into `folder` for a merged model, whose weights are `source` there.
+
+    Returns {"no_modelfile": the reason} where Ollama has no template for its prompts, else {}.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    try:
+        # The tokenizer's own template writes the prompt format already.
+        pieces = modelfile.derive_pieces(tokenizer, config.get("chat_template_kwargs"))
+    except WrongInput as error:
+        return {"no_modelfile": str(error)}
+    text = AutoConfig.from_pretrained(model).get_text_config()
+    longest = getattr(text, "max_position_embeddings", None) or CONTEXT
+    context = min(int(config.get("sequence_len") or CONTEXT), longest)
+    has_file = (model / "generation_config.json").is_file()
+    generation = GenerationConfig.from_pretrained(model) if has_file else GenerationConfig()
+    stops = modelfile.list_stops(tokenizer, generation)
+    lines = modelfile.write_modelfile(source, pieces, stops, context)
+    (folder / "Modelfile").write_text(lines, encoding="utf-8")
+    return {}
+
+
+def compare_gguf(merged: Path, file: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """How the model in a GGUF file differs from the merged model that it was made of."""
+    options = config.get("chat_template_kwargs")
+    model, tokenizer = models.load({"base_model": str(merged), "dtype": config.get("dtype")})
+    shape = "chat" if tokenizer.chat_template else "bare"
+    expected, dtype = logits(model, tokenizer, options, shape), model.dtype
+    del model
+    gc.collect()
+    loaded, own_tokenizer = gguf.load(file, dtype)
+    name = str(dtype).removeprefix("torch.")
+    report = {"computed_in": name, "tolerance": TOLERANCE.get(name, 1.0)}
+    report |= difference(expected, logits(loaded, tokenizer, options, shape))
+    if report["largest_logit_difference"] > report["tolerance"]:
+        raise JobFailed(
+            "the GGUF file holds another model than the merged one: a logit differs by "
+            f"{report['largest_logit_difference']:.3g}, more than {report['tolerance']:g}; "
+            "nothing is kept"
+        )
+    texts = [
+        prompts.render(tokenizer, [{"role": "user", "content": text}], options, shape)
+        for text in TEXTS
+    ]
+    report["same_tokens"] = all(
+        own_tokenizer.encode(text, add_special_tokens=False)
+        == tokenizer.encode(text, add_special_tokens=False)
+        for text in texts
+    )
+    return report
 
 
 def merge_and_compare(
@@ -207,43 +307,50 @@ def quantize(merged: Any, config: dict[str, Any], folder: Path) -> Any:
         return models.load_base(options)[0]
 
 
-def merge_and_report(
-    recipe: str | None,
-    adapter: str | None,
-    precision: str | None,
-    prompt_format: str | None,
-    bits: int | None = None,
-) -> None:
-    """Merges an adapter, named as in `subjects.find`, and prints how the two compare."""
-    try:
-        subject = subjects.find(recipe, adapter, precision, prompt_format)
-    except subjects.NotRenderable:  # the weights can be merged, with the base's template
-        subject = subjects.find(recipe, adapter, precision, "chat")
-    if not subject.adapter:
+def merge_and_report(subject: subjects.Subject, bits: int | None, to_gguf: bool) -> None:
+    """Merges an adapter and prints how the result compares with base + adapter."""
+    config, adapter, form = subject.config, subject.adapter, subject.prompt_format
+    if not adapter:
         raise WrongInput(f"{subject.name} has no adapter to merge")
-    print(f"merge      {subject.name} into {subject.config['base_model']}", flush=True)
-    target = merge(subject.config, subject.adapter, subject.prompt_format, bits)
-    print_report(target, bits)
-
-
-def print_report(target: Path, bits: int | None) -> None:
-    report = read_json(target / "merge.json")
-    distance = f"{report['largest_logit_difference']:.2g}"
-    size = sum(path.stat().st_size for path in target.glob("*.safetensors")) / 1e6
-    if bits == 4:
-        print(
-            f"merge      {shown(target)}, {size:,.0f} MB: rounded to 4 bits; logits differ from "
-            f"base + adapter by up to {distance}, with the same next token on "
-            f"{report['same_next_token']:.0%}"
-        )
-        return
-    print(
-        f"merge      {shown(target)}, {size:,.0f} MB: logits differ from base + adapter by at most "
-        f"{distance} (tolerance {report['tolerance']:g})"
-    )
+    print(f"merge      {subject.name} into {config['base_model']}", flush=True)
+    target = merge(config, adapter, form, bits or (16 if to_gguf else None))
+    target = write_gguf(config, target, form) if to_gguf else target
+    report = read_json(target / REPORT)
+    print(f"merge      {describe_result(target, report, bits, to_gguf)}")
     if again := report.get("quantized_again"):
         print(
             f"merge      quantized to 4 bits again it would differ by up to "
             f"{again['largest_logit_difference']:.2g}, with the same next token on "
             f"{again['same_next_token']:.0%}: serve it as it is, or base and adapter apart"
         )
+    if reason := report.get("no_modelfile"):
+        print(f"merge      no Modelfile: {reason}")
+    elif (path := target / "Modelfile").is_file():
+        print(f"merge      ollama create my-model -f {shown(path)}")
+
+
+def find_subject(
+    recipe: str | None, adapter: str | None, precision: str | None, prompt_format: str | None
+) -> subjects.Subject:
+    """What is merged, named as in `subjects.find`."""
+    try:
+        return subjects.find(recipe, adapter, precision, prompt_format)
+    except subjects.NotRenderable:  # the weights can be merged, with the base's template
+        return subjects.find(recipe, adapter, precision, "chat")
+
+
+def describe_result(target: Path, report: dict[str, Any], bits: int | None, to_gguf: bool) -> str:
+    distance = f"{report['largest_logit_difference']:.2g}"
+    files = [*target.glob("*.safetensors"), *target.glob("*.gguf")]
+    size = sum(path.stat().st_size for path in files) / 1e6
+    text = f"{shown(target)}, {size:,.0f} MB: "
+    if bits == 4:
+        return text + (
+            f"rounded to 4 bits; logits differ from base + adapter by up to {distance}, with the "
+            f"same next token on {report['same_next_token']:.0%}"
+        )
+    other = "the 16-bit model" if to_gguf else "base + adapter"
+    text += f"logits differ from {other} by at most {distance} (tolerance {report['tolerance']:g})"
+    if to_gguf and not report["same_tokens"]:
+        text += "; transformers reads another tokenizer from it, so compare answers before use"
+    return text
