@@ -277,9 +277,11 @@ def merge_weights(base: Any, config: dict[str, Any], adapter: Path, target: Targ
     import torch
 
     precision = models.precision(config)
-    # PEFT merges into a 4-bit layer by rounding the sum again.
-    rounds = target.bits == 4 and precision in ("nf4", "fp4")
-    if precision in ("nf4", "fp4", "int8") and not rounds:
+    # PEFT merges into a 4-bit layer by rounding the sum, as `merge_aware` trains it.
+    is_4bit = precision in ("nf4", "fp4")
+    stays = is_4bit and target.bits == 4
+    rounds = stays or is_4bit and config.get("merge_aware")
+    if (is_4bit or precision == "int8") and not rounds:
         base = base.dequantize()
     checked = models.check_adapter(config, adapter)
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
@@ -287,9 +289,11 @@ def merge_weights(base: Any, config: dict[str, Any], adapter: Path, target: Targ
         # An adapter of one of them does not change the other.
         head.weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
     merged = models.attach(base, adapter, checked).merge_and_unload(safe_merge=True)
+    if rounds and not stays:
+        merged = merged.dequantize()
     if target.bits == 16:
         return merged.to(getattr(torch, target.dtype(config)))
-    return merged if rounds or not target.bits else quantize(merged, config, target.folder)
+    return merged if stays or not target.bits else quantize(merged, config, target.folder)
 
 
 def save(merged: Any, config: dict[str, Any], folder: Path) -> None:
