@@ -7,6 +7,7 @@ of it must have been set, and the base's own weights must be unchanged.
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -321,7 +322,13 @@ def base_modules(base: str) -> adapters.Modules:
 def check_adapter(config: dict[str, Any], adapter: Path) -> adapters.Checked:
     """The adapter in a PEFT folder; raises WrongInput unless it fits the config's base."""
     base = str(config["base_model"])
-    return adapters.check_modules(adapter, base_modules(base), base)
+    checked = adapters.check_modules(adapter, base_modules(base), base)
+    return replace(checked, rounded=computes_rounded(config))
+
+
+def computes_rounded(config: dict[str, Any]) -> bool:
+    """Whether base and adapter compute with their rounded sum (see `round_in_forward`)."""
+    return bool(config.get("merge_aware")) and precision(config) in ("nf4", "fp4")
 
 
 def load(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, Any]:
@@ -345,7 +352,7 @@ def assemble(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, 
         if checked.rows:
             tokenizer = resize(model, tokenizer, adapter, checked.rows)
         model = attach(model, adapter, checked)
-        if config.get("merge_aware"):
+        if checked.rounded:
             round_in_forward(model)
     model.eval()
     return model, tokenizer

@@ -128,5 +128,12 @@ def load(file: Path, dtype: Any) -> tuple[Any, Any]:
 
     options: dict[str, Any] = versions.gguf_options() | {"gguf_file": file.name, "dtype": dtype}
     options["device_map"] = {"": 0 if torch.cuda.is_available() else "cpu"}
-    model = AutoModelForCausalLM.from_pretrained(file.parent, **options)
-    return model.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(file.parent, **options)
+        return model.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise JobFailed(
+            f"transformers does not read the GGUF file back, so it cannot be checked, and nothing "
+            f"is kept: {reason[:200]}"
+        ) from None

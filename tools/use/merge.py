@@ -280,7 +280,7 @@ def merge_weights(base: Any, config: dict[str, Any], adapter: Path, target: Targ
     # PEFT merges into a 4-bit layer by rounding the sum, as `merge_aware` trains it.
     is_4bit = precision in ("nf4", "fp4")
     stays = is_4bit and target.bits == 4
-    rounds = stays or is_4bit and config.get("merge_aware")
+    rounds = stays or models.computes_rounded(config)
     if (is_4bit or precision == "int8") and not rounds:
         base = base.dequantize()
     checked = models.check_adapter(config, adapter)
