@@ -639,14 +639,24 @@ def merge(
     adapter: Adapter = None,
     precision: Precision = None,
     prompt_format: PromptFormat = None,
+    bits: Annotated[
+        Literal["4", "16"] | None,
+        Option(help="Of each weight: NF4 or bfloat16; as this machine computes if omitted."),
+    ] = None,
+    format: Annotated[
+        Literal["safetensors", "gguf"], Option(help="Of the file; gguf has 16 bits.")
+    ] = "safetensors",
 ) -> None:
     """Merge an adapter into its base and compare the two.
 
-    Example: python -m tools merge smollm2-135m/sentiment_r4
+    Example: python -m tools merge smollm2-135m/sentiment_r4 --bits 16
     """
     from tools.use import merge
 
-    merge.merge_and_report(recipe, adapter, precision, prompt_format)
+    if format == "gguf" and bits == "4":
+        raise WrongInput("FORMAT=gguf writes 16 bits; llama.cpp's own llama-quantize writes fewer")
+    subject = merge.find_subject(recipe, adapter, precision, prompt_format)
+    merge.merge_and_report(subject, int(bits) if bits else None, format == "gguf")
 
 
 @app.command(rich_help_panel=USE)

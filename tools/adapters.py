@@ -270,6 +270,7 @@ class Checked:
     copies: frozenset[str]  # names of tensors in the file that are not loaded (see COPIES)
     rows: int | None  # of embedding and head, where tokens were added to the vocabulary
     parameters: int
+    rounded: bool = False  # trained with the sum of base and adapter rounded (`merge_aware`)
 
     @cached_property
     def peft_config(self) -> dict[str, Any]:
@@ -298,6 +299,8 @@ class Checked:
         """What it has beyond plain LoRA on linear layers, which vLLM does not serve."""
         if self.settings.dora:
             return "DoRA"
+        if self.rounded:
+            return "sum of base and adapter that is rounded to 4 bits"
         if len(set(self.adapted.values())) > 1:
             return "ranks or alphas that differ between modules"
         return "a trained embedding or head" if self.touches_embeddings else None

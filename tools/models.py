@@ -6,6 +6,8 @@ of it must have been set, and the base's own weights must be unchanged.
 """
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -61,6 +63,64 @@ def dequantize_once(model: Any, training: bool = False) -> int:
             dense = layer.state.CB.float() * (layer.state.SCB.float().unsqueeze(1) / 127)
         replace_forward(layer, dense)
     return size
+
+
+def round_in_forward(model: Any) -> None:
+    """Lets the adapted layers of a 4-bit model compute with the weight of a merge, Q(W + γBA).
+
+    Training and scoring then meet the model that `make merge BITS=4` saves, bit for bit: the sum
+    and its rounding are PEFT's and bitsandbytes' own. Rounding has no gradient, so A and B get that
+    of W + γBA (straight-through estimator): the product with A and B is added and taken away again
+    without a gradient. Without the adapter a layer computes with W.
+    """
+    from peft.tuners.lora.bnb import Linear4bit
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.forward = build_rounded_forward(layer)
+
+
+def build_rounded_forward(layer: Any) -> Callable[..., Any]:
+    import bitsandbytes as bnb
+    import torch
+    from peft.utils.integrations import dequantize_bnb_weight
+
+    plain_forward, (name,) = layer.forward, layer.active_adapters
+    down, up, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+    kept: dict[Any, Any] = {}  # by the versions of A and B: one dense weight, on a CPU
+
+    def round_sum() -> Any:
+        weight = layer.get_base_layer().weight
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            total = dequantize_bnb_weight(weight, weight.quant_state) + layer.get_delta_weight(name)
+            options = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+            packed, state = bnb.functional.quantize_4bit(
+                total, **{option: getattr(weight, option) for option in options}
+            )
+            return bnb.functional.dequantize_4bit(packed, state)
+
+    def find_weight() -> Any:
+        if layer.training or down.weight.device.type != "cpu":
+            kept.clear()  # optimizers of compiled code change a weight without a new version
+            return round_sum()
+        version = (down.weight._version, up.weight._version)
+        if version not in kept:
+            kept.clear()
+            kept[version] = round_sum()
+        return kept[version]
+
+    def forward(x: Any, *arguments: Any, **options: Any) -> Any:
+        if layer.disable_adapters or layer.merged:
+            return plain_forward(x, *arguments, **options)
+        weight, bias = find_weight(), layer.get_base_layer().bias
+        bias = None if bias is None else bias.to(weight.dtype)
+        output = torch.nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+        if not torch.is_grad_enabled():
+            return output
+        product = (up(down(x.detach().to(down.weight.dtype))) * scaling).to(x.dtype)
+        return output + (product - product.detach())
+
+    return forward
 
 
 def keep_8bit_scales() -> None:
@@ -262,11 +322,24 @@ def base_modules(base: str) -> adapters.Modules:
 def check_adapter(config: dict[str, Any], adapter: Path) -> adapters.Checked:
     """The adapter in a PEFT folder; raises WrongInput unless it fits the config's base."""
     base = str(config["base_model"])
-    return adapters.check_modules(adapter, base_modules(base), base)
+    checked = adapters.check_modules(adapter, base_modules(base), base)
+    return replace(checked, rounded=computes_rounded(config))
+
+
+def computes_rounded(config: dict[str, Any]) -> bool:
+    """Whether base and adapter compute with their rounded sum (see `round_in_forward`)."""
+    return bool(config.get("merge_aware")) and precision(config) in ("nf4", "fp4")
 
 
 def load(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, Any]:
-    """Loads (model, tokenizer) of a recipe's merged config, ready to generate.
+    """Loads (model, tokenizer) of a recipe's merged config, ready to generate (see `assemble`)."""
+    model, tokenizer = assemble(config, adapter)
+    dequantize_once(model)
+    return model, tokenizer
+
+
+def assemble(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer) of a recipe's merged config.
 
     The base is quantized as Axolotl quantizes it for training; compute runs in bfloat16 on a GPU
     and in float32 on a CPU, or in the config's `dtype` (see `at`). `adapter` is a PEFT folder;
@@ -279,8 +352,9 @@ def load(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, Any]
         if checked.rows:
             tokenizer = resize(model, tokenizer, adapter, checked.rows)
         model = attach(model, adapter, checked)
+        if checked.rounded:
+            round_in_forward(model)
     model.eval()
-    dequantize_once(model)
     return model, tokenizer
 
 

@@ -44,6 +44,7 @@ NUMBER_KEYS = {
 # From tools/train/plugin.py.
 PLUGIN_KEYS = {
     *("plugins", "dequantize_once", "answer_logits_only", "shared_prefix", "record_validation"),
+    "merge_aware",
 }
 # Words in the path of a base that make Axolotl take it for another kind of model, and the option
 # that this affects (None: all of them).

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, set_seed
 
 from tools import versions
 from tools.common import json_lines, write_json
-from tools.models import dequantize_once, keep_8bit_scales
+from tools.models import dequantize_once, keep_8bit_scales, round_in_forward
 from tools.runs import Run
 from tools.train.batches import (
     compute_answer_logits_only,
@@ -38,6 +38,7 @@ class Args(BaseModel):
     dequantize_once: bool | None = None
     answer_logits_only: bool | None = None
     shared_prefix: bool | None = None
+    merge_aware: bool | None = None  # adapted layers compute with the weights of a 4-bit merge
     record_validation: bool | None = None  # each row's loss, and an evaluation at the last step
     processes: int | None = None  # that train together; fewer means that some train apart
     micro_batch_parts: int | None = None  # processes that share one micro-batch of the recipe
@@ -113,6 +114,8 @@ class RunPlugin(BasePlugin):
     def post_model_load(self, cfg: Any, model: Any) -> None:
         if cfg.dequantize_once:
             dequantize_once(model, training=True)
+        if cfg.merge_aware:
+            round_in_forward(model)
         if cfg.answer_logits_only:
             compute_answer_logits_only(model)
         if cfg.shared_prefix:

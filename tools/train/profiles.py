@@ -43,6 +43,8 @@ ATTENTION = [
     *("flash_attention", "sdp_attention", "xformers_attention", "flex_attention"),
     *("sage_attention", "eager_attention", "s2_attention", "attn_implementation"),
 ]
+# Axolotl's products of base and adapter, which pass by the layers' own forward.
+LORA_KERNELS = ("lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel")
 # Keys by which a run differs from its recipe on purpose: what is kept where, and counted.
 BOOKKEEPING = {"dataset_prepared_path", "include_tkps", "auto_resume_from_checkpoints"}
 
@@ -235,6 +237,9 @@ def merge_config(
     if (wants_flash or content.get("flash_attention")) and explain_no_flash(here or detect_host()):
         content.pop("flash_attention", None)
         content["attn_implementation"] = "sdpa"  # and `batch_flattening: auto` is off
+    if content.get("merge_aware"):
+        refuse_unmergeable(recipe.name, content)
+        content |= dict.fromkeys(LORA_KERNELS, False)
     if content.pop("shared_prefix", None):
         content |= decide_sharing(content)
     if content.get("deepspeed") and (reason := explain_import("deepspeed")):
@@ -260,6 +265,20 @@ def merge_config(
     content["include_tkps"] = True
     content["auto_resume_from_checkpoints"] = True
     return content
+
+
+def refuse_unmergeable(name: str, content: dict[str, Any]) -> None:
+    """Raises WrongInput where a config is not one that `merge_aware` trains."""
+    problems = {
+        "load_in_4bit: true is needed": not content.get("load_in_4bit"),
+        "peft_use_dora has a product of its own": content.get("peft_use_dora"),
+        "lora_dropout must be 0, since a merged weight drops nothing": content.get("lora_dropout"),
+        "FSDP and ZeRO-3 divide the weights that are merged": content.get("fsdp_config")
+        or "zero3" in str(content.get("deepspeed")),
+    }
+    for problem, is_there in problems.items():
+        if is_there:
+            raise WrongInput(f"{name}: merge_aware: {problem}")
 
 
 def measure_data(content: dict[str, Any]) -> int:

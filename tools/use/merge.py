@@ -1,23 +1,32 @@
 """Merges an adapter into its base, so that any program can load the result without PEFT.
 
     python -m tools merge smollm2-135m/sentiment_r4
+    python -m tools merge smollm2-135m/sentiment_r4 --bits 4
     python -m tools merge --adapter runs/hub/someone/some-adapter [--precision nf4]
 
 The base is first what the adapter saw in training: its linear layers quantized and dequantized,
 everything else unchanged. PEFT then adds the adapter's product. (`axolotl merge-lora` also
 quantizes the embedding of a QLoRA adapter's base, which training never does; on SmolLM2 that moves
-a logit by up to 10. It also takes a base for an MPT model if its path contains "mpt".) The result
-is in `<run>/merged`; its tokenizer carries the chat template that renders prompts as the adapter
-was trained on them.
+a logit by up to 10. It also takes a base for an MPT model if its path contains "mpt".) The
+tokenizer carries the chat template that renders prompts as the adapter was trained on them.
 
-`merged/merge.json` compares the merged model with base + adapter: the largest difference of a
-logit, and what quantizing the merged weights again would change.
+    <run>/merged         in the precision that this machine computes in: base + adapter
+    <run>/merged-16bit   in bfloat16, with a Modelfile for Ollama
+    <run>/merged-gguf    the same 16 bits as a GGUF file, with a Modelfile
+    <run>/merged-4bit    in NF4. Layers of a 4-bit base without an adapter stay as they are; those
+                         with one are rounded again
+
+`merge.json` in each compares it with base + adapter: the largest difference of a logit, and how
+often the next token is the same.
 """
 
 import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +42,17 @@ from tools.common import (
     shown,
     write_json,
 )
+from tools.use import gguf, modelfile
 
 # Largest difference of a logit between the merged model and base + adapter. In float32 they add the
 # same products in another order; bfloat16 rounds the sums to 3 digits, and an int8 base rounds
 # activations to 8 bits, which the merged model does not.
 TOLERANCE = {"float32": 1e-2, "bfloat16": 1.0, "int8": 1.0}
+
+FOLDERS = {None: "merged", 16: "merged-16bit", 4: "merged-4bit"}  # by the bits of a weight
+GGUF_FOLDER = "merged-gguf"
+REPORT = "merge.json"
+CONTEXT = 4096  # tokens, where a config has no sequence_len
 
 TEXTS = [
     "What is the sentiment of this news? The company raised its forecast.",
@@ -45,6 +60,18 @@ TEXTS = [
     "Net sales fell by 3 % to EUR 12 million, said the company on Monday.",
     "Compute the net present value of 100 a year for three years at 5 %.",
 ]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a merged model goes, and how many bits its weights have (see FOLDERS)."""
+
+    folder: Path
+    bits: int | None
+
+    def dtype(self, config: dict[str, Any]) -> str:
+        """The type of 16 bits: the one that a config computes in, else bfloat16."""
+        return str(config["dtype"]) if config.get("dtype") == "float16" else "bfloat16"
 
 
 def logits(
@@ -70,79 +97,191 @@ def difference(these: list[Any], those: list[Any]) -> dict[str, float]:
     return {"largest_logit_difference": largest, "same_next_token": sum(same) / len(same)}
 
 
-def merge(config: dict[str, Any], adapter: Path, form: str = "chat") -> Path:
+def merge(
+    config: dict[str, Any], adapter: Path, form: str = "chat", bits: int | None = None
+) -> Path:
     """Merges a PEFT folder into the base of an Axolotl config; returns the folder of the model.
 
-    form: the prompt format that the adapter was trained on. Does nothing where `merged/` is up to
-    date. Raises JobFailed where the merged model is not base + adapter within TOLERANCE.
+    form: the prompt format that the adapter was trained on. bits: 4 or 16 of each weight; None for
+    the precision that this machine computes in. Does nothing where the folder is up to date. Raises
+    JobFailed where the merged model is not base + adapter within TOLERANCE.
     """
-    target = adapter / "merged"
-    origin = {
+    target = adapter / FOLDERS[bits]
+    origin = describe_origin(config, adapter, form)
+    if is_up_to_date(target, origin):
+        return target
+    models.bring_base(config["base_model"])
+    quiet()
+    with replacing(target) as work:
+        report = merge_and_compare(config, adapter, form, Target(work, bits))
+        if bits == 16:
+            report |= add_modelfile(config, work, work, ".")
+        write_json(work / REPORT, origin | report)
+    return target
+
+
+def write_gguf(config: dict[str, Any], source: Path, form: str = "chat") -> Path:
+    """Writes a merged 16-bit model as a GGUF file beside it; returns the file's folder.
+
+    Raises JobFailed where transformers reads another model from the file.
+    """
+    adapter = source.parent
+    target = adapter / GGUF_FOLDER
+    origin = describe_origin(config, adapter, form) | {"converter": gguf.read_version()}
+    if is_up_to_date(target, origin):
+        return target
+    quiet()
+    with replacing(target) as work:
+        file = work / gguf.FILE
+        gguf.convert(source, Target(source, 16).dtype(config), file)
+        report = compare_gguf(source, file, config)
+        report |= add_modelfile(config, source, work, f"./{file.name}")
+        write_json(work / REPORT, origin | report)
+    return target
+
+
+def describe_origin(config: dict[str, Any], adapter: Path, form: str) -> dict[str, Any]:
+    return {
         "adapter_sha256": digest(adapter / adapters.WEIGHTS),
         "base_model": config["base_model"],
         "precision": models.precision(config),
         "prompt_format": form,
     }
-    if (target / "merge.json").is_file():
-        report = read_json(target / "merge.json")
-        if report == report | origin:
-            return target
-    models.bring_base(config["base_model"])
-    quiet()
+
+
+def is_up_to_date(target: Path, origin: dict[str, Any]) -> bool:
+    if not (target / REPORT).is_file():
+        return False
+    report = read_json(target / REPORT)
+    return bool(report == report | origin)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `target` at the end, unless an error came before."""
+    adapter = target.parent
     with tempfile.TemporaryDirectory(dir=adapter, prefix=".merging-") as name:
         work = Path(name)
-        write_json(work / "merge.json", origin | merge_and_compare(config, adapter, form, work))
+        yield work
         share(work)
         shutil.rmtree(target, ignore_errors=True)
         work.chmod(adapter.stat().st_mode)
         os.rename(work, target)
         work.mkdir()  # which the temporary directory removes
-    return target
+
+
+def add_modelfile(config: dict[str, Any], model: Path, folder: Path, source: str) -> dict[str, str]:
+    """Writes a Modelfile into `folder` for a merged model, whose weights are `source` there.
+
+    Returns {"no_modelfile": the reason} where Ollama has no template for its prompts, else {}.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    try:
+        # The tokenizer's own template writes the prompt format already.
+        pieces = modelfile.derive_pieces(tokenizer, config.get("chat_template_kwargs"))
+    except WrongInput as error:
+        return {"no_modelfile": str(error)}
+    text = AutoConfig.from_pretrained(model).get_text_config()
+    longest = getattr(text, "max_position_embeddings", None) or CONTEXT
+    context = min(int(config.get("sequence_len") or CONTEXT), longest)
+    has_file = (model / "generation_config.json").is_file()
+    generation = GenerationConfig.from_pretrained(model) if has_file else GenerationConfig()
+    stops = modelfile.list_stops(tokenizer, generation)
+    lines = modelfile.write_modelfile(source, pieces, stops, context)
+    (folder / "Modelfile").write_text(lines, encoding="utf-8")
+    return {}
+
+
+def compare_gguf(merged: Path, file: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """How the model in a GGUF file differs from the merged model that it was made of."""
+    options = config.get("chat_template_kwargs")
+    model, tokenizer = models.load({"base_model": str(merged), "dtype": config.get("dtype")})
+    shape = "chat" if tokenizer.chat_template else "bare"
+    expected, dtype = logits(model, tokenizer, options, shape), model.dtype
+    del model
+    gc.collect()
+    loaded, own_tokenizer = gguf.load(file, dtype)
+    name = str(dtype).removeprefix("torch.")
+    report = {"computed_in": name, "tolerance": TOLERANCE.get(name, 1.0)}
+    report |= difference(expected, logits(loaded, tokenizer, options, shape))
+    if report["largest_logit_difference"] > report["tolerance"]:
+        raise JobFailed(
+            "the GGUF file holds another model than the merged one: a logit differs by "
+            f"{report['largest_logit_difference']:.3g}, more than {report['tolerance']:g}; "
+            "nothing is kept"
+        )
+    texts = [
+        prompts.render(tokenizer, [{"role": "user", "content": text}], options, shape)
+        for text in TEXTS
+    ]
+    report["same_tokens"] = all(
+        own_tokenizer.encode(text, add_special_tokens=False)
+        == tokenizer.encode(text, add_special_tokens=False)
+        for text in texts
+    )
+    return report
 
 
 def merge_and_compare(
-    config: dict[str, Any], adapter: Path, form: str, folder: Path
+    config: dict[str, Any], adapter: Path, form: str, target: Target
 ) -> dict[str, Any]:
-    """Writes the merged model to `folder`; returns how it differs from base + adapter."""
+    """Writes the merged model to the target's folder; returns how it differs from base + adapter.
+
+    A 4-bit model differs by its rounding. It must be the one that was rounded; a model of more
+    bits must be base + adapter.
+    """
     options, precision = config.get("chat_template_kwargs"), models.precision(config)
-    model, tokenizer = models.load(config, adapter)
+    model, tokenizer = models.assemble(config, adapter)
     dtype = str(model.dtype).removeprefix("torch.")
     if template := prompts.template(tokenizer, form):
         tokenizer.chat_template = template
     # A base without a chat template can be merged too; the texts are then bare.
     shape = "chat" if tokenizer.chat_template else "bare"
-    expected = logits(model, tokenizer, options, shape)
+    adapted = logits(model, tokenizer, options, shape)
     base = model.unload()
     del model
-    with naming(adapter / "merged"):
-        write_merged(base, config, adapter, folder)
-        tokenizer.save_pretrained(folder)
-    del base
+    with naming(adapter / FOLDERS[target.bits]):
+        merged = merge_weights(base, config, adapter, target)
+        del base
+        expected = logits(merged, tokenizer, options, shape) if target.bits == 4 else adapted
+        save(merged, config, target.folder)
+        tokenizer.save_pretrained(target.folder)
+    del merged
     gc.collect()
 
-    def compare(merged_config: dict[str, Any]) -> dict[str, float]:
-        merged, _ = models.load({"base_model": str(folder)} | merged_config)
-        return difference(expected, logits(merged, tokenizer, options, shape))
+    def load_and_compute(merged_config: dict[str, Any]) -> list[Any]:
+        merged, _ = models.load({"base_model": str(target.folder)} | merged_config)
+        return logits(merged, tokenizer, options, shape)
 
-    tolerance = TOLERANCE.get("int8" if precision == "int8" else dtype, 1.0)
-    report: dict[str, Any] = {"computed_in": dtype, "tolerance": tolerance}
-    report |= compare({"dtype": dtype})
-    if precision == "nf4":
-        report["quantized_again"] = compare(models.PRECISIONS["nf4"])
-    if report["largest_logit_difference"] > tolerance:
+    loaded = load_and_compute({"dtype": dtype})
+    stored = target.dtype(config) if target.bits == 16 else dtype
+    tolerance = TOLERANCE.get("int8" if precision == "int8" else stored, 1.0)
+    distance = difference(expected, loaded)["largest_logit_difference"]
+    if distance > tolerance:
         raise JobFailed(
-            f"the merged model is not base + adapter: a logit differs by "
-            f"{report['largest_logit_difference']:.3g}, more than {tolerance:g}; "
-            "nothing is kept"
+            f"the merged model is not {'what was saved' if target.bits == 4 else 'base + adapter'}:"
+            f" a logit differs by {distance:.3g}, more than {tolerance:g}; nothing is kept"
         )
+    report: dict[str, Any] = {"computed_in": dtype, "tolerance": tolerance}
+    report |= difference(adapted, loaded)
+    if precision == "nf4" and not target.bits:
+        again = load_and_compute(models.PRECISIONS["nf4"])
+        report["quantized_again"] = difference(adapted, again)
     return report
 
 
-def write_merged(base: Any, config: dict[str, Any], adapter: Path, folder: Path) -> None:
-    """Writes base plus adapter to `folder`; changes the loaded `base`."""
+def merge_weights(base: Any, config: dict[str, Any], adapter: Path, target: Target) -> Any:
+    """The merged model with the weights that the target has; changes the loaded `base`."""
     import torch
 
-    if models.precision(config) in ("nf4", "fp4", "int8"):
+    precision = models.precision(config)
+    # PEFT merges into a 4-bit layer by rounding the sum, as `merge_aware` trains it.
+    is_4bit = precision in ("nf4", "fp4")
+    stays = is_4bit and target.bits == 4
+    rounds = stays or models.computes_rounded(config)
+    if (is_4bit or precision == "int8") and not rounds:
         base = base.dequantize()
     checked = models.check_adapter(config, adapter)
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
@@ -150,31 +289,72 @@ def write_merged(base: Any, config: dict[str, Any], adapter: Path, folder: Path)
         # An adapter of one of them does not change the other.
         head.weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
     merged = models.attach(base, adapter, checked).merge_and_unload(safe_merge=True)
+    if rounds and not stays:
+        merged = merged.dequantize()
+    if target.bits == 16:
+        return merged.to(getattr(torch, target.dtype(config)))
+    return merged if stays or not target.bits else quantize(merged, config, target.folder)
+
+
+def save(merged: Any, config: dict[str, Any], folder: Path) -> None:
     # transformers would restore the names of the quantized file, which fails.
     published = models.published_precision(str(config["base_model"]))
     merged.save_pretrained(folder, save_original_format=not published)
 
 
-def merge_and_report(
-    recipe: str | None, adapter: str | None, precision: str | None, prompt_format: str | None
-) -> None:
-    """Merges an adapter, named as in `subjects.find`, and prints how the two compare."""
-    try:
-        subject = subjects.find(recipe, adapter, precision, prompt_format)
-    except subjects.NotRenderable:  # the weights can be merged, with the base's template
-        subject = subjects.find(recipe, adapter, precision, "chat")
-    if not subject.adapter:
+def quantize(merged: Any, config: dict[str, Any], folder: Path) -> Any:
+    """A model's linear layers in NF4, but for the head, as in the base of a QLoRA recipe."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        save(merged, config, Path(place))
+        models.load_tokenizer(config).save_pretrained(place)
+        options = {"base_model": place, "dtype": config.get("dtype")} | models.PRECISIONS["nf4"]
+        return models.load_base(options)[0]
+
+
+def merge_and_report(subject: subjects.Subject, bits: int | None, to_gguf: bool) -> None:
+    """Merges an adapter and prints how the result compares with base + adapter."""
+    config, adapter, form = subject.config, subject.adapter, subject.prompt_format
+    if not adapter:
         raise WrongInput(f"{subject.name} has no adapter to merge")
-    print(f"merge      {subject.name} into {subject.config['base_model']}", flush=True)
-    target = merge(subject.config, subject.adapter, subject.prompt_format)
-    report = read_json(target / "merge.json")
-    print(
-        f"merge      {shown(target)}: logits differ from base + adapter by at most "
-        f"{report['largest_logit_difference']:.2g} (tolerance {report['tolerance']:g})"
-    )
+    print(f"merge      {subject.name} into {config['base_model']}", flush=True)
+    target = merge(config, adapter, form, bits or (16 if to_gguf else None))
+    target = write_gguf(config, target, form) if to_gguf else target
+    report = read_json(target / REPORT)
+    print(f"merge      {describe_result(target, report, bits, to_gguf)}")
     if again := report.get("quantized_again"):
         print(
             f"merge      quantized to 4 bits again it would differ by up to "
             f"{again['largest_logit_difference']:.2g}, with the same next token on "
             f"{again['same_next_token']:.0%}: serve it as it is, or base and adapter apart"
         )
+    if reason := report.get("no_modelfile"):
+        print(f"merge      no Modelfile: {reason}")
+    elif (path := target / "Modelfile").is_file():
+        print(f"merge      ollama create my-model -f {shown(path)}")
+
+
+def find_subject(
+    recipe: str | None, adapter: str | None, precision: str | None, prompt_format: str | None
+) -> subjects.Subject:
+    """What is merged, named as in `subjects.find`."""
+    try:
+        return subjects.find(recipe, adapter, precision, prompt_format)
+    except subjects.NotRenderable:  # the weights can be merged, with the base's template
+        return subjects.find(recipe, adapter, precision, "chat")
+
+
+def describe_result(target: Path, report: dict[str, Any], bits: int | None, to_gguf: bool) -> str:
+    distance = f"{report['largest_logit_difference']:.2g}"
+    files = [*target.glob("*.safetensors"), *target.glob("*.gguf")]
+    size = sum(path.stat().st_size for path in files) / 1e6
+    text = f"{shown(target)}, {size:,.0f} MB: "
+    if bits == 4:
+        return text + (
+            f"rounded to 4 bits; logits differ from base + adapter by up to {distance}, with the "
+            f"same next token on {report['same_next_token']:.0%}"
+        )
+    other = "the 16-bit model" if to_gguf else "base + adapter"
+    text += f"logits differ from {other} by at most {distance} (tolerance {report['tolerance']:g})"
+    if to_gguf and not report["same_tokens"]:
+        text += "; transformers reads another tokenizer from it, so compare answers before use"
+    return text

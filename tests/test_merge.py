@@ -1,0 +1,120 @@
+"""A merged checkpoint of 4 or 16 bits is what was merged, for any program that loads it."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import make_adapter, run
+from tools import models, subjects
+from tools.use import merge
+
+METHODS = {
+    "nf4": {"load_in_4bit": True},
+    "int8": {"load_in_8bit": True},
+    "full": {},
+    "nf4, DoRA": {"load_in_4bit": True, "peft_use_dora": True},
+}
+
+
+# Each merge loads the base and what it wrote: one of them is enough for `make test`.
+CASES = [pytest.param(name, marks=[pytest.mark.slow] * (name != "nf4")) for name in METHODS]
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny, tmp_path_factory):
+    """A PEFT folder for each method, as `make train` leaves it."""
+    folders = {}
+    for name, options in METHODS.items():
+        folder = tmp_path_factory.mktemp("run") / "adapter"
+        config = {"base_model": str(tiny), "adapter": "lora", "lora_r": 4, "lora_alpha": 16}
+        config |= {"datasets": [{"path": "x.jsonl", "type": "chat_template"}]} | options
+        dora = bool(options.get("peft_use_dora"))
+        make_adapter(models.load(config)[0], folder, task_type=None, use_dora=dora)
+        AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        folders[name] = folder
+    return folders
+
+
+def merge_folder(folder, bits):
+    subject = subjects.find("", str(folder))
+    target = merge.merge(subject.config, folder, bits=bits)
+    return subject, target, json.loads((target / "merge.json").read_text())
+
+
+def load_plainly(folder):
+    """As any user of transformers loads it; computed in float32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_a_merge_of_16_bits_is_base_and_adapter_rounded_to_bfloat16(adapters, method):
+    subject, target, report = merge_folder(adapters[method], 16)
+    assert target.name == "merged-16bit"
+    stored = AutoModelForCausalLM.from_pretrained(target)
+    assert {weight.dtype for weight in stored.parameters()} == {torch.bfloat16}
+    loaded, tokenizer = load_plainly(target)
+    adapted, _ = models.load(subject.config, subject.adapter)
+    base, _ = models.load(subject.config)
+    answers = [merge.logits(model, tokenizer, None) for model in (loaded, adapted, base)]
+    distance = merge.difference(answers[0], answers[1])["largest_logit_difference"]
+    assert distance == pytest.approx(report["largest_logit_difference"], abs=1e-4)
+    # The adapter moves logits by far more than the rounding of the weights to 8 bits.
+    moved = merge.difference(answers[0], answers[2])["largest_logit_difference"]
+    assert distance < 0.05 < moved
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_a_merge_of_4_bits_loads_as_the_model_that_was_rounded(adapters, method):
+    subject, target, report = merge_folder(adapters[method], 4)
+    loaded, tokenizer = load_plainly(target)
+    layers = {n: m for n, m in loaded.named_modules() if type(m).__name__ == "Linear4bit"}
+    assert len(layers) == 14  # seven of each layer
+    assert loaded.config.quantization_config.bnb_4bit_quant_type == "nf4"
+    adapted, _ = models.load(subject.config, subject.adapter)
+    answers = merge.logits(loaded, tokenizer, None)
+    distance = merge.difference(merge.logits(adapted, tokenizer, None), answers)
+    assert distance["largest_logit_difference"] == pytest.approx(
+        report["largest_logit_difference"], abs=1e-4
+    )
+    assert distance["largest_logit_difference"] > 0.01  # rounding is seen, and told
+    if not method.startswith("nf4"):
+        return
+    # Of a 4-bit base, layers without an adapter keep every bit; the others are the rounded sum.
+    base, _ = models.load_base(subject.config)
+    peft_model, _ = models.assemble(subject.config, subject.adapter)
+    peft_model.merge_and_unload()
+    sums = dict(peft_model.get_base_model().named_modules())
+    for name, original in base.named_modules():
+        if name in layers:
+            same = torch.equal(original.weight, layers[name].weight)
+            assert same == (not name.endswith(("q_proj", "k_proj", "v_proj"))), name
+            assert torch.equal(sums[name].weight, layers[name].weight), name
+
+
+def test_a_4_bit_checkpoint_that_loads_as_another_model_is_refused(adapters, tmp_path, monkeypatch):
+    def save_another(merged, config, folder):
+        for parameter in merged.parameters():
+            if parameter.dtype == torch.float32:
+                parameter.data += 0.1
+        merged.save_pretrained(folder)
+
+    monkeypatch.setattr(merge, "save", save_another)
+    subject = subjects.find("", str(adapters["nf4"]))
+    target = merge.Target(tmp_path, 4)
+    with pytest.raises(merge.JobFailed, match="the merged model is not what was saved"):
+        merge.merge_and_compare(subject.config, subject.adapter, "chat", target)
+
+
+@pytest.mark.slow
+def test_the_command_says_what_four_bits_cost(adapters):
+    done = run("merge", "--adapter", adapters["full"], "--bits", "4")
+    assert done.returncode == 0, done.stderr
+    assert "merged-4bit" in done.stdout and "with the same next token on" in done.stdout
+    done = run("merge", "--adapter", adapters["full"], "--bits", "8")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "BITS" in done.stderr and "4" in done.stderr
