@@ -1,4 +1,4 @@
-"""What answers: transformers here, vLLM in its own Python, or a model behind an OpenAI-compatible endpoint.
+"""What answers: transformers, vLLM in its own Python, or an OpenAI-compatible endpoint.
 
     python -m tools eval sentiment_r4 --backend vllm
 

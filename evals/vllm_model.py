@@ -62,7 +62,7 @@ class Worker:
         self.stop()
         self.room = min(context, max(SHORTEST, 2 ** (longest - 1).bit_length()))
         print(f"vllm       starts on {self.engine.device}, {self.arguments['dtype']}", flush=True)
-        self.log = tempfile.TemporaryFile("w+", errors="replace")
+        self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
             [*self.engine.python, str(WORKER)],
             env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"} | self.engine.environment,
