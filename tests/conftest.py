@@ -15,11 +15,10 @@ from typing import Any
 import pytest
 import yaml
 
-from tools import common, recipes, sources
+from tools import common, recipes, sources, vllm
 from tools import smollm2 as export
 from tools.data.chatfile import Options, convert_rows
 from tools.data.rows import Rules
-from tools.use import serve
 
 common.quiet()
 # Several workers share the cores: one thread each, for what they start too.
@@ -28,7 +27,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Files that take longest, which start first, so that no worker is left alone with one at the end.
 LONGEST = ["test_hub", "test_train", "test_configs", "test_multi", "test_serve", "test_adapter"]
 # What vLLM answers on a GPU of the Ampere generation.
-GPU = serve.Engine(
+GPU = vllm.Engine(
+    ["python"],
     ["vllm", "serve"],
     device="cuda",
     ranks=[1, 8, 16, 32, 64, 128, 256, 320, 512],
