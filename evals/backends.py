@@ -47,6 +47,9 @@ def vllm_arguments(subject: Subject, engine: vllm.Engine) -> dict[str, Any]:
         "enforce_eager": engine.device == "cpu",
         "logprobs_mode": "raw_logits",
     }
+    if engine.device == "cpu":
+        # The smallest that its kernels like: prompts share an instruction of 50 tokens.
+        arguments["block_size"] = 32
     if is_quantized_there:  # bitsandbytes in vLLM: NF4 with double quantization
         arguments["quantization"] = "bitsandbytes"
     if subject.adapter:

@@ -26,6 +26,8 @@ from tools.vllm import Engine
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 ROWS = {"cpu": 64, "cuda": 1024}  # that vLLM answers before they are saved
+# One process, so that its end is the end of all, and only errors in its log.
+VARIABLES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 SHORTEST = 2048  # tokens that it makes room for, if the model has so many
 # A line of a log that names an error; the first pattern is what vLLM says after the real one.
 ECHO = re.compile(r"Engine core initialization failed|EngineDeadError|WorkerProc .*failed")
@@ -65,7 +67,7 @@ class Worker:
         self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
             [*self.engine.python, str(WORKER)],
-            env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"} | self.engine.environment,
+            env=os.environ | VARIABLES | self.engine.environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None if os.environ.get("DEBUG") else self.log,

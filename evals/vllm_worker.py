@@ -43,6 +43,7 @@ def answer(engine: Any, request: dict[str, Any]) -> list[dict[str, Any]]:
     from vllm.lora.request import LoRARequest
 
     path = request["adapter"]
+    engine.reset_prefix_cache()  # prompts share a cache within a request, and time the same in each
     outputs = engine.generate(
         [TokensPrompt(prompt_token_ids=prompt) for prompt in request["prompts"]],
         SamplingParams(**request["sampling"]),
