@@ -29,9 +29,10 @@ ROWS = {"cpu": 64, "cuda": 1024}  # that vLLM answers before they are saved
 # One process, so that its end is the end of all, and only errors in its log.
 VARIABLES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 SHORTEST = 2048  # tokens that it makes room for, if the model has so many
-# A line of a log that names an error; the first pattern is what vLLM says after the real one.
-ECHO = re.compile(r"Engine core initialization failed|EngineDeadError|WorkerProc .*failed")
+# A line of a log that names an error, and what vLLM says after the real one.
 ERROR = re.compile(r"\b(\w*(?:Error|Exception): .+)")
+ECHO = re.compile(r"Engine core initialization failed|EngineDeadError|WorkerProc .*failed")
+RUNNING: "weakref.WeakSet[Worker]" = weakref.WeakSet()  # one at a time: each takes gigabytes
 
 
 class Worker:
@@ -45,7 +46,7 @@ class Worker:
     def __init__(self, engine: Engine, arguments: dict[str, Any], config: Any) -> None:
         self.engine, self.arguments, self.config = engine, arguments, config
         self.room = 0
-        self.stop: Any = lambda: None
+        self.end: Any = lambda: None
 
     def answer(
         self, prompts: list[list[int]], adapter: Path | None, sampling: dict[str, Any], context: int
@@ -61,7 +62,8 @@ class Worker:
 
     def start(self, longest: int, context: int) -> None:
         """Starts vLLM with room for prompts and answers of `longest` tokens."""
-        self.stop()
+        for worker in list(RUNNING):
+            worker.stop()
         self.room = min(context, max(SHORTEST, 2 ** (longest - 1).bit_length()))
         print(f"vllm       starts on {self.engine.device}, {self.arguments['dtype']}", flush=True)
         self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
@@ -74,8 +76,14 @@ class Worker:
             text=True,
             start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the group
         )
-        self.stop = weakref.finalize(self, stop_group, self.process)
+        self.end = weakref.finalize(self, stop_group, self.process)
+        RUNNING.add(self)
         self.send(self.arguments | {"max_model_len": self.room})
+
+    def stop(self) -> None:
+        self.end()
+        self.room = 0
+        RUNNING.discard(self)
 
     def send(self, content: dict[str, Any]) -> dict[str, Any]:
         """The reply to a line; raises JobFailed where there is none."""
@@ -89,21 +97,22 @@ class Worker:
         if answer and "error" not in answer:
             return answer
         self.stop()
-        self.room = 0
         raise JobFailed(f"vLLM failed: {self.explain_failure(answer.get('error'))}")
 
     def explain_failure(self, error: str | None) -> str:
-        """The cause of a failure: the last error of the log that echoes no other, or `error`."""
+        """The cause of a failure: `error`, or the log's last one that is no echo of another."""
         self.log.seek(0)
         causes = [match[1] for line in self.log if (match := ERROR.search(line))]
-        causes = [cause for cause in causes if not ECHO.search(cause)]
-        status = f"it ended with status {self.process.wait()}"
-        cause = causes[-1] if causes else error or status
+        causes += [error] if error else []
+        sound = (cause for cause in reversed(causes) if not ECHO.search(cause))
+        cause = next(sound, f"it ended with status {self.process.wait()}")
         return " ".join(cause.split())[:400]
 
 
 def stop_group(process: subprocess.Popen[str]) -> None:
     """Ends a process and its children."""
+    with suppress(OSError):  # what was not read
+        process.stdin.close()  # type: ignore[union-attr]
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     try:

@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -452,15 +453,12 @@ def test_vllm_gets_the_quantized_base_and_room_for_the_adapter(trained, tiny):  
 
 
 def test_what_vllm_cannot_do_is_told(trained):  # noqa: F811
-    path, folder = trained()
+    path, _ = trained()
     with pytest.raises(common.WrongInput, match="int8"):
         backends.vllm_arguments(subject_of.find(str(path), precision="int8"), GPU)
-    file = folder / "adapter_config.json"
-    plain = json.loads(file.read_text())
-    for change, word in (({"use_dora": True}, "DoRA"), ({"r": 1000}, "rank")):
-        file.write_text(json.dumps(plain | change))
-        with pytest.raises(common.WrongInput, match=word):
-            backends.vllm_arguments(subject_of.find(str(path)), GPU)
+    small = replace(GPU, ranks=[1, 2])
+    with pytest.raises(common.WrongInput, match="no rank over 2, and this one has 4; BACKEND=tr"):
+        backends.vllm_arguments(subject_of.find(str(path)), small)
 
 
 def test_without_vllm_it_is_refused_in_one_line(trained, monkeypatch, capsys, tmp_path):  # noqa: F811

@@ -178,7 +178,7 @@ def find_base_key(config: dict[str, Any]) -> Any:
     """What tells two bases apart, the options of their quantization among it."""
     base = str(config["base_model"])
     folder = (ROOT / base).resolve() if (ROOT / base).is_dir() else recipes.resolve_mirror(base)
-    return folder, config.get("bnb_config_kwargs"), config.get("dtype")
+    return folder, config.get("bnb_config_kwargs")
 
 
 def find_tokenizer_key(subject: subjects.Subject) -> str | None:
