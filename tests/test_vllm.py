@@ -21,7 +21,7 @@ from evals.backends import BACKENDS
 from evals.vllm_model import VllmModel, Worker
 from tests.conftest import GPU, make_adapter, run, write_recipe
 from tests.test_serve import ask, free_port, serving
-from tools import common, models, runs, setup_vllm, subjects, vllm
+from tools import common, models, runs, setup, setup_vllm, subjects, vllm
 from tools.common import JobFailed, WrongInput
 from tools.use import chat, serve
 
@@ -167,6 +167,16 @@ def test_a_lock_of_vllm_names_one_torch_of_its_build(build):
     assert bool(unfit) == (build == "cuda")
 
 
+@pytest.mark.parametrize("version", setup.SUPPORTED)
+def test_where_no_cpu_build_of_torch_is_offered_the_cuda_build_is_installed_whole(version):
+    torch, others = setup_vllm.read_lock("cpu")
+    packages = setup_vllm.take_cuda_torch(others, version)
+    assert torch.removesuffix("+cpu") in packages
+    assert [line for line in packages if line.startswith("triton==")] == ["triton==3.7.1"]
+    assert "nvidia-cublas==13.1.1.3" in packages
+    assert set(others) - set(packages) == {"triton==3.9.0"}
+
+
 # ---- vLLM itself
 
 
@@ -184,6 +194,8 @@ def backends(smollm2, engine, tmp_path_factory):
     base = Path(shutil.copytree(smollm2, place / "base"))
     config = json.loads((base / "config.json").read_text())
     common.write_json(base / "config.json", config | {"max_position_embeddings": 256})
+    template = base / "chat_template.jinja"
+    template.write_text("{% if loud %}Be loud. {% endif %}" + template.read_text())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "RUNS", place / "runs")
         folder = make_adapter(base, place / "adapter", lora_alpha=2)
@@ -221,7 +233,7 @@ CASES = {
     "short answers": {"settings": SETTINGS | {"max_gen_toks": 2}},
     "stop words": {"settings": SETTINGS | {"until": ["e", "\n"]}},
     "a prompt that is cut": {"texts": [*NEWS[:1], " ".join(f"word{n}" for n in range(300))]},
-    "options of the template": {"options": {"add_generation_prompt": False}},
+    "options of the template": {"options": {"loud": True}},
 }
 
 
@@ -263,6 +275,22 @@ def test_a_worker_that_dies_ends_the_job_and_the_next_one_answers_the_rest(backe
     worker.stop()
     with pytest.raises(ProcessLookupError):
         os.killpg(group, 0)
+
+
+@pytest.mark.slow
+def test_answers_that_differ_are_listed_with_the_logits_of_both(backends):
+    from bench.eval import compare_logits
+
+    with backends["transformers"]("base", "", 1) as base, backends["vllm"]("base", "", 1) as same:
+        text = Prompts("chat").text(base.tokenizer, NEWS[0])
+        assert compare_logits(base, same, text) == "alone, both answer the same"
+        with backends["vllm"]("adapter", "", 1) as other:
+            own, others = compare_logits(base, other, text).split("; vLLM: ")
+    # Each answers with the token that has the larger logit: ours with the first, vLLM the second.
+    first, second = (float(part.rsplit(" ", 1)[1]) for part in own.split(", "))
+    assert own.startswith("ours: ") and first > second
+    first, second = (float(part.rsplit(" ", 1)[1]) for part in others.split(", "))
+    assert first < second
 
 
 def make_run(place, name, base, **settings):

