@@ -168,6 +168,8 @@ class VllmModel(Model):
             "stop_token_ids": [self.eot_token_id],
         }
         first = next((step for step in logits_processor if isinstance(step, FirstToken)), None)
+        if others := [step for step in logits_processor if step is not first]:
+            raise NotImplementedError(f"vLLM has no {type(others[0]).__name__} of transformers")
         if first:
             ids = sorted(token for tokens in first.tokens.values() for token in tokens)
             sampling["logprob_token_ids"] = ids

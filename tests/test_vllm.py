@@ -306,6 +306,22 @@ def make_run(place, name, base, **settings):
 
 
 @pytest.mark.slow
+def test_transformers_serves_several_adapters_as_merged_models(tiny, tmp_path):
+    pairs = [make_run(tmp_path, f"r{n}", tiny, r=n) for n in (4, 12)]
+    recipes = " ".join(str(recipe) for recipe, _ in pairs)
+    arguments = ["--recipes", recipes, "--precision", "fp32", "--port", str(free_port())]
+    with serving(*arguments, "--engine", "transformers") as output:
+        names = [
+            part.split('"')[1] for part in output.split("model ")[-1].split("\n")[0].split(", ")
+        ]
+        served = ask(output, *names)
+    for (_, adapter), text in zip(pairs, served, strict=True):
+        model, tokenizer = models.load({"base_model": str(tiny)}, adapter)
+        assert text and chat.answer(model, tokenizer, TURN).startswith(text)
+    assert served[0] != served[1]
+
+
+@pytest.mark.slow
 def test_clients_ask_several_adapters_of_one_server_at_once(smollm2, engine, tmp_path, monkeypatch):
     pairs = [make_run(tmp_path, f"r{n}", smollm2, lora_alpha=n, r=n) for n in (4, 12)]
     recipes = " ".join(str(recipe) for recipe, _ in pairs)
