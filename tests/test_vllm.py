@@ -256,6 +256,22 @@ def test_vllm_answers_as_transformers_does(backends, tmp_path, case):
 
 
 @pytest.mark.slow
+def test_answers_that_differ_are_listed_with_the_logits_of_both(backends):
+    from bench.eval import compare_logits
+
+    with backends["transformers"]("base", "", 1) as base, backends["vllm"]("base", "", 1) as same:
+        text = Prompts("chat").text(base.tokenizer, NEWS[0])
+        assert compare_logits(base, same, text) == "alone, both answer the same"
+        with backends["vllm"]("adapter", "", 1) as other:
+            own, others = compare_logits(base, other, text).split("; vLLM: ")
+    # Each answers with the token that has the larger logit: ours with the first, vLLM the second.
+    first, second = (float(part.rsplit(" ", 1)[1]) for part in own.split(", "))
+    assert own.startswith("ours: ") and first > second
+    first, second = (float(part.rsplit(" ", 1)[1]) for part in others.split(", "))
+    assert first < second
+
+
+@pytest.mark.slow
 def test_a_worker_that_dies_ends_the_job_and_the_next_one_answers_the_rest(backends, tmp_path):
     open_model, file = backends["vllm"], tmp_path / "answers"
     expected, _ = answer(open_model, "base", tmp_path / "whole")
@@ -272,25 +288,9 @@ def test_a_worker_that_dies_ends_the_job_and_the_next_one_answers_the_rest(backe
     saved = file.read_text().splitlines()
     assert len(saved) == 1 + len(NEWS)  # the first two were not asked again
     group = worker.process.pid
-    worker.stop()
+    worker.stop()  # the tests below start servers, which need the memory
     with pytest.raises(ProcessLookupError):
         os.killpg(group, 0)
-
-
-@pytest.mark.slow
-def test_answers_that_differ_are_listed_with_the_logits_of_both(backends):
-    from bench.eval import compare_logits
-
-    with backends["transformers"]("base", "", 1) as base, backends["vllm"]("base", "", 1) as same:
-        text = Prompts("chat").text(base.tokenizer, NEWS[0])
-        assert compare_logits(base, same, text) == "alone, both answer the same"
-        with backends["vllm"]("adapter", "", 1) as other:
-            own, others = compare_logits(base, other, text).split("; vLLM: ")
-    # Each answers with the token that has the larger logit: ours with the first, vLLM the second.
-    first, second = (float(part.rsplit(" ", 1)[1]) for part in own.split(", "))
-    assert own.startswith("ours: ") and first > second
-    first, second = (float(part.rsplit(" ", 1)[1]) for part in others.split(", "))
-    assert first < second
 
 
 def make_run(place, name, base, **settings):
