@@ -17,8 +17,9 @@ PY := .venv/bin/python
 RUN := $(PY) -m tools
 DEMO := smollm2-135m/sentiment_r4
 # Runs on any Python 3.8 or newer, and finds the best one for .venv itself; PYTHON= names another.
-SETUP := $$(command -v python3 || command -v "$${OPTION_PYTHON:-}" || echo python3) -m tools.setup \
-  --python "$${OPTION_PYTHON:-}" --torch "$${OPTION_TORCH:-}" --wheelhouse "$${WHEELHOUSE:-}"
+ANY := $$(command -v python3 || command -v "$${OPTION_PYTHON:-}" || echo python3)
+CHOICES := --python "$${OPTION_PYTHON:-}" --torch "$${OPTION_TORCH:-}"
+SETUP := $(ANY) -m tools.setup $(CHOICES) --wheelhouse "$${WHEELHOUSE:-}"
 # Every job needs the environment, and looks at file times only, to start at once.
 READY := .venv/.ready
 $(READY): requirements.txt $(wildcard requirements/*.txt) $(PY)
@@ -26,7 +27,7 @@ $(READY): requirements.txt $(wildcard requirements/*.txt) $(PY)
 $(PY):
 	@$(SETUP)
 
-.PHONY: help setup wheelhouse demo model fetch data audit new look recipes show plan smoke profile train status sweep tune reproduce verify eval report parity chat predict merge serve push pull adapters import render results check test test-all lock clean
+.PHONY: help setup setup-vllm wheelhouse demo model fetch data audit new look recipes show plan smoke profile train status sweep tune reproduce verify eval report parity chat predict merge serve push pull adapters import render results check test test-all lock clean
 
 help:
 	@sed -n 's/^##@ \(.*\)/\1/p; s/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -38,6 +39,8 @@ demo: $(READY) ## Convert example data, train SmolLM2-135M with QLoRA, score it,
 	@$(RUN) eval $(DEMO) --tasks fpb
 setup: ## Make .venv · [PYTHON=python3.12] [TORCH=cpu|cuda] [WHEELHOUSE=dir]
 	@$(SETUP)
+setup-vllm: ## Make .venv-vllm for BACKEND=vllm and serving · [PYTHON=…] [TORCH=cpu|cuda]
+	@$(ANY) -m tools.setup_vllm $(CHOICES)
 wheelhouse: $(READY) ## Every package as a file, for machines without an index · [WHEELHOUSE=dir] [TORCH=cuda]
 	@$(PY) -m tools.setup --make-wheelhouse "$${WHEELHOUSE:-wheelhouse}" --torch "$${OPTION_TORCH:-}"
 
@@ -92,7 +95,7 @@ predict: $(READY) ## Answer the rows of a file · RECIPE=… | ADAPTER=… DATA=
 	@$(RUN) predict
 merge: $(READY) ## Merge an adapter into its base, and compare · RECIPE=… | ADAPTER=… [BITS=4|16] [FORMAT=gguf] [PRECISION=nf4]
 	@$(RUN) merge
-serve: $(READY) ## An OpenAI-compatible endpoint · RECIPE=… | ADAPTER=… [PORT=8000] [MAX_MODEL_LEN=4096]
+serve: $(READY) ## An OpenAI-compatible endpoint · RECIPE=… | RECIPES="… …" | ADAPTER=… [PORT=8000]
 	@$(RUN) serve
 
 ##@ Share
@@ -133,7 +136,8 @@ check: $(READY) ## Lint, types, layers, generated files, every recipe against Ax
 	@$(PY) -m bench.performance --check
 	@$(PY) -m bench.methods --check
 	@$(RUN) check
-lock: $(READY) ## Resolve requirements.txt for every supported Python: requirements/python-3.*.txt
+lock: $(READY) ## Resolve requirements.txt and those of vLLM: requirements/python-3.*.txt, vllm-*.txt
 	@$(PY) -m tools.setup --lock
-clean: ## Remove .venv, SmolLM2, converted data and caches; trained runs stay
-	rm -rf .venv models/smollm2-135m data/chat .pytest_cache .mypy_cache .ruff_cache
+	@$(PY) -m tools.setup_vllm --lock
+clean: ## Remove .venv, .venv-vllm, SmolLM2, converted data and caches; trained runs stay
+	rm -rf .venv .venv-vllm models/smollm2-135m data/chat .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""What answers: transformers here, vLLM on a GPU, or a model behind an OpenAI-compatible endpoint.
+"""What answers: transformers, vLLM in its own Python, or an OpenAI-compatible endpoint.
 
     python -m tools eval sentiment_r4 --backend vllm
 
@@ -6,19 +6,14 @@ A backend takes what is scored and returns a function (side, label, rows) → co
 lm-eval model.
 """
 
-import copy
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from tools import adapters, models
-from tools.common import ROOT, WrongInput
+from tools import adapters, models, vllm
+from tools.common import WrongInput
 from tools.prompts import changes_tokenizer
 from tools.subjects import Subject
-
-BATCH = 256  # rows that vLLM answers before they are saved
-LONGEST = 16384  # tokens that vLLM makes room for
 
 OpenModel = Callable[[str, str, int], AbstractContextManager[Any]]
 
@@ -37,56 +32,54 @@ def open_transformers(subject: Subject) -> OpenModel:
     return open_side
 
 
-def vllm_arguments(subject: Subject) -> dict[str, Any]:
-    """The arguments of lm-eval's vLLM class: the quantized base, and the adapter as LoRA module."""
-    from transformers import AutoConfig
-
-    config, precision = subject.config, models.precision(subject.config)
-    if precision in ("int8", "fp4"):
-        raise WrongInput(f"vLLM quantizes no base to {precision}; BACKEND=transformers scores it")
-    base = config["base_model"]
-    base = str(ROOT / base) if (ROOT / base).is_dir() else base
-    length = AutoConfig.from_pretrained(base).get_text_config(decoder=True).max_position_embeddings
+def vllm_arguments(subject: Subject, engine: vllm.Engine) -> dict[str, Any]:
+    """The arguments of vllm.LLM: the base as training saw it, with room for the adapter."""
+    config = subject.config
+    if models.precision(config) == "int8":
+        # Its 8-bit base rounds activations, too, which a dequantized one does not.
+        raise WrongInput("vLLM quantizes no base to int8; BACKEND=transformers scores it")
+    if reason := vllm.explain_merging(subject, engine):
+        raise WrongInput(f"{reason}; BACKEND=transformers scores this adapter")
+    base, is_quantized_there = vllm.prepare_base(subject, engine)
     arguments = {
-        "pretrained": base,
-        "dtype": config.get("dtype") or "bfloat16",
-        "max_model_len": min(length, LONGEST),
-        "batch_size": BATCH,
+        "model": str(base),
+        "dtype": engine.choose_dtype(config),
+        "enforce_eager": engine.device == "cpu",
+        "logprobs_mode": "raw_logits",
     }
-    if precision == "nf4":  # bitsandbytes in vLLM: NF4 with double quantization
+    if engine.device == "cpu":
+        # The smallest that its kernels like: prompts share an instruction of 50 tokens.
+        arguments["block_size"] = 32
+    if is_quantized_there:  # bitsandbytes in vLLM: NF4 with double quantization
         arguments["quantization"] = "bitsandbytes"
     if subject.adapter:
-        settings, _ = adapters.read_adapter(subject.adapter)
         if changes_tokenizer(config):
             arguments["tokenizer"] = str(subject.adapter)
-        rank = adapters.vllm_rank(settings.rank)
-        if rank is None:
-            raise WrongInput(
-                f"vLLM takes no rank over {adapters.RANKS[-1]}, and the adapter has "
-                f"{settings.rank}; BACKEND=transformers scores it"
-            )
-        unusual = "DoRA" if settings.dora else models.check_adapter(config, subject.adapter).unusual
-        if unusual:
-            raise WrongInput(f"vLLM has no {unusual}; BACKEND=transformers scores this adapter")
-        arguments |= {"lora_local_path": str(subject.adapter), "max_lora_rank": rank}
+        settings, _ = adapters.read_adapter(subject.adapter)
+        rank = adapters.vllm_rank(settings.rank, engine.ranks)
+        arguments |= {"enable_lora": True, "max_lora_rank": rank}
     return arguments
 
 
 def open_vllm(subject: Subject) -> OpenModel:
-    import torch
+    from transformers import AutoConfig
 
-    arguments = vllm_arguments(subject)
-    if not (importlib.util.find_spec("vllm") and torch.cuda.is_available()):
-        raise WrongInput("BACKEND=vllm needs a GPU and vLLM (`pip install vllm`)")
-    from lm_eval.models.vllm_causallms import VLLM
+    command = vllm.find_vllm()
+    if command is None:
+        raise WrongInput(f"BACKEND=vllm needs vLLM; `{vllm.INSTALL}` installs it")
+    engine = vllm.ask_vllm(command)
+    arguments = vllm_arguments(subject, engine)
+    from evals.vllm_model import VllmModel, Worker
 
-    engine = VLLM(**arguments)
+    config = AutoConfig.from_pretrained(models.bring_base(subject.config["base_model"]))
+    tokenizer = models.load_tokenizer(subject.config, subject.adapter)
+    worker = Worker(engine, arguments, config)
 
     def open_side(side: str, label: str, rows: int) -> AbstractContextManager[Any]:
         # The engine is shared; what `Prompts` and `Answers` attach belongs to one score.
-        lm = copy.copy(engine)
-        if side == "base":
-            lm.lora_request = None
+        adapter = subject.adapter if side == "adapter" else None
+        lm = VllmModel(worker, tokenizer, adapter)
+        lm.expect(label, rows)
         return nullcontext(lm)
 
     return open_side

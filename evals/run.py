@@ -37,7 +37,7 @@ from evals.answers import Answers, Prompts
 from evals.backends import BACKENDS, OpenModel
 from evals.examples import choose_examples, read_question
 from tools import models as weights
-from tools import smollm2, sources
+from tools import smollm2, sources, vllm
 from tools.common import ROOT, JobFailed, WrongInput, check_name, digest, quiet, shown, write_json
 from tools.prompts import TOKENIZER, with_template
 from tools.subjects import Subject
@@ -126,8 +126,7 @@ def identify(
         "dataset": dataset,
         "task_version": task["metadata"]["version"],
         **model,
-        # Scores written before backends existed have no `backend` key.
-        **({"backend": backend} if backend != "transformers" else {}),
+        **_identify_backend(backend),
         "data_sha256": manifest["sha256"],
         "data_from": manifest.get("from"),
         "data_selected": manifest.get("selected"),
@@ -136,6 +135,17 @@ def identify(
         "limit": limit,
         **_identify_examples(dataset, subject.shots),
     }
+
+
+def _identify_backend(backend: str) -> dict[str, Any]:
+    """The backend, and the versions of what runs in an environment of its own.
+
+    Scores written before backends existed have no `backend` key.
+    """
+    if backend == "transformers":
+        return {}
+    command = vllm.find_vllm() if backend == "vllm" else None
+    return {"backend": backend} | ({"engine": vllm.read_versions(command)} if command else {})
 
 
 def _identify_examples(dataset: str, shots: int) -> dict[str, Any]:

@@ -15,11 +15,10 @@ from typing import Any
 import pytest
 import yaml
 
-from tools import common, recipes, sources
+from tools import common, recipes, sources, vllm
 from tools import smollm2 as export
 from tools.data.chatfile import Options, convert_rows
 from tools.data.rows import Rules
-from tools.use import serve
 
 common.quiet()
 # Several workers share the cores: one thread each, for what they start too.
@@ -35,7 +34,8 @@ LONGEST = [
     "test_train",
 ]
 # What vLLM answers on a GPU of the Ampere generation.
-GPU = serve.Engine(
+GPU = vllm.Engine(
+    ["python"],
     ["vllm", "serve"],
     device="cuda",
     ranks=[1, 8, 16, 32, 64, 128, 256, 320, 512],

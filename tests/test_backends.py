@@ -5,15 +5,16 @@ import json
 import socket
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
 
 from evals import backends, endpoint, page
-from tests.conftest import run_first
+from tests.conftest import GPU, run_first
 from tests.test_eval import NF4, evaluate, trained, workplace  # noqa: F401
-from tools import common, runs, sources
+from tools import common, runs, sources, vllm
 from tools import subjects as subject_of
 
 KEY = "a-key-that-no-pattern-knows-0123"
@@ -438,43 +439,38 @@ def test_what_does_not_go_together_is_one_line(arguments, message, monkeypatch, 
     assert message in line and "pass" not in line
 
 
-# ---- vLLM: it runs on a GPU alone, so here is what it is given
+# ---- vLLM: what it is given; tests/test_vllm.py has what it answers
 
 
-def test_vllm_gets_the_quantized_base_and_the_adapter_as_a_module(trained, tiny):  # noqa: F811
-    path, folder = trained()
-    result = backends.vllm_arguments(subject_of.find(str(path)))
-    assert result["pretrained"] == str(tiny)
+def test_vllm_gets_the_quantized_base_and_room_for_the_adapter(trained, tiny):  # noqa: F811
+    path, _ = trained()
+    result = backends.vllm_arguments(subject_of.find(str(path)), GPU)
+    assert result["model"] == str(tiny)
     assert result["quantization"] == "bitsandbytes" and result["dtype"] == "bfloat16"
-    assert result["lora_local_path"] == str(folder) and result["max_lora_rank"] == 8
-    assert result["max_model_len"] == 2048  # Llama's default in transformers
-    result = backends.vllm_arguments(subject_of.find(str(path), precision="fp16"))
+    assert result["enable_lora"] and result["max_lora_rank"] == 8
+    result = backends.vllm_arguments(subject_of.find(str(path), precision="fp16"), GPU)
     assert "quantization" not in result and result["dtype"] == "float16"
-    base = backends.vllm_arguments(subject_of.find(str(path), base_only=True))
-    assert "lora_local_path" not in base
+    base = backends.vllm_arguments(subject_of.find(str(path), base_only=True), GPU)
+    assert "enable_lora" not in base
 
 
 def test_what_vllm_cannot_do_is_told(trained):  # noqa: F811
-    path, folder = trained()
-    with pytest.raises(common.WrongInput, match="int8"):
-        backends.vllm_arguments(subject_of.find(str(path), precision="int8"))
-    file = folder / "adapter_config.json"
-    plain = json.loads(file.read_text())
-    for change, word in (({"use_dora": True}, "DoRA"), ({"r": 1000}, "rank")):
-        file.write_text(json.dumps(plain | change))
-        with pytest.raises(common.WrongInput, match=word):
-            backends.vllm_arguments(subject_of.find(str(path)))
-
-
-def test_without_a_gpu_or_vllm_it_is_refused_in_one_line(trained, monkeypatch, capsys):  # noqa: F811
-    torch = pytest.importorskip("torch")
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
     path, _ = trained()
+    with pytest.raises(common.WrongInput, match="int8"):
+        backends.vllm_arguments(subject_of.find(str(path), precision="int8"), GPU)
+    small = replace(GPU, ranks=[1, 2])
+    with pytest.raises(common.WrongInput, match="no rank over 2, and this one has 4; BACKEND=tr"):
+        backends.vllm_arguments(subject_of.find(str(path)), small)
+
+
+def test_without_vllm_it_is_refused_in_one_line(trained, monkeypatch, capsys, tmp_path):  # noqa: F811
+    path, _ = trained()
+    monkeypatch.setattr(vllm, "ROOT", tmp_path)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
     with pytest.raises(SystemExit) as stopped:
         evaluate(monkeypatch, path, "--backend", "vllm", "--tasks", "fpb", "--limit", 2)
     assert stopped.value.code == 2
-    assert "needs a GPU and vLLM" in capsys.readouterr().err
+    assert "BACKEND=vllm needs vLLM; `make setup-vllm`" in capsys.readouterr().err
 
 
 def test_a_reply_is_whole_or_nothing():

@@ -5,9 +5,9 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from evals import backends
 from evals.model import Model, count_cached
-from tools.subjects import Subject
+from evals.vllm_model import VllmModel, Worker
+from tests.conftest import GPU
 
 TINY = {
     "hidden_size": 32,
@@ -160,8 +160,6 @@ def test_the_tokens_that_a_batch_may_hold_follow_from_the_bytes_of_a_cache(token
     assert count_cached(network, size - 1) == 6
 
 
-def test_vllm_gets_the_context_of_the_text_model(tmp_path):
-    build("Gemma 3 with images", 100)[1].save_pretrained(tmp_path)
-    config = {"base_model": str(tmp_path)}
-    base = Subject("a base", config, None, tmp_path, tmp_path, None, "chat")
-    assert backends.vllm_arguments(base)["max_model_len"] == 4096
+def test_vllm_gets_the_context_of_the_text_model(tokenizer):
+    config = build("Gemma 3 with images", 100)[1]
+    assert VllmModel(Worker(GPU, {}, config), tokenizer, None).max_length == 4096

@@ -17,7 +17,7 @@ import yaml
 
 from tests.conftest import GPU, make_adapter, run, run_first
 from tests.hub_server import Hub
-from tools import models, sources, subjects
+from tools import models, sources, subjects, vllm
 from tools.common import ROOT, JobFailed, WrongInput
 from tools.use import chat, merge, serve
 
@@ -96,21 +96,19 @@ def test_a_merge_that_is_not_base_and_adapter_is_refused_and_leaves_nothing(
 def test_the_command_for_vllm_keeps_the_base_quantized_and_the_adapter_apart(adapters, tmp_path):
     folder = adapters["nf4"]
     subject = subjects.find("", str(folder))
-    line = serve.on_vllm(subject, "mine", ["--port", "1"], GPU, tmp_path)
+    line = serve.on_vllm({"mine": subject}, ["--port", "1"], GPU, tmp_path)
     assert line[:3] == ["vllm", "serve", subject.config["base_model"]]
     assert line[line.index("--lora-modules") + 1] == f"mine={folder}"
     assert line[line.index("--served-model-name") + 1] == "mine-base"
     assert line[line.index("--quantization") + 1] == "bitsandbytes"
     assert line[line.index("--max-lora-rank") + 1] == "8"
     assert line[line.index("--dtype") + 1] == "bfloat16"
-    # vLLM has no DoRA, and no 4 bits on a CPU or without bitsandbytes: the merged model is served.
-    merged = {"nf4, DoRA": GPU, "nf4": replace(GPU, quantizes=False)}
-    for name, engine in merged.items():
-        subject = subjects.find("", str(adapters[name]))
-        line = serve.on_vllm(subject, "mine", [], engine, tmp_path)
-        assert line[:3] == ["vllm", "serve", str(adapters[name] / "merged")]
-        assert line[line.index("--served-model-name") + 1] == "mine"
-        assert "--lora-modules" not in line
+    # vLLM has no DoRA: the merged model is served.
+    subject = subjects.find("", str(adapters["nf4, DoRA"]))
+    line = serve.on_vllm({"mine": subject}, [], GPU, tmp_path)
+    assert line[:3] == ["vllm", "serve", str(adapters["nf4, DoRA"] / "merged")]
+    assert line[line.index("--served-model-name") + 1] == "mine"
+    assert "--lora-modules" not in line
 
 
 def test_a_gpu_computes_in_half_precision_and_a_cpu_in_float32():
@@ -136,7 +134,7 @@ def test_a_folder_with_its_own_chat_template_is_served_talked_to_and_merged_with
     own = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
     (folder / "chat_template.jinja").write_text(own)
     subject = subjects.find("", str(folder), "fp32")
-    line = serve.on_vllm(subject, "mine", [], GPU, tmp_path)
+    line = serve.on_vllm({"mine": subject}, [], GPU, tmp_path)
     assert Path(line[line.index("--chat-template") + 1]).read_text() == own
     # vLLM splits `name=path` at the first "=", and takes what has a comma for JSON.
     module = json.loads(line[line.index("--lora-modules") + 1])
@@ -161,13 +159,13 @@ def make_script(path, text):
 def test_vllm_is_searched_beside_python_then_in_its_own_environment_then_on_the_path(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(serve, "ROOT", tmp_path)
+    monkeypatch.setattr(vllm, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "beside" / "python"))
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
-    assert serve.find_vllm() is None
+    assert vllm.find_vllm() is None
     for folder in ("path", ".venv-vllm/bin", "beside"):
         script = make_script(tmp_path / folder / "vllm", "#!/bin/sh\n")
-        assert serve.find_vllm() == script
+        assert vllm.find_vllm() == script
 
 
 @pytest.mark.parametrize("head", ["#!{}\n", '#!/bin/sh\n\'\'\'exec\' "{}" "$0" "$@"\n'])
@@ -175,10 +173,10 @@ def test_a_vllm_that_does_not_start_says_why_in_one_line(tmp_path, head):
     if importlib.util.find_spec("vllm"):
         pytest.skip("vLLM is installed beside this Python")
     with pytest.raises(JobFailed, match="does not start here .*No module named 'vllm'"):
-        serve.ask_vllm(make_script(tmp_path / "vllm", head.format(sys.executable)))
+        vllm.ask_vllm(make_script(tmp_path / "vllm", head.format(sys.executable)))
     for other in ("#!/no/such/python\n", "#!/bin/sh\n", "", "\x7fELF"):
         with pytest.raises(JobFailed, match="does not start here"):
-            serve.ask_vllm(make_script(tmp_path / "vllm", other))
+            vllm.ask_vllm(make_script(tmp_path / "vllm", other))
 
 
 def free_port():
@@ -237,13 +235,8 @@ def test_the_openai_client_gets_the_answer_that_chat_gives(adapters, tmp_path):
     folder, port = adapters["nf4"], free_port()
     subject = subjects.find("", str(folder))
     merge.merge(subject.config, folder)
-    if shutil.which("vllm", path=f"{ROOT}/.venv-vllm/bin:{Path(sys.executable).parent}"):
-        pytest.skip("vLLM is installed in this checkout, and serves instead")
-    places = os.environ["PATH"].split(os.pathsep)
-    path = os.pathsep.join(place for place in places if not Path(place, "vllm").exists())
-    arguments = ("--adapter", str(folder), "--port", str(port))
-    with serving(*arguments, PATH=path, http_proxy="http://127.0.0.1:9") as output:
-        assert ".venv-vllm/bin/pip install vllm" in output
+    arguments = ("--adapter", str(folder), "--port", str(port), "--engine", "transformers")
+    with serving(*arguments, http_proxy="http://127.0.0.1:9") as output:
         (served,) = ask(output, folder.name)
         again = run("serve", *arguments)
         assert (again.returncode, again.stderr.count("\n")) == (2, 1)
@@ -251,22 +244,6 @@ def test_the_openai_client_gets_the_answer_that_chat_gives(adapters, tmp_path):
     model, tokenizer = models.load({"base_model": str(folder / "merged")})
     expected = chat.answer(model, tokenizer, [{"role": "user", "content": "Is it good?"}])
     assert served and expected.startswith(served)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [4, 12])
-def test_vllm_answers_as_chat_does_under_the_names_that_are_printed(smollm2, tmp_path, rank):
-    if not serve.find_vllm():
-        pytest.skip("vLLM is not installed (.venv-vllm or PATH)")
-    folder = make_adapter(smollm2, tmp_path / "my adapter", r=rank, lora_alpha=8)
-    arguments = ("--adapter", str(folder), "--precision", "fp32", "--max-model-len", "512")
-    with serving(*arguments, "--port", str(free_port())) as output:
-        served = ask(output, "my-adapter", "my-adapter-base")
-    config = subjects.find("", str(folder), "fp32").config
-    for adapter, text in zip((folder, None), served, strict=True):
-        model, tokenizer = models.load(config, adapter)
-        expected = chat.answer(model, tokenizer, [{"role": "user", "content": "Is it good?"}])
-        assert text and expected.startswith(text)
 
 
 @pytest.mark.slow

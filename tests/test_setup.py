@@ -215,22 +215,20 @@ def test_a_private_index_with_a_password_is_used_and_the_password_is_not_logged(
 ):
     if tool == "uv" and not UV.exists():
         pytest.skip("uv is not in .venv")
-    venv = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    venv = setup.Environment(tmp_path / "venv")
+    subprocess.run([sys.executable, "-m", "venv", venv.folder], check=True)
     settings = tmp_path / "pip.conf"
     settings.write_text(f"[global]\nindex-url = {private_index}\n")
     for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", str(settings))
-    monkeypatch.setattr(setup, "PYTHON", venv / "bin" / "python")
-    monkeypatch.setattr(setup, "LOG", tmp_path / "setup.log")
-    installer = setup.Installer(None)
+    installer = setup.Installer(venv, None)
     installer.uv = str(UV) if tool == "uv" else None
-    setup.LOG.write_text("")
+    venv.log.write_text("")
     assert installer.install("probe", "finlora-probe==1.0")
-    assert list(venv.glob("lib/python3*/site-packages/finlora_probe.py"))
+    assert list(venv.folder.glob("lib/python3*/site-packages/finlora_probe.py"))
     assert not installer.install("probe", "finlora-probe==2.0", must=False)
-    written = setup.LOG.read_text() + capsys.readouterr().out
+    written = venv.log.read_text() + capsys.readouterr().out
     assert "s3cret" not in written and written
 
 

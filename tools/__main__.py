@@ -662,22 +662,42 @@ def merge(
 @app.command(rich_help_panel=USE)
 def serve(
     recipe: Recipe = None,
+    recipes: Annotated[
+        str | None, Option(help="Several recipes, which are served on one base.")
+    ] = None,
     adapter: Adapter = None,
     host: Annotated[str, Option(help="Address to listen on.")] = "localhost",
     port: Annotated[int, Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    engine: Annotated[
+        Literal["vllm", "transformers"] | None,
+        Option(help="What serves; vLLM where it is installed, if omitted."),
+    ] = None,
     precision: Precision = None,
     prompt_format: PromptFormat = None,
     max_model_len: Annotated[int | None, Option(min=1, help="Longest context, in tokens.")] = None,
+    gpu_memory: Annotated[
+        float | None,
+        Option(min=0.01, max=1, help="Share of a GPU's memory that vLLM takes; 0.9 if omitted."),
+    ] = None,
+    vllm_args: Annotated[
+        str | None, Option(help='More options of vLLM, such as "--max-num-seqs 8".')
+    ] = None,
 ) -> None:
-    """Serve an adapter as an OpenAI-compatible endpoint.
+    """Serve adapters and their base as an OpenAI-compatible endpoint.
+
+    The variable VLLM_API_KEY has the key that clients must send, if any.
 
     Example: python -m tools serve smollm2-135m/sentiment_r4 --port 8000
     """
     from tools import subjects
     from tools.use import serve
 
-    subject = subjects.find(recipe, adapter, precision, prompt_format)
-    serve.serve(subject, host, port, max_model_len)
+    arguments = serve.parse_arguments(vllm_args or "")
+    service = serve.Service(host, port, engine, max_model_len, gpu_memory, arguments)
+    chosen = serve.find_subjects(recipes, precision, prompt_format) if recipes else []
+    if recipe or adapter or not recipes:
+        chosen.append(subjects.find(recipe, adapter, precision, prompt_format))
+    serve.serve(chosen, service)
 
 
 # ---- Share

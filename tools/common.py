@@ -30,6 +30,7 @@ QUIET = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # datasets counts every load of a local file at its host
+    "VLLM_NO_USAGE_STATS": "1",
     "WANDB_MODE": "disabled",
     "TRACKIO_DISABLED": "1",
     "TOKENIZERS_PARALLELISM": "false",

@@ -21,14 +21,11 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
-PYTHON = VENV / "bin" / "python"
-READY = VENV / ".ready"
-LOG = VENV / "setup.log"
 REQUIREMENTS = "requirements.txt"
 MODEL = "requirements/model.txt"
 OVERRIDES = "requirements/overrides.txt"  # for the locks
@@ -52,6 +49,58 @@ UV_NAMES = {
 }
 PROBE = "import sys, venv, ensurepip; print(sys.version.split()[0])"
 PIP_OPTION = "--disable-pip-version-check"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment, whether it exists or not."""
+
+    folder: Path
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "bin" / "python"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "setup.log"
+
+    @property
+    def ready_file(self) -> Path:
+        """Holds the digest of what the environment was made from, and its packages."""
+        return self.folder / ".ready"
+
+    @property
+    def version(self) -> str:
+        """The Python version that it was made with; "" where it does not exist."""
+        path = self.folder / "pyvenv.cfg"
+        text = path.read_text() if path.is_file() else ""
+        match = re.search(r"^version(?:_info)? *= *(\d+\.\d+\.\d+)", text, re.M)
+        return match.group(1) if match else ""
+
+    def list_packages(self) -> set[str]:
+        """Names of the packages' metadata folders."""
+        return {path.name for path in self.folder.glob("lib/python3.*/site-packages/*.dist-info")}
+
+    @property
+    def torch_build(self) -> str:
+        """`cpu` or `cuda`: which torch it holds; "" without one."""
+        names = [name for name in self.list_packages() if name.startswith("torch-")]
+        return ("cpu" if "+cpu" in names[0] else "cuda") if names else ""
+
+    def holds(self, digest: str) -> bool:
+        """Whether it is complete, and was made from what has this digest."""
+        if not (self.ready_file.is_file() and self.python.exists()):
+            return False
+        recorded, *packages = self.ready_file.read_text().splitlines()
+        return recorded == digest and self.list_packages() >= set(packages)
+
+    def record(self, digest: str) -> None:
+        lines = [digest, *sorted(self.list_packages())]
+        self.ready_file.write_text("\n".join(lines) + "\n")
+
+
+VENV = Environment(ROOT / ".venv")
 
 
 def fail(message: str) -> NoReturn:
@@ -157,14 +206,6 @@ def write_lock(path: Path, version: str, build: str, *first: str) -> None:
     path.write_text("\n".join([*first, *lines]) + "\n")
 
 
-def venv_version() -> str:
-    """The Python version that `.venv` was made with; "" without one."""
-    path = VENV / "pyvenv.cfg"
-    text = path.read_text() if path.is_file() else ""
-    match = re.search(r"^version(?:_info)? *= *(\d+\.\d+\.\d+)", text, re.M)
-    return match.group(1) if match else ""
-
-
 def digest_requirements(version: str) -> str:
     """SHA-256 of what an environment for this Python version is made from."""
     names = [REQUIREMENTS, lock_path(version), MODEL]
@@ -172,25 +213,12 @@ def digest_requirements(version: str) -> str:
     return hashlib.sha256(content + version.encode()).hexdigest()
 
 
-def list_packages() -> set[str]:
-    """Names of the packages' metadata folders in the environment."""
-    return {path.name for path in VENV.glob("lib/python3.*/site-packages/*.dist-info")}
-
-
-def installed_build() -> str:
-    """`cpu` or `cuda`: which torch the environment holds; "" without one."""
-    names = [name for name in list_packages() if name.startswith("torch-")]
-    return ("cpu" if "+cpu" in names[0] else "cuda") if names else ""
-
-
 def ready(build: str = "") -> bool:
     """Whether `.venv` is complete and, where `build` is named, holds that build of torch."""
-    version = venv_version()
-    if not (READY.is_file() and PYTHON.exists() and series(version) in SUPPORTED):
+    version = VENV.version
+    if series(version) not in SUPPORTED or not VENV.holds(digest_requirements(version)):
         return False
-    recorded, *packages = READY.read_text().splitlines()
-    complete = recorded == digest_requirements(version) and list_packages() >= set(packages)
-    return complete and build in ("", installed_build())
+    return build in ("", VENV.torch_build)
 
 
 # ---- Installing
@@ -216,9 +244,10 @@ def uv_environment(interpreter: str | Path, only_torch: bool = False) -> dict[st
 
 
 class Installer:
-    """Installs into `.venv` with uv or pip; all output goes to the log, one line to the screen."""
+    """Installs into an environment with uv or pip; output goes to its log, a line to the screen."""
 
-    def __init__(self, wheelhouse: Path | None) -> None:
+    def __init__(self, venv: Environment, wheelhouse: Path | None) -> None:
+        self.venv = venv
         self.source = ["--no-deps"]  # the lock names every package
         if wheelhouse:
             self.source += ["--no-index", "--find-links", str(wheelhouse)]
@@ -227,22 +256,30 @@ class Installer:
     def install(self, label: str, *arguments: str, must: bool = True) -> bool:
         """Installs; True where that succeeded. Where uv fails, pip tries the same."""
         start = time.monotonic()
-        uv = [self.uv, "pip", "install", "--python", str(PYTHON)] if self.uv else []
+        uv = [self.uv, "pip", "install", "--python", str(self.venv.python)] if self.uv else []
         # Compiling 290 packages takes a minute; Python compiles what is imported anyway.
-        pip = [str(PYTHON), "-m", "pip", "install", PIP_OPTION, "--no-compile"]
+        python = self.venv.python
+        pip = [str(python), "-m", "pip", "install", PIP_OPTION, "--no-compile"]
+        log = shown(self.venv.log)
         for command in [uv, pip] if uv and must else [uv or pip]:
             only_torch = arguments[0].startswith("torch==")
-            environment = uv_environment(PYTHON, only_torch) if command is uv else dict(os.environ)
-            if run_logged(label, [*command, *self.source, *arguments], environment):
+            environment = uv_environment(python, only_torch) if command is uv else dict(os.environ)
+            line = [*command, *self.source, *arguments]
+            if run_logged(label, line, environment, self.venv.log):
                 say(f"{label} done in {time.monotonic() - start:.0f} s{'':<60}")
                 return True
             if command is uv and must:
-                say(f"uv could not install {label} (.venv/setup.log says why); trying pip")
+                say(f"uv could not install {label} ({log} says why); trying pip")
         if must:
-            lines = [line for line in LOG.read_text().splitlines() if line.strip()]
+            lines = [line for line in self.venv.log.read_text().splitlines() if line.strip()]
             print("\n".join(map(hide_secrets, lines[-8:])), file=sys.stderr)
-            fail(f"{label} could not be installed; .venv/setup.log says why; `make setup` goes on")
+            fail(f"{label} could not be installed; {log} says why; the same command goes on")
         return False
+
+
+def shown(path: Path) -> str:
+    """A path as messages name it: below the project, without the project's."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def hide_secrets(line: str) -> str:
@@ -250,12 +287,12 @@ def hide_secrets(line: str) -> str:
     return re.sub(r"(?<=://)[^/@\s]+(?=@)", "***", line)
 
 
-def run_logged(label: str, command: list[str], environment: dict[str, str]) -> bool:
+def run_logged(label: str, command: list[str], environment: dict[str, str], log: Path) -> bool:
     """Runs a command with its output in the log and its progress on one line."""
     steps = r"\s*(Collecting|Downloading|Building|Installing|Resolved|Prepared|Installed) [^\s(]+"
     start, last, step = time.monotonic(), 0.0, ""
     on_terminal = sys.stdout.isatty()
-    with open(LOG, "a") as log:
+    with open(log, "a") as file:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -265,7 +302,7 @@ def run_logged(label: str, command: list[str], environment: dict[str, str]) -> b
             text=True,
         )
         for line in process.stdout or ():
-            log.write(hide_secrets(line))
+            file.write(hide_secrets(line))
             match = re.match(steps, line)
             step = match.group().strip()[:60] if match else step
             now = time.monotonic()
@@ -277,16 +314,16 @@ def run_logged(label: str, command: list[str], environment: dict[str, str]) -> b
     return process.wait() == 0
 
 
-def make_venv(named: str, build: str) -> tuple[str, str]:
-    """Makes `.venv`, or keeps one that works; returns (its Python version, the reason for it)."""
+def make_venv(venv: Environment, named: str, build: str) -> tuple[str, str]:
+    """Makes an environment, or keeps one that works; returns (its Python version, the reason)."""
     # An environment that was moved or half made does not start.
-    works = run_quietly([PYTHON, "-c", "import pip"]).returncode == 0
-    if works and not named and series(venv_version()) in SUPPORTED:
-        return venv_version(), "that of .venv"
+    works = run_quietly([venv.python, "-c", "import pip"]).returncode == 0
+    if works and not named and series(venv.version) in SUPPORTED:
+        return venv.version, f"that of {venv.folder.name}"
     interpreter, version, reason = choose_interpreter(named, build)
-    if not works or version != venv_version():
-        shutil.rmtree(VENV, ignore_errors=True)
-        if run_quietly([interpreter, "-m", "venv", VENV]).returncode:
+    if not works or version != venv.version:
+        shutil.rmtree(venv.folder, ignore_errors=True)
+        if run_quietly([interpreter, "-m", "venv", venv.folder]).returncode:
             fail(f"{interpreter} cannot make a virtual environment; install its venv package")
     return version, reason
 
@@ -294,21 +331,21 @@ def make_venv(named: str, build: str) -> tuple[str, str]:
 def set_up(named: str, build: str, wheelhouse: Path | None) -> None:
     """Makes or repairs `.venv`."""
     build = build or ("cuda" if shutil.which("nvidia-smi") else "")
-    if (not named or probe(named) == venv_version()) and ready(build):
-        READY.touch()
+    if (not named or probe(named) == VENV.version) and ready(build):
+        VENV.ready_file.touch()
         return
-    if build and installed_build() not in ("", build):
-        say(f".venv holds torch's {installed_build()} build; it is made again for {build}")
-        shutil.rmtree(VENV)
-    version, reason = make_venv(named, build or "cpu")
-    READY.unlink(missing_ok=True)
-    installer = Installer(wheelhouse)
+    if build and VENV.torch_build not in ("", build):
+        say(f".venv holds torch's {VENV.torch_build} build; it is made again for {build}")
+        shutil.rmtree(VENV.folder)
+    version, reason = make_venv(VENV, named, build or "cpu")
+    VENV.ready_file.unlink(missing_ok=True)
+    installer = Installer(VENV, wheelhouse)
     say(f"Python {version}: {reason}")
     say(f"installing with {'uv' if installer.uv else 'pip'} from {lock_path(version)}")
     require_space(build or "cpu")
     if wheelhouse:
         verify_wheelhouse(wheelhouse)
-    LOG.write_text("")
+    VENV.log.write_text("")
     torch = torch_pin()
     cpu = build != "cuda" and installer.install("torch, CPU build", torch + "+cpu", must=False)
     if not cpu:
@@ -318,10 +355,10 @@ def set_up(named: str, build: str, wheelhouse: Path | None) -> None:
             say("no CPU build of torch is offered here; installing the CUDA build")
         require_space("cuda")
         installer.install("torch, CUDA build", torch)
-    lock = VENV / "lock.txt"
+    lock = VENV.folder / "lock.txt"
     write_lock(lock, version, "cpu" if cpu else "cuda")
     installer.install("packages", "-r", str(lock), "-r", MODEL)
-    READY.write_text("\n".join([digest_requirements(version), *sorted(list_packages())]) + "\n")
+    VENV.record(digest_requirements(version))
 
 
 def require_space(build: str) -> None:
@@ -359,16 +396,16 @@ def make_wheelhouse(folder: Path, build: str) -> None:
     """Collects a wheel of every package for this kind of machine and `.venv`'s Python."""
     if not ready():
         fail("`make setup` comes first: a wheelhouse is for the Python version of .venv")
-    build = build or installed_build()
+    build = build or VENV.torch_build
     require_space(build)
-    version = venv_version()
+    version = VENV.version
     folder.mkdir(parents=True, exist_ok=True)
     say(f"collecting wheels for Python {series(version)}, torch's {build} build, in {folder}")
-    lock = VENV / "wheelhouse.txt"
+    lock = VENV.folder / "wheelhouse.txt"
     write_lock(lock, version, build, torch_pin() + ("+cpu" if build == "cpu" else ""))
-    pip = [str(PYTHON), "-m", "pip", "wheel", PIP_OPTION, "--no-deps"]
+    pip = [str(VENV.python), "-m", "pip", "wheel", PIP_OPTION, "--no-deps"]
     command = [*pip, "-w", str(folder), "-r", str(lock), "-r", MODEL]
-    if not run_logged("packages", command, dict(os.environ)):
+    if not run_logged("packages", command, dict(os.environ), VENV.log):
         fail("the wheels could not be collected; .venv/setup.log says why")
     part = folder / (SUMS + ".part")
     part.write_text(list_sums(folder))
@@ -388,19 +425,24 @@ def write_locks() -> None:
 
     The CPU build of torch requires a subset of what the CUDA build does.
     """
-    uv = VENV / "bin" / "uv"
     for version in sorted(SUPPORTED):
-        path = ROOT / lock_path(version)
-        command = [str(uv), "pip", "compile", REQUIREMENTS, "--no-annotate", "--no-header"]
-        command += ["--python-version", version, "--python-platform", "x86_64-manylinux_2_28"]
-        # Without --upgrade, versions in the file stay where they still resolve.
-        command += ["--override", OVERRIDES, "--output-file", str(path)]
-        process = subprocess.run(
-            command, cwd=ROOT, env=uv_environment(PYTHON), capture_output=True, text=True
-        )
-        if process.returncode:
-            fail(f"{lock_path(version)}: {hide_secrets(process.stderr.strip())[-300:]}")
-        say(f"{lock_path(version)} resolved: {len(path.read_text().splitlines())} packages")
+        environment = uv_environment(VENV.python)
+        options = ["--python-version", version, "--override", OVERRIDES]
+        write_resolved(lock_path(version), REQUIREMENTS, options, environment)
+
+
+def write_resolved(
+    lock: str, requirements: str, options: list[str], environment: dict[str, str]
+) -> None:
+    """Resolves a file of requirements for Linux with uv; writes the lock."""
+    command = [str(VENV.folder / "bin" / "uv"), "pip", "compile", requirements]
+    command += ["--python-platform", "x86_64-manylinux_2_28", *options]
+    # Without --upgrade, versions in the file stay where they still resolve.
+    command += ["--no-annotate", "--no-header", "--output-file", lock]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if process.returncode:
+        fail(f"{lock}: {hide_secrets(process.stderr.strip())[-300:]}")
+    say(f"{lock} resolved: {len((ROOT / lock).read_text().splitlines())} packages")
 
 
 def main() -> None:

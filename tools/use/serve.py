@@ -1,148 +1,243 @@
-"""Serves an adapter behind an OpenAI-compatible endpoint, at the precision that it was trained on.
+"""Serves adapters behind an OpenAI-compatible endpoint, at the precision that they were trained on.
 
     python -m tools serve smollm2-135m/sentiment_r4 --port 8000
+    python -m tools serve --recipes "smollm2-135m/sentiment_r4 smollm2-135m/ner_r4"
 
     curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \
          -d '{"model": "…", "messages": [{"role": "user", "content": "…"}], "temperature": 0}'
 
-vLLM serves where it is installed: beside this Python, in `.venv-vllm`, or on PATH. The adapter is
-then a LoRA module beside its base. vLLM has no DoRA, no rank over its largest, no rank patterns, no
-trained embeddings, no 8-bit base that it quantizes itself, and on a CPU no 4-bit one. In these
-cases, and without vLLM, the adapter is merged into the base as training saw it
-(`tools/use/merge.py`). Without vLLM `transformers serve` serves the merged model.
+vLLM serves where it is installed (tools/vllm.py): one base, and each adapter as a LoRA module under
+its name. An adapter that vLLM cannot hold beside a base is merged into it first, as training saw it
+(`tools/use/merge.py`), and served alone under the same name. Without vLLM `transformers serve`
+serves merged models.
 """
 
 import errno
 import http.client
+import ipaddress
 import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tools import adapters, models, prompts, sources, subjects
-from tools.common import ROOT, JobFailed, WrongInput, quiet
+from tools import adapters, models, prompts, recipes, sources, subjects, vllm
+from tools.common import ROOT, JobFailed, WrongInput, digest, quiet
 from tools.runs import Run
+from tools.train.sweep import select_recipes
 from tools.use import merge
+from tools.vllm import Engine
 
-INSTALL = "python3 -m venv .venv-vllm && .venv-vllm/bin/pip install vllm bitsandbytes"
-CPU_CACHE = "2"  # GiB of keys and values; vLLM's default is nearly all memory
+KEY = "VLLM_API_KEY"  # the variable from which vLLM reads the key that it asks for
 STOPPING = 30.0  # seconds that a server has to stop before it is killed
-
-# Run by vLLM's own Python: what differs between versions and machines.
-QUESTIONS = """
-import importlib.metadata, importlib.util, json, typing
-from vllm.config.lora import MaxLoRARanks
-from vllm.platforms import current_platform as platform
-bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
-names = {distribution.name for distribution in importlib.metadata.distributions()}
-print(json.dumps({
-    "command_starts": "vllm" in names,
-    "device": platform.device_type,
-    "ranks": sorted(typing.get_args(MaxLoRARanks)),
-    "dtypes": [str(dtype).removeprefix("torch.") for dtype in platform.supported_dtypes],
-    "quantizes": platform.device_type == "cuda" and bitsandbytes,
-}))
-"""
+# Options of vLLM that would make what is printed untrue, and what to use instead.
+RESERVED = {
+    "--host": "HOST=",
+    "--port": "PORT=",
+    "--api-key": f"{KEY}=",
+    "--max-model-len": "MAX_MODEL_LEN=",
+    "--gpu-memory-utilization": "GPU_MEMORY=",
+    "--model": "RECIPE=",
+    "--served-model-name": "RECIPE=",
+    "--lora-modules": "RECIPES=",
+    **dict.fromkeys(("--config", "--uds", "--root-path", "--ssl-keyfile", "--ssl-certfile"), ""),
+}
 
 
 @dataclass(frozen=True)
-class Engine:
-    """An installed vLLM, and what it can do on this machine."""
+class Service:
+    """Where and how adapters are served."""
 
-    start: list[str]  # the command, up to the model
-    device: str  # "cpu", "cuda", …
-    ranks: list[int]  # the values of --max-lora-rank
-    dtypes: list[str]  # in which it computes; the first one is its choice
-    quantizes: bool  # to NF4, by bitsandbytes
+    host: str = "localhost"
+    port: int = 8000
+    engine: str | None = None  # vllm or transformers; vLLM where it is installed, if omitted
+    length: int | None = None  # tokens of the context
+    gpu_memory: float | None = None  # share of the GPU's memory that vLLM takes
+    arguments: list[str] = field(default_factory=list)  # of vLLM, as they stand
 
-    def choose_dtype(self, config: dict[str, Any]) -> str:
-        """The type that a config asks for, else float32 on a CPU and half precision on a GPU."""
-        dtype = config.get("dtype") or ("float32" if self.device == "cpu" else self.dtypes[0])
-        return str(dtype) if dtype in self.dtypes else self.dtypes[0]
+    @property
+    def address(self) -> list[str]:
+        return ["--host", self.host, "--port", str(self.port)]
+
+    @property
+    def url(self) -> str:
+        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}/v1"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether other machines can ask, and no key is needed."""
+        with suppress(ValueError):
+            return not ipaddress.ip_address(self.host).is_loopback and not os.environ.get(KEY)
+        return self.host != "localhost" and not os.environ.get(KEY)
+
+    def list_vllm_options(self, engine: Engine) -> list[str]:
+        if self.gpu_memory and engine.device == "cpu":
+            raise WrongInput(
+                "GPU_MEMORY= is a share of a GPU's memory, and vLLM runs on the CPU here; the "
+                "variable VLLM_CPU_KVCACHE_SPACE has the GiB of its cache"
+            )
+        options = ["--max-model-len", str(self.length)] if self.length else []
+        options += ["--gpu-memory-utilization", str(self.gpu_memory)] if self.gpu_memory else []
+        return options + self.arguments
+
+    def check_transformers(self) -> None:
+        """Raises WrongInput for options that only vLLM has."""
+        values: dict[str, Any] = {"MAX_MODEL_LEN": self.length, "GPU_MEMORY": self.gpu_memory}
+        values |= {"VLLM_ARGS": self.arguments, KEY: os.environ.get(KEY)}
+        if names := [name for name, value in values.items() if value]:
+            raise WrongInput(
+                f"transformers serves, and only vLLM has {names[0]}; `{vllm.INSTALL}` installs it"
+            )
 
 
-def find_vllm() -> str | None:
-    """The command of vLLM: beside this Python, in .venv-vllm, or on PATH."""
-    places = [str(Path(sys.executable).parent), str(ROOT / ".venv-vllm" / "bin")]
-    return shutil.which("vllm", path=os.pathsep.join([*places, os.environ.get("PATH", os.defpath)]))
-
-
-def ask_vllm(vllm: str) -> Engine:
-    """What an installed vLLM can do here; raises JobFailed where it does not start."""
-    output = ""
+def parse_arguments(text: str) -> list[str]:
+    """The words of VLLM_ARGS; raises WrongInput for options that have a variable of their own."""
     try:
-        interpreter = read_interpreter(vllm)
-        process = subprocess.run(
-            [*interpreter, "-c", QUESTIONS],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
-        )
-        output = process.stderr.strip()
-        answers = json.loads(process.stdout.splitlines()[-1])
-    except (OSError, ValueError, IndexError) as error:
-        reason = output.splitlines()[-1] if output else str(error)
-        raise JobFailed(f"{vllm} does not start here ({reason[:200]})") from None
-    # The command asks for the package `vllm`, so that of `vllm-cpu` does not start.
-    module = [*interpreter, "-m", "vllm.entrypoints.openai.api_server", "--model"]
-    start = [vllm, "serve"] if answers.pop("command_starts") else module
-    return Engine(start, **answers)
-
-
-def read_interpreter(script: str) -> list[str]:
-    """The Python that runs a script, by its first lines; raises ValueError where there is none."""
-    with open(script, encoding="utf-8", errors="replace") as file:
-        first, second = file.readline().strip(), file.readline().strip()
-    # Where the path is long or has spaces, pip and uv write the interpreter into a second line.
-    words = shlex.split(second)[1:2] if first == "#!/bin/sh" else shlex.split(first[2:])
-    if not first.startswith("#!") or not words:
-        raise ValueError("it is no Python script")
+        words = shlex.split(text)
+    except ValueError as error:
+        raise WrongInput(f"VLLM_ARGS: {str(error).lower()}") from None
+    for word in words:
+        option = word.partition("=")[0].replace("_", "-")
+        # vLLM takes the beginning of a name for the name.
+        match = next((name for name in RESERVED if option[3:] and name.startswith(option)), None)
+        if option.startswith("--") and match:
+            instead = RESERVED[match]
+            reason = f"{instead}… sets it" if instead else "what is printed would be untrue"
+            raise WrongInput(f"VLLM_ARGS has no place for {match}: {reason}")
     return words
 
 
-def on_vllm(
-    subject: subjects.Subject, name: str, address: list[str], engine: Engine, folder: Path
-) -> list[str]:
-    """The command that serves a base and its adapter with vLLM; writes the template to `folder`."""
-    config, adapter = subject.config, subject.adapter
-    assert adapter
-    checked = models.check_adapter(config, adapter)
-    precision = models.precision(config)
-    rank = adapters.vllm_rank(checked.settings.rank, engine.ranks)
-    options = ["--dtype", engine.choose_dtype(config)]
+Served = dict[str, subjects.Subject]  # by the name under which it is asked
+
+
+def find_subjects(names: str, precision: str | None, form: str | None) -> list[subjects.Subject]:
+    """The finished runs of recipes and patterns of recipes."""
+    chosen = select_recipes(names)
+    return [subjects.find(recipe.name, None, precision, form) for recipe in chosen]
+
+
+def name_all(chosen: list[subjects.Subject]) -> Served:
+    """The subjects by the names under which they are served."""
+    served: Served = {}
+    for subject in chosen:
+        if not subject.adapter:
+            raise WrongInput(f"{subject.name} has no adapter to serve")
+        name = name_model(subject.name)
+        if name in served:
+            raise WrongInput(f'two adapters would be served as "{name}": rename one\'s folder')
+        served[name] = subject
+    return served
+
+
+def name_model(text: str) -> str:
+    """A name that the Hub's cache and a URL accept."""
+    name = re.sub(r"[^\w.-]+|\.\.+|--+", "-", text, flags=re.ASCII)
+    return name[:80].strip("-.") or "adapter"
+
+
+def name_base(served: Served) -> str:
+    """The name of the base beside one adapter, or beside several."""
+    name, subject = next(iter(served.items()))
+    if len(served) > 1:
+        base = str(subject.config["base_model"])
+        name = name_model(recipes.find_base(base)[0] or Path(base).name)
+    return f"{name}-base"
+
+
+def check_together(served: Served, engine: Engine) -> None:
+    """Raises WrongInput unless one vLLM can serve all: one base, and one way to write prompts."""
+    (name, first), *others = served.items()
+    for other, subject in others:
+        pair = (first, subject)
+        kinds = {
+            "bases": [find_base_key(member.config) for member in pair],
+            "precisions": [models.precision(member.config) for member in pair],
+            "tokenizers": [find_tokenizer_key(member) for member in pair],
+            "chat templates": [read_template(member) for member in pair],
+        }
+        if differing := [kind for kind, (left, right) in kinds.items() if left != right]:
+            raise WrongInput(
+                f"{name} and {other} have different {differing[0]}, and a server has one: serve "
+                "them apart, on two ports"
+            )
+    for other, subject in served.items() if others else ():
+        if reason := vllm.explain_merging(subject, engine):
+            raise WrongInput(f"{other} must be merged, so it is served alone: {reason}")
+
+
+def find_base_key(config: dict[str, Any]) -> Any:
+    """What tells two bases apart, the options of their quantization among it."""
+    base = str(config["base_model"])
+    folder = (ROOT / base).resolve() if (ROOT / base).is_dir() else recipes.resolve_mirror(base)
+    return folder, config.get("bnb_config_kwargs")
+
+
+def find_tokenizer_key(subject: subjects.Subject) -> str | None:
+    """The digest of the tokenizer that training made, where it made one."""
+    path = find_tokenizer(subject)
+    return digest(Run(path).tokenizer_file) if path else None
+
+
+def find_tokenizer(subject: subjects.Subject) -> Path | None:
+    """The folder with the tokenizer that training made, where it made one."""
+    adapter = subject.adapter
+    if (
+        adapter
+        and prompts.changes_tokenizer(subject.config)
+        and Run(adapter).tokenizer_file.is_file()
+    ):
+        return adapter
+    return None
+
+
+def on_vllm(served: Served, address: list[str], engine: Engine, folder: Path) -> list[str]:
+    """The command that serves adapters on their base; writes the chat template to `folder`."""
+    check_together(served, engine)
+    name, subject = next(iter(served.items()))
+    assert subject.adapter
+    template = folder / "chat_template.jinja"
+    template.write_text(read_template(subject), encoding="utf-8")
+    options = ["--dtype", engine.choose_dtype(subject.config), "--chat-template", str(template)]
     options += ["--enforce-eager"] if engine.device == "cpu" else []
-    options += ["--chat-template", str(write_template(subject, folder))]
-    is_servable = precision not in ("int8", "fp4", "nf4") or precision == "nf4" and engine.quantizes
-    if not rank or checked.unusual or not is_servable:
-        merged = merge.merge(config, adapter, subject.prompt_format)
+    if reason := vllm.explain_merging(subject, engine):
+        print(f"serve      {reason}, so {name} is merged into its base", flush=True)
+        merged = merge.merge(subject.config, subject.adapter, subject.prompt_format)
         return [*engine.start, str(merged), *address, "--served-model-name", name, *options]
-    if prompts.changes_tokenizer(config) and Run(adapter).tokenizer_file.is_file():
-        options += ["--tokenizer", str(adapter)]
-    if precision == "nf4":
-        options += ["--quantization", "bitsandbytes"]
-    module = f"{name}={adapter}"
-    if "," in module:  # which vLLM would parse as JSON
-        module = json.dumps({"name": name, "path": str(adapter)})
+    base, is_quantized_there = vllm.prepare_base(subject, engine)
+    options += ["--quantization", "bitsandbytes"] if is_quantized_there else []
+    if tokenizer := find_tokenizer(subject):
+        options += ["--tokenizer", str(tokenizer)]
+    folders = [member.adapter for member in served.values() if member.adapter]
+    ranks = [
+        adapters.vllm_rank(adapters.read_adapter(path)[0].rank, engine.ranks) for path in folders
+    ]
+    modules = [write_module(*pair) for pair in zip(served, folders, strict=True)]
     return [
-        *(*engine.start, str(models.bring_base(config["base_model"])), *address),
-        *("--served-model-name", f"{name}-base"),
-        *("--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", module, *options),
+        *(*engine.start, str(base), *address, "--served-model-name", name_base(served)),
+        *("--enable-lora", "--max-lora-rank", str(max(filter(None, ranks)))),
+        *("--max-loras", str(len(served)), "--lora-modules", *modules, *options),
     ]
 
 
-def write_template(subject: subjects.Subject, folder: Path) -> Path:
-    """Writes the chat template that renders prompts as the adapter was trained on them.
+def write_module(name: str, adapter: Path) -> str:
+    """An adapter as --lora-modules takes it."""
+    module = f"{name}={adapter}"
+    if "," in module:  # which vLLM would parse as JSON
+        module = json.dumps({"name": name, "path": str(adapter)})
+    return module
+
+
+def read_template(subject: subjects.Subject) -> str:
+    """The chat template that renders prompts as the adapter was trained on them.
 
     vLLM takes a template without options, so they are written into it.
     """
@@ -150,39 +245,44 @@ def write_template(subject: subjects.Subject, folder: Path) -> Path:
     options, form = subject.options or {}, subject.prompt_format
     prompts.render(tokenizer, [{"role": "user", "content": ""}], options, form)  # or WrongInput
     text = "".join(f"{{%- set {key} = {json.dumps(v)} -%}}" for key, v in options.items())
-    text += prompts.template(tokenizer, form) or tokenizer.chat_template
-    path = folder / "chat_template.jinja"
-    path.write_text(text, encoding="utf-8")
-    return path
+    return text + str(prompts.template(tokenizer, form) or tokenizer.chat_template)
 
 
 def on_transformers(
-    subject: subjects.Subject, name: str, address: list[str], folder: Path
+    served: Served, address: list[str], folder: Path
 ) -> tuple[list[str], dict[str, str]]:
-    """(command, environment) that serve the merged model with `transformers serve`.
+    """(command, environment) that serve merged models with `transformers serve`.
 
-    It lists and serves what is in the Hub's cache, so the merged model gets a cache of its own in
-    `folder`, under `name`.
+    It lists and serves what is in the Hub's cache, and loads what is asked for, so the merged
+    models get a cache of their own in `folder`, under their names.
     """
     import torch
 
-    assert subject.adapter
-    merged = merge.merge(subject.config, subject.adapter, subject.prompt_format)
-    cache = folder / f"models--{name}"
-    snapshot = cache / "snapshots" / "merged"
-    for place in (cache / "refs", snapshot):
-        place.mkdir(parents=True)
-    (cache / "refs" / "main").write_text("merged")
-    for path in merged.resolve().iterdir():
-        (snapshot / path.name).symlink_to(path)
+    options = [subject.options for subject in served.values()]
+    if any(other != options[0] for other in options):
+        raise WrongInput(
+            "the adapters have different chat_template_kwargs, and a server has one: serve them "
+            "apart, on two ports"
+        )
+    for name, subject in served.items():
+        assert subject.adapter
+        merged = merge.merge(subject.config, subject.adapter, subject.prompt_format)
+        cache = folder / f"models--{name}"
+        snapshot = cache / "snapshots" / "merged"
+        for place in (cache / "refs", snapshot):
+            place.mkdir(parents=True)
+        (cache / "refs" / "main").write_text("merged")
+        for path in merged.resolve().iterdir():
+            (snapshot / path.name).symlink_to(path)
     dtype = subject.config.get("dtype") or "float32"
     if torch.cuda.is_available() and not subject.config.get("dtype"):
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if has_bfloat16 else "float16"
-    line = [str(Path(sys.executable).parent / "transformers"), "serve", name, *address]
-    line += ["--device", "auto", "--dtype", dtype]
-    line += ["--chat-template-kwargs", json.dumps(subject.options)] if subject.options else []
-    return line, {"HF_HUB_CACHE": str(folder)}
+    line = [str(Path(sys.executable).parent / "transformers"), "serve"]
+    line += [name] if len(served) == 1 else []  # loaded at once, and never unloaded
+    line += [*address, "--device", "auto", "--dtype", dtype]
+    line += ["--chat-template-kwargs", json.dumps(options[0])] if options[0] else []
+    return line, {"HF_HUB_CACHE": str(folder), "HF_HUB_OFFLINE": "1"}
 
 
 def check_port(host: str, port: int) -> None:
@@ -255,58 +355,72 @@ def check_length(subject: subjects.Subject, length: int | None) -> None:
         raise WrongInput(f"MAX_MODEL_LEN must be a number from 1 to {longest}, not {length}")
 
 
-def name_model(subject: subjects.Subject) -> str:
-    """The name under which a subject is served: one that the Hub's cache accepts."""
-    name = re.sub(r"[^\w.-]+|\.\.+|--+", "-", subject.name, flags=re.ASCII)
-    return name[:80].strip("-.") or "adapter"
+def find_engine(engine: str | None) -> Engine | None:
+    """The vLLM of this machine, or None where transformers serves; prints why there is no vLLM.
 
-
-def find_engine() -> Engine | None:
-    """The vLLM of this machine; prints why where none can be used."""
+    Raises WrongInput or JobFailed where vLLM is asked for and cannot be used.
+    """
+    if engine == "transformers":
+        return None
     try:
-        if vllm := find_vllm():
-            return ask_vllm(vllm)
-        reason = f"no vLLM is here (`{INSTALL}`)"
+        if command := vllm.find_vllm():
+            return vllm.ask_vllm(command)
+        reason = f"no vLLM is here (`{vllm.INSTALL}`)"
     except JobFailed as error:
+        if engine:
+            raise
         reason = str(error)
+    if engine:
+        raise WrongInput(f"ENGINE=vllm: {reason}")
     print(f"serve      {reason}; transformers serves", flush=True)
     return None
 
 
-def serve(subject: subjects.Subject, host: str, port: int, length: int | None) -> None:
-    """Serves a base and its adapter until it is stopped. `length`: tokens of the context."""
+def write_curl(url: str, name: str, task: str | None) -> str:
+    """A line for a shell that asks a model; the key stays in its variable."""
+    prompt = sources.word_text(task, "Is it good?")
+    body = {"model": name, "messages": [{"role": "user", "content": prompt}]}
+    line = ["curl", f"{url}/chat/completions", "-H", "Content-Type: application/json"]
+    key = f' -H "Authorization: Bearer ${KEY}"' if os.environ.get(KEY) else ""
+    data = shlex.join(["-d", json.dumps(body | {"max_tokens": 64, "temperature": 0})])
+    return f"{shlex.join(line)}{key} {data}"
+
+
+def serve(chosen: list[subjects.Subject], service: Service) -> None:
+    """Serves adapters and their base until it is stopped."""
     # Each signal does what Ctrl-C does; under nohup SIGHUP stays ignored.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
-    check_port(host, port)
+    check_port(service.host, service.port)
     quiet()
-    check_length(subject, length)
-    name, address = name_model(subject), ["--host", host, "--port", str(port)]
-    engine = find_engine()
+    served = name_all(chosen)
+    for subject in chosen:
+        check_length(subject, service.length)
+    engine = find_engine(service.engine)
     with TemporaryDirectory(prefix="serve-") as temporary:
-        environment = {"HF_HUB_OFFLINE": "1"}
+        base = ""
         if engine:
-            line = on_vllm(subject, name, address, engine, Path(temporary))
-            line += ["--max-model-len", str(length)] if length else []
-            if engine.device == "cpu":
-                cache = os.environ.get("VLLM_CPU_KVCACHE_SPACE") or CPU_CACHE
-                environment["VLLM_CPU_KVCACHE_SPACE"] = cache
+            options = service.list_vllm_options(engine)
+            line = on_vllm(served, service.address, engine, Path(temporary)) + options
+            environment = engine.environment
+            if "--lora-modules" in line:
+                base = f', {"its" if len(served) == 1 else "their"} base "{name_base(served)}"'
         else:
-            line, own_cache = on_transformers(subject, name, address, Path(temporary))
-            environment |= own_cache
-            if length:
-                print("serve      only vLLM has MAX_MODEL_LEN", flush=True)
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-        prompt = sources.word_text(subject.task, "Is it good?")
-        body = {"model": name, "messages": [{"role": "user", "content": prompt}]}
-        curl = ["curl", f"{url}/chat/completions", "-H", "Content-Type: application/json"]
-        curl += ["-d", json.dumps(body | {"max_tokens": 64, "temperature": 0})]
-        base = f', its base "{name}-base"' if "--lora-modules" in line else ""
-        names = f'{url}, model "{name}"{base}\n           {shlex.join(curl)}'
+            service.check_transformers()
+            line, environment = on_transformers(served, service.address, Path(temporary))
+        quoted = ", ".join(f'"{name}"' for name in served)
+        curl = write_curl(service.url, next(iter(served)), chosen[0].task)
+        names = f"{service.url}, model {quoted}{base}\n           {curl}"
         variables = " ".join(f"{key}={value}" for key, value in environment.items())
         print(f"serve      {variables} {shlex.join(line)}", flush=True)
+        if service.is_open:
+            print(
+                f"serve      whoever reaches {service.host} can ask: {KEY}=… in the environment "
+                "makes vLLM ask for a key",
+                flush=True,
+            )
         try:
-            run_server(line, environment, host, port, names)
+            run_server(line, environment, service.host, service.port, names)
         except KeyboardInterrupt:
             print("serve      stopped")
