@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from evals.answers import Progress
+from evals.choices import build_constraint
 from tools import packs
 from tools import prompts as prompt
 from tools.packs import SHORTEST
@@ -101,6 +102,7 @@ class Model(Progress, HFLM):
         kind = "cuda" if self.device.type == "cuda" else "cpu"
         self.tokens, self.cached = TOKENS[kind], CACHED[kind]
         self.labels: Sequence[str] = ()
+        self.choices: Sequence[str] = ()  # the only answers, where there are some
         self.probabilities: list[dict[str, float]] = []
 
     @property
@@ -128,6 +130,9 @@ class Model(Progress, HFLM):
         stop = handle_stop_sequences(rest.pop("until", None), eos=end)
         budget = rest.pop("max_gen_toks")
         labels = first_tokens(self.tokenizer, self.labels)
+        constraint = None
+        if self.choices:
+            constraint = build_constraint(self.model, self.tokenizer, self.choices)
         texts = [request.args[0] for request in requests]
         prompts = [self.tok_encode(text)[-(self.max_length - budget) :] for text in texts]
         prefix = self.compute_prefix(prompts) if self.packs else None
@@ -136,12 +141,14 @@ class Model(Progress, HFLM):
             rows = [prompts[row] for row in batch]
             first = FirstToken(labels)
             context, mask = self._pad(rows)
+            processors: list[LogitsProcessor] = [first] if labels else []
+            processors += [constraint.begin_at(context.shape[1])] if constraint else []
             options = rest | {
                 "context": context,
                 "attention_mask": mask,
                 "max_length": context.shape[1] + budget,
                 "stop": stop,
-                "logits_processor": LogitsProcessorList([first] if labels else []),
+                "logits_processor": LogitsProcessorList(processors),
             }
             if self.packs:
                 generated = self.generate_behind(rows, prefix, options)
