@@ -710,16 +710,21 @@ def serve(
     precision: Precision = None,
     prompt_format: PromptFormat = None,
     max_model_len: Annotated[int | None, Option(min=1, help="Longest context, in tokens.")] = None,
+    constrain: Annotated[
+        bool, Option("--constrain", help="Print a request that limits the answer to labels (vLLM).")
+    ] = False,
 ) -> None:
     """Serve an adapter as an OpenAI-compatible endpoint.
 
     Example: python -m tools serve smollm2-135m/sentiment_r4 --port 8000
     """
+    from evals import run
     from tools import subjects
     from tools.use import serve
 
     subject = subjects.find(recipe, adapter, precision, prompt_format)
-    serve.serve(subject, host, port, max_model_len)
+    labels = run.find_task_labels(subject.task) if constrain else []
+    serve.serve(subject, host, port, max_model_len, labels)
 
 
 # ---- Share

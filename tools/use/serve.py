@@ -24,12 +24,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from evals.choices import request_choice
 from tools import adapters, models, prompts, sources, subjects
 from tools.common import ROOT, JobFailed, WrongInput, quiet
 from tools.runs import Run
@@ -273,8 +275,17 @@ def find_engine() -> Engine | None:
     return None
 
 
-def serve(subject: subjects.Subject, host: str, port: int, length: int | None) -> None:
-    """Serves a base and its adapter until it is stopped. `length`: tokens of the context."""
+def serve(
+    subject: subjects.Subject,
+    host: str,
+    port: int,
+    length: int | None,
+    labels: Sequence[str] = (),
+) -> None:
+    """Serves a base and its adapter until it is stopped. `length`: tokens of the context.
+
+    vLLM limits an answer where a request says so, as the curl line does with `labels`.
+    """
     # Each signal does what Ctrl-C does; under nohup SIGHUP stays ignored.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
@@ -284,6 +295,8 @@ def serve(subject: subjects.Subject, host: str, port: int, length: int | None) -
     check_length(subject, length)
     name, address = name_model(subject), ["--host", host, "--port", str(port)]
     engine = find_engine()
+    if labels and not engine:
+        raise WrongInput("CONSTRAIN=1 needs vLLM: `transformers serve` has no such request")
     with TemporaryDirectory(prefix="serve-") as temporary:
         environment = {"HF_HUB_OFFLINE": "1"}
         if engine:
@@ -300,6 +313,7 @@ def serve(subject: subjects.Subject, host: str, port: int, length: int | None) -
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
         prompt = sources.word_text(subject.task, "Is it good?")
         body = {"model": name, "messages": [{"role": "user", "content": prompt}]}
+        body |= request_choice(labels) if labels else {}
         curl = ["curl", f"{url}/chat/completions", "-H", "Content-Type: application/json"]
         curl += ["-d", json.dumps(body | {"max_tokens": 64, "temperature": 0})]
         base = f', its base "{name}-base"' if "--lora-modules" in line else ""
