@@ -3,6 +3,7 @@ scores of their own."""
 
 import json
 import random
+import signal
 
 import pytest
 
@@ -22,7 +23,7 @@ from tools import runs as runs_module
 from tools import subjects as subject_of
 from tools.hub import card, push
 from tools.hub import listing as hub_listing
-from tools.use import chat
+from tools.use import chat, serve
 
 LABELS = ["negative", "neutral", "positive"]
 # Letters of several bytes, labels that begin another one, spaces and capitals.
@@ -165,6 +166,16 @@ def test_without_labels_a_constraint_is_refused_in_one_line(verb, trained, monke
     assert line.startswith("error: CONSTRAIN=1 limits answers to labels, and ")
     assert "xbrl_term" in line
     assert "TASKS=ner has some" in line or verb != "eval"
+
+
+def test_serving_takes_a_constraint_with_vllm_alone(trained, monkeypatch, capsys):  # noqa: F811
+    recipe, _ = trained()
+    monkeypatch.setattr(serve, "find_engine", lambda *_: None)  # as where there is no vLLM
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, "serve", recipe, "--port", 18231, "--constrain")
+    assert stopped.value.code == 2
+    assert "CONSTRAIN=1 needs vLLM" in capsys.readouterr().err
 
 
 def test_predict_writes_labels_alone(trained, monkeypatch, capsys):  # noqa: F811
