@@ -81,7 +81,7 @@ reproduce: $(READY) ## Train a finished run again and compare the adapters · RU
 ##@ Score
 verify: $(READY) ## Measure a recipe for results/: data, training, scores · RECIPE=… [SEEDS=3] [SHOTS=3] [TASKS=fpb]
 	@$(RUN) verify
-eval: $(READY) ## Score base and adapter · [RECIPE=… | ADAPTER=…] [TASKS=fpb] [LIMIT=200] [SHOTS=3]
+eval: $(READY) ## Score base and adapter · [RECIPE=… | ADAPTER=…] [TASKS=fpb] [LIMIT=200] [SHOTS=3] [CONSTRAIN=1]
 	@$(RUN) eval
 report: $(READY) ## A page of all scores and its figures · [PRICE=0.26] [GPU=…]
 	@$(RUN) report

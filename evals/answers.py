@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +166,9 @@ class Answers:
     """Answers by prompt, read from and appended to `file`, which is valid for one `identity`.
 
     A line is {"prompt": SHA-256, "answer"}, with {"probabilities": {label: share}} where the model
-    gives them, and {"refused": the reason} where an endpoint refused. The next job asks a refused
-    prompt again. `by_prompt` may be shared by datasets with the same prompts.
+    gives them, and of an endpoint {"usage": its tokens}, {"refused": the reason} where it refused.
+    The next job asks a refused prompt again. `by_prompt` may be shared by datasets with the same
+    prompts.
     """
 
     def __init__(
@@ -180,6 +182,8 @@ class Answers:
         self.by_prompt |= {line["prompt"]: line for line in lines}
         self.probabilities: list[Any] = []
         self.refusals: dict[str, str] = {}
+        self.usage: dict[str, Any] = {}
+        self.keys: list[str] = []  # of the prompts that were to be answered
         with atomic(file) as out:  # without torn lines and answers of another identity
             for line in [identity, *lines]:
                 out.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
@@ -191,6 +195,8 @@ class Answers:
             line["probabilities"] = self.probabilities.pop(0)
         if reason := self.refusals.get(request[0]):
             line["refused"] = reason
+        if usage := self.usage.get(request[0]):
+            line["usage"] = asdict(usage)
         self.by_prompt[line["prompt"]] = line
         with open(self.file, "a", encoding="utf-8") as out:
             out.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -199,16 +205,23 @@ class Answers:
         """The line of a prompt's answer."""
         return self.by_prompt[_hash_prompt(prompt)]
 
+    def list_usage(self) -> list[dict[str, int]]:
+        """What each answer cost, where an endpoint gave it."""
+        lines = [self.by_prompt[key] for key in self.keys]
+        return [line["usage"] for line in lines if "usage" in line]
+
     def attach(self, lm: Any, tell: Callable[[str], None] = lambda text: None) -> None:
         """Makes an lm-eval model answer only new prompts, and saves its answers."""
         generate = lm.generate_until
         lm.set_cache_hook(self)
         self.probabilities = getattr(lm, "probabilities", [])
         self.refusals = getattr(lm, "refusals", {})
+        self.usage = getattr(lm, "usage", {})
 
         def generate_until(requests: list[Any], **options: Any) -> list[str]:
             keys = [_hash_prompt(request.args[0]) for request in requests]
             by_key = dict(zip(keys, requests, strict=True))
+            self.keys = list(by_key)
             new = [request for key, request in by_key.items() if key not in self.by_prompt]
             if len(new) < len(by_key):
                 tell(f"{len(by_key) - len(new)} of {len(by_key)} prompts are answered already")

@@ -86,9 +86,19 @@ def open_vllm(subject: Subject) -> OpenModel:
 
 
 def open_endpoint(endpoint: Any) -> OpenModel:
-    from evals.endpoint import RemoteModel
+    from evals.endpoint import RemoteModel, Spending
 
-    return lambda side, label, rows: nullcontext(RemoteModel(endpoint, label, rows))
+    spending = Spending(endpoint.limits)
+
+    @contextmanager
+    def open_side(side: str, label: str, rows: int) -> Iterator[Any]:
+        try:
+            yield RemoteModel(endpoint, label, rows, spending)
+        finally:
+            if spending.total.replies:
+                print(f"cost       {endpoint.name}: {spending.total.describe(endpoint.limits)}")
+
+    return open_side
 
 
 BACKENDS: dict[str, Callable[[Any], OpenModel]] = {

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from evals.answers import Progress
+from evals.choices import Constraint, build_constraint
 from tools import packs
 from tools import prompts as prompt
 from tools.packs import SHORTEST
@@ -94,8 +95,10 @@ class Model(Progress, HFLM):
     """Answers with a loaded model. `rows` is how many answers are to come, for the progress line.
 
     Where `labels` are set, `probabilities` gets those of each answer, in the order of the calls of
-    the cache hook.
+    the cache hook. `choices` are the only answers, where there are some.
     """
+
+    choices: Sequence[str] = ()
 
     def __init__(self, model: Any, tokenizer: Any, label: str, rows: int):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
@@ -138,6 +141,7 @@ class Model(Progress, HFLM):
         stop = handle_stop_sequences(rest.pop("until", None), eos=end)
         budget = rest.pop("max_gen_toks")
         labels = first_tokens(self.tokenizer, self.labels)
+        constraint = self.make_constraint() if self.choices else None
         texts = [request.args[0] for request in requests]
         prompts = [self.tok_encode(text)[-(self.max_length - budget) :] for text in texts]
         prefix = self.compute_prefix(prompts) if self.packs else None
@@ -146,12 +150,14 @@ class Model(Progress, HFLM):
             rows = [prompts[row] for row in batch]
             first = FirstToken(labels)
             context, mask = self._pad(rows)
+            processors: list[LogitsProcessor] = [first] if labels else []
+            processors += [constraint.begin_at(context.shape[1])] if constraint else []
             options = rest | {
                 "context": context,
                 "attention_mask": mask,
                 "max_length": context.shape[1] + budget,
                 "stop": stop,
-                "logits_processor": LogitsProcessorList([first] if labels else []),
+                "logits_processor": LogitsProcessorList(processors),
             }
             if self.packs:
                 generated = self.generate_behind(rows, prefix, options)
@@ -164,6 +170,10 @@ class Model(Progress, HFLM):
                 self.cache_hook.add_partial("generate_until", (texts[row], settings), answers[row])
             self.progress(len(batch))
         return answers
+
+    def make_constraint(self) -> Constraint | None:
+        """What limits answers to `choices` here; None where the engine does it."""
+        return build_constraint(self.model, self.tokenizer, self.choices)
 
     def divide(self, prompts: list[list[int]], budget: int) -> list[list[int]]:
         """Batches of the prompts' numbers; prompts of similar length that begin alike are close.

@@ -67,6 +67,11 @@ class Scored:
         return int(next(iter(self.contents.values()))["evaluated"].get("shots") or 0)
 
     @property
+    def is_constrained(self) -> bool:
+        """Whether answers could only be labels."""
+        return any(content["evaluated"].get("constrained_to") for content in self.contents.values())
+
+    @property
     def is_limited(self) -> bool:
         return any(content["evaluated"]["limit"] for content in self.contents.values())
 
@@ -108,12 +113,14 @@ def describe(folder: Path, contents: dict[str, Content]) -> Scored:
     evaluated = next(iter(contents.values()))["evaluated"]
     form, limit = evaluated.get("prompt_format", "chat"), evaluated["limit"]
     setting = [evaluated["precision"], form if form != "chat" else ""]
+    reasoning = evaluated.get("reasoning_tokens")
+    setting += [f"{reasoning} tokens of reasoning" if reasoning else ""]
     setting += [f"{limit} rows" if limit else ""]
     is_adapter = bool(evaluated.get("adapter_sha256"))
     method = folder.name if is_adapter or not folder.name.startswith("base_") else "base"
     if folder.parent == runs_module.RUNS / "endpoint":
         method = "endpoint"
-    method = report.describe_side(method, evaluated.get("shots"))
+    method = report.append_conditions(method, evaluated)
     order = list(sources.tables()["datasets"])
     places = {name: order.index(name) if name in order else len(order) for name in contents}
     return Scored(
@@ -175,6 +182,8 @@ def _format_number(value: dict[str, Any] | None, signed: bool = False) -> dict[s
 
 def _find_published(scored: Scored) -> dict[str, dict[str, float]]:
     """FinLoRA's scores of the same method on Llama 3.1 8B, by dataset; {} where it has none."""
+    if scored.is_constrained:
+        return {}
     method = "base" if scored.method == "base" else ""
     if scored.is_adapter:
         try:
@@ -349,8 +358,9 @@ def _draw_figures(
 ) -> dict[str, figures.Drawing]:
     """The figures that say something, by name."""
     names = [adapter.name for adapter in adapters]
-    full = [place for place, adapter in enumerate(adapters) if not adapter.is_limited]
-    full = full or list(range(len(adapters)))
+    places = list(range(len(adapters)))
+    free = [place for place in places if not adapters[place].is_constrained] or places
+    full = [place for place in free if not adapters[place].is_limited] or free
     common, scores = _average_scores([adapters[place] for place in full])
     means = dict(zip(full, scores, strict=False))
     plans = {place: plan_training(adapters[place], planner) for place in means}

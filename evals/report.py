@@ -36,7 +36,7 @@ Files = dict[str, dict[str, Path]]  # score files by dataset and side (base, ada
 Gains = dict[str, dict[str, dict[str, Any]]]  # differences by dataset and metric
 NO_INTERVAL = "no interval"
 # What two scores must share to be compared; a file of an earlier version may lack some.
-SAME_SCORING = ("data_sha256", "task_version", "task", "scoring")
+SAME_SCORING = ("data_sha256", "task_version", "task", "scoring", "constrained_to")
 SAME_BASE = ("base_model", "precision", "device_class", "backend")
 
 
@@ -112,9 +112,12 @@ def title(metric: str) -> str:
     return f"{text}, FinLoRA's" if name != metric else text
 
 
-def describe_side(side: str, shots: int | None) -> str:
-    """`base`, `adapter`, or `base, 3 examples` where so many worked examples stand in a prompt."""
-    return f"{side}, {describe_shots(shots)}" if shots else side
+def append_conditions(side: str, evaluated: dict[str, Any]) -> str:
+    """`base`, `base, 3 examples` (worked ones in a prompt), or `adapter, constrained` to labels."""
+    shots = evaluated.get("shots")
+    parts = [describe_shots(shots)] if shots else []
+    parts += ["constrained"] if evaluated.get("constrained_to") else []
+    return ", ".join([side, *parts])
 
 
 def describe_shots(shots: int) -> str:
@@ -234,8 +237,8 @@ def against_published(contents: dict[str, Content], method: str) -> Gains:
     """Scores minus FinLoRA's of the same method (`4bits_r4`, or `base`).
 
     Each holds what `stats.against` returns, "published", "corrected" and "family". Only scores on
-    FinLoRA's whole data without worked examples count, and no dataset that `explain_incomparable`
-    explains.
+    FinLoRA's whole data count, without worked examples and a constraint, and no dataset that
+    `explain_incomparable` explains.
     """
     gains: Gains = {}
     for dataset, scores in read_published().get(method, {}).items():
@@ -244,7 +247,7 @@ def against_published(contents: dict[str, Content], method: str) -> Gains:
             continue
         evaluated = content["evaluated"]
         is_whole = not (evaluated["limit"] or evaluated["data_selected"] or is_sample(content))
-        if not is_whole or evaluated.get("shots"):
+        if not is_whole or evaluated.get("shots") or evaluated.get("constrained_to"):
             continue
         by_metric = {
             metric: stats.against(metric, values(content, metric), score) | {"published": score}
@@ -287,6 +290,8 @@ def _list_notes(content: Content) -> list[str]:
     """What a reader of a score must know beside it."""
     checks = content.get("label_checks", {}).items()
     notes = [f"labels of the {part} rows: {text}" for part, text in checks]
+    if labels := content["evaluated"].get("constrained_to"):
+        notes.append(f"CONSTRAIN=1: an answer could only be {', '.join(labels)}")
     if rows := count_differing(content):
         notes.append(f"FinLoRA's rule scores {rows} rows otherwise")
     notes += [f"{title(metric)} {why}" for metric, why in content.get("left_out", {}).items()]
@@ -295,6 +300,11 @@ def _list_notes(content: Content) -> list[str]:
         if reason := value.get("no_interval"):
             reasons.setdefault(reason, []).append(title(metric))
     notes += [f"no interval of {', '.join(names)}: {why}" for why, names in reasons.items()]
+    if tokens := content["evaluated"].get("reasoning_tokens"):
+        notes.append(f"up to {tokens:,} tokens of reasoning, sampled at the endpoint's temperature")
+    if (usage := content.get("usage")) and usage["replies"] > usage["unreported"]:
+        cost = f", {usage['usd']:.4f} USD" if "usd" in usage else ""
+        notes.append(f"{usage['tokens_in']:,} tokens in, {usage['tokens_out']:,} out{cost}")
     if content.get("cut_prompts"):
         notes.append(f"{content['cut_prompts']} prompts were cut in their middle to fit")
     if rows := content.get("rows_with_fewer_examples"):
@@ -361,7 +371,7 @@ def show(name: str, files: Files) -> None:
 
 
 def _name_column(side: str, content: Content) -> str:
-    return describe_side(side, content["evaluated"].get("shots"))
+    return append_conditions(side, content["evaluated"])
 
 
 def _tabulate(name: str, scores: dict[str, dict[str, Content]], gains: Gains) -> Any:

@@ -6,6 +6,7 @@
     python -m tools eval sentiment_r4 --shots 3            the base, with 3 worked examples a prompt
     python -m tools eval --adapter path/to/adapter         any PEFT adapter
     … --precision int8 --prompt-format finlora --backend vllm
+    … --constrain                                          answers can only be labels
     python -m tools eval --backend openai --base-url https://host/v1 --model-name gpt-4o
 
 Scores are written to `<run>/evals/<dataset>.json`, those of the base to `base_<precision>/evals/`
@@ -35,6 +36,7 @@ import yaml
 from evals import report, stats
 from evals.answers import Answers, Prompts
 from evals.backends import BACKENDS, OpenModel
+from evals.choices import allow_labels, widen_budget
 from evals.examples import choose_examples, read_question
 from tools import models as weights
 from tools import smollm2, sources, vllm
@@ -79,6 +81,39 @@ def read_tasks() -> dict[str, dict[str, Any]]:
 def find_rows(dataset: str) -> Path:
     """The chat rows that a dataset is scored on."""
     return sources.CHAT / Path(read_tasks()[dataset]["dataset_kwargs"]["data_files"]["test"]).name
+
+
+def find_labels(dataset: str) -> list[str]:
+    """The labels that a dataset's answers can be; empty where answers are no labels."""
+    if not read_tasks()[dataset]["process_results"].endswith(".label"):
+        return []
+    labels = sources.tables()["datasets"].get(dataset, {}).get("labels")
+    if not labels and find_rows(dataset).is_file():
+        labels = sources.manifest(find_rows(dataset)).get("labels")
+    return list(labels or ())
+
+
+def find_task_labels(task: str | None) -> list[str]:
+    """The labels that CONSTRAIN=1 allows an adapter of a task: those of its first dataset.
+
+    Raises WrongInput where there are none, and where the task is several tasks.
+    """
+    row = sources.tables()["tasks"].get(task or "", {})
+    names = [name for name in row.get("eval", ()) if name in read_tasks()]
+    labels = find_labels(names[0]) if names and "parts" not in row else []
+    if not labels:
+        reason = f"{task} is no task with labels" if task else "the adapter names no task"
+        raise WrongInput(f"CONSTRAIN=1 limits answers to labels, and {reason}")
+    return labels
+
+
+def require_labels(datasets: Sequence[str]) -> None:
+    """Raises WrongInput where answers to a dataset are no labels."""
+    labelled = {name: bool(find_labels(name)) for name in datasets}
+    if not all(labelled.values()):
+        names = [", ".join(n for n in datasets if labelled[n] == right) for right in (False, True)]
+        hint = f"; TASKS={names[1].replace(' ', '')} has some" if names[1] else ""
+        raise WrongInput(f"CONSTRAIN=1 limits answers to labels, and {names[0]} has none{hint}")
 
 
 def choose_datasets(task: str | None, names: list[str]) -> list[str]:
@@ -134,6 +169,7 @@ def identify(
         "scoring": SCORING,
         "limit": limit,
         **_identify_examples(dataset, subject.shots),
+        **({"constrained_to": find_labels(dataset)} if subject.constrained else {}),
     }
 
 
@@ -253,7 +289,10 @@ def measure_task(
     content = next(row for row in read_tasks().values() if row["task"] == name)
     set_examples(task, prompts.examples)
     prompts.rows = {task.doc_to_text(doc): doc for doc in task.test_docs()}
-    prompts.attach(lm, content["generation_kwargs"]["max_gen_toks"])
+    if choices := getattr(lm, "choices", ()):
+        settings = widen_budget(task.config.generation_kwargs, choices)
+        task.set_config(key="generation_kwargs", value=settings)
+    prompts.attach(lm, task.config.generation_kwargs["max_gen_toks"])
     unscored = guard_scoring(task)
     samples = {name: numbers}
     rendering = {"apply_chat_template": True, "fewshot_as_multiturn": True}
@@ -387,15 +426,18 @@ class Job:
     def score(self, side: str, name: str, identity: dict[str, Any], file: Path) -> None:
         """Writes a score file."""
         subject, limit = self.subject, self.request.limit
-        budget = json.dumps(read_tasks()[name]["generation_kwargs"])
+        choices = identity.get("constrained_to", [])
+        asking = json.dumps([side, read_tasks()[name]["generation_kwargs"], choices])
         partial = file.with_name(f".{file.stem}.partial.jsonl")
         if self.request.force:
             partial.unlink(missing_ok=True)
-        answers = Answers(partial, identity, self.answers.setdefault(side + budget, {}))
+        answers = Answers(partial, identity, self.answers.setdefault(asking, {}))
         examples = choose_examples(find_rows(name), subject.shots) if subject.shots else []
         prompts = Prompts(subject.prompt_format, subject.options, examples)
-        label = report.describe_side(side, subject.shots)
+        label = report.append_conditions(side, identity)
         with self.open_model(side, f"{name}, {label}:", len(pick_rows(name, limit))) as lm:
+            if choices:
+                allow_labels(lm, choices)
             rows, left_out = measure(lm, name, limit, prompts, answers)
         refused = [row["refused"] for row in rows if "refused" in row]
         if len(refused) == len(rows):
@@ -418,13 +460,18 @@ class Job:
             "label_checks": collect_label_checks(subject, side, name),
             "predictions": rows,
         }
-        write_json(file, content)
+        if isinstance(subject, Subject):
+            write_json(file, content)
+        else:
+            write_json(file, content | {"usage": subject.summarize_usage(answers.list_usage())})
         partial.unlink()
 
 
 def score_subject(subject: "Subject | Endpoint", request: Request) -> report.Files:
     """Scores what has no score yet; returns the score files: dataset → side → file."""
     names = choose_datasets(subject.task, request.datasets)
+    if subject.constrained:
+        require_labels(names)
     job = Job(subject, request)
     if isinstance(subject, Subject):
         smollm2.ensure(subject.config["base_model"])

@@ -489,7 +489,7 @@ def test_the_prompt_format_is_the_same_in_scoring_chat_merge_and_serve(tiny, tmp
     assert tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False) == text
 
     model, tokenizer = models.load(subject.config, subject.adapter)
-    answer = chat.answer(model, tokenizer, turn, form="finlora")
+    answer = chat.answer(model, tokenizer, turn, chat.Style(form="finlora"))
     assert answer != chat.answer(model, tokenizer, turn)
     assert run("chat", "", "Is it good?", "--adapter", str(folder)).returncode == 0
 

@@ -141,6 +141,34 @@ BaseUrl = Annotated[str | None, Option(help="Address of an OpenAI-compatible end
 ModelName = Annotated[
     str | None, Option(help="Model of the endpoint; can be omitted if it serves only one.")
 ]
+ReasoningTokens = Annotated[
+    int | None,
+    Option(min=1, help="A reasoning model behind the endpoint: tokens beside the answer's."),
+]
+Concurrency = Annotated[
+    int | None, Option(min=1, help="Requests to the endpoint at a time; 8 if omitted.")
+]
+PriceIn = Annotated[
+    float | None,
+    Option(min=0, callback=check_finite, help="USD for a million tokens of prompts."),
+]
+PriceOut = Annotated[
+    float | None,
+    Option(min=0, callback=check_finite, help="USD for a million tokens of answers."),
+]
+MaxCost = Annotated[
+    float | None,
+    Option(min=0, callback=check_finite, help="USD after which the endpoint is asked no more."),
+]
+MaxTotalTokens = Annotated[
+    int | None,
+    Option(min=1, help="Tokens, in and out, after which the endpoint is asked no more."),
+]
+Constrain = Annotated[
+    bool, Option("--constrain", help="An answer can only be a label of the task.")
+]
+ENDPOINT = ("base_url", "model_name", "reasoning_tokens")
+LIMITS = ("concurrency", "price_in", "price_out", "max_cost", "max_total_tokens")
 Namespace = Annotated[str | None, Option(help="A user or organisation on the Hub.")]
 
 
@@ -510,6 +538,7 @@ def verify(
 
 @app.command("eval", rich_help_panel=SCORE)
 def evaluate(
+    context: typer.Context,
     recipe: Annotated[
         str | None,
         Argument(help="A recipe; every finished run if omitted.", autocompletion=complete_recipe),
@@ -529,6 +558,13 @@ def evaluate(
     backend: Backend = "transformers",
     base_url: BaseUrl = None,
     model_name: ModelName = None,
+    reasoning_tokens: ReasoningTokens = None,
+    concurrency: Concurrency = None,
+    price_in: PriceIn = None,
+    price_out: PriceOut = None,
+    max_cost: MaxCost = None,
+    max_total_tokens: MaxTotalTokens = None,
+    constrain: Constrain = False,
     force: Force = False,
 ) -> None:
     """Score base and adapter with 95 % intervals and paired tests.
@@ -539,10 +575,8 @@ def evaluate(
     from tools import subjects
 
     request = run.Request(split(tasks), limit, force, backend)
-    if endpoint := find_endpoint(
-        backend, base_url, model_name, prompt_format, [recipe, adapter, precision]
-    ):
-        run.score_all(request, [replace(endpoint, shots=shots or 0)])
+    if endpoint := find_endpoint(context.params):
+        run.score_all(request, [replace(endpoint, shots=shots or 0, constrained=constrain)])
         return
     if shots and (adapter or not recipe):
         raise WrongInput("SHOTS= scores a base with worked examples: name its RECIPE=, no ADAPTER=")
@@ -552,9 +586,10 @@ def evaluate(
         if shots:
             print(f"eval       the base alone is scored with {shots} worked examples a prompt")
             subject = subject.with_examples(shots)
-        run.score_all(request, [subject])
+        scored = [subject]
     else:
-        run.score_all(request, subjects.all_finished(precision, prompt_format))
+        scored = subjects.all_finished(precision, prompt_format)
+    run.score_all(request, [replace(subject, constrained=constrain) for subject in scored])
 
 
 @app.command(rich_help_panel=SCORE)
@@ -582,19 +617,24 @@ def chat(
     precision: Precision = None,
     prompt_format: PromptFormat = None,
     system: Annotated[str | None, Option(help="The system turn that training began with.")] = None,
+    constrain: Constrain = False,
 ) -> None:
     """Let base and adapter answer a prompt side by side.
 
     Example: python -m tools chat smollm2-135m/sentiment_r4 "Profits rose by a third."
     """
+    from evals import run
     from tools import subjects
     from tools.use import chat
 
-    chat.chat(subjects.find(recipe, adapter, precision, prompt_format), prompt, system)
+    subject = subjects.find(recipe, adapter, precision, prompt_format)
+    labels = run.find_task_labels(subject.task) if constrain else []
+    chat.chat(subject, prompt, system, labels)
 
 
 @app.command(rich_help_panel=USE)
 def predict(
+    context: typer.Context,
     recipe: Recipe = None,
     data: Annotated[
         str | None, Option(help="Rows to answer: CSV, JSON, JSONL, parquet, hf:owner/name.")
@@ -613,6 +653,13 @@ def predict(
     backend: Backend = "transformers",
     base_url: BaseUrl = None,
     model_name: ModelName = None,
+    reasoning_tokens: ReasoningTokens = None,
+    concurrency: Concurrency = None,
+    price_in: PriceIn = None,
+    price_out: PriceOut = None,
+    max_cost: MaxCost = None,
+    max_total_tokens: MaxTotalTokens = None,
+    constrain: Constrain = False,
     force: Force = False,
 ) -> None:
     """Answer the rows of a file; an interrupted job resumes.
@@ -625,11 +672,16 @@ def predict(
     if not data or not out:
         raise WrongInput("DATA=headlines.csv and OUT=labelled.csv are needed")
     request = predict.Request(
-        data, out.expanduser(), task, map, template, backend=backend, force=force
+        data,
+        out.expanduser(),
+        task,
+        map,
+        template,
+        backend=backend,
+        force=force,
+        constrain=constrain,
     )
-    endpoint = find_endpoint(
-        backend, base_url, model_name, prompt_format, [recipe, adapter, precision]
-    )
+    endpoint = find_endpoint(context.params)
     predict.predict(endpoint or subjects.find(recipe, adapter, precision, prompt_format), request)
 
 
@@ -682,6 +734,9 @@ def serve(
     vllm_args: Annotated[
         str | None, Option(help='More options of vLLM, such as "--max-num-seqs 8".')
     ] = None,
+    constrain: Annotated[
+        bool, Option("--constrain", help="Print a request that limits the answer to labels (vLLM).")
+    ] = False,
 ) -> None:
     """Serve adapters and their base as an OpenAI-compatible endpoint.
 
@@ -689,6 +744,7 @@ def serve(
 
     Example: python -m tools serve smollm2-135m/sentiment_r4 --port 8000
     """
+    from evals import run
     from tools import subjects
     from tools.use import serve
 
@@ -697,7 +753,8 @@ def serve(
     chosen = serve.find_subjects(recipes, precision, prompt_format) if recipes else []
     if recipe or adapter or not recipes:
         chosen.append(subjects.find(recipe, adapter, precision, prompt_format))
-    serve.serve(chosen, service)
+    labels = run.find_task_labels(chosen[0].task) if constrain else []
+    serve.serve(chosen, service, labels)
 
 
 # ---- Share
@@ -858,27 +915,26 @@ def build_commands() -> Any:
     return group
 
 
-def find_endpoint(
-    backend: str,
-    base_url: str | None,
-    model_name: str | None,
-    prompt_format: str | None,
-    local_options: list[str | None],
-) -> Any:
+def find_endpoint(options: dict[str, Any]) -> Any:
     """The endpoint of BACKEND=openai; None for a backend that loads a model here.
 
-    `local_options` are the values of RECIPE, ADAPTER and PRECISION. Raises WrongInput for options
-    that do not go with the backend.
+    `options` are those of a verb, by their names. Raises WrongInput for some that do not go with
+    the backend.
     """
-    if backend != "openai":
-        if base_url or model_name:
-            raise WrongInput("BASE_URL and MODEL_NAME go with BACKEND=openai")
+    if options["backend"] != "openai":
+        names = [name.upper() for name in (*ENDPOINT, *LIMITS) if options[name] is not None]
+        if names:
+            raise WrongInput(f"options such as {names[0]} go with BACKEND=openai")
         return None
-    if any(local_options):
+    if options["recipe"] or options["adapter"] or options["precision"]:
         raise WrongInput("RECIPE, ADAPTER and PRECISION do not go with BACKEND=openai")
     from evals import endpoint
 
-    return endpoint.find_endpoint(base_url, model_name, prompt_format)
+    limits = endpoint.Limits(**{name: options[name] for name in LIMITS})
+    url, model = options["base_url"] or "", options["model_name"] or ""
+    form, reasoning_tokens = options["prompt_format"] or "chat", options["reasoning_tokens"]
+    subject = endpoint.Endpoint(url, model, form, reasoning_tokens=reasoning_tokens, limits=limits)
+    return endpoint.check_endpoint(subject)
 
 
 def split(names: str | None) -> list[str]:

@@ -28,6 +28,7 @@ FINLORA = re.compile(
     re.IGNORECASE,
 )
 BITS = {"4bits": models.PRECISIONS["nf4"], "8bits": models.PRECISIONS["int8"], "fp16": {}}
+CONSTRAINED = "constrained"  # in the names of score files
 
 
 class NotRenderable(WrongInput):
@@ -47,6 +48,7 @@ class Subject:
     prompt_format: str
     suffix: str = ""  # of the adapter's score files, at a precision other than its own
     shots: int = 0  # worked examples in each prompt, for a base alone
+    constrained: bool = False  # answers can only be labels
 
     @property
     def sides(self) -> list[str]:
@@ -56,7 +58,9 @@ class Subject:
         """The score file of a side on a dataset, or on `limit` rows of it."""
         folder, suffix = (self.folder, self.suffix) if side == "adapter" else (self.base_folder, "")
         prompt_format = "" if self.prompt_format == "chat" else self.prompt_format
-        parts = [dataset, suffix, prompt_format, f"sample{limit}" if limit else ""]
+        constraint = CONSTRAINED if self.constrained else ""
+        sample = f"sample{limit}" if limit else ""
+        parts = [dataset, suffix, prompt_format, constraint, sample]
         return Run(folder).scores_folder / ("_".join(filter(None, parts)) + ".json")
 
     def with_examples(self, shots: int) -> "Subject":

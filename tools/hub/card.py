@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tools import adapters, recipes, sources
 from tools.common import ROOT, WrongInput, shown
+from tools.subjects import CONSTRAINED
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
@@ -31,7 +32,8 @@ EXAMPLES = {
 # The Hub's names of metrics; others keep theirs.
 METRICS = {"f1_weighted": "f1", "f1_macro": "f1", "token_f1": "f1", "rouge_l": "rouge"}
 
-Scores = dict[str, dict[str, Any]]  # {dataset: {"adapter": score file, "base": score file}}
+# {`name_scores`: {"adapter": score file, "base": score file}}
+Scores = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,21 @@ def read_scores(file: Path, verb: str) -> dict[str, Any] | None:
         return None
 
 
+def name_scores(evaluated: dict[str, Any]) -> str:
+    """The name of a published score file: a dataset's, or that of its answers under CONSTRAIN=1."""
+    dataset = str(evaluated["dataset"])
+    return f"{dataset}_{CONSTRAINED}" if evaluated.get("constrained_to") else dataset
+
+
+def read_dataset(pair: dict[str, Any]) -> str:
+    return str(pair["adapter"]["evaluated"]["dataset"])
+
+
+def is_free(pair: dict[str, Any]) -> bool:
+    """Whether answers could be any text."""
+    return not pair["adapter"]["evaluated"].get("constrained_to")
+
+
 def format_interval(value: dict[str, Any] | None, missing: str, signed: bool = False) -> str:
     from evals import report
 
@@ -145,21 +162,30 @@ def tabulate_scores(scores: Scores) -> tuple[list[dict[str, str]], list[str]]:
     """Makes the rows of the card's table of scores, and sentences on what the differences mean."""
     from evals import report
 
-    adapter_scores = {dataset: pair["adapter"] for dataset, pair in scores.items()}
-    base_scores = {dataset: pair["base"] for dataset, pair in scores.items() if "base" in pair}
-    gains = report.differences(base_scores, adapter_scores)
-    rows = []
-    for dataset, content in adapter_scores.items():
-        base_metrics = base_scores.get(dataset, {}).get("metrics", {})
-        dataset_gains = gains.get(dataset, {})
-        for name, value in content["metrics"].items():
-            row = {"dataset": dataset, "metric": report.title(name)}
-            row["base"] = format_interval(base_metrics.get(name), "not scored")
-            row["adapter"] = format_interval(value, "–")
-            row["difference"] = format_interval(dataset_gains.get(name), "–", signed=True)
-            rows.append(row | {"examples": f"{content['examples']:,}"})
-    verdicts = report.sentences(gains, adapter_scores)
-    return rows, [f"{name}, {report.title(metric)}: {text}." for name, metric, text in verdicts]
+    rows, verdicts = [], []
+    # Tests of answers under CONSTRAIN=1 correct no others.
+    for names in ([name for name in scores if is_free(scores[name]) == free] for free in (1, 0)):
+        contents = {name: scores[name]["adapter"] for name in names}
+        bases = {name: scores[name]["base"] for name in names if "base" in scores[name]}
+        gains = report.differences(bases, contents)
+        labels = {
+            name: report.append_conditions(read_dataset(scores[name]), content["evaluated"])
+            for name, content in contents.items()
+        }
+        for name, content in contents.items():
+            base_metrics = bases.get(name, {}).get("metrics", {})
+            for metric, value in content["metrics"].items():
+                row = {"dataset": labels[name], "metric": report.title(metric)}
+                row["base"] = format_interval(base_metrics.get(metric), "not scored")
+                row["adapter"] = format_interval(value, "–")
+                gain = gains.get(name, {}).get(metric)
+                row["difference"] = format_interval(gain, "–", signed=True)
+                rows.append(row | {"examples": f"{content['examples']:,}"})
+        verdicts += [
+            f"{labels[name]}, {report.title(metric)}: {text}."
+            for name, metric, text in report.sentences(gains, contents)
+        ]
+    return rows, verdicts
 
 
 def list_results(scores: Scores) -> list["EvalResult"]:
@@ -169,8 +195,10 @@ def list_results(scores: Scores) -> list["EvalResult"]:
     from evals import report
 
     results = []
-    for dataset, pair in scores.items():
-        content, row = pair["adapter"], sources.tables()["datasets"].get(dataset, {})
+    for pair in scores.values():
+        content, dataset = pair["adapter"], read_dataset(pair)
+        row = sources.tables()["datasets"].get(dataset, {})
+        labels = content["evaluated"].get("constrained_to")
         data_from = content["evaluated"].get("data_from")
         file = {"from": data_from, "source": row.get("file", dataset), "path": dataset}
         origin = list_origins([file])[0]
@@ -181,6 +209,7 @@ def list_results(scores: Scores) -> list["EvalResult"]:
                 arguments = {"no_interval": value["no_interval"]}
             arguments["examples"] = len(report.values(content, name))
             arguments["precision"] = content["evaluated"].get("precision")
+            arguments |= {"constrained_to": labels} if labels else {}
             kind = name.removeprefix("finlora_")
             results.append(
                 EvalResult(
@@ -190,7 +219,7 @@ def list_results(scores: Scores) -> list["EvalResult"]:
                     dataset_config=dataset,
                     dataset_split="test",
                     metric_type=METRICS.get(kind, kind),
-                    metric_name=report.title(name),
+                    metric_name=report.append_conditions(report.title(name), content["evaluated"]),
                     metric_value=value["value"],
                     metric_args=arguments,
                 )
@@ -228,13 +257,13 @@ def read_example(task: str | None) -> str:
     return "What is the sentiment of this news? Sales rose by 8 % in the third quarter.\nAnswer:"
 
 
-def describe_repair(dataset: str, pair: dict[str, Any]) -> str:
+def describe_repair(pair: dict[str, Any]) -> str:
     """Says how the labels of a scored dataset were repaired; empty if they were not.
 
     Score files without `label_checks` date from when only the published file was repaired.
     """
     if "label_checks" not in pair["adapter"]:
-        row = sources.tables()["datasets"].get(dataset, {})
+        row = sources.tables()["datasets"].get(read_dataset(pair), {})
         return str(row.get("repair", {}).get("reason", "")).strip()
     text = read_label_check(pair)
     return text if text.startswith(("repaired", "REPAIR=1")) else ""
@@ -244,7 +273,8 @@ def collect_label_checks(
     data: list[dict[str, Any]], scores: Scores, repairs: dict[str, str]
 ) -> dict[str, str]:
     """Collects what was decided on swapped labels, for training rows and unrepaired test sets."""
-    checks = {name: read_label_check(pair) for name, pair in scores.items() if name not in repairs}
+    pairs = {read_dataset(pair): pair for pair in scores.values()}
+    checks = {name: read_label_check(pair) for name, pair in pairs.items() if name not in repairs}
     checks["training"] = next((e["label_check"] for e in data if e.get("label_check")), "")
     return {rows: text for rows, text in checks.items() if text}
 
@@ -258,13 +288,15 @@ def describe_scores(scores: Scores) -> dict[str, Any]:
     from evals import report, stats
 
     tests = sources.tables()["datasets"]
-    label_sets = (tests.get(name, {}).get("labels") for name in scores)
+    pairs = {read_dataset(pair): pair for pair in scores.values()}
+    label_sets = (tests.get(name, {}).get("labels") for name in pairs)
     rows, verdicts = tabulate_scores(scores)
-    incomparable = {name: report.explain_incomparable(name) for name in scores}
+    incomparable = {name: report.explain_incomparable(name) for name in pairs}
     return {
         "rows": rows,
         "verdicts": verdicts,
-        "small": [n for n, pair in scores.items() if pair["adapter"]["examples"] < stats.SMALL],
+        "constrained": not all(map(is_free, scores.values())),
+        "small": [n for n, pair in pairs.items() if pair["adapter"]["examples"] < stats.SMALL],
         "answers": next(filter(None, label_sets), None),
         "incomparable": {name: reason for name, reason in incomparable.items() if reason},
     }
@@ -272,7 +304,8 @@ def describe_scores(scores: Scores) -> dict[str, Any]:
 
 def describe_data(data: list[dict[str, Any]], scores: Scores) -> dict[str, Any]:
     """Returns the template's variables about the data of training and scores."""
-    repairs = {name: text for name, pair in scores.items() if (text := describe_repair(name, pair))}
+    pairs = {read_dataset(pair): pair for pair in scores.values()}
+    repairs = {name: text for name, pair in pairs.items() if (text := describe_repair(pair))}
     places = [entry.get("from") for entry in data]
     places += [pair["adapter"]["evaluated"].get("data_from") for pair in scores.values()]
     return {

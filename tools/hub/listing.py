@@ -27,14 +27,12 @@ def summarize(scores: Iterable[tuple[str, str, Any]]) -> str:
 
 def list_local() -> list[Row]:
     """Lists (run, version, scores, origin) of every finished run."""
-    from evals import report
-
     rows = []
     for run in filter(lambda run: run.is_finished, list_runs()):
         run_info, origin = run.info, read_origin(run)
         contents = filter(None, (read_scores(file, "adapters") for file in run.score_files))
         scores = [
-            (content["evaluated"]["dataset"], report.title(metric), value["value"])
+            (content["evaluated"]["dataset"], name_metric(metric, content), value["value"])
             for content in contents
             if content["evaluated"].get("adapter_sha256") == run_info.get("adapter_sha256")
             for metric, value in content["metrics"].items()
@@ -43,6 +41,13 @@ def list_local() -> list[Row]:
         version = run_info.get("recipe_version") or "–"
         rows.append((run.name, str(version), summarize(scores), place))
     return rows
+
+
+def name_metric(metric: str, content: dict[str, Any]) -> str:
+    """A metric as model cards name it: one of answers under CONSTRAIN=1 says so."""
+    from evals import report
+
+    return report.append_conditions(report.title(metric), content["evaluated"])
 
 
 def list_remote(api: Any, namespace: str) -> list[Row]:

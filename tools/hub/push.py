@@ -19,7 +19,14 @@ import yaml
 from tools import adapters, architectures, models, recipes, runs
 from tools.common import ROOT, SECRET, JobFailed, WrongInput, parse_json, read_json
 from tools.hub import client
-from tools.hub.card import Publication, Scores, explain_forbidden, make_card, read_scores
+from tools.hub.card import (
+    Publication,
+    Scores,
+    explain_forbidden,
+    make_card,
+    name_scores,
+    read_scores,
+)
 from tools.hub_errors import explain_errors
 from tools.runs import Run
 
@@ -39,7 +46,7 @@ LONGEST_ANSWER = 200  # characters
 PAIRED = (
     *("dataset", "task_version", "data_sha256", "limit", "base_model", "base_revision"),
     *("base_files", "quantization", "precision", "prompt_format", "chat_template_kwargs"),
-    *("backend", "task", "scoring", "device_class"),
+    *("backend", "task", "scoring", "device_class", "constrained_to"),
 )
 
 
@@ -86,9 +93,9 @@ def check_run(recipe: recipes.Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def collect_scores(run: Run, sha: str, precision: str) -> Scores:
-    """Reads the scores of the adapter with this SHA-256 at its own precision, by dataset.
+    """Reads the scores of the adapter with this SHA-256 at its own precision, by `name_scores`.
 
-    Among several of a dataset, one with the training's prompt format and the most rows wins.
+    Among several of a name, one with the training's prompt format and the most rows wins.
     """
     candidates = []
     for path in run.score_files:
@@ -100,14 +107,14 @@ def collect_scores(run: Run, sha: str, precision: str) -> Scores:
     pairs: Scores = {}
     for _, path, scores in sorted(candidates, key=lambda entry: entry[0], reverse=True):
         evaluated = scores["evaluated"]
-        if (dataset := evaluated["dataset"]) in pairs:
+        if (name := name_scores(evaluated)) in pairs:
             continue
-        pairs[dataset] = {"adapter": scores}
+        pairs[name] = {"adapter": scores}
         beside = Run(run.folder.with_name(f"base_{precision}")).scores_folder / path.name
-        for file in (beside, run.scores_folder / "base" / f"{dataset}.json"):
+        for file in (beside, run.scores_folder / "base" / f"{name}.json"):
             base = read_scores(file, "push") if file.is_file() else None
             if base and all(base["evaluated"].get(key) == evaluated.get(key) for key in PAIRED):
-                pairs[dataset]["base"] = base
+                pairs[name]["base"] = base
                 break
     return dict(sorted(pairs.items()))
 
@@ -193,11 +200,11 @@ def prepare(recipe: recipes.Recipe, repo: str, options: Options) -> Release:
         files[runs.CONFIG] = yaml.safe_dump(written, sort_keys=False).encode()
         run_info = strip_paths(run_info) | {"base_model": written["base_model"]}
     files |= {adapters.CONFIG: encode_json(settings), runs.INFO: encode_json(run_info)}
-    for dataset, pair in scores.items():
+    for name, pair in scores.items():
         for side, content in pair.items():
-            name = f"evals/{dataset}.json" if side == "adapter" else f"evals/base/{dataset}.json"
+            path = f"evals/{name}.json" if side == "adapter" else f"evals/base/{name}.json"
             predictions = strip_texts(content["predictions"])
-            files[name] = encode_json(content | {"predictions": predictions}, indent=1)
+            files[path] = encode_json(content | {"predictions": predictions}, indent=1)
     publication = Publication(
         recipe, run_info, public_config, scores, base, revision, repo, options.price
     )

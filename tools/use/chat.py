@@ -4,13 +4,17 @@
     python -m tools chat smollm2-135m/sentiment_r4        a conversation; an empty line ends it
     python -m tools chat "" "…" --adapter runs/hub/someone/some-adapter --precision nf4
 
-Answers are greedy; the base has the precision and prompts have the format of the training.
+Answers are greedy; the base has the precision and prompts have the format of the training. With
+`--constrain` an answer can only be a label of the adapter's task.
 """
 
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
+from evals.choices import build_constraint
 from tools import models, prompts, sources, subjects
 from tools.common import quiet
 from tools.data.shapes import FINLORA_START
@@ -18,19 +22,33 @@ from tools.data.shapes import FINLORA_START
 BUDGET = 200  # new tokens at most
 
 
+@dataclass(frozen=True)
+class Style:
+    """How a conversation becomes a prompt, and the only answers to it where there are `labels`."""
+
+    options: dict[str, Any] | None = None  # of the chat template
+    form: str = "chat"
+    labels: Sequence[str] = ()
+
+
+PLAIN = Style()
+
+
 def answer(
     model: Any,
     tokenizer: Any,
     messages: list[dict[str, str]],
-    options: dict[str, Any] | None = None,
+    style: Style = PLAIN,
     streamer: Any = None,
-    form: str = "chat",
 ) -> str:
     """The model's greedy answer to a conversation, without its end token."""
     import torch
 
-    ids = prompts.tokens(tokenizer, messages, options, form)
+    ids = prompts.tokens(tokenizer, messages, style.options, style.form)
     inputs = torch.tensor([ids], device=model.device)
+    processors = []
+    if style.labels:
+        processors.append(build_constraint(model, tokenizer, style.labels).begin_at(len(ids)))
     with torch.inference_mode():
         output = model.generate(
             input_ids=inputs,
@@ -39,6 +57,7 @@ def answer(
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
+            logits_processor=processors,
             streamer=streamer,
         )
     return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
@@ -50,7 +69,7 @@ def harmless(text: str) -> str:
 
 
 def print_side_by_side(
-    model: Any, tokenizer: Any, subject: subjects.Subject, messages: list[dict[str, str]]
+    model: Any, tokenizer: Any, precision: str, messages: list[dict[str, str]], style: Style
 ) -> None:
     """Prints the answers of base and adapter side by side."""
     from rich.console import Console
@@ -60,16 +79,14 @@ def print_side_by_side(
     table, cells = Table(expand=True), []
     for name, context in (("base", model.disable_adapter()), ("adapter", nullcontext())):
         with context:
-            text = answer(model, tokenizer, messages, subject.options, form=subject.prompt_format)
+            text = answer(model, tokenizer, messages, style)
         cells.append(escape(harmless(text)))
-        table.add_column(f"{name}, {models.precision(subject.config)}", ratio=1)
+        table.add_column(f"{name}, {precision}", ratio=1)
     table.add_row(*cells)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def converse(
-    model: Any, tokenizer: Any, subject: subjects.Subject, messages: list[dict[str, str]]
-) -> None:
+def converse(model: Any, tokenizer: Any, messages: list[dict[str, str]], style: Style) -> None:
     """Reads a line, streams the answer, and repeats until an empty line or the end of input.
 
     `messages` are those before the first line: a system turn or none.
@@ -80,8 +97,6 @@ def converse(
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             print(harmless(text), end="\n" if stream_end else "", flush=True)
 
-    print(f"chat       {subject.name}; an empty line ends the conversation")
-    options, form = subject.options, subject.prompt_format
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "").strip()
@@ -91,7 +106,7 @@ def converse(
             return
         messages.append({"role": "user", "content": text})
         streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        text = answer(model, tokenizer, messages, options, streamer, form)
+        text = answer(model, tokenizer, messages, style, streamer)
         messages.append({"role": "assistant", "content": text})
 
 
@@ -103,19 +118,30 @@ def explain_wording(task: str | None, prompt: str) -> str:
     return f"{task} was trained on prompts of the form {worded!r}"
 
 
-def chat(subject: subjects.Subject, prompt: str | None, system: str | None = None) -> None:
+def chat(
+    subject: subjects.Subject,
+    prompt: str | None,
+    system: str | None = None,
+    labels: Sequence[str] = (),
+) -> None:
     """Answers `prompt` with base and adapter, or holds a conversation without one.
 
-    `system` is the system turn that the rows of the training began with.
+    `system` is the system turn that the rows of the training began with; `labels` are the only
+    answers, where there are some.
     """
     models.bring_base(subject.config["base_model"])
     quiet()
     if note := explain_wording(subject.task, prompt or ""):
         print(f"chat       note: {note}")
+    if labels:
+        print(f"chat       CONSTRAIN=1: an answer can only be {', '.join(labels)}")
     model, tokenizer = models.load(subject.config, subject.adapter)
     messages = [{"role": "system", "content": system}] if system else []
+    style = Style(subject.options, subject.prompt_format, labels)
     if prompt and prompt.strip():
         messages.append({"role": "user", "content": prompt.strip()})
-        print_side_by_side(model, tokenizer, subject, messages)
+        precision = models.precision(subject.config)
+        print_side_by_side(model, tokenizer, precision, messages, style)
     else:
-        converse(model, tokenizer, subject, messages)
+        print(f"chat       {subject.name}; an empty line ends the conversation")
+        converse(model, tokenizer, messages, style)

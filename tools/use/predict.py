@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from evals.answers import Prompts
 from evals.backends import BACKENDS
-from evals.run import find_rows, naming_refusal, read_tasks
+from evals.choices import allow_labels, widen_budget
+from evals.run import find_labels, find_rows, naming_refusal, read_tasks
 from tools import models, sources
 from tools.common import JobFailed, WrongInput, check_name, digest, quiet, shown
 from tools.data.formats import Row, RowFile, open_rows
@@ -56,6 +57,7 @@ class Request:
     template: str | None = None
     backend: str = "transformers"
     force: bool = False
+    constrain: bool = False  # answers can only be labels
 
 
 @dataclass(frozen=True)
@@ -256,9 +258,23 @@ class Job:
         self.task_row = find_task(task)
         datasets = [name for name in self.task_row["eval"] if name in read_tasks()]
         self.reading = Reading(datasets[0] if datasets else None)
+        self.choices = self.list_choices()
         self.shape = find_shape(self.rows, self.task_row, replace(request, task=task))
         path = request.out.absolute().with_name(f".{request.out.name}.partial.jsonl")
         self.saved = Saved(path, self.identify())
+
+    def list_choices(self) -> list[str]:
+        """The only answers of CONSTRAIN=1; none where answers are free."""
+        if not self.request.constrain:
+            return []
+        dataset = self.reading.dataset
+        labels = find_labels(dataset) if dataset and "parts" not in self.task_row else []
+        if labels:
+            return labels
+        reason = f"{dataset} has none" if dataset else "no task is named; TASK= names it"
+        if "parts" in self.task_row:
+            reason = "the adapter has several tasks; TASK= names one of them"
+        raise WrongInput(f"CONSTRAIN=1 limits answers to labels, and {reason}")
 
     def identify(self) -> dict[str, Any]:
         """What the answers depend on: saved ones count while this is the same."""
@@ -276,6 +292,7 @@ class Job:
         else:
             model = subject.identity()
         content = [data, model, self.shape.to_dict(), self.reading.content, self.reading.labels]
+        content += [self.choices] if self.choices else []
         text = json.dumps(content, sort_keys=True, default=str)
         return {"identity": hashlib.sha256(text.encode()).hexdigest(), "chunk": CHUNK}
 
@@ -288,6 +305,8 @@ class Job:
         print(f"predict    {rows.name}: {rows.format}; {escape(self.shape.describe())}")
         for note in rows.notes:
             print(f"predict    {escape(note)}")
+        if self.choices:
+            print(f"predict    CONSTRAIN=1: an answer can only be {', '.join(self.choices)}")
         if not self.reading.dataset:
             print("predict    no task: answers are free text; TASK= names a task with labels")
         total, faults, example = 0, Counter[str](), ""
@@ -350,6 +369,8 @@ class Job:
             lm.progress = lambda rows: None  # this job prints its own
             if self.reading.labels:
                 lm.labels = self.reading.labels
+            if self.choices:
+                allow_labels(lm, self.choices)
             rows = islice(enumerate(self.rows), self.saved.rows, None)
             while chunk := list(islice(rows, CHUNK)):
                 self.answer_chunk(lm, [(n, row) for n, (_, row) in chunk])
@@ -361,6 +382,7 @@ class Job:
         from evals.tasks import own
 
         settings = self.reading.content["generation_kwargs"]
+        settings = widen_budget(settings, self.choices) if self.choices else settings
         writer = Prompts(self.subject.prompt_format, self.subject.options)
         contents = {}
         for number, row in chunk:

@@ -24,12 +24,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from evals.choices import request_choice
 from tools import adapters, models, prompts, recipes, sources, subjects, vllm
 from tools.common import ROOT, JobFailed, WrongInput, digest, quiet
 from tools.runs import Run
@@ -376,18 +378,25 @@ def find_engine(engine: str | None) -> Engine | None:
     return None
 
 
-def write_curl(url: str, name: str, task: str | None) -> str:
-    """A line for a shell that asks a model; the key stays in its variable."""
+def write_curl(url: str, name: str, task: str | None, labels: Sequence[str] = ()) -> str:
+    """A line for a shell that asks a model, for nothing but labels if there are any.
+
+    The key stays in its variable.
+    """
     prompt = sources.word_text(task, "Is it good?")
     body = {"model": name, "messages": [{"role": "user", "content": prompt}]}
+    body |= request_choice(labels) if labels else {}
     line = ["curl", f"{url}/chat/completions", "-H", "Content-Type: application/json"]
     key = f' -H "Authorization: Bearer ${KEY}"' if os.environ.get(KEY) else ""
     data = shlex.join(["-d", json.dumps(body | {"max_tokens": 64, "temperature": 0})])
     return f"{shlex.join(line)}{key} {data}"
 
 
-def serve(chosen: list[subjects.Subject], service: Service) -> None:
-    """Serves adapters and their base until it is stopped."""
+def serve(chosen: list[subjects.Subject], service: Service, labels: Sequence[str] = ()) -> None:
+    """Serves adapters and their base until it is stopped.
+
+    vLLM limits an answer where a request says so, as the curl line does with `labels`.
+    """
     # Each signal does what Ctrl-C does; under nohup SIGHUP stays ignored.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
@@ -398,6 +407,8 @@ def serve(chosen: list[subjects.Subject], service: Service) -> None:
     for subject in chosen:
         check_length(subject, service.length)
     engine = find_engine(service.engine)
+    if labels and not engine:
+        raise WrongInput("CONSTRAIN=1 needs vLLM: `transformers serve` has no such request")
     with TemporaryDirectory(prefix="serve-") as temporary:
         base = ""
         if engine:
@@ -410,7 +421,7 @@ def serve(chosen: list[subjects.Subject], service: Service) -> None:
             service.check_transformers()
             line, environment = on_transformers(served, service.address, Path(temporary))
         quoted = ", ".join(f'"{name}"' for name in served)
-        curl = write_curl(service.url, next(iter(served)), chosen[0].task)
+        curl = write_curl(service.url, next(iter(served)), chosen[0].task, labels)
         names = f"{service.url}, model {quoted}{base}\n           {curl}"
         variables = " ".join(f"{key}={value}" for key, value in environment.items())
         print(f"serve      {variables} {shlex.join(line)}", flush=True)
