@@ -20,6 +20,7 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import configure_pad_token
 
+from evals.choices import request_choice
 from evals.model import FirstToken, Model
 from tools.common import JobFailed
 from tools.vllm import Engine
@@ -142,6 +143,9 @@ class VllmModel(Model):
         self.labels: list[str] = []
         self.probabilities: list[dict[str, float]] = []
 
+    def make_constraint(self) -> None:
+        """Nothing: vLLM limits the answers itself."""
+
     def divide(self, prompts: list[list[int]], budget: int) -> list[list[int]]:
         """Batches of the prompts' numbers, in their order: vLLM forms its own batches."""
         rows = ROWS.get(self.worker.engine.device, ROWS["cuda"])
@@ -166,6 +170,7 @@ class VllmModel(Model):
             "stop": stop,
             "skip_special_tokens": False,  # a stop may be one
             "stop_token_ids": [self.eot_token_id],
+            **(request_choice(self.choices) if self.choices else {}),
         }
         first = next((step for step in logits_processor if isinstance(step, FirstToken)), None)
         if others := [step for step in logits_processor if step is not first]:

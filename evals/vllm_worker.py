@@ -7,8 +7,9 @@ It reads lines of JSON from its standard input and writes a line for each to its
     {"prompts": [[1, 42], …], "adapter": "path", "sampling": {"max_tokens": 10}}
     {"answers": [{"tokens": [3559], "logits": [{"3559": 17.2}]}, …]}
 
-`logits` are those of each new token that `sampling` asks for as `logprob_token_ids`. An error is a
-line {"error": "…"}. The end of the input ends the worker.
+`logits` are those of each new token that `sampling` asks for as `logprob_token_ids`; its
+`structured_outputs` limit the answers. An error is a line {"error": "…"}. The end of the input ends
+the worker.
 """
 
 import json
@@ -41,12 +42,15 @@ def main() -> None:
 def answer(engine: Any, request: dict[str, Any]) -> list[dict[str, Any]]:
     from vllm import SamplingParams, TokensPrompt
     from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import StructuredOutputsParams
 
-    path = request["adapter"]
+    path, sampling = request["adapter"], request["sampling"]
+    if "structured_outputs" in sampling:
+        sampling["structured_outputs"] = StructuredOutputsParams(**sampling["structured_outputs"])
     engine.reset_prefix_cache()  # prompts share a cache within a request, and time the same in each
     outputs = engine.generate(
         [TokensPrompt(prompt_token_ids=prompt) for prompt in request["prompts"]],
-        SamplingParams(**request["sampling"]),
+        SamplingParams(**sampling),
         lora_request=LoRARequest("adapter", 1, path) if path else None,
         use_tqdm=False,
     )

@@ -210,12 +210,12 @@ NEWS = [f"Net sales {verb} by {n} % in 2010, said {firm}." for n, verb, firm in 
 )]  # fmt: skip
 
 
-def answer(open_model, side, file, settings=SETTINGS, texts=NEWS, options=None):
+def answer(open_model, side, file, settings=SETTINGS, texts=NEWS, options=None, choices=()):
     """({text: the line of its answer}, the prompts) of a backend, saved in `file`."""
     from lm_eval.api.instance import Instance
 
     with open_model(side, "test:", len(texts)) as lm:
-        lm.labels = ["positive", "negative"]
+        lm.labels, lm.choices = ["positive", "negative"], choices
         prompts, answers = Prompts("chat", options), Answers(file, {"file": file.name})
         prompts.attach(lm, settings["max_gen_toks"])
         answers.attach(lm)
@@ -234,6 +234,7 @@ CASES = {
     "stop words": {"settings": SETTINGS | {"until": ["e", "\n"]}},
     "a prompt that is cut": {"texts": [*NEWS[:1], " ".join(f"word{n}" for n in range(300))]},
     "options of the template": {"options": {"loud": True}},
+    "labels alone": {"choices": ["negative", "rather positive", "positive"]},
 }
 
 
@@ -252,6 +253,8 @@ def test_vllm_answers_as_transformers_does(backends, tmp_path, case):
             for label, share in expected["probabilities"].items():
                 assert line["probabilities"][label] == pytest.approx(share, abs=1e-3)
     answers = {line["answer"] for line in lines["vllm"].values()}
+    if choices := options.get("choices"):
+        assert {answer.strip() for answer in answers} <= set(choices)
     assert len(answers) > 1 or case == "short answers"
 
 
