@@ -92,6 +92,17 @@ def test_what_one_server_cannot_hold_together_is_named(subject_of, tiny, tmp_pat
         serve.name_all([plain, plain])
 
 
+def test_a_served_name_is_short_and_tells_where_long_ones_differ():
+    names = {
+        "smollm2-135m/sentiment_r4": "smollm2-135m-sentiment_r4",
+        "/tmp/some where/my_r4.yaml": "my_r4",
+        "a..b--c/é!": "a-b-c",
+        "x" * 90 + "1": "x" * 79 + "1",
+        "...": "adapter",
+    }
+    assert {text: serve.name_model(text) for text in names} == names
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -299,8 +310,9 @@ def test_a_worker_that_dies_ends_the_job_and_the_next_one_answers_the_rest(backe
 def make_run(place, name, base, **settings):
     """A finished run on a base, and the recipe that it is of."""
     folder = make_adapter(base, place / name, **settings)
-    recipe = write_recipe(place, name, base, place / "rows.jsonl")
-    content = yaml.safe_load(recipe.read_text()) | {"output_dir": str(folder)}
+    template = write_recipe(place, "r4", base, place / "rows.jsonl")
+    content = yaml.safe_load(template.read_text()) | {"output_dir": str(folder)}
+    recipe = place / f"recipe_{name}.yaml"
     recipe.write_text(yaml.safe_dump(content))
     (folder / "config.yaml").write_text(yaml.safe_dump(content))
     sha = common.digest(folder / "adapter_model.safetensors")

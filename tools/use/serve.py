@@ -141,9 +141,10 @@ def name_all(chosen: list[subjects.Subject]) -> Served:
 
 
 def name_model(text: str) -> str:
-    """A name that the Hub's cache and a URL accept."""
+    """A name that the Hub's cache and a URL accept; of a recipe's file, its stem."""
+    text = Path(text).stem if text.endswith((".yaml", ".yml")) else text
     name = re.sub(r"[^\w.-]+|\.\.+|--+", "-", text, flags=re.ASCII)
-    return name[:80].strip("-.") or "adapter"
+    return name[-80:].strip("-.") or "adapter"
 
 
 def name_base(served: Served) -> str:
