@@ -125,8 +125,8 @@ def check_dates(config: dict[str, Any], tokenizer: Any) -> Finding:
 def check_start(config: dict[str, Any], tokenizer: Any) -> Finding:
     """A prompt begins with the token of a text's beginning once at the most."""
     ids = prompts.tokens(tokenizer, [QUESTION], config.get("chat_template_kwargs"))
-    count = ids.count(tokenizer.bos_token_id) if tokenizer.bos_token_id is not None else 0
-    reasons = [f"{tokenizer.bos_token} stands {count} times in a prompt"] if count > 1 else []
+    doubled = ids[0] == ids[1] == tokenizer.bos_token_id
+    reasons = [f"a prompt begins with {tokenizer.bos_token} twice"] if doubled else []
     return judge(PART, "no doubled first token", reasons)
 
 
