@@ -27,7 +27,7 @@ $(READY): requirements.txt $(wildcard requirements/*.txt) $(PY)
 $(PY):
 	@$(SETUP)
 
-.PHONY: help setup setup-vllm wheelhouse demo model fetch data audit new look recipes show plan smoke profile train status sweep tune reproduce verify eval report parity chat predict merge serve push pull adapters import render results check test test-all lock clean
+.PHONY: help setup setup-vllm wheelhouse demo model fetch data audit new look recipes show plan smoke profile train status sweep tune reproduce verify eval report parity chat predict merge serve push pull adapters add-model import render results check test test-all lock clean
 
 help:
 	@sed -n 's/^##@ \(.*\)/\1/p; s/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -107,6 +107,8 @@ adapters: $(READY) ## List the runs here and those on the Hub · [NAMESPACE=me]
 	@$(RUN) adapters
 
 ##@ Maintain
+add-model: $(READY) ## A base for the catalogue, checked · HUB=owner/name [FOLDER=…] [MODEL=…] [METHODS=…]
+	@$(RUN) add-model
 import: $(READY) ## Recipes from a FinLoRA config file · CONFIG=finetune_configs.json
 	@$(RUN) import
 render: $(READY) ## Write recipes, docs/commands.md and docs/scale.md; print a recipe · [RECIPE=…]

@@ -176,6 +176,7 @@ def measure(bits: int, double_quant: bool, rows: int, tokens: int) -> dict[str, 
 def plan_bytes(bits: int, double_quant: bool, rows: int, tokens: int) -> dict[str, int]:
     """The same as the planner computes it, without the CUDA context."""
     config = recipes.build_config(RECIPE) | {"micro_batch_size": rows}
+    config["gradient_checkpointing_kwargs"] = {"use_reentrant": False}  # as it is measured
     model = architectures.find(config["base_model"])
     setup = replace(
         read_setup(config, tokens, 1),

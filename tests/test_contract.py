@@ -97,6 +97,8 @@ LIMITS = {
     ("gemma-3-4b", "call and result"): "refuses the turns user, assistant, tool, assistant",
     ("smollm2-135m", "call"): "leaves out the tool find_price",
     ("smollm2-135m", "call and result"): "leaves out the tool find_price",
+    ("smollm3-3b", "call"): "leaves out the tool find_price",
+    ("smollm3-3b", "call and result"): "leaves out the tool find_price",
     ("mistral-7b-v0.3", "system turn"): "leaves out a turn of the role system",
     ("mistral-7b-v0.3", "system and turns"): "leaves out a turn of the role system",
     # Axolotl puts a text in the place of the call to find it, and the roles do not alternate then.

@@ -78,7 +78,7 @@ def test_render_leaves_what_is_ones_own_as_it_is(mine, capsys):
     catalogue.render()
     assert files(recipes.LOCAL) == before
     assert recipes.find("smollm2-135m/late_filing_r4").config["lora_r"] == 6
-    assert "890 recipes: " in capsys.readouterr().out
+    assert "1394 recipes: " in capsys.readouterr().out
 
 
 def test_a_recipe_of_ones_own_task_needs_no_file_and_comes_back_as_it_was(mine, capsys):

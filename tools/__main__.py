@@ -813,6 +813,28 @@ def adapters(namespace: Namespace = None) -> None:
 # ---- Maintain
 
 
+@app.command("add-model", rich_help_panel=MAINTAIN)
+def add_model(
+    hub: Annotated[str, Argument(help="The base's name on the Hub, such as Qwen/Qwen3-1.7B.")],
+    folder: Annotated[
+        Path | None, Option(help="Its config.json and tokenizer; from the Hub if omitted.")
+    ] = None,
+    model: Annotated[
+        str | None, Option(help="Its name in the catalogue; from the Hub's if omitted.")
+    ] = None,
+    methods: Annotated[
+        str | None, Option(help="Methods to try, comma-separated; r4,qlora_all if omitted.")
+    ] = None,
+) -> None:
+    """Add a base to the catalogue and check it, or check one that is in it again.
+
+    Example: python -m tools add-model Qwen/Qwen3-1.7B
+    """
+    from tools.base import add
+
+    add.add_model(hub, folder and folder.expanduser().resolve(), model, methods)
+
+
 @app.command("import", rich_help_panel=MAINTAIN)
 def import_config(config: Annotated[Path, Argument(help="A FinLoRA config file.")]) -> None:
     """Make recipes from a FinLoRA config file.

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tools import architectures, patterns
+from tools import patterns
 from tools.architectures import Model
 from tools.common import WrongInput, parse_json, refuse_other_content, shown
 
@@ -152,10 +152,9 @@ def list_modules(model: Model, stem: str) -> Modules:
     around = stem.removesuffix("layers")
     head = "language_model.lm_head" if stem.startswith("language_model.") else "lm_head"
     modules = {f"{around}embed_tokens": Module("embedding", model.vocab, model.hidden)}
-    for layer in range(model.layers):
-        for name, shape in model.shapes.items():
-            block = architectures.BLOCKS[name]
-            modules[f"{stem}.{layer}.{block}.{name}"] = Module("linear", *shape)
+    for number, layer in enumerate(model.list_layers()):
+        for name, shape in layer.linear.items():
+            modules[f"{stem}.{number}.{name}"] = Module("linear", *shape)
     return modules | {head: Module("head", model.hidden, model.vocab)}
 
 

@@ -8,7 +8,7 @@ machine. No weights are read, and neither torch nor transformers is imported.
 
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,27 @@ from tools.common import ROOT, WrongInput, nearest, read_json, shown
 FOLDER = ROOT / "recipes" / "models"
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BLOCKS = {name: "self_attn" if name in MODULES[:4] else "mlp" for name in MODULES}
+# Linear layers of other kinds of attention, which can have an adapter as well.
+LINEAR_ATTENTION = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer. `linear`: (in, out) of its linear layers, by name such as self_attn.q_proj.
+
+    Experts are tensors of three dimensions, which bitsandbytes leaves at 16 bits.
+    """
+
+    linear: dict[str, tuple[int, int]]
+    experts: int = 0  # their parameters
+    active: int = 0  # of them, those that a token passes through
+    width: int = 0  # of the experts' products that a token passes through, together
+    state: int = 0  # numbers that linear attention keeps instead of keys and values
 
 
 @dataclass(frozen=True)
 class Model:
-    """The architecture of a Llama-like decoder."""
+    """The architecture of a decoder: a Llama-like one, or one with layers of several `kinds`."""
 
     source: str
     layers: int
@@ -39,6 +55,11 @@ class Model:
     model_type: str = "llama"  # as the base's config.json names it
     also: tuple[str, ...] = ()  # other names of bases with this architecture
     note: str = ""  # what the plan leaves out
+    # Where the layers are not Llama's: each kind, the kind of each layer, and the parameters in no
+    # linear layer and no expert. `make add-model` writes them.
+    kinds: dict[str, Layer] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
+    other_parameters: int = 0
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -54,14 +75,29 @@ class Model:
             "down_proj": (self.intermediate, self.hidden),
         }
 
+    def list_layers(self) -> list[Layer]:
+        """The decoder layers, from the first to the last."""
+        if self.kinds:
+            return [self.kinds[kind] for kind in self.order]
+        named = {f"{BLOCKS[name]}.{name}": shape for name, shape in self.shapes.items()}
+        return [Layer(named)] * self.layers
+
     @property
     def linear(self) -> int:
         """Parameters of the linear layers without the head, which are quantized."""
-        return self.layers * sum(rows * columns for rows, columns in self.shapes.values())
+        layers = self.list_layers()
+        return sum(rows * columns for layer in layers for rows, columns in layer.linear.values())
+
+    @property
+    def experts(self) -> int:
+        """Parameters of the experts, which are not quantized."""
+        return sum(layer.experts for layer in self.list_layers())
 
     @property
     def unquantized(self) -> int:
-        """Parameters that are not quantized: embedding, head (unless tied), norms."""
+        """Parameters that are not quantized: embedding, head (unless tied), norms, experts."""
+        if self.kinds:
+            return self.other_parameters + self.experts
         norms = self.layers * self.norms_per_layer * self.hidden + self.hidden
         norms += self.layers * 2 * self.head_dim if self.qk_norm else 0
         return (1 if self.tied else 2) * self.vocab * self.hidden + norms
@@ -70,14 +106,30 @@ class Model:
     def parameters(self) -> int:
         return self.linear + self.unquantized
 
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that a token passes through."""
+        idle = sum(layer.experts - layer.active for layer in self.list_layers())
+        return self.parameters - idle
+
+
+def parse_architecture(content: dict[str, Any]) -> Model:
+    """The architecture in a file of recipes/models/."""
+    kinds = {}
+    for name, layer in content.get("kinds", {}).items():
+        shapes = {path: tuple(shape) for path, shape in layer["linear"].items()}
+        kinds[name] = Layer(**layer | {"linear": shapes})
+    order = [name for name, count in content.get("order", []) for _ in range(count)]
+    lists = {"also": tuple(content.get("also", ())), "kinds": kinds, "order": tuple(order)}
+    return Model(**content | lists)
+
 
 @cache
 def read_architectures() -> dict[str, Model]:
     """The architectures of recipes/models/, by each of their names in lower case."""
     architectures: dict[str, Model] = {}
     for path in sorted(FOLDER.glob("*.json")):
-        content = json.loads(path.read_bytes())
-        model = Model(**content | {"also": tuple(content.get("also", ()))})
+        model = parse_architecture(json.loads(path.read_bytes()))
         architectures |= {name.lower(): model for name in (model.source, *model.also)}
     return architectures
 
@@ -108,13 +160,18 @@ BY_TYPE: dict[str, dict[str, Any]] = {
     "gemma3": {"qk_norm": True, "norms_per_layer": 4},
     "gemma3_text": {"qk_norm": True, "norms_per_layer": 4},
 }
-EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts"}  # keys of mixtures of experts
+# Keys of a config.json that only an architecture with layers of several kinds has.
+SEVERAL_KINDS = {
+    "a mixture of experts": {"num_experts", "num_local_experts", "n_routed_experts"},
+    "linear attention": {"linear_num_value_heads"},
+    "shared keys and values": {"num_kv_shared_layers"},
+}
 
 
 def find(base: str) -> Model:
     """The architecture of a base, from the JSON that names it or from the base's own config.json.
 
-    Raises WrongInput where there is neither, and for a mixture of experts.
+    Raises WrongInput where there is neither, and for layers that a config.json alone does not tell.
     """
     architectures = read_architectures()
     if model := architectures.get(recipes.resolve_mirror(base).lower()):
@@ -127,8 +184,13 @@ def find(base: str) -> Model:
             f"a folder of that name nor in the Hub's cache{nearest(base, names)}"
         )
     content = read_json(path)
-    if EXPERTS & find_text_part(content).keys():
-        raise WrongInput(f"{shown(path)}: a mixture of experts cannot be planned")
+    text = find_text_part(content)
+    for what, keys in SEVERAL_KINDS.items():
+        if any(text.get(key) for key in keys):
+            raise WrongInput(
+                f"{shown(path)}: {what} cannot be planned from it; "
+                "`make add-model` writes its architecture"
+            )
     kind = str(content.get("model_type"))
     return replace(parse_config(base, content), model_type=kind, **BY_TYPE.get(kind, {}))
 

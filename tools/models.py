@@ -270,6 +270,8 @@ def published_precision(base: str) -> str | None:
         if options.get("load_in_8bit") or options.get("_load_in_8bit"):
             return "int8"
         method = str(options.get("quant_method") or "another method")
+        if method == "mxfp4":  # OpenAI's format of experts, which `load_base` makes dense
+            return None
     else:
         name = re.search(r"-(bnb-4bit|bnb-8bit|gptq|awq|gguf|fp8|hqq|aqlm)\b", base, re.I)
         method = name[1].lower() if name else ""
@@ -297,14 +299,27 @@ def check_base(base: str) -> None:
         adapters.read_header(path, largest_header=2**27)
 
 
+def find_loader(config: Any) -> Any:
+    """The loader of transformers for a base's config: the one that Axolotl takes for training.
+
+    A base with a vision tower is loaded with it, since its layers have other names then.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    has_images = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return AutoModelForImageTextToText if has_images else AutoModelForCausalLM
+
+
 def base_modules(base: str) -> adapters.Modules:
     """The modules of a base that can have an adapter, without loading any weight."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.pytorch_utils import Conv1D
 
+    config = AutoConfig.from_pretrained(base)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+        model = find_loader(config).from_config(config)
     head = model.get_output_embeddings()
     modules: adapters.Modules = {}
     for name, module in model.named_modules():
@@ -363,7 +378,7 @@ def load_base(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any,
     run. Without an adapter the base has a row for each token that the config adds.
     """
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, BitsAndBytesConfig, Mxfp4Config
 
     on_gpu = torch.cuda.is_available()
     dtype = getattr(torch, config.get("dtype") or ("bfloat16" if on_gpu else "float32"))
@@ -378,9 +393,13 @@ def load_base(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any,
         kwargs["quantization_config"] = BitsAndBytesConfig(**options)
     elif config.get("load_in_8bit"):
         kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if config.get("model_quantization_config") == "Mxfp4Config":
+        options = config.get("model_quantization_config_kwargs") or {}
+        kwargs["quantization_config"] = Mxfp4Config(**options)
     tokenizer = load_tokenizer(config, adapter)
     tokenizer.padding_side = "left"
-    model = AutoModelForCausalLM.from_pretrained(config["base_model"], **kwargs)
+    base = config["base_model"]
+    model = find_loader(AutoConfig.from_pretrained(base)).from_pretrained(base, **kwargs)
     if adapter is None:
         step = 32 if config.get("resize_token_embeddings_to_32x") else 1
         add_rows(model, -(-len(tokenizer) // step) * step)

@@ -139,10 +139,11 @@ def list_names() -> dict[str, tuple[str, str, str]]:
     matrix = read_matrix()
     return {
         f"{model}/{task}_{method}": (model, task, method)
-        for model in matrix["models"]
+        for model, model_row in matrix["models"].items()
         for task, task_row in matrix["tasks"].items()
         for method, method_row in matrix["methods"].items()
-        if all(
+        if method in model_row.get("methods", matrix["methods"])
+        and all(
             fnmatchcase(f"{model}/{task}", row.get("only", "*")) for row in (task_row, method_row)
         )
     }
@@ -354,22 +355,29 @@ def compose_config(
     for layer in (matrix["bits"][bits], matrix["common"], *layers):
         config |= deepcopy(layer)  # the tables are cached, and callers change configs
     config = {key: value for key, value in config.items() if value is not None}
-    if "target_modules" in base:
-        config["lora_target_modules"] = fill_pattern(base, config["lora_target_modules"])
+    if isinstance(modules := config.get("lora_target_modules"), list):
+        config["lora_target_modules"] = fit_modules(base, modules)
     config |= {} if "save_steps" in config else {"saves_per_epoch": 4}
     config |= {} if "eval_steps" in config else {"evals_per_epoch": 1}
     return config
 
 
-def fill_pattern(base: dict[str, Any], modules: list[str]) -> str:
-    """The regular expression of modules of a base that must be named in full."""
-    return str(base["target_modules"].replace("NAMES", "|".join(modules)))
+def fit_modules(base: dict[str, Any], modules: list[str]) -> list[str] | str:
+    """`lora_target_modules` for modules of a base, a row of the tables' models.
+
+    Modules that play the same role in layers of another kind join them. Modules that must be named
+    in full become a regular expression.
+    """
+    roles = base.get("same_role", {})
+    modules = [name for module in modules for name in (module, *roles.get(module, ()))]
+    if pattern := base.get("target_modules"):
+        return str(pattern.replace("NAMES", "|".join(modules)))
+    return modules
 
 
 def name_modules(base: str, modules: list[str]) -> list[str] | str:
-    """`lora_target_modules` for modules of a base: their names, or a pattern where it needs one."""
-    row = find_base(base)[1]
-    return fill_pattern(row, modules) if "target_modules" in row else modules
+    """`lora_target_modules` for modules of a base, by its name or folder."""
+    return fit_modules(find_base(base)[1], modules)
 
 
 # ---- validation

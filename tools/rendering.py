@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import architectures, evidence, recipes
-from tools.common import JobFailed, atomic, format_yaml, shown
+from tools.common import JobFailed, atomic, format_yaml, read_json, shown
 from tools.train.memory import GIB, compute_memory, read_setup
 
 # `make render` writes and removes files with this line.
@@ -154,7 +154,7 @@ def render_model_page(model: str) -> str:
     """recipes/<model>/README.md: every recipe of the model with memory, version and evidence."""
     base = recipes.read_matrix()["models"][model]
     parameters = architectures.find(base["hub"]).parameters
-    names = [name for name in recipes.list_catalogue() if recipes.split_name(name)[0] == model]
+    names = list_recipes(model)
     lines = [
         f"<!-- recipes/{model}/README.md: {MARK} -->",
         f"# {base['title']}",
@@ -176,4 +176,31 @@ def render_model_page(model: str) -> str:
         cell = f"[{label}]({name.partition('/')[2]}.yaml)" if recipes.has_file(name) else label
         memory, version = round_to_gib(plan_memory(name)), recipes.find_version(name)
         lines.append(f"| {cell} | {memory} GiB | {version} | {evidence.describe_evidence(name)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *describe_checks(model)]) + "\n"
+
+
+def describe_checks(model: str) -> list[str]:
+    """The section on what was verified of a base, from recipes/checks/<model>.json."""
+    path = recipes.FOLDER / "checks" / f"{model}.json"
+    measured = any("measured: " in evidence.describe_evidence(name) for name in list_recipes(model))
+    unseen = "" if measured else " Never run: its real weights, which were not at hand."
+    lines = ["", "## Verified", ""]
+    if not path.is_file():
+        return [*lines, f"Nothing yet: `make add-model` checks a base.{unseen}"]
+    record = read_json(path)
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    text = (
+        "By `make add-model`, on the base's real tokenizer and on a tiny random model of its own "
+        f"class, which was trained, scored, merged and loaded again. With {versions}.{unseen}"
+    )
+    lines += [*textwrap.wrap(text, WIDTH), "", "| of | what | verdict |", "| --- | --- | --- |"]
+    for finding in record["findings"]:
+        detail = f" ({finding['detail']})" if finding["detail"] else ""
+        verdict = f"{finding['verdict']}{detail}".replace("|", "\\|")
+        lines.append(f"| {finding['part']} | {finding['what']} | {verdict} |")
+    return lines
+
+
+def list_recipes(model: str) -> list[str]:
+    """The names of a model's recipes in the catalogue."""
+    return [name for name in recipes.list_catalogue() if recipes.split_name(name)[0] == model]

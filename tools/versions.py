@@ -44,3 +44,14 @@ def skip_peer_check() -> None:
     from axolotl.utils import environment
 
     environment.check_cuda_p2p_support = lambda: True
+
+
+def skip_processor() -> None:
+    """Trains a base with a vision tower on text without what prepares its images.
+
+    Axolotl loads that for every such base, and Qwen3.5's needs torchvision, which nothing else here
+    does. For Axolotl 0.19 and 0.21.
+    """
+    from axolotl import train
+
+    train.load_processor = lambda cfg, tokenizer: None

@@ -28,6 +28,7 @@ class BaseTokenizer:
         config = self.read_config("tokenizer_config.json")
         template = architectures.find_file(base, "chat_template.jinja")
         text = template.read_text(encoding="utf-8") if template else config.get("chat_template")
+        text = settings.get("chat_template_jinja") or text
         self.chat_template = text if isinstance(text, str) else None
         self.options = settings.get("chat_template_kwargs") or {}
         tokens = {key: config.get(key) for key in ("bos_token", "eos_token", "pad_token")}

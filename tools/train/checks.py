@@ -6,10 +6,11 @@ from typing import Any
 
 import orjson
 
-from tools import architectures, prompts, recipes, sources
+from tools import prompts, recipes, smollm2, sources
 from tools.common import ROOT, JobFailed, WrongInput, digest, shown
-from tools.train import hardware, plan, profiles
+from tools.train import hardware, profiles, without_gpu
 
+FORCED = "(FORCE=1 tries all the same)"
 DISK = 2e9  # bytes that must be free: checkpoints, prepared data, log
 FULL = 1e6  # bytes under which a disk is full
 # Endings of data files that Axolotl reads; another path that does not exist is a name on the Hub.
@@ -18,31 +19,35 @@ DATA_FILES = {".jsonl", ".json", ".csv", ".parquet", ".txt", ".arrow"}
 OTHER_TRAININGS = ("rl", "reward_model", "process_reward_model", "relora", "pretraining_dataset")
 
 
-def require_hardware(recipe: recipes.Recipe, here: hardware.Host, profile: str = "") -> None:
-    """Raises WrongInput, before any download, where a catalogue recipe cannot run here."""
+def require_hardware(recipe: recipes.Recipe, here: hardware.Host, profile: str = "") -> str:
+    """What a catalogue recipe takes on this machine's CPUs, in words; "" on GPUs.
+
+    Raises WrongInput, before any download, where it cannot run here: its plan does not fit, or it
+    would take more than a week.
+    """
     if recipe.name not in recipes.list_names():
-        return
-    _, task, method = recipes.split_name(recipe.name)
-
-    def runs_on_cpu(name: str) -> bool:
-        base = recipes.build_config(name)["base_model"]
-        return architectures.find(base).parameters <= hardware.LARGEST_ON_CPU
-
+        return ""
     if here.gpus:
         config = recipe.config | profiles.read_profiles(profile)
         # The planner does not know how FSDP divides a base.
         fits = config.get("fsdp_config") or profiles.fits_gpus(config, here, len(here.gpus))
-    else:
-        fits = runs_on_cpu(recipe.name)
-    if fits or fits is None:  # None: it cannot be planned
-        return
-    memory = plan.plan(recipe.config, data=ROOT / recipe.config["datasets"][0]["path"])["memory"]
-    names = [f"{model}/{task}_{method}" for model in recipes.read_matrix()["models"]]
-    example = next((f"What runs here: make train RECIPE={n} " for n in names if runs_on_cpu(n)), "")
-    raise WrongInput(
-        f"{recipe.name} needs a CUDA GPU with {memory['peak'] / 2**30:.0f} GiB; "
-        f"here: {here}. {example}(FORCE=1 tries all the same)"
-    )
+        if fits or fits is None:  # None: it cannot be planned
+            return ""
+        raise WrongInput(f"{explain_need(recipe)}; here: {here}. {FORCED}")
+    needed = without_gpu.estimate(recipe, here)
+    here_too = f"{here} would take up to {needed}, at the speed of this moment"
+    if needed.memory > here.memory or (needed.hours or 0) > without_gpu.LONGEST_HOURS:
+        small = f"{smollm2.FOLDER.name}/{recipe.name.partition('/')[2]}"
+        runs = small in recipes.list_names() and small != recipe.name
+        example = f"What runs here: make train RECIPE={small} " if runs else ""
+        raise WrongInput(f"{explain_need(recipe)}; {here_too}. {example}{FORCED}")
+    return here_too
+
+
+def explain_need(recipe: recipes.Recipe) -> str:
+    """The GPU that a recipe is planned for, in words."""
+    planned = without_gpu.plan_recipe(recipe, recipe.config)
+    return f"{recipe.name} needs a CUDA GPU with {planned['memory']['peak'] / 2**30:.0f} GiB"
 
 
 def find_data_file(recipe: recipes.Recipe, name: str) -> Path | None:

@@ -10,7 +10,6 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 
-LARGEST_ON_CPU = 1e9  # parameters; a step of an 8B model takes minutes on a desktop CPU
 # NVIDIA's architecture from which flash-attn 2 has kernels: Ampere. T4 and V100 are older.
 FLASH_CAPABILITY = (8, 0)
 IMPORT_SECONDS = 120  # a package with CUDA kernels on a cold network disk

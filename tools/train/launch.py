@@ -173,8 +173,9 @@ def train(recipe: recipes.Recipe, choice: profiles.Choice, machines: Machines, f
     here = hardware.detect_host()
     profile, nproc, reason = profiles.choose(here, choice, machines.nnodes)
     machines = replace(machines, nproc=nproc)
-    if not force and not recipe.run.identity_file.is_file():
-        require_hardware(recipe, here, profile)
+    is_new = not force and not recipe.run.identity_file.is_file()
+    if is_new and (needed := require_hardware(recipe, here, profile)):
+        print(f"train      {needed}")
     refuse_unusable(recipe)
     # Axolotl loads torch, and this process stays beside the training: a child's gigabyte.
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:

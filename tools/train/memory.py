@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tools.architectures import BLOCKS, MODULES, Model
+from tools.architectures import BLOCKS, LINEAR_ATTENTION, MODULES, Layer, Model
 from tools.common import WrongInput
 
 GIB = 2**30
@@ -23,6 +23,7 @@ CONTEXT = int(0.5 * GIB)
 # Optimizer state in bytes per trainable parameter: two moments in float32 (Kingma & Ba, 2015), or
 # in 8 bits with a float32 maximum per block of 256 (bitsandbytes; Dettmers et al. 2022, sec. 2).
 OPTIMIZERS = {"adamw": 8.0, "8bit": 2 + 2 * 4 / 256}
+CHUNK = 64  # tokens
 PAGED_FROM = 100_000  # parameters of a tensor from which bitsandbytes pages its states
 
 
@@ -45,6 +46,7 @@ class Setup:
     accumulation: int = 1
     row: int = 512  # tokens of the longest row, which the peak depends on
     checkpointing: bool = True
+    reentrant: bool = True  # how checkpoints are made; Axolotl's default
     zero: int = 0
     gpus: int = 1
 
@@ -111,6 +113,7 @@ def read_setup(config: dict[str, Any], row: int, gpus: int) -> Setup:
         accumulation=config.get("gradient_accumulation_steps") or 1,
         row=row,
         checkpointing=bool(config.get("gradient_checkpointing")),
+        reentrant=(config.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant", True),
         zero=int(stage[1]) if stage else 0,
         gpus=gpus,
     )
@@ -124,7 +127,7 @@ def list_target_modules(config: dict[str, Any]) -> tuple[str, ...]:
     WrongInput for what cannot be planned.
     """
     if config.get("lora_target_linear"):
-        return MODULES
+        return MODULES + LINEAR_ATTENTION
     targets = config.get("lora_target_modules") or []
     if isinstance(targets, str):
         prefixes = ("model.layers.0.", "model.language_model.layers.0.")
@@ -136,7 +139,7 @@ def list_target_modules(config: dict[str, Any]) -> tuple[str, ...]:
         unplanned = [] if modules else [targets]
     else:
         modules = tuple(dict.fromkeys(targets))
-        unplanned = [name for name in modules if name not in MODULES]
+        unplanned = [name for name in modules if name not in MODULES + LINEAR_ATTENTION]
     if unplanned:
         raise WrongInput(
             f'lora_target_modules: "{unplanned[0]}" cannot be planned; '
@@ -154,21 +157,33 @@ def list_trained_sizes(model: Model, setup: Setup) -> list[int]:
     """
     if not setup.rank:
         return [model.parameters]
-    whole = {name: model.layers * math.prod(shape) for name, shape in model.shapes.items()}
+    whole: dict[str, int] = {}
+    for layer in model.list_layers():
+        for path, shape in layer.linear.items():
+            name = path.rpartition(".")[2]
+            whole[name] = whole.get(name, 0) + math.prod(shape)
     whole |= dict.fromkeys(("embed_tokens", "lm_head"), (model.vocab + setup.tokens) * model.hidden)
     if unplanned := [name for name in setup.saved if name not in whole]:
         raise WrongInput(
             f'lora_modules_to_save: "{unplanned[0]}" cannot be planned; {", ".join(whole)} can'
         )
     sizes = [whole[name] for name in setup.saved]
-    for layer in range(model.layers) if setup.layers is None else setup.layers:
-        for name in setup.modules:
-            path = f"model.layers.{layer}.{BLOCKS[name]}.{name}"
+    for number, layer in enumerate(model.list_layers()):
+        if setup.layers is not None and number not in setup.layers:
+            continue
+        for name, (width, height) in select_targets(layer, setup).items():
+            path = f"model.layers.{number}.{name}"
             # As PEFT matches a pattern: the end of the name counts.
             ranks = (rank for key, rank in setup.ranks if re.match(rf"(.*\.)?({key})$", path))
-            rank, (width, height) = next(ranks, setup.rank), model.shapes[name]
+            rank = next(ranks, setup.rank)
             sizes += [rank * width, rank * height] + ([height] if setup.dora else [])
     return sizes
+
+
+def select_targets(layer: Layer, setup: Setup) -> dict[str, tuple[int, int]]:
+    """(in, out) of the linear layers of a decoder layer that a setup adapts."""
+    targets = layer.linear.items()
+    return {path: shape for path, shape in targets if path.rpartition(".")[2] in setup.modules}
 
 
 def count_trainable(model: Model, setup: Setup) -> int:
@@ -203,9 +218,10 @@ def compute_weight_bytes(model: Model, setup: Setup) -> tuple[int, int, int]:
     """
     layers = [
         compute_linear_bytes(shape, setup.bits, setup.double_quant)
-        for shape in model.shapes.values()
+        for layer in model.list_layers()
+        for shape in layer.linear.values()
     ]
-    weights, constants = (model.layers * sum(sizes) for sizes in zip(*layers, strict=True))
+    weights, constants = map(sum, zip(*layers, strict=True))
     other_bits = setup.kept_bits if setup.bits < 16 else setup.bits
     return weights, constants, model.unquantized * other_bits // 8
 
@@ -221,14 +237,47 @@ def compute_activation_bytes(model: Model, setup: Setup, checkpointing: bool) ->
     3·in; without an adapter every layer its input, 2·in. With checkpointing (Chen et al. 2016)
     each layer keeps its 16-bit input, 2·hidden, and one layer at a time is recomputed.
     """
-    query, key = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    layer = 8 * model.hidden + 2 * (2 * query + 2 * key) + 6 * model.intermediate
-    layer += 3 * sum(model.shapes[name][0] for name in setup.modules)
-    layer += 0 if setup.rank else 2 * sum(width for width, _ in model.shapes.values())
+    layers = [compute_layer_activations(model, layer, setup) for layer in model.list_layers()]
     tokens = setup.micro_batch * setup.row
-    if checkpointing:
-        return tokens * (model.layers * 2 * model.hidden + layer)
-    return tokens * model.layers * layer
+    if not checkpointing:
+        return tokens * sum(layers)
+    kept = model.layers * 2 * model.hidden
+    if setup.bits == 8 and not setup.reentrant:
+        # bitsandbytes' 8-bit product keeps its input as an attribute (`ctx.A`), where checkpoints
+        # that are not reentrant cannot take it away: all layers' inputs stay.
+        kept += sum(2 * count_inputs(layer) for layer in model.list_layers())
+    return tokens * (kept + max(layers))
+
+
+def count_inputs(layer: Layer) -> int:
+    """Numbers that the linear layers of a decoder layer take; some take the same ones."""
+    last = ("o_proj", "out_proj", "down_proj")
+    taken = {
+        path if path.rpartition(".")[2] in last else path.rpartition(".")[0]: width
+        for path, (width, _) in layer.linear.items()
+    }
+    return sum(taken.values())
+
+
+def compute_layer_activations(model: Model, layer: Layer, setup: Setup) -> int:
+    """Bytes that a token keeps for the backward pass of a decoder layer.
+
+    Attention of any kind keeps what its projections give and what its last one takes. Experts keep
+    what a feed-forward layer of their common width keeps. Linear attention also makes its state at
+    the end of each chunk of 64 tokens, at 16 bits (fla's chunk_gated_delta_rule).
+    """
+    feed_forward = layer.width
+    attention = layer.state // CHUNK
+    for path, (width, height) in layer.linear.items():
+        block, _, name = path.rpartition(".")
+        feed_forward += height if name == "gate_proj" else 0
+        if block.endswith("attn"):
+            attention += width if name in ("o_proj", "out_proj") else height
+    kept = 8 * model.hidden + 2 * attention + 6 * feed_forward
+    kept += 3 * sum(width for width, _ in select_targets(layer, setup).values())
+    if not setup.rank:
+        kept += 2 * sum(width for width, _ in layer.linear.values())
+    return kept
 
 
 def compute_memory(model: Model, setup: Setup) -> Memory:
@@ -250,7 +299,8 @@ def compute_memory(model: Model, setup: Setup) -> Memory:
     optimizer = int(count * per_parameter) // states
     large = sum(size for size in sizes if size >= PAGED_FROM)
     loaded = weights + constants + (4 * model.unquantized if quantized else unquantized)
-    largest = max(math.prod(shape) for shape in model.shapes.values())
+    shapes = [shape for layer in model.list_layers() for shape in layer.linear.values()]
+    largest = max(map(math.prod, shapes))
     return Memory(
         linear_weights=weights // parameters,
         quantization_constants=constants // parameters,

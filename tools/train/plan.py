@@ -151,11 +151,13 @@ def count_flops(model: Model, setup: Setup) -> int:
     """Operations a token: 2 a parameter forward (Kaplan et al. 2020, sec. 2.1), 2 backward to the
     activations, 2 more for the gradients of trained weights, and 2 to recompute a checkpoint.
 
-    Of the unquantized parameters only the head is multiplied. Attention's own products are left
-    out: they are small for rows of some hundred tokens.
+    Of the unquantized parameters only the head and the experts that a token passes through are
+    multiplied. Attention's own products are left out: they are small for rows of some hundred
+    tokens.
     """
     passes = 2 + 2 + (2 if setup.checkpointing else 0) + (0 if setup.rank else 2)
-    return passes * (model.linear + model.vocab * model.hidden)
+    active = sum(layer.active for layer in model.list_layers())
+    return passes * (model.linear + active + model.vocab * model.hidden)
 
 
 def estimate_cost(

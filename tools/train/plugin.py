@@ -81,6 +81,8 @@ class RunPlugin(BasePlugin):
 
         if cfg.get("dataset_num_proc") == 0:
             save_in_this_process()
+        if not cfg.get("processor_type"):
+            versions.skip_processor()
         if read_rank("WORLD_SIZE") > 1 and not torch.cuda.is_available():
             versions.skip_peer_check()
             # Each process's device is cpu:N, to which torch.load knows no way for an optimizer.

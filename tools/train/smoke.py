@@ -23,7 +23,7 @@ from tools.common import ROOT, JobFailed, WrongInput, quiet, shown
 from tools.hub_errors import explain_errors
 from tools.recipes import Recipe
 from tools.runs import Run
-from tools.train import checks, hardware, launch, plan, profiles
+from tools.train import checks, hardware, launch, plan, profiles, twins
 from tools.train.machines import Machines
 from tools.train.memory import GIB
 
@@ -31,10 +31,8 @@ FOLDER = ROOT / "runs" / ".smoke"
 TRIAL = Run(FOLDER / "run")
 STEPS = 3  # the first one warms up; speed is measured on the others
 ANSWER_TOKENS = 8
+LARGEST_TRIED = 1e9  # parameters of a base that a trial of minutes loads without a GPU
 CANDIDATES = 512  # rows, the longest by characters, whose tokens are counted
-# The sizes of a twin, as transformers' configs name them.
-TWIN = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-TWIN |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
 
 
 @dataclass(frozen=True)
@@ -84,23 +82,15 @@ def make_twin(base: str, folder: Path) -> dict[str, Any]:
     the tokenizer of SmolLM2.
     """
     quiet()
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+    from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-        config = AutoConfig.from_pretrained(base, local_files_only=True).get_text_config()
+        config = AutoConfig.from_pretrained(base, local_files_only=True)
     except (OSError, ValueError):
         smollm2.ensure(str(smollm2.FOLDER))
         tokenizer, config = AutoTokenizer.from_pretrained(smollm2.FOLDER), LlamaConfig()
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    sizes = TWIN | ids | {"vocab_size": len(tokenizer)}
-    config.update({key: value for key, value in sizes.items() if hasattr(config, key)})
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[-TWIN["num_hidden_layers"] :]
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    twins.write_twin(config, tokenizer, folder)
     special_tokens = {"pad_token": tokenizer.pad_token or tokenizer.eos_token}
     return {"base_model": str(folder), "special_tokens": special_tokens}
 
@@ -250,7 +240,7 @@ def run(name: str, profile: str | None) -> None:
     profile, _, reason = profiles.choose(host, profiles.Choice(profile, 1), 1)
     say("recipe", f"{recipe.name}, profile {profile} ({reason})")
     parameters = count_parameters(base)
-    is_twin = not host.gpus and parameters > hardware.LARGEST_ON_CPU
+    is_twin = not host.gpus and parameters > LARGEST_TRIED
     smollm2.ensure(base)
     if not is_twin:
         check_base(base)

@@ -1,0 +1,105 @@
+"""What a training takes on this machine's CPUs, before it starts.
+
+    estimate(recipe, here)      Estimate(memory=9.1e9, hours=31.0)
+
+The memory is the planner's, in the type that CPUs compute in. The time comes from the operations of
+the plan and from how fast this machine multiplies at this moment.
+"""
+
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tools import architectures, recipes
+from tools.common import ROOT
+from tools.train import memory, plan, profiles
+from tools.train.hardware import Host
+
+# Python, torch, Axolotl and what they load: SmolLM2's training without its tensors.
+LIBRARIES = 1.2e9  # bytes
+# The share of a bare product's speed that a training reaches. SmolLM2 reached 0.4 on two cores
+# (`python -m bench.train smollm2-135m/sentiment_r4`), per token that it computed.
+SHARE = 0.4
+SECONDS = 0.2  # of multiplying, to measure the speed
+SIZE = 768  # of the matrices
+LONGEST_HOURS = 7 * 24  # nobody waits longer without having been asked
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of memory and hours; None where nothing tells the rows."""
+
+    memory: float
+    hours: float | None
+
+    def __str__(self) -> str:
+        if self.hours is None:
+            time_needed = ""
+        elif self.hours < 1:
+            time_needed = f"about {max(self.hours * 60, 1):.0f} minutes and "
+        elif self.hours < 48:
+            time_needed = f"about {self.hours:.0f} hours and "
+        else:
+            time_needed = f"about {self.hours / 24:.0f} days and "
+        return f"{time_needed}{self.memory / 1e9:.0f} GB of memory"
+
+
+def multiply() -> float:
+    """Operations a second of float32 products on all cores, by torch."""
+    import torch
+
+    matrix = torch.ones(SIZE, SIZE)
+    matrix @ matrix
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < SECONDS:
+        matrix @ matrix
+        count += 1
+    return count * 2 * SIZE**3 / (time.perf_counter() - start)
+
+
+def measure_speed() -> float:
+    """`multiply` in a child: torch would stay beside the training with its gigabyte."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
+        return child.submit(multiply).result()
+
+
+def compute_memory(model: architectures.Model, setup: memory.Setup, here: Host) -> float:
+    """Bytes on a CPU: all but the quantized weights has 32 bits, and so have dense copies of those
+    where they fit into half of the memory.
+    """
+    need = memory.compute_memory(model, replace(setup, kept_bits=32))
+    total = LIBRARIES + need.training - need.cuda_context + need.activations
+    total -= need.logits  # the profile cpu has them at answers alone
+    dense = 4 * model.linear if setup.bits < 16 else 0
+    return total + (dense if dense < here.memory / 2 else 0)
+
+
+def find_longest(recipe: recipes.Recipe) -> int | None:
+    """Tokens of the longest row of a task of the catalogue; None for other data."""
+    if recipe.name not in recipes.list_names():
+        return None
+    task = recipes.read_matrix()["tasks"][recipes.split_name(recipe.name)[1]]
+    return min(int(task["longest"]), int(recipe.config["sequence_len"]))
+
+
+def plan_recipe(recipe: recipes.Recipe, config: dict[str, Any]) -> dict[str, Any]:
+    """The plan of a recipe's config on its rows here, or on FinLoRA's at their longest."""
+    data = ROOT / config["datasets"][0]["path"]
+    if data.is_file():
+        return plan.plan(config, data=data)
+    return plan.plan(
+        config, rows=plan.read_published_rows().get(data.name), row=find_longest(recipe)
+    )
+
+
+def estimate(recipe: recipes.Recipe, here: Host) -> Estimate:
+    """What a recipe of the catalogue takes on this machine's CPUs."""
+    config = profiles.apply_profiles(recipe.config, profiles.read_profiles("cpu"))
+    model, planned = architectures.find(str(config["base_model"])), plan_recipe(recipe, config)
+    setup = memory.read_setup(config, planned["setup"]["row"], 1)
+    hours = None
+    if tokens := planned["tokens"]:
+        hours = plan.count_flops(model, setup) * tokens / (measure_speed() * SHARE) / 3600
+    return Estimate(compute_memory(model, setup, here), hours)
