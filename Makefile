@@ -93,7 +93,7 @@ chat: $(READY) ## Base and adapter answer · RECIPE=… | ADAPTER=… [PROMPT="�
 	@$(RUN) chat
 predict: $(READY) ## Answer the rows of a file · RECIPE=… | ADAPTER=… DATA=headlines.csv OUT=labelled.csv
 	@$(RUN) predict
-merge: $(READY) ## Merge an adapter into its base, and compare · RECIPE=… | ADAPTER=… [BITS=4|16] [FORMAT=gguf] [PRECISION=nf4]
+merge: $(READY) ## Merge an adapter into its base, and compare · RECIPE=… | ADAPTER=… [BITS=4|16] [FORMAT=gguf]
 	@$(RUN) merge
 serve: $(READY) ## An OpenAI-compatible endpoint · RECIPE=… | RECIPES="… …" | ADAPTER=… [PORT=8000]
 	@$(RUN) serve

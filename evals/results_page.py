@@ -39,8 +39,8 @@ with three seeds, scores it and its base on the same rows, and writes one file t
 - *FinLoRA's* metrics are by FinLoRA's scoring, the others by this project's
   ([evaluation](evaluation.md)). *Published* is FinLoRA's score of the same method on Llama 3.1 8B,
   shown where rows and labels are the same.
-- Time is that of one training, also where the machine did other work meanwhile: [performance](performance.md)
-  compares speeds. Memory is the peak of one process.
+- Time is that of one training, also where the machine did other work meanwhile:
+  [performance](performance.md) compares speeds. Memory is the peak of one process.
 """
 
 
