@@ -170,22 +170,29 @@ class VllmModel(Model):
             "stop": stop,
             "skip_special_tokens": False,  # a stop may be one
             "stop_token_ids": [self.eot_token_id],
-            **(request_choice(self.choices) if self.choices else {}),
         }
         first = next((step for step in logits_processor if isinstance(step, FirstToken)), None)
         if others := [step for step in logits_processor if step is not first]:
             raise NotImplementedError(f"vLLM has no {type(others[0]).__name__} of transformers")
+        ids = sorted(token for tokens in first.tokens.values() for token in tokens) if first else []
+        labelled = sampling | ({"logprob_token_ids": ids} if ids else {})
+        if self.choices:  # vLLM has no logits of the free model for a limited answer
+            free = labelled | {"max_tokens": 1}
+            limited = sampling | request_choice(self.choices)
+            steps = self.ask(prompts, free) if first else []
+            answers = self.ask(prompts, limited)
+        else:
+            steps = answers = self.ask(prompts, labelled)
         if first:
-            ids = sorted(token for tokens in first.tokens.values() for token in tokens)
-            sampling["logprob_token_ids"] = ids
-        answers = self.worker.answer(prompts, self.adapter, sampling, self.max_length)
-        if first:
-            first(context, read_logits(answers, ids))
+            first(context, read_logits(steps, ids))
         longest = max(len(answer["tokens"]) for answer in answers)
         new = torch.full((len(answers), longest), self.tokenizer.pad_token_id)
         for row, answer in zip(new, answers, strict=True):
             row[: len(answer["tokens"])] = torch.tensor(answer["tokens"])
         return torch.cat([context, new], dim=1)
+
+    def ask(self, prompts: list[list[int]], sampling: dict[str, Any]) -> list[dict[str, Any]]:
+        return self.worker.answer(prompts, self.adapter, sampling, self.max_length)
 
 
 def read_logits(answers: list[dict[str, Any]], ids: list[int]) -> torch.Tensor:
