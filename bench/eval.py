@@ -154,7 +154,9 @@ def time_answers(
     lm: Any, dataset: str, limit: int, prompts: Prompts
 ) -> tuple[float, list[str], list[str]]:
     """Seconds that a model takes to answer, the labels that it answers and the prompts, by row."""
-    generate, seconds, texts = lm.generate_until, [], []
+    generate = lm.generate_until
+    seconds: list[float] = []
+    texts: list[str] = []
 
     def generate_until(requests: list[Any], **options: Any) -> list[str]:
         start = time.perf_counter()
