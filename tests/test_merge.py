@@ -1,10 +1,12 @@
 """A merged checkpoint of 4 or 16 bits is what was merged, for any program that loads it."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import make_adapter, run
@@ -108,6 +110,24 @@ def test_a_4_bit_checkpoint_that_loads_as_another_model_is_refused(adapters, tmp
     target = merge.Target(tmp_path, 4)
     with pytest.raises(merge.JobFailed, match="the merged model is not what was saved"):
         merge.merge_and_compare(subject.config, subject.adapter, "chat", target)
+
+
+def test_an_adapter_that_is_smaller_than_a_step_of_the_rounding_is_told(adapters, tmp_path, capsys):
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapters["nf4"], folder, ignore=shutil.ignore_patterns("merged*"))
+    weights = load_file(folder / "adapter_model.safetensors")
+    for name, weight in weights.items():
+        weight *= 0.03 if "lora_B" in name else 1
+    save_file(weights, folder / "adapter_model.safetensors")
+    merge.merge_and_report(subjects.find("", str(folder)), 4, False)
+    output = capsys.readouterr().out
+    report = json.loads((folder / "merged-4bit" / "merge.json").read_text())
+    assert report["from_base"]["largest_logit_difference"] < report["largest_logit_difference"]
+    assert "rounding takes most of this adapter away: the next token is the base's on" in output
+    # The adapter of the other tests is larger than a step, and survives.
+    folder = merge_folder(adapters["nf4"], 4)[0].adapter
+    merge.merge_and_report(subjects.find("", str(folder)), 4, False)
+    assert "away" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

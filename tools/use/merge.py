@@ -240,6 +240,9 @@ def merge_and_compare(
     # A base without a chat template can be merged too; the texts are then bare.
     shape = "chat" if tokenizer.chat_template else "bare"
     adapted = logits(model, tokenizer, options, shape)
+    if target.bits == 4:
+        with model.disable_adapter():
+            plain = logits(model, tokenizer, options, shape)
     base = model.unload()
     del model
     with naming(adapter / FOLDERS[target.bits]):
@@ -266,6 +269,8 @@ def merge_and_compare(
         )
     report: dict[str, Any] = {"computed_in": dtype, "tolerance": tolerance}
     report |= difference(adapted, loaded)
+    if target.bits == 4:
+        report["from_base"] = difference(plain, loaded)
     if precision == "nf4" and not target.bits:
         again = load_and_compute(models.PRECISIONS["nf4"])
         report["quantized_again"] = difference(adapted, again)
@@ -326,6 +331,12 @@ def merge_and_report(subject: subjects.Subject, bits: int | None, to_gguf: bool)
             f"merge      quantized to 4 bits again it would differ by up to "
             f"{again['largest_logit_difference']:.2g}, with the same next token on "
             f"{again['same_next_token']:.0%}: serve it as it is, or base and adapter apart"
+        )
+    base, largest = report.get("from_base"), "largest_logit_difference"
+    if base and base[largest] < report[largest]:  # nearer to the base than to base + adapter
+        print(
+            f"merge      rounding takes most of this adapter away: the next token is the base's on "
+            f"{base['same_next_token']:.0%}; use BITS=16, or train with merge_aware"
         )
     if reason := report.get("no_modelfile"):
         print(f"merge      no Modelfile: {reason}")
