@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import datetime
 
 import pyarrow
@@ -14,6 +15,7 @@ import pytest
 from pyarrow import parquet
 
 from evals import run as evaluation
+from evals.endpoint import Endpoint
 from tests.conftest import call
 from tests.test_backends import answered, server  # noqa: F401
 from tests.test_eval import workplace  # noqa: F401
@@ -200,12 +202,12 @@ def test_answers_of_other_prompts_are_not_taken_for_these(endpoint, tmp_path, mo
     write_rows(data, ["Sales rose", "Sales fell"])
     request = predict.Request(str(data), out, "fpb", None, "Tone? {text}")
     other = predict.Request(str(data), out, "fpb", None, None)
-    from evals.endpoint import find_endpoint
-
-    subject = find_endpoint(endpoint.url, "teacher", None)
+    limited = replace(request, constrain=True)
+    subject = Endpoint(endpoint.url, "teacher", "chat")
     identity = predict.Job(subject, request).saved.identity
     assert identity == predict.Job(subject, request).saved.identity
     assert identity != predict.Job(subject, other).saved.identity
+    assert identity != predict.Job(subject, limited).saved.identity
     data.write_text(data.read_text() + "r2;Sales stood\r\n")
     assert identity != predict.Job(subject, request).saved.identity
 
