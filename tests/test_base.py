@@ -232,6 +232,19 @@ def test_experts_that_stay_at_16_bits_are_named(tmp_path, tokenizer):
     assert trial.explain_unquantized(models.load(half)[0], config)[1:]  # its linear layers too
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has kernels for it")
+def test_linear_attention_is_computed_without_a_gpu_in_the_class_that_axolotl_trains(
+    tmp_path, tokenizer
+):
+    twins.write_twin(build_config("qwen3_5"), tokenizer, tmp_path)
+    model, loaded = models.load({"base_model": str(tmp_path)})
+    assert type(model).__name__ == "Qwen3_5ForConditionalGeneration"
+    ids = torch.tensor([loaded.encode("Sales rose.")])
+    assert torch.isfinite(model(input_ids=ids).logits).all()
+    names = models.base_modules(str(tmp_path))
+    assert "model.language_model.layers.0.linear_attn.in_proj_qkv" in names
+
+
 def test_a_matrix_that_no_step_has_changed_is_named(tiny, tmp_path):
     from safetensors.torch import load_file, save_file
 
