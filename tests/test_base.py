@@ -1,8 +1,11 @@
 """What `make add-model` reads of a base, checks on it and writes for it."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,9 +16,10 @@ from transformers import AutoTokenizer
 
 from tests import tokenizers
 from tests.conftest import make_adapter
+from tests.hub_server import Hub
 from tools import architectures, models, recipes, rendering
 from tools.base import add, describe, tokens, trial
-from tools.common import JobFailed, WrongInput
+from tools.common import ROOT, JobFailed, WrongInput
 from tools.train import hardware, memory, twins, without_gpu
 from tools.train.memory import Setup
 
@@ -228,6 +232,19 @@ def test_experts_that_stay_at_16_bits_are_named(tmp_path, tokenizer):
     assert trial.explain_unquantized(models.load(half)[0], config)[1:]  # its linear layers too
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has kernels for it")
+def test_linear_attention_is_computed_without_a_gpu_in_the_class_that_axolotl_trains(
+    tmp_path, tokenizer
+):
+    twins.write_twin(build_config("qwen3_5"), tokenizer, tmp_path)
+    model, loaded = models.load({"base_model": str(tmp_path)})
+    assert type(model).__name__ == "Qwen3_5ForConditionalGeneration"
+    ids = torch.tensor([loaded.encode("Sales rose.")])
+    assert torch.isfinite(model(input_ids=ids).logits).all()
+    names = models.base_modules(str(tmp_path))
+    assert "model.language_model.layers.0.linear_attn.in_proj_qkv" in names
+
+
 def test_a_matrix_that_no_step_has_changed_is_named(tiny, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -311,6 +328,31 @@ def test_wrong_input_is_one_line(catalogue, base, tmp_path, hub, folder, words):
     with pytest.raises(WrongInput, match=words) as refused:
         add.add_model(hub, base if folder else tmp_path, None, None)
     assert "\n" not in str(refused.value)
+
+
+def test_config_and_tokenizer_come_from_the_hub_without_weights(tiny, tmp_path):
+    files = {path.name: path.read_bytes() for path in tiny.iterdir()}
+    code = (
+        "from tools.base.add import find_source; source = find_source('me/tiny', None);"
+        "names = sorted(path.name for path in source.folder.iterdir());"
+        "print(names, source.gated, source.revision)"
+    )
+    with Hub() as hub:
+        token = hub.user("me")
+        hub.put("me/tiny", files)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=os.environ
+            | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_TOKEN": token}
+            | {"HF_HUB_OFFLINE": "0"},
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr
+    names, _, rest = done.stdout.partition("] ")
+    assert "config.json" in names and "tokenizer.json" in names and "safetensors" not in names
+    assert re.fullmatch(r"False [0-9a-f]{40}\n", rest)
 
 
 def test_a_class_that_transformers_does_not_know_is_one_line(tmp_path):

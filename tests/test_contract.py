@@ -165,7 +165,10 @@ def test_training_and_scoring_see_the_same_tokens(model, shape):
     for turn, text in zip(turns, trained, strict=True):
         assert text.endswith(tokenizer.eos_token)
         answer = text.removesuffix(tokenizer.eos_token)
-        if turn.get("tool_calls"):
+        if turn.get("tool_calls") and model == "qwen3.5-4b":
+            # It writes calls as XML, which the scoring of calls does not read (docs/limits.md).
+            assert "<function=find_price>" in answer and "ALD" in answer
+        elif turn.get("tool_calls"):
             assert own.read_calls(answer) == own.read_calls(json.dumps(turn["tool_calls"]))
         else:
             assert answer == turn["content"]
@@ -185,7 +188,7 @@ def test_earlier_answers_are_asked_for_as_they_were_trained_but_by_qwen3(model):
         for place, turn in enumerate(row["messages"][:-1]):
             if turn["role"] == "assistant":
                 prompt = prompts.render(tokenizer, row["messages"][:place], options)
-                if model == "qwen3-8b":
+                if model in ("qwen3-8b", "qwen3.5-4b"):
                     prompt = prompt.removesuffix("<think>\n\n</think>\n\n")
                 blank = " " if model == "mistral-7b-v0.3" else ""
                 assert text.startswith(f"{prompt}{blank}{turn['content']}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tools import adapters, architectures, prompts, smollm2
+from tools import adapters, architectures, prompts, smollm2, versions
 from tools.architectures import base_folder
 from tools.common import ROOT, JobFailed, WrongInput, read_json, shown
 from tools.hub_errors import explain_errors
@@ -304,6 +304,7 @@ def find_loader(config: Any) -> Any:
 
     A base with a vision tower is loaded with it, since its layers have other names then.
     """
+    versions.skip_gpu_kernels()
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 

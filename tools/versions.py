@@ -5,6 +5,7 @@ transformers 5.20. Every workaround for one of them is here and says which versi
 docs/install.md has the table of tested versions.
 """
 
+import sys
 from typing import Any
 
 
@@ -55,3 +56,16 @@ def skip_processor() -> None:
     from axolotl import train
 
     train.load_processor = lambda cfg, tokenizer: None
+
+
+def skip_gpu_kernels() -> None:
+    """Computes linear attention with torch on a machine without a GPU.
+
+    transformers takes the kernels of flash-linear-attention wherever the package imports, and their
+    Triton finds no driver there. Called before a model's module is imported. For transformers 5.16
+    and 5.20.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.modules["fla"] = None  # type: ignore[assignment]  # which makes its import fail

@@ -10,7 +10,7 @@ page. No weight is loaded: a tiny random model of the base's class stands in.
 
 import json
 import re
-import tempfile
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,14 +147,16 @@ def check_base(source: Source, model: str, methods: list[str]) -> list[Finding]:
     recipe = tokens.build_base_config(model, methods[0], str(source.folder))
     tokenizer = models.load_tokenizer(recipe)
     findings = tokens.check_tokens(recipe, tokenizer) + check_architecture(source, config)
-    WORK.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=WORK, prefix=f"{model}-") as name:
-        twin = Path(name) / "twin"
-        if getattr(config, "tie_word_embeddings", None) is not None:
-            config.tie_word_embeddings = architectures.find(source.hub).tied
-        twins.write_twin(config, tokenizer, twin)
-        for method in methods:
-            findings += trial.check_method(model, method, twin, Path(name))
+    work = WORK / model
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    if getattr(config, "tie_word_embeddings", None) is not None:
+        config.tie_word_embeddings = architectures.find(source.hub).tied
+    twins.write_twin(config, tokenizer, work / "twin")
+    for method in methods:
+        findings += trial.check_method(model, method, work / "twin", work)
+    if all(finding.verdict != "failed" for finding in findings):
+        shutil.rmtree(work)  # a trial that failed keeps its log
     return findings
 
 

@@ -68,7 +68,8 @@ def read_trained(tokenizer: Any, labels: list[int]) -> list[str]:
 def check_shapes(config: dict[str, Any], tokenizer: Any) -> Finding:
     """Training begins with the prompt that is scored; answers and their ends are trained alone."""
     strategy, options = load_strategy(config, tokenizer), config.get("chat_template_kwargs")
-    reasons, shapes = [], []
+    reasons: list[str] = []
+    shapes = []
     for shape, turns in SHAPES.items():
         if prompts.explain_unrenderable(tokenizer, {"messages": turns}, options):
             continue

@@ -81,6 +81,7 @@ class RunPlugin(BasePlugin):
 
         if cfg.get("dataset_num_proc") == 0:
             save_in_this_process()
+        versions.skip_gpu_kernels()
         if not cfg.get("processor_type"):
             versions.skip_processor()
         if read_rank("WORLD_SIZE") > 1 and not torch.cuda.is_available():
@@ -118,7 +119,8 @@ class RunPlugin(BasePlugin):
             dequantize_once(model, training=True)
         if cfg.merge_aware:
             round_in_forward(model)
-        if cfg.answer_logits_only:
+        # The losses of classes with a vision tower (Qwen3.5's) do not take the moved labels.
+        if cfg.answer_logits_only and not cfg.is_multimodal:
             compute_answer_logits_only(model)
         if cfg.shared_prefix:
             accept_packs(model)
