@@ -58,6 +58,7 @@ def vllm_arguments(subject: Subject, engine: vllm.Engine) -> dict[str, Any]:
         settings, _ = adapters.read_adapter(subject.adapter)
         rank = adapters.vllm_rank(settings.rank, engine.ranks)
         arguments |= {"enable_lora": True, "max_lora_rank": rank}
+        arguments["max_loras"] = engine.count_slots(1)
     return arguments
 
 

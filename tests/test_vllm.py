@@ -55,6 +55,8 @@ def test_several_adapters_are_modules_of_one_base_with_room_for_the_largest_rank
     assert line[place + 1 : place + 3] == [f"a={tmp_path / 'a'}", f"b-c={tmp_path / 'b c'}"]
     assert line[line.index("--max-lora-rank") + 1] == "16"
     assert line[line.index("--max-loras") + 1] == "2"
+    line = serve.on_vllm(served, ["--port", "1"], CPU, tmp_path)
+    assert line[line.index("--max-loras") + 1] == "3"  # one slot stays empty
     assert line[line.index("--served-model-name") + 1] == f"{tiny.name}-base"
 
 

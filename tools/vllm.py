@@ -63,6 +63,14 @@ class Engine:
         dtype = config.get("dtype") or ("float32" if self.device == "cpu" else self.dtypes[0])
         return str(dtype) if dtype in self.dtypes else self.dtypes[0]
 
+    def count_slots(self, adapters: int) -> int:
+        """The value of --max-loras that serves so many adapters and their base together.
+
+        On a CPU vLLM 0.32 adds what is in the last slot to the base's requests in a batch with an
+        adapter's: it takes their index, -1, for the last one. So the last slot stays empty.
+        """
+        return adapters + 1 if self.device == "cpu" else adapters
+
     @property
     def environment(self) -> dict[str, str]:
         """Variables of vLLM's processes: no network, and a cache that leaves memory to others."""

@@ -227,7 +227,13 @@ def on_vllm(served: Served, address: list[str], engine: Engine, folder: Path) ->
     return [
         *(*engine.start, str(base), *address, "--served-model-name", name_base(served)),
         *("--enable-lora", "--max-lora-rank", str(max(filter(None, ranks)))),
-        *("--max-loras", str(len(served)), "--lora-modules", *modules, *options),
+        *(
+            "--max-loras",
+            str(engine.count_slots(len(served))),
+            "--lora-modules",
+            *modules,
+            *options,
+        ),
     ]
 
 
