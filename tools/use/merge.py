@@ -204,7 +204,7 @@ def compare_gguf(merged: Path, file: Path, config: dict[str, Any]) -> dict[str, 
     gc.collect()
     loaded, own_tokenizer = gguf.load(file, dtype)
     name = str(dtype).removeprefix("torch.")
-    report = {"computed_in": name, "tolerance": TOLERANCE.get(name, 1.0)}
+    report: dict[str, Any] = {"computed_in": name, "tolerance": TOLERANCE.get(name, 1.0)}
     report |= difference(expected, logits(loaded, tokenizer, options, shape))
     if report["largest_logit_difference"] > report["tolerance"]:
         raise JobFailed(
