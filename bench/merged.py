@@ -140,15 +140,12 @@ def main() -> None:
     quiet()
     recipe = recipes.find(RECIPE)
     content: dict[str, Any] = {"recipe": RECIPE, "dataset": DATASET, "digest": recipe.digest}
-    entries, values = {}, {}
-    for seed in range(recipe.seed, recipe.seed + options.seeds):
-        entries[str(seed)], values[str(seed)] = measure_seed(recipe.with_seed(seed))
-    content |= {
-        "machine": detect_host().describe_machine(),
-        "rows": len(values[str(seed)]["aware"]),
-    }
-    content |= {"seeds": entries, "differences": compare_sides(values)}
-    write_json(RESULTS, content)
+    content |= {"machine": detect_host().describe_machine(), "seeds": {}}
+    values: dict[str, dict[str, list[float]]] = {}
+    for seed in map(str, range(recipe.seed, recipe.seed + options.seeds)):
+        content["seeds"][seed], values[seed] = measure_seed(recipe.with_seed(int(seed)))
+        content |= {"rows": len(values[seed]["aware"]), "differences": compare_sides(values)}
+        write_json(RESULTS, content)
     print_results(content)
 
 

@@ -117,7 +117,7 @@ def test_an_adapter_that_is_smaller_than_a_step_of_the_rounding_is_told(adapters
     shutil.copytree(adapters["nf4"], folder, ignore=shutil.ignore_patterns("merged*"))
     weights = load_file(folder / "adapter_model.safetensors")
     for name, weight in weights.items():
-        weight *= 0.03 if "lora_B" in name else 1
+        weight *= 0.008 if "lora_B" in name else 1
     save_file(weights, folder / "adapter_model.safetensors")
     merge.merge_and_report(subjects.find("", str(folder)), 4, False)
     output = capsys.readouterr().out
