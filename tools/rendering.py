@@ -189,10 +189,15 @@ def describe_checks(model: str) -> list[str]:
         return [*lines, f"Nothing yet: `make add-model` checks a base.{unseen}"]
     record = read_json(path)
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    text = (
-        "By `make add-model`, on the base's real tokenizer and on a tiny random model of its own "
-        f"class, which was trained, scored, merged and loaded again. With {versions}.{unseen}"
-    )
+    parts = {finding["part"] for finding in record["findings"]}
+    if parts & recipes.read_matrix()["methods"].keys():
+        tried = (
+            "on the base's real tokenizer and on a tiny random model of its own class, which was "
+            "trained, scored, merged and loaded again"
+        )
+    else:
+        tried = "on the base's real tokenizer alone; no model of its class was tried"
+    text = f"By `make add-model`, {tried}. With {versions}.{unseen}"
     lines += [*textwrap.wrap(text, WIDTH), "", "| of | what | verdict |", "| --- | --- | --- |"]
     for finding in record["findings"]:
         detail = f" ({finding['detail']})" if finding["detail"] else ""
