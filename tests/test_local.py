@@ -63,7 +63,8 @@ def test_rows_become_a_task_with_data_recipes_and_an_evaluation(mine, capsys):
     assert recipes.find("late_filing_r4").name == "llama-3.1-8b/late_filing_r4"
     made = [name for name in recipes.list_names() if "late_filing" in name]
     methods = [row for row in recipes.read_matrix()["methods"].values() if "only" not in row]
-    assert len(made) == len(recipes.read_matrix()["models"]) * len(methods)
+    models = recipes.read_matrix()["models"].values()
+    assert len(made) == sum(len(row.get("methods", methods)) for row in models)
     recipes.validate(recipe.config, "mine")
     task = yaml.safe_load((custom.TASKS / "late_filing.yaml").read_text())
     assert task["task"] == "finlora_late_filing"
