@@ -410,6 +410,7 @@ def test_how_it_runs_may_change_without_a_new_version(copy):
     catalogue.check()
 
 
+@pytest.mark.slow
 def test_a_file_that_the_tables_no_longer_give_is_named_and_removed(copy):
     folder, table, write = copy
     del table["tasks"]["cfa"]

@@ -12,7 +12,7 @@ from evals import run as evaluation
 from evals.answers import Prompts
 from evals.choices import Constraint, spell_labels
 from tests import tokenizers
-from tests.conftest import call
+from tests.conftest import call, run_first
 from tests.test_backends import answered, ask, scored, server  # noqa: F401
 from tests.test_eval import evaluate, trained, workplace  # noqa: F401
 from tests.test_hub import finish
@@ -33,7 +33,7 @@ HARD = ["strong negative", "strong", "größer", "中性", "中性的", "Yes", "
 # ---- what may come next
 
 
-@pytest.mark.parametrize("model", tokenizers.BASES)
+@pytest.mark.parametrize("model", run_first(2, reversed(tokenizers.BASES)))
 def test_every_way_of_allowed_tokens_spells_a_label_and_ends(model):
     tokenizer = tokenizers.load(model)
     constraint = Constraint(tokenizer, HARD, [tokenizer.eos_token_id])

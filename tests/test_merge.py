@@ -54,6 +54,7 @@ def load_plainly(folder):
 
 
 @pytest.mark.parametrize("method", CASES)
+@pytest.mark.slow
 def test_a_merge_of_16_bits_is_base_and_adapter_rounded_to_bfloat16(adapters, method):
     subject, target, report = merge_folder(adapters[method], 16)
     assert target.name == "merged-16bit"

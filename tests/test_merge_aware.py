@@ -44,6 +44,7 @@ def save_run(model, tiny, folder):
     return subjects.find("", str(folder))
 
 
+@pytest.mark.slow
 def test_the_saved_4_bit_model_is_the_trained_one_bit_for_bit(adapted, tiny, tmp_path):
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.01)
     for _ in range(3):

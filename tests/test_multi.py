@@ -13,7 +13,7 @@ import yaml
 
 from tests.conftest import losses, run, write_recipe
 from tests.training import count_steps, kill, start, wait_for
-from tools import architectures, common, recipes
+from tools import architectures, common, models, recipes
 from tools.runs import Run
 from tools.train import checkpoints, hardware, plan, profiles
 from tools.train import machines as machines_module
@@ -275,19 +275,20 @@ def assert_valid(name: str, profile: str) -> None:
     "base", sorted({model.source for model in architectures.read_architectures().values()})
 )
 def test_fsdp_wraps_the_decoder_layers_of_the_base(base):
-    """By transformers' class of the model itself, built without weights."""
+    """By the class of the model that Axolotl trains, built without weights."""
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    layers = profiles.find_decoder_layers(base)
+    layers = profiles.find_decoder_layers(base).split(",")
     config = CONFIG_MAPPING[architectures.find(base).model_type]()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = models.find_loader(config).from_config(config)
     sizes = {}
     for module in model.modules():
         sizes.setdefault(type(module).__name__, []).append(module)
-    assert len(sizes[layers]) == config.get_text_config().num_hidden_layers
+    (decoder,) = (name for name in layers if "Vision" not in name and "Siglip" not in name)
+    assert len(sizes[decoder]) == config.get_text_config().num_hidden_layers
+    assert set(layers) <= sizes.keys()
 
 
 def test_fsdp_reads_the_class_of_a_base_that_lies_here(tmp_path):

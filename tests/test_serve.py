@@ -124,6 +124,7 @@ def test_a_gpu_computes_in_half_precision_and_a_cpu_in_float32():
         assert engine.choose_dtype(config) == dtype
 
 
+@pytest.mark.slow
 def test_a_folder_with_its_own_chat_template_is_served_talked_to_and_merged_with_it(
     adapters, tmp_path
 ):

@@ -423,6 +423,7 @@ def test_a_tracker_writes_only_where_it_is_asked_for(undisturbed, tiny, chat_row
     )
 
 
+@pytest.mark.slow
 def test_status_tells_what_trains_and_what_is_done(undisturbed, monkeypatch):
     monkeypatch.setattr(runs, "RUNS", undisturbed.parent)
     statuses = {row.run: row for row in status.list_statuses()}

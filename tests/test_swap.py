@@ -346,8 +346,8 @@ def test_score_files_and_cards_say_what_was_decided(tmp_path, monkeypatch):
     assert checks["training"] == read_check()["text"]
     assert checks["test"].startswith("unchanged, shares as the source's")
     assert evaluation.collect_label_checks(subject, "base", "tfns") == {"test": checks["test"]}
-    pair = {"adapter": {"label_checks": checks}}
-    assert card.describe_repair("tfns", pair) == ""
+    pair = {"adapter": {"label_checks": checks, "evaluated": {"dataset": "tfns"}}}
+    assert card.describe_repair(pair) == ""
     message = card.collect_label_checks(data, {"tfns": pair}, {})
     assert message == {"tfns": checks["test"], "training": checks["training"]}
 

@@ -10,7 +10,7 @@ tests/test_plan.py.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -186,6 +186,13 @@ def select_targets(layer: Layer, setup: Setup) -> dict[str, tuple[int, int]]:
     return {path: shape for path, shape in targets if path.rpartition(".")[2] in setup.modules}
 
 
+def map_layers(model: Model, work: Callable[[Layer], int]) -> list[int]:
+    """What `work` says of each decoder layer; it is asked once for all layers of a kind."""
+    layers = model.list_layers()
+    by_kind = {identity: work(layer) for identity, layer in {id(x): x for x in layers}.items()}
+    return [by_kind[id(layer)] for layer in layers]
+
+
 def count_trainable(model: Model, setup: Setup) -> int:
     """Trainable parameters."""
     return sum(list_trained_sizes(model, setup))
@@ -237,7 +244,7 @@ def compute_activation_bytes(model: Model, setup: Setup, checkpointing: bool) ->
     3·in; without an adapter every layer its input, 2·in. With checkpointing (Chen et al. 2016)
     each layer keeps its 16-bit input, 2·hidden, and one layer at a time is recomputed.
     """
-    layers = [compute_layer_activations(model, layer, setup) for layer in model.list_layers()]
+    layers = map_layers(model, lambda layer: compute_layer_activations(model, layer, setup))
     tokens = setup.micro_batch * setup.row
     if not checkpointing:
         return tokens * sum(layers)
@@ -245,7 +252,7 @@ def compute_activation_bytes(model: Model, setup: Setup, checkpointing: bool) ->
     if setup.bits == 8 and not setup.reentrant:
         # bitsandbytes' 8-bit product keeps its input as an attribute (`ctx.A`), where checkpoints
         # that are not reentrant cannot take it away: all layers' inputs stay.
-        kept += sum(2 * count_inputs(layer) for layer in model.list_layers())
+        kept += 2 * sum(map_layers(model, count_inputs))
     return tokens * (kept + max(layers))
 
 
