@@ -86,7 +86,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", run_first(5, KINDS))
+@pytest.mark.parametrize("kind", run_first(3, KINDS))
 def test_what_peft_loads_is_loaded_merged_and_leaves_the_base_as_it_is(tiny, tmp_path, kind):
     """Its logits are PEFT's own, the merged model has the same, and without it the base answers."""
     from peft import PeftModel
@@ -434,7 +434,7 @@ def test_a_precision_is_asked_for_and_taken_at_every_door(copy):
     assert done.returncode == 0 and "adapter, int8" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", run_first(1, [4, 8]))
 def test_a_base_that_was_published_quantized_is_known_as_such(tiny, tmp_path, bits):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig

@@ -132,7 +132,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", run_first(6, FAULTS))
+@pytest.mark.parametrize("fault", run_first(3, FAULTS))
 def test_a_fault_is_asked_again_and_not_scored(fault, server, monkeypatch):
     def once(handler, times, body):
         if times == 0:
@@ -199,7 +199,7 @@ def test_a_wrong_an_empty_and_a_long_answer_are_answers(server, monkeypatch):
 PASSING = ("a rate limit", "a filter")  # a filter refuses a row, not the job
 
 
-@pytest.mark.parametrize("fault", run_first(5, [name for name in FAULTS if name not in PASSING]))
+@pytest.mark.parametrize("fault", run_first(3, [name for name in FAULTS if name not in PASSING]))
 def test_a_fault_that_stays_stops_the_job_and_the_same_command_goes_on(
     fault, server, monkeypatch, capsys
 ):
@@ -328,7 +328,7 @@ def test_a_server_that_is_not_there_is_one_line(server, monkeypatch, capsys):
 # ---- secrets
 
 
-@pytest.mark.parametrize("debug", ["", "1"])
+@pytest.mark.parametrize("debug", run_first(1, ["1", ""]))
 def test_the_key_and_a_password_appear_nowhere(debug, server, workplace, monkeypatch, capfd):  # noqa: F811
     monkeypatch.setenv("DEBUG", debug)
     monkeypatch.setattr(endpoint, "RETRIES", 1)

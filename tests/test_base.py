@@ -15,7 +15,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from tests import tokenizers
-from tests.conftest import make_adapter
+from tests.conftest import make_adapter, run_first
 from tests.hub_server import Hub
 from tools import architectures, models, recipes, rendering
 from tools.base import add, describe, tokens, trial
@@ -110,11 +110,14 @@ def test_keys_over_a_budget_are_counted(tmp_path, monkeypatch, config, tokenizer
 
 @pytest.mark.parametrize(
     ("model", "settings"),
-    [
-        ("qwen3-8b", {"pad_token": "<|endoftext|>"}),
-        ("gemma-3-4b", {"pad_token": "<pad>"}),
-        ("qwen3.5-4b", {"pad_token": "<|endoftext|>"}),
-    ],
+    run_first(
+        1,
+        [
+            ("qwen3-8b", {"pad_token": "<|endoftext|>"}),
+            ("gemma-3-4b", {"pad_token": "<pad>"}),
+            ("qwen3.5-4b", {"pad_token": "<|endoftext|>"}),
+        ],
+    ),
 )
 def test_the_settings_of_a_new_base_are_those_of_the_catalogue(model, settings):
     folder = tokenizers.bring(model)

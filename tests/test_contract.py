@@ -391,16 +391,8 @@ def find_wrong(rows):
     }
 
 
-ALWAYS = {"smollm2-135m"}  # the others are for `make test-all`
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        pytest.param(model, marks=[pytest.mark.slow] * (model not in ALWAYS))
-        for model in tokenizers.BASES
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("model", tokenizers.BASES)
 def test_a_model_that_answers_with_the_key_is_right_in_every_metric(model, place):
     lm = Echo(model, tokenizers.load(model))
     tasks = {name: repeat_answers(answers) for name, answers in ANSWERS.items()}

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from evals import endpoint, page
-from tests.conftest import call
+from tests.conftest import call, run_first
 from tests.test_backends import answered, ask, scored, server  # noqa: F401
 from tests.test_eval import workplace  # noqa: F401
 from tests.test_predict import write_rows
@@ -207,7 +207,7 @@ def test_without_reported_tokens_no_cost_is_claimed(server, monkeypatch, capsys)
         ),
     ],
 )
-@pytest.mark.parametrize("concurrency", [1, 8])
+@pytest.mark.parametrize("concurrency", run_first(1, [8, 1]))
 def test_a_budget_is_kept_and_the_same_command_goes_on(
     budget, line, concurrency, billed, monkeypatch, capsys
 ):

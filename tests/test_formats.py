@@ -13,6 +13,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from tests.conftest import run_first
 from tools import common
 from tools.common import WrongInput
 from tools.data.formats import open_rows
@@ -473,6 +474,7 @@ def test_a_dataset_of_the_hub_is_streamed_at_a_commit(hub, tmp_path):
     assert again[6] == 4 and again[5] == ["train"]
 
 
+@pytest.mark.slow
 def test_labels_of_the_hub_have_their_names(hub, tmp_path):
     result = open_on(hub, "hf:me/labels:train", tmp_path)
     assert result[4] == {"label": ["down", "up"]} and result[6] == 3000
@@ -480,11 +482,14 @@ def test_labels_of_the_hub_have_their_names(hub, tmp_path):
 
 @pytest.mark.parametrize(
     "source, message",
-    [
-        ("hf:me/nothing", "me/nothing is not on the Hub"),
-        ("hf:me/news:dev", "me/news has no split dev; it has train, test"),
-        ("hf:me/code", "me/code"),
-    ],
+    run_first(
+        1,
+        [
+            ("hf:me/nothing", "me/nothing is not on the Hub"),
+            ("hf:me/news:dev", "me/news has no split dev; it has train, test"),
+            ("hf:me/code", "me/code"),
+        ],
+    ),
 )
 def test_what_the_hub_has_not_is_one_line(source, message, hub, tmp_path):
     result = open_on(hub, source, tmp_path)

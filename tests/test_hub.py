@@ -497,6 +497,7 @@ def test_a_score_is_never_paired_with_another_models(me):
         assert "not scored" in output and "| 50.0 (" not in output, key
 
 
+@pytest.mark.slow
 def test_data_whose_licence_forbids_it_is_never_made_public(me, server):
     me.change_info(data=[me.info["data"][0] | {"source": "train/headline_train.jsonl"}])
     refused(me.push("--public"), "must not be public.*CC-BY-NC-ND")
@@ -692,6 +693,7 @@ def test_what_was_pulled_at_a_tag_gives_the_same_logits_to_the_bit(me, place, se
     assert not list(bob.folder.parent.glob(".*.part"))
 
 
+@pytest.mark.slow
 def test_a_second_pull_downloads_nothing_and_a_new_version_moves_the_old_aside(me, place, server):
     good(me.push())
     bob = place("bob", me.token)
@@ -1089,6 +1091,7 @@ def test_infinities_of_every_type_of_number_are_found(tmp_path):
 # --- List, and secrets ---
 
 
+@pytest.mark.slow
 def test_adapters_lists_the_runs_here_and_what_a_namespace_holds(me, server):
     good(me.push())
     output = good(me.run("adapters", "--namespace", "me"))

@@ -71,6 +71,7 @@ def test_rows_become_a_task_with_data_recipes_and_an_evaluation(mine, capsys):
     assert task["filter_list"][0]["filter"][0]["labels"] == ["Yes", "No"]
 
 
+@pytest.mark.slow
 def test_render_leaves_what_is_ones_own_as_it_is(mine, capsys):
     custom.create_task("late_filing", jsonl(mine / "rows.jsonl", TONES))
     path = recipes.find("smollm2-135m/late_filing_r4").path

@@ -72,6 +72,7 @@ def test_a_merge_of_16_bits_is_base_and_adapter_rounded_to_bfloat16(adapters, me
 
 
 @pytest.mark.parametrize("method", CASES)
+@pytest.mark.slow
 def test_a_merge_of_4_bits_loads_as_the_model_that_was_rounded(adapters, method):
     subject, target, report = merge_folder(adapters[method], 4)
     loaded, tokenizer = load_plainly(target)

@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from evals import run as evaluation
 from evals.endpoint import Endpoint
-from tests.conftest import call
+from tests.conftest import call, run_first
 from tests.test_backends import answered, server  # noqa: F401
 from tests.test_eval import workplace  # noqa: F401
 from tools import common, sources
@@ -71,7 +71,8 @@ def write_rows(path, texts):
 
 
 @pytest.mark.parametrize(
-    "name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "wide.csv", "a.csv.gz", "a.jsonl.gz"]
+    "name",
+    run_first(3, ["a.jsonl", "wide.csv", "a.csv.gz", "a.json", "a.csv", "a.tsv", "a.jsonl.gz"]),
 )
 def test_a_text_format_comes_back_with_the_answers(name, endpoint, tmp_path, monkeypatch):
     data, out = tmp_path / name, tmp_path / f"out_{name}"

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from evals.model import Model, count_cached
 from evals.vllm_model import VllmModel, Worker
-from tests.conftest import GPU
+from tests.conftest import GPU, run_first
 
 TINY = {
     "hidden_size": 32,
@@ -107,7 +107,7 @@ PROMPTS = [
 
 @pytest.mark.parametrize("kind", PACKED)
 @pytest.mark.parametrize("shared", [True, False], ids=["all begin alike", "one begins otherwise"])
-@pytest.mark.parametrize("tokens", [64, 1024])
+@pytest.mark.parametrize("tokens", run_first(1, [64, 1024]))
 def test_packed_prompts_have_the_keys_and_values_of_each_alone(kind, shared, tokens, tokenizer):
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **TINY | {"vocab_size": len(tokenizer)})

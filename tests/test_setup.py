@@ -210,6 +210,7 @@ def private_index(tmp_path):
 
 
 @pytest.mark.parametrize("tool", run_first(1, ["uv", "pip"]))
+@pytest.mark.slow
 def test_a_private_index_with_a_password_is_used_and_the_password_is_not_logged(
     tool, private_index, tmp_path, monkeypatch, capsys
 ):
