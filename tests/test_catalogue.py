@@ -340,6 +340,7 @@ def copy(tmp_path, monkeypatch):
     recipes.clear_caches()
 
 
+@pytest.mark.slow
 def test_what_a_recipe_learns_changes_only_with_its_version(copy, capsys):
     folder, table, write = copy
     table["methods"]["r4"]["settings"]["lora_r"] = 5

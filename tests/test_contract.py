@@ -443,6 +443,7 @@ def test_a_number_has_room_for_its_digits_by_every_tokenizer():
         assert longest < budget, model
 
 
+@pytest.mark.slow
 def test_a_budget_without_a_tokenizer_is_no_smaller_than_with_one(monkeypatch):
     counted = {name: evaluations.count_budget(answers) for name, answers in ANSWERS.items()}
     monkeypatch.setattr(evaluations, "load_tokenizers", list)

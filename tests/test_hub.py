@@ -354,6 +354,7 @@ def test_a_push_killed_at_any_step_publishes_nothing_and_the_next_one_all(me, se
     "step",
     run_first(1, ["commit", "create", "tag", "upload"]),
 )
+@pytest.mark.slow
 def test_a_connection_that_breaks_is_one_line_and_the_same_command_repairs_it(me, server, step):
     server.at[step] = once(cut)
     first = me.push()

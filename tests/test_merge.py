@@ -100,6 +100,7 @@ def test_a_merge_of_4_bits_loads_as_the_model_that_was_rounded(adapters, method)
             assert torch.equal(sums[name].weight, layers[name].weight), name
 
 
+@pytest.mark.slow
 def test_a_4_bit_checkpoint_that_loads_as_another_model_is_refused(adapters, tmp_path, monkeypatch):
     def save_another(merged, config, folder):
         for parameter in merged.parameters():
@@ -114,6 +115,7 @@ def test_a_4_bit_checkpoint_that_loads_as_another_model_is_refused(adapters, tmp
         merge.merge_and_compare(subject.config, subject.adapter, "chat", target)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_smaller_than_a_step_of_the_rounding_is_told(adapters, tmp_path, capsys):
     folder = tmp_path / "adapter"
     shutil.copytree(adapters["nf4"], folder, ignore=shutil.ignore_patterns("merged*"))

@@ -135,6 +135,7 @@ def adapter(tiny, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_merge_of_16_bits_has_a_modelfile_for_its_own_folder(adapter):
     subject = subjects.find("", str(adapter))
     text = (merge.merge(subject.config, adapter, bits=16) / "Modelfile").read_text()

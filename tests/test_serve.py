@@ -68,6 +68,7 @@ def test_the_merged_model_is_base_and_adapter_at_the_precision_of_training(adapt
         assert again > 10 * report["largest_logit_difference"]
 
 
+@pytest.mark.slow
 def test_a_merged_model_is_not_made_twice_and_anew_for_another_adapter(adapters):
     folder = adapters["full"]
     subject = subjects.find("", str(folder))

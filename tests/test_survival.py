@@ -500,6 +500,7 @@ def test_what_another_user_began_is_one_line_that_names_the_owner(shared, whose)
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(shared, undisturbed):
     folder, other_user = shared
     shutil.copytree(undisturbed / "checkpoint-30", folder / "checkpoint-30")
