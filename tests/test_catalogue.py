@@ -66,6 +66,7 @@ def test_every_recipe_is_what_the_tables_give_and_valid_for_axolotl_with_every_p
     )
 
 
+@pytest.mark.slow
 def test_a_recipe_tells_how_to_run_it_what_it_needs_and_what_it_learns():
     for name in recipes.list_catalogue():
         text = rendering.render_recipe(name)

@@ -74,6 +74,7 @@ def read_scores(folder, name):
     return json.loads((folder / "evals" / f"{name}.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_constrained_score_is_one_of_its_own(trained, monkeypatch, capsys):  # noqa: F811
     recipe, folder = trained()
     base_folder = folder.with_name("base_nf4")

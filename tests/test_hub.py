@@ -731,6 +731,7 @@ def test_without_a_network_the_cache_is_enough(me, place, server):
         refused(dave.run(*arguments, **env), "not in the cache, and the Hub", status=1)
 
 
+@pytest.mark.slow
 def test_a_damaged_download_is_not_kept(me, place, server):
     good(me.push())
     bob = place("bob", me.token)

@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests import tokenizers
-from tests.conftest import make_adapter, run
+from tests.conftest import make_adapter, run, run_first
 from tools import models, prompts, recipes, subjects
 from tools.common import JobFailed, WrongInput
 from tools.use import gguf, merge, modelfile
@@ -54,7 +54,7 @@ def find_options(model):
     return settings.get("chat_template_kwargs")
 
 
-@pytest.mark.parametrize("model", tokenizers.BASES)
+@pytest.mark.parametrize("model", run_first(4, reversed(tokenizers.BASES)))
 def test_the_pieces_of_a_chat_template_render_conversations_as_it_does(model):
     tokenizer, options = tokenizers.load(model), find_options(model)
     pieces = modelfile.derive_pieces(tokenizer, options)

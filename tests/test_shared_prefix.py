@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.conftest import run_first
 from tools import recipes
 from tools.packs import TESTED
 from tools.train import profiles
@@ -134,7 +135,7 @@ def test_a_row_longer_than_the_sliding_window_is_not_packed(kind):
         assert_same(compute(model, inputs), compute(model, batch))
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("bits", run_first(2, [4, 8, 16]))
 @pytest.mark.parametrize("method", [{}, {"use_dora": True}, {"use_rslora": True}], ids=str)
 def test_every_precision_and_method_trains_the_same(bits, method, tiny):
     """The base as it is loaded on a CPU, in float32 compute."""

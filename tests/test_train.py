@@ -161,6 +161,7 @@ def test_a_recipe_for_a_gpu_is_refused_with_one_that_runs_here():
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_missing_data_and_a_misspelt_key_are_one_line_each(tiny, chat_rows, tmp_path):
     recipe = write_recipe(tmp_path, "r4", tiny, tmp_path / "sentiment_train.jsonl")
     result = run("train", recipe)

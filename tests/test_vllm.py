@@ -60,6 +60,7 @@ def test_several_adapters_are_modules_of_one_base_with_room_for_the_largest_rank
     assert line[line.index("--served-model-name") + 1] == f"{tiny.name}-base"
 
 
+@pytest.mark.slow
 def test_where_vllm_quantizes_no_base_it_gets_the_one_that_training_saw(subject_of, tmp_path):
     for precision in ("nf4", "int8"):
         subject = subject_of(precision, precision)
