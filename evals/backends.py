@@ -36,7 +36,7 @@ def vllm_arguments(subject: Subject, engine: vllm.Engine) -> dict[str, Any]:
     """The arguments of vllm.LLM: the base as training saw it, with room for the adapter."""
     config = subject.config
     if models.precision(config) == "int8":
-        # Its 8-bit base rounds activations, too, which a dequantized one does not.
+        # An int8 base rounds activations as well; a dequantized one would not.
         raise WrongInput("vLLM quantizes no base to int8; BACKEND=transformers scores it")
     if reason := vllm.explain_merging(subject, engine):
         raise WrongInput(f"{reason}; BACKEND=transformers scores this adapter")
@@ -48,7 +48,7 @@ def vllm_arguments(subject: Subject, engine: vllm.Engine) -> dict[str, Any]:
         "logprobs_mode": "raw_logits",
     }
     if engine.device == "cpu":
-        # The smallest that its kernels like: prompts share an instruction of 50 tokens.
+        # The smallest size that suits its kernels: prompts share an instruction of 50 tokens.
         arguments["block_size"] = 32
     if is_quantized_there:  # bitsandbytes in vLLM: NF4 with double quantization
         arguments["quantization"] = "bitsandbytes"

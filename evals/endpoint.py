@@ -74,7 +74,7 @@ class Limits:
 
 @dataclass
 class Usage:
-    """Tokens of replies, as the endpoint reports them; of `unreported` replies it does not."""
+    """Tokens of replies, as the endpoint reports them; `unreported` counts replies without any."""
 
     tokens_in: int = 0
     tokens_out: int = 0
@@ -91,7 +91,7 @@ class Usage:
         text = f"{self.replies:,} replies, {self.tokens_in:,} tokens in, {self.tokens_out:,} out"
         cost = limits.compute_cost(self)
         text += f", {cost:.4f} USD" if cost is not None else ""
-        return text + (f"; {self.unreported:,} tell no tokens" if self.unreported else "")
+        return text + (f"; {self.unreported:,} without a token count" if self.unreported else "")
 
 
 @dataclass
@@ -118,9 +118,9 @@ class Spending:
         return bool(self.under_way and (is_blind or self.explain_stop(1)))
 
     def explain_stop(self, more: int) -> str:
-        """Why `more` requests may not follow; empty where they may.
+        """Why `more` requests must not be sent; empty where they may.
 
-        They, and those under way, may each cost as much as the dearest so far.
+        Each of them, and of those under way, may cost as much as the dearest so far.
         """
         limits, requests = self.limits, self.under_way + more
         expected = Usage(
@@ -247,7 +247,7 @@ def _shorten(text: str) -> str:
 
 
 def _refuses_parameters(error: openai.APIStatusError) -> bool:
-    """Whether an endpoint refuses what only models that do not reason take."""
+    """Whether an endpoint refuses a parameter that reasoning models do not take."""
     return error.param in UNSUPPORTED or "max_completion_tokens" in error.message
 
 
@@ -332,15 +332,16 @@ class RemoteModel(Progress, LM):  # type: ignore[misc]
 
     async def answer_all(self, requests: list[Any]) -> list[str]:
         answers = [""] * len(requests)
-        queue, replied, stops = iter(enumerate(requests)), asyncio.Condition(), [""]
+        queue, replied, stop = iter(enumerate(requests)), asyncio.Condition(), ""
 
         async def work(client: openai.AsyncOpenAI) -> None:
+            nonlocal stop
             for number, request in queue:
                 async with replied:
                     # What is under way may cost less than it might.
                     await replied.wait_for(lambda: not self.spending.is_waiting)
                     if reason := self.spending.explain_stop(1):
-                        stops.append(reason)
+                        stop = reason
                         return
                     self.spending.under_way += 1
                 try:
@@ -356,8 +357,8 @@ class RemoteModel(Progress, LM):  # type: ignore[misc]
         async with client, asyncio.TaskGroup() as group:
             for _ in range(self.endpoint.limits.concurrency or CONCURRENT):
                 group.create_task(work(client))
-        if reason := stops[-1]:
-            raise JobFailed(f"{reason}; {KEPT}, with the same budget again")
+        if stop:
+            raise JobFailed(f"{stop}; {KEPT}, with the same budget again")
         return answers
 
     async def answer(self, client: openai.AsyncOpenAI, request: Any, rows: int) -> str:

@@ -83,7 +83,7 @@ def find_rows(dataset: str) -> Path:
     return sources.CHAT / Path(read_tasks()[dataset]["dataset_kwargs"]["data_files"]["test"]).name
 
 
-def find_labels(dataset: str) -> list[str]:
+def read_labels(dataset: str) -> list[str]:
     """The labels that a dataset's answers can be; empty where answers are no labels."""
     if not read_tasks()[dataset]["process_results"].endswith(".label"):
         return []
@@ -100,7 +100,7 @@ def find_task_labels(task: str | None) -> list[str]:
     """
     row = sources.tables()["tasks"].get(task or "", {})
     names = [name for name in row.get("eval", ()) if name in read_tasks()]
-    labels = find_labels(names[0]) if names and "parts" not in row else []
+    labels = read_labels(names[0]) if names and "parts" not in row else []
     if not labels:
         reason = f"{task} is no task with labels" if task else "the adapter names no task"
         raise WrongInput(f"CONSTRAIN=1 limits answers to labels, and {reason}")
@@ -109,11 +109,11 @@ def find_task_labels(task: str | None) -> list[str]:
 
 def require_labels(datasets: Sequence[str]) -> None:
     """Raises WrongInput where answers to a dataset are no labels."""
-    labelled = {name: bool(find_labels(name)) for name in datasets}
-    if not all(labelled.values()):
-        names = [", ".join(n for n in datasets if labelled[n] == right) for right in (False, True)]
-        hint = f"; TASKS={names[1].replace(' ', '')} has some" if names[1] else ""
-        raise WrongInput(f"CONSTRAIN=1 limits answers to labels, and {names[0]} has none{hint}")
+    labelled = [name for name in datasets if read_labels(name)]
+    if others := [name for name in datasets if name not in labelled]:
+        hint = f"; TASKS={','.join(labelled)} has some" if labelled else ""
+        names = ", ".join(others)
+        raise WrongInput(f"CONSTRAIN=1 limits answers to labels, and {names} has none{hint}")
 
 
 def choose_datasets(task: str | None, names: list[str]) -> list[str]:
@@ -169,7 +169,7 @@ def identify(
         "scoring": SCORING,
         "limit": limit,
         **_identify_examples(dataset, subject.shots),
-        **({"constrained_to": find_labels(dataset)} if subject.constrained else {}),
+        **({"constrained_to": read_labels(dataset)} if subject.constrained else {}),
     }
 
 

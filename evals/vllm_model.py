@@ -21,15 +21,15 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import configure_pad_token
 
 from evals.choices import request_choice
-from evals.model import FirstToken, Model
+from evals.model import Model
 from tools.common import JobFailed
 from tools.vllm import Engine
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 ROWS = {"cpu": 64, "cuda": 1024}  # that vLLM answers before they are saved
-# One process, so that its end is the end of all, and only errors in its log.
+# One process, so that nothing outlives it, and only errors in its log.
 VARIABLES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
-SHORTEST = 2048  # tokens that it makes room for, if the model has so many
+SHORTEST = 2048  # tokens of room at least, where the model has so many
 # A line of a log that names an error, and what vLLM says after the real one.
 ERROR = re.compile(r"\b(\w*(?:Error|Exception): .+)")
 ECHO = re.compile(r"Engine core initialization failed|EngineDeadError|WorkerProc .*failed")
@@ -39,9 +39,9 @@ RUNNING: "weakref.WeakSet[Worker]" = weakref.WeakSet()  # one at a time: each ta
 class Worker:
     """vLLM in a process of its own.
 
-    It starts with the first prompts, with room for the longest of them, and again where later ones
-    are longer: the whole context of a model takes gigabytes of keys and values. `arguments` are
-    those of vllm.LLM, `config` is the base's, of transformers.
+    It starts with the first prompts, with room for the longest of them, and starts again for longer
+    ones: the whole context of a model takes gigabytes of keys and values. `arguments` are those of
+    vllm.LLM; `config` is the base's config of transformers.
     """
 
     def __init__(self, engine: Engine, arguments: dict[str, Any], config: Any) -> None:
@@ -52,7 +52,10 @@ class Worker:
     def answer(
         self, prompts: list[list[int]], adapter: Path | None, sampling: dict[str, Any], context: int
     ) -> list[dict[str, Any]]:
-        """{"tokens", "logits"} of each prompt (token ids), as evals/vllm_worker.py has them."""
+        """{"tokens", "logits"} for each prompt of token ids (see evals/vllm_worker.py).
+
+        Raises JobFailed where vLLM fails.
+        """
         longest = max(map(len, prompts)) + sampling["max_tokens"]
         if longest > self.room:
             self.start(longest, context)
@@ -101,12 +104,12 @@ class Worker:
         raise JobFailed(f"vLLM failed: {self.explain_failure(answer.get('error'))}")
 
     def explain_failure(self, error: str | None) -> str:
-        """The cause of a failure: `error`, or the log's last one that is no echo of another."""
+        """The cause of a failure: the last error, of `error` and the log, that echoes no other."""
         self.log.seek(0)
         causes = [match[1] for line in self.log if (match := ERROR.search(line))]
         causes += [error] if error else []
-        sound = (cause for cause in reversed(causes) if not ECHO.search(cause))
-        cause = next(sound, f"it ended with status {self.process.wait()}")
+        first_causes = (cause for cause in reversed(causes) if not ECHO.search(cause))
+        cause = next(first_causes, f"it ended with status {self.process.wait()}")
         return " ".join(cause.split())[:400]
 
 
@@ -144,7 +147,7 @@ class VllmModel(Model):
         self.probabilities: list[dict[str, float]] = []
 
     def make_constraint(self) -> None:
-        """Nothing: vLLM limits the answers itself."""
+        """Makes none: vLLM limits the answers itself."""
 
     def divide(self, prompts: list[list[int]], budget: int) -> list[list[int]]:
         """Batches of the prompts' numbers, in their order: vLLM forms its own batches."""
@@ -171,9 +174,7 @@ class VllmModel(Model):
             "skip_special_tokens": False,  # a stop may be one
             "stop_token_ids": [self.eot_token_id],
         }
-        first = next((step for step in logits_processor if isinstance(step, FirstToken)), None)
-        if others := [step for step in logits_processor if step is not first]:
-            raise NotImplementedError(f"vLLM has no {type(others[0]).__name__} of transformers")
+        (first,) = logits_processor or [None]  # a FirstToken alone: vLLM limits answers itself
         ids = sorted(token for tokens in first.tokens.values() for token in tokens) if first else []
         labelled = sampling | ({"logprob_token_ids": ids} if ids else {})
         if self.choices:  # vLLM has no logits of the free model for a limited answer

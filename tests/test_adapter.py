@@ -47,11 +47,11 @@ def copy(plain, tmp_path) -> Path:
 
 
 def logits(model, tokenizer):
-    return merge.logits(model, tokenizer, None, "bare")
+    return merge.compute_logits(model, tokenizer, None, "bare")
 
 
 def largest(these, those) -> float:
-    return merge.difference(these, those)["largest_logit_difference"]
+    return merge.compare_logits(these, those)["largest_logit_difference"]
 
 
 FROZEN = re.compile(r"\.(base_layer|original_module|modules_to_save)\.")
@@ -484,7 +484,7 @@ def test_the_prompt_format_is_the_same_in_scoring_chat_merge_and_serve(tiny, tmp
     target = merge.merge(subject.config, folder, subject.prompt_format)
     merged = AutoTokenizer.from_pretrained(target)
     assert merged.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) == text
-    line = serve.on_vllm({"mine": subject}, [], GPU, tmp_path)
+    line = serve.build_vllm_command({"mine": subject}, [], GPU, tmp_path)
     template = Path(line[line.index("--chat-template") + 1]).read_text()
     assert tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False) == text
 
@@ -541,7 +541,7 @@ def test_a_base_without_a_chat_template_is_merged_and_other_doors_say_what_is_ne
 def test_an_adapter_of_any_rank_is_served(tiny, tmp_path, rank):
     folder = make(tiny, tmp_path / "adapter", r=rank)
     subject = subjects.find("", str(folder), "nf4")
-    line = serve.on_vllm({"mine": subject}, [], GPU, tmp_path)
+    line = serve.build_vllm_command({"mine": subject}, [], GPU, tmp_path)
     if rank > 512:
         assert line[2] == str(folder / "merged")
     else:
@@ -555,9 +555,9 @@ def test_vllm_gets_merged_what_it_would_serve_otherwise_than_trained(tiny, tmp_p
     for kind in ("ranks and alphas", "head saved whole", "DoRA"):
         folder = make(tiny, tmp_path / kind, **KINDS[kind])
         subject = subjects.find("", str(folder), "fp32")
-        assert serve.on_vllm({"mine": subject}, [], GPU, tmp_path)[2] == str(folder / "merged"), (
-            kind
-        )
+        assert serve.build_vllm_command({"mine": subject}, [], GPU, tmp_path)[2] == str(
+            folder / "merged"
+        ), kind
         with pytest.raises(WrongInput, match="vLLM has no"):
             backends.vllm_arguments(subject, GPU)
 

@@ -20,7 +20,7 @@ from tests.hub_server import Hub
 from tools import architectures, models, recipes, rendering
 from tools.base import add, describe, tokens, trial
 from tools.common import ROOT, JobFailed, WrongInput
-from tools.train import hardware, memory, twins, without_gpu
+from tools.train import hardware, memory, plan, twins, without_gpu
 from tools.train.memory import Setup
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -192,7 +192,8 @@ def test_experts_count_whole_in_memory_and_by_those_chosen_in_time():
     layers = model.list_layers()
     assert model.experts == 24 * 32 * (3 * 2880 * 2880 + 3 * 2880)
     assert all(layer.active * 8 == layer.experts for layer in layers)
-    assert model.active_parameters == model.parameters - model.experts * 7 // 8
+    multiplied = model.linear + model.experts // 8 + model.vocab * model.hidden
+    assert plan.count_flops(model, Setup(rank=8, modules=QKV)) == 6 * multiplied
     four, sixteen = (
         memory.compute_memory(model, Setup(bits=bits, rank=8, modules=QKV)) for bits in (4, 16)
     )
@@ -336,7 +337,7 @@ def test_wrong_input_is_one_line(catalogue, base, tmp_path, hub, folder, words):
 def test_config_and_tokenizer_come_from_the_hub_without_weights(tiny, tmp_path):
     files = {path.name: path.read_bytes() for path in tiny.iterdir()}
     code = (
-        "from tools.base.add import find_source; source = find_source('me/tiny', None);"
+        "from tools.base.add import find_base_source; source = find_base_source('me/tiny', None);"
         "names = sorted(path.name for path in source.folder.iterdir());"
         "print(names, source.gated, source.revision)"
     )
@@ -407,7 +408,7 @@ LAPTOP = hardware.Host([], 2, 24 * 2**30)
 def test_a_small_model_is_not_refused_by_its_size(monkeypatch):
     from tools.train import checks
 
-    monkeypatch.setattr(without_gpu, "measure_speed", lambda: 3e11)  # two idle cores
+    monkeypatch.setattr(without_gpu, "measure_multiplying", lambda: 3e11)  # two idle cores
     for name in ("qwen3-0.6b/formula_r4", "llama-3.2-1b/xbrl_term_r4"):
         said = checks.require_hardware(recipes.find(name), LAPTOP)
         assert re.search(r"would take up to about \d+ (hours|minutes) and \d+ GB", said)
@@ -425,8 +426,8 @@ def test_the_time_follows_from_the_speed_of_the_machine(monkeypatch):
     recipe = recipes.find("qwen3-0.6b/formula_r4")
     hours = []
     for speed in (1e11, 2e11):
-        monkeypatch.setattr(without_gpu, "measure_speed", lambda speed=speed: speed)
-        hours.append(without_gpu.estimate(recipe, LAPTOP).hours)
+        monkeypatch.setattr(without_gpu, "measure_multiplying", lambda speed=speed: speed)
+        hours.append(without_gpu.estimate_on_cpu(recipe, LAPTOP).hours)
     assert hours[0] == pytest.approx(2 * hours[1]) and hours[1] > 0
     assert without_gpu.multiply() > 1e8
 

@@ -148,7 +148,7 @@ def test_what_a_config_trained_is_rendered_loaded_merged_and_served_as_it_was_tr
         tokenizer, ROWS[0]["messages"][:1]
     )
     assert again.get_input_embeddings().num_embeddings >= len(tokenizer)
-    line = serve.on_vllm({"mine": subject}, [], GPU, tmp_path)
+    line = serve.build_vllm_command({"mine": subject}, [], GPU, tmp_path)
     if subject.config.get("lora_modules_to_save"):
         assert line[2] == str(target)
     template = Path(line[line.index("--chat-template") + 1]).read_text()

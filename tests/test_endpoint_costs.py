@@ -192,7 +192,7 @@ def test_without_reported_tokens_no_cost_is_claimed(server, monkeypatch, capsys)
     ask(monkeypatch, server, *PRICES)
     assert scored()["usage"]["unreported"] == 8
     printed = capsys.readouterr().out
-    assert "8 tell no tokens" in printed and "fpb, base: 0 tokens" not in printed
+    assert "8 without a token count" in printed and "fpb, base: 0 tokens" not in printed
     line = stop(capsys, ask, monkeypatch, server, *PRICES, "--max-cost", 1, "--force")
     assert "reports no tokens, so MAX_COST and MAX_TOTAL_TOKENS cannot be kept" in line
 

@@ -151,7 +151,7 @@ def test_a_gguf_file_holds_the_merged_weights_and_answers_as_they_do(adapter):
     folder, source = adapter / "merged-gguf", adapter / "merged-16bit"
     assert "FROM ./model.gguf\n" in (folder / "Modelfile").read_text()
     merged = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    loaded, tokenizer = gguf.load(folder / gguf.FILE, torch.float32)
+    loaded, tokenizer = gguf.load_gguf(folder / gguf.FILE, torch.float32)
     # transformers undoes llama.cpp's order of the rows of queries and keys.
     ours, theirs = merged.state_dict(), loaded.state_dict()
     assert ours.keys() == theirs.keys()
@@ -177,7 +177,7 @@ def test_a_gguf_file_of_another_model_is_refused(adapter, smollm2, tmp_path, mon
     model.model.norm.weight.data *= 1.5
     model.save_pretrained(other)
     try:
-        gguf.convert(other, "bfloat16", tmp_path / gguf.FILE)
+        gguf.convert_to_gguf(other, "bfloat16", tmp_path / gguf.FILE)
     except JobFailed as error:
         if "package index" in str(error):
             pytest.skip(str(error))

@@ -59,8 +59,8 @@ def test_the_merged_model_is_base_and_adapter_at_the_precision_of_training(adapt
     assert report["largest_logit_difference"] < (0.05 if method == "int8" else 1e-3)
     merged, tokenizer = models.load({"base_model": str(target)})
     base, _ = models.load(subject.config)
-    moved = merge.difference(
-        merge.logits(merged, tokenizer, None), merge.logits(base, tokenizer, None)
+    moved = merge.compare_logits(
+        merge.compute_logits(merged, tokenizer, None), merge.compute_logits(base, tokenizer, None)
     )
     assert moved["largest_logit_difference"] > 0.1
     if method == "nf4":
@@ -97,7 +97,7 @@ def test_a_merge_that_is_not_base_and_adapter_is_refused_and_leaves_nothing(
 def test_the_command_for_vllm_keeps_the_base_quantized_and_the_adapter_apart(adapters, tmp_path):
     folder = adapters["nf4"]
     subject = subjects.find("", str(folder))
-    line = serve.on_vllm({"mine": subject}, ["--port", "1"], GPU, tmp_path)
+    line = serve.build_vllm_command({"mine": subject}, ["--port", "1"], GPU, tmp_path)
     assert line[:3] == ["vllm", "serve", subject.config["base_model"]]
     assert line[line.index("--lora-modules") + 1] == f"mine={folder}"
     assert line[line.index("--served-model-name") + 1] == "mine-base"
@@ -106,7 +106,7 @@ def test_the_command_for_vllm_keeps_the_base_quantized_and_the_adapter_apart(ada
     assert line[line.index("--dtype") + 1] == "bfloat16"
     # vLLM has no DoRA: the merged model is served.
     subject = subjects.find("", str(adapters["nf4, DoRA"]))
-    line = serve.on_vllm({"mine": subject}, [], GPU, tmp_path)
+    line = serve.build_vllm_command({"mine": subject}, [], GPU, tmp_path)
     assert line[:3] == ["vllm", "serve", str(adapters["nf4, DoRA"] / "merged")]
     assert line[line.index("--served-model-name") + 1] == "mine"
     assert "--lora-modules" not in line
@@ -136,7 +136,7 @@ def test_a_folder_with_its_own_chat_template_is_served_talked_to_and_merged_with
     own = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
     (folder / "chat_template.jinja").write_text(own)
     subject = subjects.find("", str(folder), "fp32")
-    line = serve.on_vllm({"mine": subject}, [], GPU, tmp_path)
+    line = serve.build_vllm_command({"mine": subject}, [], GPU, tmp_path)
     assert Path(line[line.index("--chat-template") + 1]).read_text() == own
     # vLLM splits `name=path` at the first "=", and takes what has a comma for JSON.
     module = json.loads(line[line.index("--lora-modules") + 1])

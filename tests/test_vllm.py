@@ -49,13 +49,13 @@ def test_several_adapters_are_modules_of_one_base_with_room_for_the_largest_rank
 ):
     served = serve.name_all([subject_of("a"), subject_of("b c", r=12)])
     assert list(served) == ["a", "b-c"]
-    line = serve.on_vllm(served, ["--port", "1"], GPU, tmp_path)
+    line = serve.build_vllm_command(served, ["--port", "1"], GPU, tmp_path)
     assert line[:5] == ["vllm", "serve", str(tiny), "--port", "1"]
     place = line.index("--lora-modules")
     assert line[place + 1 : place + 3] == [f"a={tmp_path / 'a'}", f"b-c={tmp_path / 'b c'}"]
     assert line[line.index("--max-lora-rank") + 1] == "16"
     assert line[line.index("--max-loras") + 1] == "2"
-    line = serve.on_vllm(served, ["--port", "1"], CPU, tmp_path)
+    line = serve.build_vllm_command(served, ["--port", "1"], CPU, tmp_path)
     assert line[line.index("--max-loras") + 1] == "3"  # one slot stays empty
     assert line[line.index("--served-model-name") + 1] == f"{tiny.name}-base"
 
@@ -90,7 +90,7 @@ def test_what_one_server_cannot_hold_together_is_named(subject_of, tiny, tmp_pat
     }
     for words, subject in cases.items():
         with pytest.raises(WrongInput, match=words):
-            serve.on_vllm({"plain": plain, "second": subject}, [], GPU, tmp_path)
+            serve.build_vllm_command({"plain": plain, "second": subject}, [], GPU, tmp_path)
     with pytest.raises(WrongInput, match='served as "plain"'):
         serve.name_all([plain, plain])
 

@@ -106,12 +106,6 @@ class Model:
     def parameters(self) -> int:
         return self.linear + self.unquantized
 
-    @property
-    def active_parameters(self) -> int:
-        """Parameters that a token passes through."""
-        idle = sum(layer.experts - layer.active for layer in self.list_layers())
-        return self.parameters - idle
-
 
 def parse_architecture(content: dict[str, Any]) -> Model:
     """The architecture in a file of recipes/models/."""
@@ -171,7 +165,7 @@ SEVERAL_KINDS = {
 def find(base: str) -> Model:
     """The architecture of a base, from the JSON that names it or from the base's own config.json.
 
-    Raises WrongInput where there is neither, and for layers that a config.json alone does not tell.
+    Raises WrongInput where there is neither, and for layers that no config.json describes.
     """
     architectures = read_architectures()
     if model := architectures.get(recipes.resolve_mirror(base).lower()):

@@ -81,13 +81,14 @@ def round_in_forward(model: Any) -> None:
 
 
 def build_rounded_forward(layer: Any) -> Callable[..., Any]:
+    """The forward of an adapted 4-bit layer with its rounded weight (see `round_in_forward`)."""
     import bitsandbytes as bnb
     import torch
     from peft.utils.integrations import dequantize_bnb_weight
 
     plain_forward, (name,) = layer.forward, layer.active_adapters
     down, up, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
-    kept: dict[Any, Any] = {}  # by the versions of A and B: one dense weight, on a CPU
+    cache: dict[Any, Any] = {}  # of one dense weight on a CPU, by the versions of A and B
 
     def round_sum() -> Any:
         weight = layer.get_base_layer().weight
@@ -101,13 +102,13 @@ def build_rounded_forward(layer: Any) -> Callable[..., Any]:
 
     def find_weight() -> Any:
         if layer.training or down.weight.device.type != "cpu":
-            kept.clear()  # optimizers of compiled code change a weight without a new version
+            cache.clear()  # optimizers of compiled code change a weight without a new version
             return round_sum()
         version = (down.weight._version, up.weight._version)
-        if version not in kept:
-            kept.clear()
-            kept[version] = round_sum()
-        return kept[version]
+        if version not in cache:
+            cache.clear()
+            cache[version] = round_sum()
+        return cache[version]
 
     def forward(x: Any, *arguments: Any, **options: Any) -> Any:
         if layer.disable_adapters or layer.merged:

@@ -154,7 +154,7 @@ def render_model_page(model: str) -> str:
     """recipes/<model>/README.md: every recipe of the model with memory, version and evidence."""
     base = recipes.read_matrix()["models"][model]
     parameters = architectures.find(base["hub"]).parameters
-    names = list_recipes(model)
+    names = list_model_recipes(model)
     lines = [
         f"<!-- recipes/{model}/README.md: {MARK} -->",
         f"# {base['title']}",
@@ -182,7 +182,9 @@ def render_model_page(model: str) -> str:
 def describe_checks(model: str) -> list[str]:
     """The section on what was verified of a base, from recipes/checks/<model>.json."""
     path = recipes.FOLDER / "checks" / f"{model}.json"
-    measured = any("measured: " in evidence.describe_evidence(name) for name in list_recipes(model))
+    measured = any(
+        "measured: " in evidence.describe_evidence(name) for name in list_model_recipes(model)
+    )
     unseen = "" if measured else " Never run: its real weights, which were not at hand."
     lines = ["", "## Verified", ""]
     if not path.is_file():
@@ -206,6 +208,6 @@ def describe_checks(model: str) -> list[str]:
     return lines
 
 
-def list_recipes(model: str) -> list[str]:
+def list_model_recipes(model: str) -> list[str]:
     """The names of a model's recipes in the catalogue."""
     return [name for name in recipes.list_catalogue() if recipes.split_name(name)[0] == model]

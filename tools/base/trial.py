@@ -31,7 +31,7 @@ TEXTS = {
 QUESTION = "What is the sentiment of this news? Answer with negative, neutral or positive.\n"
 
 
-def write_rows(path: Path) -> None:
+def write_trial_rows(path: Path) -> None:
     """A few chat rows, enough for every step."""
     rows = [
         [{"role": "user", "content": QUESTION + text}, {"role": "assistant", "content": label}]
@@ -40,11 +40,11 @@ def write_rows(path: Path) -> None:
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows * STEPS))
 
 
-def build_trial(model: str, method: str, twin: Path, work: Path) -> recipes.Recipe:
+def build_twin_recipe(model: str, method: str, twin: Path, work: Path) -> recipes.Recipe:
     """The recipe of a method on the twin, for a few steps."""
     config = build_base_config(model, method, str(twin))
     rows = work / "rows.jsonl"
-    write_rows(rows)
+    write_trial_rows(rows)
     run = work / method
     schedule = ("test_datasets", "evals_per_epoch", "saves_per_epoch", "eval_steps")
     # The twin is not stored in the base's own format.
@@ -60,8 +60,8 @@ def build_trial(model: str, method: str, twin: Path, work: Path) -> recipes.Reci
     return recipes.Recipe(f"{model}/{method}", None, config, "0")
 
 
-def train(recipe: recipes.Recipe) -> dict[str, Any]:
-    """Trains a trial as this machine would; returns its merged config."""
+def train_twin(recipe: recipes.Recipe) -> dict[str, Any]:
+    """Trains a trial with this machine's profile; returns its merged config."""
     here = hardware.detect_host()
     profile, _, _ = profiles.choose(here, profiles.Choice(None, 1), 1)
     config = profiles.merge_config(recipe, profiles.Choice(profile), here)
@@ -71,7 +71,7 @@ def train(recipe: recipes.Recipe) -> dict[str, Any]:
 
 
 def explain_unquantized(model: Any, config: dict[str, Any]) -> list[str]:
-    """What of a loaded base's decoder layers is not at the precision of its recipe."""
+    """Which layers of a loaded base's decoder are not at the precision of its recipe."""
     import bitsandbytes as bnb
     import torch
 
@@ -104,38 +104,41 @@ def count_weights(layer: Any) -> int:
 
 
 def explain_untrained(adapter: Path) -> list[str]:
-    """Which matrices of an adapter are as they were before the first step: B begins with zeros."""
+    """Which matrices of an adapter no step has changed: LoRA's B, which training starts at zero."""
     from safetensors.torch import load_file
 
     tensors = load_file(adapter / adapters.WEIGHTS)
-    still = [name for name, tensor in tensors.items() if "lora_B" in name and not tensor.any()]
-    return [f"{still[0]} was not trained, with {len(still) - 1} others"] if still else []
+    zeros = [name for name, tensor in tensors.items() if "lora_B" in name and not tensor.any()]
+    return [f"{zeros[0]} was not trained, with {len(zeros) - 1} others"] if zeros else []
 
 
-def answer_rows(model: Any, tokenizer: Any, config: dict[str, Any]) -> list[str]:
+def answer_questions(model: Any, tokenizer: Any, config: dict[str, Any]) -> list[str]:
     """Answers to the trial's questions, as scoring asks them."""
+    from lm_eval.api.instance import Instance
+
     from evals.model import Model
 
-    class Request:
-        def __init__(self, text: str):
-            self.args = (text, {"max_gen_toks": 4, "do_sample": False, "until": []})
-
+    settings = {"max_gen_toks": 4, "do_sample": False, "until": []}
     options = config.get("chat_template_kwargs")
     texts = [
         prompts.render(tokenizer, [{"role": "user", "content": QUESTION + text}], options)
         for text in TEXTS
     ]
     scorer = Model(model, tokenizer, "trial", len(texts))
-    return list(scorer.generate_until([Request(text) for text in texts]))
+    requests = [
+        Instance("generate_until", {}, (text, dict(settings)), number)
+        for number, text in enumerate(texts)
+    ]
+    return list(scorer.generate_until(requests))
 
 
 def check_method(model: str, method: str, twin: Path, work: Path) -> list[Finding]:
     """Findings on a method with a base's twin; `work` is a folder for its run."""
     quiet()
-    recipe = build_trial(model, method, twin, work)
+    recipe = build_twin_recipe(model, method, twin, work)
     run = Run(Path(recipe.config["output_dir"]))
     try:
-        config = train(recipe)
+        config = train_twin(recipe)
         loaded, tokenizer = models.load(config, run.folder)
         losses = [line["loss"] for line in run.losses()]
         findings = [
@@ -143,14 +146,14 @@ def check_method(model: str, method: str, twin: Path, work: Path) -> list[Findin
             judge(method, "its weights are quantized", explain_unquantized(loaded, config)),
             judge(method, "every adapter matrix is trained", explain_untrained(run.folder)),
         ]
-        answers = answer_rows(loaded, tokenizer, config)
+        answers = answer_questions(loaded, tokenizer, config)
         findings.append(judge(method, "it is scored", [], f"{len(answers)} prompts"))
         del loaded
         target = merge.merge(config, run.folder)
         report = json.loads((target / "merge.json").read_text())
     except (WrongInput, JobFailed) as error:
         return [Finding(method, "it trains, is scored and merges", "failed", str(error)[:200])]
-    except (ValueError, NotImplementedError, RuntimeError, KeyError) as error:
+    except (ValueError, RuntimeError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return [Finding(method, "a library loads it", "failed", reason[:200])]
     difference = f"logits differ by {report['largest_logit_difference']:.1g}"

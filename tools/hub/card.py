@@ -163,8 +163,9 @@ def tabulate_scores(scores: Scores) -> tuple[list[dict[str, str]], list[str]]:
     from evals import report
 
     rows, verdicts = [], []
-    # Tests of answers under CONSTRAIN=1 correct no others.
-    for names in ([name for name in scores if is_free(scores[name]) == free] for free in (1, 0)):
+    # Free answers and those under CONSTRAIN=1 are two families of tests, corrected apart.
+    for free in (True, False):
+        names = [name for name in scores if is_free(scores[name]) == free]
         contents = {name: scores[name]["adapter"] for name in names}
         bases = {name: scores[name]["base"] for name in names if "base" in scores[name]}
         gains = report.differences(bases, contents)

@@ -32,7 +32,7 @@ def list_local() -> list[Row]:
         run_info, origin = run.info, read_origin(run)
         contents = filter(None, (read_scores(file, "adapters") for file in run.score_files))
         scores = [
-            (content["evaluated"]["dataset"], name_metric(metric, content), value["value"])
+            (content["evaluated"]["dataset"], title_metric(metric, content), value["value"])
             for content in contents
             if content["evaluated"].get("adapter_sha256") == run_info.get("adapter_sha256")
             for metric, value in content["metrics"].items()
@@ -43,7 +43,7 @@ def list_local() -> list[Row]:
     return rows
 
 
-def name_metric(metric: str, content: dict[str, Any]) -> str:
+def title_metric(metric: str, content: dict[str, Any]) -> str:
     """A metric as model cards name it: one of answers under CONSTRAIN=1 says so."""
     from evals import report
 

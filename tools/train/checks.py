@@ -34,7 +34,7 @@ def require_hardware(recipe: recipes.Recipe, here: hardware.Host, profile: str =
         if fits or fits is None:  # None: it cannot be planned
             return ""
         raise WrongInput(f"{explain_need(recipe)}; here: {here}. {FORCED}")
-    needed = without_gpu.estimate(recipe, here)
+    needed = without_gpu.estimate_on_cpu(recipe, here)
     here_too = f"{here} would take up to {needed}, at the speed of this moment"
     if needed.memory > here.memory or (needed.hours or 0) > without_gpu.LONGEST_HOURS:
         small = f"{smollm2.FOLDER.name}/{recipe.name.partition('/')[2]}"

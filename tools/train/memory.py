@@ -248,12 +248,12 @@ def compute_activation_bytes(model: Model, setup: Setup, checkpointing: bool) ->
     tokens = setup.micro_batch * setup.row
     if not checkpointing:
         return tokens * sum(layers)
-    kept = model.layers * 2 * model.hidden
+    size = model.layers * 2 * model.hidden
     if setup.bits == 8 and not setup.reentrant:
         # bitsandbytes' 8-bit product keeps its input as an attribute (`ctx.A`), where checkpoints
         # that are not reentrant cannot take it away: all layers' inputs stay.
-        kept += 2 * sum(map_layers(model, count_inputs))
-    return tokens * (kept + max(layers))
+        size += 2 * sum(map_layers(model, count_inputs))
+    return tokens * (size + max(layers))
 
 
 def count_inputs(layer: Layer) -> int:
@@ -280,11 +280,11 @@ def compute_layer_activations(model: Model, layer: Layer, setup: Setup) -> int:
         feed_forward += height if name == "gate_proj" else 0
         if block.endswith("attn"):
             attention += width if name in ("o_proj", "out_proj") else height
-    kept = 8 * model.hidden + 2 * attention + 6 * feed_forward
-    kept += 3 * sum(width for width, _ in select_targets(layer, setup).values())
+    size = 8 * model.hidden + 2 * attention + 6 * feed_forward
+    size += 3 * sum(width for width, _ in select_targets(layer, setup).values())
     if not setup.rank:
-        kept += 2 * sum(width for width, _ in layer.linear.values())
-    return kept
+        size += 2 * sum(width for width, _ in layer.linear.values())
+    return size
 
 
 def compute_memory(model: Model, setup: Setup) -> Memory:

@@ -256,8 +256,7 @@ def merge_config(
         content |= TRACKERS[tracker]
         if tracker == "mlflow":
             content["mlflow_tracking_uri"] = str((ROOT / run / "mlruns").as_uri())
-    plugins = [*(content.get("plugins") or []), PLUGIN]
-    content["plugins"] = list(dict.fromkeys(plugins))
+    content["plugins"] = list(dict.fromkeys([*(content.get("plugins") or []), PLUGIN]))
     # Axolotl knows prepared data by its config and not by its content: a run keeps its own.
     content["dataset_prepared_path"] = str(run / "prepared")
     if not content.get("dataset_num_proc") and measure_data(content) <= FEW_BYTES:

@@ -1,9 +1,9 @@
 """What a training takes on this machine's CPUs, before it starts.
 
-    estimate(recipe, here)      Estimate(memory=9.1e9, hours=31.0)
+    estimate_on_cpu(recipe, here)      Estimate(memory=9.1e9, hours=31.0)
 
-The memory is the planner's, in the type that CPUs compute in. The time comes from the operations of
-the plan and from how fast this machine multiplies at this moment.
+The memory is the planner's, with the 32 bits that CPUs compute in. The time is the operations of
+the plan, divided by the speed at which this machine multiplies matrices now.
 """
 
 import multiprocessing
@@ -17,19 +17,19 @@ from tools.common import ROOT
 from tools.train import memory, plan, profiles
 from tools.train.hardware import Host
 
-# Python, torch, Axolotl and what they load: SmolLM2's training without its tensors.
+# Python, torch, Axolotl and what they load, measured: SmolLM2's training without its tensors.
 LIBRARIES = 1.2e9  # bytes
 # The share of a bare product's speed that a training reaches. SmolLM2 reached 0.4 on two cores
 # (`python -m bench.train smollm2-135m/sentiment_r4`), per token that it computed.
 SHARE = 0.4
 SECONDS = 0.2  # of multiplying, to measure the speed
 SIZE = 768  # of the matrices
-LONGEST_HOURS = 7 * 24  # nobody waits longer without having been asked
+LONGEST_HOURS = 7 * 24  # a longer training starts only with FORCE=1
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of memory and hours; None where nothing tells the rows."""
+    """Bytes of memory and hours; `hours` is None where the number of rows is unknown."""
 
     memory: float
     hours: float | None
@@ -47,7 +47,7 @@ class Estimate:
 
 
 def multiply() -> float:
-    """Operations a second of float32 products on all cores, by torch."""
+    """Operations a second of torch's float32 matrix products on all cores."""
     import torch
 
     matrix = torch.ones(SIZE, SIZE)
@@ -59,15 +59,16 @@ def multiply() -> float:
     return count * 2 * SIZE**3 / (time.perf_counter() - start)
 
 
-def measure_speed() -> float:
-    """`multiply` in a child: torch would stay beside the training with its gigabyte."""
+def measure_multiplying() -> float:
+    """The result of `multiply` in a child process, which takes torch's gigabyte away with it."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
         return child.submit(multiply).result()
 
 
-def compute_memory(model: architectures.Model, setup: memory.Setup, here: Host) -> float:
-    """Bytes on a CPU: all but the quantized weights has 32 bits, and so have dense copies of those
-    where they fit into half of the memory.
+def compute_cpu_memory(model: architectures.Model, setup: memory.Setup, here: Host) -> float:
+    """Bytes on a CPU. All but the quantized weights has 32 bits.
+
+    The quantized weights have a dense copy, of 32 bits, where it fits into half of the memory.
     """
     need = memory.compute_memory(model, replace(setup, kept_bits=32))
     total = LIBRARIES + need.training - need.cuda_context + need.activations
@@ -94,12 +95,12 @@ def plan_recipe(recipe: recipes.Recipe, config: dict[str, Any]) -> dict[str, Any
     )
 
 
-def estimate(recipe: recipes.Recipe, here: Host) -> Estimate:
-    """What a recipe of the catalogue takes on this machine's CPUs."""
+def estimate_on_cpu(recipe: recipes.Recipe, here: Host) -> Estimate:
+    """What a recipe of the catalogue takes on this machine's CPUs; measures their speed."""
     config = profiles.apply_profiles(recipe.config, profiles.read_profiles("cpu"))
     model, planned = architectures.find(str(config["base_model"])), plan_recipe(recipe, config)
     setup = memory.read_setup(config, planned["setup"]["row"], 1)
     hours = None
     if tokens := planned["tokens"]:
-        hours = plan.count_flops(model, setup) * tokens / (measure_speed() * SHARE) / 3600
-    return Estimate(compute_memory(model, setup, here), hours)
+        hours = plan.count_flops(model, setup) * tokens / (measure_multiplying() * SHARE) / 3600
+    return Estimate(compute_cpu_memory(model, setup, here), hours)

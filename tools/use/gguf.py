@@ -23,12 +23,12 @@ from tools.common import ROOT, JobFailed, naming, shown
 REQUIREMENT = ROOT / "requirements" / "gguf.txt"
 FILE = "model.gguf"
 SCRIPT, LIBRARY = "convert_hf_to_gguf.py", "gguf-py"
-PARTS = (SCRIPT, "conversion", LIBRARY, "LICENSE")  # of vendor/llama.cpp in the archive
+PARTS = {SCRIPT, "conversion", LIBRARY, "LICENSE"}  # of vendor/llama.cpp in the archive
 TYPES = {"bfloat16": "bf16", "float16": "f16"}
 SECONDS = 900  # for a download of 80 MB
 
 
-def read_version() -> str:
+def read_converter_version() -> str:
     match = re.search(r"^[\w-]+==(\S+)", REQUIREMENT.read_text(), re.M)
     assert match
     return match[1]
@@ -36,11 +36,13 @@ def read_version() -> str:
 
 def bring_converter() -> Path:
     """The folder with llama.cpp's converter; downloads it from the package index if needed."""
-    folder = ROOT / "models" / f".llama.cpp-{read_version()}"
+    folder = ROOT / "models" / f".llama.cpp-{read_converter_version()}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(exist_ok=True)
-    print(f"merge      llama.cpp's converter comes to {shown(folder)} (80 MB, once)", flush=True)
+    print(
+        f"merge      downloads llama.cpp's converter to {shown(folder)} (80 MB, once)", flush=True
+    )
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".bringing-") as place:
         download_archive(Path(place))
         (archive,) = Path(place).glob("*.tar.gz")
@@ -61,9 +63,12 @@ def download_archive(folder: Path) -> None:
             [*line, "--dest", str(folder)], capture_output=True, text=True, timeout=SECONDS
         )
     except subprocess.TimeoutExpired:
-        raise JobFailed(f"llama.cpp's converter did not come in {SECONDS} seconds") from None
+        raise JobFailed(
+            f"llama.cpp's converter was not downloaded in {SECONDS} seconds; the same command "
+            "tries again"
+        ) from None
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["pip says nothing"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["pip gives no reason"])[-1]
         raise JobFailed(
             f"FORMAT=gguf needs {REQUIREMENT.name}'s package from the package index, once: "
             f"{reason[:200]}"
@@ -74,18 +79,20 @@ def unpack_converter(archive: Path, folder: Path) -> None:
     """Takes the converter's Python files out of the source archive of llama-cpp-python."""
     with tarfile.open(archive) as files:
         for member in files:
-            path = PurePosixPath(*PurePosixPath(member.name).parts[1:])
-            if path.parts[:2] == ("vendor", "llama.cpp") and path.parts[2:3] in [
-                (part,) for part in PARTS
-            ]:
-                member.name = str(path.relative_to("vendor/llama.cpp"))
+            folders = PurePosixPath(member.name).parts[1:]
+            if folders[:2] == ("vendor", "llama.cpp") and PARTS.intersection(folders[2:3]):
+                member.name = "/".join(folders[2:])
                 files.extract(member, folder, filter="data")
     if not (folder / SCRIPT).is_file() or not (folder / LIBRARY).is_dir():
         raise JobFailed(f"{archive.name} holds no {SCRIPT}")
 
 
-def convert(model: Path, dtype: str, file: Path) -> None:
-    """Writes a Hugging Face folder as a GGUF file with weights of the same 16 bits."""
+def convert_to_gguf(model: Path, dtype: str, file: Path) -> None:
+    """Writes a Hugging Face folder as a GGUF file with the same 16-bit weights.
+
+    dtype: "bfloat16" or "float16". Raises JobFailed where the converter cannot be downloaded or
+    fails.
+    """
     converter = bring_converter()
     with tempfile.TemporaryDirectory() as place, naming(file):
         for path in model.resolve().iterdir():
@@ -99,7 +106,7 @@ def convert(model: Path, dtype: str, file: Path) -> None:
             env=os.environ | {"PYTHONPATH": str(converter / LIBRARY), "HF_HUB_OFFLINE": "1"},
         )
     if done.returncode or not file.is_file():
-        lines = done.stderr.strip().splitlines() or ["it says nothing"]
+        lines = done.stderr.strip().splitlines() or ["it gives no reason"]
         raise JobFailed(f"llama.cpp's converter failed: {lines[-1][:300]}")
 
 
@@ -121,8 +128,8 @@ def simplify_tokenizer(path: Path) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
-def load(file: Path, dtype: Any) -> tuple[Any, Any]:
-    """(model, tokenizer) of a GGUF file, as transformers reads it."""
+def load_gguf(file: Path, dtype: Any) -> tuple[Any, Any]:
+    """(model, tokenizer) of a GGUF file; raises JobFailed where transformers cannot read it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -134,6 +141,6 @@ def load(file: Path, dtype: Any) -> tuple[Any, Any]:
     except (ValueError, KeyError, NotImplementedError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise JobFailed(
-            f"transformers does not read the GGUF file back, so it cannot be checked, and nothing "
-            f"is kept: {reason[:200]}"
+            f"transformers cannot read the GGUF file, so it was not checked and is not kept: "
+            f"{reason[:200]}"
         ) from None

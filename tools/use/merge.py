@@ -74,7 +74,7 @@ class Target:
         return str(config["dtype"]) if config.get("dtype") == "float16" else "bfloat16"
 
 
-def logits(
+def compute_logits(
     model: Any, tokenizer: Any, options: dict[str, Any] | None, form: str = "chat"
 ) -> list[Any]:
     """The logits of a model after each token of each text: (tokens, vocabulary), float32."""
@@ -89,9 +89,9 @@ def logits(
     return outputs
 
 
-def difference(these: list[Any], those: list[Any]) -> dict[str, float]:
+def compare_logits(first: list[Any], second: list[Any]) -> dict[str, float]:
     """The largest difference of a logit, and the share of tokens with the same next token."""
-    pairs = list(zip(these, those, strict=True))
+    pairs = list(zip(first, second, strict=True))
     same = [float((a.argmax(-1) == b.argmax(-1)).float().mean()) for a, b in pairs]
     largest = max(float((a - b).abs().max()) for a, b in pairs)
     return {"largest_logit_difference": largest, "same_next_token": sum(same) / len(same)}
@@ -127,13 +127,13 @@ def write_gguf(config: dict[str, Any], source: Path, form: str = "chat") -> Path
     """
     adapter = source.parent
     target = adapter / GGUF_FOLDER
-    origin = describe_origin(config, adapter, form) | {"converter": gguf.read_version()}
+    origin = describe_origin(config, adapter, form) | {"converter": gguf.read_converter_version()}
     if is_up_to_date(target, origin):
         return target
     quiet()
     with replacing(target) as work:
         file = work / gguf.FILE
-        gguf.convert(source, Target(source, 16).dtype(config), file)
+        gguf.convert_to_gguf(source, Target(source, 16).dtype(config), file)
         report = compare_gguf(source, file, config)
         report |= add_modelfile(config, source, work, f"./{file.name}")
         write_json(work / REPORT, origin | report)
@@ -199,13 +199,13 @@ def compare_gguf(merged: Path, file: Path, config: dict[str, Any]) -> dict[str, 
     options = config.get("chat_template_kwargs")
     model, tokenizer = models.load({"base_model": str(merged), "dtype": config.get("dtype")})
     shape = "chat" if tokenizer.chat_template else "bare"
-    expected, dtype = logits(model, tokenizer, options, shape), model.dtype
+    expected, dtype = compute_logits(model, tokenizer, options, shape), model.dtype
     del model
     gc.collect()
-    loaded, own_tokenizer = gguf.load(file, dtype)
+    loaded, own_tokenizer = gguf.load_gguf(file, dtype)
     name = str(dtype).removeprefix("torch.")
     report: dict[str, Any] = {"computed_in": name, "tolerance": TOLERANCE.get(name, 1.0)}
-    report |= difference(expected, logits(loaded, tokenizer, options, shape))
+    report |= compare_logits(expected, compute_logits(loaded, tokenizer, options, shape))
     if report["largest_logit_difference"] > report["tolerance"]:
         raise JobFailed(
             "the GGUF file holds another model than the merged one: a logit differs by "
@@ -239,16 +239,18 @@ def merge_and_compare(
         tokenizer.chat_template = template
     # A base without a chat template can be merged too; the texts are then bare.
     shape = "chat" if tokenizer.chat_template else "bare"
-    adapted = logits(model, tokenizer, options, shape)
+    adapted = compute_logits(model, tokenizer, options, shape)
     if target.bits == 4:
         with model.disable_adapter():
-            plain = logits(model, tokenizer, options, shape)
+            plain = compute_logits(model, tokenizer, options, shape)
     base = model.unload()
     del model
     with naming(adapter / FOLDERS[target.bits]):
         merged = merge_weights(base, config, adapter, target)
         del base
-        expected = logits(merged, tokenizer, options, shape) if target.bits == 4 else adapted
+        expected = (
+            compute_logits(merged, tokenizer, options, shape) if target.bits == 4 else adapted
+        )
         save(merged, config, target.folder)
         tokenizer.save_pretrained(target.folder)
     del merged
@@ -256,24 +258,24 @@ def merge_and_compare(
 
     def load_and_compute(merged_config: dict[str, Any]) -> list[Any]:
         merged, _ = models.load({"base_model": str(target.folder)} | merged_config)
-        return logits(merged, tokenizer, options, shape)
+        return compute_logits(merged, tokenizer, options, shape)
 
     loaded = load_and_compute({"dtype": dtype})
     stored = target.dtype(config) if target.bits == 16 else dtype
     tolerance = TOLERANCE.get("int8" if precision == "int8" else stored, 1.0)
-    distance = difference(expected, loaded)["largest_logit_difference"]
+    distance = compare_logits(expected, loaded)["largest_logit_difference"]
     if distance > tolerance:
         raise JobFailed(
             f"the merged model is not {'what was saved' if target.bits == 4 else 'base + adapter'}:"
             f" a logit differs by {distance:.3g}, more than {tolerance:g}; nothing is kept"
         )
     report: dict[str, Any] = {"computed_in": dtype, "tolerance": tolerance}
-    report |= difference(adapted, loaded)
+    report |= compare_logits(adapted, loaded)
     if target.bits == 4:
-        report["from_base"] = difference(plain, loaded)
+        report["from_base"] = compare_logits(plain, loaded)
     if precision == "nf4" and not target.bits:
         again = load_and_compute(models.PRECISIONS["nf4"])
-        report["quantized_again"] = difference(adapted, again)
+        report["quantized_again"] = compare_logits(adapted, again)
     return report
 
 
@@ -325,7 +327,7 @@ def merge_and_report(subject: subjects.Subject, bits: int | None, to_gguf: bool)
     target = merge(config, adapter, form, bits or (16 if to_gguf else None))
     target = write_gguf(config, target, form) if to_gguf else target
     report = read_json(target / REPORT)
-    print(f"merge      {describe_result(target, report, bits, to_gguf)}")
+    print(f"merge      {describe_merge(target, report, bits, to_gguf)}")
     if again := report.get("quantized_again"):
         print(
             f"merge      quantized to 4 bits again it would differ by up to "
@@ -354,7 +356,7 @@ def find_subject(
         return subjects.find(recipe, adapter, precision, "chat")
 
 
-def describe_result(target: Path, report: dict[str, Any], bits: int | None, to_gguf: bool) -> str:
+def describe_merge(target: Path, report: dict[str, Any], bits: int | None, to_gguf: bool) -> str:
     distance = f"{report['largest_logit_difference']:.2g}"
     files = [*target.glob("*.safetensors"), *target.glob("*.gguf")]
     size = sum(path.stat().st_size for path in files) / 1e6

@@ -1,9 +1,9 @@
-"""Writes a Modelfile, by which Ollama imports a merged model with the prompts of its training.
+"""Writes a Modelfile, with which Ollama imports a merged model with the prompts of its training.
 
     ollama create my-model -f runs/smollm2-135m/sentiment_r4/merged-16bit/Modelfile
 
-Ollama renders prompts by a template of Go, not by the tokenizer's Jinja template. The Go template
-here is made of the texts that the Jinja template writes around the turns of a few conversations,
+Ollama renders prompts with a Go template, not with the tokenizer's Jinja template. The Go template
+here is built from the texts that the Jinja template writes around the turns of a few conversations,
 and it is compared with the Jinja template on others.
 """
 
@@ -26,7 +26,7 @@ TRIALS: list[list[str]] = [
 
 @dataclass(frozen=True)
 class Pieces:
-    """What a chat template writes around turns; the system's are None where it has no place."""
+    """What a chat template writes around turns; None where it has no place for a system turn."""
 
     before_user: str  # before a first turn of the user
     before_answer: str  # between a turn of the user and its answer
@@ -39,11 +39,12 @@ class Pieces:
         """A conversation that ends with the user, as the Go template renders it."""
         text = "" if turns[0][0] == "system" else self.before_user
         for role, content in turns:
-            before, after = self.around(role)
+            before, after = self.find_surroundings(role)
             text += before + content + after
         return text + self.end
 
-    def around(self, role: str) -> tuple[str, str]:
+    def find_surroundings(self, role: str) -> tuple[str, str]:
+        """The texts before and after a turn of a role."""
         if role == "system":
             return self.before_system or "", self.after_system or ""
         return (self.before_answer, self.after_answer) if role == "assistant" else ("", "")
@@ -52,7 +53,8 @@ class Pieces:
         """The template as Ollama takes it. All text stands in actions, so no space is added."""
         system = [
             '{{- if eq $turn.Role "system" }}',
-            f"{go(self.before_system or '')}{{{{ $turn.Content }}}}{go(self.after_system or '')}",
+            f"{write_action(self.before_system or '')}{{{{ $turn.Content }}}}"
+            f"{write_action(self.after_system or '')}",
             '{{- else if eq $turn.Role "user" }}',
         ]
         return "\n".join(
@@ -60,26 +62,31 @@ class Pieces:
                 "{{- range $place, $turn := .Messages }}",
                 "{{- $last := eq (len (slice $.Messages $place)) 1 }}",
                 *(system if self.before_system is not None else ['{{- if eq $turn.Role "user" }}']),
-                f"{{{{- if eq $place 0 }}}}{go(self.before_user)}{{{{- end }}}}"
-                f"{{{{- $turn.Content }}}}{{{{- if $last }}}}{go(self.end)}{{{{- end }}}}",
+                f"{{{{- if eq $place 0 }}}}{write_action(self.before_user)}{{{{- end }}}}"
+                f"{{{{- $turn.Content }}}}"
+                f"{{{{- if $last }}}}{write_action(self.end)}{{{{- end }}}}",
                 '{{- else if eq $turn.Role "assistant" }}',
-                f"{go(self.before_answer)}{{{{- $turn.Content }}}}"
-                f"{{{{- if not $last }}}}{go(self.after_answer)}{{{{- end }}}}",
+                f"{write_action(self.before_answer)}{{{{- $turn.Content }}}}"
+                f"{{{{- if not $last }}}}{write_action(self.after_answer)}{{{{- end }}}}",
                 "{{- end }}",
                 "{{- end }}",
             ]
         )
 
 
-def go(text: str) -> str:
-    """An action that writes a text; a string of JSON is one of Go."""
+def write_action(text: str) -> str:
+    """The action of a Go template that writes a text; Go reads strings of JSON."""
     return f"{{{{- {json.dumps(text, ensure_ascii=False)} -}}}}" if text else ""
 
 
 def derive_pieces(
     tokenizer: Any, options: dict[str, Any] | None = None, form: str = "chat"
 ) -> Pieces:
-    """The pieces of a tokenizer's chat template; raises WrongInput where it is not made of such."""
+    """The pieces of a tokenizer's chat template.
+
+    options: of the chat template. form: the prompt format. Raises WrongInput where the template
+    writes more than texts around turns.
+    """
 
     def render(roles: list[str]) -> tuple[str, Turns]:
         turns = [(role, f"TEXT{place}OF{role.upper()}") for place, role in enumerate(roles)]
@@ -90,8 +97,8 @@ def derive_pieces(
         text, turns = render(roles)
         pieces = []
         for _, content in turns:
-            piece, found, text = text.partition(content)
-            pieces.append(piece if found else "")
+            piece, separator, text = text.partition(content)
+            pieces.append(piece if separator else "")
         return [*pieces, text]
 
     def is_right(pieces: Pieces, trials: list[list[str]]) -> bool:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from evals.answers import Prompts
 from evals.backends import BACKENDS
 from evals.choices import allow_labels, widen_budget
-from evals.run import find_labels, find_rows, naming_refusal, read_tasks
+from evals.run import find_rows, naming_refusal, read_labels, read_tasks
 from tools import models, sources
 from tools.common import JobFailed, WrongInput, check_name, digest, quiet, shown
 from tools.data.formats import Row, RowFile, open_rows
@@ -268,7 +268,7 @@ class Job:
         if not self.request.constrain:
             return []
         dataset = self.reading.dataset
-        labels = find_labels(dataset) if dataset and "parts" not in self.task_row else []
+        labels = read_labels(dataset) if dataset and "parts" not in self.task_row else []
         if labels:
             return labels
         reason = f"{dataset} has none" if dataset else "no task is named; TASK= names it"

@@ -165,7 +165,7 @@ def check_together(served: Served, engine: Engine) -> None:
             "bases": [find_base_key(member.config) for member in pair],
             "precisions": [models.precision(member.config) for member in pair],
             "tokenizers": [find_tokenizer_key(member) for member in pair],
-            "chat templates": [read_template(member) for member in pair],
+            "chat templates": [build_template(member) for member in pair],
         }
         if differing := [kind for kind, (left, right) in kinds.items() if left != right]:
             raise WrongInput(
@@ -202,13 +202,15 @@ def find_tokenizer(subject: subjects.Subject) -> Path | None:
     return None
 
 
-def on_vllm(served: Served, address: list[str], engine: Engine, folder: Path) -> list[str]:
+def build_vllm_command(
+    served: Served, address: list[str], engine: Engine, folder: Path
+) -> list[str]:
     """The command that serves adapters on their base; writes the chat template to `folder`."""
     check_together(served, engine)
     name, subject = next(iter(served.items()))
     assert subject.adapter
     template = folder / "chat_template.jinja"
-    template.write_text(read_template(subject), encoding="utf-8")
+    template.write_text(build_template(subject), encoding="utf-8")
     options = ["--dtype", engine.choose_dtype(subject.config), "--chat-template", str(template)]
     options += ["--enforce-eager"] if engine.device == "cpu" else []
     if reason := vllm.explain_merging(subject, engine):
@@ -224,17 +226,10 @@ def on_vllm(served: Served, address: list[str], engine: Engine, folder: Path) ->
         adapters.vllm_rank(adapters.read_adapter(path)[0].rank, engine.ranks) for path in folders
     ]
     modules = [write_module(*pair) for pair in zip(served, folders, strict=True)]
-    return [
-        *(*engine.start, str(base), *address, "--served-model-name", name_base(served)),
-        *("--enable-lora", "--max-lora-rank", str(max(filter(None, ranks)))),
-        *(
-            "--max-loras",
-            str(engine.count_slots(len(served))),
-            "--lora-modules",
-            *modules,
-            *options,
-        ),
-    ]
+    line = [*engine.start, str(base), *address, "--served-model-name", name_base(served)]
+    line += ["--enable-lora", "--max-lora-rank", str(max(filter(None, ranks)))]
+    line += ["--max-loras", str(engine.count_slots(len(served))), "--lora-modules", *modules]
+    return line + options
 
 
 def write_module(name: str, adapter: Path) -> str:
@@ -245,7 +240,7 @@ def write_module(name: str, adapter: Path) -> str:
     return module
 
 
-def read_template(subject: subjects.Subject) -> str:
+def build_template(subject: subjects.Subject) -> str:
     """The chat template that renders prompts as the adapter was trained on them.
 
     vLLM takes a template without options, so they are written into it.
@@ -257,7 +252,7 @@ def read_template(subject: subjects.Subject) -> str:
     return text + str(prompts.template(tokenizer, form) or tokenizer.chat_template)
 
 
-def on_transformers(
+def build_transformers_command(
     served: Served, address: list[str], folder: Path
 ) -> tuple[list[str], dict[str, str]]:
     """(command, environment) that serve merged models with `transformers serve`.
@@ -420,13 +415,13 @@ def serve(chosen: list[subjects.Subject], service: Service, labels: Sequence[str
         base = ""
         if engine:
             options = service.list_vllm_options(engine)
-            line = on_vllm(served, service.address, engine, Path(temporary)) + options
+            line = build_vllm_command(served, service.address, engine, Path(temporary)) + options
             environment = engine.environment
             if "--lora-modules" in line:
                 base = f', {"its" if len(served) == 1 else "their"} base "{name_base(served)}"'
         else:
             service.check_transformers()
-            line, environment = on_transformers(served, service.address, Path(temporary))
+            line, environment = build_transformers_command(served, service.address, Path(temporary))
         quoted = ", ".join(f'"{name}"' for name in served)
         curl = write_curl(service.url, next(iter(served)), chosen[0].task, labels)
         names = f"{service.url}, model {quoted}{base}\n           {curl}"
