@@ -51,7 +51,7 @@ def logits(model, tokenizer):
 
 
 def largest(these, those) -> float:
-    return merge.compare_logits(these, those)["largest_logit_difference"]
+    return merge.measure_difference(these, those)["largest_logit_difference"]
 
 
 FROZEN = re.compile(r"\.(base_layer|original_module|modules_to_save)\.")

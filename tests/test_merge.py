@@ -64,10 +64,10 @@ def test_a_merge_of_16_bits_is_base_and_adapter_rounded_to_bfloat16(adapters, me
     adapted, _ = models.load(subject.config, subject.adapter)
     base, _ = models.load(subject.config)
     answers = [merge.compute_logits(model, tokenizer, None) for model in (loaded, adapted, base)]
-    distance = merge.compare_logits(answers[0], answers[1])["largest_logit_difference"]
+    distance = merge.measure_difference(answers[0], answers[1])["largest_logit_difference"]
     assert distance == pytest.approx(report["largest_logit_difference"], abs=1e-4)
     # The adapter moves logits by far more than the rounding of the weights to 8 bits.
-    moved = merge.compare_logits(answers[0], answers[2])["largest_logit_difference"]
+    moved = merge.measure_difference(answers[0], answers[2])["largest_logit_difference"]
     assert distance < 0.05 < moved
 
 
@@ -81,7 +81,7 @@ def test_a_merge_of_4_bits_loads_as_the_model_that_was_rounded(adapters, method)
     assert loaded.config.quantization_config.bnb_4bit_quant_type == "nf4"
     adapted, _ = models.load(subject.config, subject.adapter)
     answers = merge.compute_logits(loaded, tokenizer, None)
-    distance = merge.compare_logits(merge.compute_logits(adapted, tokenizer, None), answers)
+    distance = merge.measure_difference(merge.compute_logits(adapted, tokenizer, None), answers)
     assert distance["largest_logit_difference"] == pytest.approx(
         report["largest_logit_difference"], abs=1e-4
     )

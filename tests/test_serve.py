@@ -59,7 +59,7 @@ def test_the_merged_model_is_base_and_adapter_at_the_precision_of_training(adapt
     assert report["largest_logit_difference"] < (0.05 if method == "int8" else 1e-3)
     merged, tokenizer = models.load({"base_model": str(target)})
     base, _ = models.load(subject.config)
-    moved = merge.compare_logits(
+    moved = merge.measure_difference(
         merge.compute_logits(merged, tokenizer, None), merge.compute_logits(base, tokenizer, None)
     )
     assert moved["largest_logit_difference"] > 0.1

@@ -89,7 +89,7 @@ def compute_logits(
     return outputs
 
 
-def compare_logits(first: list[Any], second: list[Any]) -> dict[str, float]:
+def measure_difference(first: list[Any], second: list[Any]) -> dict[str, float]:
     """The largest difference of a logit, and the share of tokens with the same next token."""
     pairs = list(zip(first, second, strict=True))
     same = [float((a.argmax(-1) == b.argmax(-1)).float().mean()) for a, b in pairs]
@@ -205,7 +205,7 @@ def compare_gguf(merged: Path, file: Path, config: dict[str, Any]) -> dict[str, 
     loaded, own_tokenizer = gguf.load_gguf(file, dtype)
     name = str(dtype).removeprefix("torch.")
     report: dict[str, Any] = {"computed_in": name, "tolerance": TOLERANCE.get(name, 1.0)}
-    report |= compare_logits(expected, compute_logits(loaded, tokenizer, options, shape))
+    report |= measure_difference(expected, compute_logits(loaded, tokenizer, options, shape))
     if report["largest_logit_difference"] > report["tolerance"]:
         raise JobFailed(
             "the GGUF file holds another model than the merged one: a logit differs by "
@@ -263,19 +263,19 @@ def merge_and_compare(
     loaded = load_and_compute({"dtype": dtype})
     stored = target.dtype(config) if target.bits == 16 else dtype
     tolerance = TOLERANCE.get("int8" if precision == "int8" else stored, 1.0)
-    distance = compare_logits(expected, loaded)["largest_logit_difference"]
+    distance = measure_difference(expected, loaded)["largest_logit_difference"]
     if distance > tolerance:
         raise JobFailed(
             f"the merged model is not {'what was saved' if target.bits == 4 else 'base + adapter'}:"
             f" a logit differs by {distance:.3g}, more than {tolerance:g}; nothing is kept"
         )
     report: dict[str, Any] = {"computed_in": dtype, "tolerance": tolerance}
-    report |= compare_logits(adapted, loaded)
+    report |= measure_difference(adapted, loaded)
     if target.bits == 4:
-        report["from_base"] = compare_logits(plain, loaded)
+        report["from_base"] = measure_difference(plain, loaded)
     if precision == "nf4" and not target.bits:
         again = load_and_compute(models.PRECISIONS["nf4"])
-        report["quantized_again"] = compare_logits(adapted, again)
+        report["quantized_again"] = measure_difference(adapted, again)
     return report
 
 
