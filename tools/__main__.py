@@ -143,7 +143,7 @@ ModelName = Annotated[
 ]
 ReasoningTokens = Annotated[
     int | None,
-    Option(min=1, help="A reasoning model behind the endpoint: tokens beside the answer's."),
+    Option(min=1, help="Tokens that a reasoning model may spend before the answer."),
 ]
 Concurrency = Annotated[
     int | None, Option(min=1, help="Requests to the endpoint at a time; 8 if omitted.")
@@ -158,11 +158,11 @@ PriceOut = Annotated[
 ]
 MaxCost = Annotated[
     float | None,
-    Option(min=0, callback=check_finite, help="USD after which the endpoint is asked no more."),
+    Option(min=0, callback=check_finite, help="USD after which no more requests are sent."),
 ]
 MaxTotalTokens = Annotated[
     int | None,
-    Option(min=1, help="Tokens, in and out, after which the endpoint is asked no more."),
+    Option(min=1, help="Tokens, in and out, after which no more requests are sent."),
 ]
 Constrain = Annotated[
     bool, Option("--constrain", help="An answer can only be a label of the task.")
@@ -693,10 +693,12 @@ def merge(
     prompt_format: PromptFormat = None,
     bits: Annotated[
         Literal["4", "16"] | None,
-        Option(help="Of each weight: NF4 or bfloat16; as this machine computes if omitted."),
+        Option(
+            help="Bits of a weight: 4 (NF4) or 16 (bfloat16); this machine's precision if omitted."
+        ),
     ] = None,
     format: Annotated[
-        Literal["safetensors", "gguf"], Option(help="Of the file; gguf has 16 bits.")
+        Literal["safetensors", "gguf"], Option(help="Format of the file; gguf has 16 bits.")
     ] = "safetensors",
 ) -> None:
     """Merge an adapter into its base and compare the two.
@@ -714,9 +716,7 @@ def merge(
 @app.command(rich_help_panel=USE)
 def serve(
     recipe: Recipe = None,
-    recipes: Annotated[
-        str | None, Option(help="Several recipes, which are served on one base.")
-    ] = None,
+    recipes: Annotated[str | None, Option(help="Several recipes to serve on one base.")] = None,
     adapter: Adapter = None,
     host: Annotated[str, Option(help="Address to listen on.")] = "localhost",
     port: Annotated[int, Option(min=1, max=65535, help="Port to listen on.")] = 8000,
@@ -732,7 +732,7 @@ def serve(
         Option(min=0.01, max=1, help="Share of a GPU's memory that vLLM takes; 0.9 if omitted."),
     ] = None,
     vllm_args: Annotated[
-        str | None, Option(help='More options of vLLM, such as "--max-num-seqs 8".')
+        str | None, Option(help='More vLLM options, such as "--max-num-seqs 8".')
     ] = None,
     constrain: Annotated[
         bool, Option("--constrain", help="Print a request that limits the answer to labels (vLLM).")
@@ -938,9 +938,9 @@ def build_commands() -> Any:
 
 
 def find_endpoint(options: dict[str, Any]) -> Any:
-    """The endpoint of BACKEND=openai; None for a backend that loads a model here.
+    """The endpoint of BACKEND=openai; None for a backend that runs a model here.
 
-    `options` are those of a verb, by their names. Raises WrongInput for some that do not go with
+    `options` are all options of a verb, by name. Raises WrongInput for options that do not go with
     the backend.
     """
     if options["backend"] != "openai":
