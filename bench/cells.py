@@ -9,7 +9,7 @@ that was scored, in the order of the rows, and no text of theirs: a paired test 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,14 @@ def list_missing(cells: Sequence[Cell]) -> list[str]:
     return [cell.name for cell in cells if not cell.is_done]
 
 
+def work_through(cells: Sequence[Cell], work: Callable[[Cell], None], label: str) -> None:
+    """Calls `work` on each cell without results, one after the other."""
+    missing = [cell for cell in cells if not cell.is_done]
+    for number, cell in enumerate(missing, 1):
+        print(f"{label}: {cell.name}, {number} of {len(missing)}", flush=True)
+        work(cell)
+
+
 def pack_values(values: Sequence[float]) -> str | list[float]:
     """The values of rows, short: a digit each where all are 0 or 1."""
     if all(value in (0, 1) for value in values):
@@ -116,6 +124,16 @@ def describe_score(metric: str, values: Sequence[float], data_sha256: str) -> di
     }
 
 
+def take_values(
+    cell: Cell, dataset: str, rows: Sequence[dict[str, Any]], metric: str
+) -> list[float]:
+    """The values of scored rows; raises JobFailed where some have none."""
+    values = [row["values"].get(metric) for row in rows]
+    if None in values:
+        raise JobFailed(f"{cell.name}: {values.count(None)} of {dataset} cannot be scored")
+    return values
+
+
 def train_and_validate(cell: Cell, dataset: str, rows: Path, metric: str) -> None:
     """Trains a cell and scores it on validation rows, by the rule of a dataset."""
     content = train(cell.recipe)
@@ -124,9 +142,7 @@ def train_and_validate(cell: Cell, dataset: str, rows: Path, metric: str) -> Non
         count = sum(1 for _ in file)
     with open_transformers(subject)("adapter", f"{cell.name}, validation:", count) as lm:
         answers = Scorer(dataset, rows).answer(lm, subject.options)
-    values = [answer["values"].get(metric) for answer in answers]
-    if None in values:
-        raise JobFailed(f"{cell.name}: {values.count(None)} validation rows cannot be scored")
+    values = take_values(cell, "the validation rows", answers, metric)
     scores = {"validation": describe_score(metric, values, digest(rows))}
     write_json(cell.file, content | {"scores": scores})
 
@@ -140,11 +156,7 @@ def train_and_test(cell: Cell, test_sets: Sequence[ScoredSet]) -> None:
         files = run.score_subject(subject, run.Request(test_set.datasets, test_set.limit))
         for dataset, sides in files.items():
             base, adapter = (read_json(sides[side]) for side in ("base", "adapter"))
-            values = [row["values"].get(test_set.metric) for row in adapter["predictions"]]
-            if None in values:
-                raise JobFailed(
-                    f"{cell.name}: {values.count(None)} rows of {dataset} cannot be scored"
-                )
+            values = take_values(cell, dataset, adapter["predictions"], test_set.metric)
             sha = adapter["evaluated"]["data_sha256"]
             scores[dataset] = describe_score(test_set.metric, values, sha)
             scores[dataset] |= {"base": round(base["metrics"][test_set.metric]["value"], 4)}

@@ -1,4 +1,4 @@
-"""Measures how fast answers are scored, against FinLoRA's way, plain lm-eval and pure prefill.
+"""Measures how fast answers are scored, against FinLoRA's way, plain lm-eval and a bare prefill.
 
     python -m bench.eval [sentiment_r4] [--dataset fpb] [--limit 64] [--base] [--record]
     python -m bench.eval smollm2-135m/sentiment_r4 --limit 300 --vllm
@@ -12,7 +12,7 @@ All answer the same rows with the same loaded base and adapter, in turn; the bes
     prefill    all prompt tokens through the model once, in batches of 16: no answer, but the least
                that answering whole prompts costs
     packed prefill
-               the same in ours' packs: the least that answering prompts costs where what they
+               the same in our packs: the least that answering prompts costs where what they
                begin with is computed once
     vLLM       with --vllm, against ours alone: at the same precision, in its own environment
 

@@ -5,12 +5,12 @@
 
 Base and adapter read the same passages and the same keys, at the adapter's precision. A passage's
 loss is the mean over its tokens, a key's the mean over the tokens of the answer behind its prompt;
-what is compared is the mean over passages or keys, with a paired interval over them. The keys are
-those of test rows, of the task that was trained on, too; nothing is chosen by them.
+the means over passages or keys are compared, with a paired interval over them. The keys are those
+of test rows, also of the trained task; nothing is chosen by them.
 
 The prose is what lm-eval's task descriptions say of their datasets, from the installed package: the
-same text on every machine with the pinned version, which its SHA-256 checks. It is English prose of
-a science, not literature, and SmolLM2 may have read parts of it; no adapter has.
+same text on every machine with the pinned version, which its SHA-256 checks. It is technical
+English, not literature. SmolLM2 may have read parts of it; no adapter has.
 
 Results go to results/forgetting.json, one entry for each run, so the command can be repeated.
 """

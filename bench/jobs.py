@@ -1,18 +1,19 @@
-"""What experiments share: changed recipes, and trainings and scorings, one by one or at once."""
+"""What experiments share: options, changed recipes, and trainings and scorings."""
 
+import argparse
 import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from evals import run
-from tools import subjects
-from tools.common import ROOT, JobFailed, atomic, format_yaml, read_json
+from tools import sources, subjects
+from tools.common import ROOT, JobFailed, WrongInput, atomic, format_yaml, read_json
 from tools.recipes import Recipe
 from tools.subjects import Subject
 from tools.train import launch
@@ -21,6 +22,36 @@ from tools.train.profiles import Choice
 
 # All rows train, and the last step is scored: nothing is validated.
 UNVALIDATED = {"test_datasets": None, "eval_steps": None, "load_best_model_at_end": None}
+
+
+def read_seed_count(description: str) -> int:
+    """The option --seeds of an experiment, which has no other."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--seeds", type=int, default=3)
+    count: int = parser.parse_args().seeds
+    if count < 1:
+        raise WrongInput("--seeds is a number from 1")
+    return count
+
+
+def choose_names(text: str, names: Collection[str], kind: str) -> list[str]:
+    """The names that an option lists, or all of them; raises WrongInput at one that is unknown."""
+    chosen = text.replace(",", " ").split()
+    if unknown := [name for name in chosen if name not in names]:
+        raise WrongInput(f"unknown {kind} {unknown[0]}; there are {', '.join(names)}")
+    return chosen or list(names)
+
+
+def require_rows(tasks: Iterable[str]) -> None:
+    """Raises WrongInput where FinLoRA's training rows of a task are not here."""
+    missing = []
+    for task in dict.fromkeys(tasks):
+        path = sources.train_path(task)
+        if not path.is_file() or sources.manifest(path).get("from") == "data/sample":
+            missing.append(task)
+    if missing:
+        names = ",".join(missing)
+        raise WrongInput(f"FinLoRA's rows of {names} are needed: `make fetch data TASKS={names}`")
 
 
 def vary(recipe: Recipe, folder: str, changes: dict[str, Any]) -> Recipe:
@@ -38,6 +69,17 @@ def train_and_score(recipe: Recipe, dataset: str) -> dict[str, dict[str, Any]]:
     subject = subjects.of_recipe(recipe, False, None, None)
     files = run.score_subject(subject, run.Request([dataset]))[dataset]
     return {side: read_json(file) for side, file in files.items()}
+
+
+def list_row_values(scores: dict[str, Any], metric: str) -> list[float]:
+    """The values of a metric in a score file, in the order of the test rows."""
+    return [row["values"][metric] for row in scores["predictions"]]
+
+
+def describe_gain(gain: dict[str, Any]) -> str:
+    """A difference of two shares in points, with its interval and p."""
+    points = (100 * gain[key] for key in ("value", "low", "high"))
+    return "{:+.1f} points ({:+.1f} … {:+.1f}), p = {:.2g}".format(*points, gain["p"])
 
 
 def run_verb(*arguments: Any) -> None:

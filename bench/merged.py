@@ -16,7 +16,6 @@ is scored. Results go to results/merged.json. A seed takes ten minutes on two co
 adapter is trained already.
 """
 
-import argparse
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +23,17 @@ from typing import Any
 
 import numpy as np
 
-from bench.jobs import train_and_score, vary
+from bench.jobs import (
+    describe_gain,
+    list_row_values,
+    read_seed_count,
+    train_and_score,
+    vary,
+)
 from bench.parity import compare_variants
 from evals import run
 from tools import recipes, subjects
-from tools.common import ROOT, WrongInput, command, format_table, quiet, read_json, write_json
+from tools.common import ROOT, command, format_table, quiet, read_json, write_json
 from tools.subjects import Subject
 from tools.train.hardware import detect_host
 from tools.use import merge
@@ -54,21 +59,21 @@ def score_merged(recipe: recipes.Recipe, bits: int) -> dict[str, Any]:
     """The score file of a finished run's merge, and how it differs from base + adapter."""
     subject = subjects.of_recipe(recipe, False, None, None)
     place = ROOT / RUNS / f"{recipe.run.folder.name}_{bits}bit"
-    kept, report = place / "evals" / f"{DATASET}.json", place / merge.REPORT
-    if not (kept.is_file() and report.is_file() and is_of(report, subject)):
+    score_file, report = place / "evals" / f"{DATASET}.json", place / merge.REPORT
+    if not (score_file.is_file() and report.is_file() and describes_adapter(report, subject)):
         assert subject.adapter
         folder = merge.merge(subject.config, subject.adapter, subject.prompt_format, bits)
         merged = find_merged(subject, folder)
         file = run.score_subject(merged, run.Request([DATASET]))[DATASET]["base"]
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, kept)
+        score_file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, score_file)
         shutil.copy(folder / merge.REPORT, report)
         shutil.rmtree(folder)
-    return read_json(kept) | {"merge": read_json(report)}
+    return read_json(score_file) | {"merge": read_json(report)}
 
 
-def is_of(report: Path, subject: Subject) -> bool:
-    """Whether a report of a merge tells of a subject's adapter."""
+def describes_adapter(report: Path, subject: Subject) -> bool:
+    """Whether the report of a merge is about a subject's adapter."""
     assert subject.adapter
     origin = merge.describe_origin(subject.config, subject.adapter, subject.prompt_format)
     content = read_json(report)
@@ -76,27 +81,24 @@ def is_of(report: Path, subject: Subject) -> bool:
 
 
 def score_sides(recipe: recipes.Recipe) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """({side: score file}, what both trainings took) of one seed."""
+    """({side: score file}, time, memory and loss of both trainings) of one seed."""
     aware = vary(recipe, f"{RUNS}/aware_seed{recipe.seed}", AWARE)
     sides = {"adapter": train_and_score(recipe, DATASET)["adapter"]}
     sides |= {f"merged_{bits}": score_merged(recipe, bits) for bits in (16, 4)}
     sides["aware"] = train_and_score(aware, DATASET)["adapter"]
     sides["aware_4"] = score_merged(aware, 4)
     keys = ("seconds", "peak_memory_bytes", "last_eval_loss", "finished", "packages")
-    took = {
-        name: {key: each.run.info[key] for key in keys}
-        for name, each in (("adapter", recipe), ("aware", aware))
+    trainings = {
+        name: {key: trained.run.info[key] for key in keys}
+        for name, trained in (("adapter", recipe), ("aware", aware))
     }
-    return sides, took
+    return sides, trainings
 
 
 def measure_seed(recipe: recipes.Recipe) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """What one seed reached by side, and the accuracy of each test row by side."""
-    scores, took = score_sides(recipe)
-    values = {
-        side: [row["values"]["accuracy"] for row in content["predictions"]]
-        for side, content in scores.items()
-    }
+    """(scores and merges, accuracy of each test row) of one seed, each by side."""
+    scores, trainings = score_sides(recipe)
+    values = {side: list_row_values(content, "accuracy") for side, content in scores.items()}
     entry: dict[str, Any] = {side: {"accuracy": float(np.mean(values[side]))} for side in SIDES}
     for side in SIDES:
         if report := scores[side].get("merge"):
@@ -104,9 +106,9 @@ def measure_seed(recipe: recipes.Recipe) -> tuple[dict[str, Any], dict[str, list
             entry[side] |= {name: round(report[name], 6) for name in names}
     for side, other in OTHERS.items():
         pairs = zip(scores[side]["predictions"], scores[other]["predictions"], strict=True)
-        same = [row["answer"] == row_of_other["answer"] for row, row_of_other in pairs]
+        same = [first["answer"] == second["answer"] for first, second in pairs]
         entry[side][f"same_answers_as_{other}"] = float(np.mean(same))
-    return entry | {"training": took}, values
+    return entry | {"training": trainings}, values
 
 
 def compare_sides(seeds: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
@@ -125,24 +127,18 @@ def print_results(content: dict[str, Any]) -> None:
         rows.append((seed, *(f"{100 * entry[side]['accuracy']:.1f}" for side in SIDES)))
     print(format_table(rows, "<" + ">" * len(SIDES)))
     for name, gain in content["differences"].items():
-        points = (100 * gain[key] for key in ("value", "low", "high"))
-        text = "{:+.1f} points ({:+.1f} … {:+.1f})".format(*points)
-        print(f"{name.replace('_minus_', ' minus ')}: {text}, p = {gain['p']:.2g}")
+        print(f"{name.replace('_minus_', ' minus ')}: {describe_gain(gain)}")
 
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(description="merged models against base plus adapter")
-    parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
-    if options.seeds < 1:
-        raise WrongInput("--seeds is a number from 1")
+    count = read_seed_count("merged models against base plus adapter")
     quiet()
     recipe = recipes.find(RECIPE)
     content: dict[str, Any] = {"recipe": RECIPE, "dataset": DATASET, "digest": recipe.digest}
     content |= {"machine": detect_host().describe_machine(), "seeds": {}}
     values: dict[str, dict[str, list[float]]] = {}
-    for seed in map(str, range(recipe.seed, recipe.seed + options.seeds)):
+    for seed in map(str, range(recipe.seed, recipe.seed + count)):
         content["seeds"][seed], values[seed] = measure_seed(recipe.with_seed(int(seed)))
         content |= {"rows": len(values[seed]["aware"]), "differences": compare_sides(values)}
         write_json(RESULTS, content)

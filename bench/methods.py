@@ -13,7 +13,6 @@ machine that has these files; FinLoRA's rows are needed (`make fetch data`).
 """
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,11 @@ from bench.cells import (
     list_missing,
     train_and_test,
     train_and_validate,
+    work_through,
 )
-from bench.jobs import UNVALIDATED, vary
-from tools import recipes, sources
-from tools.common import ROOT, JobFailed, WrongInput, atomic, command, quiet, read_yaml, shown
+from bench.jobs import UNVALIDATED, choose_names, require_rows, vary
+from tools import recipes
+from tools.common import ROOT, JobFailed, atomic, command, quiet, read_yaml, shown
 from tools.recipes import Recipe
 from tools.train.heldout import hold_out
 from tools.train.space import Validation
@@ -72,7 +72,7 @@ class Experiment:
         name = self.spec["methods"][method]["recipe"]
         return recipes.find(f"{self.spec['model']}/{self.task}_{name}")
 
-    def cell(self, method: str, rate: float, seed: int) -> Cell:
+    def make_cell(self, method: str, rate: float, seed: int) -> Cell:
         recipe = self.find_recipe(method)
         name = f"{method}_{format_rate(rate)}_seed{seed}"
         entry = recipe.config["datasets"][0]
@@ -84,16 +84,24 @@ class Experiment:
 
     def list_rate_cells(self, method: str) -> dict[float, Cell]:
         seed = self.spec["rate_seed"]
-        return {rate: self.cell(method, rate, seed) for rate in self.spec["rates"]}
+        return {rate: self.make_cell(method, rate, seed) for rate in self.spec["rates"]}
+
+    def list_all_rate_cells(self) -> list[Cell]:
+        methods = self.spec["methods"]
+        return [cell for method in methods for cell in self.list_rate_cells(method).values()]
 
     def list_seed_cells(self, method: str, rate: float) -> list[Cell]:
-        return [self.cell(method, rate, seed) for seed in self.spec["seeds"]]
+        return [self.make_cell(method, rate, seed) for seed in self.spec["seeds"]]
+
+    def list_setting_cells(self, method: str, setting: str) -> list[Cell]:
+        """The cells of a method at the `common` or at its `best` rate; [] before that is chosen."""
+        rate = self.choose_rate(method) if setting == "best" else self.spec["common_rate"]
+        return self.list_seed_cells(method, rate) if rate is not None else []
 
     @property
     def missing_rates(self) -> list[str]:
         """The names of trainings without which no rate can be chosen."""
-        named = (self.list_rate_cells(method).values() for method in self.spec["methods"])
-        return [name for group in named for name in list_missing(list(group))]
+        return list_missing(self.list_all_rate_cells())
 
     def choose_rate(self, method: str) -> float | None:
         """The rate with the best validation score, the lower of equals; None before all are in."""
@@ -109,25 +117,22 @@ class Experiment:
         """The trainings that test rows score; raises JobFailed before all rates are chosen."""
         if self.missing_rates:
             raise JobFailed(f"{self.task}: no test row is read before all rates are chosen")
-        named: dict[str, Cell] = {}
-        for method in self.spec["methods"]:
-            best = self.choose_rate(method)
-            assert best is not None  # nothing is missing
-            for rate in (self.spec["common_rate"], best):
-                named |= {cell.name: cell for cell in self.list_seed_cells(method, rate)}
-        return named
+        return {
+            cell.name: cell
+            for method in self.spec["methods"]
+            for setting in ("common", "best")
+            for cell in self.list_setting_cells(method, setting)
+        }
 
     @property
     def missing_tests(self) -> list[str]:
         return list_missing(list(self.list_test_cells().values()))
 
     def compare(self, method: str, setting: str) -> dict[str, Any] | None:
-        """A method against the reference at the `common` or its `best` rate; None if one lacks."""
+        """A method minus the reference; None where a training of either is missing."""
         sides = []
         for name in (method, self.spec["reference"]):
-            best = self.choose_rate(name)
-            rate = best if setting == "best" else self.spec["common_rate"]
-            group = self.list_seed_cells(name, rate) if rate is not None else []
+            group = self.list_setting_cells(name, setting)
             if not group or list_missing(group):
                 return None
             sides.append(collect_columns(group, self.plan["datasets"]))
@@ -143,12 +148,12 @@ class Experiment:
         equivalence.correct_family(family)
         return compared
 
-    def list_all_files(self) -> list[Cell]:
+    def list_finished_cells(self) -> list[Cell]:
         """Every cell that has results, of either stage."""
-        named = [cell for m in self.spec["methods"] for cell in self.list_rate_cells(m).values()]
+        cells = self.list_all_rate_cells()
         if not self.missing_rates:
-            named += self.list_test_cells().values()
-        return [cell for cell in named if cell.is_done]
+            cells += self.list_test_cells().values()
+        return [cell for cell in cells if cell.is_done]
 
 
 # ---- training
@@ -157,26 +162,15 @@ class Experiment:
 def divide_rows(experiment: Experiment) -> Path:
     """Writes the rows that train and those that validate into the experiment's folder."""
     task = experiment.task
-    path = sources.train_path(task)
-    if not path.is_file() or sources.manifest(path).get("from") == "data/sample":
-        raise WrongInput(f"FinLoRA's rows of {task} are needed: `make fetch data TASKS={task}`")
+    require_rows([task])
     count = experiment.plan["validation"]
     sizes = Validation(least=count, most=count)
     recipe = experiment.find_recipe(experiment.spec["reference"])
     division = hold_out(recipe, sizes, experiment.folder)
-    wanted = (
-        experiment.spec["settings"]["max_steps"] * (experiment.spec["settings"]["micro_batch_size"])
-    )
-    print(f"methods    {task}: {division}; {wanted} rows are seen", flush=True)
+    settings = experiment.spec["settings"]
+    rows = settings["max_steps"] * settings["micro_batch_size"]
+    print(f"methods    {task}: {division}; {rows} rows are seen", flush=True)
     return division.validation
-
-
-def work_through(cells: list[Cell], work: Callable[[Cell], None], label: str) -> None:
-    """Calls `work` on each cell without results, one after the other."""
-    missing = [cell for cell in cells if not cell.is_done]
-    for number, cell in enumerate(missing, 1):
-        print(f"methods    {label}: {number} of {len(missing)} left, {cell.name}", flush=True)
-        work(cell)
 
 
 def run_experiment(experiment: Experiment) -> None:
@@ -184,22 +178,17 @@ def run_experiment(experiment: Experiment) -> None:
     plan, task = experiment.plan, experiment.task
     if experiment.missing_rates:
         validation = divide_rows(experiment)
-        rate_cells = [
-            cell
-            for method in experiment.spec["methods"]
-            for cell in experiment.list_rate_cells(method).values()
-        ]
         work_through(
-            rate_cells,
+            experiment.list_all_rate_cells(),
             lambda cell: train_and_validate(cell, plan["validated_as"], validation, plan["metric"]),
-            f"{task}, rates",
+            f"methods    {task}, rates",
         )
     if experiment.missing_tests:
         divide_rows(experiment)
         work_through(
             list(experiment.list_test_cells().values()),
             lambda cell: train_and_test(cell, [experiment.test_set]),
-            f"{task}, test rows",
+            f"methods    {task}, test rows",
         )
 
 
@@ -214,11 +203,10 @@ def print_status(experiment: Experiment) -> None:
         print(f"methods    {task}: {total - len(missing)} of {total} {stage}{left}")
 
 
-def open_experiments(names: list[str]) -> list[Experiment]:
+def open_experiments(tasks: str = "") -> list[Experiment]:
+    """The experiments of the named tasks, or of all."""
     spec = read_yaml(SPEC)
-    if unknown := [name for name in names if name not in spec["tasks"]]:
-        raise WrongInput(f"unknown task {unknown[0]}; there are {', '.join(spec['tasks'])}")
-    return [Experiment(spec, name) for name in names or spec["tasks"]]
+    return [Experiment(spec, task) for task in choose_names(tasks, spec["tasks"], "task")]
 
 
 @command
@@ -229,12 +217,12 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write docs/methods.md")
     parser.add_argument("--check", action="store_true", help="fail where docs/methods.md is old")
     options = parser.parse_args()
-    experiments = open_experiments(options.tasks.replace(",", " ").split())
+    experiments = open_experiments(options.tasks)
     if options.status:
         for experiment in experiments:
             print_status(experiment)
     elif options.page or options.check:
-        everything = open_experiments([])
+        everything = open_experiments()
         page = methods_page.build_page(everything)
         if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page:
             return

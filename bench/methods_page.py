@@ -145,19 +145,13 @@ def build_rates(experiment: "Experiment") -> list[str]:
     return [f"### Rates, {experiment.task}", "", text, "", *build_table(headings, rows)]
 
 
-def list_setting_cells(experiment: "Experiment", method: str, setting: str) -> list[Cell]:
-    best = experiment.choose_rate(method)
-    rate = best if setting == "best" else experiment.spec["common_rate"]
-    return experiment.list_seed_cells(method, rate) if rate is not None else []
-
-
 def format_method(
     experiment: "Experiment", method: str, setting: str, comparison: dict[str, Any] | None
 ) -> list[str]:
     """The row of a method in the table of test scores."""
     spec, plan = experiment.spec, experiment.plan
     title = spec["methods"][method]["title"]
-    cells = list_setting_cells(experiment, method, setting)
+    cells = experiment.list_setting_cells(method, setting)
     if list_missing(cells):
         return [title, "", "missing", "", ""]
     columns = collect_columns(cells, plan["datasets"])
@@ -347,9 +341,9 @@ def conclude_forgetting() -> list[str]:
 
 def build_page(experiments: list["Experiment"]) -> str:
     """The whole page; raises WrongInput where results do not belong together."""
-    spec, parts = experiments[0].spec, together.open_parts([])
+    spec, parts = experiments[0].spec, together.open_parts()
     for experiment in experiments:
-        refuse_other_rows(experiment.list_all_files())
+        refuse_other_rows(experiment.list_finished_cells())
     margin = f"Margin: {format_points(spec['margin'])} points. Written before the first training:"
     lines = [HEAD, "## What is done", ""]
     lines += [line for experiment in experiments for line in describe_progress(experiment)]
@@ -359,7 +353,7 @@ def build_page(experiments: list["Experiment"]) -> str:
     lines += [VERDICTS, "## Conclusions", ""]
     lines += [line for experiment in experiments for line in conclude_ranking(experiment)]
     lines += ["", "## Results", ""]
-    if any(experiment.list_all_files() for experiment in experiments):
+    if any(experiment.list_finished_cells() for experiment in experiments):
         lines += ["![Validation score by learning rate, a line for each method](methods.svg)", ""]
     for experiment in experiments:
         lines += build_rates(experiment)
@@ -374,7 +368,7 @@ def build_page(experiments: list["Experiment"]) -> str:
 
 
 def list_machines(experiment: "Experiment") -> set[str]:
-    return {cell.content["machine"] for cell in experiment.list_all_files()}
+    return {cell.content["machine"] for cell in experiment.list_finished_cells()}
 
 
 def draw_rates(experiments: list["Experiment"], file: Path) -> None:
@@ -382,7 +376,7 @@ def draw_rates(experiments: list["Experiment"], file: Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    shown_tasks = [experiment for experiment in experiments if experiment.list_all_files()]
+    shown_tasks = [experiment for experiment in experiments if experiment.list_finished_cells()]
     if not shown_tasks:
         return
     settings: dict[Any, Any] = {"svg.hashsalt": "methods", "svg.fonttype": "none"}

@@ -32,9 +32,9 @@ from typing import Any
 
 import numpy as np
 
-from bench.jobs import find_scores, run_all, run_verb, write_config
+from bench.jobs import find_scores, require_rows, run_all, run_verb, write_config
 from evals import report, stats
-from tools import models, recipes, sources
+from tools import models, recipes
 from tools.common import (
     ROOT,
     JobFailed,
@@ -117,14 +117,7 @@ def list_jobs(spec: dict[str, Any], only: list[str]) -> dict[tuple[str, str, str
 
 def run_jobs(jobs: dict[Any, Training], workers: int) -> None:
     """Trains and scores the jobs that have no scores; raises JobFailed if some failed."""
-    missing = []
-    for task in dict.fromkeys(job.task for job in jobs.values()):
-        path = sources.train_path(task)
-        if not path.is_file() or sources.manifest(path).get("from") == "data/sample":
-            missing.append(task)
-    if missing:
-        tasks = ",".join(missing)
-        raise WrongInput(f"FinLoRA's rows of {tasks} are needed: `make fetch data TASKS={tasks}`")
+    require_rows(job.task for job in jobs.values())
     unique = {job.name: job for job in jobs.values()}
     left = {name: job for name, job in unique.items() if not job.find_scores().is_file()}
     print(f"parity     {len(unique)} trainings, {len(left)} to do, {workers} at a time", flush=True)

@@ -113,8 +113,8 @@ def build_scoring(subjects: dict[str, Any]) -> list[str]:
         "ours",
         "FinLoRA's way",
         "lm-eval",
-        "pure prefill",
-        "of ours' packs",
+        "prefill",
+        "prefill of our packs",
     ]
     headings += ["times FinLoRA's", "times the packs' prefill"]
     return ["### Scoring (`bench.eval`)", "", *build_table(headings, rows)]

@@ -8,10 +8,9 @@ runs/.shared_dropout/, so the command can be interrupted and repeated. A table o
 seeds goes to results/shared_dropout.json.
 """
 
-import argparse
 from typing import Any
 
-from bench.jobs import train_and_score, vary
+from bench.jobs import read_seed_count, train_and_score, vary
 from tools import recipes
 from tools.common import ROOT, command, format_table, quiet, read_json, write_json
 from tools.train.hardware import detect_host
@@ -48,15 +47,13 @@ def print_seeds(seeds: dict[str, dict[str, dict[str, Any]]]) -> None:
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(description="packed rows against padded ones, with dropout")
-    parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
+    count = read_seed_count("packed rows against padded ones, with dropout")
     quiet()
     recipe = recipes.find(RECIPE)
     content = {"recipe": RECIPE, "dataset": DATASET, "digest": recipe.digest}
     old = read_json(RESULTS) if RESULTS.is_file() else {}
     seeds = old["seeds"] if old.get("digest") == recipe.digest else {}
-    for seed in range(recipe.seed, recipe.seed + options.seeds):
+    for seed in range(recipe.seed, recipe.seed + count):
         seeded = recipe.with_seed(seed)
         padded = vary(seeded, f"{RUNS}/seed{seed}", {"shared_prefix": False})
         seeds[str(seed)] = {"packed": measure_side(seeded), "padded": measure_side(padded)}

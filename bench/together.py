@@ -12,12 +12,20 @@ writes what came of it into docs/methods.md.
 import argparse
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench import equivalence
-from bench.cells import Cell, ScoredSet, collect_columns, list_missing, train_and_test
-from bench.jobs import UNVALIDATED, vary
+from bench.cells import (
+    Cell,
+    ScoredSet,
+    collect_columns,
+    list_missing,
+    train_and_test,
+    work_through,
+)
+from bench.jobs import UNVALIDATED, choose_names, require_rows, vary
 from tools import recipes, sources
 from tools.common import ROOT, WrongInput, atomic, command, quiet, read_yaml, shown, slugify
 from tools.recipes import Recipe
@@ -65,8 +73,8 @@ class Part:
 
     @property
     def missing(self) -> list[str]:
-        named = [cell for variant in self.plan["variants"] for cell in self.list_cells(variant)]
-        return list_missing(named)
+        variants = self.plan["variants"]
+        return list_missing([cell for variant in variants for cell in self.list_cells(variant)])
 
     def compare_all(self) -> list[dict[str, Any] | None]:
         """The comparisons of the plan; p is corrected where all of them are there."""
@@ -89,10 +97,10 @@ class Part:
 def write_rows(part: Part, variant: str) -> None:
     """Writes the seeded training rows of a variant: as many of each of its tasks."""
     rows: list[bytes] = []
-    for task in part.plan["variants"][variant]["train"]:
+    tasks = part.plan["variants"][variant]["train"]
+    require_rows(tasks)
+    for task in tasks:
         path = sources.train_path(task)
-        if not path.is_file() or sources.manifest(path).get("from") == "data/sample":
-            raise WrongInput(f"FinLoRA's rows of {task} are needed: `make fetch data TASKS={task}`")
         lines = path.read_bytes().splitlines(keepends=True)
         if len(lines) < part.spec["rows"]:
             raise WrongInput(f"{shown(path)} has {len(lines)} rows; {part.spec['rows']} are needed")
@@ -105,12 +113,10 @@ def write_rows(part: Part, variant: str) -> None:
 def run_part(part: Part) -> None:
     """Trains and scores what is missing."""
     for variant in part.plan["variants"]:
-        missing = [cell for cell in part.list_cells(variant) if not cell.is_done]
-        if missing:
+        cells, tests = part.list_cells(variant), part.list_tests(variant)
+        if list_missing(cells):
             write_rows(part, variant)
-        for number, cell in enumerate(missing, 1):
-            print(f"together   {variant}: {number} of {len(missing)} left", flush=True)
-            train_and_test(cell, part.list_tests(variant))
+        work_through(cells, partial(train_and_test, test_sets=tests), f"together   {variant}")
 
 
 def print_status(part: Part) -> None:
@@ -120,11 +126,10 @@ def print_status(part: Part) -> None:
     print(f"together   {part.name}: {total - len(missing)} of {total} trainings{left}")
 
 
-def open_parts(names: list[str]) -> list[Part]:
+def open_parts(names: str = "") -> list[Part]:
+    """The named parts, or all."""
     spec = read_yaml(SPEC)
-    if unknown := [name for name in names if name not in spec["parts"]]:
-        raise WrongInput(f"unknown part {unknown[0]}; there are {', '.join(spec['parts'])}")
-    return [Part(spec, name) for name in names or spec["parts"]]
+    return [Part(spec, name) for name in choose_names(names, spec["parts"], "part")]
 
 
 @command
@@ -133,7 +138,7 @@ def main() -> None:
     parser.add_argument("--parts", default="", help="of bench/together.yaml; all if unset")
     parser.add_argument("--status", action="store_true", help="what is done, and what is left")
     options = parser.parse_args()
-    parts = open_parts(options.parts.replace(",", " ").split())
+    parts = open_parts(options.parts)
     quiet()
     for part in parts:
         if not options.status:

@@ -11,18 +11,25 @@ Trainings and scores stay in runs/.worked/, so the command can be interrupted an
 go to results/worked.json.
 """
 
-import argparse
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from bench.jobs import UNVALIDATED, train_and_score, vary
+from bench.jobs import (
+    UNVALIDATED,
+    describe_gain,
+    list_row_values,
+    read_seed_count,
+    require_rows,
+    train_and_score,
+    vary,
+)
 from bench.parity import compare_variants
 from evals import stats
 from tools import recipes, sources
-from tools.common import ROOT, WrongInput, atomic, command, json_lines, quiet, shown, write_json
+from tools.common import ROOT, atomic, command, json_lines, quiet, shown, write_json
 from tools.data.formulas import find_expressions
 from tools.data.rows import build_chat_row
 from tools.data.rules import load_train_rules
@@ -37,10 +44,7 @@ METRICS = {"bare": ("accuracy",), "worked": ("accuracy", "numeric_accuracy")}
 
 def write_training_rows() -> dict[str, Path]:
     """Writes the training rows whose key one calculation gives, with both kinds of answers."""
-    for name in TASKS.values():
-        path = sources.train_path(name)
-        if not path.is_file() or sources.manifest(path).get("from") == "data/sample":
-            raise WrongInput(f"FinLoRA's rows of {name} are needed: `make fetch data TASKS={name}`")
+    require_rows(TASKS.values())
     reword = load_train_rules(TASKS["worked"], sources.CHAT).reword
     assert reword
     pairs = [
@@ -61,11 +65,6 @@ def vary_recipe(answers: str, rows: Path, seed: int) -> recipes.Recipe:
     datasets = [recipe.config["datasets"][0] | {"path": shown(rows)}]
     changes = UNVALIDATED | {"seed": seed, "datasets": datasets}
     return vary(recipe, f"{shown(RUNS)}/{answers}_seed{seed}", changes)
-
-
-def list_row_values(scores: dict[str, Any], metric: str) -> list[float]:
-    """The values of a metric, in the order of the test rows."""
-    return [row["values"][metric] for row in scores["predictions"]]
 
 
 def measure_answers(
@@ -111,24 +110,16 @@ def describe_results(content: dict[str, Any]) -> str:
         for metric in METRICS[answers]:
             means = ", ".join(f"{100 * mean:.1f}" for mean in entry[metric]["seeds"])
             lines.append(f"{answers}, {metric}: {means} (base {100 * entry[metric]['base']:.1f})")
-    gain = content["difference"]
-    points = "{:+.1f} ({:+.1f} … {:+.1f})".format(
-        *(100 * gain[key] for key in ("value", "low", "high"))
-    )
-    return "\n".join([*lines, f"worked minus bare: {points} points, p = {gain['p']:.2g}"])
+    return "\n".join([*lines, f"worked minus bare: {describe_gain(content['difference'])}"])
 
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(description="calculations against bare numbers")
-    parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
-    if options.seeds < 1:
-        raise WrongInput("--seeds is a number from 1")
+    count = read_seed_count("calculations against bare numbers")
     quiet()
     files = write_training_rows()
     first = recipes.find(f"smollm2-135m/{TASKS['bare']}_r4").seed
-    content = compare_answers(files, list(range(first, first + options.seeds)))
+    content = compare_answers(files, list(range(first, first + count)))
     write_json(RESULTS, content)
     print(describe_results(content))
 

@@ -81,7 +81,7 @@ def build_readme_table(evidence: list[Result]) -> str:
         for dataset, entry in result.datasets.items()
     ]
     head = join_cells("recipe", "test rows", "metric", "base, %", "adapter, %", "gain, points")
-    rest = f"\n{len(lines) - MOST_ROWS} more are in [results](docs/results.md).\n"
+    rest = f"\n[Results](docs/results.md) has {len(lines) - MOST_ROWS} more.\n"
     table = head + join_cells(*["---"] * 3, *["---:"] * 3) + "".join(lines[:MOST_ROWS])
     return table + (rest if len(lines) > MOST_ROWS else "")
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tools import common, recipes, sources, vllm
+from tools import common, models, recipes, sources, vllm
 from tools import smollm2 as export
 from tools.data.chatfile import Options, convert_rows
 from tools.data.rows import Rules
@@ -128,6 +128,36 @@ def make_adapter(base: Any, folder: Path, tokens=(), **settings: Any) -> Path:
             weight.data += 0.2 * torch.randn(weight.shape)
     adapted.save_pretrained(folder)
     return folder
+
+
+def make_trained_folder(base: Path, folder: Path, **settings: Any) -> Path:
+    """A folder as `make train` leaves it, with an adapter that does something."""
+    from transformers import AutoTokenizer
+
+    config = {"base_model": str(base), "adapter": "lora", "lora_r": 4, "lora_alpha": 16}
+    config |= {"datasets": [{"path": "x.jsonl", "type": "chat_template"}]} | settings
+    dora = bool(settings.get("peft_use_dora"))
+    make_adapter(models.load(config)[0], folder, task_type=None, use_dora=dora)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+METHODS = {
+    "nf4": {"load_in_4bit": True},
+    "int8": {"load_in_8bit": True},
+    "full": {},
+    "nf4, DoRA": {"load_in_4bit": True, "peft_use_dora": True},
+}
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A trained folder of each method; each test file has its own, since merges go into them."""
+    return {
+        name: make_trained_folder(tiny, tmp_path_factory.mktemp("run") / "adapter", **settings)
+        for name, settings in METHODS.items()
+    }
 
 
 @contextmanager

@@ -1,5 +1,4 @@
-"""Answers that can only be labels: the constraint bites, is never silently on, and its scores are
-scores of their own."""
+"""Answers can be limited to labels; such scores stand apart from those of free answers."""
 
 import json
 import random
@@ -124,18 +123,21 @@ def test_the_packed_scorer_and_chat_answer_alike(trained, monkeypatch):  # noqa:
     assert answers == [chat.answer(model, tokenizer, turn, style) for turn in turns]
 
 
-def test_free_answers_are_no_answers_of_a_constrained_job(trained, monkeypatch, capsys):  # noqa: F811
-    """Datasets with the same prompts share answers: not where they allow other ones."""
+def test_datasets_with_the_same_prompts_and_labels_get_the_same_answers(
+    trained,  # noqa: F811
+    monkeypatch,
+    capsys,
+):
     recipe, folder = trained()
     evaluate(monkeypatch, recipe, "--tasks", "nwgi,nwgi_folded", "--limit", "6", "--constrain")
     assert " 6/6 rows" in capsys.readouterr().out
-    seven = read_scores(folder, "nwgi_constrained_sample6")
-    three = read_scores(folder, "nwgi_folded_constrained_sample6")
-    labels = three["evaluated"]["constrained_to"]
-    assert all(row["answer"].strip() in labels for row in three["predictions"])
-    assert [row["answer"] for row in seven["predictions"]] == [
-        row["answer"] for row in three["predictions"]
-    ]
+    levels = read_scores(folder, "nwgi_constrained_sample6")
+    classes = read_scores(folder, "nwgi_folded_constrained_sample6")
+    labels = classes["evaluated"]["constrained_to"]
+    assert set(labels) == set(levels["evaluated"]["constrained_to"]) and len(labels) == 7
+    answers = [row["answer"] for row in classes["predictions"]]
+    assert {answer.strip() for answer in answers} <= set(labels)
+    assert [row["answer"] for row in levels["predictions"]] == answers
 
 
 @pytest.mark.parametrize("verb", ["eval", "predict", "chat"])

@@ -1,9 +1,10 @@
-"""vLLM's server on loopback, a base and an adapter: asked as an endpoint, it gets the scores that
-transformers gets, and keeps to labels. Runs where `.venv-vllm` is set up."""
+"""vLLM's own server as an endpoint gets the scores that transformers gets, and keeps to labels.
+
+Skipped where `make setup-vllm` has not made .venv-vllm.
+"""
 
 import json
 import os
-import socket
 import subprocess
 import time
 import urllib.request
@@ -14,6 +15,7 @@ import yaml
 from evals.choices import spell_labels
 from tests.conftest import make_adapter
 from tests.test_eval import evaluate, workplace  # noqa: F401
+from tests.test_serve import free_port
 from tools import common, recipes, runs
 
 PYTHON = common.ROOT / ".venv-vllm" / "bin" / "python"
@@ -21,7 +23,7 @@ LABELS = ["negative", "neutral", "positive"]
 ROWS = 24
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON.exists(), reason="vLLM is not set up in .venv-vllm"),
+    pytest.mark.skipif(not PYTHON.exists(), reason="vLLM is not installed; `make setup-vllm`"),
 ]
 
 
@@ -33,9 +35,7 @@ def adapter(smollm2, tmp_path_factory):
 @pytest.fixture(scope="module")
 def vllm(smollm2, adapter):
     """The address of vLLM's server with the models `base` and `adapter`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
     options += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"adapter={adapter}"]
     address = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "base"]

@@ -70,7 +70,7 @@ def test_losses_are_those_of_the_answers_tokens_and_of_two_sides(tiny, tmp_path)
     assert abs(losses["adapter"][0] - loss) > 1e-3
 
 
-def write_run(name, task="sentiment"):
+def write_run(name):
     run = Run(runs.RUNS / forgetting.MODEL / name)
     run.folder.mkdir(parents=True)
     run.info_file.write_text(json.dumps({"adapter_sha256": name}))

@@ -5,40 +5,15 @@ import shutil
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import make_adapter, run
+from tests.conftest import METHODS, run
 from tools import models, subjects
 from tools.use import merge
 
-METHODS = {
-    "nf4": {"load_in_4bit": True},
-    "int8": {"load_in_8bit": True},
-    "full": {},
-    "nf4, DoRA": {"load_in_4bit": True, "peft_use_dora": True},
-}
-
-
-# Each merge loads the base and what it wrote: one of them is enough for `make test`.
-CASES = [pytest.param(name, marks=[pytest.mark.slow] * (name != "nf4")) for name in METHODS]
-
-
-@pytest.fixture(scope="module")
-def adapters(tiny, tmp_path_factory):
-    """A PEFT folder for each method, as `make train` leaves it."""
-    folders = {}
-    for name, options in METHODS.items():
-        folder = tmp_path_factory.mktemp("run") / "adapter"
-        config = {"base_model": str(tiny), "adapter": "lora", "lora_r": 4, "lora_alpha": 16}
-        config |= {"datasets": [{"path": "x.jsonl", "type": "chat_template"}]} | options
-        dora = bool(options.get("peft_use_dora"))
-        make_adapter(models.load(config)[0], folder, task_type=None, use_dora=dora)
-        AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
-        (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        folders[name] = folder
-    return folders
+# Each merge loads the base, and loads again what was written.
+pytestmark = pytest.mark.slow
 
 
 def merge_folder(folder, bits):
@@ -48,13 +23,12 @@ def merge_folder(folder, bits):
 
 
 def load_plainly(folder):
-    """As any user of transformers loads it; computed in float32."""
+    """A merged model as any user of transformers loads it, computed in float32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("method", CASES)
-@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_a_merge_of_16_bits_is_base_and_adapter_rounded_to_bfloat16(adapters, method):
     subject, target, report = merge_folder(adapters[method], 16)
     assert target.name == "merged-16bit"
@@ -71,8 +45,7 @@ def test_a_merge_of_16_bits_is_base_and_adapter_rounded_to_bfloat16(adapters, me
     assert distance < 0.05 < moved
 
 
-@pytest.mark.parametrize("method", CASES)
-@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_a_merge_of_4_bits_loads_as_the_model_that_was_rounded(adapters, method):
     subject, target, report = merge_folder(adapters[method], 4)
     loaded, tokenizer = load_plainly(target)
@@ -85,7 +58,7 @@ def test_a_merge_of_4_bits_loads_as_the_model_that_was_rounded(adapters, method)
     assert distance["largest_logit_difference"] == pytest.approx(
         report["largest_logit_difference"], abs=1e-4
     )
-    assert distance["largest_logit_difference"] > 0.01  # rounding is seen, and told
+    assert distance["largest_logit_difference"] > 0.01  # rounding is seen and reported
     if not method.startswith("nf4"):
         return
     # Of a 4-bit base, layers without an adapter keep every bit; the others are the rounded sum.
@@ -100,7 +73,6 @@ def test_a_merge_of_4_bits_loads_as_the_model_that_was_rounded(adapters, method)
             assert torch.equal(sums[name].weight, layers[name].weight), name
 
 
-@pytest.mark.slow
 def test_a_4_bit_checkpoint_that_loads_as_another_model_is_refused(adapters, tmp_path, monkeypatch):
     def save_another(merged, config, folder):
         for parameter in merged.parameters():
@@ -115,8 +87,7 @@ def test_a_4_bit_checkpoint_that_loads_as_another_model_is_refused(adapters, tmp
         merge.merge_and_compare(subject.config, subject.adapter, "chat", target)
 
 
-@pytest.mark.slow
-def test_an_adapter_that_is_smaller_than_a_step_of_the_rounding_is_told(adapters, tmp_path, capsys):
+def test_an_adapter_that_rounding_takes_away_is_reported(adapters, tmp_path, capsys):
     folder = tmp_path / "adapter"
     shutil.copytree(adapters["nf4"], folder, ignore=shutil.ignore_patterns("merged*"))
     weights = load_file(folder / "adapter_model.safetensors")
@@ -134,7 +105,6 @@ def test_an_adapter_that_is_smaller_than_a_step_of_the_rounding_is_told(adapters
     assert "away" not in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_the_command_says_what_four_bits_cost(adapters):
     done = run("merge", "--adapter", adapters["full"], "--bits", "4")
     assert done.returncode == 0, done.stderr

@@ -112,7 +112,7 @@ def test_all_methods_train_the_same_rows_for_the_same_steps(experiment):
 
 
 def test_results_of_another_recipe_or_scoring_are_missing(experiment):
-    cell = experiment().cell("lora", 0.001, 42)
+    cell = experiment().make_cell("lora", 0.001, 42)
     assert not cell.is_done
     write_cell(cell, {"validation": make_values(300, 150)})
     assert cell.is_done
@@ -153,10 +153,10 @@ def test_results_hold_the_values_of_rows_and_no_text():
 
 def test_rows_that_differ_between_machines_are_refused(experiment):
     write_rates(experiment(), BEST)
-    cell = experiment().cell("lora", 0.001, 42)
+    cell = experiment().make_cell("lora", 0.001, 42)
     write_cell(cell, {"validation": make_values(300, 150)}, train_sha256=["b"])
     with pytest.raises(WrongInput, match="has other rows of training than"):
-        cells.refuse_other_rows(experiment().list_all_files())
+        cells.refuse_other_rows(experiment().list_finished_cells())
 
 
 # ---- what the page says
@@ -258,7 +258,7 @@ def test_a_tiny_experiment_trains_scores_and_resumes(
     assert not second.missing_tests
     assert all(
         len(cell.content["scores"]["fpb"]["values"]) == 6
-        for cell in second.list_all_files()
+        for cell in second.list_finished_cells()
         if "fpb" in cell.content["scores"]
     )
     shutil.rmtree(methods.RUNS)  # as on another machine

@@ -9,12 +9,11 @@ import tarfile
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests import tokenizers
-from tests.conftest import make_adapter, run, run_first
-from tools import models, prompts, recipes, subjects
+from tests.conftest import make_trained_folder, run, run_first
+from tools import prompts, recipes, subjects
 from tools.common import JobFailed, WrongInput
 from tools.use import gguf, merge, modelfile
 
@@ -127,12 +126,8 @@ def test_a_modelfile_stops_at_each_end_token_and_is_as_deterministic_as_scoring(
 @pytest.fixture(scope="module")
 def adapter(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "adapter"
-    config = {"base_model": str(tiny), "adapter": "qlora", "load_in_4bit": True}
-    config |= {"datasets": [{"path": "x.jsonl", "type": "chat_template"}], "sequence_len": 512}
-    make_adapter(models.load(config)[0], folder, task_type=None)
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    return folder
+    settings = {"adapter": "qlora", "load_in_4bit": True, "sequence_len": 512}
+    return make_trained_folder(tiny, folder, **settings)
 
 
 @pytest.mark.slow

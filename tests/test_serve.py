@@ -13,38 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
-from tests.conftest import GPU, make_adapter, run, run_first
+from tests.conftest import GPU, METHODS, run, run_first
 from tests.hub_server import Hub
 from tools import models, sources, subjects, vllm
 from tools.common import ROOT, JobFailed, WrongInput
 from tools.use import chat, merge, serve
-
-METHODS = {
-    "nf4": {"load_in_4bit": True},
-    "int8": {"load_in_8bit": True},
-    "full": {},
-    "nf4, DoRA": {"load_in_4bit": True, "peft_use_dora": True},
-}
-
-
-@pytest.fixture(scope="module")
-def adapters(tiny, tmp_path_factory):
-    """A PEFT folder for each method, as `make train` leaves it, with adapters that do something."""
-    from transformers import AutoTokenizer
-
-    folders = {}
-    for name, options in METHODS.items():
-        folder = tmp_path_factory.mktemp("run") / "adapter"
-        config = {"base_model": str(tiny), "adapter": "lora", "lora_r": 4, "lora_alpha": 16}
-        config |= {"datasets": [{"path": "x.jsonl", "type": "chat_template"}]} | options
-        dora = bool(options.get("peft_use_dora"))
-        make_adapter(models.load(config)[0], folder, task_type=None, use_dora=dora)
-        AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
-        (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        folders[name] = folder
-    return folders
 
 
 @pytest.mark.parametrize("method", run_first(1, METHODS))

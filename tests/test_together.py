@@ -110,4 +110,4 @@ def test_a_comparison_waits_for_every_seed_and_uses_the_rows_of_one_test():
 
 def test_an_unknown_part_is_named():
     with pytest.raises(WrongInput, match="unknown part nothing; there are tasks, labels"):
-        together.open_parts(["nothing"])
+        together.open_parts("nothing")
