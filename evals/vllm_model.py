@@ -28,7 +28,7 @@ from tools.vllm import Engine
 WORKER = Path(__file__).with_name("vllm_worker.py")
 ROWS = {"cpu": 64, "cuda": 1024}  # that vLLM answers before they are saved
 # One process, so that nothing outlives it, and only errors in its log.
-VARIABLES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+VARIABLES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 SHORTEST = 2048  # tokens of room at least, where the model has so many
 # A line of a log that names an error, and what vLLM says after the real one.
 ERROR = re.compile(r"\b(\w*(?:Error|Exception): .+)")

@@ -4,6 +4,7 @@ import base64
 import http.server
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +22,9 @@ from tools.data.chatfile import Options, convert_rows
 from tools.data.rows import Rules
 
 common.quiet()
+# A shell's background job ignores these, and so would all that tests start and then interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Several workers share the cores: one thread each, for what they start too.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -411,7 +411,9 @@ def test_a_small_model_is_not_refused_by_its_size(monkeypatch):
     monkeypatch.setattr(without_gpu, "measure_multiplying", lambda: 3e11)  # two idle cores
     for name in ("qwen3-0.6b/formula_r4", "llama-3.2-1b/xbrl_term_r4"):
         said = checks.require_hardware(recipes.find(name), LAPTOP)
-        assert re.search(r"would take up to about \d+ (hours|minutes) and \d+ GB", said)
+        assert re.search(
+            r"^up to about \d+ (hours|minutes) and \d+ GB of memory on 2 CPU cores", said
+        )
     with pytest.raises(
         WrongInput, match=r"about \d+ (hours|days) and \d+ GB of memory.*FORCE=1"
     ) as refused:

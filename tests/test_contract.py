@@ -601,7 +601,7 @@ def test_a_server_renders_a_row_as_it_was_trained(model, tmp_path):
     tokenizer, config = tokenizers.load(model), recipes.find(f"{model}/sentiment_r4").config
     config = config | {"base_model": str(tokenizers.bring(model))}
     who = subjects.Subject("row", config, None, tmp_path, tmp_path, None, "chat")
-    served = serve.read_template(who)
+    served = serve.build_template(who)
     for shape in ROWS:
         if (model, shape) in LIMITS:
             continue

@@ -232,8 +232,9 @@ def test_a_tiny_experiment_trains_scores_and_resumes(
     spec["settings"] = {**SPEC["settings"], "max_steps": 2, "warmup_steps": 1, "save_steps": 2}
     plan = {**SPEC["tasks"][TASK], "validation": 20, "limit": 6, "datasets": ["fpb"]}
     spec["tasks"] = {TASK: plan}
-    chat = tmp_path / "chat"
-    chat.mkdir()
+    chat = tmp_path / "data" / "chat"
+    chat.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)  # lm-eval finds the test rows from here
     for name in (chat_rows.name, chat_rows.name.replace("_train", "_val")):
         shutil.copy(chat_rows.with_name(name), chat)
     monkeypatch.setattr(sources, "CHAT", chat)

@@ -85,7 +85,7 @@ def set_up_vllm(named: str, build: str) -> None:
     say(f"Python {version}: {reason}")
     say(f"installing with {'uv' if installer.uv else 'pip'} from {name_lock(build)}")
     torch, others = read_lock(build)
-    if not installer.install(f"torch, {build}", torch, must=build == "cuda"):
+    if not installer.install(f"torch, {build.upper()} build", torch, must=build == "cuda"):
         say("no CPU build of torch is offered here; installing the CUDA build")
         require_space("cuda")
         others = take_cuda_torch(others, version)

@@ -73,8 +73,13 @@ class Engine:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables of vLLM's processes: no network, and a cache that leaves memory to others."""
+        """Variables of vLLM's processes: no network, a cache that leaves memory to others, and its
+        hundred lines of settings only with DEBUG=1.
+        """
         variables = {"HF_HUB_OFFLINE": "1"}
+        if not os.environ.get("DEBUG"):
+            quietly = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+            variables |= {key: os.environ.get(key, value) for key, value in quietly.items()}
         if self.device == "cpu":
             cache = os.environ.get("VLLM_CPU_KVCACHE_SPACE") or CPU_CACHE
             variables["VLLM_CPU_KVCACHE_SPACE"] = cache

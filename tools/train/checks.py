@@ -35,13 +35,13 @@ def require_hardware(recipe: recipes.Recipe, here: hardware.Host, profile: str =
             return ""
         raise WrongInput(f"{explain_need(recipe)}; here: {here}. {FORCED}")
     needed = without_gpu.estimate_on_cpu(recipe, here)
-    here_too = f"{here} would take up to {needed}, at the speed of this moment"
+    takes = f"up to {needed} on {here}, at the speed of this moment"
     if needed.memory > here.memory or (needed.hours or 0) > without_gpu.LONGEST_HOURS:
         small = f"{smollm2.FOLDER.name}/{recipe.name.partition('/')[2]}"
         runs = small in recipes.list_names() and small != recipe.name
         example = f"What runs here: make train RECIPE={small} " if runs else ""
-        raise WrongInput(f"{explain_need(recipe)}; {here_too}. {example}{FORCED}")
-    return here_too
+        raise WrongInput(f"{explain_need(recipe)}; it would take {takes}. {example}{FORCED}")
+    return takes
 
 
 def explain_need(recipe: recipes.Recipe) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from tools import recipes, smollm2, sources
+from tools import models, recipes, smollm2, sources
 from tools.common import ROOT, WrongInput, atomic, digest, read_json, share, write_json
 from tools.prompts import explain_unscorable
 from tools.runs import Run
@@ -182,7 +182,11 @@ def train(recipe: recipes.Recipe, choice: profiles.Choice, machines: Machines, f
         child.submit(recipes.validate, recipe.config, recipe.where).result()
         if recipe.run.folder in (ROOT, ROOT / "runs", *ROOT.parents):
             raise WrongInput(f"{recipe.where}: output_dir must be a folder of its own")
-        smollm2.ensure(recipe.config["base_model"])
+        base = recipe.config["base_model"]
+        if is_new and not recipe.config.get("revision_of_model"):
+            # Before Axolotl starts, whose message about a missing base is a page of traceback.
+            child.submit(models.bring_base, base).result()
+        smollm2.ensure(base)
         child.submit(refuse_unrenderable, recipe).result()
     if missing := sources.drop_missing_validation(recipe.config)[1]:
         print(f"train      no rows validate: {missing}")

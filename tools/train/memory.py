@@ -58,6 +58,7 @@ class Memory:
     linear_weights: int
     quantization_constants: int
     embedding_head_norms: int
+    experts: int
     adapter: int
     gradients: int
     optimizer: int
@@ -221,7 +222,7 @@ def compute_linear_bytes(
 
 def compute_weight_bytes(model: Model, setup: Setup) -> tuple[int, int, int]:
     """Bytes of all linear layers' weights, of their quantization constants, and of the rest of the
-    model while training: embedding, head and norms.
+    model while training: embedding, head, norms and experts.
     """
     layers = [
         compute_linear_bytes(shape, setup.bits, setup.double_quant)
@@ -300,6 +301,7 @@ def compute_memory(model: Model, setup: Setup) -> Memory:
     sizes = list_trained_sizes(model, setup)
     count = sum(sizes)
     weights, constants, unquantized = compute_weight_bytes(model, setup)
+    experts = unquantized * model.experts // model.unquantized
     quantized = setup.bits < 16
     states, gradients, parameters = (setup.gpus if setup.zero >= s else 1 for s in (1, 2, 3))
     per_parameter = OPTIMIZERS["8bit" if "8bit" in setup.optimizer else "adamw"]
@@ -311,7 +313,8 @@ def compute_memory(model: Model, setup: Setup) -> Memory:
     return Memory(
         linear_weights=weights // parameters,
         quantization_constants=constants // parameters,
-        embedding_head_norms=unquantized // parameters,
+        embedding_head_norms=(unquantized - experts) // parameters,
+        experts=experts // parameters,
         adapter=4 * count if setup.rank else 0,
         gradients=(4 if setup.rank else 2) * count // gradients,
         optimizer=optimizer,
@@ -366,8 +369,13 @@ def suggest_changes(
 ) -> list[tuple[str, int]]:
     """(change, new peak) for a setup over `limit` bytes, up to the first one that fits."""
     suggestions: list[tuple[str, int]] = []
+    least = compute_memory(model, setup).least
     for text, changed in list_reductions(setup, unpacked):
-        suggestions.append((text, compute_memory(model, changed).least))
-        if suggestions[-1][1] <= limit:
+        peak = compute_memory(model, changed).least
+        if peak >= least:  # 4 bits, where most of the weights are experts, which PEFT makes float32
+            continue
+        suggestions.append((text, peak))
+        least = peak
+        if peak <= limit:
             break
     return suggestions

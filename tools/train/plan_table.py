@@ -15,6 +15,7 @@ from tools.train.plan import Hardware, count_training_rows, plan
 LABELS = {
     "linear_weights": "linear weights, {bits} bits",
     "embedding_head_norms": "embedding, head, norms",
+    "experts": "experts, not quantized",
     "cuda_context": "CUDA context",
     "activations_without_checkpointing": "(activations without checkpointing)",
     "loading": "peak while loading",
