@@ -1,6 +1,6 @@
 """Measures how fast answers are scored, against FinLoRA's way, plain lm-eval and a bare prefill.
 
-    python -m bench.eval [sentiment_r4] [--dataset fpb] [--limit 64] [--base] [--record]
+    python -m bench.eval [sentiment_r4] [--dataset fpb] [--limit 312] [--base] [--record]
     python -m bench.eval smollm2-135m/sentiment_r4 --limit 300 --vllm
 
 All answer the same rows with the same loaded base and adapter, in turn; the best round counts.
@@ -216,7 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="the speed of scoring")
     parser.add_argument("recipe", nargs="?", default="smollm2-135m/sentiment_r4")
     parser.add_argument("--dataset", default="fpb", help=", ".join(run.read_tasks()))
-    parser.add_argument("--limit", type=int, default=64)
+    parser.add_argument("--limit", type=int, default=312)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--base", action="store_true", help="without an adapter")
     parser.add_argument("--vllm", action="store_true", help="compare ours with vLLM")

@@ -91,6 +91,42 @@ def count_cached(model: Any, size: int) -> int:
     return size // int(2 * text.num_hidden_layers * heads * head * model.dtype.itemsize)
 
 
+class RoomyLayer(DynamicLayer):  # type: ignore[misc]
+    """A layer's keys and values, in tensors with room for more, which transformers' layer copies.
+
+    `keys` and `values` are (rows, heads, tokens + room, size); the first `tokens` are in use.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, tokens: int):
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.room = (keys, values)
+        self.use(tokens)
+
+    def use(self, tokens: int) -> None:
+        keys, values = self.room
+        self.used = self.keys, self.values = keys[:, :, :tokens], values[:, :, :tokens]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        if self.keys is not self.used[0] or end > self.room[0].shape[2]:  # reordered, or full
+            return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+        for part, new in zip(self.room, (key_states, value_states), strict=True):
+            part[:, :, start:end] = new
+        self.use(end)
+        return self.keys, self.values
+
+
+def make_cache(layers: list[RoomyLayer]) -> DynamicCache:
+    """A cache of these layers; its constructor would copy their keys and values."""
+    cache = DynamicCache()
+    cache.layers = layers
+    return cache
+
+
 class Model(Progress, HFLM):
     """Answers with a loaded model. `rows` is how many answers are to come, for the progress line.
 
@@ -113,6 +149,7 @@ class Model(Progress, HFLM):
         kind = "cuda" if self.device.type == "cuda" else "cpu"
         self.tokens = TOKENS[kind]
         self.cached = count_cached(model, CACHED[kind]) if self.packs else self.tokens
+        self.memory = torch.empty(0)
         self.labels: Sequence[str] = ()
         self.probabilities: list[dict[str, float]] = []
 
@@ -169,6 +206,7 @@ class Model(Progress, HFLM):
                 answers[row] = postprocess_generated_text(answer, stop, None)
                 self.cache_hook.add_partial("generate_until", (texts[row], settings), answers[row])
             self.progress(len(batch))
+        self.memory = torch.empty(0)
         return answers
 
     def make_constraint(self) -> Constraint | None:
@@ -212,7 +250,8 @@ class Model(Progress, HFLM):
         `generate` computes at least one token of each prompt. That pass is answered with what the
         packs have given, so that the rules by which it chooses a token stay its own.
         """
-        logits, cache = self.compute_keys(rows, prefix)
+        room = settings["max_length"] - settings["context"].shape[1]
+        logits, cache = self.compute_keys(rows, prefix, room)
         inner = getattr(self.model, "get_base_model", lambda: self.model)()
         own, forward = "forward" in vars(inner), inner.forward
 
@@ -227,45 +266,59 @@ class Model(Progress, HFLM):
             restore()
             return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=cache)
 
-        shorter = [(layer.keys[:, :, :-1], layer.values[:, :, :-1]) for layer in cache.layers]
+        shorter = [
+            RoomyLayer(layer.keys, layer.values, layer.keys.shape[2] - 1) for layer in cache.layers
+        ]
         inner.forward = answer
         try:
-            return self._model_generate(past_key_values=DynamicCache(shorter), **settings)
+            return self._model_generate(past_key_values=make_cache(shorter), **settings)
         finally:
             restore()
 
-    def compute_keys(self, rows: list[list[int]], prefix: Any) -> tuple[torch.Tensor, DynamicCache]:
+    def compute_keys(
+        self, rows: list[list[int]], prefix: Any, room: int = 0
+    ) -> tuple[torch.Tensor, DynamicCache]:
         """Prompts' logits at their last tokens, and their keys and values, padded on the left.
 
         The logits are (rows, vocabulary); for each layer there are two tensors (rows, heads,
-        longest prompt, size).
+        longest prompt, size), with room for so many tokens more.
         """
         width = max(map(len, rows))
-        layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        states: list[torch.Tensor] = []  # keys and values of each layer
         logits: list[torch.Tensor] = []
         done = 0
-
-        def make(packed: torch.Tensor) -> torch.Tensor:
-            return packed.new_empty((len(rows), width, packed.shape[1], packed.shape[3]))
-
         for pack in self.pack(rows, prefix.get_seq_length() if prefix else 0):
-            places = torch.zeros((len(pack.ends), width), dtype=torch.int64)
+            places = torch.zeros((len(pack.ends), width + room), dtype=torch.int64)
             for row, end in enumerate(pack.ends):
                 path = pack.paths[end]
-                places[row, width - len(path) :] = torch.tensor(path)
+                places[row, width - len(path) : width] = torch.tensor(path)
             places = places.to(self.device)
             output = self.compute_pack(pack, prefix)
             logits.append(output.logits[0])
-            packed = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
-            if not layers:
-                layers = [(make(keys), make(values)) for keys, values in packed]
-            for pair, packed_pair in zip(layers, packed, strict=True):
-                for states, of_pack in zip(pair, packed_pair, strict=True):
-                    spread = states[done : done + len(places)].flatten(0, 1)
-                    torch.index_select(of_pack[0].transpose(0, 1), 0, places.flatten(), out=spread)
+            layers = output.past_key_values.layers
+            packed = [part[0].transpose(0, 1) for x in layers for part in (x.keys, x.values)]
+            if not states:
+                states = self.make_room(packed, len(rows), width + room)
+            for part, of_pack in zip(states, packed, strict=True):
+                spread = part[done : done + len(places)].flatten(0, 1)
+                torch.index_select(of_pack, 0, places.flatten(), out=spread)
             done += len(places)
-        by_head = [(keys.transpose(1, 2), values.transpose(1, 2)) for keys, values in layers]
-        return torch.cat(logits), DynamicCache(by_head)
+            del output, layers, packed  # or the next pack cannot have their memory
+        by_head = [part.transpose(1, 2) for part in states]
+        pairs = zip(by_head[::2], by_head[1::2], strict=True)
+        return torch.cat(logits), make_cache([RoomyLayer(*pair, width) for pair in pairs])
+
+    def make_room(self, packed: list[torch.Tensor], rows: int, tokens: int) -> list[torch.Tensor]:
+        """A tensor (rows, tokens, heads, size) for each of `packed` (any tokens, heads, size).
+
+        All batches use the same memory, which is faster than new memory for each.
+        """
+        sizes = [rows * tokens * part[0].numel() for part in packed]
+        if self.memory.numel() < sum(sizes):
+            self.memory = packed[0].new_empty(sum(sizes))
+        parts = self.memory[: sum(sizes)].split(sizes)
+        shapes = [(rows, tokens, *part.shape[1:]) for part in packed]
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def pack(self, rows: list[list[int]], cached: int) -> Iterator[packs.Pack]:
         """Packs of consecutive prompts, of about `self.tokens` tokens each."""

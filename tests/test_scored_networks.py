@@ -5,7 +5,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from evals.model import Model, count_cached
+from evals.model import Model, RoomyLayer, count_cached
 from evals.vllm_model import VllmModel, Worker
 from tests.conftest import GPU, run_first
 
@@ -133,6 +133,25 @@ def test_packed_prompts_have_the_keys_and_values_of_each_alone(kind, shared, tok
             for states, of_row in ((layer.keys, expected.keys), (layer.values, expected.values)):
                 own = states[number, :, states.shape[2] - len(row) :]
                 torch.testing.assert_close(own, of_row[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_with_room_holds_what_transformers_layer_does():
+    first, *others = (torch.randn(2, 2, 3, tokens, 4) for tokens in (5, 1, 2, 1))
+    room = torch.cat([first, torch.full((2, 2, 3, 3, 4), torch.nan)], 3)
+    layer, expected = RoomyLayer(*room, 5), transformers.cache_utils.DynamicLayer()
+    expected.update(*first)
+    for number, new in enumerate(others):
+        assert layer.get_seq_length() == expected.get_seq_length()
+        for own, other in zip(layer.update(*new), expected.update(*new), strict=True):
+            torch.testing.assert_close(own, other, rtol=0, atol=0)
+        # There is room for three tokens, and of four the last is copied.
+        assert (layer.keys.data_ptr() == room[0].data_ptr()) == (number < 2)
+    layer, expected = RoomyLayer(*room, 5), transformers.cache_utils.DynamicLayer()
+    expected.update(*first)
+    for each in (layer, expected):
+        each.reorder_cache(torch.tensor([1, 1]))
+    for own, other in zip(layer.update(*others[0]), expected.update(*others[0]), strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=0)
 
 
 def test_a_batch_holds_no_more_keys_and_values_than_its_rows_and_their_prefixes(tokenizer):
