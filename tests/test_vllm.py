@@ -384,7 +384,10 @@ KINDS = {
     "rank 12": ("fp32", {"r": 12}),
     "8 bits": ("int8", {}),
     "DoRA": ("fp32", {"use_dora": True}),
+    "a rank over vLLM's": ("fp32", {"r": 520}),
+    "trained embeddings": ("fp32", {"modules_to_save": ["embed_tokens", "lm_head"]}),
 }
+MERGED = {"DoRA", "a rank over vLLM's", "trained embeddings"}
 
 
 @pytest.mark.slow
@@ -396,7 +399,7 @@ def test_vllm_answers_as_chat_does_under_the_names_that_are_printed(
     base = Path(shutil.copytree(smollm2, tmp_path / "base"))
     folder = make_adapter(base, tmp_path / "my adapter", lora_alpha=8, **settings)
     subject = subjects.find("", str(folder), precision)
-    names = ["my-adapter"] if kind == "DoRA" else ["my-adapter", "my-adapter-base"]
+    names = ["my-adapter"] if kind in MERGED else ["my-adapter", "my-adapter-base"]
     arguments = ("--adapter", str(folder), "--precision", precision, "--max-model-len", "512")
     try:
         with serving(*arguments, "--port", str(free_port())) as output:
@@ -408,4 +411,4 @@ def test_vllm_answers_as_chat_does_under_the_names_that_are_printed(
             assert text and expected.startswith(text)
     finally:  # the 8-bit base, dequantized
         shutil.rmtree(subject.base_folder.parent, ignore_errors=True)
-    assert kind == "DoRA" or served[0] != served[1]
+    assert kind in MERGED or served[0] != served[1]
