@@ -4,12 +4,14 @@ Real adapters, made with PEFT on a tiny random base.
 """
 
 import json
+import pickle
 import re
 import shutil
 import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -321,7 +323,9 @@ OTHER_FILES = {
     "a Git LFS pointer": (POINTER, "Git LFS pointer"),
     "an empty file": (b"", "is empty"),
     "a web page": (b"<!DOCTYPE html><html>", "web page"),
-    "a pickle": (b"PK\x03\x04", "pickle"),
+    "an archive": (b"PK\x03\x04", "pickle"),
+    "a pickle": (pickle.dumps({"weight": [0.0] * 8}, 2), "pickle"),
+    "a pickle of today": (pickle.dumps({"weight": [0.0] * 8}), "pickle"),
 }
 
 
@@ -332,6 +336,17 @@ def test_other_content_in_place_of_a_file_is_called_what_it_is(copy, name, case)
     (copy / name).write_bytes(content)
     with pytest.raises(WrongInput, match=f"{name}: .*{why}"):
         subjects.find("", str(copy), "fp32")
+
+
+@pytest.mark.parametrize("second", range(2, 6))
+def test_a_safetensors_file_whose_length_looks_like_a_pickle_is_read(tmp_path, second):
+    path, length = tmp_path / adapters.WEIGHTS, 0x80 + 256 * second
+    for size in range(length):  # its header is padded to a multiple of eight bytes
+        save_file({"weight": torch.ones(2)}, path, {"text": "x" * size})
+        if path.read_bytes()[:2] == bytes([0x80, second]):
+            break
+    assert path.read_bytes()[:3] == bytes([0x80, second, 0])
+    assert list(adapters.read_header(path)) == ["weight"]
 
 
 @pytest.mark.parametrize("keep", [7, 300, 0.5, -1])

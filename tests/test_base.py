@@ -434,6 +434,23 @@ def test_the_time_follows_from_the_speed_of_the_machine(monkeypatch):
     assert without_gpu.multiply() > 1e8
 
 
+@pytest.mark.parametrize("loaded", [True, False])
+def test_the_speed_is_measured_where_torch_has_computed_already_and_where_it_has_not(loaded):
+    """A child that is forked from torch's threads waits for them for ever."""
+    code = "import sys; from tools.train import without_gpu as w; loaded = 'torch' in sys.modules"
+    code += "; assert not loaded; w.multiply()" * loaded
+    code += "; print(w.measure_multiplying() > 1e8, 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.split() == ["True", str(loaded)], done.stderr
+
+
 # ---- memory at 8 bits
 
 

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import pwd
 import re
@@ -17,6 +18,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -283,8 +285,9 @@ OTHER_CONTENT = {
     "the file; `git lfs pull` downloads it",
     re.compile(rb"(?i)\s*<(!doctype )?html"): "this is a web page and not the file; download it "
     "again",
-    re.compile(rb"PK\x03\x04|\x80[\x02\x04]"): "this is a pickle or archive of PyTorch, which "
-    "can run code; a safetensors file is needed",
+    # A safetensors file begins with eight bytes of length, which may look like a pickle, and "{".
+    re.compile(rb"(?s)PK\x03\x04|\x80[\x02-\x05](?!.{6}\{)"): "this is a pickle or archive of "
+    "PyTorch, which can run code; a safetensors file is needed",
 }
 
 
@@ -293,6 +296,18 @@ def refuse_other_content(start: bytes, where: str) -> None:
     for pattern, problem in OTHER_CONTENT.items():
         if pattern.match(start):
             raise WrongInput(f"{where}: {problem}")
+
+
+def run_in_child(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function that loads torch in a child process, whose gigabyte goes away with it.
+
+    Where torch is loaded already there is nothing to save, and a child that is forked from its
+    threads would wait for them for ever: the function is called here.
+    """
+    if "torch" in sys.modules:
+        return function(*arguments)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
+        return child.submit(function, *arguments).result()
 
 
 def json_lines(path: Path) -> list[Any]:

@@ -13,19 +13,26 @@ On several machines the same command runs on each, with --nnodes, --node-rank an
 
 import importlib.metadata
 import json
-import multiprocessing
 import platform
 import shutil
 import signal
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import yaml
 
 from tools import models, recipes, smollm2, sources
-from tools.common import ROOT, WrongInput, atomic, digest, read_json, share, write_json
+from tools.common import (
+    ROOT,
+    WrongInput,
+    atomic,
+    digest,
+    read_json,
+    run_in_child,
+    share,
+    write_json,
+)
 from tools.prompts import explain_unscorable
 from tools.runs import Run
 from tools.train import hardware, profiles
@@ -163,6 +170,19 @@ def describe_rows(recipe: recipes.Recipe, data: list[dict[str, Any]]) -> str:
     return " and ".join(parts) + validated
 
 
+def check_recipe(recipe: recipes.Recipe, is_new: bool) -> None:
+    """Raises WrongInput or JobFailed where Axolotl could not train a recipe; brings its base."""
+    recipes.validate(recipe.config, recipe.where)
+    if recipe.run.folder in (ROOT, ROOT / "runs", *ROOT.parents):
+        raise WrongInput(f"{recipe.where}: output_dir must be a folder of its own")
+    base = recipe.config["base_model"]
+    if is_new and not recipe.config.get("revision_of_model"):
+        # Axolotl's own message about a base that cannot be had is a page of traceback.
+        models.bring_base(base)
+    smollm2.ensure(base)
+    refuse_unrenderable(recipe)
+
+
 def train(recipe: recipes.Recipe, choice: profiles.Choice, machines: Machines, force: bool) -> None:
     """Trains a recipe; returns once its run is finished, or the part of this machine is.
 
@@ -177,17 +197,8 @@ def train(recipe: recipes.Recipe, choice: profiles.Choice, machines: Machines, f
     if is_new and (needed := require_hardware(recipe, here, profile)):
         print(f"train      {needed}")
     refuse_unusable(recipe)
-    # Axolotl loads torch, and this process stays beside the training: a child's gigabyte.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
-        child.submit(recipes.validate, recipe.config, recipe.where).result()
-        if recipe.run.folder in (ROOT, ROOT / "runs", *ROOT.parents):
-            raise WrongInput(f"{recipe.where}: output_dir must be a folder of its own")
-        base = recipe.config["base_model"]
-        if is_new and not recipe.config.get("revision_of_model"):
-            # Before Axolotl starts, whose message about a missing base is a page of traceback.
-            child.submit(models.bring_base, base).result()
-        smollm2.ensure(base)
-        child.submit(refuse_unrenderable, recipe).result()
+    # Axolotl loads torch, and this process stays beside the training.
+    run_in_child(check_recipe, recipe, is_new)
     if missing := sources.drop_missing_validation(recipe.config)[1]:
         print(f"train      no rows validate: {missing}")
     count = f", {machines.processes} processes" if machines.processes > 1 else ""

@@ -11,10 +11,8 @@ a training from its last checkpoint, the search with the next candidate.
 
 import json
 import math
-import multiprocessing
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import stdev
@@ -22,7 +20,7 @@ from typing import Any, Literal
 
 from evals import stats
 from tools import recipes
-from tools.common import ROOT, JobFailed, read_json, write_json
+from tools.common import ROOT, JobFailed, read_json, run_in_child, write_json
 from tools.recipes import Recipe
 from tools.runs import Run
 from tools.train import checks
@@ -52,12 +50,6 @@ class SearchRequest:
 
 def say(text: str) -> None:
     print(f"tune       {text}", flush=True)
-
-
-def run_in_child(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function that loads torch in a child process, so that this one stays small."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
-        return child.submit(function, *arguments).result()
 
 
 def name_search(recipe: Recipe) -> str:

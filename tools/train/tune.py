@@ -17,11 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from tools import recipes, smollm2
-from tools.common import ROOT, atomic, digest, format_table, format_yaml, shown, write_json
+from tools.common import (
+    ROOT,
+    atomic,
+    digest,
+    format_table,
+    format_yaml,
+    run_in_child,
+    shown,
+    write_json,
+)
 from tools.recipes import Recipe
 from tools.runs import Run
 from tools.train import checks, hardware, profiles
-from tools.train.search import Judged, Report, Search, SearchRequest, run_in_child, say
+from tools.train.search import Judged, Report, Search, SearchRequest, say
 from tools.train.space import Space, count_batch, read_settings
 from tools.train.status import read_last_step
 

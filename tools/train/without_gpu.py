@@ -6,14 +6,12 @@ The memory is the planner's, with the 32 bits that CPUs compute in. The time is 
 the plan, divided by the speed at which this machine multiplies matrices now.
 """
 
-import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tools import architectures, recipes
-from tools.common import ROOT
+from tools.common import ROOT, run_in_child
 from tools.train import memory, plan, profiles
 from tools.train.hardware import Host
 
@@ -60,9 +58,8 @@ def multiply() -> float:
 
 
 def measure_multiplying() -> float:
-    """The result of `multiply` in a child process, which takes torch's gigabyte away with it."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
-        return child.submit(multiply).result()
+    """The result of `multiply`, measured in a process of its own where torch is not loaded."""
+    return float(run_in_child(multiply))
 
 
 def compute_cpu_memory(model: architectures.Model, setup: memory.Setup, here: Host) -> float:
