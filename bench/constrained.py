@@ -3,7 +3,8 @@
     python -m bench.constrained [smollm2-135m/sentiment_r4 …] [--limit 300]
 
 Scores finished runs with and without CONSTRAIN=1 on the same rows, as `make eval` does: scores that
-stand are not computed again. The table goes to results/constrained.json.
+stand are not computed again. The table goes to results/constrained.json, beside those of other
+recipes on this machine.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from typing import Any
 from evals import report, run, stats
 from evals.tasks.utils import NONE
 from tools import recipes, subjects
-from tools.common import ROOT, command, format_table, quiet, write_json
+from tools.common import ROOT, command, format_table, quiet, read_json, write_json
 from tools.train.hardware import detect_host
 
 RESULTS = ROOT / "results" / "constrained.json"
@@ -83,8 +84,11 @@ def main() -> None:
         recipe = recipes.find(name)
         datasets = DATASETS.get(recipe.name) or run.choose_datasets(recipe.task, [])
         measured[recipe.name] = measure_recipe(recipe.name, datasets, options.limit)
-    content = {"machine": detect_host().describe_machine(), "limit": options.limit}
-    write_json(RESULTS, content | {"measured": measured})
+    machine = detect_host().describe_machine()
+    before = read_json(RESULTS) if RESULTS.is_file() else {}
+    if before.get("machine") == machine:
+        measured = before["measured"] | measured
+    write_json(RESULTS, {"machine": machine, "measured": measured})
     print_gains(measured)
 
 
