@@ -92,9 +92,10 @@ def count_cached(model: Any, size: int) -> int:
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]
-    """A layer's keys and values, in tensors with room for more, which transformers' layer copies.
+    """A layer's keys and values in tensors with room for later tokens.
 
-    `keys` and `values` are (rows, heads, tokens + room, size); the first `tokens` are in use.
+    Transformers' own layer copies all keys and values for each new token. `keys` and `values` are
+    (rows, heads, tokens + room, size); the first `tokens` are in use.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, tokens: int):
@@ -104,6 +105,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         self.use(tokens)
 
     def use(self, tokens: int) -> None:
+        """Makes the first tokens in the tensors the layer's keys and values."""
         keys, values = self.room
         self.used = self.keys, self.values = keys[:, :, :tokens], values[:, :, :tokens]
 

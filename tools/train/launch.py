@@ -179,7 +179,8 @@ def check_recipe(recipe: recipes.Recipe, is_new: bool) -> None:
     if is_new and not recipe.config.get("revision_of_model"):
         # Axolotl's own message about a base that cannot be had is a page of traceback.
         models.bring_base(base)
-    smollm2.ensure(base)
+    else:
+        smollm2.ensure(base)
     refuse_unrenderable(recipe)
 
 
