@@ -8,8 +8,8 @@
 bench/methods.yaml states hypothesis, margin and settings. First each method trains at each rate,
 with one seed, and validation rows choose its rate; no test row is read before all of a task's rates
 are chosen. Then other seeds train at a common rate and at the chosen ones, and are scored on test
-rows, once. Each training leaves a file in results/methods/<task>/, so the experiment goes on on any
-machine that has these files; FinLoRA's rows are needed (`make fetch data`).
+rows, once. Each training leaves a file in results/_methods/<task>/, so the experiment goes on on
+any machine that has these files; FinLoRA's rows are needed (`make fetch data`).
 """
 
 import argparse
@@ -35,7 +35,7 @@ from tools.train.heldout import hold_out
 from tools.train.space import Validation
 
 SPEC = ROOT / "bench" / "methods.yaml"
-RESULTS = ROOT / "results" / "methods"
+RESULTS = ROOT / "results" / "_methods"
 RUNS = ROOT / "runs" / ".methods"  # hidden from `make report`, `eval` and `status`
 PAGE = ROOT / "docs" / "methods.md"
 FIGURE = ROOT / "docs" / "methods.svg"

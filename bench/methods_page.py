@@ -1,4 +1,4 @@
-"""docs/methods.md and its figure, from results/{methods,together}/ and results/forgetting.json.
+"""docs/methods.md and its figure, from results/{_methods,_together}/ and results/forgetting.json.
 
 Every number comes from these files or from the plans in bench/*.yaml. Where trainings are missing,
 the page names them and draws no conclusion from the others.

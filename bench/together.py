@@ -4,9 +4,9 @@
     python -m bench.together --status           what is done, and what is left
 
 bench/together.yaml states the hypotheses, the margin and the settings. A training on two tasks sees
-as many rows of each as a training on one. Each training leaves a file in results/together/<part>/,
-so the experiment goes on on any machine that has these files; `python -m bench.methods --page`
-writes what came of it into docs/methods.md.
+as many rows of each as a training on one. Each training leaves a file in
+results/_together/<part>/, so the experiment goes on on any machine that has these files;
+`python -m bench.methods --page` writes what came of it into docs/methods.md.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from tools.common import ROOT, WrongInput, atomic, command, quiet, read_yaml, sh
 from tools.recipes import Recipe
 
 SPEC = ROOT / "bench" / "together.yaml"
-RESULTS = ROOT / "results" / "together"
+RESULTS = ROOT / "results" / "_together"
 RUNS = ROOT / "runs" / ".together"  # hidden from `make report`, `eval` and `status`
 ROWS_SEED = 42
 

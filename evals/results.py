@@ -5,7 +5,8 @@
 
 `Result` is the schema. A file holds scores, time, memory and versions, and no row of any data. It
 is evidence while the recipe, the rules of its data and the scoring are those of today. bench/
-and `make tune` (results/_tune/) write the other files, in formats of their own.
+and `make tune` write the other files, in formats of their own: results/*.json, and folders whose
+names begin with an underscore.
 """
 
 import json

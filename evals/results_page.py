@@ -20,6 +20,7 @@ PAGE = ROOT / "docs" / "results.md"
 FIGURE = ROOT / "docs" / "results.svg"
 BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
 MOST_ROWS = 12  # of the README's table, which has 120 lines at most
+LEAST_SEEDS = 3  # of a result that the README and the figure show, where there are such
 
 NOTHING = (
     "Nothing is measured yet with today's recipes and data; `make verify "
@@ -68,8 +69,13 @@ def join_cells(*cells: str) -> str:
 # ---- README
 
 
+def select_repeated(evidence: list[Result]) -> list[Result]:
+    """The results of several seeds; all where none has them."""
+    return [result for result in evidence if len(result.trainings) >= LEAST_SEEDS] or evidence
+
+
 def build_readme_table(evidence: list[Result]) -> str:
-    """A line for each recipe and dataset, as far as there is room."""
+    """A line for each recipe with several seeds and each dataset, as far as there is room."""
     lines = [
         join_cells(
             link_result(result, "docs/"),
@@ -77,13 +83,13 @@ def build_readme_table(evidence: list[Result]) -> str:
             report.title(pick_main(entry)[0]),
             *format_sides(pick_main(entry)[1]),
         )
-        for result in evidence
+        for result in select_repeated(evidence)
         for dataset, entry in result.datasets.items()
     ]
     head = join_cells("recipe", "test rows", "metric", "base, %", "adapter, %", "gain, points")
-    rest = f"\n[Results](docs/results.md) has {len(lines) - MOST_ROWS} more.\n"
     table = head + join_cells(*["---"] * 3, *["---:"] * 3) + "".join(lines[:MOST_ROWS])
-    return table + (rest if len(lines) > MOST_ROWS else "")
+    left = sum(len(result.datasets) for result in evidence) - len(lines[:MOST_ROWS])
+    return table + (f"\n[Results](docs/results.md) has {left} more.\n" if left else "")
 
 
 def link_result(result: Result, folder: str = "") -> str:
@@ -108,8 +114,9 @@ def format_sides(scores: MetricResult) -> tuple[str, str, str]:
 def build_readme_block(evidence: list[Result]) -> str:
     if not evidence:
         return NOTHING
-    devices = ", ".join(dict.fromkeys(result.device for result in evidence))
-    counts = sorted({len(result.trainings) for result in evidence})
+    shown_results = select_repeated(evidence)
+    devices = ", ".join(dict.fromkeys(result.device for result in shown_results))
+    counts = sorted({len(result.trainings) for result in shown_results})
     means = "Scores of adapters are of one training.\n"
     if counts != [1]:
         words = " or ".join(map(str, counts))
@@ -218,7 +225,7 @@ def list_notes(result: Result) -> list[str]:
 
 
 def draw_results(evidence: list[Result], file: Path, mark: str) -> None:
-    """A line for each recipe and dataset from the base's score to the adapter's.
+    """A line for each dataset and recipe of the README, from base to adapter.
 
     `mark` goes into the file's description; a figure of older results is recognized by it.
     """
@@ -227,7 +234,8 @@ def draw_results(evidence: list[Result], file: Path, mark: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [(r, name, entry) for r in evidence for name, entry in r.datasets.items()]
+    shown_results = select_repeated(evidence)
+    rows = [(r, name, entry) for r in shown_results for name, entry in r.datasets.items()]
     labels = [
         f"{result.recipe}: {name}, {report.title(pick_main(entry)[0])} ({entry.rows:,})"
         for result, name, entry in rows

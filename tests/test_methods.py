@@ -5,15 +5,26 @@ import shutil
 
 import pytest
 
-from bench import cells, equivalence, methods, methods_page
+from bench import cells, equivalence, methods, methods_page, together
 from bench.cells import Cell
-from evals import run
+from evals import results, run
 from tests.conftest import write_recipe
-from tools import recipes, sources
+from tools import common, recipes, sources
 from tools.common import JobFailed, WrongInput, read_yaml
+from tools.train import tune
 
 SPEC = read_yaml(methods.SPEC)
 TASK = "sentiment"
+
+
+@pytest.mark.parametrize("folder", [methods.RESULTS, together.RESULTS, tune.RESULTS])
+def test_results_of_experiments_are_not_read_as_those_of_recipes(tmp_path, monkeypatch, folder):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    for path in ("lora.json", "sentiment/lora.json"):
+        file = tmp_path / folder.relative_to(common.ROOT / "results") / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+    assert results.load_results() == []
 
 
 def make_values(count, right):

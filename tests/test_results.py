@@ -401,6 +401,18 @@ def test_the_readme_stays_short_however_much_is_measured(folder):
     assert results_page.PAGE.read_text().count("## smollm2-135m/") == 8
 
 
+def test_the_readme_shows_the_results_of_several_seeds_where_there_are_such(folder):
+    once = write_result(seeds=(42,))
+    results_page.write()
+    assert f"`{once.recipe}`" in results_page.README.read_text()
+    thrice = write_result(name="smollm2-135m/ner_r4", datasets=("ner",), seeds=(42, 43, 44))
+    results_page.write()
+    readme, page = results_page.README.read_text(), results_page.PAGE.read_text()
+    assert f"[`{thrice.recipe}`]" in readme and f"[`{once.recipe}`]" not in readme
+    assert "means over 3 seeds" in readme and "has 1 more." in readme
+    assert all(f"## {result.recipe} on" in page for result in (once, thrice))
+
+
 def test_finloras_published_scores_stand_beside_ours_where_rows_and_labels_are_the_same():
     seeds = (42, 43)
     datasets = {name: describe_dataset(name, seeds) for name in ("fiqa", "tfns_as_published")}

@@ -29,7 +29,7 @@ class Host:
         if self.gpus:
             name, memory = self.gpus[0]
             return f"{len(self.gpus)} x {name} with {memory / 2**30:.0f} GiB"
-        return f"{self.cores} CPU cores with {self.memory / 2**30:.0f} GiB and no GPU"
+        return f"{self.cores} CPU {self._unit} with {self.memory / 2**30:.0f} GiB and no GPU"
 
     def describe_machine(self, gpus: int | None = None) -> str:
         """The machine as results name it: so many of its GPUs, or its cores and memory.
@@ -38,7 +38,12 @@ class Host:
         """
         if self.gpus:
             return f"{gpus or len(self.gpus)} x {self.gpus[0][0]}"
-        return f"{self.cores} cores ({platform.machine()}), {self.memory / 1e9:.0f} GB, no GPU"
+        memory = f"{self.memory / 1e9:.0f} GB"
+        return f"{self.cores} {self._unit} ({platform.machine()}), {memory}, no GPU"
+
+    @property
+    def _unit(self) -> str:
+        return "core" if self.cores == 1 else "cores"
 
 
 def detect_host() -> Host:
