@@ -62,6 +62,9 @@ LIMITS = """\
 """
 
 
+FINLORAS_RATE = 1e-4  # of all its methods
+
+
 def format_points(value: float, signed: bool = False) -> str:
     return f"{100 * value:{'+' if signed else ''}.1f}"
 
@@ -198,12 +201,37 @@ def describe_comparison(title: str, comparison: dict[str, Any]) -> str:
     )
 
 
+def describe_spread(experiment: "Experiment") -> str:
+    """How far apart the methods' validation scores lie at FinLoRA's rate, and at their best."""
+    scores = {
+        method: {
+            rate: cell.content["scores"]["validation"]["value"]
+            for rate, cell in experiment.list_rate_cells(method).items()
+        }
+        for method in experiment.spec["methods"]
+    }
+    ends = []
+    for values in (
+        [by_rate[FINLORAS_RATE] for by_rate in scores.values()],
+        [max(by_rate.values()) for by_rate in scores.values()],
+    ):
+        low, high = min(values), max(values)
+        ends.append(
+            f"{format_points(high - low)} points ({format_points(low)} … {format_points(high)})"
+        )
+    return (
+        f"- {experiment.task}, validation rows, one seed: the methods lie within {ends[0]} at "
+        f"FinLoRA's rate of {FINLORAS_RATE:g}, and within {ends[1]} at each one's best."
+    )
+
+
 def conclude_ranking(experiment: "Experiment") -> list[str]:
     """A sentence for each setting that is complete."""
-    spec, lines = experiment.spec, []
+    spec = experiment.spec
     reference = spec["methods"][spec["reference"]]["title"]
     if experiment.missing_rates:
         return [f"- {experiment.task}: none yet, rates are missing."]
+    lines = [describe_spread(experiment)]
     for setting, name in (("common", "at one common rate"), ("best", "at each one's best rate")):
         compared = experiment.compare_all(setting)
         for method, comparison in compared.items():

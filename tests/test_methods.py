@@ -219,6 +219,15 @@ def test_a_whole_experiment_is_compared_on_the_same_rows_and_seeds(experiment):
     assert "QLoRA, 4 bits, r 4, 0.01, is an end of the grid" in concluded
 
 
+def test_the_spread_of_methods_at_finloras_rate_stands_beside_that_at_their_best(experiment):
+    write_rates(experiment(), BEST)
+    changed = experiment().list_rate_cells("dora")[methods_page.FINLORAS_RATE]
+    write_cell(changed, {"validation": make_values(300, 180)})
+    sentence = methods_page.conclude_ranking(experiment())[0]
+    assert "within 10.0 points (50.0 … 60.0) at FinLoRA's rate of 0.0001" in sentence
+    assert "within 0.0 points (66.7 … 66.7) at each one's best" in sentence
+
+
 def test_the_figure_has_a_line_for_each_method_and_is_the_same_again(experiment, tmp_path):
     write_rates(experiment(), BEST, skip="qlora_1e-2_seed42")
     files = [tmp_path / f"{number}.svg" for number in range(2)]
