@@ -56,6 +56,8 @@ LIMITS = """\
 ## What would overturn it
 
 - More seeds, whose interval leaves the margin, or enters it.
+- More seeds or rows that choose a rate. One seed's validation score has an interval of ±5 points,
+  so a method's best rate may be its neighbour.
 - A rate between those of the grid that is better by more than the margin, for one method alone.
 - The same experiment on a model of billions of parameters. The command is the same with another
   `model` in [bench/methods.yaml](../bench/methods.yaml), on a GPU.
@@ -225,13 +227,28 @@ def describe_spread(experiment: "Experiment") -> str:
     )
 
 
+def judge_hypothesis(experiment: "Experiment") -> str:
+    """Whether the hypothesis holds: that at their best rates all methods lie within the margin."""
+    compared, margin = experiment.compare_all("best"), experiment.spec["margin"]
+    found = [comparison for comparison in compared.values() if comparison]
+    if len(found) < len(compared):
+        verdict = "is not tested yet, trainings are missing"
+    elif all(comparison["p_margin"] < stats.LEVEL for comparison in found):
+        verdict = "is shown: at its best rate each method is equivalent to the reference"
+    elif any(c["low"] > margin or c["high"] < -margin for c in found):
+        verdict = "is refuted: the interval of a method lies outside of the margin"
+    else:
+        verdict = "is neither shown nor refuted: the interval of a method reaches over the margin"
+    return f"- {experiment.task}: the hypothesis {verdict}."
+
+
 def conclude_ranking(experiment: "Experiment") -> list[str]:
     """A sentence for each setting that is complete."""
     spec = experiment.spec
     reference = spec["methods"][spec["reference"]]["title"]
     if experiment.missing_rates:
         return [f"- {experiment.task}: none yet, rates are missing."]
-    lines = [describe_spread(experiment)]
+    lines = [judge_hypothesis(experiment), describe_spread(experiment)]
     for setting, name in (("common", "at one common rate"), ("best", "at each one's best rate")):
         compared = experiment.compare_all(setting)
         for method, comparison in compared.items():

@@ -219,11 +219,29 @@ def test_a_whole_experiment_is_compared_on_the_same_rows_and_seeds(experiment):
     assert "QLoRA, 4 bits, r 4, 0.01, is an end of the grid" in concluded
 
 
+@pytest.mark.parametrize(
+    ("right", "verdict"),
+    [
+        ([500, 500, 500], "is shown"),
+        ([460, 520, 580], "is neither shown nor refuted"),
+        ([800, 800, 800], "is refuted"),
+    ],
+)
+def test_the_hypothesis_is_judged_by_intervals_and_margin(experiment, right, verdict):
+    write_rates(experiment(), dict.fromkeys(BEST, SPEC["common_rate"]))
+    for cell in experiment().list_test_cells().values():
+        values = make_values(1000, 500)
+        if cell.name.startswith("qlora"):
+            values = make_values(1000, right[SPEC["seeds"].index(cell.recipe.seed)])
+        write_cell(cell, dict.fromkeys(experiment().plan["datasets"], values))
+    assert f"the hypothesis {verdict}" in methods_page.judge_hypothesis(experiment())
+
+
 def test_the_spread_of_methods_at_finloras_rate_stands_beside_that_at_their_best(experiment):
     write_rates(experiment(), BEST)
     changed = experiment().list_rate_cells("dora")[methods_page.FINLORAS_RATE]
     write_cell(changed, {"validation": make_values(300, 180)})
-    sentence = methods_page.conclude_ranking(experiment())[0]
+    sentence = methods_page.conclude_ranking(experiment())[1]
     assert "within 10.0 points (50.0 … 60.0) at FinLoRA's rate of 0.0001" in sentence
     assert "within 0.0 points (66.7 … 66.7) at each one's best" in sentence
 
