@@ -241,6 +241,7 @@ def explain(scored: Scored, gains: Gains) -> list[str]:
     else:
         method = "base" if base == llama and not scored.shots else ""
     lines = report.format_sentences(gains, scored.contents)
+    lines += report.describe_majority(scored.contents)
     lines += report.explain_unpublished(scored.contents) if _find_published(scored) else []
     for dataset, content in scored.contents.items():
         if old := evaluation.explain_old(content):

@@ -6,6 +6,7 @@ datasets of the comparison (Holm). FinLoRA's published scores are compared with 
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import combinations
@@ -286,6 +287,28 @@ def count_differing(content: Content) -> int | None:
     return sum(share(row["accuracy"]) != share(row["finlora_accuracy"]) for row in rows)
 
 
+def measure_majority(content: Content) -> tuple[str, float] | None:
+    """The most frequent key and the accuracy, 0 to 1, of answering nothing else.
+
+    None where a row's answer is not one label or number.
+    """
+    pairs = [row["values"].get("f1_weighted") or [] for row in content["predictions"]]
+    if not pairs or not all(len(row) == 1 for row in pairs):
+        return None
+    label, count = Counter(expected for ((expected, _),) in pairs).most_common(1)[0]
+    return label, count / len(pairs)
+
+
+def describe_majority(contents: dict[str, Content]) -> list[str]:
+    """What a model that knows only the most frequent answer would score, by dataset."""
+    found = {dataset: measure_majority(content) for dataset, content in contents.items()}
+    return [
+        f"{dataset}: {majority[0]!r} as every answer has an accuracy of {100 * majority[1]:.1f} %."
+        for dataset, majority in found.items()
+        if majority
+    ]
+
+
 def _list_notes(content: Content) -> list[str]:
     """What a reader of a score must know beside it."""
     checks = content.get("label_checks", {}).items()
@@ -354,6 +377,7 @@ def show(name: str, files: Files) -> None:
     gains = differences(by_side["base"], by_side["adapter"]) if len(sides) == 2 else {}
     method = find_tested_method(name)
     lines = format_sentences(gains, by_side[sides[-1]])
+    lines += describe_majority(by_side[sides[-1]])
     lines += explain_unpublished(scores) if method else []
     for side, contents in by_side.items():
         label = _name_column(side, next(iter(contents.values())))

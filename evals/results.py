@@ -77,6 +77,8 @@ class DatasetResult(Strict):
     data: ChatRows
     rows: int = Field(gt=0)  # that were scored
     selected: Text | None  # which of the published rows those are, where they are not all
+    # The accuracy of answering nothing but the most frequent key, where answers are one label.
+    majority: float | None = Field(default=None, ge=0, le=1)
     metrics: dict[Name, MetricResult] = Field(min_length=1)  # the main one first, FinLoRA's after
 
 
@@ -302,10 +304,12 @@ def measure_dataset(
     if not all(report.paired(base, content) for content in adapters.values()):
         raise JobFailed(f"the scores of {dataset} are not of the same rows; FORCE=1 scores again")
     selected = evaluated["data_selected"]
+    majority = report.measure_majority(base)
     return DatasetResult(
         data=describe_chat_rows(find_rows(dataset)),
         rows=base["examples"],
         selected=clean_text(selected) if selected else None,
+        majority=round(majority[1], DECIMALS) if majority else None,
         metrics={
             metric: measure_metric(metric, base, adapters, with_examples)
             for metric in choose_metrics([base, *adapters.values()])

@@ -10,6 +10,7 @@ examples in data/sample is not shown at all.
 import hashlib
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from evals import report, results
 from evals.results import DatasetResult, MetricResult, Result, Score
@@ -57,6 +58,11 @@ def format_score(score: Score | None, signed: bool = False) -> str:
     return f"{value} ({interval})" if interval else value
 
 
+def format_majority(entry: DatasetResult) -> str:
+    """What the most frequent answer alone would score, in percent."""
+    return "–" if entry.majority is None else f"{100 * entry.majority:.1f}"
+
+
 def pick_main(entry: DatasetResult) -> tuple[str, MetricResult]:
     """The first metric of a dataset, by its name."""
     return next(iter(entry.metrics.items()))
@@ -81,13 +87,15 @@ def build_readme_table(evidence: list[Result]) -> str:
             link_result(result, "docs/"),
             f"{dataset}, {entry.rows:,}",
             report.title(pick_main(entry)[0]),
+            format_majority(entry),
             *format_sides(pick_main(entry)[1]),
         )
         for result in select_repeated(evidence)
         for dataset, entry in result.datasets.items()
     ]
-    head = join_cells("recipe", "test rows", "metric", "base, %", "adapter, %", "gain, points")
-    table = head + join_cells(*["---"] * 3, *["---:"] * 3) + "".join(lines[:MOST_ROWS])
+    heads = ["recipe", "test rows", "metric", "majority, %", "base, %", "adapter, %"]
+    head = join_cells(*heads, "gain, points")
+    table = head + join_cells(*["---"] * 3, *["---:"] * 4) + "".join(lines[:MOST_ROWS])
     left = sum(len(result.datasets) for result in evidence) - len(lines[:MOST_ROWS])
     return table + (f"\n[Results](docs/results.md) has {left} more.\n" if left else "")
 
@@ -127,7 +135,8 @@ def build_readme_block(evidence: list[Result]) -> str:
     return (
         f"![Score of base and adapter]({FIGURE.relative_to(ROOT)})\n\n"
         f"{build_readme_table(evidence)}\n"
-        f"On {devices}. In brackets: 95 % intervals. {means}"
+        f"On {devices}. Majority: the most frequent answer alone. In brackets: 95 % "
+        f"intervals. {means}"
     )
 
 
@@ -212,11 +221,16 @@ def build_score_table(result: Result) -> str:
 
 
 def list_notes(result: Result) -> list[str]:
-    """Why scores are compared with none of those that FinLoRA published."""
+    """What a reader of the scores must know: the majority, and why none that FinLoRA published."""
     method = results.find_published_method(result.recipe)
     datasets = [name for name in result.datasets if name in report.read_published().get(method, {})]
     reasons = {name: results.explain_no_comparison(result, name) for name in datasets}
-    return [
+    majorities = [
+        f"{name}: the most frequent answer alone has an accuracy of {format_majority(entry)} %"
+        for name, entry in result.datasets.items()
+        if entry.majority is not None
+    ]
+    return majorities + [
         f"{name} is compared with no published score: {why}" for name, why in reasons.items() if why
     ]
 
@@ -243,8 +257,11 @@ def draw_results(evidence: list[Result], file: Path, mark: str) -> None:
     with plt.rc_context({"svg.hashsalt": "results", "font.size": 9}):
         figure, axis = plt.subplots(figsize=(9, 0.32 * len(rows) + 1), layout="constrained")
         sides = (("base", "#8a8f98", "o"), ("adapter", "#1f6f8b", "D"))
+        majority: dict[str, Any] = {"color": "#c0504d", "zorder": 3}
         for place, (_, _, entry) in enumerate(rows):
             scores = pick_main(entry)[1]
+            if entry.majority is not None:
+                axis.scatter(100 * entry.majority, place, marker="|", s=120, **majority)
             ends = (100 * scores.base.value, 100 * scores.adapter.value)
             axis.plot(ends, (place, place), color="#c9ccd1", linewidth=2.5, zorder=1)
             for side, color, marker in sides:
@@ -253,7 +270,7 @@ def draw_results(evidence: list[Result], file: Path, mark: str) -> None:
                     axis.hlines(place, 100 * score.low, 100 * score.high, color=color, alpha=0.6)
                 axis.scatter(100 * score.value, place, color=color, marker=marker, s=26, zorder=2)
         axis.set_yticks(range(len(rows)), labels)
-        axis.invert_yaxis()
+        axis.set_ylim(len(rows) - 0.4, -0.6)  # the first on top
         axis.set_xlim(0, 100)
         axis.set_xlabel("%, with 95 % intervals; in brackets: test rows")
         axis.grid(axis="x", alpha=0.25)
@@ -263,7 +280,9 @@ def draw_results(evidence: list[Result], file: Path, mark: str) -> None:
             plt.Line2D([], [], color=color, marker=marker, linestyle="", label=side)
             for side, color, marker in sides
         ]
-        figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False)
+        label = "most frequent answer alone"
+        handles.append(axis.scatter([], [], marker="|", s=120, label=label, **majority))
+        figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False)
         with atomic(file) as out:
             metadata = {"Date": None, "Creator": None, "Description": mark}
             figure.savefig(out, format="svg", metadata=metadata)

@@ -3,6 +3,7 @@ real browser it works, fits and asks nothing of a network."""
 
 import asyncio
 import base64
+import html
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ import time
 from html.parser import HTMLParser
 
 import pytest
+from sklearn.dummy import DummyClassifier
 from sklearn.metrics import confusion_matrix, f1_score
 
 from evals import figures, report
@@ -211,6 +213,19 @@ def test_a_confusion_matrix_is_scikit_learns(runs):
     assert report_page.count_confusion(content) is None
     base_side = report_page.count_confusion(json.loads(runs.file("base", "fpb", None).read_text()))
     assert sum(cells[-1][0] for _, cells in base_side["rows"]) == ROWS // 2  # no label
+
+
+def test_the_majority_is_scikit_learns_and_stands_on_the_page(runs):
+    content = json.loads(runs.file("adapter", "fpb", None).read_text())
+    keys = [row["expected"] for row in content["predictions"]]
+    dummy = DummyClassifier(strategy="most_frequent").fit(keys, keys)
+    label, share = report.measure_majority(content)
+    assert [label] == dummy.predict([keys[0]]) and share == dummy.score(keys, keys)
+    text = html.unescape(built()[0][0].read_text())
+    assert f"fpb: '{label}' as every answer has an accuracy of {100 * share:.1f} %." in text
+    content["predictions"][0]["values"]["f1_weighted"] *= 2  # tags: several labels a row
+    assert report.measure_majority(content) is None
+    assert report.measure_majority(content | {"predictions": []}) is None
 
 
 def test_hostile_prompts_and_answers_stay_text(runs):
