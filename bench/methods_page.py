@@ -84,6 +84,18 @@ def list_names(names: Sequence[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
+def describe_majorities(cells: Sequence[Cell], datasets: Sequence[str]) -> list[str]:
+    """A sentence on what the most frequent answer alone would score; none where it is no label."""
+    scores = next((cell.content["scores"] for cell in cells if cell.is_done), {})
+    shares = [
+        f"{format_points(scores[name]['majority'])} % of {name.replace('_', ' ')}"
+        for name in datasets
+        if "majority" in scores.get(name, {})
+    ]
+    text = f"The most frequent answer alone is right on {', '.join(shares)} rows."
+    return [text] if shares else []
+
+
 def describe_missing(what: str, missing: Sequence[str], total: int) -> list[str]:
     """A line on how much of a stage is done; with the names of what is missing."""
     if not missing:
@@ -147,6 +159,7 @@ def build_rates(experiment: "Experiment") -> list[str]:
         f"{spec['settings']['max_steps']} steps of {spec['settings']['micro_batch_size']} rows. "
         "95 % intervals over rows; a method's chosen rate is bold."
     )
+    text = " ".join([text, *describe_majorities(experiment.list_all_rate_cells(), ["validation"])])
     return [f"### Rates, {experiment.task}", "", text, "", *build_table(headings, rows)]
 
 
@@ -187,6 +200,8 @@ def build_tests(experiment: "Experiment", setting: str) -> list[str]:
     headings = ["method", "rate", f"{report.title(plan['metric'])}, % (each seed)"]
     headings += [f"minus {reference}, points", "verdict"]
     lines = [f"### Test rows at {name}, {experiment.task}", "", *build_table(headings, rows)]
+    tested = experiment.list_setting_cells(spec["reference"], setting)
+    lines += [line + "\n" for line in describe_majorities(tested, plan["datasets"])]
     for method, comparison in compared.items():
         if comparison:
             lines.append(describe_comparison(spec["methods"][method]["title"], comparison))
@@ -451,6 +466,8 @@ def draw_task(axes: Any, experiment: "Experiment") -> None:
         ]
         style = {"color": COLOURS[place], "marker": MARKERS[place], "ms": 5, "capsize": 3}
         axes.errorbar(rates, values, yerr=reach, label=entry["title"], **style)
+    if majorities := [score["majority"] for _, score in done if "majority" in score]:
+        axes.axhline(100 * majorities[0], color="#8a8f98", ls=":", label="most frequent answer")
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")
     axes.set_ylabel(f"validation {report.title(experiment.plan['metric'])}, %")
