@@ -86,7 +86,7 @@ def list_names(names: Sequence[str]) -> str:
 
 def describe_majorities(cells: Sequence[Cell], datasets: Sequence[str]) -> list[str]:
     """A sentence on what the most frequent answer alone would score; none where it is no label."""
-    scores = next((cell.content["scores"] for cell in cells if cell.is_done), {})
+    scores: dict[str, Any] = next((cell.content["scores"] for cell in cells if cell.is_done), {})
     shares = [
         f"{format_points(scores[name]['majority'])} % of {name.replace('_', ' ')}"
         for name in datasets

@@ -276,7 +276,7 @@ def draw_results(evidence: list[Result], file: Path, mark: str) -> None:
         axis.grid(axis="x", alpha=0.25)
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
-        handles = [
+        handles: list[Any] = [
             plt.Line2D([], [], color=color, marker=marker, linestyle="", label=side)
             for side, color, marker in sides
         ]
