@@ -123,10 +123,12 @@ model: $(READY) ## Write SmolLM2-135M-Instruct to models/
 
 # By files, since tests of one file share runs; those that train longest come first (conftest.py).
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Tests bring a Hub of their own, which these would forbid.
+ONLINE := env -u HF_HUB_OFFLINE -u TRANSFORMERS_OFFLINE -u HF_DATASETS_OFFLINE
 test: $(READY) ## Tests, without the long ones
-	@$(PY) -m pytest $(PARALLEL) -m "not slow"
+	@$(ONLINE) $(PY) -m pytest $(PARALLEL) -m "not slow"
 test-all: $(READY) ## All tests, with the real training of SmolLM2
-	@$(PY) -m pytest $(PARALLEL)
+	@$(ONLINE) $(PY) -m pytest $(PARALLEL)
 check: $(READY) ## Lint, types, layers, generated files, every recipe against Axolotl's schema
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
