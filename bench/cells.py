@@ -127,7 +127,7 @@ def describe_score(metric: str, values: Sequence[float], data_sha256: str) -> di
 def describe_majority(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The accuracy of the most frequent answer alone, where answers are labels."""
     majority = report.measure_majority({"predictions": list(rows)})
-    return {"majority": round(majority[1], 4)} if majority else {}
+    return {} if majority is None else {"majority": round(majority, 4)}
 
 
 def take_values(

@@ -287,25 +287,27 @@ def count_differing(content: Content) -> int | None:
     return sum(share(row["accuracy"]) != share(row["finlora_accuracy"]) for row in rows)
 
 
-def measure_majority(content: Content) -> tuple[str, float] | None:
-    """The most frequent key and the accuracy, 0 to 1, of answering nothing else.
+def measure_majority(content: Content) -> float | None:
+    """The accuracy, 0 to 1, of answering nothing but the most frequent key.
 
-    None where a row's answer is not one label or number.
+    None where an answer is not one label or number. Rows that could not be scored do not count.
     """
-    pairs = [row["values"].get("f1_weighted") or [] for row in content["predictions"]]
+    rows = [row["values"] for row in content["predictions"]]
+    metric = "f1_macro" if any("f1_macro" in values for values in rows) else "f1_weighted"
+    pairs = [values[metric] for values in rows if metric in values]
     if not pairs or not all(len(row) == 1 for row in pairs):
         return None
-    label, count = Counter(expected for ((expected, _),) in pairs).most_common(1)[0]
-    return label, count / len(pairs)
+    keys = Counter(expected for ((expected, _),) in pairs)
+    return max(keys.values()) / len(pairs)
 
 
 def describe_majority(contents: dict[str, Content]) -> list[str]:
     """What a model that knows only the most frequent answer would score, by dataset."""
     found = {dataset: measure_majority(content) for dataset, content in contents.items()}
     return [
-        f"{dataset}: {majority[0]!r} as every answer has an accuracy of {100 * majority[1]:.1f} %."
+        f"{dataset}: the most frequent answer alone has an accuracy of {100 * majority:.1f} %."
         for dataset, majority in found.items()
-        if majority
+        if majority is not None
     ]
 
 

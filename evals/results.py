@@ -309,7 +309,7 @@ def measure_dataset(
         data=describe_chat_rows(find_rows(dataset)),
         rows=base["examples"],
         selected=clean_text(selected) if selected else None,
-        majority=round(majority[1], DECIMALS) if majority else None,
+        majority=None if majority is None else round(majority, DECIMALS),
         metrics={
             metric: measure_metric(metric, base, adapters, with_examples)
             for metric in choose_metrics([base, *adapters.values()])

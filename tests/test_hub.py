@@ -596,6 +596,7 @@ def test_the_card_holds_every_score_with_its_interval_and_reads_back(me, server)
     # 30 of 40 right against 20 of 40: the difference is 25 points.
     assert "| fpb | accuracy | 50.0 (" in page.text and "| 75.0 (" in page.text
     assert "+25.0 (" in page.text and "Small sets" in page.text
+    assert "- fpb: the most frequent answer alone has an accuracy of 50.0 %." in page.text
     for part in ("make train RECIPE=smollm2-135m/sentiment_r4", "Cost: no hardware was rented"):
         assert part in page.text
 

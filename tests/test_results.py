@@ -279,8 +279,12 @@ def test_an_interval_over_seeds_has_a_width_where_all_rows_are_right_and_none_wi
 
 def describe_scores(side_values, **changes):
     """A score file of fpb with an accuracy by row; None for a row that could not be scored."""
+    pairs = {0.0: [["up", "down"]], 1.0: [["up", "up"]]}
     rows = [
-        {"row": number, "values": {} if value is None else {"accuracy": value, "f1_macro": value}}
+        {
+            "row": number,
+            "values": {"accuracy": value, "f1_macro": pairs[value]} if value in pairs else {},
+        }
         for number, value in enumerate(side_values)
     ]
     values = [value for value in side_values if value is not None]
@@ -319,7 +323,7 @@ def test_a_dataset_is_measured_from_the_score_files_of_base_and_seeds(fpb):
     assert (entry.data.rows, entry.data.source, entry.data.place) == (40, "fpb.jsonl", "your own")
     assert [score.value for score in scores.seeds.values()] == [0.75, 0.5]
     assert (scores.base.value, scores.base_with_examples.value) == (0.25, 0.5)
-    assert (scores.adapter.value, scores.gain.value) == (0.625, 0.375)
+    assert (scores.adapter.value, scores.gain.value, entry.majority) == (0.625, 0.375, 1.0)
     assert scores.gain.low < 0.375 < scores.gain.high
 
 

@@ -186,6 +186,9 @@ def tabulate_scores(scores: Scores) -> tuple[list[dict[str, str]], list[str]]:
             f"{labels[name]}, {report.title(metric)}: {text}."
             for name, metric, text in report.sentences(gains, contents)
         ]
+        verdicts += report.describe_majority(
+            {labels[name]: content for name, content in contents.items()}
+        )
     return rows, verdicts
 
 
