@@ -123,7 +123,7 @@ model: $(READY) ## Write SmolLM2-135M-Instruct to models/
 
 # By files, since tests of one file share runs; those that train longest come first (conftest.py).
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-# Tests bring a Hub of their own, which these would forbid.
+# Tests start a Hub on this machine; these variables would forbid them to ask it.
 ONLINE := env -u HF_HUB_OFFLINE -u TRANSFORMERS_OFFLINE -u HF_DATASETS_OFFLINE
 test: $(READY) ## Tests, without the long ones
 	@$(ONLINE) $(PY) -m pytest $(PARALLEL) -m "not slow"

@@ -124,7 +124,7 @@ def describe_score(metric: str, values: Sequence[float], data_sha256: str) -> di
     }
 
 
-def describe_majority(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def pack_majority(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The accuracy of the most frequent answer alone, where answers are labels."""
     majority = report.measure_majority({"predictions": list(rows)})
     return {} if majority is None else {"majority": round(majority, 4)}
@@ -150,7 +150,7 @@ def train_and_validate(cell: Cell, dataset: str, rows: Path, metric: str) -> Non
         answers = Scorer(dataset, rows).answer(lm, subject.options)
     values = take_values(cell, "the validation rows", answers, metric)
     scores = {"validation": describe_score(metric, values, digest(rows))}
-    scores["validation"] |= describe_majority(answers)
+    scores["validation"] |= pack_majority(answers)
     write_json(cell.file, content | {"scores": scores})
 
 
@@ -167,7 +167,7 @@ def train_and_test(cell: Cell, test_sets: Sequence[ScoredSet]) -> None:
             sha = adapter["evaluated"]["data_sha256"]
             scores[dataset] = describe_score(test_set.metric, values, sha)
             scores[dataset] |= {"base": round(base["metrics"][test_set.metric]["value"], 4)}
-            scores[dataset] |= describe_majority(adapter["predictions"])
+            scores[dataset] |= pack_majority(adapter["predictions"])
     write_json(cell.file, content | {"scores": scores})
 
 

@@ -76,6 +76,11 @@ def format_difference(comparison: dict[str, Any]) -> str:
     return f"{value} ({low} … {high})"
 
 
+def format_range(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{format_points(high - low)} points ({format_points(low)} … {format_points(high)})"
+
+
 def quote(text: str) -> str:
     return "> " + " ".join(text.split())
 
@@ -220,25 +225,18 @@ def describe_comparison(title: str, comparison: dict[str, Any]) -> str:
 
 def describe_spread(experiment: "Experiment") -> str:
     """How far apart the methods' validation scores lie at FinLoRA's rate, and at their best."""
-    scores = {
-        method: {
+    scores = [
+        {
             rate: cell.content["scores"]["validation"]["value"]
             for rate, cell in experiment.list_rate_cells(method).items()
         }
         for method in experiment.spec["methods"]
-    }
-    ends = []
-    for values in (
-        [by_rate[FINLORAS_RATE] for by_rate in scores.values()],
-        [max(by_rate.values()) for by_rate in scores.values()],
-    ):
-        low, high = min(values), max(values)
-        ends.append(
-            f"{format_points(high - low)} points ({format_points(low)} … {format_points(high)})"
-        )
+    ]
+    at_finloras = format_range([by_rate[FINLORAS_RATE] for by_rate in scores])
+    at_best = format_range([max(by_rate.values()) for by_rate in scores])
     return (
-        f"- {experiment.task}, validation rows, one seed: the methods lie within {ends[0]} at "
-        f"FinLoRA's rate of {FINLORAS_RATE:g}, and within {ends[1]} at each one's best."
+        f"- {experiment.task}, validation rows, one seed: the methods lie within {at_finloras} at "
+        f"FinLoRA's rate of {FINLORAS_RATE:g}, and within {at_best} at each one's best."
     )
 
 
@@ -251,9 +249,9 @@ def judge_hypothesis(experiment: "Experiment") -> str:
     elif all(comparison["p_margin"] < stats.LEVEL for comparison in found):
         verdict = "is shown: at its best rate each method is equivalent to the reference"
     elif any(c["low"] > margin or c["high"] < -margin for c in found):
-        verdict = "is refuted: the interval of a method lies outside of the margin"
+        verdict = "is refuted: a method's interval lies outside the margin"
     else:
-        verdict = "is neither shown nor refuted: the interval of a method reaches over the margin"
+        verdict = "is neither shown nor refuted: a method's interval extends past the margin"
     return f"- {experiment.task}: the hypothesis {verdict}."
 
 

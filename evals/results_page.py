@@ -80,8 +80,8 @@ def select_repeated(evidence: list[Result]) -> list[Result]:
     return [result for result in evidence if len(result.trainings) >= LEAST_SEEDS] or evidence
 
 
-def build_readme_table(evidence: list[Result]) -> str:
-    """A line for each recipe with several seeds and each dataset, as far as there is room."""
+def build_readme_table(featured: list[Result]) -> str:
+    """A line for each recipe and dataset, as far as there is room."""
     lines = [
         join_cells(
             link_result(result, "docs/"),
@@ -90,14 +90,16 @@ def build_readme_table(evidence: list[Result]) -> str:
             format_majority(entry),
             *format_sides(pick_main(entry)[1]),
         )
-        for result in select_repeated(evidence)
+        for result in featured
         for dataset, entry in result.datasets.items()
     ]
     heads = ["recipe", "test rows", "metric", "majority, %", "base, %", "adapter, %"]
     head = join_cells(*heads, "gain, points")
-    table = head + join_cells(*["---"] * 3, *["---:"] * 4) + "".join(lines[:MOST_ROWS])
-    left = sum(len(result.datasets) for result in evidence) - len(lines[:MOST_ROWS])
-    return table + (f"\n[Results](docs/results.md) has {left} more.\n" if left else "")
+    return head + join_cells(*["---"] * 3, *["---:"] * 4) + "".join(lines[:MOST_ROWS])
+
+
+def count_scores(listed: list[Result]) -> int:
+    return sum(len(result.datasets) for result in listed)
 
 
 def link_result(result: Result, folder: str = "") -> str:
@@ -122,9 +124,11 @@ def format_sides(scores: MetricResult) -> tuple[str, str, str]:
 def build_readme_block(evidence: list[Result]) -> str:
     if not evidence:
         return NOTHING
-    shown_results = select_repeated(evidence)
-    devices = ", ".join(dict.fromkeys(result.device for result in shown_results))
-    counts = sorted({len(result.trainings) for result in shown_results})
+    featured = select_repeated(evidence)
+    left = count_scores(evidence) - min(count_scores(featured), MOST_ROWS)
+    rest = f"[Results](docs/results.md) has {left} more.\n\n" if left else ""
+    devices = ", ".join(dict.fromkeys(result.device for result in featured))
+    counts = sorted({len(result.trainings) for result in featured})
     means = "Scores of adapters are of one training.\n"
     if counts != [1]:
         words = " or ".join(map(str, counts))
@@ -134,7 +138,7 @@ def build_readme_block(evidence: list[Result]) -> str:
         )
     return (
         f"![Score of base and adapter]({FIGURE.relative_to(ROOT)})\n\n"
-        f"{build_readme_table(evidence)}\n"
+        f"{build_readme_table(featured)}\n{rest}"
         f"On {devices}. Majority: the most frequent answer alone. In brackets: 95 % "
         f"intervals. {means}"
     )
@@ -221,12 +225,12 @@ def build_score_table(result: Result) -> str:
 
 
 def list_notes(result: Result) -> list[str]:
-    """What a reader of the scores must know: the majority, and why none that FinLoRA published."""
+    """What the most frequent answer scores, and why a dataset has no published score beside it."""
     method = results.find_published_method(result.recipe)
     datasets = [name for name in result.datasets if name in report.read_published().get(method, {})]
     reasons = {name: results.explain_no_comparison(result, name) for name in datasets}
     majorities = [
-        f"{name}: the most frequent answer alone has an accuracy of {format_majority(entry)} %"
+        report.state_majority(name, entry.majority)
         for name, entry in result.datasets.items()
         if entry.majority is not None
     ]
@@ -238,8 +242,8 @@ def list_notes(result: Result) -> list[str]:
 # ---- figure
 
 
-def draw_results(evidence: list[Result], file: Path, mark: str) -> None:
-    """A line for each dataset and recipe of the README, from base to adapter.
+def draw_results(featured: list[Result], file: Path, mark: str) -> None:
+    """A line for each recipe and dataset from the base's score to the adapter's.
 
     `mark` goes into the file's description; a figure of older results is recognized by it.
     """
@@ -248,8 +252,7 @@ def draw_results(evidence: list[Result], file: Path, mark: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    shown_results = select_repeated(evidence)
-    rows = [(r, name, entry) for r in shown_results for name, entry in r.datasets.items()]
+    rows = [(r, name, entry) for r in featured for name, entry in r.datasets.items()]
     labels = [
         f"{result.recipe}: {name}, {report.title(pick_main(entry)[0])} ({entry.rows:,})"
         for result, name, entry in rows
@@ -299,7 +302,8 @@ def write(check: bool = False) -> None:
     readme = README.read_text(encoding="utf-8")
     block = build_readme_block(evidence)
     texts = {README: insert_block(readme, block), PAGE: build_results_page(measured)}
-    drawn = "".join(result.model_dump_json() for result in evidence)
+    featured = select_repeated(evidence)
+    drawn = "".join(result.model_dump_json() for result in featured)
     mark = f"sha256 of the results: {hashlib.sha256(drawn.encode()).hexdigest()}"
     old = FIGURE.read_text(encoding="utf-8") if FIGURE.is_file() else ""
     outdated = [
@@ -316,6 +320,6 @@ def write(check: bool = False) -> None:
             with atomic(path) as file:
                 file.write(texts[path].encode())
         elif evidence:
-            draw_results(evidence, FIGURE, mark)
+            draw_results(featured, FIGURE, mark)
         else:
             FIGURE.unlink()
