@@ -125,8 +125,36 @@ def test_a_result_is_finished_with_the_same_recipe_and_data_and_enough_seeds(
 ):
     data = Result.model_validate(describe_result()).data
     result = Result.model_validate(describe_result() | change)
-    text = verify.explain_unfinished(result, data, request_)
+    text = verify.explain_unfinished(result, data, list(result.datasets), request_)
     assert reason in text and bool(reason) == bool(text)
+
+
+@pytest.fixture
+def measured_on_two() -> Result:
+    """A result of two seeds on fpb and fiqa."""
+    return Result.model_validate(describe_result(datasets=("fpb", "fiqa")))
+
+
+def test_a_result_that_holds_more_than_is_wanted_is_finished(measured_on_two):
+    data = [rows for rows in measured_on_two.data if rows.file != "fiqa_test.jsonl"]
+    request_ = Verification(seeds=1, shots=0)
+    assert verify.explain_unfinished(measured_on_two, data, ["fpb"], request_) == ""
+    text = verify.explain_unfinished(measured_on_two, data, ["fpb", "tfns", "ner"], request_)
+    assert text == "tfns, ner are to be scored, too"
+
+
+def test_evidence_is_replaced_by_no_less(measured_on_two, tmp_path, monkeypatch):
+    """A seed of one dataset does not take the place of two seeds of two."""
+    monkeypatch.setattr(verify.run, "find_rows", lambda name: tmp_path / f"{name}_test.jsonl")
+    for name in ("fpb", "tfns"):
+        (tmp_path / f"{name}_test.jsonl").touch()
+    request_ = Verification(seeds=1, shots=0)
+    with pytest.raises(WrongInput, match=r"scores of fiqa, whose rows are not here: .*FORCE=1"):
+        verify.include_measured(measured_on_two, ["tfns"], request_)
+    (tmp_path / "fiqa_test.jsonl").touch()
+    datasets, wider = verify.include_measured(measured_on_two, ["tfns"], request_)
+    assert datasets == ["fpb", "fiqa", "tfns"]
+    assert (wider.seeds, wider.shots) == (2, measured_on_two.shots)
 
 
 def test_a_recipe_without_a_name_or_a_task_is_refused_before_anything_is_done(tmp_path):

@@ -5,14 +5,15 @@
 The result, results/<model>/<recipe>/<device>.json (`evals.results.Result`), is the evidence that
 pages show. The seeds are the recipe's own and the next ones; a run that `make train` finished with
 the same recipe and data counts as its seed. An interrupted job goes on at the seed, step and batch
-at which it was, and a finished one is left alone while recipe and data are the same.
+at which it was, and a finished one is left alone while recipe and data are the same. What is
+measured again has at least the seeds and datasets of the evidence that it replaces.
 """
 
 import gc
 import shutil
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +63,20 @@ def verify(name: str, request: Verification) -> None:
     _, processes, _ = profiles.choose(here, request.choice, 1)
     device = results.clean_text(here.describe_machine(processes))
     path = results.locate_result(recipe.name, device, is_of_examples)
-    recipes_of_seeds = {
-        seed: recipe.with_seed(seed) for seed in range(recipe.seed, recipe.seed + request.seeds)
-    }
     if path.is_file() and request.force:
         path.unlink()  # the same command without FORCE=1 then goes on where this one is interrupted
     elif path.is_file():
-        reason = explain_unfinished(results.load_result(path), data, request)
+        before = results.load_result(path)
+        reason = explain_unfinished(before, data, datasets, request)
         if not reason:
             announce(f"{shown(path)} is of this recipe and data (FORCE=1 measures again)")
             return
         announce(f"{shown(path)} is written again: {reason}")
+        if not results.explain_stale(before):
+            datasets, request = include_measured(before, datasets, request)
+    recipes_of_seeds = {
+        seed: recipe.with_seed(seed) for seed in range(recipe.seed, recipe.seed + request.seeds)
+    }
     for number, (seed, seeded) in enumerate(recipes_of_seeds.items(), 1):
         announce(f"{recipe.name}, seed {seed}, {number} of {request.seeds}")
         if not request.force and is_trained(seeded, processes):
@@ -143,12 +147,17 @@ def refuse_examples(recipe: Recipe, data: list[ChatRows], is_permitted: bool) ->
     return bool(examples)
 
 
-def explain_unfinished(result: Result, data: list[ChatRows], request: Verification) -> str:
-    """Why a result is not the one that is wanted; empty where it is."""
+def explain_unfinished(
+    result: Result, data: list[ChatRows], datasets: list[str], request: Verification
+) -> str:
+    """Why a result is not the one that is wanted; empty where it is, or where it holds more."""
     if stale := results.explain_stale(result):
         return stale
-    before = {rows.file: rows.sha256 for rows in result.data}
-    now = {rows.file: rows.sha256 for rows in data}
+    if missing := [name for name in datasets if name not in result.datasets]:
+        return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} to be scored, too"
+    tested = [result.datasets[name].data for name in datasets]
+    measured = [*result.training_data, *result.validation_data, *tested]
+    before, now = ({rows.file: rows.sha256 for rows in group} for group in (measured, data))
     if changed := sorted(file for file in before | now if before.get(file) != now.get(file)):
         return f"the data has changed ({', '.join(changed)})"
     if len(result.trainings) < request.seeds:
@@ -156,6 +165,23 @@ def explain_unfinished(result: Result, data: list[ChatRows], request: Verificati
     if request.shots not in (0, result.shots):
         return f"the base is to be scored with {request.shots} examples"
     return ""
+
+
+def include_measured(
+    result: Result, datasets: list[str], request: Verification
+) -> tuple[list[str], Verification]:
+    """Datasets and request with all that a result holds, so that nothing of it is lost.
+
+    Raises WrongInput where rows of one of its datasets are not here.
+    """
+    every = list(dict.fromkeys([*result.datasets, *datasets]))
+    if missing := [name for name in every if not run.find_rows(name).is_file()]:
+        raise WrongInput(
+            f"{shown(result.path)} holds scores of {', '.join(missing)}, whose rows are not here: "
+            "`make data` converts them, and FORCE=1 writes a result without them"
+        )
+    seeds = max(request.seeds, len(result.trainings))
+    return every, replace(request, seeds=seeds, shots=request.shots or result.shots)
 
 
 # ---- training and scoring
