@@ -180,15 +180,15 @@ def test_the_evidence_is_measured_planned_or_never_run(results):
     )  # no card holds it
     (results / "experiment.json").write_text('{"parts": {}}')
     write_result(name=name, device="two CPU cores")
-    text = "measured: fpb accuracy 28.5 → 71.5 %, 2 seeds, 3.9 GB, 6.3 min, two CPU cores"
+    scores = "measured: fpb accuracy 28.5 → 71.5 % (majority 58.7)"
+    text = f"{scores}, 2 seeds, 3.9 GB, 6.3 min, two CPU cores"
     assert evidence.describe_evidence(name) == text
     assert f"# Evidence: {text}\n" in rendering.render_recipe(name)
     assert f"| {text} |" in rendering.render_model_page("smollm2-135m")
-    write_result(name=name, device="1 x NVIDIA A40")
-    assert (
-        evidence.describe_evidence(name)
-        == f"{text.replace('two CPU cores', '1 x NVIDIA A40')}; {text}"
-    )
+    write_result(name=name, device="1 x NVIDIA A40", seeds=(42,))
+    assert evidence.describe_evidence(name) == f"{text}; also on 1 other device"
+    write_result(name=name, device="1 x NVIDIA A40", seeds=(42, 43, 44))
+    assert evidence.describe_evidence(name).startswith(f"{scores}, 3 seeds,")
 
 
 def test_a_stale_result_is_no_evidence_and_is_told_with_the_reason(results):

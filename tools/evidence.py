@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from evals.results import Result
 
 LEGEND = """\
-*Measured*: trained and scored by `make verify` ([results](../../docs/results.md)). *Planned*: not
-measured; the hours are for FinLoRA's rows ([assumptions](../../docs/scale.md)). *Never run*: no
-more than the memory is planned."""
+*Measured*: trained and scored by `make verify` ([results](../../docs/results.md)), from base to
+adapter; the majority is the most frequent answer alone. *Planned*: not measured; the hours are for
+FinLoRA's rows ([assumptions](../../docs/scale.md)). *Never run*: no more than the memory is
+planned."""
 
 
 @cache
@@ -35,29 +36,32 @@ def read_results() -> dict[str, list[Result]]:
 def describe_evidence(name: str) -> str:
     """The evidence for a recipe of the catalogue, as one line.
 
-    A stale result is none, but it is told with the reason.
+    Of several devices, the one with the most seeds is told, and how many others there are. A stale
+    result is none, but it is told with the reason.
     """
     from evals import results
 
     measured = read_results().get(name, [])
-    reasons = [results.explain_stale(result) for result in measured]
-    if texts := [
-        describe_result(result)
-        for result, reason in zip(measured, reasons, strict=True)
-        if not reason
-    ]:
-        return "; ".join(texts)
-    stale = f" (measured before: {reasons[0]})" if reasons else ""
+    reasons = {id(result): results.explain_stale(result) for result in measured}
+    if current := [result for result in measured if not reasons[id(result)]]:
+        others = len(current) - 1
+        more = f"; also on {others} other device{'s' if others > 1 else ''}" if others else ""
+        return describe_result(max(current, key=lambda result: len(result.trainings))) + more
+    stale = f" (measured before: {reasons[id(measured[0])]})" if measured else ""
     return f"{describe_plan(name)}{stale}"
 
 
 def describe_result(result: Result) -> str:
-    """A result as text: the first metric of each dataset, and what a training took."""
+    """A result as text: the first metric of each dataset, and what a training took.
+
+    Majority: what the most frequent answer alone scores.
+    """
     figures = []
     for dataset, entry in result.datasets.items():
         metric, scores = next(iter(entry.metrics.items()))
         ends = f"{100 * scores.base.value:.1f} → {100 * scores.adapter.value:.1f} %"
-        figures.append(f"{dataset} {metric.replace('_', ' ')} {ends}")
+        majority = "" if entry.majority is None else f" (majority {100 * entry.majority:.1f})"
+        figures.append(f"{dataset} {metric.replace('_', ' ')} {ends}{majority}")
     count = len(result.trainings)
     figures.append(f"{count} seed{'s' if count > 1 else ''}")
     figures.append(f"{result.peak_memory_bytes / 1e9:.1f} GB, {result.seconds / 60:.1f} min")
