@@ -13,7 +13,7 @@ from typing import Any
 
 from evals import run
 from tools import sources, subjects
-from tools.common import ROOT, JobFailed, WrongInput, atomic, format_yaml, read_json
+from tools.common import ROOT, JobFailed, WrongInput, atomic, format_yaml, read_json, shown
 from tools.recipes import Recipe
 from tools.subjects import Subject
 from tools.train import launch
@@ -24,13 +24,22 @@ from tools.train.profiles import Choice
 UNVALIDATED = {"test_datasets": None, "eval_steps": None, "load_best_model_at_end": None}
 
 
-def read_seed_count(description: str) -> int:
-    """The option --seeds of an experiment, which has no other."""
+def read_seed_count(description: str, results: Path) -> int:
+    """The option --seeds of an experiment, which has no other.
+
+    Raises WrongInput where `results` holds more seeds, which fewer would replace.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--seeds", type=int, default=3)
     count: int = parser.parse_args().seeds
     if count < 1:
         raise WrongInput("--seeds is a number from 1")
+    measured = len(read_json(results)["seeds"]) if results.is_file() else 0
+    if count < measured:
+        raise WrongInput(
+            f"{shown(results)} holds {measured} seeds, and --seeds {count} would write fewer; "
+            "remove the file first"
+        )
     return count
 
 

@@ -132,7 +132,7 @@ def print_results(content: dict[str, Any]) -> None:
 
 @command
 def main() -> None:
-    count = read_seed_count("merged models against base plus adapter")
+    count = read_seed_count("merged models against base plus adapter", RESULTS)
     quiet()
     recipe = recipes.find(RECIPE)
     content: dict[str, Any] = {"recipe": RECIPE, "dataset": DATASET, "digest": recipe.digest}

@@ -1,4 +1,4 @@
-"""docs/methods.md and its figure, from results/{_methods,_together}/ and results/forgetting.json.
+"""docs/methods.md and its figure, from results/{_methods,_together}/ and results/*.json.
 
 Every number comes from these files or from the plans in bench/*.yaml. Where trainings are missing,
 the page names them and draws no conclusion from the others.
@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from bench import equivalence, forgetting, together
+from bench import equivalence, forgetting, together, worked
 from bench.cells import Cell, collect_columns, list_missing, refuse_other_rows
 from bench.performance import build_table
 from evals import report, stats
@@ -26,9 +26,10 @@ FinLoRA ranks LoRA, QLoRA, DoRA and rsLoRA at one learning rate. Here each metho
 rate, chosen on validation rows, and is then trained with three seeds and scored on test rows.
 `make results` writes this page from [results/](../results/), and says what is missing.
 
-    make fetch data TASKS=sentiment,xbrl_term,ner,tfns,tfns_as_published
+    make fetch data TASKS=sentiment,xbrl_term,ner,tfns,tfns_as_published,formula,formula_worked
     .venv/bin/python -m bench.methods            # hours on two cores; goes on where it stopped
     .venv/bin/python -m bench.together
+    .venv/bin/python -m bench.worked             # answers that are calculations
     .venv/bin/python -m bench.forgetting         # what the finished runs of SmolLM2 forgot
     make results
 
@@ -190,10 +191,15 @@ def format_method(
     return [title, f"{rate:g}", score, format_difference(comparison), verdict]
 
 
+def has_tests(experiment: "Experiment") -> bool:
+    """Whether a training was scored on test rows."""
+    return len(experiment.missing_tests) < len(experiment.list_test_cells())
+
+
 def build_tests(experiment: "Experiment", setting: str) -> list[str]:
     """The table of test scores at the common or the best rates."""
     spec, plan = experiment.spec, experiment.plan
-    if experiment.missing_rates:
+    if experiment.missing_rates or not has_tests(experiment):
         return []
     name = "one common rate" if setting == "common" else "each method's best rate"
     compared = experiment.compare_all(setting)
@@ -262,7 +268,8 @@ def conclude_ranking(experiment: "Experiment") -> list[str]:
     if experiment.missing_rates:
         return [f"- {experiment.task}: none yet, rates are missing."]
     lines = [judge_hypothesis(experiment), describe_spread(experiment)]
-    for setting, name in (("common", "at one common rate"), ("best", "at each one's best rate")):
+    settings = {"common": "at one common rate", "best": "at each one's best rate"}
+    for setting, name in settings.items() if has_tests(experiment) else ():
         compared = experiment.compare_all(setting)
         for method, comparison in compared.items():
             title = spec["methods"][method]["title"]
@@ -418,7 +425,7 @@ def build_page(experiments: list["Experiment"]) -> str:
         for setting in ("common", "best"):
             lines += build_tests(experiment, setting)
     lines += [line for part in parts for line in build_part(part)]
-    lines += [*build_forgetting(), LIMITS]
+    lines += [*worked.build_section(), *build_forgetting(), LIMITS]
     machines = sorted({machine for e in experiments for machine in list_machines(e)})
     if machines:
         lines += [f"Trained on: {'; '.join(machines)}."]

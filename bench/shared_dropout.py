@@ -47,7 +47,7 @@ def print_seeds(seeds: dict[str, dict[str, dict[str, Any]]]) -> None:
 
 @command
 def main() -> None:
-    count = read_seed_count("packed rows against padded ones, with dropout")
+    count = read_seed_count("packed rows against padded ones, with dropout", RESULTS)
     quiet()
     recipe = recipes.find(RECIPE)
     content = {"recipe": RECIPE, "dataset": DATASET, "digest": recipe.digest}

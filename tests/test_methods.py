@@ -187,6 +187,13 @@ def test_a_partial_experiment_names_what_is_missing_and_concludes_nothing(experi
     assert "none yet" in page and "equivalent" not in page and "different" not in page
 
 
+def test_chosen_rates_without_a_test_row_have_no_table_of_tests(experiment):
+    write_rates(experiment(), BEST)
+    assert methods_page.build_tests(experiment(), "best") == []
+    concluded = "\n".join(methods_page.conclude_ranking(experiment()))
+    assert "is not tested yet" in concluded and "none yet" not in concluded
+
+
 def test_one_missing_seed_leaves_a_table_without_a_verdict(experiment):
     write_rates(experiment(), BEST)
     write_tests(experiment(), skip="dora_3e-3_seed44")

@@ -9,9 +9,10 @@ import sys
 
 import pytest
 
+from bench import jobs, worked
 from evals.tasks import utils
 from tests.chat_files import read_turns
-from tools import sources
+from tools import common, sources
 from tools.data import convert
 from tools.data.expressions import Quantity, exp, ln
 from tools.data.formulas import find_expressions
@@ -263,3 +264,46 @@ def test_a_value_is_what_python_computes():
         text = f"ln({a}) * ({b} - {c}) ^ 2 / exp({c}) + sqrt({b})"
         value = math.log(a) * (b - c) ** 2 / math.exp(c) + math.sqrt(b)
         assert utils.evaluate_formula(text) == pytest.approx(value, rel=1e-9, abs=1e-12)
+
+
+# ---- docs/methods.md
+
+
+def describe_answers(bare: list[float], worked_: list[float], written: list[float]):
+    sides = {"rows": 645, "steps": 110}
+    return {
+        "bare": sides | {"accuracy": {"base": 0.015, "seeds": bare}},
+        "worked": sides
+        | {"accuracy": {"base": 0.005, "seeds": worked_}}
+        | {"numeric_accuracy": {"base": 0.01, "seeds": written}},
+    }
+
+
+@pytest.mark.parametrize(("p", "is_shown"), [(0.0002, True), (0.3, False)])
+def test_the_section_tells_scores_by_seed_and_whether_a_difference_is_shown(
+    p, is_shown, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(worked, "RESULTS", tmp_path / "worked.json")
+    assert "Not measured yet" in "\n".join(worked.build_section())
+    content = {"machine": "two CPU cores", "seeds": [42, 43], "test_rows": 200}
+    content |= {"answers": describe_answers([0.03, 0.05], [0.3, 0.4], [0.1, 0.1])}
+    content |= {"difference": {"value": 0.31, "low": 0.2, "high": 0.4, "p": p}}
+    common.write_json(worked.RESULTS, content)
+    text = "\n".join(worked.build_section())
+    assert "| a number | the number | 1.5 | 4.0 (3.0, 5.0) |" in text
+    assert "| the value written | 1.0 | 10.0 (10.0, 10.0) |" in text
+    assert "+31.0 points (+20.0 … +40.0)" in text and "25.0 % of the rows" in text
+    assert ("no difference is shown" in text) != is_shown
+
+
+def test_fewer_seeds_do_not_take_the_place_of_more(tmp_path, monkeypatch):
+    results = tmp_path / "worked.json"
+    common.write_json(results, {"seeds": [42, 43, 44]})
+    monkeypatch.setattr(sys, "argv", ["bench.worked", "--seeds", "2"])
+    with pytest.raises(common.WrongInput, match="worked.json holds 3 seeds"):
+        jobs.read_seed_count("calculations", results)
+    monkeypatch.setattr(sys, "argv", ["bench.worked", "--seeds", "3"])
+    assert jobs.read_seed_count("calculations", results) == 3
+    results.unlink()
+    monkeypatch.setattr(sys, "argv", ["bench.worked", "--seeds", "1"])
+    assert jobs.read_seed_count("calculations", results) == 1
