@@ -127,7 +127,7 @@ def build_readme_block(evidence: list[Result]) -> str:
     featured = select_repeated(evidence)
     left = count_scores(evidence) - min(count_scores(featured), MOST_ROWS)
     rest = f"[Results](docs/results.md) has {left} more.\n\n" if left else ""
-    devices = ", ".join(dict.fromkeys(result.device for result in featured))
+    devices = " and on ".join(dict.fromkeys(result.device for result in featured))
     counts = sorted({len(result.trainings) for result in featured})
     means = "Scores of adapters are of one training.\n"
     if counts != [1]:
