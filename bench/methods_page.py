@@ -66,6 +66,7 @@ LIMITS = """\
 
 
 FINLORAS_RATE = 1e-4  # of all its methods
+ROUNDED = 1e-4  # how far a share in a file of results may be from itself
 
 
 def format_points(value: float, signed: bool = False) -> str:
@@ -306,20 +307,28 @@ def build_part(part: together.Part) -> list[str]:
     """A section: the hypothesis, scores by variant and test, and the comparisons."""
     plan, spec = part.plan, part.spec
     lines = [f"## {plan['title']}", "", quote(plan["hypothesis"]), ""]
-    rows = []
+    rows, constant = [], []
     for variant, entry in plan["variants"].items():
         cells = part.list_cells(variant)
         for test in entry["tests"]:
-            base, scores = "", "missing"
+            majority, base, scores = "", "", "missing"
             if not list_missing(cells):
                 refuse_other_rows(cells)
                 datasets = part.find_test(test).datasets
-                columns = collect_columns(cells, datasets)
-                seeds = ", ".join(format_points(value) for value in columns.mean(0))
-                scores = f"{format_points(columns.mean())} ({seeds})"
-                base = format_points(average_base(cells[0], datasets))
-            rows.append([variant, test, base, scores])
-    lines += build_table(["trained on", "scored on", "base", "accuracy, % (each seed)"], rows)
+                means = collect_columns(cells, datasets).mean(0)
+                seeds = ", ".join(map(format_points, means))
+                scores = f"{format_points(means.mean())} ({seeds})"
+                base = format_points(average_score(cells[0], datasets, "base"))
+                share = average_score(cells[0], datasets, "majority")
+                majority = format_points(share)
+                if max(abs(means - share)) < ROUNDED:
+                    constant.append(f"{variant}, scored on {test}")
+            rows.append([variant, test, majority, base, scores])
+    headings = ["trained on", "scored on", "majority", "base", "accuracy, % (each seed)"]
+    lines += ["Majority: the most frequent answer alone.", "", *build_table(headings, rows)]
+    lines += [
+        f"- {name}: each seed scores what one answer to all rows scores." for name in constant
+    ]
     for pair, comparison in zip(plan["compared"], part.compare_all(), strict=True):
         name = f"{pair['variant']} against {pair['against']}, on {pair['test']}"
         if comparison is None:
@@ -331,11 +340,11 @@ def build_part(part: together.Part) -> list[str]:
     return [*lines, ""]
 
 
-def average_base(cell: Cell, datasets: Sequence[str]) -> float:
-    """The base's score over the rows of several datasets."""
+def average_score(cell: Cell, datasets: Sequence[str], side: str) -> float:
+    """The score of the base, or of the most frequent answer, over the rows of several datasets."""
     scores = [cell.content["scores"][name] for name in datasets]
     total = sum(score["rows"] for score in scores)
-    return float(sum(score["base"] * score["rows"] for score in scores) / total)
+    return float(sum(score[side] * score["rows"] for score in scores) / total)
 
 
 # ---- forgetting
@@ -426,14 +435,11 @@ def build_page(experiments: list["Experiment"]) -> str:
             lines += build_tests(experiment, setting)
     lines += [line for part in parts for line in build_part(part)]
     lines += [*worked.build_section(), *build_forgetting(), LIMITS]
-    machines = sorted({machine for e in experiments for machine in list_machines(e)})
-    if machines:
+    cells = [cell for experiment in experiments for cell in experiment.list_finished_cells()]
+    cells += [cell for part in parts for cell in part.list_finished_cells()]
+    if machines := sorted({cell.content["machine"] for cell in cells}):
         lines += [f"Trained on: {'; '.join(machines)}."]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def list_machines(experiment: "Experiment") -> set[str]:
-    return {cell.content["machine"] for cell in experiment.list_finished_cells()}
 
 
 def draw_rates(experiments: list["Experiment"], file: Path) -> None:

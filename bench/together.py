@@ -71,10 +71,15 @@ class Part:
         varied = vary(recipe, shown(RUNS / self.name / name), changes)
         return Cell(RESULTS / self.name / f"{name}.json", varied)
 
+    def list_all_cells(self) -> list[Cell]:
+        return [cell for variant in self.plan["variants"] for cell in self.list_cells(variant)]
+
+    def list_finished_cells(self) -> list[Cell]:
+        return [cell for cell in self.list_all_cells() if cell.is_done]
+
     @property
     def missing(self) -> list[str]:
-        variants = self.plan["variants"]
-        return list_missing([cell for variant in variants for cell in self.list_cells(variant)])
+        return list_missing(self.list_all_cells())
 
     def compare_all(self) -> list[dict[str, Any] | None]:
         """The comparisons of the plan; p is corrected where all of them are there."""

@@ -75,7 +75,7 @@ def test_all_variants_see_each_row_once_at_the_same_schedule():
             assert config["num_epochs"] == 1 and "max_steps" not in config
             assert "warmup_steps" not in config and "test_datasets" not in config
         for key in (
-            *("learning_rate", "lora_r", "lora_alpha", "load_in_8bit", "optimizer"),
+            *("learning_rate", "lora_r", "lora_alpha", "load_in_4bit", "optimizer"),
             *("micro_batch_size", "gradient_accumulation_steps", "warmup_ratio", "sequence_len"),
         ):
             assert len({config[key] for config in configs}) == 1, key
@@ -101,11 +101,25 @@ def test_a_comparison_waits_for_every_seed_and_uses_the_rows_of_one_test():
     assert same["value"] == 0
     section = "\n".join(methods_page.build_part(part))
     assert "on repaired: different" in section and "equivalent within" in section
+    assert "one answer to all rows" not in section
     part.list_cells("repaired")[0].file.unlink()
     assert part.compare_all() == [None, None]
     section = "\n".join(methods_page.build_part(part))
     assert section.count("no conclusion") == 2 and "equivalent within" not in section
     assert part.missing == [part.list_cells("repaired")[0].name]
+
+
+def test_scores_that_one_answer_gives_are_called_that():
+    part = together.Part(SPEC, "labels")
+    for variant, right in (("repaired", 300), ("as published", 308)):
+        for cell in part.list_cells(variant):
+            published = {"tfns_rest_as_published": make_values(500, right)}
+            write_cell(cell, {"tfns_rest": make_values(500, 250)} | published)
+    section = "\n".join(methods_page.build_part(part))
+    line = (
+        "- as published, scored on published: each seed scores what one answer to all rows scores."
+    )
+    assert line in section and section.count("one answer to all rows") == 1
 
 
 def test_an_unknown_part_is_named():
