@@ -183,7 +183,7 @@ def test_the_evidence_is_measured_planned_or_never_run(results):
     scores = "measured: fpb accuracy 28.5 → 71.5 % (majority 58.7)"
     text = f"{scores}, 2 seeds, 3.9 GB, 6.3 min, two CPU cores"
     assert evidence.describe_evidence(name) == text
-    assert f"# Evidence: {text}\n" in rendering.render_recipe(name)
+    assert f"# Evidence: {text}\n" in rendering.render_recipe(name).replace("\n#   ", " ")
     assert f"| {text} |" in rendering.render_model_page("smollm2-135m")
     write_result(name=name, device="1 x NVIDIA A40", seeds=(42,))
     assert evidence.describe_evidence(name) == f"{text}; also on 1 other device"
