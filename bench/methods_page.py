@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench import equivalence, forgetting, together, worked
 from bench.cells import Cell, collect_columns, list_missing, refuse_other_rows
+from bench.jobs import describe_gain
 from bench.performance import build_table
 from evals import report, stats
 from evals.figures import COLOURS, MARKERS
@@ -66,11 +67,24 @@ LIMITS = """\
 
 
 FINLORAS_RATE = 1e-4  # of all its methods
-ROUNDED = 1e-4  # how far a share in a file of results may be from itself
+ROUNDED = 1e-4  # shares in files of results have four decimals
+WORKED = """\
+FinLoRA's Financial Math asks for a bare number. The task
+[`formula_worked`](data.md#calculations) asks for the calculation and its value instead."""
+# What was trained and scored in results/worked.json: the answer, and what of it counts.
+WORKED_SCORES = {
+    ("bare", "accuracy"): ("a number", "the number"),
+    ("worked", "accuracy"): ("a calculation and its value", "what the calculation comes to"),
+    ("worked", "numeric_accuracy"): ("a calculation and its value", "the value written"),
+}
 
 
 def format_points(value: float, signed: bool = False) -> str:
     return f"{100 * value:{'+' if signed else ''}.1f}"
+
+
+def format_seeds(mean: float, seeds: Sequence[float]) -> str:
+    return f"{format_points(mean)} ({', '.join(map(format_points, seeds))})"
 
 
 def format_difference(comparison: dict[str, Any]) -> str:
@@ -181,8 +195,7 @@ def format_method(
         return [title, "", "missing", "", ""]
     columns = collect_columns(cells, plan["datasets"])
     mean = stats.estimate_mean(plan["metric"], columns.T.tolist())
-    seeds = ", ".join(format_points(value) for value in columns.mean(0))
-    score = f"{format_points(mean['value'])} ({seeds})"
+    score = format_seeds(mean["value"], columns.mean(0))
     rate = cells[0].recipe.config["learning_rate"]
     if method == spec["reference"]:
         return [title, f"{rate:g}", score, "–", "reference"]
@@ -307,27 +320,14 @@ def build_part(part: together.Part) -> list[str]:
     """A section: the hypothesis, scores by variant and test, and the comparisons."""
     plan, spec = part.plan, part.spec
     lines = [f"## {plan['title']}", "", quote(plan["hypothesis"]), ""]
-    rows, constant = [], []
-    for variant, entry in plan["variants"].items():
-        cells = part.list_cells(variant)
-        for test in entry["tests"]:
-            majority, base, scores = "", "", "missing"
-            if not list_missing(cells):
-                refuse_other_rows(cells)
-                datasets = part.find_test(test).datasets
-                means = collect_columns(cells, datasets).mean(0)
-                seeds = ", ".join(map(format_points, means))
-                scores = f"{format_points(means.mean())} ({seeds})"
-                base = format_points(average_score(cells[0], datasets, "base"))
-                share = average_score(cells[0], datasets, "majority")
-                majority = format_points(share)
-                if max(abs(means - share)) < ROUNDED:
-                    constant.append(f"{variant}, scored on {test}")
-            rows.append([variant, test, majority, base, scores])
+    scored = [(name, test) for name, entry in plan["variants"].items() for test in entry["tests"]]
+    rows = [build_variant(part, *pair) for pair in scored]
     headings = ["trained on", "scored on", "majority", "base", "accuracy, % (each seed)"]
     lines += ["Majority: the most frequent answer alone.", "", *build_table(headings, rows)]
     lines += [
-        f"- {name}: each seed scores what one answer to all rows scores." for name in constant
+        f"- {variant}, scored on {test}: each seed scores what one answer to all rows scores."
+        for variant, test in scored
+        if is_constant(part, variant, test)
     ]
     for pair, comparison in zip(plan["compared"], part.compare_all(), strict=True):
         name = f"{pair['variant']} against {pair['against']}, on {pair['test']}"
@@ -340,11 +340,70 @@ def build_part(part: together.Part) -> list[str]:
     return [*lines, ""]
 
 
+def build_variant(part: together.Part, variant: str, test: str) -> list[str]:
+    """The row of a variant in the table of a part."""
+    cells, datasets = part.list_cells(variant), part.find_test(test).datasets
+    if list_missing(cells):
+        return [variant, test, "", "", "missing"]
+    refuse_other_rows(cells)
+    means = collect_columns(cells, datasets).mean(0)
+    sides = (average_score(cells[0], datasets, side) for side in ("majority", "base"))
+    return [variant, test, *map(format_points, sides), format_seeds(means.mean(), means)]
+
+
+def is_constant(part: together.Part, variant: str, test: str) -> bool:
+    """Whether each seed scores what the most frequent answer alone scores."""
+    cells, datasets = part.list_cells(variant), part.find_test(test).datasets
+    if list_missing(cells):
+        return False
+    majority = average_score(cells[0], datasets, "majority")
+    return bool(max(abs(collect_columns(cells, datasets).mean(0) - majority)) < ROUNDED)
+
+
 def average_score(cell: Cell, datasets: Sequence[str], side: str) -> float:
     """The score of the base, or of the most frequent answer, over the rows of several datasets."""
     scores = [cell.content["scores"][name] for name in datasets]
     total = sum(score["rows"] for score in scores)
     return float(sum(score[side] * score["rows"] for score in scores) / total)
+
+
+# ---- calculations
+
+
+def build_worked() -> list[str]:
+    """A section: what numbers and calculations scored, and what it shows."""
+    lines = ["## Calculations against bare numbers", "", WORKED, ""]
+    if not worked.RESULTS.is_file():
+        return [*lines, "Not measured yet: `python -m bench.worked`.", ""]
+    content = read_json(worked.RESULTS)
+    answers = content["answers"]
+    scores = {key: answers[key[0]][key[1]] for key in WORKED_SCORES}
+    rows = [
+        [*texts, format_points(score["base"]), format_seeds(fmean(score["seeds"]), score["seeds"])]
+        for texts, score in zip(WORKED_SCORES.values(), scores.values(), strict=True)
+    ]
+    setting = (
+        f"SmolLM2-135M was trained with each on the same {answers['bare']['rows']} rows, whose "
+        f"keys have one calculation, for {answers['bare']['steps']} steps with seeds "
+        f"{', '.join(map(str, content['seeds']))}, and answered the same {content['test_rows']} "
+        f"test rows, on {content['machine']}."
+    )
+    table = build_table(["answer", "scored by", "base", "right, % (each seed)"], rows)
+    return [*lines, setting, "", *table, *conclude_worked(content["difference"]), ""]
+
+
+def conclude_worked(difference: dict[str, Any]) -> list[str]:
+    """What the difference shows, why, and what would overturn it."""
+    verdict = "" if difference["p"] < stats.LEVEL else "; no difference is shown"
+    return [
+        f"- Calculations minus bare numbers: {describe_gain(difference)}, 95 % over rows and "
+        f"seeds{verdict}.",
+        "- The question states the formula. The last two lines tell how often the model puts the "
+        "right numbers into it, and how often the value that it writes is right. An application "
+        "has to evaluate the calculation, as the scoring does.",
+        "- A model that computes well in its head would overturn it: it has less to gain. So would "
+        "other seeds whose interval contains 0.",
+    ]
 
 
 # ---- forgetting
@@ -434,7 +493,7 @@ def build_page(experiments: list["Experiment"]) -> str:
         for setting in ("common", "best"):
             lines += build_tests(experiment, setting)
     lines += [line for part in parts for line in build_part(part)]
-    lines += [*worked.build_section(), *build_forgetting(), LIMITS]
+    lines += [*build_worked(), *build_forgetting(), LIMITS]
     cells = [cell for experiment in experiments for cell in experiment.list_finished_cells()]
     cells += [cell for part in parts for cell in part.list_finished_cells()]
     if machines := sorted({cell.content["machine"] for cell in cells}):

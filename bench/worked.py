@@ -27,10 +27,9 @@ from bench.jobs import (
     vary,
 )
 from bench.parity import compare_variants
-from bench.performance import build_table
 from evals import stats
 from tools import recipes, sources
-from tools.common import ROOT, atomic, command, json_lines, quiet, read_json, shown, write_json
+from tools.common import ROOT, atomic, command, json_lines, quiet, shown, write_json
 from tools.data.formulas import find_expressions
 from tools.data.rows import build_chat_row
 from tools.data.rules import load_train_rules
@@ -112,63 +111,6 @@ def describe_results(content: dict[str, Any]) -> str:
             means = ", ".join(f"{100 * mean:.1f}" for mean in entry[metric]["seeds"])
             lines.append(f"{answers}, {metric}: {means} (base {100 * entry[metric]['base']:.1f})")
     return "\n".join([*lines, f"worked minus bare: {describe_gain(content['difference'])}"])
-
-
-# ---- docs/methods.md
-
-SCORED_BY = {
-    ("bare", "accuracy"): ("a number", "the number"),
-    ("worked", "accuracy"): ("a calculation and its value", "what the calculation comes to"),
-    ("worked", "numeric_accuracy"): ("a calculation and its value", "the value written"),
-}
-SECTION = """\
-FinLoRA's Financial Math asks for a bare number. The task
-[`formula_worked`](data.md#calculations) asks for the calculation and its value instead."""
-
-
-def build_section() -> list[str]:
-    """A section of docs/methods.md: what both kinds of answers scored, and what it shows."""
-    lines = ["## Calculations against bare numbers", "", SECTION, ""]
-    if not RESULTS.is_file():
-        return [*lines, "Not measured yet: `python -m bench.worked`.", ""]
-    content = read_json(RESULTS)
-    answers = content["answers"]
-    rows = [
-        [*texts, f"{100 * entry['base']:.1f}", format_seeds(entry["seeds"])]
-        for (kind, metric), texts in SCORED_BY.items()
-        for entry in [answers[kind][metric]]
-    ]
-    setting = (
-        f"Both trained SmolLM2-135M on the same {answers['bare']['rows']} rows, whose keys have "
-        f"one calculation, for {answers['bare']['steps']} steps with seeds "
-        f"{', '.join(map(str, content['seeds']))}, and answered the same {content['test_rows']} "
-        f"test rows, on {content['machine']}."
-    )
-    table = build_table(["answer", "scored by", "base", "right, % (each seed)"], rows)
-    return [*lines, setting, "", *table, *conclude(content), ""]
-
-
-def format_seeds(means: list[float]) -> str:
-    seeds = ", ".join(f"{100 * mean:.1f}" for mean in means)
-    return f"{100 * fmean(means):.1f} ({seeds})"
-
-
-def conclude(content: dict[str, Any]) -> list[str]:
-    """What the difference shows, what the model cannot do itself, and what would overturn it."""
-    difference, worked = content["difference"], content["answers"]["worked"]
-    gain = describe_gain(difference)
-    is_shown = difference["p"] < stats.LEVEL
-    verdict = "" if is_shown else "; no difference is shown"
-    lost = 100 * (fmean(worked["accuracy"]["seeds"]) - fmean(worked["numeric_accuracy"]["seeds"]))
-    return [
-        f"- Calculations minus bare numbers: {gain}, 95 % over rows and seeds{verdict}.",
-        f"- {lost:.1f} % of the rows lie between the last two lines: the calculation is right, and "
-        "the value behind it wrong. The question states the formula; the model finds which numbers "
-        "go where, and does not compute them. An application has to evaluate the calculation, as "
-        "the scoring does.",
-        "- A model that computes well in its head would overturn it: it has less to gain. So would "
-        "other seeds whose interval holds 0.",
-    ]
 
 
 @command

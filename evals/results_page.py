@@ -127,7 +127,7 @@ def build_readme_block(evidence: list[Result]) -> str:
     featured = select_repeated(evidence)
     left = count_scores(evidence) - min(count_scores(featured), MOST_ROWS)
     rest = f"[Results](docs/results.md) has {left} more.\n\n" if left else ""
-    devices = " and on ".join(dict.fromkeys(result.device for result in featured))
+    devices = "; ".join(dict.fromkeys(result.device for result in featured))
     counts = sorted({len(result.trainings) for result in featured})
     means = "Scores of adapters are of one training.\n"
     if counts != [1]:
@@ -139,7 +139,7 @@ def build_readme_block(evidence: list[Result]) -> str:
     return (
         f"![Score of base and adapter]({FIGURE.relative_to(ROOT)})\n\n"
         f"{build_readme_table(featured)}\n{rest}"
-        f"On {devices}. Majority: the most frequent answer alone. In brackets: 95 % "
+        f"Devices: {devices}. Majority: the most frequent answer alone. In brackets: 95 % "
         f"intervals. {means}"
     )
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from bench import cells, equivalence, methods, methods_page, together
+from bench import cells, equivalence, methods, methods_page, together, worked
 from bench.cells import Cell
 from evals import results, run
 from tests.conftest import write_recipe
@@ -252,6 +252,33 @@ def test_the_spread_of_methods_at_finloras_rate_stands_beside_that_at_their_best
     sentence = methods_page.conclude_ranking(experiment())[1]
     assert "within 10.0 points (50.0 … 60.0) at FinLoRA's rate of 0.0001" in sentence
     assert "within 0.0 points (66.7 … 66.7) at each one's best" in sentence
+
+
+def describe_answers(bare: list[float], calculated: list[float], written: list[float]):
+    sides = {"rows": 645, "steps": 110}
+    return {
+        "bare": sides | {"accuracy": {"base": 0.015, "seeds": bare}},
+        "worked": sides
+        | {"accuracy": {"base": 0.005, "seeds": calculated}}
+        | {"numeric_accuracy": {"base": 0.01, "seeds": written}},
+    }
+
+
+@pytest.mark.parametrize(("p", "is_shown"), [(0.0002, True), (0.3, False)])
+def test_calculations_are_told_by_seed_and_with_whether_a_difference_is_shown(
+    p, is_shown, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(worked, "RESULTS", tmp_path / "worked.json")
+    assert "Not measured yet" in "\n".join(methods_page.build_worked())
+    content = {"machine": "two CPU cores", "seeds": [42, 43], "test_rows": 200}
+    content |= {"answers": describe_answers([0.03, 0.05], [0.3, 0.4], [0.1, 0.1])}
+    content |= {"difference": {"value": 0.31, "low": 0.2, "high": 0.4, "p": p}}
+    common.write_json(worked.RESULTS, content)
+    text = "\n".join(methods_page.build_worked())
+    assert "| a number | the number | 1.5 | 4.0 (3.0, 5.0) |" in text
+    assert "| the value written | 1.0 | 10.0 (10.0, 10.0) |" in text
+    assert "+31.0 points (+20.0 … +40.0)" in text
+    assert ("no difference is shown" in text) != is_shown
 
 
 def test_the_figure_has_a_line_for_each_method_and_is_the_same_again(experiment, tmp_path):

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from bench import jobs, worked
+from bench import jobs
 from evals.tasks import utils
 from tests.chat_files import read_turns
 from tools import common, sources
@@ -266,34 +266,7 @@ def test_a_value_is_what_python_computes():
         assert utils.evaluate_formula(text) == pytest.approx(value, rel=1e-9, abs=1e-12)
 
 
-# ---- docs/methods.md
-
-
-def describe_answers(bare: list[float], worked_: list[float], written: list[float]):
-    sides = {"rows": 645, "steps": 110}
-    return {
-        "bare": sides | {"accuracy": {"base": 0.015, "seeds": bare}},
-        "worked": sides
-        | {"accuracy": {"base": 0.005, "seeds": worked_}}
-        | {"numeric_accuracy": {"base": 0.01, "seeds": written}},
-    }
-
-
-@pytest.mark.parametrize(("p", "is_shown"), [(0.0002, True), (0.3, False)])
-def test_the_section_tells_scores_by_seed_and_whether_a_difference_is_shown(
-    p, is_shown, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(worked, "RESULTS", tmp_path / "worked.json")
-    assert "Not measured yet" in "\n".join(worked.build_section())
-    content = {"machine": "two CPU cores", "seeds": [42, 43], "test_rows": 200}
-    content |= {"answers": describe_answers([0.03, 0.05], [0.3, 0.4], [0.1, 0.1])}
-    content |= {"difference": {"value": 0.31, "low": 0.2, "high": 0.4, "p": p}}
-    common.write_json(worked.RESULTS, content)
-    text = "\n".join(worked.build_section())
-    assert "| a number | the number | 1.5 | 4.0 (3.0, 5.0) |" in text
-    assert "| the value written | 1.0 | 10.0 (10.0, 10.0) |" in text
-    assert "+31.0 points (+20.0 … +40.0)" in text and "25.0 % of the rows" in text
-    assert ("no difference is shown" in text) != is_shown
+# ---- the experiment
 
 
 def test_fewer_seeds_do_not_take_the_place_of_more(tmp_path, monkeypatch):

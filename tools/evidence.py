@@ -42,12 +42,11 @@ def describe_evidence(name: str) -> str:
     from evals import results
 
     measured = read_results().get(name, [])
-    reasons = {id(result): results.explain_stale(result) for result in measured}
-    if current := [result for result in measured if not reasons[id(result)]]:
+    if current := [result for result in measured if not results.explain_stale(result)]:
         others = len(current) - 1
         more = f"; also on {others} other device{'s' if others > 1 else ''}" if others else ""
         return describe_result(max(current, key=lambda result: len(result.trainings))) + more
-    stale = f" (measured before: {reasons[id(measured[0])]})" if measured else ""
+    stale = f" (measured before: {results.explain_stale(measured[0])})" if measured else ""
     return f"{describe_plan(name)}{stale}"
 
 
