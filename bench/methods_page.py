@@ -337,6 +337,10 @@ def build_part(part: together.Part) -> list[str]:
             verdict = equivalence.describe_verdict(comparison, spec["margin"])
             points = f"{format_difference(comparison)} points over {len(spec['seeds'])} seeds"
             lines.append(f"- {name}: {verdict}; {points}, p = {comparison['p']:.2g} (Holm).")
+            hypothesis = (comparison, spec["margin"], pair["expected"])
+            lines.append(f"  The hypothesis, {equivalence.describe_hypothesis(*hypothesis)}.")
+    if not part.missing:
+        lines.append(f"- {plan['note']}")
     return [*lines, ""]
 
 

@@ -83,7 +83,10 @@ class Part:
 
     def compare_all(self) -> list[dict[str, Any] | None]:
         """The comparisons of the plan; p is corrected where all of them are there."""
-        compared = [self.compare(**pair) for pair in self.plan["compared"]]
+        compared = [
+            self.compare(pair["variant"], pair["against"], pair["test"])
+            for pair in self.plan["compared"]
+        ]
         family = [comparison for comparison in compared if comparison]
         if len(family) < len(compared):
             return [None] * len(compared)

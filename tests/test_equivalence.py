@@ -82,6 +82,22 @@ def test_a_difference_that_is_not_found_shows_no_equivalence(p, p_margin, verdic
     assert equivalence.describe_verdict({"p": p, "p_margin": p_margin}, 0.02) == verdict
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "expected", "verdict"),
+    [
+        (-0.012, 0.184, "lower", "ruled out"),
+        (-0.025, 0.087, "lower", "neither shown nor ruled out"),
+        (-0.515, -0.352, "lower", "shown"),
+        (-0.515, -0.352, "higher", "ruled out"),
+        (0.303, 0.472, "higher", "shown"),
+        (0.01, 0.03, "higher", "neither shown nor ruled out"),
+    ],
+)
+def test_a_hypothesis_is_judged_by_the_interval_on_its_own_side(low, high, expected, verdict):
+    said = equivalence.describe_hypothesis({"low": low, "high": high}, 0.02, expected)
+    assert said == f"{expected} by more than 2 points: {verdict}"
+
+
 def test_a_planned_experiment_finds_the_detectable_difference_in_four_of_five():
     rows, seeds, row_sd, seed_sd = 500, 3, 0.4, 0.02
     error, freedom = equivalence.plan_error(rows, seeds, row_sd, seed_sd)
