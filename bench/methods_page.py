@@ -205,15 +205,16 @@ def format_method(
     return [title, f"{rate:g}", score, format_difference(comparison), verdict]
 
 
-def has_tests(experiment: "Experiment") -> bool:
-    """Whether a training was scored on test rows."""
-    return len(experiment.missing_tests) < len(experiment.list_test_cells())
+def has_tests(experiment: "Experiment", setting: str) -> bool:
+    """Whether all seeds of a method were scored on test rows."""
+    groups = (experiment.list_setting_cells(name, setting) for name in experiment.spec["methods"])
+    return any(not list_missing(group) for group in groups)
 
 
 def build_tests(experiment: "Experiment", setting: str) -> list[str]:
     """The table of test scores at the common or the best rates."""
     spec, plan = experiment.spec, experiment.plan
-    if experiment.missing_rates or not has_tests(experiment):
+    if experiment.missing_rates or not has_tests(experiment, setting):
         return []
     name = "one common rate" if setting == "common" else "each method's best rate"
     compared = experiment.compare_all(setting)
@@ -283,15 +284,11 @@ def conclude_ranking(experiment: "Experiment") -> list[str]:
         return [f"- {experiment.task}: none yet, rates are missing."]
     lines = [judge_hypothesis(experiment), describe_spread(experiment)]
     settings = {"common": "at one common rate", "best": "at each one's best rate"}
-    for setting, name in settings.items() if has_tests(experiment) else ():
-        compared = experiment.compare_all(setting)
-        for method, comparison in compared.items():
-            title = spec["methods"][method]["title"]
+    for setting, name in settings.items():
+        for method, comparison in experiment.compare_all(setting).items():
             if comparison is None:
-                lines.append(
-                    f"- {experiment.task}, {title} {name}: none yet, trainings are missing."
-                )
                 continue
+            title = spec["methods"][method]["title"]
             verdict = equivalence.describe_verdict(comparison, spec["margin"])
             lines.append(
                 f"- {experiment.task}, {title} against {reference} {name}: {verdict}; "

@@ -192,7 +192,7 @@ def test_chosen_rates_without_a_test_row_have_no_table_of_tests(experiment):
     write_rates(experiment(), BEST)
     assert methods_page.build_tests(experiment(), "best") == []
     concluded = "\n".join(methods_page.conclude_ranking(experiment()))
-    assert "is not tested yet" in concluded and "none yet" not in concluded
+    assert "is not tested yet" in concluded
 
 
 def test_one_missing_seed_leaves_a_table_without_a_verdict(experiment):
@@ -203,8 +203,19 @@ def test_one_missing_seed_leaves_a_table_without_a_verdict(experiment):
     assert all(experiment().compare_all("common").values())
     lines = "\n".join(methods_page.build_tests(experiment(), "best"))
     assert "missing" in lines and "Holm" not in lines
-    concluded = methods_page.conclude_ranking(experiment())
-    assert sum("none yet" in line for line in concluded) == 3
+    concluded = "\n".join(methods_page.conclude_ranking(experiment()))
+    assert "is not tested yet" in concluded and "each one's best rate:" not in concluded
+    assert concluded.count("at one common rate:") == 3
+
+
+def test_a_setting_without_one_whole_method_has_no_table(experiment):
+    write_rates(experiment(), BEST)
+    cells = list(experiment().list_test_cells().values())
+    write_tests(experiment(), skip=cells[0].name)
+    for cell in cells:
+        if cell.name.endswith("seed44"):
+            cell.file.unlink(missing_ok=True)
+    assert methods_page.build_tests(experiment(), "common") == []
 
 
 def test_a_whole_experiment_is_compared_on_the_same_rows_and_seeds(experiment):
@@ -223,7 +234,7 @@ def test_a_whole_experiment_is_compared_on_the_same_rows_and_seeds(experiment):
     assert lora.shape == (1200, 3)
     assert direct == equivalence.compare_means(dora - lora, SPEC["margin"])
     concluded = "\n".join(methods_page.conclude_ranking(experiment()))
-    assert "none yet" not in concluded
+    assert concluded.count("each one's best rate:") == 3
     assert "QLoRA, 4 bits, r 4, 0.01, is an end of the grid" in concluded
 
 
