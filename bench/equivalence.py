@@ -107,12 +107,10 @@ def describe_verdict(comparison: dict[str, Any], margin: float) -> str:
     return "different" if is_different else "undecided"
 
 
-def describe_hypothesis(comparison: dict[str, Any], margin: float, expected: str) -> str:
-    """What the 95 % interval says of "`expected` (lower or higher) by more than the margin"."""
+def judge_direction(comparison: dict[str, Any], margin: float, expected: str) -> str:
+    """What the 95 % interval says of a difference "`expected` (lower or higher) by the margin"."""
     sign = -1 if expected == "lower" else 1
     low, high = sorted((sign * comparison["low"], sign * comparison["high"]))
     if low > margin:
-        verdict = "shown"
-    else:
-        verdict = "ruled out" if high < margin else "neither shown nor ruled out"
-    return f"{expected} by more than {100 * margin:g} points: {verdict}"
+        return "shown"
+    return "ruled out" if high < margin else "neither shown nor ruled out"

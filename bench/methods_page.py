@@ -205,7 +205,7 @@ def format_method(
     return [title, f"{rate:g}", score, format_difference(comparison), verdict]
 
 
-def has_tests(experiment: "Experiment", setting: str) -> bool:
+def has_whole_method(experiment: "Experiment", setting: str) -> bool:
     """Whether all seeds of a method were scored on test rows."""
     groups = (experiment.list_setting_cells(name, setting) for name in experiment.spec["methods"])
     return any(not list_missing(group) for group in groups)
@@ -214,7 +214,7 @@ def has_tests(experiment: "Experiment", setting: str) -> bool:
 def build_tests(experiment: "Experiment", setting: str) -> list[str]:
     """The table of test scores at the common or the best rates."""
     spec, plan = experiment.spec, experiment.plan
-    if experiment.missing_rates or not has_tests(experiment, setting):
+    if experiment.missing_rates or not has_whole_method(experiment, setting):
         return []
     name = "one common rate" if setting == "common" else "each method's best rate"
     compared = experiment.compare_all(setting)
@@ -334,8 +334,11 @@ def build_part(part: together.Part) -> list[str]:
             verdict = equivalence.describe_verdict(comparison, spec["margin"])
             points = f"{format_difference(comparison)} points over {len(spec['seeds'])} seeds"
             lines.append(f"- {name}: {verdict}; {points}, p = {comparison['p']:.2g} (Holm).")
-            hypothesis = (comparison, spec["margin"], pair["expected"])
-            lines.append(f"  The hypothesis, {equivalence.describe_hypothesis(*hypothesis)}.")
+            verdict = equivalence.judge_direction(comparison, spec["margin"], pair["expected"])
+            lines.append(
+                f"  That it is {pair['expected']} by more than {100 * spec['margin']:g} points, as "
+                f"the hypothesis says, is {verdict}."
+            )
     if not part.missing:
         lines.append(f"- {plan['note']}")
     return [*lines, ""]

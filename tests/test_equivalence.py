@@ -94,8 +94,7 @@ def test_a_difference_that_is_not_found_shows_no_equivalence(p, p_margin, verdic
     ],
 )
 def test_a_hypothesis_is_judged_by_the_interval_on_its_own_side(low, high, expected, verdict):
-    said = equivalence.describe_hypothesis({"low": low, "high": high}, 0.02, expected)
-    assert said == f"{expected} by more than 2 points: {verdict}"
+    assert equivalence.judge_direction({"low": low, "high": high}, 0.02, expected) == verdict
 
 
 def test_a_planned_experiment_finds_the_detectable_difference_in_four_of_five():

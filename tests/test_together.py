@@ -101,8 +101,8 @@ def test_a_comparison_waits_for_every_seed_and_uses_the_rows_of_one_test():
     assert same["value"] == 0
     section = "\n".join(methods_page.build_part(part))
     assert "on repaired: different" in section and "equivalent within" in section
-    assert "lower by more than 2 points: shown" in section
-    assert "higher by more than 2 points: ruled out" in section
+    assert "lower by more than 2 points, as the hypothesis says, is shown" in section
+    assert "higher by more than 2 points, as the hypothesis says, is ruled out" in section
     assert "one answer to all rows" not in section
     part.list_cells("repaired")[0].file.unlink()
     assert part.compare_all() == [None, None]

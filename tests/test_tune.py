@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -581,3 +582,15 @@ def test_candidates_share_the_prepared_rows_and_are_judged_row_by_row(whole):
         assert run.info["last_eval_loss"] == pytest.approx(last["loss"])
         assert not (run.folder / "prepared").exists() and not run.adapter_file.exists()
     assert len([path for path in (whole.place / "prepared").iterdir() if path.is_dir()]) == 2
+
+
+def test_a_log_repeats_no_line_while_a_step_lasts(monkeypatch, capsys):
+    trial = {"number": 0, "point": {"lora_r": 4}, "state": "running", "reason": None}
+    monkeypatch.setattr(tune, "describe_trial", lambda *_: trial)
+    measures = SimpleNamespace(metric="")
+    table = tune.LiveTable(SimpleNamespace(list_trials=lambda *_: [trial], measures=measures))
+    for step in (3, 3, 3, 4):
+        table.describe_step = lambda _, step=step: f"the recipe: step {step}/9"
+        table.printed_at = float("-inf")  # a line is due
+        table.show()
+    assert capsys.readouterr().out.count("tune") == 2

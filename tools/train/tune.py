@@ -237,7 +237,7 @@ class LiveTable:
         self.search, self.console = search, Console()
         self.live = Live(console=self.console, auto_refresh=False, transient=True)
         self.ended = 0
-        self.printed, self.printed_at = "", 0.0
+        self.printed_line, self.printed_at = "", 0.0
 
     def __enter__(self) -> "LiveTable":
         if self.console.is_terminal:
@@ -271,9 +271,9 @@ class LiveTable:
                 say(f"candidate {last['number']} failed: {last['reason']}")
         elif time.monotonic() - self.printed_at > 20:
             self.printed_at = time.monotonic()
-            if (step := self.describe_step(last)) != self.printed:
-                self.printed = step
-                say(step)
+            if (line := self.describe_step(last)) != self.printed_line:
+                self.printed_line = line
+                say(line)
 
     def describe_step(self, trial: Report) -> str:
         """How far the candidate that trains now is."""
