@@ -5,7 +5,9 @@ import re
 
 import numpy as np
 import pytest
+from scipy.stats import t
 
+from bench import equivalence
 from evals import report, results, results_page, stats
 from evals.results import Result
 from evals.run import SCORING
@@ -225,16 +227,42 @@ def test_the_interval_over_seeds_is_that_of_the_closed_form():
     assert mean["high"] - mean["low"] == pytest.approx(2 * 1.96 * error, rel=0.05)
     scores = np.linspace(0.2, 0.8, 30)
     mean = stats.estimate_mean("rouge_l", [[score] * 200 for score in scores])
-    error = scores.std() / np.sqrt(30)
-    assert mean["value"] == pytest.approx(0.5)
-    assert mean["high"] - mean["low"] == pytest.approx(2 * 1.96 * error, rel=0.05)
+    half = t.ppf(0.975, 29) * scores.std(ddof=1) / np.sqrt(30)
+    assert (mean["low"], mean["high"]) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-4)
+
+
+def test_with_means_of_rows_the_interval_over_seeds_is_that_of_the_crossed_design():
+    """Hillis' closed form in bench/equivalence.py, for rows and seeds that both differ."""
+    for number in range(4):
+        chance = np.random.default_rng(number)
+        rows, seeds = chance.normal(0.5, 0.1, (300, 1)), chance.normal(0, 0.05, (1, 3))
+        values = rows + seeds + chance.normal(0, 0.05, (300, 3))
+        closed = equivalence.compare_means(values, 0.02)
+        mean = stats.estimate_mean("rouge_l", values.T.tolist())
+        assert mean["low"] == pytest.approx(closed["low"], abs=0.002)
+        assert mean["high"] == pytest.approx(closed["high"], abs=0.002)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "spread", "least"), [(2, 0.09, 103), (3, 0.09, 108), (3, 0.0, 112)]
+)
+def test_the_interval_covers_the_truth_where_few_seeds_lie_far_apart(seeds, spread, least):
+    """In so many of 120 simulated experiments; a bootstrap of the seeds falls short of them."""
+    covered = 0
+    for number in range(120):
+        chance = np.random.default_rng([seeds, number])
+        rates = 0.4 + chance.normal(0, 0.15, (235, 1)) + chance.normal(0, spread, (1, seeds))
+        right = (chance.random((235, seeds)) < rates).astype(float)
+        mean = stats.estimate_mean("accuracy", right.T.tolist())
+        covered += mean["low"] <= 0.4 <= mean["high"]
+    assert covered >= least
 
 
 def test_the_gain_over_seeds_is_paired_with_the_base_by_row():
     chance = np.random.default_rng(2)
     hard = chance.random(300)  # rows that are hard are so for the base and for every seed
     base = (0.5 * hard).tolist()
-    columns = [(0.5 * hard + 0.1 + shift).tolist() for shift in (-0.01, 0.0, 0.01)]
+    columns = [(0.5 * hard + 0.1 + shift).tolist() for shift in (-0.001, 0.0, 0.001)]
     gain = stats.estimate_mean("rouge_l", columns, base)
     alone = stats.estimate_mean("rouge_l", columns)
     assert gain["value"] == pytest.approx(0.1)
@@ -270,6 +298,8 @@ def test_an_interval_over_seeds_has_a_width_where_all_rows_are_right_and_none_wi
     )
     gain = stats.estimate_mean("accuracy", [[1.0] * 50] * 3, [1.0] * 50)
     assert gain["value"] == 0 and gain["low"] == -gain["high"] < 0
+    gain = stats.compare("rouge_l", [0.0] * 50, [1.0] * 50)
+    assert (gain["value"], gain["high"]) == (1, 1) and gain["low"] > 0.9
     few = stats.estimate_mean("rouge_l", [[0.5] * 6, [0.4] * 6])
     assert few == {"value": pytest.approx(0.45), "no_interval": "fewer than 10 rows (6)"}
 
