@@ -88,7 +88,11 @@ def list_row_values(scores: dict[str, Any], metric: str) -> list[float]:
 def describe_gain(gain: dict[str, Any]) -> str:
     """A difference of two shares in points, with its interval and p."""
     points = (100 * gain[key] for key in ("value", "low", "high"))
-    return "{:+.1f} points ({:+.1f} … {:+.1f}), p = {:.2g}".format(*points, gain["p"])
+    return "{:+.1f} points ({:+.1f} … {:+.1f}), {}".format(*points, state_p(gain["p"]))
+
+
+def state_p(p: float) -> str:
+    return "p < 0.0001" if p < 0.0001 else f"p = {p:.2g}"
 
 
 def run_verb(*arguments: Any) -> None:

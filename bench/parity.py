@@ -9,10 +9,8 @@ Results go to results/parity.json, and from there as tables into docs/experiment
 beside it.
 
 A difference is that of a metric's mean over rows and seeds, on the same rows, with the same seeds.
-Rows and seeds are resampled independently, so that the interval covers another choice of both
-(Owen 2007, "The pigeonhole bootstrap"). In simulated experiments it covers the truth in 95 % of
-them with three seeds whose differences lie 2 points apart (standard deviation), in 87 % at 5
-points, and in 83 % there with two seeds: where seeds lie far apart, it is too narrow.
+Rows and seeds are both samples (bench/equivalence.py): where two or three seeds lie far apart, the
+interval is wide.
 
 Two variants are equivalent within a margin if the 90 % interval lies inside it: two one-sided tests
 at 5 % (Schuirmann 1987), with p corrected over the comparisons of a part (Holm). Finding no
@@ -32,7 +30,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.jobs import find_scores, require_rows, run_all, run_verb, write_config
+from bench.equivalence import compare_means
+from bench.jobs import find_scores, require_rows, run_all, run_verb, state_p, write_config
 from evals import report, stats
 from tools import models, recipes
 from tools.common import (
@@ -146,22 +145,11 @@ def compare_variants(values: Array, others: Array, margin: float | None) -> dict
     {"value", "low", "high" (95 %), "p": that there is no difference, "seeds": of each}; with a
     margin also "low90", "high90" and "p_margin": that the difference reaches the margin.
     """
-    differences = values - others
-    means = stats.resample_seeds("mean", values.T.tolist(), others.T.tolist())
-    low, high, low90, high90 = map(float, np.percentile(means, [2.5, 97.5, 5, 95]))
-    opposite = min((means <= 1e-12).sum(), (means >= -1e-12).sum())
-    comparison: dict[str, Any] = {
-        "value": float(differences.mean()),
-        "low": low,
-        "high": high,
-        "p": float(min(1.0, 2 * (opposite + 1) / (len(means) + 1))),
-        "seeds": differences.mean(0).tolist(),
-    }
-    if margin is not None:
-        outside = max((means <= -margin).sum(), (means >= margin).sum())
-        comparison |= {"low90": low90, "high90": high90}
-        comparison["p_margin"] = float((outside + 1) / (len(means) + 1))
-    return comparison
+    comparison = compare_means(values - others, margin or 0.0)
+    ends = ["low", "high"] if margin is None else ["low", "high", "low90", "high90"]
+    names = ["value", *ends, "p", "seeds", *([] if margin is None else ["p_margin"])]
+    limited = {end: min(max(comparison[end], -1.0), 1.0) for end in ends}  # of shares
+    return {name: comparison[name] for name in names} | limited
 
 
 def collect_results(spec: dict[str, Any], jobs: dict[Any, Training]) -> dict[str, Any]:
@@ -275,10 +263,10 @@ def describe_difference(comparison: dict[str, Any], plan: dict[str, Any]) -> str
         p = comparison["p_margin"]
         word = "equivalent" if p < stats.LEVEL else "equivalence not shown"
         text += f", {word} within ±{format_percent(plan['margin'])} points"
-        text += f" (90 %: {low} … {high}; p = {p:.2g})"
+        text += f" (90 %: {low} … {high}; {state_p(p)})"
     if comparison["p"] < stats.LEVEL:
-        return text + f"; a difference, p = {comparison['p']:.2g}"
-    return text + ("" if has_margin else f"; no difference shown, p = {comparison['p']:.2g}")
+        return text + f"; a difference, {state_p(comparison['p'])}"
+    return text + ("" if has_margin else f"; no difference shown, {state_p(comparison['p'])}")
 
 
 def insert_results(text: str, content: dict[str, Any]) -> str:
