@@ -7,7 +7,7 @@ datasets of the comparison (Holm). FinLoRA's published scores are compared with 
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -166,10 +166,24 @@ def differences(first: dict[str, Content], second: dict[str, Content]) -> Gains:
         if other and paired(content, other):
             gains[dataset] = {}
             for metric in content["metrics"]:
-                columns = values(content, metric), values(other, metric)
-                if metric in other["metrics"] and len(columns[0]) == len(columns[1]):
+                columns = select_shared(metric, [content, other])
+                if metric in other["metrics"] and columns[0]:
                     gains[dataset][metric] = stats.compare(metric, *columns)
     return _correct(gains)
+
+
+def select_shared(metric: str, contents: Sequence[Content]) -> list[list[Any]]:
+    """The values of a metric in each score file, of the rows that have one in all of them."""
+    tables = [
+        {
+            row["row"]: row["values"][metric]
+            for row in content["predictions"]
+            if metric in row["values"]
+        }
+        for content in contents
+    ]
+    shared = [row for row in tables[0] if all(row in table for table in tables)]
+    return [[table[row] for row in shared] for table in tables]
 
 
 def _correct(gains: Gains) -> Gains:

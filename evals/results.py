@@ -4,13 +4,12 @@
     results.explain_stale(result)                  why it is no evidence any more; empty while it is
 
 `Result` is the schema. A file holds scores, time, memory and versions, and no row of any data. It
-is evidence while the recipe, the rules of its data and the scoring are those of today. bench/
-and `make tune` write the other files, in formats of their own: results/*.json, and folders whose
-names begin with an underscore.
+is evidence while the recipe, the rules of its data, its tasks and the scoring are those of today.
+bench/ and `make tune` write the other files, in formats of their own: results/*.json, and folders
+whose names begin with an underscore.
 """
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +18,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from evals import report, stats
-from evals.run import SCORING, find_rows
+from evals.run import SCORING, find_rows, read_tasks
 from tools import recipes, sources
 from tools.common import ROOT, JobFailed, WrongInput, atomic, parse_json, shown, slugify
 
@@ -29,7 +28,8 @@ LARGEST = 64_000  # bytes of a file; the largest set, of ten datasets and ten se
 WIDTH = 100  # characters of a line of a file
 DECIMALS = 5  # of a score
 
-Name = Annotated[str, Field(pattern=r"^[\w./+-]+$", max_length=100)]
+NAME = r"^[\w./+-]{1,100}$"
+Name = Annotated[str, Field(pattern=NAME)]
 # Text that stands in tables of Markdown as it is; `clean_text` makes it.
 Text = Annotated[str, Field(pattern=r"^[\w .,;:()+/@-]*$", max_length=300)]
 Sha = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -75,6 +75,7 @@ class ChatRows(Strict):
 
 class DatasetResult(Strict):
     data: ChatRows
+    task_version: Name  # of the task in evals/tasks/ that scored them
     rows: int = Field(gt=0)  # that were scored
     selected: Text | None  # which of the published rows those are, where they are not all
     # The accuracy of answering nothing but the most frequent key, where answers are one label.
@@ -99,7 +100,7 @@ class Result(Strict):
     recipe: Name
     version: Name
     digest: Sha  # of what the recipe learns
-    model: Name  # the base's name on the Hub
+    model: Text  # the base's name on the Hub, or that of its folder
     precision: Name  # of the base, in training and scoring
     rules: Sha  # of what decides the rows of its data: `sources.digest_rules`
     scoring: int  # version of the scoring code
@@ -224,7 +225,15 @@ def explain_stale(result: Result) -> str:
         return "its task is not there any more"
     if sources.digest_rules(recipe.task) != result.rules:
         return "the rules of its data have changed"
-    return "" if result.scoring == SCORING else "answers are scored otherwise now"
+    if result.scoring != SCORING:
+        return "answers are scored otherwise now"
+    tasks = read_tasks()
+    for name, dataset in result.datasets.items():
+        if name not in tasks:
+            return f"the task of {name} is not there any more"
+        if (version := str(tasks[name]["metadata"]["version"])) != dataset.task_version:
+            return f"{name} has task version {version} now, and had {dataset.task_version}"
+    return ""
 
 
 def read_recipe(name: str) -> recipes.Recipe:
@@ -286,7 +295,12 @@ def describe_chat_rows(path: Path) -> ChatRows:
 
 def clean_text(text: str) -> str:
     """A text with an underscore for each character that `Text` does not permit."""
-    return re.sub(r"[^\w .,;:()+/@-]", "_", text)[:300]
+    # A power or a fraction is a \w for `re`, and none for Pydantic.
+    return "".join(sign if _is_permitted(sign) else "_" for sign in text)[:300]
+
+
+def _is_permitted(sign: str) -> bool:
+    return sign in "_ .,;:()+/@-" or sign.isalpha() or sign.isdecimal()
 
 
 def measure_dataset(
@@ -307,6 +321,7 @@ def measure_dataset(
     majority = report.measure_majority(base)
     return DatasetResult(
         data=describe_chat_rows(find_rows(dataset)),
+        task_version=str(evaluated["task_version"]),
         rows=base["examples"],
         selected=clean_text(selected) if selected else None,
         majority=None if majority is None else round(majority, DECIMALS),
@@ -332,7 +347,7 @@ def measure_metric(
     with_examples: report.Content | None,
 ) -> MetricResult:
     sides = [base, *adapters.values()]
-    values_of_base, *columns = select_shared(metric, sides)
+    values_of_base, *columns = report.select_shared(metric, sides)
     few_shots = with_examples["metrics"].get(metric) if with_examples else None
     return MetricResult(
         base=round_score(base["metrics"][metric]),
@@ -341,20 +356,6 @@ def measure_metric(
         adapter=round_score(stats.estimate_mean(metric, columns)),
         gain=round_score(stats.estimate_mean(metric, columns, values_of_base)),
     )
-
-
-def select_shared(metric: str, contents: Sequence[report.Content]) -> list[list[Any]]:
-    """The values of a metric in each score file, of the rows that have one in all of them."""
-    tables = [
-        {
-            row["row"]: row["values"][metric]
-            for row in content["predictions"]
-            if metric in row["values"]
-        }
-        for content in contents
-    ]
-    shared = [row for row in tables[0] if all(row in table for table in tables)]
-    return [[table[row] for row in shared] for table in tables]
 
 
 def round_score(value: dict[str, Any]) -> Score:

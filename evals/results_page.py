@@ -14,6 +14,7 @@ from typing import Any
 
 from evals import report, results
 from evals.results import DatasetResult, MetricResult, Result, Score
+from tools import recipes
 from tools.common import ROOT, JobFailed, atomic, shown
 
 README = ROOT / "README.md"
@@ -164,13 +165,16 @@ def build_results_page(measured: list[Result]) -> str:
     figure = f"![Score of base and adapter]({FIGURE.name})\n"
     parts = [HEAD, figure, *map(build_section, current)] if current else [HEAD, NOTHING]
     if stale:
-        lines = "".join(
-            f"- `{result.recipe}` on {result.device}, {result.finished}: "
-            f"{reasons[id(result)]}; `make verify RECIPE={result.recipe}` measures it again.\n"
-            for result in stale
-        )
+        lines = "".join(f"- {describe_stale(result, reasons[id(result)])}.\n" for result in stale)
         parts.append(f"## Stale\n\nMeasured once, and no evidence any more:\n\n{lines}")
     return "\n".join(parts)
+
+
+def describe_stale(result: Result, reason: str) -> str:
+    text = f"`{result.recipe}` on {result.device}, {result.finished}: {reason}"
+    if result.recipe not in recipes.list_aliases():  # it is gone
+        return text
+    return f"{text}; `make verify RECIPE={result.recipe}` measures it again"
 
 
 def build_section(result: Result) -> str:

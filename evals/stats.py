@@ -313,7 +313,7 @@ def find_half_width(scores: Array, sampled: Array, rows: int) -> float:
 
 
 def _resample_rows(metric: str, columns: Columns, base: Sequence[Any] | None) -> Array:
-    """The metric of each seed, less that of the base, on the same drawn rows: (RESAMPLES, seeds)."""
+    """The metric of each seed, less the base's, on the same drawn rows: (RESAMPLES, seeds)."""
     sides, seeds = [*columns, *([base] if base else [])], len(columns)
     groups, counts = _group_rows(*sides)
     summands = [_list_summands(metric, [row[side] for row in groups]) for side in range(len(sides))]

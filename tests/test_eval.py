@@ -562,6 +562,19 @@ def test_differences_are_corrected_over_the_datasets(workplace):
     assert "ner" not in report.differences(first, second | {"ner": fewer})
 
 
+def test_a_difference_pairs_rows_by_their_number_where_some_could_not_be_scored():
+    def content(left_out):
+        rows = [
+            {"row": n, "values": {} if n == left_out else {"accuracy": n % 2}} for n in range(40)
+        ]
+        return {"evaluated": {}, "metrics": {"accuracy": {}}, "predictions": rows}
+
+    gains = report.differences({"fpb": content(0)}, {"fpb": content(39)})
+    change = gains["fpb"]["accuracy"]
+    assert (change["value"], change["p"]) == (0, 1)
+    assert report.differences({"fpb": content(0)}, {"fpb": content(None)})["fpb"]["accuracy"]
+
+
 @pytest.mark.slow
 def test_the_adapter_of_the_demo_beats_its_base_by_20_points(
     smollm2, workplace, monkeypatch, capsys

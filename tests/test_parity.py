@@ -63,14 +63,14 @@ def test_variants_of_a_part_differ_in_what_the_part_is_about_alone():
 
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
-    """A small experiment whose scores are written by hand: 40 rows, two seeds."""
+    """A small experiment whose scores are written by hand: 400 rows, two seeds."""
     monkeypatch.setattr(parity, "RUNS", tmp_path)
     spec = SPEC | {"seeds": [1, 2]}
     spec["parts"] = {"precision": SPEC["parts"]["precision"] | {"tasks": ["sentiment"]}}
     wanted = parity.list_jobs(spec, [])
     right = {"nf4": 30, "int8": 32, "full": 32}
     for (_, _, name, seed), job in wanted.items():
-        rows = [{"values": {"accuracy": float(n < right[name] + seed)}} for n in range(40)]
+        rows = [{"values": {"accuracy": float(n < 10 * (right[name] + seed))}} for n in range(400)]
         content = {
             "predictions": rows,
             "metrics": {"accuracy": {"value": 0.25}},
@@ -88,7 +88,7 @@ def measured(tmp_path, monkeypatch):
 def test_results_are_what_the_score_files_hold(measured):
     _, content = measured
     entry = content["parts"]["precision"]["sentiment"]
-    assert entry["rows"] == 40
+    assert entry["rows"] == 400
     assert entry["variants"]["nf4"]["scores"] == [31 / 40, 32 / 40]
     assert entry["variants"]["nf4"]["against"]["value"] == pytest.approx(-2 / 40)
     assert entry["variants"]["int8"]["against"]["value"] == 0

@@ -10,7 +10,7 @@ from scipy.stats import t
 from bench import equivalence
 from evals import report, results, results_page, stats
 from evals.results import Result
-from evals.run import SCORING
+from evals.run import SCORING, read_tasks
 from tests.conftest import run
 from tools import recipes, sources
 from tools.common import ROOT, JobFailed, WrongInput
@@ -40,11 +40,16 @@ def describe_rows(file, place="FINLORA_DATA"):
     return {"file": file, "rows": 312, "sha256": SHA, "source": f"test/{file}", "place": place}
 
 
+def find_task_version(dataset):
+    return str(read_tasks()[dataset]["metadata"]["version"])
+
+
 def describe_dataset(name, seeds, selected=None):
     metrics = {"accuracy": describe_metric(0.285, 0.715, seeds)}
     metrics["finlora_accuracy"] = describe_metric(0.28, 0.7, seeds)
     data = describe_rows(f"{name}_test.jsonl")
     rows = {"rows": 312, "selected": selected, "majority": 0.587}
+    rows["task_version"] = find_task_version(name)
     return {"data": data, "metrics": metrics} | rows
 
 
@@ -153,9 +158,9 @@ def test_a_file_in_another_place_or_of_another_size_is_named(folder):
 
 
 def test_what_is_not_permitted_in_a_file_is_replaced():
-    text = "Tesla <b>V100</b> | `x`\n" + "y" * 400
+    text = "Tesla <b>V100²</b> | `x½`\n" + "y" * 400
     cleaned = results.clean_text(text)
-    assert cleaned.startswith("Tesla _b_V100_/b_ _ _x__y") and len(cleaned) == 300
+    assert cleaned.startswith("Tesla _b_V100__/b_ _ _x___y") and len(cleaned) == 300
     Result.model_validate(describe_result(device=cleaned))
 
 
@@ -170,6 +175,10 @@ def test_what_is_not_permitted_in_a_file_is_replaced():
         ({"rules": SHA}, "the rules of its data have changed"),
         ({"scoring": SCORING - 1}, "answers are scored otherwise now"),
         ({"recipe": "smollm2-135m/nothing_r4"}, "the recipe is not there any more"),
+        (
+            {"datasets": {"fpb": describe_dataset("fpb", (42, 43)) | {"task_version": "0.9"}}},
+            f"fpb has task version {find_task_version('fpb')} now, and had 0.9",
+        ),
     ],
 )
 def test_a_result_is_evidence_while_recipe_data_and_scoring_are_the_same(change, reason):

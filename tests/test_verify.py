@@ -85,7 +85,7 @@ def test_a_finished_run_of_the_same_recipe_and_data_counts_wherever_its_data_lie
 
 @pytest.mark.parametrize(
     "change",
-    ["recipe", "data", "adapter", "device", "processes", "unfinished"],
+    ["recipe", "data", "adapter", "device", "processes", "pulled", "unfinished"],
 )
 def test_a_run_of_anything_else_does_not_count(trained, change):
     run, processes = trained.run, 1
@@ -99,6 +99,8 @@ def test_a_run_of_anything_else_does_not_count(trained, change):
         common.write_json(run.info_file, run.info | {"device": "NVIDIA A40"})
     elif change == "processes":
         processes = 2
+    elif change == "pulled":
+        common.write_json(run.origin_file, {"repo": "someone/adapter"})
     else:
         run.info_file.unlink()
     assert not verify.is_trained(trained, processes)

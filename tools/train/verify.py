@@ -10,6 +10,7 @@ measured again has at least the seeds and datasets of the evidence that it repla
 """
 
 import gc
+import re
 import shutil
 import subprocess
 import time
@@ -54,7 +55,7 @@ def verify(name: str, request: Verification) -> None:
     Raises WrongInput, before anything is trained, for a recipe that has no name or task, and for
     data that is no evidence.
     """
-    recipe = find_named_recipe(name)
+    recipe, commit = find_named_recipe(name), describe_commit()
     prepare_data(str(recipe.task))
     datasets = run.choose_datasets(recipe.task, list(request.datasets))
     data = list_data(recipe, datasets)
@@ -63,8 +64,11 @@ def verify(name: str, request: Verification) -> None:
     _, processes, _ = profiles.choose(here, request.choice, 1)
     device = results.clean_text(here.describe_machine(processes))
     path = results.locate_result(recipe.name, device, is_of_examples)
+    previous = path.with_name(f"{path.name}.previous")
     if path.is_file() and request.force:
-        path.unlink()  # the same command without FORCE=1 then goes on where this one is interrupted
+        # The same command without FORCE=1 then goes on where this one is interrupted.
+        path.replace(previous)
+        announce(f"measures again; until it is done, the old result is {shown(previous)}")
     elif path.is_file():
         before = results.load_result(path)
         reason = explain_unfinished(before, data, datasets, request)
@@ -92,8 +96,9 @@ def verify(name: str, request: Verification) -> None:
         for dataset in datasets
     }
     infos = {seed: seeded.run.info for seed, seeded in recipes_of_seeds.items()}
-    result = build_result(recipe, infos, device, request.shots, measured)
+    result = build_result(recipe, infos, device, commit, request.shots, measured)
     results.write_result(result)
+    previous.unlink(missing_ok=True)
     print_summary(result)
 
 
@@ -104,6 +109,10 @@ def find_named_recipe(name: str) -> Recipe:
         raise WrongInput(
             f"{recipe.where}: a result is filed under the name of a recipe, which this file has "
             "not; put it into recipes/local/<model>/"
+        )
+    if not re.fullmatch(results.NAME, recipe.name):
+        raise WrongInput(
+            f"{recipe.where}: the name of a recipe with a result has letters, digits and ._+- alone"
         )
     if recipe.task not in sources.tables()["tasks"]:
         raise WrongInput(
@@ -189,8 +198,11 @@ def include_measured(
 
 def is_trained(recipe: Recipe, processes: int) -> bool:
     """Whether a finished run has trained this recipe on this data and kind of device."""
-    info, gpus = recipe.run.info, hardware.detect_host().gpus
-    if not info or not recipe.run.is_intact or info.get("recipe_digest") != recipe.digest:
+    run, gpus = recipe.run, hardware.detect_host().gpus
+    info = run.info
+    if run.origin_file.is_file():  # pulled: trained elsewhere
+        return False
+    if not info or not run.is_intact or info.get("recipe_digest") != recipe.digest:
         return False
     before, now = (
         [(Path(entry["path"]).name, entry["sha256"]) for entry in entries]
@@ -242,12 +254,15 @@ def build_result(
     recipe: Recipe,
     infos: dict[int, dict[str, Any]],
     device: str,
+    commit: tuple[str | None, bool],
     shots: int,
     datasets: dict[str, DatasetResult],
 ) -> Result:
-    """The result of a recipe from the run.json of each seed and the scores by dataset."""
+    """The result of a recipe from the run.json of each seed and the scores by dataset.
+
+    commit: what `describe_commit` said when the measurement began, as hours may have passed.
+    """
     info, base = infos[recipe.seed], str(recipe.config["base_model"])
-    commit, is_changed = describe_commit()
     rows: dict[str, list[ChatRows]] = {"train": [], "validation": []}
     for entry in describe_data(recipe):
         rows[entry["split"]].append(results.describe_chat_rows((ROOT / entry["path"]).resolve()))
@@ -255,14 +270,14 @@ def build_result(
         recipe=recipe.name,
         version=recipe.version,
         digest=recipe.digest,
-        model=recipes.find_base(base)[1].get("hub") or Path(base).name,
+        model=results.clean_text(recipes.find_base(base)[1].get("hub") or Path(base).name),
         precision=models.precision(recipe.config),
         rules=sources.digest_rules(str(recipe.task)),
         scoring=run.SCORING,
         device=device,
         finished=time.strftime("%Y-%m-%d", time.gmtime()),
-        commit=commit,
-        is_changed=is_changed,
+        commit=commit[0],
+        is_changed=commit[1],
         python=info["python"],
         packages=info["packages"],
         shots=shots,
