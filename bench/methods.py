@@ -22,6 +22,7 @@ from bench.cells import (
     Cell,
     ScoredSet,
     collect_columns,
+    describe_sets,
     list_missing,
     train_and_test,
     train_and_validate,
@@ -72,7 +73,12 @@ class Experiment:
         name = self.spec["methods"][method]["recipe"]
         return recipes.find(f"{self.spec['model']}/{self.task}_{name}")
 
-    def make_cell(self, method: str, rate: float, seed: int) -> Cell:
+    @property
+    def validation_set(self) -> ScoredSet:
+        """The rule that scores validation rows: that of one dataset."""
+        return ScoredSet([self.plan["validated_as"]], self.plan["metric"])
+
+    def make_cell(self, method: str, rate: float, seed: int, scored: ScoredSet) -> Cell:
         recipe = self.find_recipe(method)
         name = f"{method}_{format_rate(rate)}_seed{seed}"
         entry = recipe.config["datasets"][0]
@@ -80,18 +86,21 @@ class Experiment:
         changes = UNVALIDATED | self.spec["settings"]
         changes |= {"learning_rate": rate, "seed": seed, "datasets": [entry | {"path": rows}]}
         varied = vary(recipe, shown(self.folder / name), changes)
-        return Cell(RESULTS / self.task / f"{name}.json", varied)
+        # Rows that are held back to validate do not train, so both stages depend on their number.
+        planned = {"validation": self.plan["validation"], "scores": describe_sets([scored])}
+        return Cell(RESULTS / self.task / f"{name}.json", varied, planned)
 
     def list_rate_cells(self, method: str) -> dict[float, Cell]:
-        seed = self.spec["rate_seed"]
-        return {rate: self.make_cell(method, rate, seed) for rate in self.spec["rates"]}
+        seed, scored = self.spec["rate_seed"], self.validation_set
+        return {rate: self.make_cell(method, rate, seed, scored) for rate in self.spec["rates"]}
 
     def list_all_rate_cells(self) -> list[Cell]:
         methods = self.spec["methods"]
         return [cell for method in methods for cell in self.list_rate_cells(method).values()]
 
     def list_seed_cells(self, method: str, rate: float) -> list[Cell]:
-        return [self.make_cell(method, rate, seed) for seed in self.spec["seeds"]]
+        scored = self.test_set
+        return [self.make_cell(method, rate, seed, scored) for seed in self.spec["seeds"]]
 
     def list_setting_cells(self, method: str, setting: str) -> list[Cell]:
         """The cells of a method at the `common` or at its `best` rate; [] before that is chosen."""

@@ -36,6 +36,7 @@ def write_cell(cell: Cell, scores: dict[str, list[float]], **changes):
     content = {
         "recipe": cell.recipe.name,
         "digest": cell.recipe.digest,
+        "planned": cell.planned,
         "seed": cell.recipe.seed,
         "train_sha256": ["a"],
         "scoring": run.SCORING,
@@ -124,13 +125,42 @@ def test_all_methods_train_the_same_rows_for_the_same_steps(experiment):
 
 
 def test_results_of_another_recipe_or_scoring_are_missing(experiment):
-    cell = experiment().make_cell("lora", 0.001, 42)
+    cell = experiment().list_rate_cells("lora")[0.001]
     assert not cell.is_done
     write_cell(cell, {"validation": make_values(300, 150)})
     assert cell.is_done
     for key, value in (("digest", "another"), ("scoring", run.SCORING - 1)):
         write_cell(cell, {"validation": make_values(300, 150)}, **{key: value})
         assert not cell.is_done
+
+
+@pytest.mark.parametrize(
+    ("changes", "rates_stand"),
+    [
+        ({"validation": 150}, False),
+        ({"metric": "rouge_l"}, False),
+        ({"limit": 100}, True),
+        ({"datasets": ["fpb", "fiqa", "tfns", "tfns_rest"]}, True),
+    ],
+)
+def test_results_of_another_plan_are_missing(changes, rates_stand, experiment):
+    write_rates(experiment(), BEST)
+    write_tests(experiment())
+    assert not experiment().missing_tests
+    changed = methods.Experiment(
+        SPEC | {"tasks": {TASK: SPEC["tasks"][TASK] | changes}}, experiment().task
+    )
+    assert (not changed.missing_rates) == rates_stand
+    seeds = changed.list_seed_cells("lora", BEST["lora"])
+    assert cells.list_missing(seeds) == [cell.name for cell in seeds]
+
+
+def test_results_of_an_earlier_version_of_a_dataset_s_task_are_missing(experiment):
+    cell = experiment().list_seed_cells("lora", 0.001)[0]
+    planned = json.loads(json.dumps(cell.planned))
+    planned["scores"]["fiqa"]["task_version"] -= 0.1
+    write_cell(cell, {"fiqa": make_values(10, 5)}, planned=planned)
+    assert not cell.is_done
 
 
 def test_what_is_done_is_not_trained_again(experiment, monkeypatch):
@@ -165,7 +195,7 @@ def test_results_hold_the_values_of_rows_and_no_text():
 
 def test_rows_that_differ_between_machines_are_refused(experiment):
     write_rates(experiment(), BEST)
-    cell = experiment().make_cell("lora", 0.001, 42)
+    cell = experiment().list_rate_cells("lora")[0.001]
     write_cell(cell, {"validation": make_values(300, 150)}, train_sha256=["b"])
     with pytest.raises(WrongInput, match="has other rows of training than"):
         cells.refuse_other_rows(experiment().list_finished_cells())

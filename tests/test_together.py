@@ -111,6 +111,16 @@ def test_a_comparison_waits_for_every_seed_and_uses_the_rows_of_one_test():
     assert part.missing == [part.list_cells("repaired")[0].name]
 
 
+def test_results_of_other_rows_or_tests_than_planned_are_missing():
+    part = together.Part(SPEC, "tasks")
+    for cell in part.list_all_cells():
+        write_cell(cell, {"fpb": make_values(10, 5)})
+    assert not part.missing
+    fewer = SPEC["tests"] | {"ner": SPEC["tests"]["ner"] | {"limit": 100}}
+    for changes, left in (({"rows": 960}, 9), ({"tests": fewer}, 6)):
+        assert len(together.Part(SPEC | changes, "tasks").missing) == left
+
+
 def test_scores_that_one_answer_gives_are_called_that():
     part = together.Part(SPEC, "labels")
     for variant, right in (("repaired", 300), ("as published", 308)):
