@@ -83,12 +83,13 @@ def test_finished_runs_are_measured_with_all_their_seeds(tmp_path, monkeypatch):
         write_run(name)
     (tmp_path / forgetting.MODEL / "base_nf4").mkdir()
 
-    def list_names(*names):
-        return [run.folder.name for run in forgetting.list_finished_runs(names)]
+    def list_names(names):
+        return [run.folder.name for run in forgetting.choose_runs(names)]
 
-    assert list_names() == ["sentiment_r4", "sentiment_r4.seed43", "sentiment_r8"]
+    assert list_names("") == ["sentiment_r4", "sentiment_r4.seed43", "sentiment_r8"]
     assert list_names("sentiment_r4") == ["sentiment_r4", "sentiment_r4.seed43"]
-    assert list_names("ner_r4") == []
+    with pytest.raises(WrongInput, match="unknown finished run ner_r4; there are sentiment_r4, "):
+        list_names("sentiment_r4,ner_r4")
 
 
 def test_an_entry_is_measured_again_where_its_rows_changed(tmp_path, monkeypatch):
