@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evals import run
+from evals import run, stats
 from tools import sources, subjects
 from tools.common import ROOT, JobFailed, WrongInput, atomic, format_yaml, read_json, shown
 from tools.recipes import Recipe
@@ -20,6 +20,7 @@ from tools.train import launch
 from tools.train.machines import Machines
 from tools.train.profiles import Choice
 
+LEAST_P = 2 / (stats.RESAMPLES + 1)  # that resamples can show, however clear a difference
 # All rows train, and the last step is scored: nothing is validated.
 UNVALIDATED = {"test_datasets": None, "eval_steps": None, "load_best_model_at_end": None}
 
@@ -87,8 +88,9 @@ def list_row_values(scores: dict[str, Any], metric: str) -> list[float]:
 
 def describe_gain(gain: dict[str, Any]) -> str:
     """A difference of two shares in points, with its interval and p."""
-    points = (100 * gain[key] for key in ("value", "low", "high"))
-    return "{:+.1f} points ({:+.1f} … {:+.1f}), p = {:.2g}".format(*points, gain["p"])
+    value, low, high = (100 * gain[key] for key in ("value", "low", "high"))
+    sign = "≤" if gain["p"] <= LEAST_P else "="
+    return f"{value:+.1f} points ({low:+.1f} … {high:+.1f}), p {sign} {gain['p']:.2g}"
 
 
 def run_verb(*arguments: Any) -> None:

@@ -3,7 +3,7 @@
     python -m bench.methods [--tasks sentiment]    trains and scores what is missing
     python -m bench.methods --status               what is done, and what is left
     python -m bench.methods --page                 writes docs/methods.md and its figure
-    python -m bench.methods --check                fails where the page is older than the results
+    python -m bench.methods --check                fails where one of them is old
 
 bench/methods.yaml states hypothesis, margin and settings. First each method trains at each rate,
 with one seed, and validation rows choose its rate; no test row is read before all of a task's rates
@@ -137,14 +137,15 @@ class Experiment:
     def missing_tests(self) -> list[str]:
         return list_missing(list(self.list_test_cells().values()))
 
-    def compare(self, method: str, setting: str) -> dict[str, Any] | None:
-        """A method minus the reference; None where a training of either is missing."""
+    def compare(self, method: str, setting: str, dataset: str = "") -> dict[str, Any] | None:
+        """A method minus the reference, on one dataset or all; None where a training is missing."""
+        datasets = [dataset] if dataset else self.plan["datasets"]
         sides = []
         for name in (method, self.spec["reference"]):
             group = self.list_setting_cells(name, setting)
             if not group or list_missing(group):
                 return None
-            sides.append(collect_columns(group, self.plan["datasets"]))
+            sides.append(collect_columns(group, datasets))
         return equivalence.compare_means(sides[0] - sides[1], self.spec["margin"])
 
     def compare_all(self, setting: str) -> dict[str, dict[str, Any] | None]:
@@ -157,12 +158,15 @@ class Experiment:
         equivalence.correct_family(family)
         return compared
 
-    def list_finished_cells(self) -> list[Cell]:
-        """Every cell that has results, of either stage."""
-        cells = self.list_all_rate_cells()
+    def group_finished_cells(self) -> dict[str, list[Cell]]:
+        """Every cell that has results, by stage."""
+        stages = {"rates": self.list_all_rate_cells(), "test rows": list[Cell]()}
         if not self.missing_rates:
-            cells += self.list_test_cells().values()
-        return [cell for cell in cells if cell.is_done]
+            stages["test rows"] = list(self.list_test_cells().values())
+        return {name: [cell for cell in cells if cell.is_done] for name, cells in stages.items()}
+
+    def list_finished_cells(self) -> list[Cell]:
+        return [cell for cells in self.group_finished_cells().values() for cell in cells]
 
 
 # ---- training
@@ -218,28 +222,37 @@ def open_experiments(tasks: str = "") -> list[Experiment]:
     return [Experiment(spec, task) for task in choose_names(tasks, spec["tasks"], "task")]
 
 
+def write_page(check: bool = False) -> None:
+    """Writes the page and its figure; with `check`, raises JobFailed where one is old."""
+    experiments = open_experiments()
+    page = methods_page.build_page(experiments)
+    mark = methods_page.mark_drawing(experiments)
+    contents = {path: path.read_text(encoding="utf-8") for path in (PAGE, FIGURE) if path.is_file()}
+    is_figure_old = bool(mark) and mark not in contents.get(FIGURE, "")
+    old = [PAGE] * (contents.get(PAGE) != page) + [FIGURE] * is_figure_old
+    if check and old:
+        raise JobFailed(f"{shown(old[0])} is not what results/ holds; `make results` writes it")
+    if PAGE in old:
+        with atomic(PAGE) as file:
+            file.write(page.encode())
+    if FIGURE in old:
+        methods_page.draw_rates(experiments, FIGURE)
+
+
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description="LoRA, DoRA, rsLoRA and QLoRA at their best rates")
     parser.add_argument("--tasks", default="", help="of bench/methods.yaml; all if unset")
     parser.add_argument("--status", action="store_true", help="what is done, and what is left")
     parser.add_argument("--page", action="store_true", help="write docs/methods.md")
-    parser.add_argument("--check", action="store_true", help="fail where docs/methods.md is old")
+    parser.add_argument("--check", action="store_true", help="fail where the page is old")
     options = parser.parse_args()
     experiments = open_experiments(options.tasks)
     if options.status:
         for experiment in experiments:
             print_status(experiment)
     elif options.page or options.check:
-        everything = open_experiments()
-        page = methods_page.build_page(everything)
-        if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page:
-            return
-        if options.check:
-            raise JobFailed(f"{shown(PAGE)} is not what results/ holds; `make results` writes it")
-        methods_page.draw_rates(everything, FIGURE)
-        with atomic(PAGE) as file:
-            file.write(page.encode())
+        write_page(options.check)
     else:
         quiet()
         for experiment in experiments:

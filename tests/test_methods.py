@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from bench import cells, equivalence, methods, methods_page, together, worked
+from bench import cells, equivalence, jobs, methods, methods_page, together, worked
 from bench.cells import Cell
 from evals import results, run
 from tests.conftest import write_recipe
@@ -41,6 +41,7 @@ def write_cell(cell: Cell, scores: dict[str, list[float]], **changes):
         "train_sha256": ["a"],
         "scoring": run.SCORING,
         "machine": "a machine",
+        "packages": {"peft": "0.20.0"},
         "scores": {
             name: cells.describe_score("accuracy", values, f"rows of {name}")
             | {"base": 0.25, "majority": 0.616}
@@ -293,6 +294,60 @@ def test_the_spread_of_methods_at_finloras_rate_stands_beside_that_at_their_best
     sentence = methods_page.conclude_ranking(experiment())[1]
     assert "within 10.0 points (50.0 … 60.0) at FinLoRA's rate of 0.0001" in sentence
     assert "within 0.0 points (66.7 … 66.7) at each one's best" in sentence
+    assert "4 of 4 lie below the most frequent answer alone (61.6)" in sentence
+
+
+def test_a_rate_at_which_all_methods_give_one_answer_is_named(experiment):
+    write_rates(experiment(), BEST)
+    for method in BEST:
+        cell = experiment().list_rate_cells(method)[0.01]
+        write_cell(cell, {"validation": make_values(1000, 616)})
+    text = "\n".join(methods_page.build_rates(experiment()))
+    assert "At 0.01 all methods are right on the same rows" in text
+    write_cell(cell, {"validation": make_values(1000, 616)[::-1]})
+    assert "on the same rows" not in "\n".join(methods_page.build_rates(experiment()))
+
+
+def test_a_table_names_the_dataset_that_decides_it_and_each_dataset_s_difference(experiment):
+    write_rates(experiment(), BEST)
+    for cell in experiment().list_test_cells().values():
+        better = 20 * cell.name.startswith("dora")
+        scores = {"fpb": make_values(100, 50), "fiqa": make_values(100, 50)}
+        write_cell(cell, scores | {"tfns": make_values(800, 500 + better)})
+    text = "\n".join(methods_page.build_tests(experiment(), "best"))
+    assert "80 % of the rows are from tfns" in text
+    assert "is right on 61.6 % of all rows: 61.6 % of fpb" in text
+    row = next(line for line in text.split("by dataset")[1].splitlines() if "DoRA" in line)
+    assert [cell.split()[0] for cell in row.split("|")[2:5]] == ["+0.0", "+0.0", "+2.5"]
+    assert "standard error at its least" in text
+
+
+def test_machines_and_versions_are_told_by_stage(experiment):
+    write_rates(experiment(), BEST)
+    cell = experiment().list_rate_cells("lora")[0.01]
+    write_cell(cell, {"validation": make_values(300, 150)}, packages={"peft": "0.21.2"})
+    lines = methods_page.describe_machines(experiment().group_finished_cells())
+    assert sorted(lines) == [
+        "- a machine (peft 0.20.0): rates (19).",
+        "- a machine (peft 0.21.2): rates (1).",
+    ]
+
+
+def test_the_check_fails_where_page_or_figure_is_missing_or_old(experiment, tmp_path, monkeypatch):
+    for name in ("PAGE", "FIGURE"):
+        monkeypatch.setattr(methods, name, tmp_path / getattr(methods, name).name)
+    write_rates(experiment(), BEST)
+    methods.write_page()
+    methods.write_page(check=True)
+    drawing = methods.FIGURE.read_text()
+    for path in (methods.PAGE, methods.FIGURE):
+        path.unlink()
+        with pytest.raises(JobFailed, match=path.name):
+            methods.write_page(check=True)
+        methods.write_page()
+    write_cell(experiment().list_rate_cells("lora")[0.01], {"validation": make_values(300, 9)})
+    methods.write_page()
+    assert methods.FIGURE.read_text() != drawing
 
 
 def describe_answers(bare: list[float], calculated: list[float], written: list[float]):
@@ -305,7 +360,7 @@ def describe_answers(bare: list[float], calculated: list[float], written: list[f
     }
 
 
-@pytest.mark.parametrize(("p", "is_shown"), [(0.0002, True), (0.3, False)])
+@pytest.mark.parametrize(("p", "is_shown"), [(jobs.LEAST_P, True), (0.0004, True), (0.3, False)])
 def test_calculations_are_told_by_seed_and_with_whether_a_difference_is_shown(
     p, is_shown, tmp_path, monkeypatch
 ):
@@ -318,8 +373,17 @@ def test_calculations_are_told_by_seed_and_with_whether_a_difference_is_shown(
     text = "\n".join(methods_page.build_worked())
     assert "| a number | the number | 1.5 | 4.0 (3.0, 5.0) |" in text
     assert "| the value written | 1.0 | 10.0 (10.0, 10.0) |" in text
-    assert "+31.0 points (+20.0 … +40.0)" in text
+    assert f"+31.0 points (+20.0 … +40.0), p {'=' if p > jobs.LEAST_P else '≤'} {p:.2g}" in text
     assert ("no difference is shown" in text) != is_shown
+    assert "do not record the versions" in text
+    for answers in worked.TASKS:
+        content["answers"][answers]["origin"] = worked.describe_origin(answers)
+    common.write_json(worked.RESULTS, content)
+    assert "do not record" not in "\n".join(methods_page.build_worked())
+    content["answers"]["bare"]["origin"]["task_version"] = 0.9
+    common.write_json(worked.RESULTS, content)
+    text = "\n".join(methods_page.build_worked())
+    assert "changed since" in text and "+31.0" not in text
 
 
 def test_the_figure_has_a_line_for_each_method_and_is_the_same_again(experiment, tmp_path):
