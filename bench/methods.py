@@ -14,6 +14,7 @@ any machine that has these files; FinLoRA's rows are needed (`make fetch data`).
 
 import argparse
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ RUNS = ROOT / "runs" / ".methods"  # hidden from `make report`, `eval` and `stat
 PAGE = ROOT / "docs" / "methods.md"
 FIGURE = ROOT / "docs" / "methods.svg"
 Spec = dict[str, Any]
+
+
+read_recipe = cache(recipes.find)  # a page asks for a recipe's cells hundreds of times
 
 
 def format_rate(rate: float) -> str:
@@ -71,7 +75,7 @@ class Experiment:
 
     def find_recipe(self, method: str) -> Recipe:
         name = self.spec["methods"][method]["recipe"]
-        return recipes.find(f"{self.spec['model']}/{self.task}_{name}")
+        return read_recipe(f"{self.spec['model']}/{self.task}_{name}")
 
     @property
     def validation_set(self) -> ScoredSet:

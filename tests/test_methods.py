@@ -336,18 +336,20 @@ def test_machines_and_versions_are_told_by_stage(experiment):
 def test_the_check_fails_where_page_or_figure_is_missing_or_old(experiment, tmp_path, monkeypatch):
     for name in ("PAGE", "FIGURE"):
         monkeypatch.setattr(methods, name, tmp_path / getattr(methods, name).name)
+    monkeypatch.setattr(together, "RESULTS", tmp_path)
     write_rates(experiment(), BEST)
     methods.write_page()
     methods.write_page(check=True)
-    drawing = methods.FIGURE.read_text()
     for path in (methods.PAGE, methods.FIGURE):
+        content = path.read_text()
         path.unlink()
         with pytest.raises(JobFailed, match=path.name):
             methods.write_page(check=True)
-        methods.write_page()
+        path.write_text(content)
+    drawn = methods_page.mark_drawing([experiment()])
+    assert drawn in content
     write_cell(experiment().list_rate_cells("lora")[0.01], {"validation": make_values(300, 9)})
-    methods.write_page()
-    assert methods.FIGURE.read_text() != drawing
+    assert methods_page.mark_drawing([experiment()]) not in content
 
 
 def describe_answers(bare: list[float], calculated: list[float], written: list[float]):
