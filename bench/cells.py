@@ -1,8 +1,9 @@
 """One training of an experiment, and the small JSON that keeps what it scored.
 
-    cell = Cell(RESULTS / "lora_1e-3_seed42.json", recipe)
-    cell.is_done                     the JSON is there, and of this recipe
-    train_and_test(cell, [ScoredSet(["fpb"], "accuracy")])
+    tests = [ScoredSet(["fpb"], "accuracy")]
+    cell = Cell(RESULTS / "lora_1e-3_seed42.json", recipe, {"scores": describe_sets(tests)})
+    cell.is_done                     the JSON is there, of this recipe and this plan
+    train_and_test(cell, tests)
 
 The JSON is committed, so an experiment goes on on another machine. It holds the value of each row
 that was scored, in the order of the rows, and no text of theirs: a paired test needs no more.
@@ -20,7 +21,15 @@ from evals import report, run, stats
 from evals.backends import open_transformers
 from evals.validation import Scorer
 from tools import subjects
-from tools.common import JobFailed, WrongInput, digest, read_json, shown, write_json
+from tools.common import (
+    JobFailed,
+    WrongInput,
+    check_name,
+    digest,
+    read_json,
+    shown,
+    write_json,
+)
 from tools.recipes import Recipe
 from tools.train import launch
 from tools.train.hardware import detect_host
@@ -32,10 +41,15 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """A training, by the file of its results and its varied recipe."""
+    """A training, by the file of its results, its varied recipe, and what else was planned.
+
+    `planned` holds the settings that decide which rows train and which are scored how: the recipe's
+    digest knows none of them. It is kept in the file as it is, so JSON must hold it.
+    """
 
     file: Path
     recipe: Recipe
+    planned: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -43,14 +57,12 @@ class Cell:
 
     @property
     def content(self) -> dict[str, Any]:
-        """What was measured; {} where it is missing, or of another recipe or scoring."""
+        """What was measured; {} where it is missing, or of another recipe, plan or scoring."""
         if not self.file.is_file():
             return {}
         content = read_json(self.file)
-        is_current = (content.get("digest"), content.get("scoring")) == (
-            self.recipe.digest,
-            run.SCORING,
-        )
+        wanted = {"digest": self.recipe.digest, "planned": self.planned, "scoring": run.SCORING}
+        is_current = all(content.get(key) == value for key, value in wanted.items())
         return content if is_current else {}
 
     @property
@@ -65,6 +77,18 @@ class ScoredSet:
     datasets: list[str]
     metric: str
     limit: int | None = None
+
+
+def describe_sets(test_sets: Sequence[ScoredSet]) -> dict[str, dict[str, Any]]:
+    """How the rows of each dataset are scored; raises WrongInput where one has no task."""
+    tasks, described = run.read_tasks(), {}
+    for test_set in test_sets:
+        for name in test_set.datasets:
+            check_name("dataset", name, tasks)
+            version = tasks[name]["metadata"]["version"]
+            how = {"metric": test_set.metric, "limit": test_set.limit, "task_version": version}
+            described[name] = how
+    return described
 
 
 def list_missing(cells: Sequence[Cell]) -> list[str]:
@@ -90,13 +114,15 @@ def unpack_values(packed: str | list[float]) -> list[float]:
     return [float(value) for value in packed]
 
 
-def train(recipe: Recipe) -> dict[str, Any]:
-    """Trains a recipe, or what is missing of it; returns what its results say of the training."""
+def train(cell: Cell) -> dict[str, Any]:
+    """Trains a cell, or what is missing of it; returns what its results say of the training."""
+    recipe = cell.recipe
     launch.train(recipe, Choice(), Machines(), False)
     info = recipe.run.info
     return {
         "recipe": recipe.name,
         "digest": recipe.digest,
+        "planned": cell.planned,
         "seed": recipe.seed,
         "steps": info["steps"],
         "rows": sum(entry["rows"] for entry in info["data"] if entry["split"] == "train"),
@@ -142,7 +168,7 @@ def take_values(
 
 def train_and_validate(cell: Cell, dataset: str, rows: Path, metric: str) -> None:
     """Trains a cell and scores it on validation rows, by the rule of a dataset."""
-    content = train(cell.recipe)
+    content = train(cell)
     subject = subjects.of_recipe(cell.recipe, False, None, None)
     with open(rows, "rb") as file:
         count = sum(1 for _ in file)
@@ -156,7 +182,7 @@ def train_and_validate(cell: Cell, dataset: str, rows: Path, metric: str) -> Non
 
 def train_and_test(cell: Cell, test_sets: Sequence[ScoredSet]) -> None:
     """Trains a cell and scores it, and its base, on test rows."""
-    content = train(cell.recipe)
+    content = train(cell)
     subject = subjects.of_recipe(cell.recipe, False, None, None)
     scores = {}
     for test_set in test_sets:

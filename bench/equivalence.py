@@ -12,6 +12,7 @@ Equivalence within a margin is shown by two one-sided t tests (Schuirmann 1987):
 lies inside of it. A difference that was not found shows no equivalence.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,29 +21,51 @@ from evals import stats
 
 Array = np.ndarray[Any, Any]
 POWER = 0.8
+SIMULATED, SIMULATION_SEED = 10_000, 0
+
+
+def find_least_error(rows: int) -> float:
+    """The least standard error of a mean: one more row might have been answered differently.
+
+    Without it, trainings that answer alike would have an interval without a width.
+    """
+    return 1 / rows
 
 
 def measure_variance(differences: Array) -> tuple[float, float]:
     """(variance of the mean, degrees of freedom) of differences (rows, seeds)."""
     rows, seeds = differences.shape
-    least = 1 / rows**2  # of identical answers: one row might have differed
     if seeds == 1:
-        return max(float(differences.var(ddof=1)) / rows, least), rows - 1
+        variance = float(differences.var(ddof=1)) / rows
+        return max(variance, find_least_error(rows) ** 2), rows - 1
     row_means, seed_means = differences.mean(1), differences.mean(0)
     residuals = differences - row_means[:, None] - seed_means + differences.mean()
-    of_rows = seeds * float(row_means.var(ddof=1))
-    of_seeds = rows * float(seed_means.var(ddof=1))
-    of_error = float((residuals**2).sum()) / ((rows - 1) * (seeds - 1))
-    total = of_seeds + max(of_rows - of_error, 0.0)
-    freedom = total**2 / (of_seeds**2 / (seeds - 1)) if of_seeds else rows - 1
-    return max(total / (rows * seeds), least), min(freedom, rows - 1)
+    of_rows = seeds * row_means.var(ddof=1)
+    of_seeds = rows * seed_means.var(ddof=1)
+    of_error = (residuals**2).sum() / ((rows - 1) * (seeds - 1))
+    variance, freedom = combine_squares((of_rows, of_seeds, of_error), rows, seeds)
+    return float(variance), float(freedom)
+
+
+def combine_squares(squares: tuple[Any, Any, Any], rows: int, seeds: int) -> tuple[Any, Any]:
+    """(variance of the mean, degrees of freedom) from mean squares of rows, seeds and error.
+
+    squares: numbers, or an array of each with an entry for every experiment.
+    """
+    of_rows, of_seeds, of_error = squares
+    total = of_seeds + np.maximum(of_rows - of_error, 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        freedom = np.where(of_seeds > 0, total**2 / (of_seeds**2 / (seeds - 1)), rows - 1)
+    variance = np.maximum(total / (rows * seeds), find_least_error(rows) ** 2)
+    return variance, np.minimum(freedom, rows - 1)
 
 
 def compare_means(differences: Array, margin: float) -> dict[str, Any]:
     """The mean difference, its intervals and tests.
 
     {"value", "low", "high" (95 %), "low90", "high90", "p": that there is no difference,
-    "p_margin": that the difference reaches the margin, "freedom", "seeds": the mean of each}
+    "p_margin": that the difference reaches the margin, "freedom", "seeds": the mean of each,
+    "is_least": whether the standard error is the least that is allowed}
     """
     from scipy.stats import t
 
@@ -61,6 +84,7 @@ def compare_means(differences: Array, margin: float) -> dict[str, Any]:
         "p": float(2 * t.sf(abs(value) / error, freedom)),
         "p_margin": max(below, above),
         "freedom": freedom,
+        "is_least": error <= find_least_error(len(differences)),
         "seeds": [float(mean) for mean in differences.mean(0)],
     }
 
@@ -73,26 +97,51 @@ def correct_family(comparisons: list[dict[str, Any]]) -> None:
             comparison[name] = p
 
 
-def plan_error(rows: int, seeds: int, row_sd: float, seed_sd: float) -> tuple[float, float]:
-    """(standard error, degrees of freedom) to expect of a mean difference."""
-    of_rows, of_seeds = row_sd**2 / rows, seed_sd**2 / seeds
-    total = of_rows + of_seeds
-    freedom = total**2 / (of_seeds**2 / (seeds - 1)) if of_seeds and seeds > 1 else rows - 1
-    return total**0.5, min(freedom, rows - 1)
+@dataclass(frozen=True)
+class Design:
+    """What an experiment was planned for: standard deviations are those of paired differences."""
+
+    rows: int
+    seeds: int
+    row_sd: float
+    seed_sd: float
 
 
-def find_detectable_difference(error: float, freedom: float) -> float:
-    """The true difference that a test at 5 % finds in 80 % of all experiments."""
+def simulate_design(design: Design, margin: float, anew: bool) -> dict[str, float]:
+    """What SIMULATED experiments would find, p not corrected.
+
+    {"detectable": the true difference that 80 % of them find, "showable": the least margin within
+    which 80 % show equal variants equivalent, "equivalent": the share that does within `margin`}
+
+    A row's difference is the same for all seeds, or drawn `anew` for each: the truth lies between.
+    Mean squares are drawn from their distributions, not rows from theirs: the result is the same.
+    """
     from scipy.stats import t
 
-    return float(t.ppf(1 - stats.LEVEL / 2, freedom) + t.ppf(POWER, freedom)) * error
+    rows, seeds = design.rows, design.seeds
+    of_error = design.row_sd**2 if anew else 0.0
+    of_rows = design.row_sd**2 * (1 if anew else seeds)
+    of_seeds = of_error + rows * design.seed_sd**2
+    draw = np.random.default_rng(SIMULATION_SEED)
 
+    def draw_squares(expected: float, freedom: int) -> Array:
+        return expected * draw.chisquare(freedom, SIMULATED) / freedom
 
-def find_showable_margin(error: float, freedom: float) -> float:
-    """The smallest margin within which 80 % of all experiments show equal variants equivalent."""
-    from scipy.stats import t
-
-    return float(t.ppf(1 - stats.LEVEL, freedom) + t.ppf((1 + POWER) / 2, freedom)) * error
+    squares = (
+        draw_squares(of_rows, rows - 1),
+        draw_squares(of_seeds, seeds - 1),
+        draw_squares(of_error, (rows - 1) * (seeds - 1)),
+    )
+    variance, freedom = combine_squares(squares, rows, seeds)
+    spread = (of_rows + of_seeds - of_error) / (rows * seeds)
+    means = draw.normal(0, spread**0.5, SIMULATED)
+    half, half90 = (t.ppf(share, freedom) * variance**0.5 for share in (0.975, 0.95))
+    reached = abs(means) + half90  # by the 90 % interval
+    return {
+        "detectable": float(np.quantile(half - means, POWER)),
+        "showable": float(np.quantile(reached, POWER)),
+        "equivalent": float((reached < margin).mean()),
+    }
 
 
 def describe_verdict(comparison: dict[str, Any], margin: float) -> str:

@@ -20,15 +20,17 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from bench.jobs import choose_names
 from evals import run as evaluation
 from evals import stats
-from tools import models, prompts, runs, sources, subjects
+from tools import models, prompts, recipes, runs, sources, subjects
 from tools.common import (
     ROOT,
     JobFailed,
@@ -190,15 +192,23 @@ def measure_run(run: Run) -> dict[str, Any]:
 # ---- the command
 
 
-def list_finished_runs(names: Sequence[str]) -> Iterator[Run]:
-    """The finished runs of SmolLM2 whose recipe is named, with all their seeds."""
-    folder = runs.RUNS / MODEL
+def group_finished_runs() -> dict[str, list[Run]]:
+    """The finished runs of SmolLM2 by the name of their recipe, with all its seeds."""
+    folder, groups = runs.RUNS / MODEL, defaultdict[str, list[Run]](list)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         run = Run(path)
         other = runs.OTHER_SEED.fullmatch(path.name)
-        name = other["run"] if other else path.name
-        if ".previous" not in path.name and run.is_finished and (not names or name in names):
-            yield run
+        if ".previous" not in path.name and run.is_finished:
+            groups[other["run"] if other else path.name].append(run)
+    return dict(groups)
+
+
+def choose_runs(names: str) -> list[Run]:
+    """The runs of the named recipes, or all; raises WrongInput where one has no finished run."""
+    groups = group_finished_runs()
+    if not groups:
+        raise WrongInput(f"{shown(runs.RUNS / MODEL)} has no finished run; `make train` makes one")
+    return [run for name in choose_names(names, groups, "finished run") for run in groups[name]]
 
 
 def identify_run(run: Run) -> dict[str, Any]:
@@ -207,15 +217,23 @@ def identify_run(run: Run) -> dict[str, Any]:
     return {"adapter": run.info["adapter_sha256"], "prose": SHA256, "rows": ROWS, "files": files}
 
 
+def is_current(entry: dict[str, Any]) -> bool:
+    """Whether an entry is of today's recipe and texts; test rows are not needed to tell."""
+    try:
+        recipe = recipes.find(entry["recipe"])
+    except WrongInput:
+        return False
+    digest = recipe.with_seed(entry["seed"] or recipe.seed).digest
+    read = (entry["identity"]["prose"], entry["identity"]["rows"])
+    return entry["recipe_digest"] == digest and read == (SHA256, ROWS)
+
+
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description="what an adapter costs elsewhere")
     parser.add_argument("--runs", default="", help="recipes of SmolLM2; all finished ones if unset")
     options = parser.parse_args()
-    names = options.runs.replace(",", " ").split()
-    finished = list(list_finished_runs(names))
-    if not finished:
-        raise WrongInput(f"{shown(runs.RUNS / MODEL)} has no finished run; `make train` makes one")
+    finished = choose_runs(options.runs)
     read_prose()
     quiet()
     failed = 0

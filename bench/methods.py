@@ -3,7 +3,7 @@
     python -m bench.methods [--tasks sentiment]    trains and scores what is missing
     python -m bench.methods --status               what is done, and what is left
     python -m bench.methods --page                 writes docs/methods.md and its figure
-    python -m bench.methods --check                fails where the page is older than the results
+    python -m bench.methods --check                fails where one of them is old
 
 bench/methods.yaml states hypothesis, margin and settings. First each method trains at each rate,
 with one seed, and validation rows choose its rate; no test row is read before all of a task's rates
@@ -14,6 +14,7 @@ any machine that has these files; FinLoRA's rows are needed (`make fetch data`).
 
 import argparse
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from bench.cells import (
     Cell,
     ScoredSet,
     collect_columns,
+    describe_sets,
     list_missing,
     train_and_test,
     train_and_validate,
@@ -40,6 +42,9 @@ RUNS = ROOT / "runs" / ".methods"  # hidden from `make report`, `eval` and `stat
 PAGE = ROOT / "docs" / "methods.md"
 FIGURE = ROOT / "docs" / "methods.svg"
 Spec = dict[str, Any]
+
+
+read_recipe = cache(recipes.find)  # a page asks for a recipe's cells hundreds of times
 
 
 def format_rate(rate: float) -> str:
@@ -70,9 +75,14 @@ class Experiment:
 
     def find_recipe(self, method: str) -> Recipe:
         name = self.spec["methods"][method]["recipe"]
-        return recipes.find(f"{self.spec['model']}/{self.task}_{name}")
+        return read_recipe(f"{self.spec['model']}/{self.task}_{name}")
 
-    def make_cell(self, method: str, rate: float, seed: int) -> Cell:
+    @property
+    def validation_set(self) -> ScoredSet:
+        """The rule that scores validation rows: that of one dataset."""
+        return ScoredSet([self.plan["validated_as"]], self.plan["metric"])
+
+    def make_cell(self, method: str, rate: float, seed: int, scored: ScoredSet) -> Cell:
         recipe = self.find_recipe(method)
         name = f"{method}_{format_rate(rate)}_seed{seed}"
         entry = recipe.config["datasets"][0]
@@ -80,18 +90,21 @@ class Experiment:
         changes = UNVALIDATED | self.spec["settings"]
         changes |= {"learning_rate": rate, "seed": seed, "datasets": [entry | {"path": rows}]}
         varied = vary(recipe, shown(self.folder / name), changes)
-        return Cell(RESULTS / self.task / f"{name}.json", varied)
+        # Rows that are held back to validate do not train, so both stages depend on their number.
+        planned = {"validation": self.plan["validation"], "scores": describe_sets([scored])}
+        return Cell(RESULTS / self.task / f"{name}.json", varied, planned)
 
     def list_rate_cells(self, method: str) -> dict[float, Cell]:
-        seed = self.spec["rate_seed"]
-        return {rate: self.make_cell(method, rate, seed) for rate in self.spec["rates"]}
+        seed, scored = self.spec["rate_seed"], self.validation_set
+        return {rate: self.make_cell(method, rate, seed, scored) for rate in self.spec["rates"]}
 
     def list_all_rate_cells(self) -> list[Cell]:
         methods = self.spec["methods"]
         return [cell for method in methods for cell in self.list_rate_cells(method).values()]
 
     def list_seed_cells(self, method: str, rate: float) -> list[Cell]:
-        return [self.make_cell(method, rate, seed) for seed in self.spec["seeds"]]
+        scored = self.test_set
+        return [self.make_cell(method, rate, seed, scored) for seed in self.spec["seeds"]]
 
     def list_setting_cells(self, method: str, setting: str) -> list[Cell]:
         """The cells of a method at the `common` or at its `best` rate; [] before that is chosen."""
@@ -128,14 +141,15 @@ class Experiment:
     def missing_tests(self) -> list[str]:
         return list_missing(list(self.list_test_cells().values()))
 
-    def compare(self, method: str, setting: str) -> dict[str, Any] | None:
-        """A method minus the reference; None where a training of either is missing."""
+    def compare(self, method: str, setting: str, dataset: str = "") -> dict[str, Any] | None:
+        """A method minus the reference, on one dataset or all; None where a training is missing."""
+        datasets = [dataset] if dataset else self.plan["datasets"]
         sides = []
         for name in (method, self.spec["reference"]):
             group = self.list_setting_cells(name, setting)
             if not group or list_missing(group):
                 return None
-            sides.append(collect_columns(group, self.plan["datasets"]))
+            sides.append(collect_columns(group, datasets))
         return equivalence.compare_means(sides[0] - sides[1], self.spec["margin"])
 
     def compare_all(self, setting: str) -> dict[str, dict[str, Any] | None]:
@@ -148,12 +162,15 @@ class Experiment:
         equivalence.correct_family(family)
         return compared
 
-    def list_finished_cells(self) -> list[Cell]:
-        """Every cell that has results, of either stage."""
-        cells = self.list_all_rate_cells()
+    def group_finished_cells(self) -> dict[str, list[Cell]]:
+        """Every cell that has results, by stage."""
+        stages = {"rates": self.list_all_rate_cells(), "test rows": list[Cell]()}
         if not self.missing_rates:
-            cells += self.list_test_cells().values()
-        return [cell for cell in cells if cell.is_done]
+            stages["test rows"] = list(self.list_test_cells().values())
+        return {name: [cell for cell in cells if cell.is_done] for name, cells in stages.items()}
+
+    def list_finished_cells(self) -> list[Cell]:
+        return [cell for cells in self.group_finished_cells().values() for cell in cells]
 
 
 # ---- training
@@ -209,28 +226,37 @@ def open_experiments(tasks: str = "") -> list[Experiment]:
     return [Experiment(spec, task) for task in choose_names(tasks, spec["tasks"], "task")]
 
 
+def write_page(check: bool = False) -> None:
+    """Writes the page and its figure; with `check`, raises JobFailed where one is old."""
+    experiments = open_experiments()
+    page = methods_page.build_page(experiments)
+    mark = methods_page.mark_drawing(experiments)
+    contents = {path: path.read_text(encoding="utf-8") for path in (PAGE, FIGURE) if path.is_file()}
+    is_figure_old = bool(mark) and mark not in contents.get(FIGURE, "")
+    old = [PAGE] * (contents.get(PAGE) != page) + [FIGURE] * is_figure_old
+    if check and old:
+        raise JobFailed(f"{shown(old[0])} is not what results/ holds; `make results` writes it")
+    if PAGE in old:
+        with atomic(PAGE) as file:
+            file.write(page.encode())
+    if FIGURE in old:
+        methods_page.draw_rates(experiments, FIGURE)
+
+
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description="LoRA, DoRA, rsLoRA and QLoRA at their best rates")
     parser.add_argument("--tasks", default="", help="of bench/methods.yaml; all if unset")
     parser.add_argument("--status", action="store_true", help="what is done, and what is left")
     parser.add_argument("--page", action="store_true", help="write docs/methods.md")
-    parser.add_argument("--check", action="store_true", help="fail where docs/methods.md is old")
+    parser.add_argument("--check", action="store_true", help="fail where the page is old")
     options = parser.parse_args()
     experiments = open_experiments(options.tasks)
     if options.status:
         for experiment in experiments:
             print_status(experiment)
     elif options.page or options.check:
-        everything = open_experiments()
-        page = methods_page.build_page(everything)
-        if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page:
-            return
-        if options.check:
-            raise JobFailed(f"{shown(PAGE)} is not what results/ holds; `make results` writes it")
-        methods_page.draw_rates(everything, FIGURE)
-        with atomic(PAGE) as file:
-            file.write(page.encode())
+        write_page(options.check)
     else:
         quiet()
         for experiment in experiments:

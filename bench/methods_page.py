@@ -4,6 +4,9 @@ Every number comes from these files or from the plans in bench/*.yaml. Where tra
 the page names them and draws no conclusion from the others.
 """
 
+import hashlib
+import json
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -11,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench import equivalence, forgetting, together, worked
 from bench.cells import Cell, collect_columns, list_missing, refuse_other_rows
-from bench.jobs import describe_gain
+from bench.jobs import describe_gain, state_p
 from bench.performance import build_table
 from evals import report, stats
 from evals.figures import COLOURS, MARKERS
@@ -35,24 +38,36 @@ rate, chosen on validation rows, and is then trained with three seeds and scored
     make results
 
 Each training leaves a small file of results. They are committed, so another machine with the same
-data goes on from them. A test row is read once all rates of its task are chosen, and not before.
+data goes on from them. Within this experiment, test rows are read once all rates of their task are
+chosen, and not before. Earlier [experiments](experiments.md) scored all of FPB's and some others.
+"""
+
+PLANNED = f"""\
+What the plan can find, by {equivalence.SIMULATED:,} simulated experiments with the planned standard
+deviations of paired differences. A row's difference is the same for all seeds there; in brackets,
+another for each. Holm's correction is left out, and makes these findings rarer.
 """
 
 VERDICTS = """\
 Verdicts are t tests over rows and seeds, both of them drawn (Hillis 2007), and two one-sided tests
-of the margin, corrected over the methods of a table (Holm). *Undecided*: neither a difference nor
-equivalence is shown. The score is one mean over the rows of all datasets, so the largest counts
-most.
+of the margin. Their p-values are corrected over the methods of a table (Holm), the intervals are
+not. *Undecided*: neither a difference nor equivalence is shown. The score is one mean over the rows
+of all datasets, so the largest counts most.
+
+The standard error is at least 1 / rows: one more row might have been answered differently, and
+seeds that agree by chance would leave hardly an interval. Under each table, *at its least* marks
+the intervals that this makes wider.
 """
 
 LIMITS = """\
 ## What a 135M model cannot tell
 
 - It has 135 million parameters, FinLoRA's models 8 billion. A small model loses more at 4 bits, has
-  less to forget, and takes higher rates. The order of methods here is no order there.
+  less to forget, and takes higher rates. This ranking need not hold for larger models.
 - It is trained for minutes. A method that starts slowly and ends higher is cut off.
-- Data are FinLoRA's published test files, divided; its training files are not at hand. Keys of the
-  sentiment sets have errors of their own, which cost all methods the same.
+- Data are FinLoRA's published test files, divided; its training files are not at hand. Most of the
+  sentiment rows are tweets (tfns). Keys of the sentiment sets have errors of their own, which may
+  cost methods differently.
 - The rates are half a decade apart. A best rate at an end of the grid may lie beyond it.
 
 ## What would overturn it
@@ -66,6 +81,9 @@ LIMITS = """\
 """
 
 
+MACHINES = """\
+Rounding differs between machines and versions, so a rate chosen on one need not be the best on
+another. In brackets: trainings."""
 FINLORAS_RATE = 1e-4  # of all its methods
 ROUNDED = 1e-4  # shares in files of results have four decimals
 WORKED = """\
@@ -107,14 +125,32 @@ def list_names(names: Sequence[str]) -> str:
 
 def describe_majorities(cells: Sequence[Cell], datasets: Sequence[str]) -> list[str]:
     """A sentence on what the most frequent answer alone would score; none where it is no label."""
-    scores: dict[str, Any] = next((cell.content["scores"] for cell in cells if cell.is_done), {})
+    first = next((cell for cell in cells if cell.is_done), None)
+    scores: dict[str, Any] = first.content["scores"] if first else {}
     shares = [
         f"{format_points(scores[name]['majority'])} % of {name.replace('_', ' ')}"
         for name in datasets
         if "majority" in scores.get(name, {})
     ]
-    text = f"The most frequent answer alone is right on {', '.join(shares)} rows."
-    return [text] if shares else []
+    if not first or not shares:
+        return []
+    if len(datasets) == 1 or len(shares) < len(datasets):
+        return [f"The most frequent answer alone is right on {', '.join(shares)} rows."]
+    overall = format_points(average_score(first, datasets, "majority"))
+    return [
+        f"The most frequent answer of each dataset alone is right on {overall} % of all rows: "
+        f"{', '.join(shares)}."
+    ]
+
+
+def describe_largest(cell: Cell, datasets: Sequence[str]) -> list[str]:
+    """A sentence on the dataset that has most of the rows; none where no dataset has."""
+    rows = {name: cell.content["scores"][name]["rows"] for name in datasets}
+    largest = max(rows, key=lambda name: rows[name])
+    share = rows[largest] / sum(rows.values())
+    if len(rows) == 1 or share <= 0.5:
+        return []
+    return [f"{100 * share:.0f} % of the rows are from {largest}, so verdicts are mostly about it."]
 
 
 def describe_missing(what: str, missing: Sequence[str], total: int) -> list[str]:
@@ -139,24 +175,23 @@ def describe_progress(experiment: "Experiment") -> list[str]:
     return lines + describe_missing(f"{task}, test rows", experiment.missing_tests, tests)
 
 
-def describe_plan(experiment: "Experiment") -> list[str]:
+def describe_plan(experiment: "Experiment") -> str:
     """The difference that can be detected and the margin that can be shown, before any result."""
-    plan, seeds = experiment.plan, len(experiment.spec["seeds"])
-    planned = plan["planned"]
-    rows, row_sd, seed_sd = (planned[key] for key in ("rows", "row_sd", "seed_sd"))
-    error, freedom = equivalence.plan_error(rows, seeds, row_sd, seed_sd)
-    detectable = equivalence.find_detectable_difference(error, freedom)
-    margin = equivalence.find_showable_margin(error, freedom)
-    by_rows = equivalence.find_detectable_difference(row_sd / rows**0.5, rows - 1)
-    return [
-        f"{experiment.task}: {rows:,} test rows ({', '.join(plan['datasets'])}), {seeds} seeds. "
-        f"Where paired differences have a standard deviation of {format_points(row_sd)} points "
-        f"over rows and {format_points(seed_sd)} over seeds, 80 % of all experiments find a true "
-        f"difference of {format_points(detectable)} points, and show equal methods equivalent "
-        f"within {format_points(margin)}. Rows alone, without a spread of seeds, would find "
-        f"{format_points(by_rows)}.",
-        "",
-    ]
+    plan, margin = experiment.plan, experiment.spec["margin"]
+    design = equivalence.Design(seeds=len(experiment.spec["seeds"]), **plan["planned"])
+    alike, anew = (equivalence.simulate_design(design, margin, anew) for anew in (False, True))
+    found, shown = (
+        f"{format_points(alike[key])} ({format_points(anew[key])})"
+        for key in ("detectable", "showable")
+    )
+    power, row_sd = f"{100 * equivalence.POWER:.0f} %", format_points(design.row_sd)
+    return (
+        f"- {experiment.task}: {design.rows:,} test rows ({', '.join(plan['datasets'])}), "
+        f"{design.seeds} seeds; standard deviations of {row_sd} points over rows and "
+        f"{format_points(design.seed_sd)} over seeds. {power} find a true difference of {found} "
+        f"points, and {power} show equal methods equivalent within {shown}. Within the margin, "
+        f"{100 * alike['equivalent']:.0f} % ({100 * anew['equivalent']:.0f} %) do."
+    )
 
 
 def build_rates(experiment: "Experiment") -> list[str]:
@@ -181,7 +216,18 @@ def build_rates(experiment: "Experiment") -> list[str]:
         "95 % intervals over rows; a method's chosen rate is bold."
     )
     text = " ".join([text, *describe_majorities(experiment.list_all_rate_cells(), ["validation"])])
+    if rates := [f"{rate:g}" for rate in spec["rates"] if is_constant_rate(experiment, rate)]:
+        text += (
+            f" At {', '.join(rates)} all methods are right on the same rows, as many as that: they "
+            "probably give this answer to all rows."
+        )
     return [f"### Rates, {experiment.task}", "", text, "", *build_table(headings, rows)]
+
+
+def is_constant_rate(experiment: "Experiment", rate: float) -> bool:
+    """Whether at a rate all methods are right on the same rows, as many as one answer is."""
+    cells = [experiment.list_rate_cells(method)[rate] for method in experiment.spec["methods"]]
+    return not list_missing(cells) and is_constant(cells, ["validation"], same_rows=True)
 
 
 def format_method(
@@ -226,12 +272,30 @@ def build_tests(experiment: "Experiment", setting: str) -> list[str]:
     headings = ["method", "rate", f"{report.title(plan['metric'])}, % (each seed)"]
     headings += [f"minus {reference}, points", "verdict"]
     lines = [f"### Test rows at {name}, {experiment.task}", "", *build_table(headings, rows)]
-    tested = experiment.list_setting_cells(spec["reference"], setting)
-    lines += [line + "\n" for line in describe_majorities(tested, plan["datasets"])]
+    tested = experiment.group_finished_cells()["test rows"]
+    text = describe_largest(tested[0], plan["datasets"])
+    text += describe_majorities(tested, plan["datasets"])
+    lines += [" ".join(text), ""] if text else []
     for method, comparison in compared.items():
         if comparison:
             lines.append(describe_comparison(spec["methods"][method]["title"], comparison))
-    return [*lines, ""]
+    return [*lines, "", *(build_datasets(experiment, setting) if setting == "best" else [])]
+
+
+def build_datasets(experiment: "Experiment", setting: str) -> list[str]:
+    """A table of differences by dataset; [] where there is one dataset or nothing to compare."""
+    spec, datasets = experiment.spec, experiment.plan["datasets"]
+    rows = []
+    for method, comparison in experiment.compare_all(setting).items():
+        if comparison is None or len(datasets) == 1:
+            return []
+        compared = [experiment.compare(method, setting, name) for name in datasets]
+        cells = [format_difference(comparison) for comparison in compared if comparison]
+        rows.append([spec["methods"][method]["title"], *cells])
+    scores = experiment.list_setting_cells(spec["reference"], setting)[0].content["scores"]
+    headings = [f"{name}, {scores[name]['rows']:,} rows" for name in datasets]
+    text = "The same differences by dataset, in points, with 95 % intervals:"
+    return [text, "", *build_table(["method", *headings], rows)]
 
 
 def describe_comparison(title: str, comparison: dict[str, Any]) -> str:
@@ -240,7 +304,8 @@ def describe_comparison(title: str, comparison: dict[str, Any]) -> str:
     return (
         f"- {title}: seeds {seeds}; 90 % interval {low} … {high}; "
         f"p of no difference {comparison['p']:.2g}, of the margin {comparison['p_margin']:.2g} "
-        f"(Holm), {comparison['freedom']:.1f} degrees of freedom."
+        f"(Holm), {comparison['freedom']:.1f} degrees of freedom"
+        f"{'; standard error at its least' if comparison['is_least'] else ''}."
     )
 
 
@@ -253,11 +318,25 @@ def describe_spread(experiment: "Experiment") -> str:
         }
         for method in experiment.spec["methods"]
     ]
-    at_finloras = format_range([by_rate[FINLORAS_RATE] for by_rate in scores])
+    at_rate = [by_rate[FINLORAS_RATE] for by_rate in scores]
+    at_finloras = format_range(at_rate)
     at_best = format_range([max(by_rate.values()) for by_rate in scores])
     return (
         f"- {experiment.task}, validation rows, one seed: the methods lie within {at_finloras} at "
         f"FinLoRA's rate of {FINLORAS_RATE:g}, and within {at_best} at each one's best."
+        f"{describe_low(experiment, at_rate)}"
+    )
+
+
+def describe_low(experiment: "Experiment", scores: Sequence[float]) -> str:
+    """How many of the scores at FinLoRA's rate lie below the most frequent answer's; "" if none."""
+    first = experiment.list_all_rate_cells()[0].content["scores"]["validation"]
+    below = sum(score < first["majority"] - ROUNDED for score in scores if "majority" in first)
+    if not below:
+        return ""
+    return (
+        f" At FinLoRA's rate {below} of {len(scores)} lie below the most frequent answer alone "
+        f"({format_points(first['majority'])}), so that spread says little of what they learned."
     )
 
 
@@ -316,16 +395,16 @@ def describe_part(part: together.Part) -> list[str]:
 def build_part(part: together.Part) -> list[str]:
     """A section: the hypothesis, scores by variant and test, and the comparisons."""
     plan, spec = part.plan, part.spec
+    # Variants train on other rows, and are compared on the same test rows.
+    refuse_other_rows(part.list_finished_cells(), same_training=False)
     lines = [f"## {plan['title']}", "", quote(plan["hypothesis"]), ""]
     scored = [(name, test) for name, entry in plan["variants"].items() for test in entry["tests"]]
     rows = [build_variant(part, *pair) for pair in scored]
     headings = ["trained on", "scored on", "majority", "base", "accuracy, % (each seed)"]
     lines += ["Majority: the most frequent answer alone.", "", *build_table(headings, rows)]
-    lines += [
-        f"- {variant}, scored on {test}: each seed scores what one answer to all rows scores."
-        for variant, test in scored
-        if is_constant(part, variant, test)
-    ]
+    lines += describe_below(part, scored)
+    for variant, test in scored:
+        lines += describe_constant(part, variant, test)
     for pair, comparison in zip(plan["compared"], part.compare_all(), strict=True):
         name = f"{pair['variant']} against {pair['against']}, on {pair['test']}"
         if comparison is None:
@@ -333,12 +412,11 @@ def build_part(part: together.Part) -> list[str]:
         else:
             verdict = equivalence.describe_verdict(comparison, spec["margin"])
             points = f"{format_difference(comparison)} points over {len(spec['seeds'])} seeds"
-            lines.append(f"- {name}: {verdict}; {points}, p = {comparison['p']:.2g} (Holm).")
+            lines.append(f"- {name}: {verdict}; {points}, {state_p(comparison['p'])} (Holm).")
             verdict = equivalence.judge_direction(comparison, spec["margin"], pair["expected"])
-            lines.append(
-                f"  That it is {pair['expected']} by more than {100 * spec['margin']:g} points, as "
-                f"the hypothesis says, is {verdict}."
-            )
+            change = "drop" if pair["expected"] == "lower" else "rise"
+            least = f"{100 * spec['margin']:g} points"
+            lines.append(f"  The predicted {change} of more than {least} is {verdict}.")
     if not part.missing:
         lines.append(f"- {plan['note']}")
     return [*lines, ""]
@@ -355,13 +433,41 @@ def build_variant(part: together.Part, variant: str, test: str) -> list[str]:
     return [variant, test, *map(format_points, sides), format_seeds(means.mean(), means)]
 
 
-def is_constant(part: together.Part, variant: str, test: str) -> bool:
-    """Whether each seed scores what the most frequent answer alone scores."""
+def describe_constant(part: together.Part, variant: str, test: str) -> list[str]:
+    """A line where a variant scores what the most frequent answer alone scores."""
     cells, datasets = part.list_cells(variant), part.find_test(test).datasets
-    if list_missing(cells):
+    if list_missing(cells) or not is_constant(cells, datasets):
+        return []
+    name = f"- {variant}, scored on {test}:"
+    if is_constant(cells, datasets, same_rows=True):
+        return [
+            f"{name} all seeds are right on the same rows, as many as the most frequent answer "
+            "alone. They probably give it to all rows, and learned no more of the labels."
+        ]
+    return [f"{name} each seed scores what one answer to all rows scores."]
+
+
+def describe_below(part: together.Part, scored: Sequence[tuple[str, str]]) -> list[str]:
+    """A line that names the scores below those of the most frequent answer; none without any."""
+    below = []
+    for variant, test in scored:
+        cells, datasets = part.list_cells(variant), part.find_test(test).datasets
+        if not list_missing(cells):
+            majority = average_score(cells[0], datasets, "majority")
+            if collect_columns(cells, datasets).mean() < majority - ROUNDED:
+                below.append(f"{variant} on {test}")
+    return [f"- Below the most frequent answer alone: {', '.join(below)}."] if below else []
+
+
+def is_constant(cells: Sequence[Cell], datasets: Sequence[str], same_rows: bool = False) -> bool:
+    """Whether each cell scores what one answer scores; with `same_rows`, all on the same rows."""
+    if any("majority" not in cells[0].content["scores"][name] for name in datasets):
         return False
+    columns = collect_columns(cells, datasets)
     majority = average_score(cells[0], datasets, "majority")
-    return bool(max(abs(collect_columns(cells, datasets).mean(0) - majority)) < ROUNDED)
+    if same_rows and (columns != columns[:, :1]).any():
+        return False
+    return bool(max(abs(columns.mean(0) - majority)) < ROUNDED)
 
 
 def average_score(cell: Cell, datasets: Sequence[str], side: str) -> float:
@@ -381,6 +487,9 @@ def build_worked() -> list[str]:
         return [*lines, "Not measured yet: `python -m bench.worked`.", ""]
     content = read_json(worked.RESULTS)
     answers = content["answers"]
+    origins = {name: side.get("origin") for name, side in answers.items()}
+    if any(origin and origin != worked.describe_origin(name) for name, origin in origins.items()):
+        return [*lines, "Recipes or scoring changed since: run `python -m bench.worked` again.", ""]
     scores = {key: answers[key[0]][key[1]] for key in WORKED_SCORES}
     rows = [
         [*texts, format_points(score["base"]), format_seeds(fmean(score["seeds"]), score["seeds"])]
@@ -392,6 +501,11 @@ def build_worked() -> list[str]:
         f"{', '.join(map(str, content['seeds']))}, and answered the same {content['test_rows']} "
         f"test rows, on {content['machine']}."
     )
+    if not all(origins.values()):
+        setting += (
+            " The results do not record the versions of recipes and scoring, so a later change of "
+            "them would not show here."
+        )
     table = build_table(["answer", "scored by", "base", "right, % (each seed)"], rows)
     return [*lines, setting, "", *table, *conclude_worked(content["difference"]), ""]
 
@@ -405,8 +519,8 @@ def conclude_worked(difference: dict[str, Any]) -> list[str]:
         "- The question states the formula. The last two lines tell how often the model puts the "
         "right numbers into it, and how often the value that it writes is right. An application "
         "has to evaluate the calculation, as the scoring does.",
-        "- A model that computes well in its head would overturn it: it has less to gain. So would "
-        "other seeds whose interval contains 0.",
+        "- A model that calculates well might gain less, and other seeds could bring the interval "
+        "to 0.",
     ]
 
 
@@ -423,7 +537,15 @@ def build_forgetting() -> list[str]:
     if not forgetting.RESULTS.is_file():
         return [*lines, "Not measured yet: `python -m bench.forgetting`.", ""]
     rows = []
-    for name, entry in read_json(forgetting.RESULTS)["runs"].items():
+    entries = read_json(forgetting.RESULTS)["runs"]
+    current = {name: entry for name, entry in entries.items() if forgetting.is_current(entry)}
+    if len(current) < len(entries):
+        old = list_names([name for name in entries if name not in current])
+        text = f"Left out, since recipe or texts changed: {old}. Run `python -m bench.forgetting`."
+        lines += [text, ""]
+    if not current:
+        return lines
+    for name, entry in current.items():
         own = entry["own_datasets"]
         for dataset in sorted(entry["losses"], key=lambda dataset: dataset in own):
             measured = entry["losses"][dataset]
@@ -435,16 +557,15 @@ def build_forgetting() -> list[str]:
             values = (f"{measured[side]:.3f}" for side in ("base", "adapter"))
             rows.append([name, where, str(measured["texts"]), *values, gain])
     headings = ["run", "texts of", "texts", "base", "adapter", "adapter minus base, nats a token"]
-    return [*lines, *build_table(headings, rows), *conclude_forgetting()]
+    return [*lines, *build_table(headings, rows), *conclude_forgetting(list(current.values()))]
 
 
 def count_runs(count: int) -> str:
     return f"{count} run{'s' if count != 1 else ''}"
 
 
-def conclude_forgetting() -> list[str]:
+def conclude_forgetting(entries: Sequence[dict[str, Any]]) -> list[str]:
     """A sentence for the prose, and one for other tasks' keys."""
-    entries = read_json(forgetting.RESULTS)["runs"].values()
     lines = []
     prose = [entry["losses"][forgetting.PROSE]["difference"] for entry in entries]
     worse = sum(bool(d["low"] is not None and d["low"] > 0) for d in prose)
@@ -486,8 +607,8 @@ def build_page(experiments: list["Experiment"]) -> str:
     lines += [line for experiment in experiments for line in describe_progress(experiment)]
     lines += [line for part in parts for line in describe_part(part)]
     lines += ["", "## Hypothesis", "", margin, "", quote(spec["hypothesis"]), ""]
-    lines += [line for experiment in experiments for line in describe_plan(experiment)]
-    lines += [VERDICTS, "## Conclusions", ""]
+    lines += [PLANNED, *map(describe_plan, experiments), "", VERDICTS]
+    lines += ["## Conclusions", ""]
     lines += [line for experiment in experiments for line in conclude_ranking(experiment)]
     lines += ["", "## Results", ""]
     if any(experiment.list_finished_cells() for experiment in experiments):
@@ -498,11 +619,44 @@ def build_page(experiments: list["Experiment"]) -> str:
             lines += build_tests(experiment, setting)
     lines += [line for part in parts for line in build_part(part)]
     lines += [*build_worked(), *build_forgetting(), LIMITS]
-    cells = [cell for experiment in experiments for cell in experiment.list_finished_cells()]
-    cells += [cell for part in parts for cell in part.list_finished_cells()]
-    if machines := sorted({cell.content["machine"] for cell in cells}):
-        lines += [f"Trained on: {'; '.join(machines)}."]
+    stages = {
+        f"{experiment.task}, {stage}": cells
+        for experiment in experiments
+        for stage, cells in experiment.group_finished_cells().items()
+    }
+    stages |= {part.plan["title"]: part.list_finished_cells() for part in parts}
+    lines += ["## Machines", "", MACHINES, ""]
+    lines += describe_machines(stages)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def describe_machines(stages: dict[str, list[Cell]]) -> list[str]:
+    """A line for each machine with its versions: how many trainings of which stage ran there."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for stage, cells in stages.items():
+        for cell in cells:
+            packages = cell.content["packages"].items()
+            versions = ", ".join(f"{name} {version}" for name, version in packages)
+            counts[f"{cell.content['machine']} ({versions})"][stage] += 1
+    return [
+        f"- {machine}: {'; '.join(f'{stage} ({n})' for stage, n in trained.items())}."
+        for machine, trained in counts.items()
+    ]
+
+
+def mark_drawing(experiments: list["Experiment"]) -> str:
+    """A digest of what the figure shows, which it holds; "" where there is nothing to show."""
+    drawn = {
+        experiment.task: {
+            cell.name: {key: value for key, value in score.items() if key != "values"}
+            for cell in experiment.group_finished_cells()["rates"]
+            for score in (cell.content["scores"]["validation"],)
+        }
+        for experiment in experiments
+        if experiment.list_finished_cells()
+    }
+    text = json.dumps([drawn, experiments[0].spec["methods"]], sort_keys=True)
+    return f"sha256 of the scores: {hashlib.sha256(text.encode()).hexdigest()}" if drawn else ""
 
 
 def draw_rates(experiments: list["Experiment"], file: Path) -> None:
@@ -522,7 +676,9 @@ def draw_rates(experiments: list["Experiment"], file: Path) -> None:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
         with atomic(file) as out:
-            figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+            description = {"Description": mark_drawing(experiments)}
+            metadata = {"Date": None, "Creator": None} | description
+            figure.savefig(out, format="svg", metadata=metadata)
 
 
 def draw_task(axes: Any, experiment: "Experiment") -> None:

@@ -21,6 +21,7 @@ from bench.cells import (
     Cell,
     ScoredSet,
     collect_columns,
+    describe_sets,
     list_missing,
     train_and_test,
     work_through,
@@ -69,7 +70,12 @@ class Part:
     def make_cell(self, recipe: Recipe, variant: str, changes: dict[str, Any]) -> Cell:
         name = f"{slugify(variant)}_seed{changes['seed']}"
         varied = vary(recipe, shown(RUNS / self.name / name), changes)
-        return Cell(RESULTS / self.name / f"{name}.json", varied)
+        planned = {
+            "train": self.plan["variants"][variant]["train"],
+            "rows": self.spec["rows"],
+            "scores": describe_sets(self.list_tests(variant)),
+        }
+        return Cell(RESULTS / self.name / f"{name}.json", varied, planned)
 
     def list_all_cells(self) -> list[Cell]:
         return [cell for variant in self.plan["variants"] for cell in self.list_cells(variant)]

@@ -27,7 +27,7 @@ from bench.jobs import (
     vary,
 )
 from bench.parity import compare_variants
-from evals import stats
+from evals import run, stats
 from tools import recipes, sources
 from tools.common import ROOT, atomic, command, json_lines, quiet, shown, write_json
 from tools.data.formulas import find_expressions
@@ -42,7 +42,7 @@ DATASETS = {"bare": "financial_math", "worked": "financial_math_worked"}
 METRICS = {"bare": ("accuracy",), "worked": ("accuracy", "numeric_accuracy")}
 
 
-def write_training_rows() -> dict[str, Path]:
+def write_training_rows() -> None:
     """Writes the training rows whose key one calculation gives, with both kinds of answers."""
     require_rows(TASKS.values())
     reword = load_train_rules(TASKS["worked"], sources.CHAT).reword
@@ -53,29 +53,44 @@ def write_training_rows() -> dict[str, Path]:
     ]
     pairs = [pair for pair in pairs if len(find_expressions(*pair)) == 1]
     rows = {"bare": pairs, "worked": [reword(*pair) for pair in pairs]}
-    files = {answers: RUNS / f"{answers}.jsonl" for answers in rows}
-    for answers, path in files.items():
-        with atomic(path) as file:
-            file.writelines(build_chat_row(*pair) for pair in rows[answers])
-    return files
+    for answers, pairs in rows.items():
+        with atomic(find_rows_file(answers)) as file:
+            file.writelines(build_chat_row(*pair) for pair in pairs)
 
 
-def vary_recipe(answers: str, rows: Path, seed: int) -> recipes.Recipe:
-    recipe = recipes.find(f"smollm2-135m/{TASKS[answers]}_r4")
-    datasets = [recipe.config["datasets"][0] | {"path": shown(rows)}]
+def find_rows_file(answers: str) -> Path:
+    return RUNS / f"{answers}.jsonl"
+
+
+def find_recipe(answers: str) -> recipes.Recipe:
+    return recipes.find(f"smollm2-135m/{TASKS[answers]}_r4")
+
+
+def vary_recipe(answers: str, seed: int) -> recipes.Recipe:
+    recipe = find_recipe(answers)
+    datasets = [recipe.config["datasets"][0] | {"path": shown(find_rows_file(answers))}]
     changes = UNVALIDATED | {"seed": seed, "datasets": datasets}
     return vary(recipe, f"{shown(RUNS)}/{answers}_seed{seed}", changes)
 
 
-def measure_answers(
-    answers: str, rows: Path, seeds: list[int]
-) -> tuple[dict[str, Any], list[list[float]]]:
+def describe_origin(answers: str) -> dict[str, Any]:
+    """The recipe, task and scoring of a kind of answers; its scores stand while they are these."""
+    task = run.read_tasks()[DATASETS[answers]]
+    return {
+        "digest": find_recipe(answers).digest,
+        "task_version": task["metadata"]["version"],
+        "scoring": run.SCORING,
+    }
+
+
+def measure_answers(answers: str, seeds: list[int]) -> tuple[dict[str, Any], list[list[float]]]:
     """What one kind of answers scored with all seeds, and its accuracy by seed and test row."""
-    trained = [vary_recipe(answers, rows, seed) for seed in seeds]
+    trained = [vary_recipe(answers, seed) for seed in seeds]
     scores = [train_and_score(recipe, DATASETS[answers]) for recipe in trained]
     infos = [recipe.run.info for recipe in trained]
     side: dict[str, Any] = {
         "recipe": trained[0].name,
+        "origin": describe_origin(answers),
         "steps": infos[0]["steps"],
         "rows": infos[0]["data"][0]["rows"],
         "loss": [round(info["train_loss"], 4) for info in infos],
@@ -88,9 +103,9 @@ def measure_answers(
     return side, [list_row_values(sides["adapter"], "accuracy") for sides in scores]
 
 
-def compare_answers(files: dict[str, Path], seeds: list[int]) -> dict[str, Any]:
+def compare_answers(seeds: list[int]) -> dict[str, Any]:
     """What each kind of answers scored, and worked minus bare on the same rows."""
-    measured = {answers: measure_answers(answers, rows, seeds) for answers, rows in files.items()}
+    measured = {answers: measure_answers(answers, seeds) for answers in TASKS}
     values = {answers: columns for answers, (_, columns) in measured.items()}
     bare, worked = (np.array(values[answers], float).T for answers in ("bare", "worked"))
     pairs = zip(values["bare"], values["worked"], strict=True)
@@ -117,9 +132,9 @@ def describe_results(content: dict[str, Any]) -> str:
 def main() -> None:
     count = read_seed_count("calculations against bare numbers", RESULTS)
     quiet()
-    files = write_training_rows()
-    first = recipes.find(f"smollm2-135m/{TASKS['bare']}_r4").seed
-    content = compare_answers(files, list(range(first, first + count)))
+    write_training_rows()
+    first = find_recipe("bare").seed
+    content = compare_answers(list(range(first, first + count)))
     write_json(RESULTS, content)
     print(describe_results(content))
 

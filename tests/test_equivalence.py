@@ -65,7 +65,8 @@ def test_the_margin_is_passed_where_the_90_percent_interval_lies_inside():
 
 def test_identical_answers_are_equivalent_but_not_without_a_width():
     comparison = equivalence.compare_means(np.zeros((300, 3)), 0.02)
-    assert comparison["low"] < 0 < comparison["high"]
+    assert comparison["low"] < 0 < comparison["high"] and comparison["is_least"]
+    assert not equivalence.compare_means(draw_differences(0, 1), 0.02)["is_least"]
     assert equivalence.describe_verdict(comparison, 0.02) == "equivalent within ±2 points"
 
 
@@ -97,19 +98,25 @@ def test_a_hypothesis_is_judged_by_the_interval_on_its_own_side(low, high, expec
     assert equivalence.judge_direction({"low": low, "high": high}, 0.02, expected) == verdict
 
 
-def test_a_planned_experiment_finds_the_detectable_difference_in_four_of_five():
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_simulated_design_tells_what_experiments_find(anew):
+    """Experiments whose rows are drawn one by one find as much as the simulation says."""
     rows, seeds, row_sd, seed_sd = 500, 3, 0.4, 0.02
-    error, freedom = equivalence.plan_error(rows, seeds, row_sd, seed_sd)
-    truth = equivalence.find_detectable_difference(error, freedom)
-    margin = equivalence.find_showable_margin(error, freedom)
-    draw = np.random.default_rng(0)
-    found, shown = [], []
+    design = equivalence.Design(rows, seeds, row_sd, seed_sd)
+    planned = equivalence.simulate_design(design, 0.05, anew)
+    draw = np.random.default_rng(1)
+    compared = []
     for _ in range(800):
-        noise = draw.normal(0, row_sd, (rows, 1)) + draw.normal(0, seed_sd, seeds)
-        found.append(equivalence.compare_means(truth + noise, margin)["p"] < 0.05)
-        shown.append(equivalence.compare_means(noise, margin)["p_margin"] < 0.05)
-    assert 0.7 <= np.mean(found) <= 0.9
-    assert 0.7 <= np.mean(shown) <= 0.9
+        noise = draw.normal(0, row_sd, (rows, seeds if anew else 1)) + draw.normal(
+            0, seed_sd, seeds
+        )
+        compared.append(equivalence.compare_means(noise, planned["showable"]))
+    found = np.mean([planned["detectable"] + c["value"] > c["high"] - c["value"] for c in compared])
+    shown = np.mean([c["p_margin"] < 0.05 for c in compared])
+    within = np.mean([max(-c["low90"], c["high90"]) < 0.05 for c in compared])
+    assert found == pytest.approx(0.8, abs=0.05)
+    assert shown == pytest.approx(0.8, abs=0.05)
+    assert within == pytest.approx(planned["equivalent"], abs=0.05)
 
 
 def test_a_family_is_corrected():

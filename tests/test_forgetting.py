@@ -6,7 +6,7 @@ import pytest
 
 from bench import forgetting, methods_page
 from tests.conftest import make_adapter
-from tools import prompts, runs, sources
+from tools import prompts, recipes, runs, sources
 from tools.common import WrongInput
 from tools.runs import Run
 
@@ -83,12 +83,13 @@ def test_finished_runs_are_measured_with_all_their_seeds(tmp_path, monkeypatch):
         write_run(name)
     (tmp_path / forgetting.MODEL / "base_nf4").mkdir()
 
-    def list_names(*names):
-        return [run.folder.name for run in forgetting.list_finished_runs(names)]
+    def list_names(names):
+        return [run.folder.name for run in forgetting.choose_runs(names)]
 
-    assert list_names() == ["sentiment_r4", "sentiment_r4.seed43", "sentiment_r8"]
+    assert list_names("") == ["sentiment_r4", "sentiment_r4.seed43", "sentiment_r8"]
     assert list_names("sentiment_r4") == ["sentiment_r4", "sentiment_r4.seed43"]
-    assert list_names("ner_r4") == []
+    with pytest.raises(WrongInput, match="unknown finished run ner_r4; there are sentiment_r4, "):
+        list_names("sentiment_r4,ner_r4")
 
 
 def test_an_entry_is_measured_again_where_its_rows_changed(tmp_path, monkeypatch):
@@ -124,19 +125,34 @@ def write_results(path, **differences):
         }
         for name, value in differences.items()
     }
-    entry = {"own_datasets": ["fpb"], "losses": losses}
+    recipe = recipes.find("smollm2-135m/sentiment_r4").with_seed(43)
+    entry = {
+        "recipe": recipe.name,
+        "recipe_digest": recipe.digest,
+        "seed": 43,
+        "own_datasets": ["fpb"],
+        "losses": losses,
+        "identity": {"prose": forgetting.SHA256, "rows": forgetting.ROWS},
+    }
     path.write_text(json.dumps({"runs": {"smollm2-135m/sentiment_r4": entry}}))
+    return entry
 
 
 def test_the_page_counts_what_is_worse_and_leaves_the_own_task_apart(tmp_path, monkeypatch):
     path = tmp_path / "forgetting.json"
     monkeypatch.setattr(forgetting, "RESULTS", path)
     assert "Not measured yet" in "\n".join(methods_page.build_forgetting())
-    write_results(path, prose=0.2, ner=0.5, formula=0.05, fpb=-2.0)
+    entry = write_results(path, prose=0.2, ner=0.5, formula=0.05, fpb=-2.0)
     section = "\n".join(methods_page.build_forgetting())
     assert "+0.200 nats a token on average over 1 run; 1 of them" in section
     assert "of 2 pairs of run and dataset 1 are worse than the base and 0 better" in section
-    assert "fpb, its own task" in section
+    assert "fpb, its own task" in section and "Left out" not in section
+    other_rows = entry["identity"] | {"rows": 1}
+    for change in ({"recipe_digest": "other"}, {"recipe": "none"}, {"identity": other_rows}):
+        path.write_text(json.dumps({"runs": {"run": entry, "old run": entry | change}}))
+        section = "\n".join(methods_page.build_forgetting())
+        assert "Left out, since recipe or texts changed: `old run`." in section
+        assert "on average over 1 run;" in section
 
 
 def test_intervals_of_a_difference_are_paired():

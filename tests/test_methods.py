@@ -36,10 +36,12 @@ def write_cell(cell: Cell, scores: dict[str, list[float]], **changes):
     content = {
         "recipe": cell.recipe.name,
         "digest": cell.recipe.digest,
+        "planned": cell.planned,
         "seed": cell.recipe.seed,
         "train_sha256": ["a"],
         "scoring": run.SCORING,
         "machine": "a machine",
+        "packages": {"peft": "0.20.0"},
         "scores": {
             name: cells.describe_score("accuracy", values, f"rows of {name}")
             | {"base": 0.25, "majority": 0.616}
@@ -124,13 +126,42 @@ def test_all_methods_train_the_same_rows_for_the_same_steps(experiment):
 
 
 def test_results_of_another_recipe_or_scoring_are_missing(experiment):
-    cell = experiment().make_cell("lora", 0.001, 42)
+    cell = experiment().list_rate_cells("lora")[0.001]
     assert not cell.is_done
     write_cell(cell, {"validation": make_values(300, 150)})
     assert cell.is_done
     for key, value in (("digest", "another"), ("scoring", run.SCORING - 1)):
         write_cell(cell, {"validation": make_values(300, 150)}, **{key: value})
         assert not cell.is_done
+
+
+@pytest.mark.parametrize(
+    ("changes", "rates_stand"),
+    [
+        ({"validation": 150}, False),
+        ({"metric": "rouge_l"}, False),
+        ({"limit": 100}, True),
+        ({"datasets": ["fpb", "fiqa", "tfns", "tfns_rest"]}, True),
+    ],
+)
+def test_results_of_another_plan_are_missing(changes, rates_stand, experiment):
+    write_rates(experiment(), BEST)
+    write_tests(experiment())
+    assert not experiment().missing_tests
+    changed = methods.Experiment(
+        SPEC | {"tasks": {TASK: SPEC["tasks"][TASK] | changes}}, experiment().task
+    )
+    assert (not changed.missing_rates) == rates_stand
+    seeds = changed.list_seed_cells("lora", BEST["lora"])
+    assert cells.list_missing(seeds) == [cell.name for cell in seeds]
+
+
+def test_results_of_an_earlier_version_of_a_dataset_s_task_are_missing(experiment):
+    cell = experiment().list_seed_cells("lora", 0.001)[0]
+    planned = json.loads(json.dumps(cell.planned))
+    planned["scores"]["fiqa"]["task_version"] -= 0.1
+    write_cell(cell, {"fiqa": make_values(10, 5)}, planned=planned)
+    assert not cell.is_done
 
 
 def test_what_is_done_is_not_trained_again(experiment, monkeypatch):
@@ -165,7 +196,7 @@ def test_results_hold_the_values_of_rows_and_no_text():
 
 def test_rows_that_differ_between_machines_are_refused(experiment):
     write_rates(experiment(), BEST)
-    cell = experiment().make_cell("lora", 0.001, 42)
+    cell = experiment().list_rate_cells("lora")[0.001]
     write_cell(cell, {"validation": make_values(300, 150)}, train_sha256=["b"])
     with pytest.raises(WrongInput, match="has other rows of training than"):
         cells.refuse_other_rows(experiment().list_finished_cells())
@@ -263,6 +294,62 @@ def test_the_spread_of_methods_at_finloras_rate_stands_beside_that_at_their_best
     sentence = methods_page.conclude_ranking(experiment())[1]
     assert "within 10.0 points (50.0 … 60.0) at FinLoRA's rate of 0.0001" in sentence
     assert "within 0.0 points (66.7 … 66.7) at each one's best" in sentence
+    assert "4 of 4 lie below the most frequent answer alone (61.6)" in sentence
+
+
+def test_a_rate_at_which_all_methods_give_one_answer_is_named(experiment):
+    write_rates(experiment(), BEST)
+    for method in BEST:
+        cell = experiment().list_rate_cells(method)[0.01]
+        write_cell(cell, {"validation": make_values(1000, 616)})
+    text = "\n".join(methods_page.build_rates(experiment()))
+    assert "At 0.01 all methods are right on the same rows" in text
+    write_cell(cell, {"validation": make_values(1000, 616)[::-1]})
+    assert "on the same rows" not in "\n".join(methods_page.build_rates(experiment()))
+
+
+def test_a_table_names_the_dataset_that_decides_it_and_each_dataset_s_difference(experiment):
+    write_rates(experiment(), BEST)
+    for cell in experiment().list_test_cells().values():
+        better = 20 * cell.name.startswith("dora")
+        scores = {"fpb": make_values(100, 50), "fiqa": make_values(100, 50)}
+        write_cell(cell, scores | {"tfns": make_values(800, 500 + better)})
+    text = "\n".join(methods_page.build_tests(experiment(), "best"))
+    assert "80 % of the rows are from tfns" in text
+    assert "is right on 61.6 % of all rows: 61.6 % of fpb" in text
+    row = next(line for line in text.split("by dataset")[1].splitlines() if "DoRA" in line)
+    assert [cell.split()[0] for cell in row.split("|")[2:5]] == ["+0.0", "+0.0", "+2.5"]
+    assert "standard error at its least" in text
+
+
+def test_machines_and_versions_are_told_by_stage(experiment):
+    write_rates(experiment(), BEST)
+    cell = experiment().list_rate_cells("lora")[0.01]
+    write_cell(cell, {"validation": make_values(300, 150)}, packages={"peft": "0.21.2"})
+    lines = methods_page.describe_machines(experiment().group_finished_cells())
+    assert sorted(lines) == [
+        "- a machine (peft 0.20.0): rates (19).",
+        "- a machine (peft 0.21.2): rates (1).",
+    ]
+
+
+def test_the_check_fails_where_page_or_figure_is_missing_or_old(experiment, tmp_path, monkeypatch):
+    for name in ("PAGE", "FIGURE"):
+        monkeypatch.setattr(methods, name, tmp_path / getattr(methods, name).name)
+    monkeypatch.setattr(together, "RESULTS", tmp_path)
+    write_rates(experiment(), BEST)
+    methods.write_page()
+    methods.write_page(check=True)
+    for path in (methods.PAGE, methods.FIGURE):
+        content = path.read_text()
+        path.unlink()
+        with pytest.raises(JobFailed, match=path.name):
+            methods.write_page(check=True)
+        path.write_text(content)
+    drawn = methods_page.mark_drawing([experiment()])
+    assert drawn in content
+    write_cell(experiment().list_rate_cells("lora")[0.01], {"validation": make_values(300, 9)})
+    assert methods_page.mark_drawing([experiment()]) not in content
 
 
 def describe_answers(bare: list[float], calculated: list[float], written: list[float]):
@@ -275,9 +362,12 @@ def describe_answers(bare: list[float], calculated: list[float], written: list[f
     }
 
 
-@pytest.mark.parametrize(("p", "is_shown"), [(0.0002, True), (0.3, False)])
+@pytest.mark.parametrize(
+    ("p", "stated", "is_shown"),
+    [(1e-19, "p < 0.0001", True), (0.0004, "p = 0.0004", True), (0.3, "p = 0.3", False)],
+)
 def test_calculations_are_told_by_seed_and_with_whether_a_difference_is_shown(
-    p, is_shown, tmp_path, monkeypatch
+    p, stated, is_shown, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(worked, "RESULTS", tmp_path / "worked.json")
     assert "Not measured yet" in "\n".join(methods_page.build_worked())
@@ -288,8 +378,17 @@ def test_calculations_are_told_by_seed_and_with_whether_a_difference_is_shown(
     text = "\n".join(methods_page.build_worked())
     assert "| a number | the number | 1.5 | 4.0 (3.0, 5.0) |" in text
     assert "| the value written | 1.0 | 10.0 (10.0, 10.0) |" in text
-    assert "+31.0 points (+20.0 … +40.0)" in text
+    assert f"+31.0 points (+20.0 … +40.0), {stated}" in text
     assert ("no difference is shown" in text) != is_shown
+    assert "do not record the versions" in text
+    for answers in worked.TASKS:
+        content["answers"][answers]["origin"] = worked.describe_origin(answers)
+    common.write_json(worked.RESULTS, content)
+    assert "do not record" not in "\n".join(methods_page.build_worked())
+    content["answers"]["bare"]["origin"]["task_version"] = 0.9
+    common.write_json(worked.RESULTS, content)
+    text = "\n".join(methods_page.build_worked())
+    assert "changed since" in text and "+31.0" not in text
 
 
 def test_the_figure_has_a_line_for_each_method_and_is_the_same_again(experiment, tmp_path):

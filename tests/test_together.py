@@ -101,8 +101,10 @@ def test_a_comparison_waits_for_every_seed_and_uses_the_rows_of_one_test():
     assert same["value"] == 0
     section = "\n".join(methods_page.build_part(part))
     assert "on repaired: different" in section and "equivalent within" in section
-    assert "lower by more than 2 points, as the hypothesis says, is shown" in section
-    assert "higher by more than 2 points, as the hypothesis says, is ruled out" in section
+    assert "The predicted drop of more than 2 points is shown" in section
+    assert "The predicted rise of more than 2 points is ruled out" in section
+    below = "Below the most frequent answer alone: repaired on published, as published on repaired"
+    assert f"- {below}, as published on published." in section
     assert "one answer to all rows" not in section
     part.list_cells("repaired")[0].file.unlink()
     assert part.compare_all() == [None, None]
@@ -111,17 +113,49 @@ def test_a_comparison_waits_for_every_seed_and_uses_the_rows_of_one_test():
     assert part.missing == [part.list_cells("repaired")[0].name]
 
 
-def test_scores_that_one_answer_gives_are_called_that():
+def test_results_of_other_rows_or_tests_than_planned_are_missing():
+    part = together.Part(SPEC, "tasks")
+    for cell in part.list_all_cells():
+        write_cell(cell, {"fpb": make_values(10, 5)})
+    assert not part.missing
+    fewer = SPEC["tests"] | {"ner": SPEC["tests"]["ner"] | {"limit": 100}}
+    for changes, left in (({"rows": 960}, 9), ({"tests": fewer}, 6)):
+        assert len(together.Part(SPEC | changes, "tasks").missing) == left
+
+
+@pytest.mark.parametrize(
+    ("shift", "text"),
+    [
+        (0, "all seeds are right on the same rows, as many as the most frequent answer alone"),
+        (1, "each seed scores what one answer to all rows scores."),
+    ],
+)
+def test_scores_that_one_answer_gives_are_called_that(shift, text):
     part = together.Part(SPEC, "labels")
     for variant, right in (("repaired", 300), ("as published", 308)):
-        for cell in part.list_cells(variant):
-            published = {"tfns_rest_as_published": make_values(500, right)}
-            write_cell(cell, {"tfns_rest": make_values(500, 250)} | published)
+        for number, cell in enumerate(part.list_cells(variant)):
+            values = make_values(500, right)
+            published = values[number * shift :] + values[: number * shift]
+            scores = {"tfns_rest": make_values(500, 250), "tfns_rest_as_published": published}
+            write_cell(cell, scores)
     section = "\n".join(methods_page.build_part(part))
-    line = (
-        "- as published, scored on published: each seed scores what one answer to all rows scores."
-    )
-    assert line in section and section.count("one answer to all rows") == 1
+    assert f"- as published, scored on published: {text}" in section
+    assert section.count("scored on published:") == 1
+
+
+def test_variants_are_compared_on_the_same_test_rows_alone():
+    part = together.Part(SPEC, "labels")
+    tests = {"tfns_rest": make_values(500, 250), "tfns_rest_as_published": make_values(500, 9)}
+    for number, variant in enumerate(part.plan["variants"]):
+        for cell in part.list_cells(variant):
+            write_cell(cell, tests, train_sha256=[number])
+    methods_page.build_part(part)  # other training rows are what is compared
+    for cell in part.list_cells("repaired"):
+        content = json.loads(cell.file.read_text())
+        content["scores"]["tfns_rest"]["data_sha256"] = "others"
+        cell.file.write_text(json.dumps(content))
+    with pytest.raises(WrongInput, match="has other rows of tfns_rest than"):
+        methods_page.build_part(part)
 
 
 def test_an_unknown_part_is_named():
