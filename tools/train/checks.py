@@ -150,7 +150,7 @@ def refuse_unscorable(config: dict[str, Any], where: str, processes: int) -> Non
     """Raises WrongInput where the metric of `metric_for_best_model` cannot be computed."""
     if not (metric := name_metric(config)):
         return
-    from evals.validation import list_task_metrics
+    from evals.validation import explain_unavailable, list_task_metrics
 
     place = f"{where}: metric_for_best_model: {config['metric_for_best_model']}"
     if not (metrics := list_task_metrics(recipes.find_task(config))):
@@ -161,6 +161,8 @@ def refuse_unscorable(config: dict[str, Any], where: str, processes: int) -> Non
     if processes > 1:
         raise WrongInput(f"{place} needs one process; train with NPROC=1, or by eval_loss")
     if not config.get("greater_is_better"):
+    if reason := explain_unavailable(metric):
+        raise WrongInput(f"{place}: {reason}, or take eval_loss")
         raise WrongInput(f"{place} needs greater_is_better: true")
     if not config.get("test_datasets"):
         raise WrongInput(f"{place} needs validation rows under test_datasets")
