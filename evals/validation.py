@@ -8,6 +8,7 @@ not read.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,6 +89,18 @@ def list_task_metrics(task: str | None) -> list[str]:
     return list(dict.fromkeys(metric for name in present for metric in list_metrics(name)))
 
 
+def explain_unavailable(metric: str) -> str:
+    """Why a metric cannot be computed here, where its model is missing; "" where it can be."""
+    from evals.tasks import utils
+
+    try:
+        if metric in utils.CORPUS:
+            utils.CORPUS[metric]([])
+    except utils.Unavailable as error:
+        return f"{metric} is {error}"
+    return ""
+
+
 def find_scorer(task: str | None, rows: Path) -> Scorer:
     """The scorer of a task's validation rows; raises WrongInput where no single rule fits them.
 
@@ -140,8 +153,12 @@ def is_fitting(scorer: Scorer) -> bool:
         loglikelihood_rolling = loglikelihood
 
     rows = scorer.answer(Key(), None)
-    values = (row["values"].get(scorer.metric, 0.0) for row in rows)
+    computed = {name for row in rows for name in row["values"]}  # BERTScore may be left out
+    metric = next((name for name in list_metrics(scorer.dataset) if name in computed), "")
+    values = (row["values"].get(metric, 0.0) for row in rows)
     return all(
-        value == 1 if isinstance(value, float | int) else all(a == b for a, b in value)
+        math.isclose(value, 1, abs_tol=1e-4)
+        if isinstance(value, float | int)
+        else all(a == b for a, b in value)
         for value in values
     )

@@ -405,7 +405,7 @@ LAPTOP = hardware.Host([], 2, 24 * 2**30)
 
 
 def test_a_small_model_is_not_refused_by_its_size(monkeypatch):
-    from tools.train import checks
+    from tools.train import checks, search, tune
 
     monkeypatch.setattr(without_gpu, "measure_multiplying", lambda: 3e11)  # two idle cores
     for name in ("qwen3-0.6b/formula_r4", "llama-3.2-1b/xbrl_term_r4"):
@@ -421,6 +421,9 @@ def test_a_small_model_is_not_refused_by_its_size(monkeypatch):
     small = replace(LAPTOP, memory=2**31)
     with pytest.raises(WrongInput, match="needs a CUDA GPU"):
         checks.require_hardware(recipes.find("llama-3.2-1b/xbrl_term_r4"), small)
+    monkeypatch.setattr(hardware, "detect_host", lambda: LAPTOP)
+    with pytest.raises(WrongInput, match="needs a CUDA GPU(?!.*FORCE)"):  # which a search lacks
+        tune.open_search("sentiment_r4", search.SearchRequest())
 
 
 def test_the_time_follows_from_the_speed_of_the_machine(monkeypatch):

@@ -117,7 +117,7 @@ def test_a_message_about_a_recipe_without_a_file_names_the_recipe():
     recipe = recipes.find(name)
     broken = replace(recipe, config=recipe.config | {"adapter": None})
     with pytest.raises(WrongInput, match=f"^{name}: adapter must be lora or qlora"):
-        checks.refuse_unusable(broken)
+        checks.refuse_unusable(broken.config, broken.where)
     with pytest.raises(WrongInput, match="`make data TASKS=ner` makes it|is not there"):
         checks.describe_data(
             replace(recipe, config=recipe.config | {"datasets": [{"path": "nowhere/x.jsonl"}]})

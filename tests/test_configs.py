@@ -204,7 +204,8 @@ def test_a_config_whose_run_could_not_be_used_is_refused_with_the_reason(
     changed, message, tiny, rows, tmp_path
 ):
     with pytest.raises(WrongInput) as error:
-        checks.refuse_unusable(recipes.find(str(write(tmp_path, tiny, rows, **changed))))
+        recipe = recipes.find(str(write(tmp_path, tiny, rows, **changed)))
+        checks.refuse_unusable(recipe.config, recipe.where)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 

@@ -5,20 +5,22 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import yaml
 
-from tests.conftest import write_recipe
+from tests.conftest import call, write_recipe
 from tools import custom, recipes, sources
-from tools.common import ROOT, WrongInput, digest
+from tools.common import ROOT, JobFailed, WrongInput, digest, write_json
 from tools.data.rules import fingerprint, fingerprint_row
 from tools.runs import Run
-from tools.train import checks, search, tune
+from tools.train import checks, search, trial, tune
 from tools.train.heldout import hold_out
-from tools.train.space import Space, Validation, read_settings
+from tools.train.space import Range, Space, Validation, read_settings
 
 SMALL = "validation: {least: 20, most: 40}\nspace:\n  learning_rate: [0.0005, 0.005]\n"
 
@@ -111,6 +113,11 @@ def test_a_space_is_widened_to_what_the_recipe_has():
         ("spaces: {}", "spaces: "),
         ("validation: {least: 50, most: 20}", "least must not be above most"),
         ("[1, 2]", "sections"),
+        ("evaluations: 1", "greater than or equal to 2"),
+        ("space: {logging_steps: [1, 10]}", "logging_steps is the same for all"),
+        ("space: {learning_rate: [1e-4, 0.0001]}", "each once"),  # YAML reads the first as text
+        ("space: {learning_rate: [0.1, .nan]}", "learning_rate needs finite numbers"),
+        ("space: {weight_decay: {low: 0, high: .inf}}", "low must be below high"),
     ],
 )
 def test_a_wrong_space_is_named_with_file_and_key(tmp_path, text, words):
@@ -120,12 +127,36 @@ def test_a_wrong_space_is_named_with_file_and_key(tmp_path, text, words):
         read_settings(file)
 
 
-def test_a_range_of_what_the_recipe_lacks_is_refused():
-    entries = read_settings(None).space
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("space: {learning_rate: [1e-4, 1e-3], lr_scheduler: [linear]}")
+    assert read_settings(file).space == {"learning_rate": [1e-4, 1e-3], "lr_scheduler": ["linear"]}
+
+
+@pytest.mark.parametrize(
+    ("key", "entry", "own", "words"),
+    [
+        ("learning_rate", {"low": 0.1, "high": 1}, None, "range and the recipe has None"),
+        ("learning_rate", {"low": 0.1, "high": 1}, float("inf"), "the recipe has inf"),
+        ("weight_decay", {"low": 0.1, "high": 1, "log": True}, 0.0, "logarithmic .* has 0.0"),
+        ("special_tokens", [None], {"pad_token": "x"}, "leave it out of the space"),
+    ],
+)
+def test_a_space_that_the_recipe_does_not_fit_is_refused(key, entry, own, words):
+    config = recipes.build_config("smollm2-135m/sentiment_r4") | {key: own}
+    entry = Range(**entry) if isinstance(entry, dict) else entry
+    with pytest.raises(WrongInput, match=f"space: {key} .*{words}"):
+        Space({key: entry}, config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("peft_init_lora_weights", "pissa"), ("adapter", "lora"), ("rl", "dpo")],
+)
+def test_a_space_offers_nothing_that_a_training_refuses(key, value):
     config = recipes.build_config("smollm2-135m/sentiment_r4")
-    del config["learning_rate"]
-    with pytest.raises(WrongInput, match="learning_rate is a range and the recipe has None"):
-        Space(entries, config)
+    with pytest.raises(WrongInput, match=f"^mine, space: .*{key}"):
+        tune.validate_points(Space({key: [value]}, config), "mine")
 
 
 def test_axolotl_takes_every_value_of_the_default_space_and_a_misspelt_key_is_named():
@@ -135,6 +166,13 @@ def test_axolotl_takes_every_value_of_the_default_space_and_a_misspelt_key_is_na
     tune.validate_points(space, "mine")
     with pytest.raises(WrongInput, match="mine, space: Axolotl has no key lora_rank"):
         tune.validate_points(Space({"lora_rank": [4]}, config), "mine")
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan"])
+def test_a_search_needs_time(monkeypatch, capsys, minutes):
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "tune", "smollm2-135m/sentiment_r4", f"--minutes={minutes}")
+    assert "error: MINUTES: " in (text := capsys.readouterr().err) and "a number above 0" in text
 
 
 # ---- rows
@@ -200,14 +238,39 @@ def test_prompts_are_compared_by_all_turns_before_the_answer():
     assert mark("A b", "c") == mark("a  B", "d") != mark("a", "b", "c")
 
 
-def test_rows_without_turns_are_refused(tmp_path):
-    path = tmp_path / "plain.jsonl"
-    path.write_text('{"text": "a"}\n' * 50)
-    config = recipes.build_config("smollm2-135m/formula_r4")
-    config["datasets"][0]["path"] = str(path)
-    recipe = recipes.Recipe("mine", tmp_path / "mine.yaml", config, "1")
-    with pytest.raises(WrongInput, match=r"JSONL rows with turns under messages; .*plain\.jsonl"):
-        hold_out(recipe, Validation(least=2, most=9), tmp_path)
+@pytest.fixture
+def hold_out_of(tmp_path):
+    """Divides 50 rows, each a text with the row's number in place of N."""
+
+    def divide(text: str, **entry):
+        path = tmp_path / "plain.jsonl"
+        path.write_text("".join(text.replace("N", str(n)) + "\n" for n in range(50)))
+        config = recipes.build_config("smollm2-135m/formula_r4")
+        config["datasets"][0] |= {"path": str(path)} | entry
+        recipe = recipes.Recipe("mine", tmp_path / "mine.yaml", config, "1")
+        return hold_out(recipe, Validation(least=2, most=9), tmp_path)
+
+    return divide
+
+
+SHARE_GPT = '{"messages": [{"from": "human", "value": "N?"}, {"from": "gpt", "value": "N"}]}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"text": "N"}', '{"messages": ["a", "b"]}', '{"messages": "N"}', '{"messages": []}', "[1]"]
+    + [SHARE_GPT],
+)
+def test_rows_without_turns_are_refused(hold_out_of, text):
+    words = r"JSONL rows with turns under messages, each with role and content; .*plain\.jsonl"
+    with pytest.raises(WrongInput, match=words):
+        hold_out_of(text)
+
+
+def test_turns_may_have_the_names_that_the_recipe_says(hold_out_of):
+    names = {"role": "from", "content": "value"}
+    division = hold_out_of(SHARE_GPT, message_property_mappings=names)
+    assert (division.trained, division.judged) == (41, 9)
 
 
 # ---- judging
@@ -230,6 +293,21 @@ def test_the_rule_that_fits_the_validation_rows_scores_them(tmp_path):
         find_scorer("general_multi", three)
     with pytest.raises(WrongInput, match="no task of the tables"):
         find_scorer(None, three)
+
+
+@pytest.mark.parametrize("task", ["xbrl_term", "financebench"])
+def test_where_the_metrics_model_is_missing_the_refusal_says_so(tmp_path, monkeypatch, task):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    rows = write_chat(tmp_path / f"{task}_val.jsonl", [("What?", "A word"), ("Who?", "Another")])
+    with pytest.raises(WrongInput, match="JUDGE=metric: bertscore is .*`hf download .*the loss"):
+        search.name_metric_of_rows(task, rows)
+    config = {"datasets": [{"path": f"{task}_train.jsonl"}], "greater_is_better": True}
+    config |= {"test_datasets": [{}], "metric_for_best_model": "eval_bertscore"}
+    with pytest.raises(WrongInput, match="^mine: .*eval_bertscore: .*`hf download .*eval_loss"):
+        checks.refuse_unscorable(config, "mine", 1)
+    checks.refuse_unscorable(config | {"metric_for_best_model": "eval_rouge_l"}, "mine", 1)
 
 
 def test_a_metric_for_the_best_checkpoint_must_be_the_tasks(tmp_path):
@@ -264,6 +342,10 @@ def opened(place, tiny, chat_rows, small):
         return opened
 
     return open_search
+
+
+def stop(*_):
+    raise KeyboardInterrupt
 
 
 def evaluate(opened, number, losses, steps=12):
@@ -314,6 +396,89 @@ def test_a_search_goes_on_where_it_was_left(opened):
     assert [trial.state.name for trial in again.list_trials()] == ["COMPLETE", "RUNNING"]
     assert again.list_trials()[1].params == left.params
     assert again.study.best_value == 2.0
+
+
+def test_a_candidate_goes_on_that_was_interrupted_while_it_was_chosen(opened, monkeypatch):
+    opened().study._pop_waiting_trial_id()  # as `ask` begins
+    again = opened()
+    monkeypatch.setattr(again, "try_candidate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        again.run(lambda: None)
+    (trial,) = again.list_trials()
+    assert (trial.state.name, trial.params) == ("RUNNING", again.space.own)
+
+
+def test_where_the_recipe_fails_the_same_command_goes_on_once_the_cause_is_gone(
+    opened, monkeypatch
+):
+    def fail(*_):
+        raise JobFailed("no space left on the disk")
+
+    def train(file, *_):
+        run = evaluate(first, int(file.stem), [3.0, 2.0])
+        write_json(run.info_file, {"steps": 12})
+        return True
+
+    first = opened(trials=2)
+    for _ in range(2):
+        monkeypatch.setattr(search, "train_candidate", fail)
+        with pytest.raises(JobFailed, match="^the recipe itself cannot be trained: no space left"):
+            first.run(lambda: None)
+        first = opened(trials=2)
+    monkeypatch.setattr(search, "train_candidate", train)
+    first.run(lambda: None)
+    assert [trial.state.name for trial in first.list_trials()] == ["COMPLETE", "COMPLETE"]
+    content = yaml.safe_load((first.folder / "000.yaml").read_text())
+    assert content["logging_steps"] == 1
+
+
+def list_children() -> list[psutil.Process]:
+    return [
+        child for child in psutil.Process().children() if "tools.train.trial" in child.cmdline()
+    ]
+
+
+@pytest.mark.parametrize("interrupt", [stop, lambda: list_children()[0].terminate()])
+def test_an_interruption_of_a_candidate_ends_it_and_is_no_failure(tmp_path, interrupt):
+    with pytest.raises(KeyboardInterrupt):
+        trial.train_candidate(tmp_path / "none.yaml", "cpu", interrupt)
+    assert not list_children()
+
+
+def test_a_log_that_a_crash_cut_goes_on_from_its_whole_lines(opened):
+    first = opened()
+    finish(first, [3.0, 2.0])
+    log = first.folder / "search.log"
+    whole = log.read_bytes()
+    for damage in (b'{"op_code":', b'{"op_code":\n', b"\x00garbage\n"):
+        log.write_bytes(whole + damage)
+        again = opened()
+        assert log.read_bytes().startswith(whole + b"{")
+        assert all(map(json.loads, log.read_text().splitlines()))
+        assert [trial.state.name for trial in again.list_trials()] == ["COMPLETE"]
+    log.write_bytes(b"\x00garbage\n" + whole)
+    with pytest.raises(WrongInput, match=r"search\.log, line 1: damaged; move .*r4 away"):
+        opened()
+
+
+def test_recipe_files_of_one_name_do_not_share_a_search(opened, tmp_path):
+    first = opened()
+    path = tmp_path / "elsewhere" / "r4.yaml"
+    path.parent.mkdir()
+    path.write_bytes(first.recipe.path.read_bytes())
+    recipe = recipes.find(str(path))
+    with pytest.raises(WrongInput, match=r"tune/r4 holds the search of .*r4\.yaml, .*rename"):
+        search.Search(recipe, first.request, "cpu", first.settings).open()
+
+
+def test_a_search_of_other_evaluations_starts_afresh_if_another_checkpoint_would_count(opened):
+    first = opened()
+    config = first.recipe.config
+    changes = {"eval_steps": config["save_steps"]}
+    assert search.keeps_best(config) != search.keeps_best(config | changes)
+    recipe = replace(first.recipe, config=config | changes)
+    other = search.Search(recipe, first.request, "cpu", first.settings)
+    assert other.identify() != first.identify()
 
 
 def test_a_search_of_other_rows_or_settings_starts_afresh(opened, capsys):

@@ -51,6 +51,12 @@ def check_finite(value: float | None) -> float | None:
     return value
 
 
+def check_positive(value: float | None) -> float | None:
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise typer.BadParameter(f"{value} is not a number above 0")
+    return value
+
+
 Recipe = Annotated[
     str | None,
     Argument(
@@ -457,7 +463,7 @@ def tune(
     recipe: NeededRecipe,
     minutes: Annotated[
         float | None,
-        Option(min=0, callback=check_finite, help="How long to search; 60 without TRIALS."),
+        Option(callback=check_positive, help="How long to search; 60 without TRIALS."),
     ] = None,
     trials: Annotated[
         int | None, Option(min=2, help="How many candidates to try, the recipe included.")

@@ -301,11 +301,15 @@ def load_file(path: Path, name: str) -> Recipe:
     ):
         raise WrongInput(f'{shown(path)}: "datasets" must be a list of mappings with a "path"')
     config["output_dir"] = config.get("output_dir") or "model-out"  # Axolotl's default
-    for key in NUMBER_KEYS & config.keys():
-        # YAML 1.1 reads 1e-4 as a text, and Axolotl's schema as a number.
-        with suppress(ValueError, TypeError):
-            config[key] = json.loads(config[key])
+    config |= {key: parse_number(config[key]) for key in NUMBER_KEYS & config.keys()}
     return Recipe(name, path, config, read_version(content.decode()))
+
+
+def parse_number(value: Any) -> Any:
+    """A value of one of NUMBER_KEYS: YAML 1.1 reads 1e-4 as a text, Axolotl's schema a number."""
+    with suppress(ValueError, TypeError):
+        return json.loads(value)
+    return value
 
 
 def read_version(text: str) -> str:

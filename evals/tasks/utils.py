@@ -719,13 +719,13 @@ def bertscore(values: list[list[Pair]]) -> list[float]:
         raise Unavailable(
             f"left out: {BERT} is not in the local cache; `hf download {BERT}` brings it"
         ) from None
-    from bert_score import BERTScorer
-    from bert_score.utils import model2layers
-
-    scorer = BERTScorer(folder, num_layers=model2layers[BERT], use_fast_tokenizer=True)
     scores = [0.0] * len(values)
     pairs = {row: pair for row, (pair,) in enumerate(values) if pair[1].strip()}
     if pairs:
+        from bert_score import BERTScorer
+        from bert_score.utils import model2layers
+
+        scorer = BERTScorer(folder, num_layers=model2layers[BERT], use_fast_tokenizer=True)
         expected, answered = zip(*pairs.values(), strict=True)
         _, _, f1 = scorer.score(list(answered), list(expected))
         for row, value in zip(pairs, f1.tolist(), strict=True):

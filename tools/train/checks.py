@@ -19,11 +19,13 @@ DATA_FILES = {".jsonl", ".json", ".csv", ".parquet", ".txt", ".arrow"}
 OTHER_TRAININGS = ("rl", "reward_model", "process_reward_model", "relora", "pretraining_dataset")
 
 
-def require_hardware(recipe: recipes.Recipe, here: hardware.Host, profile: str = "") -> str:
+def require_hardware(
+    recipe: recipes.Recipe, here: hardware.Host, profile: str = "", advice: str = FORCED
+) -> str:
     """What a catalogue recipe takes on this machine's CPUs, in words; "" on GPUs.
 
     Raises WrongInput, before any download, where it cannot run here: its plan does not fit, or it
-    would take more than a week.
+    would take more than a week. `advice` ends the message.
     """
     if recipe.name not in recipes.list_names():
         return ""
@@ -33,14 +35,16 @@ def require_hardware(recipe: recipes.Recipe, here: hardware.Host, profile: str =
         fits = config.get("fsdp_config") or profiles.fits_gpus(config, here, len(here.gpus))
         if fits or fits is None:  # None: it cannot be planned
             return ""
-        raise WrongInput(f"{explain_need(recipe)}; here: {here}. {FORCED}")
+        raise WrongInput(f"{explain_need(recipe)}; here: {here}. {advice}".rstrip())
     needed = without_gpu.estimate_on_cpu(recipe, here)
     takes = f"up to {needed} on {here}, at the speed of this moment"
     if needed.memory > here.memory or (needed.hours or 0) > without_gpu.LONGEST_HOURS:
         small = f"{smollm2.FOLDER.name}/{recipe.name.partition('/')[2]}"
         runs = small in recipes.list_names() and small != recipe.name
         example = f"What runs here: make train RECIPE={small} " if runs else ""
-        raise WrongInput(f"{explain_need(recipe)}; it would take {takes}. {example}{FORCED}")
+        raise WrongInput(
+            f"{explain_need(recipe)}; it would take {takes}. {example}{advice}".rstrip()
+        )
     return takes
 
 
@@ -111,9 +115,8 @@ def describe_data(recipe: recipes.Recipe) -> list[dict[str, Any]]:
     return files
 
 
-def refuse_unusable(recipe: recipes.Recipe) -> None:
+def refuse_unusable(config: dict[str, Any], where: str) -> None:
     """Raises WrongInput, before anything loads, for a config whose run this project cannot use."""
-    config = recipe.config
     adapter, start = config.get("adapter"), config.get("peft_init_lora_weights", True)
     loftq = ((config.get("peft") or {}).get("loftq_config") or {}).get("loftq_bits")
     refusals = {
@@ -137,7 +140,7 @@ def refuse_unusable(recipe: recipes.Recipe) -> None:
     }
     for text, is_wrong in refusals.items():
         if is_wrong:
-            raise WrongInput(f"{recipe.where}: {text}")
+            raise WrongInput(f"{where}: {text}")
 
 
 def name_metric(config: dict[str, Any]) -> str:
@@ -150,7 +153,7 @@ def refuse_unscorable(config: dict[str, Any], where: str, processes: int) -> Non
     """Raises WrongInput where the metric of `metric_for_best_model` cannot be computed."""
     if not (metric := name_metric(config)):
         return
-    from evals.validation import list_task_metrics
+    from evals.validation import explain_unavailable, list_task_metrics
 
     place = f"{where}: metric_for_best_model: {config['metric_for_best_model']}"
     if not (metrics := list_task_metrics(recipes.find_task(config))):
@@ -158,6 +161,8 @@ def refuse_unscorable(config: dict[str, Any], where: str, processes: int) -> Non
     if metric not in metrics:
         names = ", ".join(f"eval_{name}" for name in ("loss", *metrics))
         raise WrongInput(f"{place}: there are {names}")
+    if reason := explain_unavailable(metric):
+        raise WrongInput(f"{place}: {reason}, or take eval_loss")
     if processes > 1:
         raise WrongInput(f"{place} needs one process; train with NPROC=1, or by eval_loss")
     if not config.get("greater_is_better"):

@@ -36,20 +36,34 @@ class Division:
         return f"{self.trained} rows train, {self.judged} judge{origin}; no test row is read"
 
 
-def read_chat_lines(recipe: recipes.Recipe, entry: dict[str, Any]) -> list[bytes]:
-    """The rows of a data file; raises WrongInput unless it is JSONL with turns."""
+def read_chat_lines(
+    recipe: recipes.Recipe, entry: dict[str, Any]
+) -> tuple[list[bytes], list[bytes]]:
+    """The rows of a data file, and what identifies the prompt of each.
+
+    Raises WrongInput unless it is JSONL with turns.
+    """
     path = find_data_file(recipe, entry["path"])
     field = entry.get("field_messages") or "messages"
+    keys = entry.get("message_property_mappings") or {}
+    role, text = (keys.get(key, key) for key in ("role", "content"))
     lines = [line for line in path.read_bytes().split(b"\n") if line.strip()] if path else []
+    marks = []
     try:
-        if path is None or not all(orjson.loads(line)[field][-1] for line in lines):
+        if path is None:
             raise ValueError
-    except (ValueError, KeyError, TypeError, IndexError):
+        for line in lines:
+            row = orjson.loads(line)
+            turns = [turn | {"role": turn[role], "content": turn.get(text)} for turn in row[field]]
+            if not turns:
+                raise ValueError
+            marks.append(fingerprint_row(row | {field: turns}, field))
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise WrongInput(
-            f"{recipe.where}: a search needs JSONL rows with turns under {field}; "
-            f"{shown(path) if path else entry['path']} has others"
+            f"{recipe.where}: a search needs JSONL rows with turns under {field}, each with {role} "
+            f"and {text}; {shown(path) if path else entry['path']} has others"
         ) from None
-    return lines
+    return lines, marks
 
 
 def hold_out(recipe: recipes.Recipe, sizes: Validation, folder: Path) -> Division:
@@ -58,18 +72,14 @@ def hold_out(recipe: recipes.Recipe, sizes: Validation, folder: Path) -> Divisio
     if len(config["datasets"]) > 1:
         raise WrongInput(f"{recipe.where}: a search needs one training file, and it names several")
     entry = config["datasets"][0]
-    lines = read_chat_lines(recipe, entry)
-    own = [
-        line
-        for other in config.get("test_datasets") or ()
-        if (ROOT / other["path"]).is_file()
-        for line in read_chat_lines(recipe, other)
-    ]
-    field = entry.get("field_messages") or "messages"
-    marks, own_marks = (
-        [fingerprint_row(orjson.loads(line), field) for line in rows] for rows in (lines, own)
-    )
-    copies = Counter(mark for mark in marks if mark not in set(own_marks))
+    lines, marks = read_chat_lines(recipe, entry)
+    own, own_marks = list[bytes](), list[bytes]()
+    for other in config.get("test_datasets") or ():
+        if (ROOT / other["path"]).is_file():
+            other_lines, other_marks = read_chat_lines(recipe, other)
+            own, own_marks = own + other_lines, own_marks + other_marks
+    validating = set(own_marks)
+    copies = Counter(mark for mark in marks if mark not in validating)
     if len(own) > sizes.most:
         drawn = draw_prompts(Counter(own_marks), sizes.most)
         judging = [line for line, mark in zip(own, own_marks, strict=True) if mark in drawn]
@@ -80,7 +90,7 @@ def hold_out(recipe: recipes.Recipe, sizes: Validation, folder: Path) -> Divisio
         wanted = min(max(sizes.least, total // 5), sizes.most, total // 3) - len(own)
         drawn = draw_prompts(copies, wanted) if wanted > 0 and copies else set()
         judging += [line for line, mark in zip(lines, marks, strict=True) if mark in drawn]
-    judged = {*own_marks, *drawn}
+    judged = validating | drawn
     training = [line for line, mark in zip(lines, marks, strict=True) if mark not in judged]
     if len(judging) < 2 or not training:
         raise WrongInput(

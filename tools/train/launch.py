@@ -197,7 +197,7 @@ def train(recipe: recipes.Recipe, choice: profiles.Choice, machines: Machines, f
     is_new = not force and not recipe.run.identity_file.is_file()
     if is_new and (needed := require_hardware(recipe, here, profile)):
         print(f"train      {needed}")
-    refuse_unusable(recipe)
+    refuse_unusable(recipe.config, recipe.where)
     # Axolotl loads torch, and this process stays beside the training.
     run_in_child(check_recipe, recipe, is_new)
     if missing := sources.drop_missing_validation(recipe.config)[1]:

@@ -20,7 +20,16 @@ from typing import Any, Literal
 
 from evals import stats
 from tools import recipes
-from tools.common import ROOT, JobFailed, read_json, run_in_child, write_json
+from tools.common import (
+    ROOT,
+    JobFailed,
+    WrongInput,
+    atomic,
+    read_json,
+    run_in_child,
+    shown,
+    write_json,
+)
 from tools.recipes import Recipe
 from tools.runs import Run
 from tools.train import checks
@@ -58,9 +67,33 @@ def name_search(recipe: Recipe) -> str:
 
 
 def name_metric_of_rows(task: str | None, rows: Path) -> str:
-    from evals.validation import find_scorer
+    from evals.validation import explain_unavailable, find_scorer
 
-    return find_scorer(task, rows).metric
+    metric = find_scorer(task, rows).metric
+    if reason := explain_unavailable(metric):
+        raise WrongInput(f"JUDGE=metric: {reason}, or the loss can judge")
+    return metric
+
+
+def mend_log(file: Path) -> None:
+    """Takes a damaged last line off Optuna's log: a crash may cut it, and Optuna would go on in it.
+
+    Raises WrongInput where another line is damaged.
+    """
+    lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            is_whole = line.endswith(b"\n") and "op_code" in json.loads(line)
+        except (ValueError, TypeError):
+            is_whole = False
+        if not is_whole and number < len(lines):
+            raise WrongInput(
+                f"{shown(file)}, line {number}: damaged; move {shown(file.parent)} away, and the "
+                "search starts afresh"
+            )
+        if not is_whole:
+            with atomic(file) as mended:
+                mended.writelines(lines[:-1])
 
 
 # ---- figures of a training
@@ -133,7 +166,13 @@ class Search:
         """Divides the rows and opens the study, a new one where anything changed."""
         identity = self.identify()
         record = Run(self.folder).identity_file
-        if record.is_file() and read_json(record) != identity:
+        before = read_json(record) if record.is_file() else identity
+        if before.get("recipe") not in (None, identity["recipe"]):
+            raise WrongInput(
+                f"{shown(self.folder)} holds the search of {before['recipe']}, a recipe file of "
+                "the same name; rename one of the two, or move that folder away"
+            )
+        if before != identity:
             say(f"starts afresh: recipe, rows or settings changed; {Run(self.folder).move_aside()}")
         self.division: Division = hold_out(self.recipe, self.settings.validation, self.folder)
         write_json(record, identity)
@@ -145,9 +184,12 @@ class Search:
 
     def identify(self) -> Report:
         """What makes another search where it changes."""
-        data = checks.describe_data(self.recipe)
+        data, path = checks.describe_data(self.recipe), self.recipe.path
+        is_named = self.name == self.recipe.name  # in the catalogue, with a file or without
         identity = {
+            "recipe": self.name if is_named or not path else str(path.resolve()),
             "config": recipes.select_learned(self.recipe.config),
+            "has_best": self.has_best,  # by keys that do not count as learned
             "data": [entry["sha256"] for entry in data],
             "settings": self.settings.model_dump(),
             "equal": self.request.equal,
@@ -161,7 +203,9 @@ class Search:
         from optuna.storages.journal import JournalFileBackend, JournalStorage
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        storage = JournalStorage(JournalFileBackend(str(self.folder / "search.log")))
+        log = self.folder / "search.log"
+        mend_log(log)
+        storage = JournalStorage(JournalFileBackend(str(log)))
         study = optuna.create_study(
             study_name=self.name,
             storage=storage,
@@ -224,22 +268,20 @@ class Search:
             running = self.list_trials("RUNNING")
             if running:  # of a call that was interrupted
                 trial = optuna.trial.Trial(self.study, running[0]._trial_id)
-                if trial.params.keys() != self.space.own.keys():
-                    self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
-                    continue
+                for key, distribution in self.space.build_distributions().items():
+                    trial._suggest(key, distribution)  # what it lacks; else what it has
             elif self.has_budget():
                 trial = self.study.ask(self.space.build_distributions())
             else:
                 return
             self.try_candidate(trial, show)
-            if trial.number == 0 and not self.list_trials("COMPLETE"):
-                (first,) = self.list_trials("FAIL")
-                raise JobFailed(
-                    f"the recipe itself cannot be trained: {first.user_attrs['reason']}"
-                )
 
     def try_candidate(self, trial: Any, show: Callable[[], None]) -> None:
-        """Trains a trial and tells Optuna what came of it."""
+        """Trains a trial and tells Optuna what came of it.
+
+        Raises JobFailed where it is the recipe that fails: nothing can be compared with it, so its
+        trial stays open, and the same command goes on with it once the cause is gone.
+        """
         from optuna.trial import TrialState
 
         run = self.candidate(trial.number).run
@@ -262,20 +304,28 @@ class Search:
                 raise JobFailed("it was never evaluated")
             else:
                 value = judged.value
+                if trial.number == 0:
+                    self.measure_recipe(trial, run)
         except JobFailed as error:
+            if trial.number == 0:
+                raise JobFailed(f"the recipe itself cannot be trained: {error}") from None
             state, reason = TrialState.FAIL, str(error)
         finally:
             trial.set_user_attr("seconds", round(before + time.monotonic() - start, 1))
         if reason:
             trial.set_user_attr("reason", reason)
-        if state == TrialState.COMPLETE and trial.number == 0:
-            speed, steps = measure_speed(run), run.info["steps"]
-            trial.set_user_attr("steps", steps)
-            trial.set_user_attr("tokens_per_row", speed.tokens / speed.steps / self.own_batch)
-            trial.set_user_attr("training_seconds", speed.seconds / speed.steps * steps)
         self.study.tell(trial, value, state=state)
         run.remove_weights()
         show()
+
+    def measure_recipe(self, trial: Any, run: Run) -> None:
+        """Notes what the recipe costs, which is what other candidates may cost."""
+        steps = run.info["steps"]
+        trial.set_user_attr("steps", steps)
+        if self.request.equal == "time":
+            speed = measure_speed(run)
+            trial.set_user_attr("tokens_per_row", speed.tokens / speed.steps / self.own_batch)
+            trial.set_user_attr("training_seconds", speed.seconds / speed.steps * steps)
 
     @property
     def own_batch(self) -> int:

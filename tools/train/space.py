@@ -29,6 +29,8 @@ FIXED = {
     *("max_steps", "num_epochs", "eval_steps", "save_steps", "evals_per_epoch", "saves_per_epoch"),
     *("output_dir", "dataset_prepared_path", "micro_batch_size", "gradient_accumulation_steps"),
     *("load_best_model_at_end", "metric_for_best_model", "early_stopping_patience"),
+    *("eval_strategy", "save_strategy", "eval_sample_packing", "eval_batch_size"),
+    *("greater_is_better", "logging_steps"),
 }
 Choice = str | int | float | bool | list[str] | None
 Point = dict[str, Any]
@@ -45,7 +47,7 @@ class Range(Section):
 
     @model_validator(mode="after")
     def check_order(self) -> Self:
-        if not self.low < self.high or (self.log and self.low <= 0):
+        if not -math.inf < self.low < self.high < math.inf or (self.log and self.low <= 0):
             raise ValueError("low must be below high, and above 0 on a logarithmic scale")
         return self
 
@@ -64,7 +66,7 @@ class Validation(Section):
 class SearchSettings(Section):
     space: dict[str, Range | list[Choice]] = Field(min_length=1)
     validation: Validation
-    evaluations: int = Field(ge=1)
+    evaluations: int = Field(ge=2)  # transformers takes 1 / 1 for "at each step"
     reduction: int = Field(ge=2)
 
     @model_validator(mode="after")
@@ -72,6 +74,11 @@ class SearchSettings(Section):
         for key, entry in self.space.items():
             if key in FIXED:
                 raise ValueError(f"{key} is the same for all candidates; leave it out of the space")
+            if isinstance(entry, list):
+                if key in recipes.NUMBER_KEYS:
+                    entry[:] = map(recipes.parse_number, entry)
+                if not all(math.isfinite(n) for n in entry if isinstance(n, float)):
+                    raise ValueError(f"{key} needs finite numbers")
             if key == BATCH and not (
                 isinstance(entry, list) and all(type(n) is int and n > 0 for n in entry)
             ):
@@ -112,6 +119,29 @@ def round_number(number: float) -> float:
     return number if isinstance(number, int) else float(f"{number:.3g}")
 
 
+def is_choice(value: Any) -> bool:
+    """Whether a value of a recipe can be one of a list of choices."""
+    values = value if isinstance(value, list) else [value]
+    kinds: Any = str if isinstance(value, list) else str | int | float | None
+    return all(isinstance(part, kinds) for part in values)
+
+
+def widen(key: str, entry: Range, value: Any) -> Range:
+    """A range that holds what the recipe has; raises WrongInput where none can."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
+        raise WrongInput(
+            f"space: {key} is a range and the recipe has {value}; a list of choices is needed"
+        )
+    if entry.log and value <= 0:
+        raise WrongInput(
+            f"space: {key} is a range on a logarithmic scale and the recipe has {value}; leave out "
+            "log, or write a list of choices"
+        )
+    widened = {"low": min(entry.low, value), "high": max(entry.high, value)}
+    return entry.model_copy(update=widened)
+
+
 class Space:
     """The values to try around a recipe's config, which is one of the points."""
 
@@ -122,15 +152,13 @@ class Space:
         for key, entry in entries.items():
             value = self.read_own(key)
             if isinstance(entry, Range):
-                if isinstance(value, bool) or not isinstance(value, int | float):
-                    raise WrongInput(
-                        f"space: {key} is a range and the recipe has {value}; a list of choices "
-                        "is needed"
-                    )
-                widened = {"low": min(entry.low, value), "high": max(entry.high, value)}
-                self.ranges[key] = entry.model_copy(update=widened)
-                self.own[key] = value
+                self.ranges[key], self.own[key] = widen(key, entry, value), value
                 continue
+            if not is_choice(value):
+                raise WrongInput(
+                    f"space: {key} is {value} in the recipe, and only plain values and lists of "
+                    "names can be searched; leave it out of the space"
+                )
             choices = {encode(choice): self.decode(key, choice) for choice in entry}
             stored = [name for name, choice in choices.items() if choice == value]
             if not stored:

@@ -5,6 +5,7 @@
 The candidates of a search share the prepared rows, which lie beside them.
 """
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from tools.train.machines import Machines
 from tools.train.process import die_with_parent
 
 POLL = 0.5  # seconds between two looks at a training
+# How a candidate ends that was interrupted: by our own command, or before that handles signals.
+INTERRUPTED = {130, -signal.SIGINT, -signal.SIGTERM}
 PROBED_STEPS = 8  # enough to know how long a step takes
 # What a recipe says of its own evaluations, checkpoints and data; a search sets its own.
 REPLACED = {
@@ -63,6 +66,7 @@ class Candidate:
             "datasets": [entry | {"path": shown(measures.division.train)}],
             "output_dir": shown(self.run.folder),
             "load_best_model_at_end": False,
+            "logging_steps": 1,  # a step's time is the one between two logged steps
         }
         content |= {"max_steps": steps} if steps else {}
         if probes:
@@ -103,17 +107,20 @@ def train_candidate(file: Path, profile: str, should_stop: Callable[[], bool]) -
         preexec_fn=die_with_parent,
     )
     is_stopped, errors = False, None
-    while errors is None:
-        try:
-            _, errors = process.communicate(timeout=POLL)
-        except subprocess.TimeoutExpired:
-            if not is_stopped and should_stop():
-                process.terminate()
-                is_stopped = True
-        except BaseException:
-            process.terminate()
-            process.communicate()
-            raise
+    try:
+        while errors is None:
+            try:
+                _, errors = process.communicate(timeout=POLL)
+            except subprocess.TimeoutExpired:
+                if not is_stopped and should_stop():
+                    process.terminate()
+                    is_stopped = True
+    except BaseException:
+        process.terminate()
+        process.communicate()
+        raise
+    if process.returncode in INTERRUPTED and not is_stopped:
+        raise KeyboardInterrupt  # a scheduler may signal the child first
     if process.returncode and not is_stopped:
         lines = errors.strip().splitlines() or [f"exit status {process.returncode}"]
         raise JobFailed(lines[-1].removeprefix("error: "))
@@ -143,7 +150,10 @@ def measure_speed(run: Run) -> Speed:
         if "loss" in before and "loss" in after and after["step"] == before["step"] + 1
     ]
     if not pairs:
-        raise JobFailed(f"{run}: too few steps to measure their time")
+        raise JobFailed(
+            f"{run}: too few steps without an evaluation to measure their time; EQUAL=steps does "
+            "not need it"
+        )
     seconds = sum(after["seconds"] - before["seconds"] for before, after in pairs)
     tokens = sum(after["real_tokens"] - before["real_tokens"] for before, after in pairs)
     return Speed(seconds, tokens, len(pairs))

@@ -38,9 +38,11 @@ RESULTS = ROOT / "results" / "_tune"
 
 
 def validate_points(space: Space, where: str) -> None:
-    """Raises WrongInput where Axolotl rejects a value of the space."""
+    """Raises WrongInput where Axolotl or `make train` rejects a value of the space."""
     for point in space.list_extremes():
-        recipes.validate(space.apply(point), f"{where}, space")
+        config = space.apply(point)
+        recipes.validate(config, f"{where}, space")
+        checks.refuse_unusable(config, f"{where}, space")
 
 
 # ---- what came of it
@@ -289,8 +291,8 @@ def open_search(name: str, request: SearchRequest) -> Search:
     recipe, here = recipes.find(name), hardware.detect_host()
     settings = read_settings(request.space)
     profile, _, reason = profiles.choose(here, profiles.Choice(request.profile, 1), 1)
-    checks.require_hardware(recipe, here, profile)
-    checks.refuse_unusable(recipe)
+    checks.require_hardware(recipe, here, profile, advice="")  # a search has no FORCE
+    checks.refuse_unusable(recipe.config, recipe.where)
     search = Search(recipe, request, profile, settings)
     run_in_child(validate_points, search.space, recipe.where)
     smollm2.ensure(recipe.config["base_model"])
