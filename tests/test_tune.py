@@ -542,15 +542,25 @@ def test_the_report_says_what_was_gained_and_how_much_is_luck(opened, capsys):
     assert "validation loss" in (found.folder / "figure.svg").read_text()
 
 
-def test_where_nothing_is_better_the_recipe_stays(opened, capsys):
+def test_a_winner_that_fails_with_another_seed_is_told(opened, capsys):
+    found = opened()
+    finish(found, [3.0, 2.0])
+    finish(found, [2.5, 1.5])
+    tune.print_winner(tune.build_report(found, "out of memory"))
+    assert "with seed 43 it failed: out of memory" in capsys.readouterr().out
+
+
+def test_where_nothing_is_better_the_recipe_stays_and_is_not_trained_again(opened, capsys):
     found = opened()
     finish(found, [3.0, 2.0])
     finish(found, [4.0], state="PRUNED")
-    report = tune.build_report(found, "out of memory")
+    report = tune.build_report(found, found.confirm())
     assert report["changes"] == {} and report["next_version"] == found.recipe.version
+    assert report["winner"]["another_seed"] is None
     tune.print_winner(report)
     printed = capsys.readouterr().out
-    assert "it stays as it is" in printed and "with seed 43 it failed: out of memory" in printed
+    assert "no candidate of 1 learned more" in printed and "stays as it is" in printed
+    assert "trained with another seed" not in printed
 
 
 # ---- what comes of it

@@ -391,16 +391,22 @@ class Search:
 
     # -- the winner
 
-    def confirm(self) -> Judged | str:
-        """Trains the winner with another seed; what came of it, or why it failed."""
+    def confirm(self) -> Judged | str | None:
+        """Trains the winner with another seed; what came of it, or why it failed.
+
+        None where the recipe itself has won: there is no gain that could be luck.
+        """
         best = self.study.best_trial
+        if not best.number:
+            return None
+        say("the winner is trained with another seed")
         candidate = self.candidate(best.number, "-again")
         config = candidate.config | {"seed": self.seed + 1}
         candidate = Candidate(self.folder, candidate.name, config)
         if not candidate.run.is_finished:
-            steps = best.user_attrs["steps"] if best.number else None
+            file = candidate.write(self.measures, best.user_attrs["steps"])
             try:
-                train_candidate(candidate.write(self.measures, steps), self.profile, lambda: False)
+                train_candidate(file, self.profile, lambda: False)
             except JobFailed as error:
                 return str(error)
             candidate.run.remove_weights()

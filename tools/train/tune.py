@@ -5,7 +5,8 @@
 Optuna proposes candidates from the space of recipes/tune.yaml. Each trains in a process of its own,
 at the cost of the recipe in time or steps, is judged by validation rows alone, and is stopped early
 where it falls behind (successive halving). The first candidate is the recipe as it stands; all have
-its seed. The winner is trained once more with another seed, which shows how much of it was luck.
+its seed. A winner that is not the recipe is trained once more with another seed, which shows how
+much of it was luck.
 
 The search lies in runs/.tune/<recipe>/ and goes on where it was interrupted. What came of it goes
 to results/_tune/<recipe>.json, with a figure beside it.
@@ -100,18 +101,21 @@ def describe_trial(search: Search, trial: Any) -> Report:
     }
 
 
-def build_report(search: Search, again: Judged | str) -> Report:
-    """What results/_tune/<recipe>.json holds."""
+def build_report(search: Search, again: Judged | str | None) -> Report:
+    """What results/_tune/<recipe>.json holds.
+
+    again: what came of the winner with another seed, or why it failed; None where it was not tried.
+    """
     request, recipe, division = search.request, search.recipe, search.division
     best = search.study.best_trial
     first, winner = (search.judge(search.candidate(n).run) for n in (0, best.number))
     assert first and winner  # complete trials were evaluated
     changes = list_changes_of_winner(search)
-    second = (
-        {"seed": search.seed + 1, "failed": again}
-        if isinstance(again, str)
-        else {"seed": search.seed + 1, **again.describe(), "gain": first.compare(again)}
-    )
+    second: Report | None = None
+    if isinstance(again, str):
+        second = {"seed": search.seed + 1, "failed": again}
+    elif again:
+        second = {"seed": search.seed + 1, **again.describe(), "gain": first.compare(again)}
     return {
         "recipe": search.name,
         "recipe_version": recipe.version,
@@ -193,15 +197,18 @@ def print_winner(report: Report) -> None:
             f"{judged_by} of candidate {winner['number']}: {winner['value']:.4f}, "
             f"{format_gain(winner['gain'])}, the best of {tried}, so partly luck"
         )
+    if not report["changes"]:
+        say(
+            f"no candidate of {tried - 1} learned more than {name}, which stays as it is; a "
+            "larger MINUTES or TRIALS searches on"
+        )
+        return
     again = winner["another_seed"]
     if "failed" in again:
         say(f"with seed {again['seed']} it failed: {again['failed']}")
     else:
         gain = format_gain(again["gain"])
         say(f"with seed {again['seed']} instead of {report['seed']}: {again['value']:.4f}, {gain}")
-    if not report["changes"]:
-        say(f"nothing learned more than {name}; it stays as it is")
-        return
     if name in recipes.list_names() and not recipes.is_local(name):
         say("for recipes/matrix.yaml, the last entries of the two tables:")
         print(format_entries(report), end="")
@@ -312,7 +319,6 @@ def tune(name: str, request: SearchRequest) -> tuple[Recipe, Report]:
         say(f"{search.division}; judged by {search.measures.metric or 'loss'}")
         with LiveTable(search) as table:
             search.run(table.show)
-        say("the winner is trained with another seed")
         report = build_report(search, search.confirm())
     file = RESULTS / f"{search.name}.json"
     write_json(file, report)
