@@ -261,6 +261,24 @@ def test_the_scorer_answers_as_a_plain_generate_loop_does(base, workplace, reque
     assert [row["expected"] for row in scored] == [key(row) for row in rows]
 
 
+def test_a_model_that_is_trained_answers_as_it_does_outside_of_a_training(tiny, workplace):
+    """Its hooks tell the packs of a training from those of scoring, which validates by a metric."""
+    from evals.model import Model
+    from tools.train.batches import compute_answer_logits_only
+    from tools.train.shared_prefix import accept_packs
+
+    model, tokenizer = models.load({"base_model": str(tiny)})
+
+    def answer():
+        scored, _ = evaluation.measure(Model(model, tokenizer, "x", 16), "fpb", 16, Prompts("chat"))
+        return [row["answer"] for row in scored]
+
+    outside = answer()
+    compute_answer_logits_only(model)
+    accept_packs(model)
+    assert answer() == outside
+
+
 def test_the_probabilities_of_labels_are_those_of_a_plain_forward_pass(tiny, workplace, tmp_path):
     import torch
 

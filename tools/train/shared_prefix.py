@@ -81,7 +81,7 @@ def accept_packs(model: Any) -> None:
         return args, kwargs | extra | trained
 
     def after(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        if "segments" not in kwargs:
+        if "packed_labels" not in kwargs:  # the packs of scoring have segments as well
             return None
         logits = output.logits[0].float()
         losses = torch.nn.functional.cross_entropy(
