@@ -87,8 +87,8 @@ def list_row_values(scores: dict[str, Any], metric: str) -> list[float]:
 
 def describe_gain(gain: dict[str, Any]) -> str:
     """A difference of two shares in points, with its interval and p."""
-    points = (100 * gain[key] for key in ("value", "low", "high"))
-    return "{:+.1f} points ({:+.1f} … {:+.1f}), {}".format(*points, state_p(gain["p"]))
+    value, low, high = (100 * gain[key] for key in ("value", "low", "high"))
+    return f"{value:+.1f} points ({low:+.1f} … {high:+.1f}), {state_p(gain['p'])}"
 
 
 def state_p(p: float) -> str:
