@@ -219,6 +219,8 @@ def explain_stale(result: Result) -> str:
         recipe = read_recipe(result.recipe)
     except WrongInput:
         return "the recipe is not there any more"
+    if recipe.name != result.recipe:
+        return f"the recipe is named {recipe.name} now"
     if recipe.digest != result.digest:
         return f"the recipe has changed since version {result.version}"
     if recipe.task is None or recipe.task not in sources.tables()["tasks"]:

@@ -176,6 +176,10 @@ def test_what_is_not_permitted_in_a_file_is_replaced():
         ({"scoring": SCORING - 1}, "answers are scored otherwise now"),
         ({"recipe": "smollm2-135m/nothing_r4"}, "the recipe is not there any more"),
         (
+            {"recipe": "smollm2-135m/sentiment_r4_all"},
+            "the recipe is named smollm2-135m/sentiment_tuned now",
+        ),
+        (
             {"datasets": {"fpb": describe_dataset("fpb", (42, 43)) | {"task_version": "0.9"}}},
             f"fpb has task version {find_task_version('fpb')} now, and had 0.9",
         ),
