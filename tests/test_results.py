@@ -447,6 +447,7 @@ def test_the_readme_stays_short_however_much_is_measured(folder):
     results_page.write()
     text = results_page.README.read_text()
     assert len(text.splitlines()) <= 120 and "[Results](docs/results.md) has 24 more." in text
+    assert text.count("| [`smollm2-135m/") == 8  # a recipe is shown with all its datasets or not
     assert results_page.PAGE.read_text().count("## smollm2-135m/") == 8
 
 
