@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from evals import results
 from evals.results import Result
 from tests.conftest import losses
 from tests.test_results import DEVICE, describe_result, describe_rows
 from tools import common, recipes, runs, sources
-from tools.common import ROOT, WrongInput
+from tools.common import ROOT, JobFailed, WrongInput
 from tools.runs import Run
 from tools.train import checks, hardware, status, verify
 from tools.train.verify import Verification
@@ -167,8 +168,15 @@ def test_a_recipe_without_a_name_or_a_task_is_refused_before_anything_is_done(tm
     assert verify.find_named_recipe("sentiment_r4").name == "llama-3.1-8b/sentiment_r4"
 
 
-def test_a_recipe_on_rows_of_no_task_is_refused(tmp_path, monkeypatch):
-    file = tmp_path / "tiny" / "mine_r4.yaml"
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("mine_r4", "mine_r4.yaml: it trains on rows of no task"),
+        ("my recipe", "my recipe.yaml: the name of a recipe with a result has letters, digits"),
+    ],
+)
+def test_a_recipe_that_no_result_can_be_of_is_refused(name, reason, tmp_path, monkeypatch):
+    file = tmp_path / "tiny" / f"{name}.yaml"
     file.parent.mkdir()
     config = recipes.build_config(NAME)
     config["datasets"][0]["path"] = "rows.jsonl"
@@ -176,11 +184,34 @@ def test_a_recipe_on_rows_of_no_task_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, "LOCAL", tmp_path)
     recipes.clear_caches()
     try:
-        with pytest.raises(WrongInput, match="mine_r4.yaml: it trains on rows of no task"):
-            verify.find_named_recipe("tiny/mine_r4")
+        with pytest.raises(WrongInput, match=reason):
+            verify.find_named_recipe(f"tiny/{name}")
     finally:
         monkeypatch.undo()
         recipes.clear_caches()
+
+
+def test_a_result_stays_until_the_one_that_replaces_it_is_whole(tmp_path, monkeypatch):
+    """With FORCE=1 and a training that fails."""
+    device = hardware.detect_host().describe_machine(1)
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    results.write_result(Result.model_validate(describe_result(device=device)))
+    path = results.locate_result(NAME, device)
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise JobFailed("out of memory")
+
+    monkeypatch.setattr(verify, "prepare_data", lambda task: None)
+    monkeypatch.setattr(verify, "list_data", lambda recipe, datasets: [])
+    monkeypatch.setattr(verify.run, "choose_datasets", lambda task, names: names)
+    monkeypatch.setattr(verify.launch, "train", fail)
+    request_ = Verification(datasets=("fpb",), force=True)
+    with pytest.raises(JobFailed, match="out of memory"):
+        verify.verify(NAME, request_)
+    assert not path.exists()  # the same command without FORCE=1 goes on
+    assert path.with_name(f"{path.name}.previous").read_bytes() == before
+    assert results.load_results() == []
 
 
 def test_a_commit_is_told_with_whether_the_code_differs_from_it(tmp_path, monkeypatch):
