@@ -27,7 +27,7 @@ DATASETS = {
 def compare_answers(free: report.Content, limited: report.Content) -> dict[str, Any]:
     """The first metric of two score files on the same rows, and what the constraint gains."""
     metric = next(iter(free["metrics"]))
-    gain = stats.compare(metric, report.values(free, metric), report.values(limited, metric))
+    gain = stats.compare(metric, *report.select_shared(metric, [free, limited]))
     unread = sum(row["answered"] == NONE for row in free["predictions"])
     return {
         "metric": metric,
