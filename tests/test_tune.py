@@ -664,7 +664,7 @@ class WholeSearch:
         self.space = folder / "space.yaml"
         self.space.write_text(
             "validation: {least: 20, most: 40}\nspace:\n"
-            "  learning_rate: [0.0005, 0.005]\n  lora_dropout: [0.05, 1.5]\n  lora_r: [4, 8]\n"
+            "  learning_rate: [0.0005, 0.005]\n  lora_dropout: [1.5, 0.05]\n  lora_r: [4, 8]\n"
         )
         self.place = folder / "tune" / "r4"
 
