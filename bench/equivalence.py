@@ -53,11 +53,11 @@ def combine_squares(squares: tuple[Any, Any, Any], rows: int, seeds: int) -> tup
     squares: numbers, or an array of each with an entry for every experiment.
     """
     of_rows, of_seeds, of_error = squares
-    total = of_seeds + np.maximum(of_rows - of_error, 0.0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        freedom = np.where(of_seeds > 0, total**2 / (of_seeds**2 / (seeds - 1)), rows - 1)
-    variance = np.maximum(total / (rows * seeds), find_least_error(rows) ** 2)
-    return variance, np.minimum(freedom, rows - 1)
+    shared, all_values = np.maximum(of_rows - of_error, 0.0), rows * seeds
+    variance, freedom = stats.combine_variances(
+        shared / all_values, of_seeds / all_values, rows, seeds
+    )
+    return np.maximum(variance, find_least_error(rows) ** 2), freedom
 
 
 def compare_means(differences: Array, margin: float) -> dict[str, Any]:

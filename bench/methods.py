@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bench import equivalence, methods_page
+from bench import equivalence, methods_figure, methods_page
 from bench.cells import (
     Cell,
     ScoredSet,
@@ -30,6 +30,7 @@ from bench.cells import (
     work_through,
 )
 from bench.jobs import UNVALIDATED, choose_names, require_rows, vary
+from evals.figures import is_drawn_from
 from tools import recipes
 from tools.common import ROOT, JobFailed, atomic, command, quiet, read_yaml, shown
 from tools.recipes import Recipe
@@ -229,18 +230,17 @@ def open_experiments(tasks: str = "") -> list[Experiment]:
 def write_page(check: bool = False) -> None:
     """Writes the page and its figure; with `check`, raises JobFailed where one is old."""
     experiments = open_experiments()
-    page = methods_page.build_page(experiments)
-    mark = methods_page.mark_drawing(experiments)
-    contents = {path: path.read_text(encoding="utf-8") for path in (PAGE, FIGURE) if path.is_file()}
-    is_figure_old = bool(mark) and mark not in contents.get(FIGURE, "")
-    old = [PAGE] * (contents.get(PAGE) != page) + [FIGURE] * is_figure_old
+    page, drawn = methods_page.build_page(experiments), methods_figure.describe_drawn(experiments)
+    is_page_old = not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page
+    is_figure_old = bool(drawn) and not is_drawn_from(FIGURE, drawn)
+    old = [PAGE] * is_page_old + [FIGURE] * is_figure_old
     if check and old:
         raise JobFailed(f"{shown(old[0])} is not what results/ holds; `make results` writes it")
     if PAGE in old:
         with atomic(PAGE) as file:
             file.write(page.encode())
     if FIGURE in old:
-        methods_page.draw_rates(experiments, FIGURE)
+        methods_figure.draw_rates(experiments, FIGURE)
 
 
 @command

@@ -1,24 +1,30 @@
-"""docs/methods.md and its figure, from results/{_methods,_together}/ and results/*.json.
+"""docs/methods.md, from results/{_methods,_together}/ and results/*.json.
 
 Every number comes from these files or from the plans in bench/*.yaml. Where trainings are missing,
 the page names them and draws no conclusion from the others.
 """
 
-import hashlib
-import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from bench import equivalence, forgetting, together, worked
+from bench import equivalence, together
 from bench.cells import Cell, collect_columns, list_missing, refuse_other_rows
-from bench.jobs import describe_gain, state_p
 from bench.performance import build_table
+from bench.sections import build_forgetting, build_part, build_worked, describe_part
+from bench.texts import (
+    ROUNDED,
+    describe_largest,
+    describe_majorities,
+    describe_missing,
+    format_difference,
+    format_points,
+    format_range,
+    format_seeds,
+    is_constant,
+    quote,
+)
 from evals import report, stats
-from evals.figures import COLOURS, MARKERS
-from tools.common import atomic, read_json
 
 if TYPE_CHECKING:
     from bench.methods import Experiment
@@ -85,81 +91,6 @@ MACHINES = """\
 Rounding differs between machines and versions, so a rate chosen on one need not be the best on
 another. In brackets: trainings."""
 FINLORAS_RATE = 1e-4  # of all its methods
-ROUNDED = 1e-4  # shares in files of results have four decimals
-WORKED = """\
-FinLoRA's Financial Math asks for a bare number. The task
-[`formula_worked`](data.md#calculations) asks for the calculation and its value instead."""
-# What was trained and scored in results/worked.json: the answer, and what of it counts.
-WORKED_SCORES = {
-    ("bare", "accuracy"): ("a number", "the number"),
-    ("worked", "accuracy"): ("a calculation and its value", "what the calculation comes to"),
-    ("worked", "numeric_accuracy"): ("a calculation and its value", "the value written"),
-}
-
-
-def format_points(value: float, signed: bool = False) -> str:
-    return f"{100 * value:{'+' if signed else ''}.1f}"
-
-
-def format_seeds(mean: float, seeds: Sequence[float]) -> str:
-    return f"{format_points(mean)} ({', '.join(map(format_points, seeds))})"
-
-
-def format_difference(comparison: dict[str, Any]) -> str:
-    value, low, high = (format_points(comparison[key], True) for key in ("value", "low", "high"))
-    return f"{value} ({low} … {high})"
-
-
-def format_range(values: Sequence[float]) -> str:
-    low, high = min(values), max(values)
-    return f"{format_points(high - low)} points ({format_points(low)} … {format_points(high)})"
-
-
-def quote(text: str) -> str:
-    return "> " + " ".join(text.split())
-
-
-def list_names(names: Sequence[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
-
-
-def describe_majorities(cells: Sequence[Cell], datasets: Sequence[str]) -> list[str]:
-    """A sentence on what the most frequent answer alone would score; none where it is no label."""
-    first = next((cell for cell in cells if cell.is_done), None)
-    scores: dict[str, Any] = first.content["scores"] if first else {}
-    shares = [
-        f"{format_points(scores[name]['majority'])} % of {name.replace('_', ' ')}"
-        for name in datasets
-        if "majority" in scores.get(name, {})
-    ]
-    if not first or not shares:
-        return []
-    if len(datasets) == 1 or len(shares) < len(datasets):
-        return [f"The most frequent answer alone is right on {', '.join(shares)} rows."]
-    overall = format_points(average_score(first, datasets, "majority"))
-    return [
-        f"The most frequent answer of each dataset alone is right on {overall} % of all rows: "
-        f"{', '.join(shares)}."
-    ]
-
-
-def describe_largest(cell: Cell, datasets: Sequence[str]) -> list[str]:
-    """A sentence on the dataset that has most of the rows; none where no dataset has."""
-    rows = {name: cell.content["scores"][name]["rows"] for name in datasets}
-    largest = max(rows, key=lambda name: rows[name])
-    share = rows[largest] / sum(rows.values())
-    if len(rows) == 1 or share <= 0.5:
-        return []
-    return [f"{100 * share:.0f} % of the rows are from {largest}, so verdicts are mostly about it."]
-
-
-def describe_missing(what: str, missing: Sequence[str], total: int) -> list[str]:
-    """A line on how much of a stage is done; with the names of what is missing."""
-    if not missing:
-        return [f"- {what}: all {total} trainings are done."]
-    if len(missing) == total:
-        return [f"- {what}: none of {total} trainings is done."]
-    return [f"- {what}: {total - len(missing)} of {total} done. Missing: {list_names(missing)}."]
 
 
 # ---- the ranking
@@ -384,217 +315,7 @@ def conclude_ranking(experiment: "Experiment") -> list[str]:
     return lines
 
 
-# ---- tasks together, swapped labels
-
-
-def describe_part(part: together.Part) -> list[str]:
-    total = len(part.plan["variants"]) * len(part.spec["seeds"])
-    return describe_missing(part.plan["title"], part.missing, total)
-
-
-def build_part(part: together.Part) -> list[str]:
-    """A section: the hypothesis, scores by variant and test, and the comparisons."""
-    plan, spec = part.plan, part.spec
-    # Variants train on other rows, and are compared on the same test rows.
-    refuse_other_rows(part.list_finished_cells(), same_training=False)
-    lines = [f"## {plan['title']}", "", quote(plan["hypothesis"]), ""]
-    scored = [(name, test) for name, entry in plan["variants"].items() for test in entry["tests"]]
-    rows = [build_variant(part, *pair) for pair in scored]
-    headings = ["trained on", "scored on", "majority", "base", "accuracy, % (each seed)"]
-    lines += ["Majority: the most frequent answer alone.", "", *build_table(headings, rows)]
-    lines += describe_below(part, scored)
-    for variant, test in scored:
-        lines += describe_constant(part, variant, test)
-    for pair, comparison in zip(plan["compared"], part.compare_all(), strict=True):
-        name = f"{pair['variant']} against {pair['against']}, on {pair['test']}"
-        if comparison is None:
-            lines.append(f"- {name}: no conclusion, trainings are missing.")
-        else:
-            verdict = equivalence.describe_verdict(comparison, spec["margin"])
-            points = f"{format_difference(comparison)} points over {len(spec['seeds'])} seeds"
-            lines.append(f"- {name}: {verdict}; {points}, {state_p(comparison['p'])} (Holm).")
-            verdict = equivalence.judge_direction(comparison, spec["margin"], pair["expected"])
-            change = "drop" if pair["expected"] == "lower" else "rise"
-            least = f"{100 * spec['margin']:g} points"
-            lines.append(f"  The predicted {change} of more than {least} is {verdict}.")
-    if not part.missing:
-        lines.append(f"- {plan['note']}")
-    return [*lines, ""]
-
-
-def build_variant(part: together.Part, variant: str, test: str) -> list[str]:
-    """The row of a variant in the table of a part."""
-    cells, datasets = part.list_cells(variant), part.find_test(test).datasets
-    if list_missing(cells):
-        return [variant, test, "", "", "missing"]
-    refuse_other_rows(cells)
-    means = collect_columns(cells, datasets).mean(0)
-    sides = (average_score(cells[0], datasets, side) for side in ("majority", "base"))
-    return [variant, test, *map(format_points, sides), format_seeds(means.mean(), means)]
-
-
-def describe_constant(part: together.Part, variant: str, test: str) -> list[str]:
-    """A line where a variant scores what the most frequent answer alone scores."""
-    cells, datasets = part.list_cells(variant), part.find_test(test).datasets
-    if list_missing(cells) or not is_constant(cells, datasets):
-        return []
-    name = f"- {variant}, scored on {test}:"
-    if is_constant(cells, datasets, same_rows=True):
-        return [
-            f"{name} all seeds are right on the same rows, as many as the most frequent answer "
-            "alone. They probably give it to all rows, and learned no more of the labels."
-        ]
-    return [f"{name} each seed scores what one answer to all rows scores."]
-
-
-def describe_below(part: together.Part, scored: Sequence[tuple[str, str]]) -> list[str]:
-    """A line that names the scores below those of the most frequent answer; none without any."""
-    below = []
-    for variant, test in scored:
-        cells, datasets = part.list_cells(variant), part.find_test(test).datasets
-        if not list_missing(cells):
-            majority = average_score(cells[0], datasets, "majority")
-            if collect_columns(cells, datasets).mean() < majority - ROUNDED:
-                below.append(f"{variant} on {test}")
-    return [f"- Below the most frequent answer alone: {', '.join(below)}."] if below else []
-
-
-def is_constant(cells: Sequence[Cell], datasets: Sequence[str], same_rows: bool = False) -> bool:
-    """Whether each cell scores what one answer scores; with `same_rows`, all on the same rows."""
-    if any("majority" not in cells[0].content["scores"][name] for name in datasets):
-        return False
-    columns = collect_columns(cells, datasets)
-    majority = average_score(cells[0], datasets, "majority")
-    if same_rows and (columns != columns[:, :1]).any():
-        return False
-    return bool(max(abs(columns.mean(0) - majority)) < ROUNDED)
-
-
-def average_score(cell: Cell, datasets: Sequence[str], side: str) -> float:
-    """The score of the base, or of the most frequent answer, over the rows of several datasets."""
-    scores = [cell.content["scores"][name] for name in datasets]
-    total = sum(score["rows"] for score in scores)
-    return float(sum(score[side] * score["rows"] for score in scores) / total)
-
-
-# ---- calculations
-
-
-def build_worked() -> list[str]:
-    """A section: what numbers and calculations scored, and what it shows."""
-    lines = ["## Calculations against bare numbers", "", WORKED, ""]
-    if not worked.RESULTS.is_file():
-        return [*lines, "Not measured yet: `python -m bench.worked`.", ""]
-    content = read_json(worked.RESULTS)
-    answers = content["answers"]
-    origins = {name: side.get("origin") for name, side in answers.items()}
-    if any(origin and origin != worked.describe_origin(name) for name, origin in origins.items()):
-        return [*lines, "Recipes or scoring changed since: run `python -m bench.worked` again.", ""]
-    scores = {key: answers[key[0]][key[1]] for key in WORKED_SCORES}
-    rows = [
-        [*texts, format_points(score["base"]), format_seeds(fmean(score["seeds"]), score["seeds"])]
-        for texts, score in zip(WORKED_SCORES.values(), scores.values(), strict=True)
-    ]
-    setting = (
-        f"SmolLM2-135M was trained with each on the same {answers['bare']['rows']} rows, whose "
-        f"keys have one calculation, for {answers['bare']['steps']} steps with seeds "
-        f"{', '.join(map(str, content['seeds']))}, and answered the same {content['test_rows']} "
-        f"test rows, on {content['machine']}."
-    )
-    if not all(origins.values()):
-        setting += (
-            " The results do not record the versions of recipes and scoring, so a later change of "
-            "them would not show here."
-        )
-    table = build_table(["answer", "scored by", "base", "right, % (each seed)"], rows)
-    return [*lines, setting, "", *table, *conclude_worked(content["difference"]), ""]
-
-
-def conclude_worked(difference: dict[str, Any]) -> list[str]:
-    """What the difference shows, why, and what would overturn it."""
-    verdict = "" if difference["p"] < stats.LEVEL else "; no difference is shown"
-    return [
-        f"- Calculations minus bare numbers: {describe_gain(difference)}, 95 % over rows and "
-        f"seeds{verdict}.",
-        "- The question states the formula. The last two lines tell how often the model puts the "
-        "right numbers into it, and how often the value that it writes is right. An application "
-        "has to evaluate the calculation, as the scoring does.",
-        "- A model that calculates well might gain less, and other seeds could bring the interval "
-        "to 0.",
-    ]
-
-
-# ---- forgetting
-
-
-def build_forgetting() -> list[str]:
-    text = (
-        "Loss per token of base and adapter on the same texts, at the adapter's precision: general "
-        "prose, and the keys of each task's test rows behind their prompts. More is forgetting. "
-        "The adapter's own task stands last. 95 % intervals over texts, of one run each."
-    )
-    lines = ["## What an adapter costs elsewhere", "", text, ""]
-    if not forgetting.RESULTS.is_file():
-        return [*lines, "Not measured yet: `python -m bench.forgetting`.", ""]
-    rows = []
-    entries = read_json(forgetting.RESULTS)["runs"]
-    current = {name: entry for name, entry in entries.items() if forgetting.is_current(entry)}
-    if len(current) < len(entries):
-        old = list_names([name for name in entries if name not in current])
-        text = f"Left out, since recipe or texts changed: {old}. Run `python -m bench.forgetting`."
-        lines += [text, ""]
-    if not current:
-        return lines
-    for name, entry in current.items():
-        own = entry["own_datasets"]
-        for dataset in sorted(entry["losses"], key=lambda dataset: dataset in own):
-            measured = entry["losses"][dataset]
-            difference = measured["difference"]
-            gain = f"{difference['value']:+.3f}"
-            if difference["low"] is not None:
-                gain += f" ({difference['low']:+.3f} … {difference['high']:+.3f})"
-            where = f"{dataset}, its own task" if dataset in own else dataset
-            values = (f"{measured[side]:.3f}" for side in ("base", "adapter"))
-            rows.append([name, where, str(measured["texts"]), *values, gain])
-    headings = ["run", "texts of", "texts", "base", "adapter", "adapter minus base, nats a token"]
-    return [*lines, *build_table(headings, rows), *conclude_forgetting(list(current.values()))]
-
-
-def count_runs(count: int) -> str:
-    return f"{count} run{'s' if count != 1 else ''}"
-
-
-def conclude_forgetting(entries: Sequence[dict[str, Any]]) -> list[str]:
-    """A sentence for the prose, and one for other tasks' keys."""
-    lines = []
-    prose = [entry["losses"][forgetting.PROSE]["difference"] for entry in entries]
-    worse = sum(bool(d["low"] is not None and d["low"] > 0) for d in prose)
-    mean = fmean(d["value"] for d in prose)
-    lines.append(
-        f"- Prose: {mean:+.3f} nats a token on average over {count_runs(len(prose))}; {worse} of "
-        "them worse than the base, by the interval."
-    )
-    others = [
-        measured["difference"]
-        for entry in entries
-        for dataset, measured in entry["losses"].items()
-        if dataset != forgetting.PROSE and dataset not in entry["own_datasets"]
-    ]
-    if others:
-        worse = sum(bool(d["low"] is not None and d["low"] > 0) for d in others)
-        better = sum(bool(d["high"] is not None and d["high"] < 0) for d in others)
-        lines.append(
-            f"- Keys of other tasks: of {len(others)} pairs of run and dataset {worse} are worse "
-            f"than the base and {better} better, by the interval."
-        )
-    lines.append(
-        "- Other seeds or longer trainings would overturn it. Loss is not the score: an adapter "
-        "that answers in another form has a higher loss without knowing less."
-    )
-    return [*lines, ""]
-
-
-# ---- page and figure
+# ---- the page
 
 
 def build_page(experiments: list["Experiment"]) -> str:
@@ -642,65 +363,3 @@ def describe_machines(stages: dict[str, list[Cell]]) -> list[str]:
         f"- {machine}: {'; '.join(f'{stage} ({n})' for stage, n in trained.items())}."
         for machine, trained in counts.items()
     ]
-
-
-def mark_drawing(experiments: list["Experiment"]) -> str:
-    """A digest of what the figure shows, which it holds; "" where there is nothing to show."""
-    drawn = {
-        experiment.task: {
-            cell.name: {key: value for key, value in score.items() if key != "values"}
-            for cell in experiment.group_finished_cells()["rates"]
-            for score in (cell.content["scores"]["validation"],)
-        }
-        for experiment in experiments
-        if experiment.list_finished_cells()
-    }
-    text = json.dumps([drawn, experiments[0].spec["methods"]], sort_keys=True)
-    return f"sha256 of the scores: {hashlib.sha256(text.encode()).hexdigest()}" if drawn else ""
-
-
-def draw_rates(experiments: list["Experiment"], file: Path) -> None:
-    """Validation score against rate: a panel for each task, a line for each method."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    shown_tasks = [experiment for experiment in experiments if experiment.list_finished_cells()]
-    if not shown_tasks:
-        return
-    settings: dict[Any, Any] = {"svg.hashsalt": "methods", "svg.fonttype": "none"}
-    with mpl.rc_context(settings):
-        figure = Figure(figsize=(5.4 * len(shown_tasks), 4.2), layout="constrained")
-        panels = figure.subplots(1, len(shown_tasks), squeeze=False)[0]
-        for axes, experiment in zip(panels, shown_tasks, strict=True):
-            draw_task(axes, experiment)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
-        with atomic(file) as out:
-            description = {"Description": mark_drawing(experiments)}
-            metadata = {"Date": None, "Creator": None} | description
-            figure.savefig(out, format="svg", metadata=metadata)
-
-
-def draw_task(axes: Any, experiment: "Experiment") -> None:
-    for place, (method, entry) in enumerate(experiment.spec["methods"].items()):
-        cells = experiment.list_rate_cells(method).items()
-        done = [
-            (rate, cell.content["scores"]["validation"]) for rate, cell in cells if cell.is_done
-        ]
-        shift = 1.04 ** (place - 1.5)  # so that intervals do not cover each other
-        rates = [rate * shift for rate, _ in done]
-        values = [100 * score["value"] for _, score in done]
-        reach = [
-            [100 * abs(score.get(end, score["value"]) - score["value"]) for _, score in done]
-            for end in ("low", "high")
-        ]
-        style = {"color": COLOURS[place], "marker": MARKERS[place], "ms": 5, "capsize": 3}
-        axes.errorbar(rates, values, yerr=reach, label=entry["title"], **style)
-    if majorities := [score["majority"] for _, score in done if "majority" in score]:
-        axes.axhline(100 * majorities[0], color="#8a8f98", ls=":", label="most frequent answer")
-    axes.set_xscale("log")
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel(f"validation {report.title(experiment.plan['metric'])}, %")
-    axes.set_title(experiment.task)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)

@@ -4,11 +4,14 @@ Each function returns {"figure", "caption"}, or None where the figure would show
 point.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from evals.report import Gains
+from tools.common import atomic
 
 INK = "#59626d"  # grey in a PNG; evals/page.py replaces it with the page's colour
 COLOURS = ("#3b74c4", "#c8553d", "#3f8f5b", "#8a5fb0", "#a8790b", "#2a8c97")
@@ -46,6 +49,24 @@ def _make_figure(height: float) -> tuple[Any, Any]:
     mpl.rcParams.update(settings)
     figure = Figure(figsize=(5.4, height), layout="constrained")
     return figure, figure.add_subplot()
+
+
+def save_svg(figure: Any, file: Path, drawn: str = "") -> None:
+    """Writes a figure, the same bytes each time, and in it a digest of what it is drawn from."""
+    import matplotlib as mpl
+
+    metadata = {"Date": None, "Creator": None, "Description": drawn and _mark(drawn) or None}
+    with atomic(file) as out, mpl.rc_context({"svg.hashsalt": "figure"}):
+        figure.savefig(out, format="svg", metadata=metadata)
+
+
+def is_drawn_from(file: Path, drawn: str) -> bool:
+    """Whether a file is a figure that `save_svg` wrote with the same `drawn`."""
+    return file.is_file() and _mark(drawn) in file.read_text(encoding="utf-8")
+
+
+def _mark(drawn: str) -> str:
+    return f"drawn from sha256 {hashlib.sha256(drawn.encode()).hexdigest()}"
 
 
 def finish(figure: Any, caption: str) -> Drawing:

@@ -7,12 +7,11 @@ Only evidence is shown with its figures. A stale result is named with the reason
 examples in data/sample is not shown at all.
 """
 
-import hashlib
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from evals import report, results
+from evals import figures, report, results
 from evals.results import DatasetResult, MetricResult, Result, Score
 from tools import recipes
 from tools.common import ROOT, JobFailed, atomic, shown
@@ -256,11 +255,8 @@ def list_notes(result: Result) -> list[str]:
 # ---- figure
 
 
-def draw_results(featured: list[Result], file: Path, mark: str) -> None:
-    """A line for each recipe and dataset from the base's score to the adapter's.
-
-    `mark` goes into the file's description; a figure of older results is recognized by it.
-    """
+def draw_results(featured: list[Result], file: Path, drawn: str) -> None:
+    """A line for each recipe and dataset from the base's score to the adapter's."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -271,7 +267,7 @@ def draw_results(featured: list[Result], file: Path, mark: str) -> None:
         f"{result.recipe}: {name}, {report.title(pick_main(entry)[0])} ({entry.rows:,})"
         for result, name, entry in rows
     ]
-    with plt.rc_context({"svg.hashsalt": "results", "font.size": 9}):
+    with plt.rc_context({"font.size": 9}):
         figure, axis = plt.subplots(figsize=(9, 0.32 * len(rows) + 1), layout="constrained")
         sides = (("base", "#8a8f98", "o"), ("adapter", "#1f6f8b", "D"))
         majority: dict[str, Any] = {"color": "#c0504d", "zorder": 3}
@@ -300,9 +296,7 @@ def draw_results(featured: list[Result], file: Path, mark: str) -> None:
         label = "most frequent answer alone"
         handles.append(axis.scatter([], [], marker="|", s=120, label=label, **majority))
         figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False)
-        with atomic(file) as out:
-            metadata = {"Date": None, "Creator": None, "Description": mark}
-            figure.savefig(out, format="svg", metadata=metadata)
+        figures.save_svg(figure, file, drawn)
         plt.close(figure)
 
 
@@ -318,15 +312,13 @@ def write(check: bool = False) -> None:
     texts = {README: insert_block(readme, block), PAGE: build_results_page(measured)}
     featured = select_repeated(evidence)
     drawn = "".join(result.model_dump_json() for result in featured)
-    mark = f"sha256 of the results: {hashlib.sha256(drawn.encode()).hexdigest()}"
-    old = FIGURE.read_text(encoding="utf-8") if FIGURE.is_file() else ""
     outdated = [
         path
         for path, text in texts.items()
         if not path.is_file() or path.read_text(encoding="utf-8") != text
     ]
-    if bool(evidence) != bool(old) or (evidence and mark not in old):
-        outdated.append(FIGURE)
+    is_drawn = figures.is_drawn_from(FIGURE, drawn) if evidence else not FIGURE.is_file()
+    outdated += [] if is_drawn else [FIGURE]
     if check and outdated:
         raise JobFailed(f"{shown(outdated[0])} does not match results/; `make results` writes it")
     for path in outdated:
@@ -334,6 +326,6 @@ def write(check: bool = False) -> None:
             with atomic(path) as file:
                 file.write(texts[path].encode())
         elif evidence:
-            draw_results(featured, FIGURE, mark)
+            draw_results(featured, FIGURE, drawn)
         else:
             FIGURE.unlink()

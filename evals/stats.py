@@ -276,7 +276,7 @@ def estimate_mean(
     point, rows = float(scores.mean()), len(columns[0])
     if reason := _explain_no_interval(metric, columns[0]):
         return {"value": point, "no_interval": reason}
-    half = find_half_width(scores, _resample_rows(metric, columns, base), rows)
+    half = _find_half_width(scores, _resample_rows(metric, columns, base), rows)
     if half > 0:
         ends = {"low": point - half, "high": point + half}
     else:
@@ -288,28 +288,37 @@ def estimate_mean(
     return {"value": point} | _limit_to_range(ends, -1.0 if base else 0.0)
 
 
-def find_half_width(scores: Array, sampled: Array, rows: int) -> float:
+def _find_half_width(scores: Array, sampled: Array, rows: int) -> float:
     """Half of the 95 % interval of a mean over seeds, where rows and seeds are both samples.
 
     scores: of each seed, float (seeds,); sampled: the same of resamples of the rows, the same rows
     for all seeds, float (RESAMPLES, seeds). What rows do to all seeds alike is the covariance of
-    two seeds; what they do to one alone is part of the spread of the scores. Few seeds that lie
-    far apart give few degrees of freedom (Hillis 2007, Statistics in Medicine 26:596;
-    bench/equivalence.py has the same in closed form, for means). Two or three seeds may lie close
-    together by chance, so it is never less than over rows alone. In simulated experiments it covers
-    the truth in 92 to 99 % with three seeds, and in 88 to 98 % with two.
+    two seeds; what they do to one alone is part of the spread of the scores. Two or three seeds may
+    lie close together by chance, so it is never less than over rows alone. In simulated experiments
+    it covers the truth in 92 to 99 % with three seeds, and in 88 to 98 % with two.
     """
     from scipy.stats import t
 
     seeds = len(scores)
     covariance = np.cov(sampled.T) * rows / (rows - 1)
-    shared = max(float(covariance.sum() - np.trace(covariance)) / (seeds * (seeds - 1)), 0.0)
-    of_seeds = float(scores.var(ddof=1)) / seeds
-    both = shared + of_seeds
-    freedom = min(both**2 / (of_seeds**2 / (seeds - 1)), rows - 1) if of_seeds else rows - 1
-    over_both = float(t.ppf(1 - LEVEL / 2, freedom)) * both**0.5
-    of_rows = max(float(covariance.mean()), 0.0)  # the variance of the mean, with these seeds
-    return max(over_both, float(t.ppf(1 - LEVEL / 2, rows - 1)) * of_rows**0.5)
+    shared = max((covariance.sum() - np.trace(covariance)) / (seeds * (seeds - 1)), 0.0)
+    of_rows = max(covariance.mean(), 0.0)  # the variance of the mean, with these seeds
+    of_both, freedom = combine_variances(shared, scores.var(ddof=1) / seeds, rows, seeds)
+    variances, freedoms = np.array([of_both, of_rows]), np.array([freedom, rows - 1])
+    return float(max(t.ppf(1 - LEVEL / 2, freedoms) * variances**0.5))
+
+
+def combine_variances(shared: Any, of_seeds: Any, rows: int, seeds: int) -> tuple[Any, Any]:
+    """(variance of a mean over rows and seeds, its degrees of freedom): numbers or arrays.
+
+    shared: what rows do to all seeds alike; of_seeds: the variance of the scores of the seeds,
+    divided by their number. Few seeds that lie far apart give few degrees of freedom, and a wide
+    interval (Hillis 2007, Statistics in Medicine 26:596).
+    """
+    variance = shared + of_seeds
+    with np.errstate(divide="ignore", invalid="ignore"):
+        freedom = variance**2 / (of_seeds**2 / (seeds - 1))
+    return variance, np.fmin(freedom, rows - 1)  # also where the seeds do not differ: 0 / 0
 
 
 def _resample_rows(metric: str, columns: Columns, base: Sequence[Any] | None) -> Array:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import forgetting, methods_page
+from bench import forgetting, sections
 from tests.conftest import make_adapter
 from tools import prompts, recipes, runs, sources
 from tools.common import WrongInput
@@ -141,16 +141,16 @@ def write_results(path, **differences):
 def test_the_page_counts_what_is_worse_and_leaves_the_own_task_apart(tmp_path, monkeypatch):
     path = tmp_path / "forgetting.json"
     monkeypatch.setattr(forgetting, "RESULTS", path)
-    assert "Not measured yet" in "\n".join(methods_page.build_forgetting())
+    assert "Not measured yet" in "\n".join(sections.build_forgetting())
     entry = write_results(path, prose=0.2, ner=0.5, formula=0.05, fpb=-2.0)
-    section = "\n".join(methods_page.build_forgetting())
+    section = "\n".join(sections.build_forgetting())
     assert "+0.200 nats a token on average over 1 run; 1 of them" in section
     assert "of 2 pairs of run and dataset 1 are worse than the base and 0 better" in section
     assert "fpb, its own task" in section and "Left out" not in section
     other_rows = entry["identity"] | {"rows": 1}
     for change in ({"recipe_digest": "other"}, {"recipe": "none"}, {"identity": other_rows}):
         path.write_text(json.dumps({"runs": {"run": entry, "old run": entry | change}}))
-        section = "\n".join(methods_page.build_forgetting())
+        section = "\n".join(sections.build_forgetting())
         assert "Left out, since recipe or texts changed: `old run`." in section
         assert "on average over 1 run;" in section
 

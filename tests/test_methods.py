@@ -5,9 +5,18 @@ import shutil
 
 import pytest
 
-from bench import cells, equivalence, methods, methods_page, together, worked
+from bench import (
+    cells,
+    equivalence,
+    methods,
+    methods_figure,
+    methods_page,
+    sections,
+    together,
+    worked,
+)
 from bench.cells import Cell
-from evals import results, run
+from evals import figures, results, run
 from tests.conftest import write_recipe
 from tools import common, recipes, sources
 from tools.common import JobFailed, WrongInput, read_yaml
@@ -346,10 +355,11 @@ def test_the_check_fails_where_page_or_figure_is_missing_or_old(experiment, tmp_
         with pytest.raises(JobFailed, match=path.name):
             methods.write_page(check=True)
         path.write_text(content)
-    drawn = methods_page.mark_drawing([experiment()])
-    assert drawn in content
+    drawn = methods_figure.describe_drawn([experiment()])
+    assert figures.is_drawn_from(methods.FIGURE, drawn)
     write_cell(experiment().list_rate_cells("lora")[0.01], {"validation": make_values(300, 9)})
-    assert methods_page.mark_drawing([experiment()]) not in content
+    drawn = methods_figure.describe_drawn([experiment()])
+    assert not figures.is_drawn_from(methods.FIGURE, drawn)
 
 
 def describe_answers(bare: list[float], calculated: list[float], written: list[float]):
@@ -370,12 +380,12 @@ def test_calculations_are_told_by_seed_and_with_whether_a_difference_is_shown(
     p, stated, is_shown, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(worked, "RESULTS", tmp_path / "worked.json")
-    assert "Not measured yet" in "\n".join(methods_page.build_worked())
+    assert "Not measured yet" in "\n".join(sections.build_worked())
     content = {"machine": "two CPU cores", "seeds": [42, 43], "test_rows": 200}
     content |= {"answers": describe_answers([0.03, 0.05], [0.3, 0.4], [0.1, 0.1])}
     content |= {"difference": {"value": 0.31, "low": 0.2, "high": 0.4, "p": p}}
     common.write_json(worked.RESULTS, content)
-    text = "\n".join(methods_page.build_worked())
+    text = "\n".join(sections.build_worked())
     assert "| a number | the number | 1.5 | 4.0 (3.0, 5.0) |" in text
     assert "| the value written | 1.0 | 10.0 (10.0, 10.0) |" in text
     assert f"+31.0 points (+20.0 … +40.0), {stated}" in text
@@ -384,10 +394,10 @@ def test_calculations_are_told_by_seed_and_with_whether_a_difference_is_shown(
     for answers in worked.TASKS:
         content["answers"][answers]["origin"] = worked.describe_origin(answers)
     common.write_json(worked.RESULTS, content)
-    assert "do not record" not in "\n".join(methods_page.build_worked())
+    assert "do not record" not in "\n".join(sections.build_worked())
     content["answers"]["bare"]["origin"]["task_version"] = 0.9
     common.write_json(worked.RESULTS, content)
-    text = "\n".join(methods_page.build_worked())
+    text = "\n".join(sections.build_worked())
     assert "changed since" in text and "+31.0" not in text
 
 
@@ -395,7 +405,7 @@ def test_the_figure_has_a_line_for_each_method_and_is_the_same_again(experiment,
     write_rates(experiment(), BEST, skip="qlora_1e-2_seed42")
     files = [tmp_path / f"{number}.svg" for number in range(2)]
     for file in files:
-        methods_page.draw_rates([experiment()], file)
+        methods_figure.draw_rates([experiment()], file)
     drawing = files[0].read_bytes()
     assert drawing == files[1].read_bytes()
     for method in SPEC["methods"].values():

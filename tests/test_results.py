@@ -412,7 +412,7 @@ def test_an_old_figure_is_drawn_again_and_one_of_nothing_is_removed(folder):
     result = write_result()
     results_page.write()
     first = results_page.FIGURE.read_bytes()
-    results_page.FIGURE.write_bytes(first.replace(b"sha256 of the results: ", b"sha256: "))
+    results_page.FIGURE.write_bytes(first.replace(b"drawn from sha256 ", b"drawn from "))
     with pytest.raises(JobFailed, match="svg does not match"):
         results_page.write(check=True)
     results_page.write()

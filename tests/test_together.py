@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from bench import methods_page, together
+from bench import sections, together
 from tests.test_methods import make_values, write_cell
 from tools import sources
 from tools.common import WrongInput, read_yaml
@@ -99,7 +99,7 @@ def test_a_comparison_waits_for_every_seed_and_uses_the_rows_of_one_test():
     wrong, same = part.compare_all()
     assert wrong["value"] < -0.3 and wrong["p"] < 0.01
     assert same["value"] == 0
-    section = "\n".join(methods_page.build_part(part))
+    section = "\n".join(sections.build_part(part))
     assert "on repaired: different" in section and "equivalent within" in section
     assert "The predicted drop of more than 2 points is shown" in section
     assert "The predicted rise of more than 2 points is ruled out" in section
@@ -108,7 +108,7 @@ def test_a_comparison_waits_for_every_seed_and_uses_the_rows_of_one_test():
     assert "one answer to all rows" not in section
     part.list_cells("repaired")[0].file.unlink()
     assert part.compare_all() == [None, None]
-    section = "\n".join(methods_page.build_part(part))
+    section = "\n".join(sections.build_part(part))
     assert section.count("no conclusion") == 2 and "equivalent within" not in section
     assert part.missing == [part.list_cells("repaired")[0].name]
 
@@ -138,7 +138,7 @@ def test_scores_that_one_answer_gives_are_called_that(shift, text):
             published = values[number * shift :] + values[: number * shift]
             scores = {"tfns_rest": make_values(500, 250), "tfns_rest_as_published": published}
             write_cell(cell, scores)
-    section = "\n".join(methods_page.build_part(part))
+    section = "\n".join(sections.build_part(part))
     assert f"- as published, scored on published: {text}" in section
     assert section.count("scored on published:") == 1
 
@@ -149,13 +149,13 @@ def test_variants_are_compared_on_the_same_test_rows_alone():
     for number, variant in enumerate(part.plan["variants"]):
         for cell in part.list_cells(variant):
             write_cell(cell, tests, train_sha256=[number])
-    methods_page.build_part(part)  # other training rows are what is compared
+    sections.build_part(part)  # other training rows are what is compared
     for cell in part.list_cells("repaired"):
         content = json.loads(cell.file.read_text())
         content["scores"]["tfns_rest"]["data_sha256"] = "others"
         cell.file.write_text(json.dumps(content))
     with pytest.raises(WrongInput, match="has other rows of tfns_rest than"):
-        methods_page.build_part(part)
+        sections.build_part(part)
 
 
 def test_an_unknown_part_is_named():

@@ -20,7 +20,6 @@ from typing import Any
 from tools import recipes, smollm2
 from tools.common import (
     ROOT,
-    atomic,
     digest,
     format_table,
     format_yaml,
@@ -227,10 +226,7 @@ def draw(report: Report, file: Path) -> None:
         if trial["value"] is not None
     ]
     if drawing := figures.draw_search(points, report["judged_by"]):
-        import matplotlib as mpl
-
-        with atomic(file) as out, mpl.rc_context({"svg.hashsalt": "tune"}):
-            drawing["figure"].savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+        figures.save_svg(drawing["figure"], file)
 
 
 # ---- the command

@@ -1,0 +1,68 @@
+"""docs/methods.svg: validation score against learning rate, a line for each method."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evals import report
+from evals.figures import COLOURS, MARKERS, save_svg
+
+if TYPE_CHECKING:
+    from bench.methods import Experiment
+
+
+def describe_drawn(experiments: list["Experiment"]) -> str:
+    """What the figure is drawn from, as text; "" where there is nothing to draw."""
+    drawn = {
+        experiment.task: {
+            cell.name: {key: value for key, value in score.items() if key != "values"}
+            for cell in experiment.group_finished_cells()["rates"]
+            for score in (cell.content["scores"]["validation"],)
+        }
+        for experiment in experiments
+        if experiment.list_finished_cells()
+    }
+    return json.dumps([drawn, experiments[0].spec["methods"]], sort_keys=True) if drawn else ""
+
+
+def draw_rates(experiments: list["Experiment"], file: Path) -> None:
+    """Validation score against rate: a panel for each task, a line for each method."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    shown_tasks = [experiment for experiment in experiments if experiment.list_finished_cells()]
+    if not shown_tasks:
+        return
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        figure = Figure(figsize=(5.4 * len(shown_tasks), 4.2), layout="constrained")
+        panels = figure.subplots(1, len(shown_tasks), squeeze=False)[0]
+        for axes, experiment in zip(panels, shown_tasks, strict=True):
+            draw_task(axes, experiment)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+        save_svg(figure, file, describe_drawn(experiments))
+
+
+def draw_task(axes: Any, experiment: "Experiment") -> None:
+    for place, (method, entry) in enumerate(experiment.spec["methods"].items()):
+        cells = experiment.list_rate_cells(method).items()
+        done = [
+            (rate, cell.content["scores"]["validation"]) for rate, cell in cells if cell.is_done
+        ]
+        shift = 1.04 ** (place - 1.5)  # so that intervals do not cover each other
+        rates = [rate * shift for rate, _ in done]
+        values = [100 * score["value"] for _, score in done]
+        reach = [
+            [100 * abs(score.get(end, score["value"]) - score["value"]) for _, score in done]
+            for end in ("low", "high")
+        ]
+        style = {"color": COLOURS[place], "marker": MARKERS[place], "ms": 5, "capsize": 3}
+        axes.errorbar(rates, values, yerr=reach, label=entry["title"], **style)
+    if majorities := [score["majority"] for _, score in done if "majority" in score]:
+        axes.axhline(100 * majorities[0], color="#8a8f98", ls=":", label="most frequent answer")
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel(f"validation {report.title(experiment.plan['metric'])}, %")
+    axes.set_title(experiment.task)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
