@@ -107,20 +107,20 @@ class Design:
     seed_sd: float
 
 
-def simulate_design(design: Design, margin: float, anew: bool) -> dict[str, float]:
+def simulate_design(design: Design, margin: float, by_seed: bool) -> dict[str, float]:
     """What SIMULATED experiments would find, p not corrected.
 
     {"detectable": the true difference that 80 % of them find, "showable": the least margin within
     which 80 % show equal variants equivalent, "equivalent": the share that does within `margin`}
 
-    A row's difference is the same for all seeds, or drawn `anew` for each: the truth lies between.
-    Mean squares are drawn from their distributions, not rows from theirs: the result is the same.
+    A row's difference is the same for all seeds, or another for each with `by_seed`; the truth lies
+    between. Mean squares are drawn from their distributions, not rows: the result is the same.
     """
     from scipy.stats import t
 
     rows, seeds = design.rows, design.seeds
-    of_error = design.row_sd**2 if anew else 0.0
-    of_rows = design.row_sd**2 * (1 if anew else seeds)
+    of_error = design.row_sd**2 if by_seed else 0.0
+    of_rows = design.row_sd**2 * (1 if by_seed else seeds)
     of_seeds = of_error + rows * design.seed_sd**2
     draw = np.random.default_rng(SIMULATION_SEED)
 

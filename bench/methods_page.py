@@ -49,9 +49,9 @@ chosen, and not before. Earlier [experiments](experiments.md) scored all of FPB'
 """
 
 PLANNED = f"""\
-What the plan can find, by {equivalence.SIMULATED:,} simulated experiments with the planned standard
-deviations of paired differences. A row's difference is the same for all seeds there; in brackets,
-another for each. Holm's correction is left out, and makes these findings rarer.
+What {equivalence.SIMULATED:,} simulated experiments find with the planned standard deviations of
+paired differences. A row's difference is the same for all seeds; for the figures in brackets it is
+drawn anew for each. Holm's correction is left out, and makes these findings rarer.
 """
 
 VERDICTS = """\
@@ -110,7 +110,7 @@ def describe_plan(experiment: "Experiment") -> str:
     """The difference that can be detected and the margin that can be shown, before any result."""
     plan, margin = experiment.plan, experiment.spec["margin"]
     design = equivalence.Design(seeds=len(experiment.spec["seeds"]), **plan["planned"])
-    alike, anew = (equivalence.simulate_design(design, margin, anew) for anew in (False, True))
+    alike, anew = (equivalence.simulate_design(design, margin, new) for new in (False, True))
     found, shown = (
         f"{format_points(alike[key])} ({format_points(anew[key])})"
         for key in ("detectable", "showable")

@@ -35,8 +35,8 @@ with three seeds, scores it and its base on the same rows, and writes one file t
 [results/](../results/); `make results` writes this page from those files.
 [Contributing](../CONTRIBUTING.md#a-result) says how to add yours.
 
-- Scores are in %, with 95 % intervals. An adapter's score is the mean over its seeds, its interval
-  is over rows and seeds, so two seeds that lie apart leave nearly everything open. The gain over
+- Scores are in %, with 95 % intervals. An adapter's score is the mean over its seeds. Its interval
+  covers rows and seeds, so two seeds that lie apart leave nearly everything open. The gain over
   the base is on the same rows.
 - *Base, examples*: the untrained base with worked examples of the training rows in its prompts.
 - *FinLoRA's* metrics are by FinLoRA's scoring, the others by this project's

@@ -90,7 +90,7 @@ def list_task_metrics(task: str | None) -> list[str]:
 
 
 def explain_unavailable(metric: str) -> str:
-    """Why a metric cannot be computed here, where its model is missing; "" where it can be."""
+    """Why the model that a metric needs is missing; "" where the metric can be computed."""
     from evals.tasks import utils
 
     try:

@@ -76,7 +76,7 @@ def name_metric_of_rows(task: str | None, rows: Path) -> str:
 
 
 def mend_log(file: Path) -> None:
-    """Takes a damaged last line off Optuna's log: a crash may cut it, and Optuna would go on in it.
+    """Removes a damaged last line of Optuna's log: a crash may cut one, and Optuna appends to it.
 
     Raises WrongInput where another line is damaged.
     """

@@ -23,7 +23,7 @@ from tools.train.machines import Machines
 from tools.train.process import die_with_parent
 
 POLL = 0.5  # seconds between two looks at a training
-# How a candidate ends that was interrupted: by our own command, or before that handles signals.
+# Exit statuses of an interrupted candidate: of our own command, or before that handles signals.
 INTERRUPTED = {130, -signal.SIGINT, -signal.SIGTERM}
 PROBED_STEPS = 8  # enough to know how long a step takes
 # What a recipe says of its own evaluations, checkpoints and data; a search sets its own.

@@ -68,7 +68,7 @@ def verify(name: str, request: Verification) -> None:
     if path.is_file() and request.force:
         # The same command without FORCE=1 then goes on where this one is interrupted.
         path.replace(previous)
-        announce(f"measures again; until it is done, the old result is {shown(previous)}")
+        announce(f"measures again; the old result stays in {shown(previous)} until then")
     elif path.is_file():
         before = results.load_result(path)
         reason = explain_unfinished(before, data, datasets, request)
