@@ -184,6 +184,7 @@ def measure_run(run: Run) -> dict[str, Any]:
         "task": subject.task,
         "own_datasets": list_own_datasets(subject.task),
         "seed": run.config.get("seed"),
+        "machine": detect_host().describe_machine(),
         "precision": models.precision(subject.config),
         "losses": measured,
     }
@@ -248,7 +249,6 @@ def main() -> None:
             print(f"forgetting {run.name} left out: {error}", flush=True)
             failed += 1
             continue
-        content["machine"] = detect_host().describe_machine()
         content["runs"] = dict(sorted((content["runs"] | {run.name: entry}).items()))
         write_json(RESULTS, content)
     if failed:
