@@ -10,6 +10,7 @@ whose names begin with an underscore.
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -236,6 +237,29 @@ def explain_stale(result: Result) -> str:
         if (version := str(tasks[name]["metadata"]["version"])) != dataset.task_version:
             return f"{name} has task version {version} now, and had {dataset.task_version}"
     return ""
+
+
+def choose_evidence(measured: Sequence[Result]) -> list[Result]:
+    """Of each recipe the result that stands for it, without stale ones, in their order.
+
+    The most seeds count first, then the most datasets, then examples beside the base. Of results
+    that are level, the device with the most results counts, so that recipes are compared on one.
+    """
+    current = [result for result in measured if not explain_stale(result)]
+    by_device = Counter(result.device for result in current)
+    best: dict[str, Result] = {}
+    for result in current:
+        best[result.recipe] = max(
+            best.get(result.recipe, result),
+            result,
+            key=lambda one: (
+                len(one.trainings),
+                len(one.datasets),
+                one.shots > 0,
+                by_device[one.device],
+            ),
+        )
+    return list(best.values())
 
 
 def read_recipe(name: str) -> recipes.Recipe:

@@ -22,6 +22,8 @@ FIGURE = ROOT / "docs" / "results.svg"
 BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
 MOST_ROWS = 10  # of the table in the README, which has 120 lines at most
 LEAST_SEEDS = 3  # of a result that the README and the figure show, where there are such
+# The ends of the names that the README shows first: QLoRA, and what tuning found.
+FIRST = ("_r4", "_tuned")
 
 NOTHING = (
     "Nothing is measured yet with today's recipes and data; `make verify "
@@ -76,18 +78,22 @@ def join_cells(*cells: str) -> str:
 # ---- README
 
 
-def select_repeated(evidence: list[Result]) -> list[Result]:
-    """The results of several seeds; all where none has them."""
-    return [result for result in evidence if len(result.trainings) >= LEAST_SEEDS] or evidence
+def select_featured(evidence: list[Result]) -> list[Result]:
+    """A result for each recipe, of several seeds where any has them."""
+    chosen = results.choose_evidence(evidence)
+    return [result for result in chosen if len(result.trainings) >= LEAST_SEEDS] or chosen
 
 
-def choose_for_readme(evidence: list[Result]) -> list[Result]:
-    """Those of `select_repeated` that fit into the table with all their datasets."""
-    repeated, chosen = select_repeated(evidence), list[Result]()
-    for result in repeated:
+def choose_for_readme(featured: list[Result]) -> list[Result]:
+    """Those that fit into the table with all their datasets, the methods of `FIRST` before others.
+
+    They stay in their order.
+    """
+    chosen = list[Result]()
+    for result in sorted(featured, key=lambda result: not result.recipe.endswith(FIRST)):
         if count_scores([*chosen, result]) <= MOST_ROWS:
             chosen.append(result)
-    return chosen or repeated[:1]
+    return [result for result in featured if result in chosen] or featured[:1]
 
 
 def build_readme_table(featured: list[Result]) -> str:
@@ -98,14 +104,19 @@ def build_readme_table(featured: list[Result]) -> str:
             f"{dataset}, {entry.rows:,}",
             report.title(pick_main(entry)[0]),
             format_majority(entry),
-            *format_sides(pick_main(entry)[1]),
+            *format_shown(pick_main(entry)[1]),
         )
         for result in featured
         for dataset, entry in result.datasets.items()
     ]
-    heads = ["recipe", "test rows", "metric", "majority, %", "base, %", "adapter, %"]
-    head = join_cells(*heads, "gain, points")
-    return head + join_cells(*["---"] * 3, *["---:"] * 4) + "".join(lines[:MOST_ROWS])
+    heads = ["recipe", "test rows", "metric", "majority, %", "base, %", "with examples, %"]
+    head = join_cells(*heads, "adapter, %", "gain, points")
+    return head + join_cells(*["---"] * 3, *["---:"] * 5) + "".join(lines[:MOST_ROWS])
+
+
+def format_shown(scores: MetricResult) -> tuple[str, str, str, str]:
+    base, adapter, gain = format_sides(scores)
+    return base, format_score(scores.base_with_examples), adapter, gain
 
 
 def count_scores(listed: list[Result]) -> int:
@@ -134,7 +145,7 @@ def format_sides(scores: MetricResult) -> tuple[str, str, str]:
 def build_readme_block(evidence: list[Result]) -> str:
     if not evidence:
         return NOTHING
-    featured = choose_for_readme(evidence)
+    featured = choose_for_readme(select_featured(evidence))
     left = count_scores(evidence) - min(count_scores(featured), MOST_ROWS)
     rest = f"[Results](docs/results.md) has {left} more. " if left else ""
     devices = "; ".join(dict.fromkeys(result.device for result in featured))
@@ -255,49 +266,76 @@ def list_notes(result: Result) -> list[str]:
 # ---- figure
 
 
+SIDES = {  # color and marker
+    "base": ("#8a8f98", "o"),
+    "base_with_examples": ("#c98a1b", "s"),
+    "adapter": ("#1f6f8b", "D"),
+}
+GAP = 1.3  # lines above the first recipe of a dataset, which its title takes
+
+
 def draw_results(featured: list[Result], file: Path, drawn: str) -> None:
-    """A line for each recipe and dataset from the base's score to the adapter's."""
+    """For each dataset a line per recipe, from the base's score to the adapter's."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [(r, name, entry) for r in featured for name, entry in r.datasets.items()]
-    labels = [
-        f"{result.recipe}: {name}, {report.title(pick_main(entry)[0])} ({entry.rows:,})"
-        for result, name, entry in rows
-    ]
+    by_dataset: dict[str, list[Result]] = {}
+    for result in featured:
+        for dataset in result.datasets:
+            by_dataset.setdefault(dataset, []).append(result)
+    prefix = f"{featured[0].recipe.split('/')[0]}/"
+    is_common = all(result.recipe.startswith(prefix) for result in featured)
+    labels, places, place = [], [], -1.0
+    height = 0.22 * (count_scores(featured) + GAP * len(by_dataset)) + 0.9
     with plt.rc_context({"font.size": 9}):
-        figure, axis = plt.subplots(figsize=(9, 0.32 * len(rows) + 1), layout="constrained")
-        sides = (("base", "#8a8f98", "o"), ("adapter", "#1f6f8b", "D"))
-        majority: dict[str, Any] = {"color": "#c0504d", "zorder": 3}
-        for place, (_, _, entry) in enumerate(rows):
-            scores = pick_main(entry)[1]
+        figure, axis = plt.subplots(figsize=(9, height), layout="constrained")
+        for dataset, measured in by_dataset.items():
+            place += GAP
+            first, entry = place, measured[0].datasets[dataset]
+            title = f"{dataset}, {report.title(pick_main(entry)[0])}, {entry.rows:,} test rows"
+            axis.text(0.5, place - 0.75, title, fontweight="bold", va="center")
+            for result in measured:
+                draw_line(axis, pick_main(result.datasets[dataset])[1], place)
+                labels.append(result.recipe.removeprefix(prefix if is_common else ""))
+                places.append(place)
+                place += 1
             if entry.majority is not None:
-                axis.scatter(100 * entry.majority, place, marker="|", s=120, **majority)
-            ends = (100 * scores.base.value, 100 * scores.adapter.value)
-            axis.plot(ends, (place, place), color="#c9ccd1", linewidth=2.5, zorder=1)
-            for side, color, marker in sides:
-                score: Score = getattr(scores, side)
-                if score.low is not None and score.high is not None:
-                    axis.hlines(place, 100 * score.low, 100 * score.high, color=color, alpha=0.6)
-                axis.scatter(100 * score.value, place, color=color, marker=marker, s=26, zorder=2)
-        axis.set_yticks(range(len(rows)), labels)
-        axis.set_ylim(len(rows) - 0.4, -0.6)  # the first on top
+                ends = (first - 0.4, place - 0.6)
+                axis.vlines(100 * entry.majority, *ends, color="#c0504d", linewidth=1.5, zorder=3)
+        axis.set_yticks(places, labels)
+        axis.set_ylim(place - 0.4, -0.9)  # the first on top
         axis.set_xlim(0, 100)
-        axis.set_xlabel("%, with 95 % intervals; in brackets: test rows")
+        model = f"{prefix.rstrip('/')}: " if is_common else ""
+        axis.set_xlabel(f"{model}%, with 95 % intervals")
         axis.grid(axis="x", alpha=0.25)
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
         handles: list[Any] = [
-            plt.Line2D([], [], color=color, marker=marker, linestyle="", label=side)
-            for side, color, marker in sides
+            plt.Line2D(
+                [], [], color=color, marker=marker, linestyle="", label=side.replace("_", " ")
+            )
+            for side, (color, marker) in SIDES.items()
         ]
         label = "most frequent answer alone"
-        handles.append(axis.scatter([], [], marker="|", s=120, label=label, **majority))
-        figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False)
+        handles.append(plt.Line2D([], [], color="#c0504d", label=label))
+        figure.legend(handles=handles, loc="outside upper right", ncols=4, frameon=False)
         figures.save_svg(figure, file, drawn)
         plt.close(figure)
+
+
+def draw_line(axis: Any, scores: MetricResult, place: float) -> None:
+    """A recipe's scores on a dataset, at the height `place`."""
+    ends = (100 * scores.base.value, 100 * scores.adapter.value)
+    axis.plot(ends, (place, place), color="#c9ccd1", linewidth=2.5, zorder=1)
+    for side, (color, marker) in SIDES.items():
+        score: Score | None = getattr(scores, side)
+        if score is None:
+            continue
+        if score.low is not None and score.high is not None:
+            axis.hlines(place, 100 * score.low, 100 * score.high, color=color, alpha=0.6)
+        axis.scatter(100 * score.value, place, color=color, marker=marker, s=18, zorder=2)
 
 
 # ---- all of them
@@ -310,7 +348,7 @@ def write(check: bool = False) -> None:
     readme = README.read_text(encoding="utf-8")
     block = build_readme_block(evidence)
     texts = {README: insert_block(readme, block), PAGE: build_results_page(measured)}
-    featured = select_repeated(evidence)
+    featured = select_featured(evidence)
     drawn = "".join(result.model_dump_json() for result in featured)
     outdated = [
         path

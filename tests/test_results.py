@@ -394,8 +394,8 @@ def test_the_pages_show_what_is_measured_and_old_ones_are_an_error(folder):
     results_page.write()
     results_page.write(check=True)
     readme, page = results_page.README.read_text(), results_page.PAGE.read_text()
-    row = "fpb, 312 | accuracy | 58.7 | 28.5 (23.5 … 33.5) | 71.5 (66.5 … 76.5) | +43.0 (+38.0 … "
-    assert row in readme and "yesterday" not in readme and "means over 2 seeds" in readme
+    row = "fpb, 312 | accuracy | 58.7 | 28.5 (23.5 … 33.5) | 30.5 (25.5 … 35.5) | 71.5 (66.5 … 76.5)"
+    assert f"{row} | +43.0 (+38.0 … +48.0) |" in readme and "yesterday" not in readme and "means over 2 seeds" in readme
     assert "| fpb, 312 | accuracy | 28.5 (23.5 … 33.5) | 30.5 (25.5 … 35.5) | 71.5 (" in page
     assert "fpb: the most frequent answer alone has an accuracy of 58.7 %" in page
     assert "base, 3 examples" in page and "| 71.5, 71.5 |" in page
@@ -461,6 +461,32 @@ def test_the_readme_shows_the_results_of_several_seeds_where_there_are_such(fold
     assert f"[`{thrice.recipe}`]" in readme and f"[`{once.recipe}`]" not in readme
     assert "means over 3 seeds" in readme and "has 1 more." in readme
     assert all(f"## {result.recipe} on" in page for result in (once, thrice))
+
+
+def test_the_evidence_for_a_recipe_is_the_fullest_and_else_of_the_device_with_the_most(folder):
+    gpu, r8 = "1 x NVIDIA A40", "smollm2-135m/sentiment_r8"
+    weaker = [{"seeds": (42,)}, {"datasets": ("fpb",)}, {"shots": 0}]
+    for changes in weaker:
+        write_result(**({"device": gpu, "datasets": ("fpb", "fiqa")} | changes))
+        fuller = write_result(datasets=("fpb", "fiqa"))
+        assert results.choose_evidence(results.load_results()) == [fuller]
+    level = write_result(device=gpu, datasets=("fpb", "fiqa"))
+    other = write_result(name=r8, device=gpu, seeds=(42,))
+    assert results.choose_evidence(results.load_results()) == [level, other]
+    write_result(device=gpu, datasets=("fpb", "fiqa"), scoring=SCORING - 1)
+    assert results.choose_evidence(results.load_results()) == [fuller, other]
+
+
+def test_the_readme_shows_qlora_and_tuned_recipes_first_in_the_order_of_the_catalogue(folder):
+    for method in ("r4", "r8", "r8_dora", "tuned"):
+        datasets = ("fpb", "fiqa", "tfns", "ner")
+        write_result(name=f"smollm2-135m/sentiment_{method}", datasets=datasets)
+    results_page.write()
+    shown = re.findall(r"\[`smollm2-135m/sentiment_(\w+)`\]", results_page.README.read_text())
+    assert shown == ["r4"] * 4 + ["tuned"] * 4
+    figure = results_page.FIGURE.read_text()  # a label's text is a comment above its outlines
+    assert all(figure.count(f"<!-- sentiment_{name} -->") == 4 for name in ("r8", "r8_dora"))
+    assert figure.count("<!-- fpb, accuracy, 312 test rows -->") == 1
 
 
 def test_finloras_published_scores_stand_beside_ours_where_rows_and_labels_are_the_same():

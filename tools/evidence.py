@@ -22,30 +22,31 @@ planned."""
 
 
 @cache
-def read_results() -> dict[str, list[Result]]:
-    """The results of each recipe, by its name, without those of the examples."""
+def read_results() -> tuple[dict[str, list[Result]], dict[str, Result]]:
+    """The results of each recipe without those of the examples, and the one that stands for it."""
     from evals import results  # takes longer to import than a list of recipes
 
     by_recipe: dict[str, list[Result]] = {}
-    for result in results.load_results():
-        if not result.is_of_examples:
-            by_recipe.setdefault(result.recipe, []).append(result)
-    return by_recipe
+    measured = [result for result in results.load_results() if not result.is_of_examples]
+    for result in measured:
+        by_recipe.setdefault(result.recipe, []).append(result)
+    return by_recipe, {result.recipe: result for result in results.choose_evidence(measured)}
 
 
 def describe_evidence(name: str) -> str:
     """The evidence for a recipe of the catalogue, as one line.
 
-    Of several devices, the one with the most seeds is told, and how many others there are. A stale
-    result is none, but it is told with the reason.
+    Of several devices, one is told (`evals.results.choose_evidence`), and how many others there
+    are. A stale result is none, but it is told with the reason.
     """
     from evals import results
 
-    measured = read_results().get(name, [])
-    if current := [result for result in measured if not results.explain_stale(result)]:
-        others = len(current) - 1
+    by_recipe, chosen = read_results()
+    measured = by_recipe.get(name, [])
+    if name in chosen:
+        others = sum(not results.explain_stale(result) for result in measured) - 1
         more = f"; also on {others} other device{'s' if others > 1 else ''}" if others else ""
-        return describe_result(max(current, key=lambda result: len(result.trainings))) + more
+        return describe_result(chosen[name]) + more
     stale = f" (measured before: {results.explain_stale(measured[0])})" if measured else ""
     return f"{describe_plan(name)}{stale}"
 
