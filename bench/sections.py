@@ -164,14 +164,14 @@ def conclude_worked(difference: dict[str, Any]) -> list[str]:
 
 def build_forgetting() -> list[str]:
     text = (
-        "Loss per token of base and adapter on the same texts, at the adapter's precision: general "
-        "prose, and the keys of each task's test rows behind their prompts. More is forgetting. "
-        "The adapter's own task stands last. 95 % intervals over texts, of one run each."
+        "What an adapter adds to its base's loss, in nats a token, on the same texts at the same "
+        "precision: general prose, and the keys of each task's test rows behind their prompts. More "
+        "is forgetting. Means over seeds, and the outermost ends of the seeds' 95 % intervals, "
+        "which are over texts."
     )
     lines = ["## What an adapter costs elsewhere", "", text, ""]
     if not forgetting.RESULTS.is_file():
         return [*lines, "Not measured yet: `python -m bench.forgetting`.", ""]
-    rows = []
     entries = read_json(forgetting.RESULTS)["runs"]
     current = {name: entry for name, entry in entries.items() if forgetting.is_current(entry)}
     if len(current) < len(entries):
@@ -180,19 +180,34 @@ def build_forgetting() -> list[str]:
         lines += [text, ""]
     if not current:
         return lines
-    for name, entry in current.items():
-        own = entry["own_datasets"]
-        for dataset in sorted(entry["losses"], key=lambda dataset: dataset in own):
-            measured = entry["losses"][dataset]
-            difference = measured["difference"]
-            gain = f"{difference['value']:+.3f}"
-            if difference["low"] is not None:
-                gain += f" ({difference['low']:+.3f} … {difference['high']:+.3f})"
-            where = f"{dataset}, its own task" if dataset in own else dataset
-            values = (f"{measured[side]:.3f}" for side in ("base", "adapter"))
-            rows.append([name, where, str(measured["texts"]), *values, gain])
-    headings = ["run", "texts of", "texts", "base", "adapter", "adapter minus base, nats a token"]
-    return [*lines, *build_table(headings, rows), *conclude_forgetting(list(current.values()))]
+    by_recipe: dict[str, list[dict[str, Any]]] = {}
+    for entry in current.values():
+        by_recipe.setdefault(entry["recipe"], []).append(entry)
+    texts = {name: m["texts"] for entry in current.values() for name, m in entry["losses"].items()}
+    rows = [
+        [name, str(count), *(format_forgotten(runs, name) for runs in by_recipe.values())]
+        for name, count in texts.items()
+    ]
+    table = build_table(["texts of", "texts", *by_recipe], rows)
+    machines = {
+        f"`{recipe}` at {runs[0]['precision']}, {len(runs)} seed{'s' if len(runs) > 1 else ''}, on "
+        + " and ".join(dict.fromkeys(entry["machine"] for entry in runs))
+        for recipe, runs in by_recipe.items()
+    }
+    measured = f"Measured: {'; '.join(sorted(machines))}."
+    return [*lines, *table, measured, "", *conclude_forgetting(list(current.values()))]
+
+
+def format_forgotten(runs: Sequence[dict[str, Any]], dataset: str) -> str:
+    """`+0.024 (+0.016 … +0.033)`: the mean over runs, the outermost ends of their intervals."""
+    measured = [run["losses"][dataset]["difference"] for run in runs if dataset in run["losses"]]
+    if not measured:
+        return "–"
+    text = f"{fmean(entry['value'] for entry in measured):+.3f}"
+    if all(entry["low"] is not None for entry in measured):
+        low, high = min(e["low"] for e in measured), max(e["high"] for e in measured)
+        text += f" ({low:+.3f} … {high:+.3f})"
+    return text + (", its own task" if dataset in runs[0]["own_datasets"] else "")
 
 
 def count_runs(count: int) -> str:

@@ -130,6 +130,8 @@ def write_results(path, **differences):
         "recipe": recipe.name,
         "recipe_digest": recipe.digest,
         "seed": 43,
+        "machine": "1 x NVIDIA A40",
+        "precision": "nf4",
         "own_datasets": ["fpb"],
         "losses": losses,
         "identity": {"prose": forgetting.SHA256, "rows": forgetting.ROWS},
@@ -146,13 +148,29 @@ def test_the_page_counts_what_is_worse_and_leaves_the_own_task_apart(tmp_path, m
     section = "\n".join(sections.build_forgetting())
     assert "+0.200 nats a token on average over 1 run; 1 of them" in section
     assert "of 2 pairs of run and dataset 1 are worse than the base and 0 better" in section
-    assert "fpb, its own task" in section and "Left out" not in section
+    assert "| fpb | 100 | -2.000 (-2.100 … -1.900), its own task |" in section
+    assert "Measured: `smollm2-135m/sentiment_r4` at nf4, 1 seed, on 1 x NVIDIA A40." in section
+    assert "Left out" not in section
     other_rows = entry["identity"] | {"rows": 1}
     for change in ({"recipe_digest": "other"}, {"recipe": "none"}, {"identity": other_rows}):
         path.write_text(json.dumps({"runs": {"run": entry, "old run": entry | change}}))
         section = "\n".join(sections.build_forgetting())
         assert "Left out, since recipe or texts changed: `old run`." in section
         assert "on average over 1 run;" in section
+
+
+def test_a_recipe_stands_in_one_column_with_the_outermost_ends_of_its_seeds(tmp_path, monkeypatch):
+    monkeypatch.setattr(forgetting, "RESULTS", tmp_path / "forgetting.json")
+    first = write_results(forgetting.RESULTS, prose=0.2, ner=-0.5)
+    second = write_results(forgetting.RESULTS, prose=0.3)
+    other = first | {"recipe": "smollm2-135m/sentiment_r8"}
+    other["recipe_digest"] = recipes.find(other["recipe"]).with_seed(43).digest
+    runs = {"run": first, "run, seed 44": second, "other": other}
+    forgetting.RESULTS.write_text(json.dumps({"runs": runs}))
+    lines = sections.build_forgetting()
+    assert "| prose | 100 | +0.250 (+0.100 … +0.400) | +0.200 (+0.100 … +0.300) |" in lines
+    assert "| ner | 100 | -0.500 (-0.600 … -0.400) | -0.500 (-0.600 … -0.400) |" in lines
+    assert "at nf4, 2 seeds, on 1 x NVIDIA A40; `smollm2-135m/sentiment_r8` at nf4, 1" in "\n".join(lines)
 
 
 def test_intervals_of_a_difference_are_paired():

@@ -50,6 +50,9 @@ class Judge(TrainerCallback):
             trainer.prediction_step = self.prediction_step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.records:
+            # Axolotl sets it. A search judges what was learned, and no candidate has learned yet.
+            args.eval_on_start = False
         # transformers forgets how many evaluations in a row were no better before an interruption.
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback) and state.global_step:
