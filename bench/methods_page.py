@@ -34,14 +34,22 @@ HEAD = """\
 
 FinLoRA ranks LoRA, QLoRA, DoRA and rsLoRA at one learning rate. Here each method first gets its own
 rate, chosen on validation rows, and is then trained with three seeds and scored on test rows.
-`make results` writes this page from [results/](../results/), and says what is missing.
+[What would overturn it](#what-would-overturn-it) follows from how that was done.
+"""
 
+OTHERS = """\
+Other experiments conclude in their sections: [two tasks at once](#two-tasks-at-once), [swapped
+labels](#swapped-labels), [calculations](#calculations-against-bare-numbers), [what an adapter costs
+elsewhere](#what-an-adapter-costs-elsewhere).
+"""
+
+COMMANDS = """\
     make fetch data TASKS=sentiment,xbrl_term,ner,tfns,tfns_as_published,formula,formula_worked
     .venv/bin/python -m bench.methods            # hours on two cores; goes on where it stopped
     .venv/bin/python -m bench.together
     .venv/bin/python -m bench.worked             # answers that are calculations
     .venv/bin/python -m bench.forgetting         # what the finished runs of SmolLM2 forgot
-    make results
+    make results                                 # writes this page from results/
 
 Each training leaves a small file of results. They are committed, so another machine with the same
 data goes on from them. Within this experiment, test rows are read once all rates of their task are
@@ -287,7 +295,7 @@ def judge_hypothesis(experiment: "Experiment") -> str:
 
 
 def conclude_ranking(experiment: "Experiment") -> list[str]:
-    """A sentence for each setting that is complete."""
+    """The hypothesis, the spread over rates, and the verdicts of each setting."""
     spec = experiment.spec
     reference = spec["methods"][spec["reference"]]["title"]
     if experiment.missing_rates:
@@ -295,16 +303,22 @@ def conclude_ranking(experiment: "Experiment") -> list[str]:
     lines = [judge_hypothesis(experiment), describe_spread(experiment)]
     settings = {"common": "at one common rate", "best": "at each one's best rate"}
     for setting, name in settings.items():
-        for method, comparison in experiment.compare_all(setting).items():
-            if comparison is None:
-                continue
-            title = spec["methods"][method]["title"]
-            verdict = equivalence.describe_verdict(comparison, spec["margin"])
-            lines.append(
-                f"- {experiment.task}, {title} against {reference} {name}: {verdict}; "
-                f"{format_difference(comparison)} points, 95 % over rows and "
-                f"{len(comparison['seeds'])} seeds."
-            )
+        compared = {
+            spec["methods"][method]["title"]: comparison
+            for method, comparison in experiment.compare_all(setting).items()
+            if comparison
+        }
+        if not compared:
+            continue
+        verdicts = [
+            f"{title}: {format_difference(comparison)}, "
+            f"{equivalence.describe_verdict(comparison, spec['margin'])}"
+            for title, comparison in compared.items()
+        ]
+        lines.append(
+            f"- {experiment.task}, {name}, points above {reference}, 95 % over rows and "
+            f"{len(spec['seeds'])} seeds. {'. '.join(verdicts)}."
+        )
     edges = (min(spec["rates"]), max(spec["rates"]))
     for method, entry in spec["methods"].items():
         if (best := experiment.choose_rate(method)) in edges:
@@ -324,16 +338,14 @@ def build_page(experiments: list["Experiment"]) -> str:
     for experiment in experiments:
         refuse_other_rows(experiment.list_finished_cells())
     margin = f"Margin: {format_points(spec['margin'])} points. Written before the first training:"
-    lines = [HEAD, "## What is done", ""]
-    lines += [line for experiment in experiments for line in describe_progress(experiment)]
-    lines += [line for part in parts for line in describe_part(part)]
-    lines += ["", "## Hypothesis", "", margin, "", quote(spec["hypothesis"]), ""]
-    lines += [PLANNED, *map(describe_plan, experiments), "", VERDICTS]
-    lines += ["## Conclusions", ""]
+    lines = [HEAD, "## Conclusions", ""]
     lines += [line for experiment in experiments for line in conclude_ranking(experiment)]
-    lines += ["", "## Results", ""]
+    lines += ["", OTHERS]
     if any(experiment.list_finished_cells() for experiment in experiments):
         lines += ["![Validation score by learning rate, a line for each method](methods.svg)", ""]
+    lines += ["## Hypothesis", "", margin, "", quote(spec["hypothesis"]), ""]
+    lines += [PLANNED, *map(describe_plan, experiments), "", VERDICTS]
+    lines += ["## Results", ""]
     for experiment in experiments:
         lines += build_rates(experiment)
         for setting in ("common", "best"):
@@ -346,8 +358,10 @@ def build_page(experiments: list["Experiment"]) -> str:
         for stage, cells in experiment.group_finished_cells().items()
     }
     stages |= {part.plan["title"]: part.list_finished_cells() for part in parts}
-    lines += ["## Machines", "", MACHINES, ""]
-    lines += describe_machines(stages)
+    lines += ["## Run it", "", COMMANDS]
+    lines += [line for experiment in experiments for line in describe_progress(experiment)]
+    lines += [line for part in parts for line in describe_part(part)]
+    lines += ["", MACHINES, "", *describe_machines(stages)]
     return "\n".join(lines).rstrip() + "\n"
 
 
