@@ -168,6 +168,32 @@ def test_axolotl_takes_every_value_of_the_default_space_and_a_misspelt_key_is_na
         tune.validate_points(Space({"lora_rank": [4]}, config), "mine")
 
 
+@pytest.mark.parametrize(
+    ("entry", "rates"),
+    [
+        ({"low": 0.00005, "high": 0.005, "log": True}, [0.0005, 0.001, 0.002, 0.00025]),
+        ({"low": 0.0004, "high": 0.001, "log": True}, [0.0005, 0.001]),
+        ({"low": 0.001, "high": 0.002, "log": True}, [0.0005, 0.001, 0.002]),
+        ([0.001, 0.01], [0.0005]),
+    ],
+)
+def test_other_learning_rates_of_a_range_are_tried_first(entry, rates):
+    config = recipes.build_config("smollm2-135m/sentiment_r4")
+    space = Space({"learning_rate": Range(**entry) if isinstance(entry, dict) else entry}, config)
+    assert [point["learning_rate"] for point in space.list_first()] == pytest.approx(rates)
+    whole = Space({**read_settings(None).space}, config).list_first()
+    assert all(point | {"learning_rate": 0.0005} == whole[0] for point in whole)
+    assert Space({"lora_r": [4, 8]}, config).list_first() == [{"lora_r": 4}]
+
+
+def test_candidates_that_wait_are_no_candidates_yet(opened):
+    first = opened()
+    trials = first.study.get_trials(deepcopy=False)
+    assert all(trial.state.name == "WAITING" for trial in trials) and not first.list_trials()
+    finish(first, [3.0, 2.0])
+    assert len(first.list_trials()) == 1
+
+
 @pytest.mark.parametrize("minutes", ["0", "-1", "nan"])
 def test_a_search_needs_time(monkeypatch, capsys, minutes):
     with pytest.raises(SystemExit):
@@ -491,7 +517,7 @@ def test_a_search_of_other_evaluations_starts_afresh_if_another_checkpoint_would
 def test_a_search_of_other_rows_or_settings_starts_afresh(opened, capsys):
     finish(opened(), [3.0, 2.0])
     changed = opened(equal="time")
-    assert [trial.state.name for trial in changed.list_trials()] == ["WAITING"]
+    assert not changed.list_trials()
     assert "starts afresh" in capsys.readouterr().out
     assert Run(changed.folder.with_name("r4.previous")).identity_file.is_file()
 
@@ -759,6 +785,7 @@ def test_candidates_share_the_prepared_rows_and_are_judged_row_by_row(whole):
     for number in (0, whole.report["winner"]["number"]):
         run = Run(whole.place / f"{number:03d}")
         last = run.evaluations()[-1]
+        assert [line["step"] for line in run.evaluations()] == [3, 6, 9, 12]
         assert last["step"] == last["steps"] and len(last["losses"]) == 20
         assert last["loss"] == pytest.approx(sum(last["losses"]) / 20, rel=1e-5)
         assert run.info["last_eval_loss"] == pytest.approx(last["loss"])

@@ -218,15 +218,19 @@ class Search:
         # A seed for each call: with the same one, a search that goes on would repeat its points.
         study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.trials))
         if not study.trials:
-            study.enqueue_trial(self.space.own)
+            for point in self.space.list_first():
+                study.enqueue_trial(point)
         return study
 
     # -- what there is
 
     def list_trials(self, *states: str) -> list[Any]:
-        """Optuna's trials in these states, all if none is named."""
-        trials = self.study.get_trials(deepcopy=False)
-        return [trial for trial in trials if not states or trial.state.name in states]
+        """Optuna's trials in these states, all that began if none is named."""
+        return [
+            trial
+            for trial in self.study.get_trials(deepcopy=False)
+            if (trial.state.name in states if states else trial.state.name != "WAITING")
+        ]
 
     def candidate(self, number: int, suffix: str = "") -> Candidate:
         point = self.study.get_trials(deepcopy=False)[number].params

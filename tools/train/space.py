@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT = recipes.FOLDER / "tune.yaml"
 BATCH = "batch"  # rows per step: the one key that is not Axolotl's
+RATE, RATES = "learning_rate", (2, 4, 0.5)  # tried first, as multiples of the recipe's
 # Keys that decide what is compared with what, and cannot differ between candidates.
 FIXED = {
     *("base_model", "datasets", "test_datasets", "val_set_size", "seed", "sequence_len"),
@@ -208,6 +209,17 @@ class Space:
             if key == "lora_target_modules":
                 config.pop("lora_target_linear", None)
         return config
+
+    def list_first(self) -> list[Point]:
+        """What is tried first: the recipe, then the same at other learning rates of a range.
+
+        The rate decides most (arXiv 2602.04998), and a step takes as long at any.
+        """
+        entry, own = self.ranges.get(RATE), self.own.get(RATE)
+        rates = [own * factor for factor in RATES] if entry else []
+        return [self.own] + [
+            self.own | {RATE: rate} for rate in rates if entry and entry.low <= rate <= entry.high
+        ]
 
     def list_extremes(self) -> list[Point]:
         """Points that hold each choice, and both ends of each range, one at a time."""
