@@ -165,37 +165,42 @@ def conclude_worked(difference: dict[str, Any]) -> list[str]:
 def build_forgetting() -> list[str]:
     text = (
         "What an adapter adds to its base's loss, in nats a token, on the same texts at the same "
-        "precision: general prose, and the keys of each task's test rows behind their prompts. More "
-        "is forgetting. Means over seeds, and the outermost ends of the seeds' 95 % intervals, "
-        "which are over texts."
+        "precision: general prose, and the keys of each task's test rows behind their prompts. "
+        "More is forgetting. Means over seeds, and the outermost ends of the seeds' 95 % "
+        "intervals, which are over texts."
     )
     lines = ["## What an adapter costs elsewhere", "", text, ""]
     if not forgetting.RESULTS.is_file():
         return [*lines, "Not measured yet: `python -m bench.forgetting`.", ""]
-    entries = read_json(forgetting.RESULTS)["runs"]
-    current = {name: entry for name, entry in entries.items() if forgetting.is_current(entry)}
-    if len(current) < len(entries):
-        old = list_names([name for name in entries if name not in current])
+    measured = read_json(forgetting.RESULTS)["runs"]
+    current = {name: entry for name, entry in measured.items() if forgetting.is_current(entry)}
+    if len(current) < len(measured):
+        old = list_names([name for name in measured if name not in current])
         text = f"Left out, since recipe or texts changed: {old}. Run `python -m bench.forgetting`."
         lines += [text, ""]
     if not current:
         return lines
+    entries = list(current.values())
+    return [*lines, *build_forgotten(entries), *conclude_forgetting(entries)]
+
+
+def build_forgotten(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """A column for each recipe, and where its runs were measured."""
     by_recipe: dict[str, list[dict[str, Any]]] = {}
-    for entry in current.values():
+    for entry in entries:
         by_recipe.setdefault(entry["recipe"], []).append(entry)
-    texts = {name: m["texts"] for entry in current.values() for name, m in entry["losses"].items()}
+    texts = {name: m["texts"] for entry in entries for name, m in entry["losses"].items()}
     rows = [
         [name, str(count), *(format_forgotten(runs, name) for runs in by_recipe.values())]
         for name, count in texts.items()
     ]
-    table = build_table(["texts of", "texts", *by_recipe], rows)
-    machines = {
-        f"`{recipe}` at {runs[0]['precision']}, {len(runs)} seed{'s' if len(runs) > 1 else ''}, on "
+    measured = [
+        f"`{recipe}` at {runs[0]['precision']}, {count_runs(len(runs))}, on "
         + " and ".join(dict.fromkeys(entry["machine"] for entry in runs))
         for recipe, runs in by_recipe.items()
-    }
-    measured = f"Measured: {'; '.join(sorted(machines))}."
-    return [*lines, *table, measured, "", *conclude_forgetting(list(current.values()))]
+    ]
+    table = build_table(["texts of", "texts", *by_recipe], rows)
+    return [*table, f"Measured: {'; '.join(measured)}.", ""]
 
 
 def format_forgotten(runs: Sequence[dict[str, Any]], dataset: str) -> str:
