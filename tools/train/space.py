@@ -215,11 +215,10 @@ class Space:
 
         The rate decides most (arXiv 2602.04998), and a step takes as long at any.
         """
-        entry, own = self.ranges.get(RATE), self.own.get(RATE)
-        rates = [own * factor for factor in RATES] if entry else []
-        return [self.own] + [
-            self.own | {RATE: rate} for rate in rates if entry and entry.low <= rate <= entry.high
-        ]
+        if not (entry := self.ranges.get(RATE)):
+            return [self.own]
+        rates = [factor * self.own[RATE] for factor in (1, *RATES)]
+        return [self.own | {RATE: rate} for rate in rates if entry.low <= rate <= entry.high]
 
     def list_extremes(self) -> list[Point]:
         """Points that hold each choice, and both ends of each range, one at a time."""
