@@ -34,7 +34,8 @@ HEAD = """\
 
 FinLoRA ranks LoRA, QLoRA, DoRA and rsLoRA at one learning rate. Here each method first gets its own
 rate, chosen on validation rows, and is then trained with three seeds and scored on test rows.
-[What would overturn it](#what-would-overturn-it) follows from how that was done.
+The [hypothesis](#hypothesis): at their best rates all lie within a margin of two points of LoRA.
+[Some things](#what-would-overturn-it) would overturn what was found.
 """
 
 OTHERS = """\
@@ -311,13 +312,13 @@ def conclude_ranking(experiment: "Experiment") -> list[str]:
         if not compared:
             continue
         verdicts = [
-            f"{title}: {format_difference(comparison)}, "
+            f"{title}, {format_difference(comparison)}, "
             f"{equivalence.describe_verdict(comparison, spec['margin'])}"
             for title, comparison in compared.items()
         ]
         lines.append(
-            f"- {experiment.task}, {name}, points above {reference}, 95 % over rows and "
-            f"{len(spec['seeds'])} seeds. {'. '.join(verdicts)}."
+            f"- {experiment.task}, {name}, in points against {reference}, with 95 % intervals over "
+            f"rows and {len(spec['seeds'])} seeds: {'; '.join(verdicts)}."
         )
     edges = (min(spec["rates"]), max(spec["rates"]))
     for method, entry in spec["methods"].items():

@@ -166,7 +166,7 @@ def build_forgetting() -> list[str]:
     text = (
         "What an adapter adds to its base's loss, in nats a token, on the same texts at the same "
         "precision: general prose, and the keys of each task's test rows behind their prompts. "
-        "More is forgetting. Means over seeds, and the outermost ends of the seeds' 95 % "
+        "More is forgetting. Means over runs, and the outermost ends of the runs' 95 % "
         "intervals, which are over texts."
     )
     lines = ["## What an adapter costs elsewhere", "", text, ""]
@@ -189,7 +189,7 @@ def build_forgotten(entries: Sequence[dict[str, Any]]) -> list[str]:
     by_recipe: dict[str, list[dict[str, Any]]] = {}
     for entry in entries:
         by_recipe.setdefault(entry["recipe"], []).append(entry)
-    texts = {name: m["texts"] for entry in entries for name, m in entry["losses"].items()}
+    texts = {name: loss["texts"] for entry in entries for name, loss in entry["losses"].items()}
     rows = [
         [name, str(count), *(format_forgotten(runs, name) for runs in by_recipe.values())]
         for name, count in texts.items()
@@ -205,13 +205,13 @@ def build_forgotten(entries: Sequence[dict[str, Any]]) -> list[str]:
 
 def format_forgotten(runs: Sequence[dict[str, Any]], dataset: str) -> str:
     """`+0.024 (+0.016 … +0.033)`: the mean over runs, the outermost ends of their intervals."""
-    measured = [run["losses"][dataset]["difference"] for run in runs if dataset in run["losses"]]
-    if not measured:
+    differences = [run["losses"][dataset]["difference"] for run in runs if dataset in run["losses"]]
+    if not differences:
         return "–"
-    text = f"{fmean(entry['value'] for entry in measured):+.3f}"
-    if all(entry["low"] is not None for entry in measured):
-        low, high = min(e["low"] for e in measured), max(e["high"] for e in measured)
-        text += f" ({low:+.3f} … {high:+.3f})"
+    values, lows, highs = ([d[key] for d in differences] for key in ("value", "low", "high"))
+    text = f"{fmean(values):+.3f}"
+    if None not in lows:
+        text += f" ({min(lows):+.3f} … {max(highs):+.3f})"
     return text + (", its own task" if dataset in runs[0]["own_datasets"] else "")
 
 

@@ -27,6 +27,7 @@ FOLDER = ROOT / "results"
 EXAMPLES = "data/sample"  # where rows are from that were written for this project
 LARGEST = 64_000  # bytes of a file; the largest set, of ten datasets and ten seeds, needs half
 WIDTH = 100  # characters of a line of a file
+ENOUGH_SEEDS = 3  # for evidence that pages show before any other
 DECIMALS = 5  # of a score
 
 NAME = r"^[\w./+-]{1,100}$"
@@ -240,25 +241,23 @@ def explain_stale(result: Result) -> str:
 
 
 def choose_evidence(measured: Sequence[Result]) -> list[Result]:
-    """Of each recipe the result that stands for it, without stale ones, in their order.
+    """For each recipe the result that stands for it, in their order; a stale one never does.
 
-    The most seeds count first, then the most datasets, then examples beside the base. Of results
-    that are level, the device with the most results counts, so that recipes are compared on one.
+    Seeds count first, up to `ENOUGH_SEEDS`; then datasets, examples beside the base, and any more
+    seeds. Of results that are level, the device with the most results counts,
+    so that recipes are compared on one.
     """
     current = [result for result in measured if not explain_stale(result)]
     by_device = Counter(result.device for result in current)
+
+    def weigh(result: Result) -> tuple[int, int, bool, int, int]:
+        seeds = len(result.trainings)
+        enough, has_examples = min(seeds, ENOUGH_SEEDS), result.shots > 0
+        return enough, len(result.datasets), has_examples, seeds, by_device[result.device]
+
     best: dict[str, Result] = {}
     for result in current:
-        best[result.recipe] = max(
-            best.get(result.recipe, result),
-            result,
-            key=lambda one: (
-                len(one.trainings),
-                len(one.datasets),
-                one.shots > 0,
-                by_device[one.device],
-            ),
-        )
+        best[result.recipe] = max(best.get(result.recipe, result), result, key=weigh)
     return list(best.values())
 
 

@@ -21,9 +21,8 @@ PAGE = ROOT / "docs" / "results.md"
 FIGURE = ROOT / "docs" / "results.svg"
 BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
 MOST_ROWS = 10  # of the table in the README, which has 120 lines at most
-LEAST_SEEDS = 3  # of a result that the README and the figure show, where there are such
-# The ends of the names that the README shows first: QLoRA, and what tuning found.
-FIRST = ("_r4", "_tuned")
+# The methods whose recipes the README prefers: QLoRA, and what tuning found.
+PREFERRED = ("_r4", "_tuned")
 
 NOTHING = (
     "Nothing is measured yet with today's recipes and data; `make verify "
@@ -79,18 +78,19 @@ def join_cells(*cells: str) -> str:
 
 
 def select_featured(evidence: list[Result]) -> list[Result]:
-    """A result for each recipe, of several seeds where any has them."""
+    """One result for each recipe; only those with enough seeds, if any has them."""
     chosen = results.choose_evidence(evidence)
-    return [result for result in chosen if len(result.trainings) >= LEAST_SEEDS] or chosen
+    enough = results.ENOUGH_SEEDS
+    return [result for result in chosen if len(result.trainings) >= enough] or chosen
 
 
 def choose_for_readme(featured: list[Result]) -> list[Result]:
-    """Those that fit into the table with all their datasets, the methods of `FIRST` before others.
+    """Those that fit into the table with all their datasets, the preferred methods before others.
 
     They stay in their order.
     """
     chosen = list[Result]()
-    for result in sorted(featured, key=lambda result: not result.recipe.endswith(FIRST)):
+    for result in sorted(featured, key=lambda result: not result.recipe.endswith(PREFERRED)):
         if count_scores([*chosen, result]) <= MOST_ROWS:
             chosen.append(result)
     return [result for result in featured if result in chosen] or featured[:1]
@@ -98,25 +98,18 @@ def choose_for_readme(featured: list[Result]) -> list[Result]:
 
 def build_readme_table(featured: list[Result]) -> str:
     """A line for each recipe and dataset."""
-    lines = [
-        join_cells(
-            link_result(result, "docs/"),
-            f"{dataset}, {entry.rows:,}",
-            report.title(pick_main(entry)[0]),
-            format_majority(entry),
-            *format_shown(pick_main(entry)[1]),
-        )
-        for result in featured
-        for dataset, entry in result.datasets.items()
-    ]
     heads = ["recipe", "test rows", "metric", "majority, %", "base, %", "with examples, %"]
-    head = join_cells(*heads, "adapter, %", "gain, points")
-    return head + join_cells(*["---"] * 3, *["---:"] * 5) + "".join(lines[:MOST_ROWS])
-
-
-def format_shown(scores: MetricResult) -> tuple[str, str, str, str]:
-    base, adapter, gain = format_sides(scores)
-    return base, format_score(scores.base_with_examples), adapter, gain
+    lines = [join_cells(*heads, "adapter, %", "gain, points")]
+    lines.append(join_cells(*["---"] * 3, *["---:"] * 5))
+    for result in featured:
+        for dataset, entry in result.datasets.items():
+            metric, scores = pick_main(entry)
+            cells = [link_result(result, "docs/"), f"{dataset}, {entry.rows:,}"]
+            cells += [report.title(metric), format_majority(entry)]
+            base, adapter, gain = format_sides(scores)
+            with_examples = format_score(scores.base_with_examples)
+            lines.append(join_cells(*cells, base, with_examples, adapter, gain))
+    return "".join(lines[: 2 + MOST_ROWS])
 
 
 def count_scores(listed: list[Result]) -> int:
@@ -274,6 +267,16 @@ SIDES = {  # color and marker
 GAP = 1.3  # lines above the first recipe of a dataset, which its title takes
 
 
+def group_by_rows(featured: list[Result]) -> dict[str, list[tuple[Result, DatasetResult]]]:
+    """The scores that can be compared, under a title: of one dataset, metric and number of rows."""
+    groups: dict[str, list[tuple[Result, DatasetResult]]] = {}
+    for result in featured:
+        for dataset, entry in result.datasets.items():
+            title = f"{dataset}, {report.title(pick_main(entry)[0])}, {entry.rows:,} test rows"
+            groups.setdefault(title, []).append((result, entry))
+    return groups
+
+
 def draw_results(featured: list[Result], file: Path, drawn: str) -> None:
     """For each dataset a line per recipe, from the base's score to the adapter's."""
     import matplotlib
@@ -281,52 +284,38 @@ def draw_results(featured: list[Result], file: Path, drawn: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    by_dataset: dict[str, list[Result]] = {}
-    for result in featured:
-        for dataset in result.datasets:
-            by_dataset.setdefault(dataset, []).append(result)
-    prefix = f"{featured[0].recipe.split('/')[0]}/"
-    is_common = all(result.recipe.startswith(prefix) for result in featured)
-    labels, places, place = [], [], -1.0
-    height = 0.22 * (count_scores(featured) + GAP * len(by_dataset)) + 0.9
+    groups = group_by_rows(featured)
+    models = {result.recipe.split("/")[0] for result in featured}
+    labels, places, place, shown_sides = [], [], -1.0, dict[str, Any]()
+    height = 0.22 * (count_scores(featured) + GAP * len(groups)) + 0.9
     with plt.rc_context({"font.size": 9}):
         figure, axis = plt.subplots(figsize=(9, height), layout="constrained")
-        for dataset, measured in by_dataset.items():
+        for title, scored in groups.items():
             place += GAP
-            first, entry = place, measured[0].datasets[dataset]
-            title = f"{dataset}, {report.title(pick_main(entry)[0])}, {entry.rows:,} test rows"
             axis.text(0.5, place - 0.75, title, fontweight="bold", va="center")
-            for result in measured:
-                draw_line(axis, pick_main(result.datasets[dataset])[1], place)
-                labels.append(result.recipe.removeprefix(prefix if is_common else ""))
+            for result, entry in scored:
+                shown_sides |= draw_line(axis, entry, place)
+                name = result.recipe
+                labels.append(name.partition("/")[2] if len(models) == 1 else name)
                 places.append(place)
                 place += 1
-            if entry.majority is not None:
-                ends = (first - 0.4, place - 0.6)
-                axis.vlines(100 * entry.majority, *ends, color="#c0504d", linewidth=1.5, zorder=3)
         axis.set_yticks(places, labels)
         axis.set_ylim(place - 0.4, -0.9)  # the first on top
         axis.set_xlim(0, 100)
-        model = f"{prefix.rstrip('/')}: " if is_common else ""
-        axis.set_xlabel(f"{model}%, with 95 % intervals")
+        model = f" of {models.pop()}" if len(models) == 1 else ""
+        axis.set_xlabel(f"score{model} in %, with 95 % intervals")
         axis.grid(axis="x", alpha=0.25)
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
-        handles: list[Any] = [
-            plt.Line2D(
-                [], [], color=color, marker=marker, linestyle="", label=side.replace("_", " ")
-            )
-            for side, (color, marker) in SIDES.items()
-        ]
-        label = "most frequent answer alone"
-        handles.append(plt.Line2D([], [], color="#c0504d", label=label))
-        figure.legend(handles=handles, loc="outside upper right", ncols=4, frameon=False)
+        handles, names = list(shown_sides.values()), list(shown_sides)
+        figure.legend(handles, names, loc="outside upper right", ncols=4, frameon=False)
         figures.save_svg(figure, file, drawn)
         plt.close(figure)
 
 
-def draw_line(axis: Any, scores: MetricResult, place: float) -> None:
-    """A recipe's scores on a dataset, at the height `place`."""
+def draw_line(axis: Any, entry: DatasetResult, place: float) -> dict[str, Any]:
+    """Draws a recipe's scores on a dataset at the height `place`; returns the marks by name."""
+    scores, marks = pick_main(entry)[1], dict[str, Any]()
     ends = (100 * scores.base.value, 100 * scores.adapter.value)
     axis.plot(ends, (place, place), color="#c9ccd1", linewidth=2.5, zorder=1)
     for side, (color, marker) in SIDES.items():
@@ -335,7 +324,13 @@ def draw_line(axis: Any, scores: MetricResult, place: float) -> None:
             continue
         if score.low is not None and score.high is not None:
             axis.hlines(place, 100 * score.low, 100 * score.high, color=color, alpha=0.6)
-        axis.scatter(100 * score.value, place, color=color, marker=marker, s=18, zorder=2)
+        dot = axis.scatter(100 * score.value, place, color=color, marker=marker, s=18, zorder=2)
+        marks[side.replace("_", " ")] = dot
+    if entry.majority is not None:
+        style: dict[str, Any] = {"color": "#c0504d", "linewidth": 1.5, "zorder": 3}
+        line = axis.vlines(100 * entry.majority, place - 0.5, place + 0.5, **style)
+        marks["most frequent answer alone"] = line
+    return marks
 
 
 # ---- all of them

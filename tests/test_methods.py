@@ -245,7 +245,7 @@ def test_one_missing_seed_leaves_a_table_without_a_verdict(experiment):
     assert "missing" in lines and "Holm" not in lines
     concluded = "\n".join(methods_page.conclude_ranking(experiment()))
     assert "is not tested yet" in concluded and "each one's best rate," not in concluded
-    assert "at one common rate, points above LoRA, 8 bits, r 8, 95 % over rows and 3" in concluded
+    assert "at one common rate, in points against LoRA, 8 bits, r 8, with 95 %" in concluded
 
 
 def test_a_setting_without_one_whole_method_has_no_table(experiment):
@@ -274,8 +274,8 @@ def test_a_whole_experiment_is_compared_on_the_same_rows_and_seeds(experiment):
     assert lora.shape == (1200, 3)
     assert direct == equivalence.compare_means(dora - lora, SPEC["margin"])
     concluded = "\n".join(methods_page.conclude_ranking(experiment()))
-    (line,) = [line for line in concluded.splitlines() if "each one's best rate, points" in line]
-    assert all(f" {name}: " in line for name in ("DoRA, 8 bits, r 8", "QLoRA, 4 bits, r 4"))
+    (line,) = [line for line in concluded.splitlines() if "each one's best rate, in points" in line]
+    assert all(f" {name}, " in line for name in ("DoRA, 8 bits, r 8", "QLoRA, 4 bits, r 4"))
     assert "QLoRA, 4 bits, r 4, 0.01, is an end of the grid" in concluded
 
 

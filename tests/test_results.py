@@ -1,5 +1,6 @@
 """Results: the schema, what is evidence, scores over seeds, and the pages that show them."""
 
+import itertools
 import json
 import re
 
@@ -465,17 +466,43 @@ def test_the_readme_shows_the_results_of_several_seeds_where_there_are_such(fold
 
 
 def test_the_evidence_for_a_recipe_is_the_fullest_and_else_of_the_device_with_the_most(folder):
-    gpu, r8 = "1 x NVIDIA A40", "smollm2-135m/sentiment_r8"
-    weaker = [{"seeds": (42,)}, {"datasets": ("fpb",)}, {"shots": 0}]
-    for changes in weaker:
-        write_result(**({"device": gpu, "datasets": ("fpb", "fiqa")} | changes))
-        fuller = write_result(datasets=("fpb", "fiqa"))
-        assert results.choose_evidence(results.load_results()) == [fuller]
-    level = write_result(device=gpu, datasets=("fpb", "fiqa"))
-    other = write_result(name=r8, device=gpu, seeds=(42,))
+    gpu, both = "1 x NVIDIA A40", ("fpb", "fiqa")
+    # Each stands above those below it: enough seeds, datasets, examples, more seeds.
+    order = [
+        {"seeds": (42, 43, 44), "datasets": ("fpb",), "shots": 0},
+        {"seeds": (42, 43), "datasets": both},
+        {"seeds": (42,), "datasets": both},
+        {"seeds": (42,), "datasets": both, "shots": 0},
+        {"seeds": (42,), "datasets": ("fpb",)},
+    ]
+    for above, below in itertools.pairwise(order):
+        write_result(device=gpu, **below)
+        best = write_result(**above)
+        assert results.choose_evidence(results.load_results()) == [best]
+    narrow = {"seeds": (42, 43, 44, 45), "datasets": ("fpb",)}
+    whole = {"seeds": (42, 43, 44), "datasets": both}
+    write_result(device=gpu, **narrow)
+    best = write_result(**whole)
+    assert results.choose_evidence(results.load_results()) == [best]
+    level = write_result(device=gpu, **whole)
+    other = write_result(name="smollm2-135m/sentiment_r8", device=gpu, seeds=(42,))
     assert results.choose_evidence(results.load_results()) == [level, other]
-    write_result(device=gpu, datasets=("fpb", "fiqa"), scoring=SCORING - 1)
-    assert results.choose_evidence(results.load_results()) == [fuller, other]
+    write_result(device=gpu, scoring=SCORING - 1, **whole)
+    assert results.choose_evidence(results.load_results()) == [best, other]
+
+
+def test_scores_on_other_rows_stand_apart_in_the_figure(folder):
+    write_result()
+    whole = describe_result(name="smollm2-135m/sentiment_r8")
+    whole["datasets"]["fpb"] |= {"rows": 1213, "majority": None}
+    results.write_result(Result.model_validate(whole))
+    groups = results_page.group_by_rows(results.load_results())
+    assert list(groups) == ["fpb, accuracy, 312 test rows", "fpb, accuracy, 1,213 test rows"]
+    results_page.write()
+    figure = results_page.FIGURE.read_text()
+    assert all(figure.count(f"<!-- {title} -->") == 1 for title in groups)
+    assert figure.count("<!-- most frequent answer alone -->") == 1
+    assert "<!-- score of smollm2-135m in %, with 95 % intervals -->" in figure
 
 
 def test_the_readme_shows_qlora_and_tuned_recipes_first_in_the_order_of_the_catalogue(folder):

@@ -186,14 +186,6 @@ def test_other_learning_rates_of_a_range_are_tried_first(entry, rates):
     assert Space({"lora_r": [4, 8]}, config).list_first() == [{"lora_r": 4}]
 
 
-def test_candidates_that_wait_are_no_candidates_yet(opened):
-    first = opened()
-    trials = first.study.get_trials(deepcopy=False)
-    assert all(trial.state.name == "WAITING" for trial in trials) and not first.list_trials()
-    finish(first, [3.0, 2.0])
-    assert len(first.list_trials()) == 1
-
-
 @pytest.mark.parametrize("minutes", ["0", "-1", "nan"])
 def test_a_search_needs_time(monkeypatch, capsys, minutes):
     with pytest.raises(SystemExit):
@@ -406,6 +398,20 @@ def test_the_first_candidate_is_the_recipe_as_it_stands(opened):
     assert trial.params == first.space.own
     assert first.candidate(0).config == first.recipe.config
     assert first.choose_steps(trial) is None
+
+
+def test_a_search_asks_for_multiples_of_the_rate_first_and_waiting_ones_do_not_count(opened, small):
+    rates = "{low: 0.00001, high: 0.1, log: true}"
+    small.write_text(SMALL.replace("[0.0005, 0.005]", rates) + "  lora_r: [4, 8]\n")
+    first = opened()
+    assert not first.list_trials()
+    own = first.space.own
+    for number, factor in enumerate((1, 2, 4, 0.5), 1):
+        finish(first, [3.0, 2.0])
+        (*_, last) = first.list_trials()
+        assert last.params["learning_rate"] == pytest.approx(factor * own["learning_rate"])
+        assert last.params["lora_r"] == own["lora_r"] and len(first.list_trials()) == number
+        first = opened()  # the others wait on the disk, too
 
 
 def test_a_candidate_that_falls_behind_is_stopped_and_one_that_leads_goes_on(opened):

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 DEFAULT = recipes.FOLDER / "tune.yaml"
 BATCH = "batch"  # rows per step: the one key that is not Axolotl's
-RATE, RATES = "learning_rate", (2, 4, 0.5)  # tried first, as multiples of the recipe's
+RATE = "learning_rate"
+RATE_FACTORS = (1, 2, 4, 0.5)  # of the recipe's learning rate, in the order in which they are tried
 # Keys that decide what is compared with what, and cannot differ between candidates.
 FIXED = {
     *("base_model", "datasets", "test_datasets", "val_set_size", "seed", "sequence_len"),
@@ -213,11 +214,11 @@ class Space:
     def list_first(self) -> list[Point]:
         """What is tried first: the recipe, then the same at other learning rates of a range.
 
-        The rate decides most (arXiv 2602.04998), and a step takes as long at any.
+        A step takes as long at any rate, so these need no probe.
         """
         if not (entry := self.ranges.get(RATE)):
             return [self.own]
-        rates = [factor * self.own[RATE] for factor in (1, *RATES)]
+        rates = [factor * self.own[RATE] for factor in RATE_FACTORS]
         return [self.own | {RATE: rate} for rate in rates if entry.low <= rate <= entry.high]
 
     def list_extremes(self) -> list[Point]:
