@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def describe_drawn(experiments: list["Experiment"]) -> str:
-    """What the figure is drawn from, as text; "" where there is nothing to draw."""
+    """What the figure is drawn from, data and code, as text; "" where there is nothing to draw."""
     drawn = {
         experiment.task: {
             cell.name: {key: value for key, value in score.items() if key != "values"}
@@ -22,7 +22,10 @@ def describe_drawn(experiments: list["Experiment"]) -> str:
         for experiment in experiments
         if experiment.list_finished_cells()
     }
-    return json.dumps([drawn, experiments[0].spec["methods"]], sort_keys=True) if drawn else ""
+    if not drawn:
+        return ""
+    data = json.dumps([drawn, experiments[0].spec["methods"]], sort_keys=True)
+    return data + Path(__file__).read_text()
 
 
 def draw_rates(experiments: list["Experiment"], file: Path) -> None:

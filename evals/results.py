@@ -84,6 +84,11 @@ class DatasetResult(Strict):
     majority: float | None = Field(default=None, ge=0, le=1)
     metrics: dict[Name, MetricResult] = Field(min_length=1)  # the main one first, FinLoRA's after
 
+    @property
+    def main(self) -> tuple[str, MetricResult]:
+        """The main metric, by its name."""
+        return next(iter(self.metrics.items()))
+
 
 class TrainingResult(Strict):
     """What the training of one seed took."""

@@ -7,11 +7,9 @@ Only evidence is shown with its figures. A stale result is named with the reason
 examples in data/sample is not shown at all.
 """
 
-from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-from evals import figures, report, results
+from evals import report, results, results_figure
 from evals.results import DatasetResult, MetricResult, Result, Score
 from tools import recipes
 from tools.common import ROOT, JobFailed, atomic, shown
@@ -65,11 +63,6 @@ def format_majority(entry: DatasetResult) -> str:
     return "–" if entry.majority is None else f"{100 * entry.majority:.1f}"
 
 
-def pick_main(entry: DatasetResult) -> tuple[str, MetricResult]:
-    """The first metric of a dataset, by its name."""
-    return next(iter(entry.metrics.items()))
-
-
 def join_cells(*cells: str) -> str:
     return f"| {' | '.join(cells)} |\n"
 
@@ -103,7 +96,7 @@ def build_readme_table(featured: list[Result]) -> str:
     lines.append(join_cells(*["---"] * 3, *["---:"] * 5))
     for result in featured:
         for dataset, entry in result.datasets.items():
-            metric, scores = pick_main(entry)
+            metric, scores = entry.main
             cells = [link_result(result, "docs/"), f"{dataset}, {entry.rows:,}"]
             cells += [report.title(metric), format_majority(entry)]
             base, adapter, gain = format_sides(scores)
@@ -256,83 +249,6 @@ def list_notes(result: Result) -> list[str]:
     ]
 
 
-# ---- figure
-
-
-SIDES = {  # color and marker
-    "base": ("#8a8f98", "o"),
-    "base_with_examples": ("#c98a1b", "s"),
-    "adapter": ("#1f6f8b", "D"),
-}
-GAP = 1.3  # lines above the first recipe of a dataset, which its title takes
-
-
-def group_by_rows(featured: list[Result]) -> dict[str, list[tuple[Result, DatasetResult]]]:
-    """The scores that can be compared, under a title: of one dataset, metric and number of rows."""
-    groups: dict[str, list[tuple[Result, DatasetResult]]] = {}
-    for result in featured:
-        for dataset, entry in result.datasets.items():
-            title = f"{dataset}, {report.title(pick_main(entry)[0])}, {entry.rows:,} test rows"
-            groups.setdefault(title, []).append((result, entry))
-    return groups
-
-
-def draw_results(featured: list[Result], file: Path, drawn: str) -> None:
-    """For each dataset a line per recipe, from the base's score to the adapter's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    groups = group_by_rows(featured)
-    models = {result.recipe.split("/")[0] for result in featured}
-    labels, places, place, shown_sides = [], [], -1.0, dict[str, Any]()
-    height = 0.22 * (count_scores(featured) + GAP * len(groups)) + 0.9
-    with plt.rc_context({"font.size": 9}):
-        figure, axis = plt.subplots(figsize=(9, height), layout="constrained")
-        for title, scored in groups.items():
-            place += GAP
-            axis.text(0.5, place - 0.75, title, fontweight="bold", va="center")
-            for result, entry in scored:
-                shown_sides |= draw_line(axis, entry, place)
-                name = result.recipe
-                labels.append(name.partition("/")[2] if len(models) == 1 else name)
-                places.append(place)
-                place += 1
-        axis.set_yticks(places, labels)
-        axis.set_ylim(place - 0.4, -0.9)  # the first on top
-        axis.set_xlim(0, 100)
-        model = f" of {models.pop()}" if len(models) == 1 else ""
-        axis.set_xlabel(f"score{model} in %, with 95 % intervals")
-        axis.grid(axis="x", alpha=0.25)
-        axis.spines[["top", "right", "left"]].set_visible(False)
-        axis.tick_params(axis="y", length=0)
-        handles, names = list(shown_sides.values()), list(shown_sides)
-        figure.legend(handles, names, loc="outside upper right", ncols=4, frameon=False)
-        figures.save_svg(figure, file, drawn)
-        plt.close(figure)
-
-
-def draw_line(axis: Any, entry: DatasetResult, place: float) -> dict[str, Any]:
-    """Draws a recipe's scores on a dataset at the height `place`; returns the marks by name."""
-    scores, marks = pick_main(entry)[1], dict[str, Any]()
-    ends = (100 * scores.base.value, 100 * scores.adapter.value)
-    axis.plot(ends, (place, place), color="#c9ccd1", linewidth=2.5, zorder=1)
-    for side, (color, marker) in SIDES.items():
-        score: Score | None = getattr(scores, side)
-        if score is None:
-            continue
-        if score.low is not None and score.high is not None:
-            axis.hlines(place, 100 * score.low, 100 * score.high, color=color, alpha=0.6)
-        dot = axis.scatter(100 * score.value, place, color=color, marker=marker, s=18, zorder=2)
-        marks[side.replace("_", " ")] = dot
-    if entry.majority is not None:
-        style: dict[str, Any] = {"color": "#c0504d", "linewidth": 1.5, "zorder": 3}
-        line = axis.vlines(100 * entry.majority, place - 0.5, place + 0.5, **style)
-        marks["most frequent answer alone"] = line
-    return marks
-
-
 # ---- all of them
 
 
@@ -344,13 +260,12 @@ def write(check: bool = False) -> None:
     block = build_readme_block(evidence)
     texts = {README: insert_block(readme, block), PAGE: build_results_page(measured)}
     featured = select_featured(evidence)
-    drawn = "".join(result.model_dump_json() for result in featured)
     outdated = [
         path
         for path, text in texts.items()
         if not path.is_file() or path.read_text(encoding="utf-8") != text
     ]
-    is_drawn = figures.is_drawn_from(FIGURE, drawn) if evidence else not FIGURE.is_file()
+    is_drawn = results_figure.is_drawn(featured, FIGURE) if evidence else not FIGURE.is_file()
     outdated += [] if is_drawn else [FIGURE]
     if check and outdated:
         raise JobFailed(f"{shown(outdated[0])} does not match results/; `make results` writes it")
@@ -359,6 +274,6 @@ def write(check: bool = False) -> None:
             with atomic(path) as file:
                 file.write(texts[path].encode())
         elif evidence:
-            draw_results(featured, FIGURE, drawn)
+            results_figure.draw(featured, FIGURE)
         else:
             FIGURE.unlink()

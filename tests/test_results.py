@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import t
 
 from bench import equivalence
-from evals import report, results, results_page, stats
+from evals import report, results, results_figure, results_page, stats
 from evals.results import Result
 from evals.run import SCORING, read_tasks
 from tests.conftest import run
@@ -410,7 +410,7 @@ def test_the_pages_show_what_is_measured_and_old_ones_are_an_error(folder):
         results_page.write()
 
 
-def test_an_old_figure_is_drawn_again_and_one_of_nothing_is_removed(folder):
+def test_an_old_figure_is_drawn_again_and_one_of_nothing_is_removed(folder, monkeypatch):
     result = write_result()
     results_page.write()
     first = results_page.FIGURE.read_bytes()
@@ -419,6 +419,10 @@ def test_an_old_figure_is_drawn_again_and_one_of_nothing_is_removed(folder):
         results_page.write(check=True)
     results_page.write()
     assert results_page.FIGURE.read_bytes() == first
+    with monkeypatch.context() as patch:
+        patch.setattr(results_figure, "__file__", __file__)  # as if other code drew it
+        with pytest.raises(JobFailed, match="svg does not match"):
+            results_page.write(check=True)
     result.path.unlink()
     results_page.write()
     assert not results_page.FIGURE.exists()
@@ -496,7 +500,7 @@ def test_scores_on_other_rows_stand_apart_in_the_figure(folder):
     whole = describe_result(name="smollm2-135m/sentiment_r8")
     whole["datasets"]["fpb"] |= {"rows": 1213, "majority": None}
     results.write_result(Result.model_validate(whole))
-    groups = results_page.group_by_rows(results.load_results())
+    groups = results_figure.group_by_rows(results.load_results())
     assert list(groups) == ["fpb, accuracy, 312 test rows", "fpb, accuracy, 1,213 test rows"]
     results_page.write()
     figure = results_page.FIGURE.read_text()

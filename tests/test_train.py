@@ -242,7 +242,8 @@ def test_plain_axolotl_trains_the_recipe_with_the_profile_as_flags(smollm2, chat
 
     (tmp_path / "models").symlink_to(smollm2.parent)
     (tmp_path / "data" / "chat").mkdir(parents=True)
-    shutil.copy(chat_rows, tmp_path / "data" / "chat")
+    for rows in (chat_rows, chat_rows.with_name("sentiment_val.jsonl")):
+        shutil.copy(rows, tmp_path / "data" / "chat")
     own = {"dequantize_once", "answer_logits_only", "shared_prefix"}
     options = {option.name: option for option in axolotl.commands["train"].params}
     flags = ["--max-steps", "2"]

@@ -58,7 +58,7 @@ def describe_result(result: Result) -> str:
     """
     figures = []
     for dataset, entry in result.datasets.items():
-        metric, scores = next(iter(entry.metrics.items()))
+        metric, scores = entry.main
         ends = f"{100 * scores.base.value:.1f} → {100 * scores.adapter.value:.1f} %"
         majority = "" if entry.majority is None else f" (majority {100 * entry.majority:.1f})"
         figures.append(f"{dataset} {metric.replace('_', ' ')} {ends}{majority}")

@@ -322,7 +322,7 @@ def print_summary(result: Result) -> None:
     """Prints the scores, and what to do with the result."""
     rows = [("test rows", "metric", "base, %", "adapter, %", "gain, points")]
     for dataset, entry in result.datasets.items():
-        metric, scores = next(iter(entry.metrics.items()))
+        metric, scores = entry.main
         cells = (results_page.format_score(scores.base), results_page.format_score(scores.adapter))
         gain = results_page.format_score(scores.gain, signed=True)
         rows.append((f"{dataset}, {entry.rows}", report.title(metric), *cells, gain))
