@@ -315,15 +315,11 @@ def measure_majority(content: Content) -> float | None:
     return max(keys.values()) / len(pairs)
 
 
-def state_majority(dataset: str, majority: float) -> str:
-    return f"{dataset}: the most frequent answer alone has an accuracy of {100 * majority:.1f} %"
-
-
 def describe_majority(contents: dict[str, Content]) -> list[str]:
     """What a model that knows only the most frequent answer would score, by dataset."""
     found = {dataset: measure_majority(content) for dataset, content in contents.items()}
     return [
-        f"{state_majority(dataset, majority)}."
+        f"{dataset}: the most frequent answer alone has an accuracy of {100 * majority:.1f} %."
         for dataset, majority in found.items()
         if majority is not None
     ]

@@ -37,7 +37,8 @@ with three seeds, scores it and its base on the same rows, and writes one file t
 - Scores are in %, with 95 % intervals. An adapter's score is the mean over its seeds. Its interval
   covers rows and seeds, so two seeds that lie apart leave nearly everything open. The gain over
   the base is on the same rows.
-- *Base, examples*: the untrained base with worked examples of the training rows in its prompts.
+- *Majority*: the accuracy of the most frequent answer alone. *Base, examples*: the untrained base
+  with worked examples of the training rows in its prompts.
 - *FinLoRA's* metrics are by FinLoRA's scoring, the others by this project's
   ([evaluation](evaluation.md)). *Published* is FinLoRA's score of the same method on Llama 3.1 8B,
   shown where rows and labels are the same.
@@ -218,13 +219,15 @@ def build_score_table(result: Result) -> str:
     shots = f"base, {result.shots} examples" if result.shots else ""
     published = {name: results.find_published(result, name) for name in result.datasets}
     sides = ["base", *([shots] if shots else []), "adapter", "each seed", "gain, points"]
-    heads = ["test rows", "metric", *sides, *(["published"] if any(published.values()) else [])]
+    sides += ["published"] if any(published.values()) else []
+    heads = ["test rows", "metric", "majority", *sides]
     lines = [join_cells(*heads), join_cells("---", "---", *["---:"] * (len(heads) - 2))]
     for dataset, entry in result.datasets.items():
         for metric, scores in entry.metrics.items():
             base, adapter, gain = format_sides(scores)
             seeds = ", ".join(f"{100 * score.value:.1f}" for score in scores.seeds.values())
-            cells = [f"{dataset}, {entry.rows:,}", report.title(metric), base]
+            majority = format_majority(entry) if metric == "accuracy" else "–"
+            cells = [f"{dataset}, {entry.rows:,}", report.title(metric), majority, base]
             cells += [format_score(scores.base_with_examples)] if shots else []
             cells += [adapter, seeds, gain]
             if any(published.values()):
@@ -235,16 +238,11 @@ def build_score_table(result: Result) -> str:
 
 
 def list_notes(result: Result) -> list[str]:
-    """What the most frequent answer scores, and why a dataset has no published score beside it."""
+    """Why a dataset has no published score beside it."""
     method = results.find_published_method(result.recipe)
     datasets = [name for name in result.datasets if name in report.read_published().get(method, {})]
     reasons = {name: results.explain_no_comparison(result, name) for name in datasets}
-    majorities = [
-        report.state_majority(name, entry.majority)
-        for name, entry in result.datasets.items()
-        if entry.majority is not None
-    ]
-    return majorities + [
+    return [
         f"{name} is compared with no published score: {why}" for name, why in reasons.items() if why
     ]
 
