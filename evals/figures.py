@@ -177,6 +177,19 @@ class Tried(NamedTuple):
     state: str
 
 
+def label_decimals(axis: Any, ratio: float) -> None:
+    """Labels a logarithmic axis with plain numbers; matplotlib's own labels are formulas.
+
+    ratio: of the largest value to the smallest, by which numbers between powers of ten are labelled
+    """
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    steps = (1, 2, 5) if ratio < 300 else (1,)
+    axis.set_major_locator(MaxNLocator(4) if ratio < 5 else LogLocator(subs=steps))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
 def draw_search(tried: Sequence[Tried], judged_by: str) -> Drawing | None:
     """What judged the candidates of a search against their learning rate, the recipe first."""
     points = [candidate for candidate in tried if candidate.rate is not None]
@@ -193,6 +206,8 @@ def draw_search(tried: Sequence[Tried], judged_by: str) -> Drawing | None:
             rates, values = zip(*((c.rate, c.value) for c in group), strict=True)
             axes.plot(rates, values, marker, color=colour, label=label)
     axes.set_xscale("log")
+    rates = [candidate.rate for candidate in points]
+    label_decimals(axes.xaxis, max(rates) / min(rates))
     axes.set_xlabel("learning rate")
     axes.set_ylabel(f"validation {judged_by}")
     axes.grid(alpha=0.25)

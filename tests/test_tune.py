@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -579,6 +580,26 @@ def test_the_report_says_what_was_gained_and_how_much_is_luck(opened, capsys):
     assert table[1].startswith("recipe") and table[1].split()[1:3] == ["finished", "2.0000"]
     tune.draw(report, found.folder / "figure.svg")
     assert "validation loss" in (found.folder / "figure.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("rates", "labels"),
+    [
+        ([0.0005, 0.001, 0.002, 0.00025, 0.000281], ["0.0005", "0.001", "0.002"]),
+        ([0.00005, 0.0003, 0.005], ["5e-05", "0.0001", "0.0002", "0.0005", "0.001", "0.002"]),
+        ([0.00001, 0.08], ["1e-05", "0.0001", "0.001", "0.01"]),
+        ([0.0005, 0.00052, 0.0007], ["0.0006"]),
+    ],
+)
+def test_the_figure_labels_learning_rates_with_few_plain_numbers(tmp_path, rates, labels):
+    trials = [
+        {"point": {"learning_rate": rate}, "value": 0.3, "state": "finished"} for rate in rates
+    ]
+    tune.draw({"trials": trials, "judged_by": "loss"}, tmp_path / "figure.svg")
+    text = (tmp_path / "figure.svg").read_text()
+    found = set(re.findall(r">([^<>]+)</text>", text))
+    assert found >= set(labels) and "$" not in text
+    assert len([label for label in found if re.fullmatch(r"[\d.e-]+", label)]) <= 20
 
 
 def test_a_winner_that_fails_with_another_seed_is_told(opened, capsys):
