@@ -193,7 +193,8 @@ def label_decimals(axis: Any, ratio: float) -> None:
 def draw_search(tried: Sequence[Tried], judged_by: str) -> Drawing | None:
     """What judged the candidates of a search against their learning rate, the recipe first."""
     points = [candidate for candidate in tried if candidate.rate is not None]
-    if len({candidate.rate for candidate in points}) < 2:
+    tried_rates = {candidate.rate for candidate in points if candidate.rate is not None}
+    if len(tried_rates) < 2:
         return None
     figure, axes = _make_figure(3.6)
     groups = {
@@ -206,8 +207,7 @@ def draw_search(tried: Sequence[Tried], judged_by: str) -> Drawing | None:
             rates, values = zip(*((c.rate, c.value) for c in group), strict=True)
             axes.plot(rates, values, marker, color=colour, label=label)
     axes.set_xscale("log")
-    rates = [candidate.rate for candidate in points]
-    label_decimals(axes.xaxis, max(rates) / min(rates))
+    label_decimals(axes.xaxis, max(tried_rates) / min(tried_rates))
     axes.set_xlabel("learning rate")
     axes.set_ylabel(f"validation {judged_by}")
     axes.grid(alpha=0.25)
