@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evals import report
-from evals.figures import COLOURS, MARKERS, save_svg
+from evals.figures import COLOURS, MARKERS, save_svg, style
 
 if TYPE_CHECKING:
     from bench.methods import Experiment
@@ -30,13 +30,12 @@ def describe_drawn(experiments: list["Experiment"]) -> str:
 
 def draw_rates(experiments: list["Experiment"], file: Path) -> None:
     """Validation score against rate: a panel for each task, a line for each method."""
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
     shown_tasks = [experiment for experiment in experiments if experiment.list_finished_cells()]
     if not shown_tasks:
         return
-    with mpl.rc_context({"svg.fonttype": "none"}):
+    with style({}):
         figure = Figure(figsize=(5.4 * len(shown_tasks), 4.2), layout="constrained")
         panels = figure.subplots(1, len(shown_tasks), squeeze=False)[0]
         for axes, experiment in zip(panels, shown_tasks, strict=True):

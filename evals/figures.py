@@ -6,6 +6,7 @@ point.
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +50,13 @@ def _make_figure(height: float) -> tuple[Any, Any]:
     mpl.rcParams.update(settings)
     figure = Figure(figsize=(5.4, height), layout="constrained")
     return figure, figure.add_subplot()
+
+
+def style(settings: dict[str, Any]) -> AbstractContextManager[None]:
+    """matplotlib's defaults with these settings and text as text, whatever was drawn before."""
+    from matplotlib.style import context
+
+    return context(["default", {"svg.fonttype": "none"} | settings], after_reset=True)
 
 
 def save_svg(figure: Any, file: Path, drawn: str = "") -> None:

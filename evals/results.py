@@ -249,8 +249,8 @@ def choose_evidence(measured: Sequence[Result]) -> list[Result]:
     """For each recipe the result that stands for it, in their order; a stale one never does.
 
     Seeds count first, up to `ENOUGH_SEEDS`; then datasets, examples beside the base, and any more
-    seeds. Of results that are level, the device with the most results counts,
-    so that recipes are compared on one.
+    seeds. Of results that are level, the device with the most results counts, so that recipes are
+    compared on one.
     """
     current = [result for result in measured if not explain_stale(result)]
     by_device = Counter(result.device for result in current)

@@ -36,17 +36,15 @@ def group_by_rows(featured: list[Result]) -> dict[str, list[tuple[Result, Datase
 
 def draw(featured: list[Result], file: Path) -> None:
     """For each dataset a line per recipe, from the base's score to the adapter's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     groups = group_by_rows(featured)
     models = {result.recipe.split("/")[0] for result in featured}
     labels, places, place, shown_sides = [], [], -1.0, dict[str, Any]()
     height = 0.22 * (sum(len(result.datasets) for result in featured) + GAP * len(groups)) + 0.9
-    with plt.rc_context({"font.size": 9}):
-        figure, axis = plt.subplots(figsize=(9, height), layout="constrained")
+    with figures.style({"font.size": 9}):
+        figure = Figure(figsize=(9, height), layout="constrained")
+        axis = figure.add_subplot()
         for title, scored in groups.items():
             place += GAP
             axis.text(0.5, place - 0.75, title, fontweight="bold", va="center")
@@ -67,7 +65,6 @@ def draw(featured: list[Result], file: Path) -> None:
         handles, names = list(shown_sides.values()), list(shown_sides)
         figure.legend(handles, names, loc="outside upper right", ncols=4, frameon=False)
         figures.save_svg(figure, file, describe_drawn(featured))
-        plt.close(figure)
 
 
 def draw_line(axis: Any, entry: DatasetResult, place: float) -> dict[str, Any]:

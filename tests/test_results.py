@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import t
 
 from bench import equivalence
-from evals import report, results, results_figure, results_page, stats
+from evals import figures, report, results, results_figure, results_page, stats
 from evals.results import Result
 from evals.run import SCORING, read_tasks
 from tests.conftest import run
@@ -503,9 +503,13 @@ def test_scores_on_other_rows_stand_apart_in_the_figure(folder):
     assert list(groups) == ["fpb, accuracy, 312 test rows", "fpb, accuracy, 1,213 test rows"]
     results_page.write()
     figure = results_page.FIGURE.read_text()
-    assert all(figure.count(f"<!-- {title} -->") == 1 for title in groups)
-    assert figure.count("<!-- most frequent answer alone -->") == 1
-    assert "<!-- score of smollm2-135m in %, with 95 % intervals -->" in figure
+    assert all(figure.count(f">{title}<") == 1 for title in groups)
+    assert figure.count(">most frequent answer alone<") == 1
+    assert ">score of smollm2-135m in %, with 95 % intervals<" in figure
+    figures.draw_search([figures.Tried(rate, 1.0, "finished") for rate in (0.1, 0.2)], "loss")
+    results_page.FIGURE.unlink()
+    results_page.write()  # after a figure of another style
+    assert results_page.FIGURE.read_text() == figure
 
 
 def test_the_readme_shows_qlora_and_tuned_recipes_first_in_the_order_of_the_catalogue(folder):
@@ -515,9 +519,9 @@ def test_the_readme_shows_qlora_and_tuned_recipes_first_in_the_order_of_the_cata
     results_page.write()
     shown = re.findall(r"\[`smollm2-135m/sentiment_(\w+)`\]", results_page.README.read_text())
     assert shown == ["r4"] * 4 + ["tuned"] * 4
-    figure = results_page.FIGURE.read_text()  # a label's text is a comment above its outlines
-    assert all(figure.count(f"<!-- sentiment_{name} -->") == 4 for name in ("r8", "r8_dora"))
-    assert figure.count("<!-- fpb, accuracy, 312 test rows -->") == 1
+    figure = results_page.FIGURE.read_text()
+    assert all(figure.count(f">sentiment_{name}<") == 4 for name in ("r8", "r8_dora"))
+    assert figure.count(">fpb, accuracy, 312 test rows<") == 1
 
 
 def test_finloras_published_scores_stand_beside_ours_where_rows_and_labels_are_the_same():
