@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evals import report
-from evals.figures import COLOURS, MARKERS, save_svg, style
+from evals.figures import COLOURS, MARKERS, save_svg, use_defaults
 
 if TYPE_CHECKING:
     from bench.methods import Experiment
@@ -35,7 +35,7 @@ def draw_rates(experiments: list["Experiment"], file: Path) -> None:
     shown_tasks = [experiment for experiment in experiments if experiment.list_finished_cells()]
     if not shown_tasks:
         return
-    with style({}):
+    with use_defaults({}):
         figure = Figure(figsize=(5.4 * len(shown_tasks), 4.2), layout="constrained")
         panels = figure.subplots(1, len(shown_tasks), squeeze=False)[0]
         for axes, experiment in zip(panels, shown_tasks, strict=True):

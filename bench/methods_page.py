@@ -35,7 +35,7 @@ HEAD = """\
 FinLoRA ranks LoRA, QLoRA, DoRA and rsLoRA at one learning rate. Here each method first gets its own
 rate, chosen on validation rows, and is then trained with three seeds and scored on test rows.
 The [hypothesis](#hypothesis): at their best rates all lie within a margin of two points of LoRA.
-[Some things](#what-would-overturn-it) would overturn what was found.
+What would overturn the results stands [at the end](#what-would-overturn-it).
 """
 
 OTHERS = """\

@@ -52,8 +52,11 @@ def _make_figure(height: float) -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def style(settings: dict[str, Any]) -> AbstractContextManager[None]:
-    """matplotlib's defaults with these settings and text as text, whatever was drawn before."""
+def use_defaults(settings: dict[str, Any]) -> AbstractContextManager[None]:
+    """Draws with matplotlib's defaults and these settings, whatever was drawn before.
+
+    Text stays text.
+    """
     from matplotlib.style import context
 
     return context(["default", {"svg.fonttype": "none"} | settings], after_reset=True)
@@ -185,24 +188,12 @@ class Tried(NamedTuple):
     state: str
 
 
-def label_decimals(axis: Any, ratio: float) -> None:
-    """Labels a logarithmic axis with plain numbers; matplotlib's own labels are formulas.
-
-    ratio: of the largest value to the smallest, by which numbers between powers of ten are labelled
-    """
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
-
-    steps = (1, 2, 5) if ratio < 300 else (1,)
-    axis.set_major_locator(MaxNLocator(4) if ratio < 5 else LogLocator(subs=steps))
-    axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_minor_formatter(NullFormatter())
-
-
 def draw_search(tried: Sequence[Tried], judged_by: str) -> Drawing | None:
     """What judged the candidates of a search against their learning rate, the recipe first."""
+    from matplotlib.ticker import LogFormatter
+
     points = [candidate for candidate in tried if candidate.rate is not None]
-    tried_rates = {candidate.rate for candidate in points if candidate.rate is not None}
-    if len(tried_rates) < 2:
+    if len({candidate.rate for candidate in points}) < 2:
         return None
     figure, axes = _make_figure(3.6)
     groups = {
@@ -215,7 +206,8 @@ def draw_search(tried: Sequence[Tried], judged_by: str) -> Drawing | None:
             rates, values = zip(*((c.rate, c.value) for c in group), strict=True)
             axes.plot(rates, values, marker, color=colour, label=label)
     axes.set_xscale("log")
-    label_decimals(axes.xaxis, max(tried_rates) / min(tried_rates))
+    # matplotlib's usual labels of this scale are formulas, which are not parsed here.
+    axes.xaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
     axes.set_xlabel("learning rate")
     axes.set_ylabel(f"validation {judged_by}")
     axes.grid(alpha=0.25)

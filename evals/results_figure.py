@@ -19,11 +19,6 @@ def describe_drawn(featured: list[Result]) -> str:
     return "".join([*(result.model_dump_json() for result in featured), Path(__file__).read_text()])
 
 
-def is_drawn(featured: list[Result], file: Path) -> bool:
-    """Whether a file is the figure of these results."""
-    return figures.is_drawn_from(file, describe_drawn(featured))
-
-
 def group_by_rows(featured: list[Result]) -> dict[str, list[tuple[Result, DatasetResult]]]:
     """The scores that can be compared, under a title: of one dataset, metric and number of rows."""
     groups: dict[str, list[tuple[Result, DatasetResult]]] = {}
@@ -42,7 +37,7 @@ def draw(featured: list[Result], file: Path) -> None:
     models = {result.recipe.split("/")[0] for result in featured}
     labels, places, place, shown_sides = [], [], -1.0, dict[str, Any]()
     height = 0.22 * (sum(len(result.datasets) for result in featured) + GAP * len(groups)) + 0.9
-    with figures.style({"font.size": 9}):
+    with figures.use_defaults({"font.size": 9}):
         figure = Figure(figsize=(9, height), layout="constrained")
         axis = figure.add_subplot()
         for title, scored in groups.items():

@@ -9,7 +9,7 @@ examples in data/sample is not shown at all.
 
 from statistics import fmean
 
-from evals import report, results, results_figure
+from evals import figures, report, results, results_figure
 from evals.results import DatasetResult, MetricResult, Result, Score
 from tools import recipes
 from tools.common import ROOT, JobFailed, atomic, shown
@@ -263,7 +263,8 @@ def write(check: bool = False) -> None:
         for path, text in texts.items()
         if not path.is_file() or path.read_text(encoding="utf-8") != text
     ]
-    is_drawn = results_figure.is_drawn(featured, FIGURE) if evidence else not FIGURE.is_file()
+    drawn = results_figure.describe_drawn(featured)
+    is_drawn = figures.is_drawn_from(FIGURE, drawn) if evidence else not FIGURE.is_file()
     outdated += [] if is_drawn else [FIGURE]
     if check and outdated:
         raise JobFailed(f"{shown(outdated[0])} does not match results/; `make results` writes it")

@@ -51,7 +51,7 @@ class Judge(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.records:
-            # Axolotl sets it. A search judges what was learned, and no candidate has learned yet.
+            # Axolotl sets it. Before the first step, all candidates of a search are the base.
             args.eval_on_start = False
         # transformers forgets how many evaluations in a row were no better before an interruption.
         for callback in self.trainer.callback_handler.callbacks:
