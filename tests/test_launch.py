@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from tests.conftest import run, write_recipe
+from tests.training import wait_for
 from tools import common, recipes
 from tools.train import scale, sweep
 
@@ -144,8 +145,8 @@ def test_a_machine_goes_once_its_run_is_brought_back(cloud, faults, status, expe
 def test_a_run_is_brought_back_where_its_launch_is_interrupted(cloud, number):
     launch, calls = cloud
     process = launch(wait="1")
-    while not calls.exists():
-        time.sleep(0.01)
+    # The file is there a moment before the line in it: a signal between the two leaves no line.
+    wait_for(process, lambda: calls.exists() and calls.read_text().endswith("\n"))
     os.killpg(process.pid, number)
     process.communicate()
     assert process.returncode
