@@ -40,8 +40,9 @@ with three seeds, scores it and its base on the same rows, and writes one file t
 - *Majority*: the accuracy of the most frequent answer alone. *Base, examples*: the untrained base
   with worked examples of the training rows in its prompts.
 - *FinLoRA's* metrics are by FinLoRA's scoring, the others by this project's
-  ([evaluation](evaluation.md)). *Published* is FinLoRA's score of the same method on Llama 3.1 8B,
-  shown where rows and labels are the same.
+  ([evaluation](evaluation.md)); a line says *also FinLoRA's* where all scores of both are the same.
+  *Published* is FinLoRA's score of the same method on Llama 3.1 8B, shown where rows and labels are
+  the same.
 - Time is that of one training, also where the machine did other work meanwhile:
   [performance](performance.md) compares speeds. Memory is the peak of one process.
 """
@@ -169,8 +170,10 @@ def build_results_page(measured: list[Result]) -> str:
     reasons = {id(result): results.explain_stale(result) for result in measured}
     current = [result for result in measured if not reasons[id(result)]]
     stale = [result for result in measured if reasons[id(result)]]
-    figure = f"![Score of base and adapter]({FIGURE.name})\n"
-    parts = [HEAD, figure, *map(build_section, current)] if current else [HEAD, NOTHING]
+    parts = [HEAD, NOTHING]
+    if current:
+        figure = f"![Score of base and adapter]({FIGURE.name})\n"
+        parts = [HEAD, figure, build_comparison(current), *map(build_section, current)]
     if stale:
         lines = "".join(f"- {describe_stale(result, reasons[id(result)])}.\n" for result in stale)
         parts.append(f"## Stale\n\nMeasured once, and no evidence any more:\n\n{lines}")
@@ -182,6 +185,28 @@ def describe_stale(result: Result, reason: str) -> str:
     if result.recipe not in recipes.list_aliases():  # it is gone
         return text
     return f"{text}; `make verify RECIPE={result.recipe}` measures it again"
+
+
+def build_comparison(current: list[Result]) -> str:
+    """A table for each dataset, with a line for each recipe."""
+    tables = [
+        "## By dataset\n\n"
+        "One result stands for each recipe: that of the most seeds and datasets. Bases differ with "
+        "the precision that a recipe loads them at. Each link leads to the details.\n"
+    ]
+    for title, scored in results_figure.group_by_rows(results.choose_evidence(current)).items():
+        majorities = {format_majority(entry) for _, entry in scored}
+        known = f"; majority {', '.join(sorted(majorities))}" if majorities != {"–"} else ""
+        heads = ["recipe", "device", "seeds", "base", "base, examples", "adapter", "gain, points"]
+        lines = [join_cells(*heads), join_cells("---", "---", *["---:"] * 5)]
+        for result, entry in scored:
+            scores = entry.main[1]
+            base, adapter, gain = format_sides(scores)
+            with_examples = format_score(scores.base_with_examples)
+            cells = [link_result(result), result.device, str(len(result.trainings))]
+            lines.append(join_cells(*cells, base, with_examples, adapter, gain))
+        tables.append(f"### {title}{known}\n\n{''.join(lines)}")
+    return "\n".join(tables)
 
 
 def build_section(result: Result) -> str:
@@ -215,7 +240,7 @@ def list_facts(result: Result) -> list[str]:
 
 
 def build_score_table(result: Result) -> str:
-    """A line for each dataset and metric."""
+    """A line for each dataset, metric and scoring."""
     shots = f"base, {result.shots} examples" if result.shots else ""
     published = {name: results.find_published(result, name) for name in result.datasets}
     sides = ["base", *([shots] if shots else []), "adapter", "each seed", "gain, points"]
@@ -223,11 +248,12 @@ def build_score_table(result: Result) -> str:
     heads = ["test rows", "metric", "majority", *sides]
     lines = [join_cells(*heads), join_cells("---", "---", *["---:"] * (len(heads) - 2))]
     for dataset, entry in result.datasets.items():
-        for metric, scores in entry.metrics.items():
+        for metric, scores, title in list_scorings(entry):
             base, adapter, gain = format_sides(scores)
             seeds = ", ".join(f"{100 * score.value:.1f}" for score in scores.seeds.values())
-            majority = format_majority(entry) if metric == "accuracy" else "–"
-            cells = [f"{dataset}, {entry.rows:,}", report.title(metric), majority, base]
+            is_ours = not title.endswith(", FinLoRA's")
+            majority = format_majority(entry) if is_ours else "–"
+            cells = [f"{dataset}, {entry.rows:,}", title, majority, base]
             cells += [format_score(scores.base_with_examples)] if shots else []
             cells += [adapter, seeds, gain]
             if any(published.values()):
@@ -235,6 +261,17 @@ def build_score_table(result: Result) -> str:
                 cells.append("–" if score is None else f"{100 * score:.1f}")
             lines.append(join_cells(*cells))
     return "".join(lines)
+
+
+def list_scorings(entry: DatasetResult) -> list[tuple[str, MetricResult, str]]:
+    """Metric, scores and title of each line; one line for both scorings where all scores agree."""
+    titles = {metric: report.title(metric) for metric in entry.metrics}
+    for metric in entry.metrics:
+        ours = metric.removeprefix("finlora_")
+        if ours != metric and entry.metrics.get(ours) == entry.metrics[metric]:
+            del titles[ours]
+            titles[metric] = f"{report.title(ours)}, also FinLoRA's"
+    return [(metric, entry.metrics[metric], title) for metric, title in titles.items()]
 
 
 def list_notes(result: Result) -> list[str]:

@@ -494,6 +494,48 @@ def test_the_evidence_for_a_recipe_is_the_fullest_and_else_of_the_device_with_th
     assert results.choose_evidence(results.load_results()) == [best, other]
 
 
+def test_recipes_are_compared_by_dataset_with_one_result_of_each(folder):
+    for name, device in (("r4", DEVICE), ("r4", "1 x NVIDIA A40"), ("r8", DEVICE)):
+        seeds = (42, 43) if device == DEVICE else (42,)
+        datasets = ("fpb", "tfns")
+        write_result(
+            name=f"smollm2-135m/sentiment_{name}", device=device, seeds=seeds, datasets=datasets
+        )
+    results_page.write()
+    page = results_page.PAGE.read_text()
+    comparison = page.partition("## By dataset\n")[2].partition("\n## ")[0]
+    for dataset in ("fpb", "tfns"):
+        rest = comparison.partition(f"### {dataset}, accuracy, 312 test rows; majority 58.7\n")[2]
+        lines = re.findall(
+            r"^\| \[`(\S+)`\]\((\S+)\) \| (.+?) \| (\d)", rest.partition("###")[0], re.M
+        )
+        assert [(name, seeds) for name, _, _, seeds in lines] == [
+            ("smollm2-135m/sentiment_r4", "2"),
+            ("smollm2-135m/sentiment_r8", "2"),
+        ]
+        assert {device for _, _, device, _ in lines} == {DEVICE}
+    assert "A40" in page and "A40" not in comparison
+
+
+def test_both_scorings_share_a_line_where_they_agree():
+    content = describe_result(name="smollm2-135m/sentiment_r4", datasets=("fiqa",))
+    metrics = content["datasets"]["fiqa"]["metrics"]
+    metrics["finlora_f1_weighted"] = describe_metric(0.2, 0.6, (42, 43))
+    apart = results_page.build_score_table(Result.model_validate(content))
+    metrics["finlora_accuracy"] = metrics["accuracy"]
+    shared = results_page.build_score_table(Result.model_validate(content))
+    titles = [
+        [line.split(" | ")[1:3] for line in table.splitlines()[2:]] for table in (apart, shared)
+    ]
+    f1 = ["weighted F1, FinLoRA's", "–"]
+    assert titles[0] == [["accuracy", "58.7"], ["accuracy, FinLoRA's", "–"], f1]
+    assert titles[1] == [["accuracy, also FinLoRA's", "58.7"], f1]
+    published = report.read_published()["4bits_r4"]["fiqa"]["finlora_accuracy"]
+    assert shared.splitlines()[2].endswith(f"| {100 * published:.1f} |")
+    metrics["finlora_accuracy"] = metrics["accuracy"] | {"gain": describe_score(0.1)}
+    assert results_page.build_score_table(Result.model_validate(content)).count("fiqa, 312") == 3
+
+
 def test_scores_on_other_rows_stand_apart_in_the_figure(folder):
     write_result()
     whole = describe_result(name="smollm2-135m/sentiment_r8")
