@@ -137,16 +137,20 @@ def train(cell: Cell) -> dict[str, Any]:
     }
 
 
-def describe_score(metric: str, values: Sequence[float], data_sha256: str) -> dict[str, Any]:
-    score = stats.estimate(metric, values)
+def describe_score(
+    metric: str, values: Sequence[float], data_sha256: str, rows: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
+    """The score of these values, with the clusters of the scored rows where they have any."""
+    clusters = [row["cluster"] for row in rows if "cluster" in row]
+    score = stats.estimate(metric, values, clusters)
     ends = {key: round(end, 4) for key, end in score.items() if isinstance(end, float)}
-    packed = pack_values(values)
     return {
         "metric": metric,
         "rows": len(values),
         "data_sha256": data_sha256,
         **ends,
-        "values": packed,
+        "values": pack_values(values),
+        **({"clusters": " ".join(map(str, clusters))} if clusters else {}),
     }
 
 
@@ -175,7 +179,7 @@ def train_and_validate(cell: Cell, dataset: str, rows: Path, metric: str) -> Non
     with open_transformers(subject)("adapter", f"{cell.name}, validation:", count) as lm:
         answers = Scorer(dataset, rows).answer(lm, subject.options)
     values = take_values(cell, "the validation rows", answers, metric)
-    scores = {"validation": describe_score(metric, values, digest(rows))}
+    scores = {"validation": describe_score(metric, values, digest(rows), answers)}
     scores["validation"] |= pack_majority(answers)
     write_json(cell.file, content | {"scores": scores})
 
@@ -189,11 +193,11 @@ def train_and_test(cell: Cell, test_sets: Sequence[ScoredSet]) -> None:
         files = run.score_subject(subject, run.Request(test_set.datasets, test_set.limit))
         for dataset, sides in files.items():
             base, adapter = (read_json(sides[side]) for side in ("base", "adapter"))
-            values = take_values(cell, dataset, adapter["predictions"], test_set.metric)
-            sha = adapter["evaluated"]["data_sha256"]
-            scores[dataset] = describe_score(test_set.metric, values, sha)
+            rows, sha = adapter["predictions"], adapter["evaluated"]["data_sha256"]
+            values = take_values(cell, dataset, rows, test_set.metric)
+            scores[dataset] = describe_score(test_set.metric, values, sha, rows)
             scores[dataset] |= {"base": round(base["metrics"][test_set.metric]["value"], 4)}
-            scores[dataset] |= pack_majority(adapter["predictions"])
+            scores[dataset] |= pack_majority(rows)
     write_json(cell.file, content | {"scores": scores})
 
 
@@ -201,6 +205,18 @@ def list_values(cell: Cell, datasets: Sequence[str]) -> list[float]:
     """The values of a cell's rows, those of one dataset after the other."""
     scores = cell.content["scores"]
     return [value for name in datasets for value in unpack_values(scores[name]["values"])]
+
+
+def list_clusters(cell: Cell, datasets: Sequence[str]) -> list[int] | None:
+    """The cluster of each of a cell's rows; None where no dataset has any.
+
+    A row without one is a cluster of its own, and no cluster spans two datasets.
+    """
+    scores, clusters = cell.content["scores"], list[int]()
+    for name in datasets:
+        own = [int(place) for place in scores[name].get("clusters", "").split()]
+        clusters += [len(clusters) + place for place in own or range(scores[name]["rows"])]
+    return clusters if any("clusters" in scores[name] for name in datasets) else None
 
 
 def collect_columns(cells: Sequence[Cell], datasets: Sequence[str]) -> Array:

@@ -27,7 +27,8 @@ DATASETS = {
 def compare_answers(free: report.Content, limited: report.Content) -> dict[str, Any]:
     """The first metric of two score files on the same rows, and what the constraint gains."""
     metric = next(iter(free["metrics"]))
-    gain = stats.compare(metric, *report.select_shared(metric, [free, limited]))
+    (ours, theirs), clusters = report.select_shared(metric, [free, limited])
+    gain = stats.compare(metric, ours, theirs, clusters)
     unread = sum(row["answered"] == NONE for row in free["predictions"])
     return {
         "metric": metric,

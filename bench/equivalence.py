@@ -1,6 +1,7 @@
 """Whether two variants differ, or are equivalent, over test rows and seeds: a closed form.
 
     compare_means(differences, margin=0.02)        differences: float (rows, seeds)
+    compare_means(differences, 0.02, clusters)     clusters: a number for each row
 
 A row's difference is that of two trainings with the same seed on the same row. Rows and seeds are
 both samples, so the mean's variance is that of a crossed design with random rows and random seeds,
@@ -60,8 +61,10 @@ def combine_squares(squares: tuple[Any, Any, Any], rows: int, seeds: int) -> tup
     return np.maximum(variance, find_least_error(rows) ** 2), freedom
 
 
-def compare_means(differences: Array, margin: float) -> dict[str, Any]:
-    """The mean difference, its intervals and tests.
+def compare_means(
+    differences: Array, margin: float, clusters: stats.Clusters = None
+) -> dict[str, Any]:
+    """The mean difference, its intervals and tests, over rows or over clusters of rows.
 
     {"value", "low", "high" (95 %), "low90", "high90", "p": that there is no difference,
     "p_margin": that the difference reaches the margin, "freedom", "seeds": the mean of each,
@@ -69,6 +72,8 @@ def compare_means(differences: Array, margin: float) -> dict[str, Any]:
     """
     from scipy.stats import t
 
+    if clusters:
+        differences = stats.merge_clusters(differences, clusters)
     value = float(differences.mean())
     variance, freedom = measure_variance(differences)
     error = variance**0.5

@@ -139,13 +139,15 @@ def run_jobs(jobs: dict[Any, Training], workers: int) -> None:
 # ---- statistics
 
 
-def compare_variants(values: Array, others: Array, margin: float | None) -> dict[str, Any]:
+def compare_variants(
+    values: Array, others: Array, margin: float | None, clusters: stats.Clusters = None
+) -> dict[str, Any]:
     """Mean of `values` minus that of `others`, (rows, seeds) each, and whether they are equivalent.
 
     {"value", "low", "high" (95 %), "p": that there is no difference, "seeds": of each}; with a
     margin also "low90", "high90" and "p_margin": that the difference reaches the margin.
     """
-    comparison = compare_means(values - others, margin or 0.0)
+    comparison = compare_means(values - others, margin or 0.0, clusters)
     ends = ["low", "high"] if margin is None else ["low", "high", "low90", "high90"]
     names = ["value", *ends, "p", "seeds", *([] if margin is None else ["p_margin"])]
     limited = {end: min(max(comparison[end], -1.0), 1.0) for end in ends}  # of shares

@@ -134,7 +134,7 @@ def build_worked() -> list[str]:
         f"SmolLM2-135M was trained with each on the same {answers['bare']['rows']} rows, whose "
         f"keys have one calculation, for {answers['bare']['steps']} steps with seeds "
         f"{', '.join(map(str, content['seeds']))}, and answered the same {content['test_rows']} "
-        f"test rows, on {content['machine']}."
+        f"test rows about {content['test_clusters']} formulas, on {content['machine']}."
     )
     if not all(origins.values()):
         setting += (
@@ -149,7 +149,7 @@ def conclude_worked(difference: dict[str, Any]) -> list[str]:
     """What the difference shows, why, and what would overturn it."""
     verdict = "" if difference["p"] < stats.LEVEL else "; no difference is shown"
     return [
-        f"- Calculations minus bare numbers: {describe_gain(difference)}, 95 % over rows and "
+        f"- Calculations minus bare numbers: {describe_gain(difference)}, 95 % over formulas and "
         f"seeds{verdict}.",
         "- The question states the formula. The last two lines tell how often the model puts the "
         "right numbers into it, and how often the value that it writes is right. An application "

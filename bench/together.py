@@ -22,6 +22,7 @@ from bench.cells import (
     ScoredSet,
     collect_columns,
     describe_sets,
+    list_clusters,
     list_missing,
     train_and_test,
     work_through,
@@ -105,7 +106,8 @@ class Part:
             return None
         datasets = self.find_test(test).datasets
         values, others = (collect_columns(group, datasets) for group in groups)
-        return equivalence.compare_means(values - others, self.spec["margin"])
+        clusters = list_clusters(groups[0][0], datasets)
+        return equivalence.compare_means(values - others, self.spec["margin"], clusters)
 
 
 def write_rows(part: Part, variant: str) -> None:

@@ -4,8 +4,9 @@
 
 SmolLM2-135M trains `formula_r4` (a number) and `formula_worked_r4` (a calculation and its value) on
 the same rows, those whose key one calculation gives, in the same order, for the same steps, with
-several seeds. Both are scored on the same test rows, by the same keys. A difference is tested over
-rows and seeds (see bench/parity.py), and for each seed by McNemar's test over rows.
+several seeds. Both are scored on the same test rows, by the same keys. Four rows ask about one
+formula, so a difference is tested over formulas and seeds (see bench/parity.py), and for each seed
+by a bootstrap of formulas.
 
 Trainings and scores stay in runs/.worked/, so the command can be interrupted and repeated. Results
 go to results/worked.json, and from there into docs/methods.md.
@@ -28,6 +29,7 @@ from bench.jobs import (
 )
 from bench.parity import compare_variants
 from evals import run, stats
+from evals.report import select_shared
 from tools import recipes, sources
 from tools.common import ROOT, atomic, command, json_lines, quiet, shown, write_json
 from tools.data.formulas import find_expressions
@@ -83,8 +85,11 @@ def describe_origin(answers: str) -> dict[str, Any]:
     }
 
 
-def measure_answers(answers: str, seeds: list[int]) -> tuple[dict[str, Any], list[list[float]]]:
-    """What one kind of answers scored with all seeds, and its accuracy by seed and test row."""
+def measure_answers(
+    answers: str, seeds: list[int]
+) -> tuple[dict[str, Any], list[list[float]], stats.Clusters]:
+    """What one kind of answers scored with all seeds, its accuracy by seed and test row, and the
+    clusters of these rows."""
     trained = [vary_recipe(answers, seed) for seed in seeds]
     scores = [train_and_score(recipe, DATASETS[answers]) for recipe in trained]
     infos = [recipe.run.info for recipe in trained]
@@ -100,22 +105,24 @@ def measure_answers(answers: str, seeds: list[int]) -> tuple[dict[str, Any], lis
         base = fmean(list_row_values(scores[0]["base"], metric))
         means = [fmean(list_row_values(sides["adapter"], metric)) for sides in scores]
         side[metric] = {"base": round(base, 4), "seeds": [round(mean, 4) for mean in means]}
-    return side, [list_row_values(sides["adapter"], "accuracy") for sides in scores]
+    columns, clusters = select_shared("accuracy", [sides["adapter"] for sides in scores])
+    return side, columns, clusters
 
 
 def compare_answers(seeds: list[int]) -> dict[str, Any]:
     """What each kind of answers scored, and worked minus bare on the same rows."""
     measured = {answers: measure_answers(answers, seeds) for answers in TASKS}
-    values = {answers: columns for answers, (_, columns) in measured.items()}
-    bare, worked = (np.array(values[answers], float).T for answers in ("bare", "worked"))
-    pairs = zip(values["bare"], values["worked"], strict=True)
+    (_, bare_columns, clusters), (_, worked_columns, _) = measured["bare"], measured["worked"]
+    bare, worked = (np.array(columns, float).T for columns in (bare_columns, worked_columns))
+    pairs = zip(bare_columns, worked_columns, strict=True)
     return {
         "machine": detect_host().describe_machine(),
         "seeds": seeds,
         "test_rows": len(bare),
-        "answers": {answers: side for answers, (side, _) in measured.items()},
-        "difference": compare_variants(worked, bare, None),
-        "difference_by_seed": [stats.compare("accuracy", *pair) for pair in pairs],
+        "test_clusters": len(set(clusters or ())),
+        "answers": {answers: side for answers, (side, *_) in measured.items()},
+        "difference": compare_variants(worked, bare, None, clusters),
+        "difference_by_seed": [stats.compare("accuracy", *pair, clusters) for pair in pairs],
     }
 
 

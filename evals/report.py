@@ -68,6 +68,7 @@ class Evaluated(Part):
 
 class Prediction(Part):
     row: int
+    cluster: int | None = None  # the same in rows that ask about one text
     values: dict[str, FiniteFloat | list[tuple[str, str]] | list[tuple[FiniteFloat, FiniteFloat]]]
 
 
@@ -166,14 +167,19 @@ def differences(first: dict[str, Content], second: dict[str, Content]) -> Gains:
         if other and paired(content, other):
             gains[dataset] = {}
             for metric in content["metrics"]:
-                columns = select_shared(metric, [content, other])
-                if metric in other["metrics"] and columns[0]:
-                    gains[dataset][metric] = stats.compare(metric, *columns)
+                (ours, theirs), clusters = select_shared(metric, [content, other])
+                if metric in other["metrics"] and ours:
+                    gains[dataset][metric] = stats.compare(metric, ours, theirs, clusters)
     return _correct(gains)
 
 
-def select_shared(metric: str, contents: Sequence[Content]) -> list[list[Any]]:
-    """The values of a metric in each score file, of the rows that have one in all of them."""
+def select_shared(
+    metric: str, contents: Sequence[Content]
+) -> tuple[list[list[Any]], stats.Clusters]:
+    """The values of a metric in each score file, of the rows that have one in all of them.
+
+    Also returns the clusters of these rows, as the first file names them; None where it does not.
+    """
     tables = [
         {
             row["row"]: row["values"][metric]
@@ -183,7 +189,9 @@ def select_shared(metric: str, contents: Sequence[Content]) -> list[list[Any]]:
         for content in contents
     ]
     shared = [row for row in tables[0] if all(row in table for table in tables)]
-    return [[table[row] for row in shared] for table in tables]
+    named = {row["row"]: row["cluster"] for row in contents[0]["predictions"] if "cluster" in row}
+    clusters = [named[row] for row in shared] if shared and named.keys() >= set(shared) else None
+    return [[table[row] for row in shared] for table in tables], clusters
 
 
 def _correct(gains: Gains) -> Gains:
@@ -264,11 +272,12 @@ def against_published(contents: dict[str, Content], method: str) -> Gains:
         is_whole = not (evaluated["limit"] or evaluated["data_selected"] or is_sample(content))
         if not is_whole or evaluated.get("shots") or evaluated.get("constrained_to"):
             continue
-        by_metric = {
-            metric: stats.against(metric, values(content, metric), score) | {"published": score}
-            for metric, score in scores.items()
-            if metric in content["metrics"]
-        }
+        by_metric = {}
+        for metric, score in scores.items():
+            if metric in content["metrics"]:
+                (ours,), clusters = select_shared(metric, [content])
+                gain = stats.against(metric, ours, score, clusters)
+                by_metric[metric] = gain | {"published": score}
         gains |= {dataset: by_metric} if by_metric else {}
     return _correct(gains)
 

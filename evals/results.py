@@ -349,15 +349,16 @@ def measure_dataset(
         raise JobFailed(f"the scores of {dataset} are not of the same rows; FORCE=1 scores again")
     selected = evaluated["data_selected"]
     majority = report.measure_majority(base)
+    metrics = choose_metrics([base, *adapters.values()])
+    (shared, *_), _ = report.select_shared(metrics[0], [base, *adapters.values()])
     return DatasetResult(
         data=describe_chat_rows(find_rows(dataset)),
         task_version=str(evaluated["task_version"]),
-        rows=base["examples"],
+        rows=len(shared),
         selected=clean_text(selected) if selected else None,
         majority=None if majority is None else round(majority, DECIMALS),
         metrics={
-            metric: measure_metric(metric, base, adapters, with_examples)
-            for metric in choose_metrics([base, *adapters.values()])
+            metric: measure_metric(metric, base, adapters, with_examples) for metric in metrics
         },
     )
 
@@ -377,14 +378,17 @@ def measure_metric(
     with_examples: report.Content | None,
 ) -> MetricResult:
     sides = [base, *adapters.values()]
-    values_of_base, *columns = report.select_shared(metric, sides)
+    (values_of_base, *columns), clusters = report.select_shared(metric, sides)
     few_shots = with_examples["metrics"].get(metric) if with_examples else None
     return MetricResult(
-        base=round_score(base["metrics"][metric]),
+        base=round_score(stats.estimate(metric, values_of_base, clusters)),
         base_with_examples=round_score(few_shots) if few_shots else None,
-        seeds={seed: round_score(content["metrics"][metric]) for seed, content in adapters.items()},
-        adapter=round_score(stats.estimate_mean(metric, columns)),
-        gain=round_score(stats.estimate_mean(metric, columns, values_of_base)),
+        seeds={
+            seed: round_score(stats.estimate(metric, values, clusters))
+            for seed, values in zip(adapters, columns, strict=True)
+        },
+        adapter=round_score(stats.estimate_mean(metric, columns, clusters=clusters)),
+        gain=round_score(stats.estimate_mean(metric, columns, values_of_base, clusters)),
     )
 
 

@@ -35,8 +35,9 @@ with three seeds, scores it and its base on the same rows, and writes one file t
 [Contributing](../CONTRIBUTING.md#a-result) says how to add yours.
 
 - Scores are in %, with 95 % intervals. An adapter's score is the mean over its seeds. Its interval
-  covers rows and seeds, so two seeds that lie apart leave nearly everything open. The gain over
-  the base is on the same rows.
+  covers rows and seeds, so two seeds that lie apart leave nearly everything open. Rows that ask
+  about one text count as one ([why](evaluation.md#intervals-and-tests)). The gain over the base is
+  on the same rows.
 - *Majority*: the accuracy of the most frequent answer alone. *Base, examples*: the untrained base
   with worked examples of the training rows in its prompts.
 - *FinLoRA's* metrics are by FinLoRA's scoring, the others by this project's

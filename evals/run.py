@@ -22,6 +22,7 @@ import importlib.metadata
 import json
 import os
 import random
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -133,6 +134,22 @@ def choose_datasets(task: str | None, names: list[str]) -> list[str]:
     return sorted(present, key=lambda name: (order[files[name]], name))
 
 
+def find_cluster_pattern(dataset: str) -> str:
+    """What finds, as its first group, the text that the rows of one cluster ask about; or ""."""
+    return str(sources.tables()["datasets"].get(dataset, {}).get("cluster", ""))
+
+
+def find_clusters(dataset: str, prompts: Sequence[str]) -> stats.Clusters:
+    """The cluster of each prompt, as the place of its first one; None where rows have none."""
+    pattern = re.compile(find_cluster_pattern(dataset), re.DOTALL)
+    if not pattern.pattern:
+        return None
+    found = (pattern.search(prompt) for prompt in prompts)
+    texts = [match[1] if match else prompt for match, prompt in zip(found, prompts, strict=True)]
+    first = {text: place for place, text in reversed([*enumerate(texts)])}
+    return [first[text] for text in texts]
+
+
 def pick_rows(dataset: str, limit: int | None) -> list[int]:
     """The numbers of the rows to score on, from 0."""
     with open(find_rows(dataset), "rb") as file:
@@ -168,6 +185,7 @@ def identify(
         "task": hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()[:12],
         "scoring": SCORING,
         "limit": limit,
+        **({"cluster": pattern} if (pattern := find_cluster_pattern(dataset)) else {}),
         **_identify_examples(dataset, subject.shots),
         **({"constrained_to": read_labels(dataset)} if subject.constrained else {}),
     }
@@ -286,7 +304,7 @@ def measure_task(
     from evals.tasks import utils
 
     name = task.config.task
-    content = next(row for row in read_tasks().values() if row["task"] == name)
+    dataset, content = next(item for item in read_tasks().items() if item[1]["task"] == name)
     set_examples(task, prompts.examples)
     prompts.rows = {task.doc_to_text(doc): doc for doc in task.test_docs()}
     if choices := getattr(lm, "choices", ()):
@@ -302,7 +320,7 @@ def measure_task(
     first = content["filter_list"][0]["name"]
     metrics = [entry["metric"] for entry in content["metric_list"]]
     rows: dict[int, dict[str, Any]] = {}
-    targets = {}
+    targets, asked = {}, dict[int, str]()
     for sample in sorted(result["samples"][name], key=lambda sample: sample["doc_id"]):
         number = sample["doc_id"]
         row = rows.setdefault(number, {"row": number, "values": {}})
@@ -311,12 +329,16 @@ def measure_task(
         if not prefix:
             row |= _describe_answer(sample, row["values"], prompts, answers)
             targets[number] = utils.key(sample["doc"])
+            asked[number] = task.doc_to_text(sample["doc"])
             if reason := unscored.get(freeze_doc(sample["doc"])):
                 row["unscored"] = reason
     if all(targets[number] in row.get("probabilities", ()) for number, row in rows.items()):
         for number, row in rows.items():
             likeliest, share = max(row["probabilities"].items(), key=lambda item: item[1])
             row["values"]["ece"] = [(share, float(likeliest == targets[number]))]
+    clusters = find_clusters(dataset, list(asked.values()))
+    for row, cluster in zip(rows.values(), clusters or (), strict=False):
+        row["cluster"] = cluster
     return list(rows.values()), _score_together(list(rows.values()), metrics)
 
 
@@ -396,9 +418,11 @@ def freeze_doc(doc: dict[str, Any]) -> str:
 
 def score(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Every metric with its interval, of the rows that have a value of it."""
-    metrics = dict.fromkeys(metric for row in rows for metric in row["values"])
-    content = {"predictions": rows}
-    return {metric: stats.estimate(metric, report.values(content, metric)) for metric in metrics}
+    scores = {}
+    for metric in dict.fromkeys(metric for row in rows for metric in row["values"]):
+        (values,), clusters = report.select_shared(metric, [{"predictions": rows}])
+        scores[metric] = stats.estimate(metric, values, clusters)
+    return scores
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,10 @@ Every metric is a function of sums over rows, so one bootstrap serves all (Efron
 A bootstrap knows only the rows that it has. So rates have Wilson's interval (1927), which has a
 width even where all rows are right, and differences of rates have that of Bonett and Price (2012).
 Everything else has none with fewer than LEAST rows, or LEAST rows of a class in macro F1.
+
+Rows of one cluster (several questions on one sentence) are right or wrong together, so they count
+as fewer rows than they are. `clusters` gives a number for each row; then whole clusters are drawn
+(Cameron, Gelbach and Miller 2008), which replaces the formulas for rates and McNemar's test.
 """
 
 from collections import Counter
@@ -35,6 +39,7 @@ FEW = 200  # groups up to which drawing their counts is faster than drawing rows
 
 Array = np.ndarray[Any, Any]
 Columns = Sequence[Sequence[Any]]  # the values of the same rows, for each seed
+Clusters = Sequence[int] | None  # the cluster of each row; None where rows are independent
 
 
 def _find_kind(metric: str) -> str:
@@ -110,6 +115,40 @@ def _add_up(counts: Array, summands: Any) -> Array:
     return np.asarray((summands.T @ np.ascontiguousarray(counts.T)).T, dtype=float)
 
 
+def _tabulate(metric: str, columns: Columns, clusters: Clusters) -> tuple[Array, list[Any], float]:
+    """What resamples are drawn from.
+
+    Returns how often each of k units occurs, int64 (k,); for each column what a unit adds to the
+    sums (k, sums); and how many independent rows there are. A unit is a distinct row, or a cluster.
+    Clusters of unequal size determine a score as (Σ size)² / Σ size² equal ones do (Kish 1965).
+    """
+    from scipy.sparse import csr_matrix
+
+    rows, counts = _group_rows(*columns, *([clusters] if clusters else []))
+    sides = range(len(columns))
+    summands = [_list_summands(metric, [row[side] for row in rows]) for side in sides]
+    if not clusters:
+        return counts, summands, len(columns[0])
+    place = {name: number for number, name in enumerate(dict.fromkeys(row[-1] for row in rows))}
+    places = [place[row[-1]] for row in rows]
+    members = csr_matrix((counts, (places, range(len(rows)))), shape=(len(place), len(rows)))
+    sizes = np.bincount(places, counts)
+    independent = float(sizes.sum() ** 2 / (sizes**2).sum())
+    return np.ones(len(place), dtype=int), [members @ part for part in summands], independent
+
+
+def merge_clusters(values: Array, clusters: Sequence[int]) -> Array:
+    """Values of rows (rows, seeds) as values of clusters (clusters, seeds), of the same mean.
+
+    A cluster's value is the mean plus its share of what its rows deviate from it, so that the
+    variance of the mean over clusters is the cluster-robust one, without the degrees of freedom.
+    """
+    numbers = np.unique(clusters, return_inverse=True)[1]
+    means, merged = values.mean(0), np.zeros((numbers.max() + 1, values.shape[1]))
+    np.add.at(merged, numbers, values - means)
+    return means + merged * len(merged) / len(values)
+
+
 def _compute(metric: str, sums: Array) -> Array:
     """The metric of each of R rows of sums (R, sums): (R,).
 
@@ -130,44 +169,43 @@ def _compute(metric: str, sums: Array) -> Array:
     return np.asarray((f1 * expected).sum(1) / expected.sum(1))
 
 
-def estimate(metric: str, values: Sequence[Any]) -> dict[str, Any]:
+def estimate(metric: str, values: Sequence[Any], clusters: Clusters = None) -> dict[str, Any]:
     """A metric of rows' values and its 95 % interval: {"value", "low", "high"}.
 
     Where there can be no interval: {"value", "no_interval": the reason}.
     """
-    groups, counts = _group_rows(values)
-    distinct = [value for (value,) in groups]
-    summands = _list_summands(metric, distinct)
+    counts, (summands,), rows = _tabulate(metric, [values], clusters)
     sums = _add_up(counts[None], summands)
     point = float(_compute(metric, sums)[0])
-    if _find_kind(metric) == "mean" and _are_binary(distinct):
-        return {"value": point} | _wilson(point, len(values))
-    if reason := _explain_no_interval(metric, values):
+    if not clusters and _find_kind(metric) == "mean" and _are_binary(values):
+        return {"value": point} | _wilson(point, rows)
+    if reason := _explain_no_interval(metric, values, clusters):
         return {"value": point, "no_interval": reason}
     sampled = np.concatenate(
         [_compute(metric, _add_up(drawn, summands)) for drawn in _draw_resamples(counts)]
     )
-    by_wilson = _wilson(point, _count_effective_rows(metric, values))
+    by_wilson = _wilson(point, _count_effective_rows(metric, values, rows))
     if np.ptp(sampled) == 0:
         return {"value": point} | by_wilson
-    low, high = _find_interval(metric, point, sampled, len(values))
+    low, high = _find_interval(metric, point, sampled, rows)
     if _find_kind(metric) == "f1_macro":
         hits, _, expected = np.split(sums[0], 3)
         if ((hits == 0) | (hits == expected)).any():  # resamples of such a class do not differ
             low, high = min(low, by_wilson["low"]), max(high, by_wilson["high"])
-    if metric == "ece" and point <= _find_chance_ece([value[0][0] for value in distinct], counts):
+    if metric == "ece" and point <= _find_chance_ece(values):
         low = 0.0
     ends = {"value": point, "low": low, "high": high}
     return {name: min(max(end, 0.0), 1.0) for name, end in ends.items()}
 
 
-def _find_chance_ece(shares: Sequence[float], counts: Array) -> float:
+def _find_chance_ece(values: Sequence[Any]) -> float:
     """The ECE that a perfectly calibrated model exceeds with a chance of LEVEL / 2.
 
     Answers are drawn from the probabilities themselves: the consistency resampling of Bröcker and
     Smith (2007).
     """
-    confidence = np.repeat(np.array(shares), counts)
+    rows, counts = _group_rows(values)
+    confidence = np.repeat(np.array([share for (((share, _),),) in rows]), counts)
     bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
     generator = np.random.default_rng(SEED)
     drawn = []
@@ -177,10 +215,10 @@ def _find_chance_ece(shares: Sequence[float], counts: Array) -> float:
     return float(np.quantile(drawn, 1 - LEVEL / 2))
 
 
-def _explain_no_interval(metric: str, values: Sequence[Any]) -> str:
+def _explain_no_interval(metric: str, values: Sequence[Any], clusters: Clusters = None) -> str:
     """Why rows are too few for a bootstrap's interval; empty where they are enough."""
-    if len(values) < LEAST:
-        return f"fewer than {LEAST} rows ({len(values)})"
+    if (units := len(set(clusters or range(len(values))))) < LEAST:
+        return f"fewer than {LEAST} {'clusters of ' if clusters else ''}rows ({units})"
     if _find_kind(metric) == "f1_macro":
         rows, label = min((rows, label) for label, rows in _count_classes(values).items())
         if rows < LEAST:
@@ -192,15 +230,17 @@ def _count_classes(values: Sequence[Any]) -> Counter[str]:
     return Counter(expected for pairs in values for expected, _ in pairs)
 
 
-def _count_effective_rows(metric: str, values: Sequence[Any]) -> float:
+def _count_effective_rows(metric: str, values: Sequence[Any], independent: float) -> float:
     """How many rows would determine an overall rate as well as these rows determine the metric.
 
-    A mean over C classes of n rows has the variance of C² / Σ 1/n rows.
+    A mean over C classes of n rows has the variance of C² / Σ 1/n rows. Of the rows, so many are
+    `independent`.
     """
     if _find_kind(metric) != "f1_macro":
-        return len(values)
+        return independent
     sizes = _count_classes(values).values()
-    return min(len(values), len(sizes) ** 2 / sum(1 / size for size in sizes))
+    share = min(1.0, len(sizes) ** 2 / sum(1 / size for size in sizes) / len(values))
+    return independent * share
 
 
 def _wilson(rate: float, rows: float) -> dict[str, float]:
@@ -220,46 +260,46 @@ def _bonett_price(lost: int, won: int, rows: float) -> dict[str, float]:
     return {"low": max(-1.0, low), "high": min(1.0, high)}
 
 
-def compare(metric: str, first: Sequence[Any], second: Sequence[Any]) -> dict[str, Any]:
+def compare(
+    metric: str, first: Sequence[Any], second: Sequence[Any], clusters: Clusters = None
+) -> dict[str, Any]:
     """Metric of `second` minus that of `first` on the same rows, with a paired interval and test.
 
     {"value", "low", "high", "p", "test"}. The two-sided p is McNemar's exact one where every row is
     right or wrong, and else that of the paired bootstrap: twice the share of resamples on the far
     side of no difference. Where there can be neither: {"value", "no_interval", "p": None, "test"}.
     """
-    groups, counts = _group_rows(first, second)
-    before, after = (_list_summands(metric, [row[side] for row in groups]) for side in (0, 1))
+    counts, (before, after), rows = _tabulate(metric, [first, second], clusters)
 
     def gain(drawn: Array) -> Array:
         return _compute(metric, _add_up(drawn, after)) - _compute(metric, _add_up(drawn, before))
 
     point = float(gain(counts[None])[0])
-    if _has_exact_test(metric, [value for row in groups for value in row]):
-        changes = list(zip(groups, counts.tolist(), strict=True))
-        lost = sum(count for (one, two), count in changes if one > two)
-        won = sum(count for (one, two), count in changes if one < two)
-        interval = _bonett_price(lost, won, len(first))
+    if not clusters and _has_exact_test(metric, [*first, *second]):
+        changes = [two - one for one, two in zip(first, second, strict=True)]
+        lost, won = sum(change < 0 for change in changes), sum(change > 0 for change in changes)
+        interval = _bonett_price(lost, won, rows)
         return {"value": point} | interval | {"p": mcnemar(lost, won), "test": "McNemar"}
-    if reason := _explain_no_interval(metric, first):
+    if reason := _explain_no_interval(metric, first, clusters):
         return {"value": point, "no_interval": reason, "p": None, "test": "none"}
-    test = {"test": "paired bootstrap"}
+    test = {"test": f"paired bootstrap{' of clusters' if clusters else ''}"}
     sampled = np.concatenate([gain(drawn) for drawn in _draw_resamples(counts)])
     if np.ptp(sampled) == 0:
-        half = _bonett_price(0, 0, _count_effective_rows(metric, first))["high"]
+        half = _bonett_price(0, 0, _count_effective_rows(metric, first, rows))["high"]
         ends = {"low": point - half, "high": point + half}
         ends = ends if metric == "loss" else _limit_to_range(ends, -1.0)  # a loss has no bound
         return {"value": point} | ends | {"p": 1.0 if point == 0 else None} | test
-    low, high = _find_interval(metric, point, sampled, len(first))
+    low, high = _find_interval(metric, point, sampled, rows)
     if metric == "ece":
         sampled = 2 * point - sampled
     rounding = 1e-12
     far = min((sampled <= rounding).sum(), (sampled >= -rounding).sum())
-    p = min(1.0, 2 * _undo_widening((far + 1) / (len(sampled) + 1), len(first)))
+    p = min(1.0, 2 * _undo_widening((far + 1) / (len(sampled) + 1), rows))
     return {"value": point, "low": low, "high": high, "p": p} | test
 
 
 def estimate_mean(
-    metric: str, columns: Columns, base: Sequence[Any] | None = None
+    metric: str, columns: Columns, base: Sequence[Any] | None = None, clusters: Clusters = None
 ) -> dict[str, Any]:
     """A metric's mean over seeds, and its 95 % interval over rows and seeds.
 
@@ -268,19 +308,23 @@ def estimate_mean(
     "no_interval"}. With one seed the interval is that of `estimate` or `compare`.
     """
     if len(columns) == 1:
-        single = compare(metric, base, columns[0]) if base else estimate(metric, columns[0])
+        (column,) = columns
+        single = (
+            compare(metric, base, column, clusters) if base else estimate(metric, column, clusters)
+        )
         keys = ("value", "low", "high", "no_interval")
         return {key: single[key] for key in keys if key in single}
     scores = np.array([_score_rows(metric, column) for column in columns])
     scores -= _score_rows(metric, base) if base else 0
-    point, rows = float(scores.mean()), len(columns[0])
-    if reason := _explain_no_interval(metric, columns[0]):
+    point = float(scores.mean())
+    if reason := _explain_no_interval(metric, columns[0], clusters):
         return {"value": point, "no_interval": reason}
-    half = _find_half_width(scores, _resample_rows(metric, columns, base), rows)
+    sampled, rows = _resample_rows(metric, columns, base, clusters)
+    half = _find_half_width(scores, sampled, rows)
     if half > 0:
         ends = {"low": point - half, "high": point + half}
     else:
-        effective = _count_effective_rows(metric, columns[0])
+        effective = _count_effective_rows(metric, columns[0], rows)
         ends = _wilson(point, effective)
         if base:
             half = _bonett_price(0, 0, effective)["high"]
@@ -288,7 +332,7 @@ def estimate_mean(
     return {"value": point} | _limit_to_range(ends, -1.0 if base else 0.0)
 
 
-def _find_half_width(scores: Array, sampled: Array, rows: int) -> float:
+def _find_half_width(scores: Array, sampled: Array, rows: float) -> float:
     """Half of the 95 % interval of a mean over seeds, where rows and seeds are both samples.
 
     scores: of each seed, float (seeds,); sampled: the same of resamples of the rows, the same rows
@@ -308,7 +352,7 @@ def _find_half_width(scores: Array, sampled: Array, rows: int) -> float:
     return float(max(t.ppf(1 - LEVEL / 2, freedoms) * variances**0.5))
 
 
-def combine_variances(shared: Any, of_seeds: Any, rows: int, seeds: int) -> tuple[Any, Any]:
+def combine_variances(shared: Any, of_seeds: Any, rows: float, seeds: int) -> tuple[Any, Any]:
     """(variance of a mean over rows and seeds, its degrees of freedom): numbers or arrays.
 
     shared: what rows do to all seeds alike; of_seeds: the variance of the scores of the seeds,
@@ -321,16 +365,20 @@ def combine_variances(shared: Any, of_seeds: Any, rows: int, seeds: int) -> tupl
     return variance, np.fmin(freedom, rows - 1)  # also where the seeds do not differ: 0 / 0
 
 
-def _resample_rows(metric: str, columns: Columns, base: Sequence[Any] | None) -> Array:
-    """The metric of each seed, less the base's, on the same drawn rows: (RESAMPLES, seeds)."""
-    sides, seeds = [*columns, *([base] if base else [])], len(columns)
-    groups, counts = _group_rows(*sides)
-    summands = [_list_summands(metric, [row[side] for row in groups]) for side in range(len(sides))]
+def _resample_rows(
+    metric: str, columns: Columns, base: Sequence[Any] | None, clusters: Clusters
+) -> tuple[Array, float]:
+    """The metric of each seed, less the base's, on the same drawn rows: (RESAMPLES, seeds).
+
+    Also returns how many independent rows there are.
+    """
+    seeds = len(columns)
+    counts, summands, rows = _tabulate(metric, [*columns, *([base] if base else [])], clusters)
     parts = []
     for drawn in _draw_resamples(counts):
         scores = np.stack([_compute(metric, _add_up(drawn, part)) for part in summands], axis=1)
         parts.append(scores[:, :seeds] - scores[:, seeds:] if base else scores)
-    return np.concatenate(parts)
+    return np.concatenate(parts), rows
 
 
 def _limit_to_range(ends: dict[str, float], least: float) -> dict[str, float]:
@@ -360,7 +408,9 @@ def mcnemar(lost: int, won: int) -> float:
     return float(binomtest(won, lost + won).pvalue) if lost + won else 1.0
 
 
-def against(metric: str, values: Sequence[Any], published: float) -> dict[str, Any]:
+def against(
+    metric: str, values: Sequence[Any], published: float, clusters: Clusters = None
+) -> dict[str, Any]:
     """Rows' values against a published score (0 to 1) that comes without answers to pair with.
 
     {"value": ours minus theirs, "low", "high", "p", "test"}. The published score is taken as exact,
@@ -371,9 +421,9 @@ def against(metric: str, values: Sequence[Any], published: float) -> dict[str, A
 
     gain: dict[str, Any] = {
         key: end if key == "no_interval" else end - published
-        for key, end in estimate(metric, values).items()
+        for key, end in estimate(metric, values, clusters).items()
     }
-    if not _has_exact_test(metric, values):
+    if clusters or not _has_exact_test(metric, values):
         return gain | {"p": None, "test": "interval"}
     p = float(binomtest(int(sum(values)), len(values), published).pvalue)
     return gain | {"p": p, "test": "binomial"}
@@ -413,7 +463,7 @@ def verdict(gain: dict[str, Any], corrected: float | None, family: int, rows: in
     return text + small
 
 
-def _find_interval(metric: str, point: float, sampled: Array, rows: int) -> tuple[float, float]:
+def _find_interval(metric: str, point: float, sampled: Array, rows: float) -> tuple[float, float]:
     """The percentile interval (low, high) of resampled values.
 
     Percentiles lack the factor rows / (rows - 1) of a variance and Student's tails, so less is cut
@@ -430,7 +480,7 @@ def _find_interval(metric: str, point: float, sampled: Array, rows: int) -> tupl
     return low, high
 
 
-def _undo_widening(tail: float, rows: int) -> float:
+def _undo_widening(tail: float, rows: float) -> float:
     """The tail that `_find_interval` widens to a share `tail` of the resamples."""
     from scipy.stats import norm, t
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evals import run, stats
+from evals import report, run, stats
 from evals.answers import Prompts
 from tools import sources
 from tools.common import WrongInput, shown
@@ -60,7 +60,7 @@ class Scorer:
     def score(
         self, model: Any, tokenizer: Any, options: dict[str, Any] | None
     ) -> dict[str, dict[str, Any]]:
-        """Each metric of a loaded model with its interval and, as `values`, those of the rows.
+        """Each metric of a loaded model with its interval, and the values and clusters of its rows.
 
         `options` are the arguments of the chat template. The model is left in evaluation mode.
         """
@@ -72,9 +72,10 @@ class Scorer:
             rows = self.answer(lm, options)
         scores = {}
         for metric in list_metrics(self.dataset):
-            values = [row["values"][metric] for row in rows if metric in row["values"]]
+            (values,), clusters = report.select_shared(metric, [{"predictions": rows}])
             if values:  # BERTScore is left out where its model is missing
-                scores[metric] = stats.estimate(metric, values) | {"values": values}
+                score = stats.estimate(metric, values, clusters)
+                scores[metric] = score | {"values": values, "clusters": clusters}
         return scores
 
 

@@ -167,16 +167,16 @@ def write_result(**changes):
     evidence.read_results.cache_clear()
 
 
-def test_the_evidence_is_measured_planned_or_never_run(results):
+def test_the_evidence_is_measured_planned_or_no_result(results):
     name = "smollm2-135m/sentiment_r4"
     assert (
         evidence.describe_evidence("llama-3.1-8b/ner_r8_dora") == "planned: 2.6 h on one A5000 24GB"
     )
     assert (
-        evidence.describe_evidence("llama-3.1-8b/cfa_r4") == "never run"
+        evidence.describe_evidence("llama-3.1-8b/cfa_r4") == "no result"
     )  # its rows are the user's
     assert (
-        evidence.describe_evidence("llama-3.1-70b/ner_r8_fp16") == "never run"
+        evidence.describe_evidence("llama-3.1-70b/ner_r8_fp16") == "no result"
     )  # no card holds it
     (results / "experiment.json").write_text('{"parts": {}}')
     write_result(name=name, device="two CPU cores")
@@ -195,12 +195,12 @@ def test_a_stale_result_is_no_evidence_and_is_told_with_the_reason(results):
     name = "smollm2-135m/cfa_r4"
     write_result(name=name, version="1.0.0", digest="0" * 64)
     assert evidence.describe_evidence(name) == (
-        "never run (measured before: the recipe has changed since version 1.0.0)"
+        "no result (measured before: the recipe has changed since version 1.0.0)"
     )
     write_result(
         name=name, device="1 x NVIDIA A40", training_data=[describe_rows("a", "data/sample")]
     )
-    assert evidence.describe_evidence(name).startswith("never run (measured before")
+    assert evidence.describe_evidence(name).startswith("no result (measured before")
     text = rendering.render_recipe(name)
     assert max(map(len, text.splitlines())) <= 100 and yaml.safe_load(text)
 

@@ -3,6 +3,7 @@ what it depends on."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -142,6 +143,23 @@ def test_the_answer_budgets_are_finloras():
     others |= {"tags": 20, "value": 20, "formula_construction": 30, "formula_calculations": 30}
     expected = dict.fromkeys(labels, 10) | others | {"finer": 100, "fnxl": 100}
     assert result == {name: expected.get(name, 50) for name in result}
+
+
+@pytest.mark.parametrize("limit", [None, 30])
+def test_rows_that_ask_about_one_text_are_one_cluster(workplace, limit):
+    rows, _ = evaluation.measure(Speaker(key), "ner", limit, Prompts("chat"))
+    lines = sources.test_path("ner").read_text().splitlines()
+    prompts = [json.loads(lines[row["row"]])["messages"][0]["content"] for row in rows]
+    texts = [re.search("Input: (.*)\nAnswer:", prompt)[1] for prompt in prompts]
+    first = [texts.index(text) for text in texts]
+    assert [row["cluster"] for row in rows] == first and len(set(first)) < len(rows)
+    scores = evaluation.score(rows)
+    values, clusters = [row["values"]["f1_weighted"] for row in rows], [r["cluster"] for r in rows]
+    assert scores["f1_weighted"] == stats.estimate("f1_weighted", values, clusters)
+    rows, _ = evaluation.measure(Speaker(key), "financial_math", None, Prompts("chat"))
+    assert 1 < len({row["cluster"] for row in rows}) < len(rows)
+    rows, _ = evaluation.measure(Speaker(key), "fpb", 12, Prompts("chat"))
+    assert not any("cluster" in row for row in rows)
 
 
 @pytest.mark.parametrize("task", evaluation.read_tasks())

@@ -374,8 +374,27 @@ def test_a_dataset_is_measured_from_the_score_files_of_base_and_seeds(fpb):
 def test_rows_that_one_side_could_not_score_do_not_count_in_the_mean(fpb):
     base = describe_scores([None] + [0.0] * 39)
     adapter = describe_scores([1.0] * 20 + [None] * 4 + [0.0] * 16)
-    (scores,) = results.measure_dataset(base, {42: adapter}, None).metrics.values()
+    entry = results.measure_dataset(base, {42: adapter}, None)
+    (scores,) = entry.metrics.values()
     assert scores.gain.value == round(19 / 35, 5) and scores.base_with_examples is None
+    assert (entry.rows, scores.base.value, scores.adapter.value) == (35, 0.0, round(19 / 35, 5))
+
+
+def test_rows_of_one_cluster_are_no_more_evidence_than_one_row(fpb):
+    sides = [describe_scores([1.0] * right + [0.0] * (40 - right)) for right in (10, 28, 28)]
+    base, first, second = sides
+    apart = results.measure_dataset(base, {42: first, 43: second}, None).main[1]
+    for side in sides:
+        for row in side["predictions"]:
+            row["cluster"] = row["row"] - row["row"] % 4
+    together = results.measure_dataset(base, {42: first, 43: second}, None).main[1]
+    for name in ("base", "adapter", "gain"):
+        one, other = getattr(together, name), getattr(apart, name)
+        assert one.value == other.value and one.high - one.low > 1.2 * (other.high - other.low)
+    gain = report.differences({"fpb": base}, {"fpb": first})["fpb"]["accuracy"]
+    assert gain["test"] == "paired bootstrap of clusters"
+    del base["predictions"][0]["cluster"]  # of an older file
+    assert report.differences({"fpb": base}, {"fpb": first})["fpb"]["accuracy"]["test"] == "McNemar"
 
 
 def test_scores_of_other_rows_are_not_compared(fpb):

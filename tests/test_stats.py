@@ -229,6 +229,96 @@ def test_the_interval_of_a_rate_covers_it_also_near_one_and_nought(rate, rows):
     assert count_covered("accuracy", rate, draw, trials=600) >= 0.92
 
 
+# ---- rows of one cluster
+
+
+def draw_clustered(generator, clusters=60, spread=2.0):
+    """Values and clusters of rows whose chance of being right is their cluster's: mean 0.7."""
+    sizes = generator.integers(1, 30, clusters)
+    chances = np.repeat(generator.beta(0.7 * spread, 0.3 * spread, clusters), sizes)
+    values = (generator.random(len(chances)) < chances).astype(float)
+    return list(values), np.repeat(np.arange(clusters), sizes).tolist()
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1_weighted"])
+def test_the_interval_over_clusters_covers_the_truth_and_that_over_rows_does_not(
+    metric, few_resamples
+):
+    generator = np.random.default_rng(5)
+    held = {True: 0, False: 0}
+    for _ in range(150):
+        values, clusters = draw_clustered(generator)
+        if metric == "f1_weighted":  # of one label, recall 0.7: F1 is 2 r / (1 + r)
+            values = [[("a", "a" if value else "b")] for value in values]
+        truth = 0.7 if metric == "accuracy" else 1.4 / 1.7
+        for used in (True, False):
+            low, high = ends(stats.estimate(metric, values, clusters if used else None))
+            held[used] += low <= truth <= high
+    assert held[True] >= 0.89 * 150 and held[False] <= 0.6 * 150
+
+
+def test_the_interval_of_a_gain_over_clusters_and_seeds_covers_it(few_resamples):
+    generator, held = np.random.default_rng(6), 0
+    for _ in range(100):
+        base, clusters = draw_clustered(generator)
+        gains = np.repeat(generator.normal(0.1, 0.2, 60), np.bincount(clusters))
+        columns = [list(base + gains + generator.normal(0, 0.05, len(base))) for _ in range(3)]
+        low, high = ends(stats.estimate_mean("score", columns, base, clusters))
+        held += low <= 0.1 <= high
+    assert held >= 89
+
+
+def test_the_variance_over_clusters_is_the_sandwich():
+    values, clusters = draw_clustered(np.random.default_rng(7))
+    merged = stats.merge_clusters(np.array(values)[:, None], clusters)[:, 0]
+    rows, groups, mean = len(values), len(merged), np.mean(values)
+    sums = [
+        sum(v - mean for v, c in zip(values, clusters, strict=True) if c == g)
+        for g in range(groups)
+    ]
+    sandwich = groups / (groups - 1) * sum(total**2 for total in sums) / rows**2
+    assert merged.mean() == pytest.approx(mean)
+    assert merged.var(ddof=1) / groups == pytest.approx(sandwich)
+    drawn = width(stats.estimate("accuracy", values, clusters))
+    assert drawn == pytest.approx(2 * 1.96 * sandwich**0.5, rel=0.12)  # widened for few clusters
+
+
+def test_copies_of_a_row_add_nothing():
+    chance = random.Random(8)
+    values = [chance.random() for _ in range(80)]
+    once = stats.estimate("rouge_l", values)
+    fourfold, clusters = values * 4, [*range(80)] * 4
+    assert ends(stats.estimate("rouge_l", fourfold, clusters)) == pytest.approx(
+        ends(once), abs=0.01
+    )
+    assert width(stats.estimate("rouge_l", fourfold)) < 0.6 * width(once)
+    other = [min(1.0, value + 0.05 * chance.random()) for value in values]
+    single, many = (
+        stats.compare(
+            "rouge_l", values * count, other * count, [*range(80)] * count if count > 1 else None
+        )
+        for count in (1, 4)
+    )
+    assert ends(many) == pytest.approx(ends(single), abs=0.003)
+
+
+def test_rates_of_clusters_are_not_tested_by_rows():
+    first, clusters = draw_clustered(np.random.default_rng(9))
+    second = [1.0 if cluster % 2 else value for value, cluster in zip(first, clusters, strict=True)]
+    gain = stats.compare("accuracy", first, second, clusters)
+    assert gain["test"] == "paired bootstrap of clusters" and 0 < gain["p"] < 0.05
+    assert width(gain) > width(stats.compare("accuracy", first, second))
+    published = stats.against("accuracy", first, 0.5, clusters)
+    assert (published["p"], published["test"]) == (None, "interval")
+    same = stats.compare("accuracy", first, first, clusters)
+    assert (same["value"], same["p"]) == (0, 1) and width(same) > 0.05
+    nine = [cluster % 9 for cluster in clusters]
+    reason = "fewer than 10 clusters of rows (9)"
+    assert stats.estimate("accuracy", first, nine)["no_interval"] == reason
+    assert stats.compare("accuracy", first, second, nine)["no_interval"] == reason
+    assert stats.estimate_mean("accuracy", [first, second], first, nine)["no_interval"] == reason
+
+
 @pytest.mark.parametrize("sizes", [(10, 40, 60), (15, 15, 15)])
 @pytest.mark.parametrize("right", [0.7, 0.95])
 def test_the_interval_of_macro_f1_covers_it_with_ten_rows_a_class(sizes, right, few_resamples):

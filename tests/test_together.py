@@ -6,6 +6,7 @@ import random
 import pytest
 
 from bench import sections, together
+from bench.cells import describe_score, list_clusters, unpack_values
 from tests.test_methods import make_values, write_cell
 from tools import sources
 from tools.common import WrongInput, read_yaml
@@ -111,6 +112,35 @@ def test_a_comparison_waits_for_every_seed_and_uses_the_rows_of_one_test():
     section = "\n".join(sections.build_part(part))
     assert section.count("no conclusion") == 2 and "equivalent within" not in section
     assert part.missing == [part.list_cells("repaired")[0].name]
+
+
+def test_rows_about_one_sentence_count_as_one(monkeypatch):
+    part = together.Part(SPEC, "tasks")
+    draw, clusters = random.Random(1), [number // 10 for number in range(500)]
+    for variant in ("both", "NER alone", "sentiment alone"):
+        right = [draw.random() < (0.9 if variant == "both" else 0.7) for _ in range(50)]
+        for seed, cell in enumerate(part.list_cells(variant)):
+            right[seed] = not right[seed]
+            values = [float(right[cluster]) for cluster in clusters]
+            write_cell(cell, {name: values for name in ("fpb", "fiqa", "tfns", "ner")})
+    apart = part.compare_all()
+    cells = part.list_all_cells()
+    for cell in cells:
+        content = json.loads(cell.file.read_text())
+        marked = describe_score(
+            "accuracy",
+            unpack_values(content["scores"]["ner"]["values"]),
+            "sha",
+            [{"cluster": c} for c in clusters],
+        )
+        content["scores"]["ner"] |= {"clusters": marked["clusters"], "low": marked["low"]}
+        cell.file.write_text(json.dumps(content))
+    assert list_clusters(cells[0], ["ner"]) == clusters
+    assert list_clusters(cells[0], ["fpb"]) is None
+    assert list_clusters(cells[0], ["fpb", "ner"]) == [*range(500), *(500 + c for c in clusters)]
+    (same, before), (other, after) = apart, part.compare_all()
+    assert same["value"] == other["value"] and before["value"] == pytest.approx(after["value"])
+    assert after["high"] - after["low"] > 1.5 * (before["high"] - before["low"])
 
 
 def test_results_of_other_rows_or_tests_than_planned_are_missing():

@@ -1,4 +1,4 @@
-"""The evidence for a recipe: what was measured, else what is planned, else that it was never run.
+"""The evidence for a recipe: what was measured, else what is planned, else "no result".
 
 evidence.describe_evidence("llama-3.1-8b/ner_r4")      "planned: 2.6 h on one A5000 24GB"
 """
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 LEGEND = """\
 *Measured*: trained and scored by `make verify` ([results](../../docs/results.md)), from base to
 adapter; the majority is the most frequent answer alone. *Planned*: not measured; the hours are for
-FinLoRA's rows ([assumptions](../../docs/scale.md)). *Never run*: no more than the memory is
-planned."""
+FinLoRA's rows ([assumptions](../../docs/scale.md)). *No result*: not measured by `make verify`; at
+most its memory is planned. Experiments ([methods](../../docs/methods.md)) may have trained it."""
 
 
 @cache
@@ -73,6 +73,6 @@ def describe_plan(name: str) -> str:
     task = recipes.split_name(name)[1]
     training = scale.plan_training(name) if task in scale.TASKS else None
     if not training:
-        return "never run"
+        return "no result"
     hours = f"{training.hours:.1f} h" if training.hours >= 0.1 else "under 0.1 h"
     return f"planned: {hours} on one {training.card.gpu}"

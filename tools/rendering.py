@@ -185,8 +185,11 @@ def describe_checks(model: str) -> list[str]:
     measured = any(
         "measured: " in evidence.describe_evidence(name) for name in list_model_recipes(model)
     )
-    unseen = "" if measured else " Never run: its real weights, which were not at hand."
+    unseen = "" if measured else " Its real weights were not at hand; nothing was run with them."
     lines = ["", "## Verified", ""]
+    if not path.is_file() and measured:
+        text = "Trained and scored with its real weights ([results](../../docs/results.md))."
+        return [*lines, text, "The checks of `make add-model` were not run on it."]
     if not path.is_file():
         return [*lines, f"Nothing yet: `make add-model` checks a base.{unseen}"]
     record = read_json(path)

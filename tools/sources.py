@@ -47,7 +47,7 @@ def tables() -> dict[str, Any]:
 
 
 # Keys of the tables that explain and do not decide which rows there are.
-PROSE = {"reason", "evidence", "wording", "incomparable", "seen", "concluded", "unknown"}
+PROSE = {"reason", "evidence", "wording", "incomparable", "seen", "concluded", "unknown", "cluster"}
 
 
 def digest_rules(task: str) -> str:

@@ -29,7 +29,8 @@ The datasets are those of [{name}]({repository}) at commit
 `{commit}`, published under {licence};
 {note}.
 This project holds none of their rows; `data/sample/` has examples that were written for
-it. A row is one JSON object on a line, `{{"context": prompt, "target": answer}}`.
+it. A row is one JSON object on a line, `{{"context": prompt, "target": answer}}`. The *key*
+of a row is its reference answer, `target`.
 
 Counts, lengths (tokens of SmolLM2, prompt and answer) and defects were measured by
 `make audit` on the published files, byte for byte; a file that was not at hand when this
@@ -122,29 +123,56 @@ def render_card(facts: Facts) -> str:
             origin.get("note", ""),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    owners: dict[str, str] = {}  # of a file: the task or dataset that describes it
+    sections: dict[str, str] = {}  # of a dataset: the task below which it stands
     for task, spec in table["tasks"].items():
-        lines += ["", f"## {task}", "", f"Trained on {describe_file(spec['train'], facts)}", ""]
-        lines += list_defects(spec["train"], spec, facts)
+        train = spec["train"]
+        lines += ["", f"## {task}", "", describe_training(task, table, facts, owners), ""]
+        lines += list_defects(train, spec, facts if owners[train] == task else {})
         lines += [*describe_swap(task, table, facts), ""]
         if "parts" in spec:
             lines.append(f"A mixture of {', '.join(spec['parts'])}, scored on their datasets.")
-        else:
-            lines += describe_datasets(spec["eval"], table, facts)
+            continue
+        new = [name for name in spec["eval"] if sections.setdefault(name, task) == task]
+        if not new:
+            names = ", ".join(f"`{name}`" for name in spec["eval"])
+            lines.append(f"Scored on the datasets of {sections[spec['eval'][0]]}: {names}.")
+        for name in new:
+            lines += describe_dataset(name, table, facts, owners)
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
 
 
-def describe_datasets(names: list[str], table: dict[str, Any], facts: Facts) -> Iterator[str]:
-    first_names: dict[str, str] = {}  # of the datasets of a file
-    for name in names:
-        row = table["datasets"][name]
-        file, shape = row["file"], table["audit"].get(name, {}).get("shape", "")
-        origins = [table["origins"][key]["name"] for key in table["files"][file]["origins"]]
-        yield from (f"### {name}", "", f"{shape} Source: {', '.join(origins)}.", "")
-        if first_names.setdefault(file, name) != name:
-            yield from (f"Tested on `{file}`, the file of {first_names[file]}.", "")
-            continue
-        yield from (f"Tested on {describe_file(file, facts)}", "")
-        yield from (*list_defects(file, row, facts), "")
+def describe_training(
+    task: str, table: dict[str, Any], facts: Facts, owners: dict[str, str]
+) -> str:
+    """Describes what a task trains on: its file, and what trains where that is missing."""
+    spec = table["tasks"][task]
+    file, split = spec["train"], spec.get("without_train")
+    if owners.setdefault(file, task) == task:
+        text = f"Trained on {describe_file(file, facts)}"
+    else:
+        text = f"Trained on `{file}`, the file of {owners[file]}."
+    if split:
+        test_file = table["datasets"][split["split"]]["file"]
+        count = f"up to {split['rows']:,}" if "together" in split else f"{split['rows']:,}"
+        of = f"the {facts[test_file]['rows']:,} rows" if test_file in facts else "the rows"
+        text += f" Without it, {count} of {of} of `{test_file}` train, and the others are tested."
+    return text
+
+
+def describe_dataset(
+    name: str, table: dict[str, Any], facts: Facts, owners: dict[str, str]
+) -> Iterator[str]:
+    """Describes a dataset; the first one of a file tells what was measured on it."""
+    row = table["datasets"][name]
+    file, shape = row["file"], table["audit"].get(name, {}).get("shape", "")
+    origins = [table["origins"][key]["name"] for key in table["files"][file]["origins"]]
+    yield from (f"### {name}", "", f"{shape} Source: {', '.join(origins)}.", "")
+    if owners.setdefault(file, name) != name:
+        yield from (f"Tested on `{file}`, the file of {owners[file]}.", "")
+        return
+    yield from (f"Tested on {describe_file(file, facts)}", "")
+    yield from (*list_defects(file, row, facts), "")
 
 
 def describe_file(file: str, facts: Facts) -> str:

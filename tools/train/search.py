@@ -134,8 +134,9 @@ class Judged:
 
     def compare(self, other: "Judged") -> Report:
         """What `other` gains over this on the same rows, with its interval."""
-        rows = (list_values(side.evaluation, self.metric) for side in (self, other))
-        comparison = stats.compare(self.metric or "loss", *rows)
+        ours, theirs = (list_values(side.evaluation, self.metric) for side in (self, other))
+        scores = self.evaluation["scores"][self.metric] if self.metric else {}
+        comparison = stats.compare(self.metric or "loss", ours, theirs, scores.get("clusters"))
         return {key: comparison.get(key) for key in ("value", "low", "high", "p")}
 
 
