@@ -143,7 +143,7 @@ def describe_score(
     """The score of these values, with the clusters of the scored rows where they have any."""
     clusters = [row["cluster"] for row in rows if "cluster" in row]
     score = stats.estimate(metric, values, clusters)
-    ends = {key: round(end, 4) for key, end in score.items() if isinstance(end, float)}
+    ends = {key: round(end, 6) for key, end in score.items() if isinstance(end, float)}
     return {
         "metric": metric,
         "rows": len(values),
@@ -157,7 +157,7 @@ def describe_score(
 def pack_majority(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The accuracy of the most frequent answer alone, where answers are labels."""
     majority = report.measure_majority({"predictions": list(rows)})
-    return {} if majority is None else {"majority": round(majority, 4)}
+    return {} if majority is None else {"majority": round(majority, 6)}
 
 
 def take_values(
@@ -196,7 +196,7 @@ def train_and_test(cell: Cell, test_sets: Sequence[ScoredSet]) -> None:
             rows, sha = adapter["predictions"], adapter["evaluated"]["data_sha256"]
             values = take_values(cell, dataset, rows, test_set.metric)
             scores[dataset] = describe_score(test_set.metric, values, sha, rows)
-            scores[dataset] |= {"base": round(base["metrics"][test_set.metric]["value"], 4)}
+            scores[dataset] |= {"base": round(base["metrics"][test_set.metric]["value"], 6)}
             scores[dataset] |= pack_majority(rows)
     write_json(cell.file, content | {"scores": scores})
 

@@ -30,6 +30,7 @@ from typing import Any
 from bench.jobs import choose_names
 from evals import run as evaluation
 from evals import stats
+from evals.results import EXAMPLES
 from tools import models, prompts, recipes, runs, sources, subjects
 from tools.common import (
     ROOT,
@@ -194,12 +195,16 @@ def measure_run(run: Run) -> dict[str, Any]:
 
 
 def group_finished_runs() -> dict[str, list[Run]]:
-    """The finished runs of SmolLM2 by the name of their recipe, with all its seeds."""
+    """The finished runs of SmolLM2 by the name of their recipe, with all its seeds.
+
+    Without those that were trained on this project's examples, which are no evidence.
+    """
     folder, groups = runs.RUNS / MODEL, defaultdict[str, list[Run]](list)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         run = Run(path)
         other = runs.OTHER_SEED.fullmatch(path.name)
-        if ".previous" not in path.name and run.is_finished:
+        is_of_examples = any(entry.get("from") == EXAMPLES for entry in run.info.get("data", ()))
+        if ".previous" not in path.name and run.is_finished and not is_of_examples:
             groups[other["run"] if other else path.name].append(run)
     return dict(groups)
 
@@ -208,7 +213,10 @@ def choose_runs(names: str) -> list[Run]:
     """The runs of the named recipes, or all; raises WrongInput where one has no finished run."""
     groups = group_finished_runs()
     if not groups:
-        raise WrongInput(f"{shown(runs.RUNS / MODEL)} has no finished run; `make train` makes one")
+        raise WrongInput(
+            f"{shown(runs.RUNS / MODEL)} has no finished run on rows other than the examples; "
+            "`make train` makes one"
+        )
     return [run for name in choose_names(names, groups, "finished run") for run in groups[name]]
 
 
@@ -216,6 +224,12 @@ def identify_run(run: Run) -> dict[str, Any]:
     """What an entry depends on; it stands while this is the same."""
     files = {name: sources.manifest(sources.test_path(name))["sha256"] for name in list_datasets()}
     return {"adapter": run.info["adapter_sha256"], "prose": SHA256, "rows": ROWS, "files": files}
+
+
+def list_lost(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The datasets that would be lost with an entry; empty where another one has as many."""
+    lost = before["files"].keys() - now["files"].keys()
+    return ", ".join(sorted(lost)) if len(now["files"]) < len(before["files"]) else ""
 
 
 def is_current(entry: dict[str, Any]) -> bool:
@@ -240,8 +254,11 @@ def main() -> None:
     failed = 0
     for run in finished:
         content = read_json(RESULTS) if RESULTS.is_file() else {"runs": {}}
-        identity = identify_run(run)
-        if content["runs"].get(run.name, {}).get("identity") == identity:
+        identity, before = identify_run(run), content["runs"].get(run.name)
+        if before and before["identity"] == identity:
+            continue
+        if before and is_current(before) and (more := list_lost(before["identity"], identity)):
+            print(f"forgetting {run.name} left out: it was measured on {more}, too", flush=True)
             continue
         try:
             entry = measure_run(run) | {"identity": identity}

@@ -32,8 +32,8 @@ import numpy as np
 
 from bench.equivalence import compare_means
 from bench.jobs import find_scores, require_rows, run_all, run_verb, state_p, write_config
-from evals import report, stats
-from tools import models, recipes
+from evals import report, run, stats
+from tools import models, recipes, sources
 from tools.common import (
     ROOT,
     JobFailed,
@@ -83,6 +83,15 @@ class Training:
         base = RUNS / "runs" / f"base_{models.precision(self.config)}"
         return find_scores(self.run.folder, base, side, self.dataset, self.limit)
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether its scores are of today's scoring, task and rows."""
+        if not self.find_scores().is_file():
+            return False
+        content = self.read_scores()
+        rows = sources.manifest(run.find_rows(self.dataset))["sha256"]
+        return not run.explain_old(content) and content["evaluated"]["data_sha256"] == rows
+
     def read_scores(self, side: str = "adapter") -> dict[str, Any]:
         return read_json(self.find_scores(side))
 
@@ -118,7 +127,7 @@ def run_jobs(jobs: dict[Any, Training], workers: int) -> None:
     """Trains and scores the jobs that have no scores; raises JobFailed if some failed."""
     require_rows(job.task for job in jobs.values())
     unique = {job.name: job for job in jobs.values()}
-    left = {name: job for name, job in unique.items() if not job.find_scores().is_file()}
+    left = {name: job for name, job in unique.items() if not job.is_scored}
     print(f"parity     {len(unique)} trainings, {len(left)} to do, {workers} at a time", flush=True)
     locks: dict[Path, Lock] = defaultdict(Lock)
 
@@ -190,8 +199,8 @@ def measure_part(
         infos = [job.run.info for job in trainings]
         base = trainings[0].read_scores("base")["metrics"][metric]["value"]
         variants[name] = {
-            "scores": columns[name].mean(0).round(4).tolist(),
-            "base": round(base, 4),
+            "scores": columns[name].mean(0).round(6).tolist(),
+            "base": round(base, 6),
             "loss": [round(info["train_loss"], 4) for info in infos],
             "seconds": [round(info["seconds"]) for info in infos],
             "trainable_parameters": infos[0]["trainable_parameters"],

@@ -20,13 +20,16 @@ def describe_drawn(featured: list[Result]) -> str:
 
 
 def group_by_rows(featured: list[Result]) -> dict[str, list[tuple[Result, DatasetResult]]]:
-    """The scores that can be compared, under a title: of one dataset, metric and number of rows."""
-    groups: dict[str, list[tuple[Result, DatasetResult]]] = {}
+    """The scores that can be compared, under a title: by one metric on the same test rows."""
+    groups: dict[tuple[str, str], list[tuple[Result, DatasetResult]]] = {}
     for result in featured:
         for dataset, entry in result.datasets.items():
             title = f"{dataset}, {report.title(entry.main[0])}, {entry.rows:,} test rows"
-            groups.setdefault(title, []).append((result, entry))
-    return groups
+            groups.setdefault((title, entry.data.sha256), []).append((result, entry))
+    titled = dict[str, list[tuple[Result, DatasetResult]]]()
+    for (title, sha), scored in groups.items():
+        titled[f"{title} of file {sha[:8]}" if title in titled else title] = scored
+    return titled
 
 
 def draw(featured: list[Result], file: Path) -> None:

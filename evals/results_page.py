@@ -198,13 +198,15 @@ def build_comparison(current: list[Result]) -> str:
     for title, scored in results_figure.group_by_rows(results.choose_evidence(current)).items():
         majorities = {format_majority(entry) for _, entry in scored}
         known = f"; majority {', '.join(sorted(majorities))}" if majorities != {"–"} else ""
-        heads = ["recipe", "device", "seeds", "base", "base, examples", "adapter", "gain, points"]
-        lines = [join_cells(*heads), join_cells("---", "---", *["---:"] * 5)]
+        heads = ["recipe", "device", "trained on, rows", "seeds"]
+        heads += ["base", "base, examples", "adapter", "gain, points"]
+        lines = [join_cells(*heads), join_cells("---", "---", *["---:"] * 6)]
         for result, entry in scored:
             scores = entry.main[1]
             base, adapter, gain = format_sides(scores)
             with_examples = format_score(scores.base_with_examples)
-            cells = [link_result(result), result.device, str(len(result.trainings))]
+            rows = sum(data.rows for data in result.training_data)
+            cells = [link_result(result), result.device, f"{rows:,}", str(len(result.trainings))]
             lines.append(join_cells(*cells, base, with_examples, adapter, gain))
         tables.append(f"### {title}{known}\n\n{''.join(lines)}")
     return "\n".join(tables)

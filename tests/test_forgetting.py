@@ -40,6 +40,22 @@ ROW = {
 }
 
 
+@pytest.mark.parametrize("place", ["data/sample", "FINLORA_DATA", None])
+def test_runs_of_the_examples_are_no_evidence(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "RUNS", tmp_path)
+    folder = tmp_path / forgetting.MODEL / "sentiment_r4"
+    folder.mkdir(parents=True)
+    content = {"data": [{"split": "train", "from": place}]}
+    Run(folder).info_file.write_text(json.dumps(content))
+    assert bool(forgetting.group_finished_runs()) == (place != "data/sample")
+
+
+def test_an_entry_of_more_datasets_is_not_replaced():
+    fuller, poorer = ({"files": dict.fromkeys(names, "sha")} for names in (["fpb", "ner"], ["fpb"]))
+    assert forgetting.list_lost(fuller, poorer) == "ner"
+    assert forgetting.list_lost(poorer, fuller) == forgetting.list_lost(fuller, fuller) == ""
+
+
 def test_a_key_ends_with_the_token_that_ends_its_turn(tiny):
     from transformers import AutoTokenizer
 

@@ -221,6 +221,7 @@ def test_a_partial_experiment_names_what_is_missing_and_concludes_nothing(experi
             *methods_page.describe_progress(experiment()),
             *methods_page.build_rates(experiment()),
             *methods_page.conclude_ranking(experiment()),
+            *methods_page.build_verdicts([experiment()]),
         ]
     )
     assert "19 of 20 done. Missing: `qlora_1e-2_seed42`" in page
@@ -231,6 +232,7 @@ def test_a_partial_experiment_names_what_is_missing_and_concludes_nothing(experi
 def test_chosen_rates_without_a_test_row_have_no_table_of_tests(experiment):
     write_rates(experiment(), BEST)
     assert methods_page.build_tests(experiment(), "best") == []
+    assert methods_page.build_verdicts([experiment()]) == []
     concluded = "\n".join(methods_page.conclude_ranking(experiment()))
     assert "is not tested yet" in concluded
 
@@ -244,8 +246,9 @@ def test_one_missing_seed_leaves_a_table_without_a_verdict(experiment):
     lines = "\n".join(methods_page.build_tests(experiment(), "best"))
     assert "missing" in lines and "Holm" not in lines
     concluded = "\n".join(methods_page.conclude_ranking(experiment()))
-    assert "is not tested yet" in concluded and "each one's best rate," not in concluded
-    assert "at one common rate, in points against LoRA, 8 bits, r 8, with 95 %" in concluded
+    assert "is not tested yet" in concluded
+    *_, common, _ = methods_page.build_verdicts([experiment()])
+    assert common.startswith("| sentiment | 0.001 for all |")
 
 
 def test_a_setting_without_one_whole_method_has_no_table(experiment):
@@ -273,9 +276,13 @@ def test_a_whole_experiment_is_compared_on_the_same_rows_and_seeds(experiment):
     )
     assert lora.shape == (1200, 3)
     assert direct == equivalence.compare_means(dora - lora, SPEC["margin"])
+    text, _, heads, _, common, best, _ = methods_page.build_verdicts([experiment()])
+    assert text.startswith("Test rows, in points against LoRA, 8 bits, r 8, with 95 %")
+    titles = ["DoRA, 8 bits, r 8", "rsLoRA, 8 bits, r 8", "QLoRA, 4 bits, r 4"]
+    assert heads == f"| task | learning rate | {' | '.join(titles)} |"
+    assert common.startswith("| sentiment | 0.001 for all |") and best.count("(") == 3
+    assert best.split(" | ")[2].startswith(f"{100 * direct['value']:+.1f} (")
     concluded = "\n".join(methods_page.conclude_ranking(experiment()))
-    (line,) = [line for line in concluded.splitlines() if "each one's best rate, in points" in line]
-    assert all(f" {name}, " in line for name in ("DoRA, 8 bits, r 8", "QLoRA, 4 bits, r 4"))
     assert "QLoRA, 4 bits, r 4, 0.01, is an end of the grid" in concluded
 
 
@@ -383,6 +390,7 @@ def test_calculations_are_told_by_seed_and_with_whether_a_difference_is_shown(
     monkeypatch.setattr(worked, "RESULTS", tmp_path / "worked.json")
     assert "Not measured yet" in "\n".join(sections.build_worked())
     content = {"machine": "two CPU cores", "seeds": [42, 43], "test_rows": 200}
+    content["test_clusters"] = 50
     content |= {"answers": describe_answers([0.03, 0.05], [0.3, 0.4], [0.1, 0.1])}
     content |= {"difference": {"value": 0.31, "low": 0.2, "high": 0.4, "p": p}}
     common.write_json(worked.RESULTS, content)

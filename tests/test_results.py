@@ -525,14 +525,12 @@ def test_recipes_are_compared_by_dataset_with_one_result_of_each(folder):
     comparison = page.partition("## By dataset\n")[2].partition("\n## ")[0]
     for dataset in ("fpb", "tfns"):
         rest = comparison.partition(f"### {dataset}, accuracy, 312 test rows; majority 58.7\n")[2]
-        lines = re.findall(
-            r"^\| \[`(\S+)`\]\((\S+)\) \| (.+?) \| (\d)", rest.partition("###")[0], re.M
-        )
-        assert [(name, seeds) for name, _, _, seeds in lines] == [
-            ("smollm2-135m/sentiment_r4", "2"),
-            ("smollm2-135m/sentiment_r8", "2"),
+        rows = [line.split(" | ")[:4] for line in rest.partition("###")[0].splitlines()[3:5]]
+        assert [row[0].partition("]")[0][3:] for row in rows] == [
+            "`smollm2-135m/sentiment_r4`",
+            "`smollm2-135m/sentiment_r8`",
         ]
-        assert {device for _, _, device, _ in lines} == {DEVICE}
+        assert all(row[1:] == [DEVICE, "312", "2"] for row in rows)
     assert "A40" in page and "A40" not in comparison
 
 
@@ -560,8 +558,15 @@ def test_scores_on_other_rows_stand_apart_in_the_figure(folder):
     whole = describe_result(name="smollm2-135m/sentiment_r8")
     whole["datasets"]["fpb"] |= {"rows": 1213, "majority": None}
     results.write_result(Result.model_validate(whole))
+    other = describe_result(name="smollm2-135m/sentiment_tuned")
+    other["datasets"]["fpb"]["data"]["sha256"] = "1" * 64
+    results.write_result(Result.model_validate(other))
     groups = results_figure.group_by_rows(results.load_results())
-    assert list(groups) == ["fpb, accuracy, 312 test rows", "fpb, accuracy, 1,213 test rows"]
+    assert list(groups) == [
+        "fpb, accuracy, 312 test rows",
+        "fpb, accuracy, 1,213 test rows",
+        "fpb, accuracy, 312 test rows of file 11111111",
+    ]
     results_page.write()
     figure = results_page.FIGURE.read_text()
     assert all(figure.count(f">{title}<") == 1 for title in groups)

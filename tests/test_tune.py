@@ -19,7 +19,7 @@ from tools import custom, recipes, sources
 from tools.common import ROOT, JobFailed, WrongInput, digest, write_json
 from tools.data.rules import fingerprint, fingerprint_row
 from tools.runs import Run
-from tools.train import checks, search, trial, tune
+from tools.train import checks, hardware, launch, search, trial, tune
 from tools.train.heldout import hold_out
 from tools.train.space import Range, Space, Validation, read_settings
 
@@ -575,7 +575,7 @@ def test_the_report_says_what_was_gained_and_how_much_is_luck(opened, capsys):
     json.dumps(report, allow_nan=False)
     tune.print_winner(report)
     printed = capsys.readouterr().out
-    assert "with seed 43 instead of 42: 1.6000, -0.4000" in printed
+    assert "with seed 43: 1.6000, -0.4000" in printed and "with seed 42; the interval" in printed
     table = tune.format_trials(report).splitlines()
     assert table[1].startswith("recipe") and table[1].split()[1:3] == ["finished", "2.0000"]
     tune.draw(report, found.folder / "figure.svg")
@@ -600,6 +600,37 @@ def test_the_figure_labels_learning_rates_with_few_plain_numbers(tmp_path, rates
     text = (tmp_path / "figure.svg").read_text().replace("\N{MINUS SIGN}", "-")
     assert sorted(re.findall(r">(\de-\d\d)</text>", text), key=float) == labels.split()
     assert "$" not in text
+
+
+def test_a_report_takes_the_place_of_no_fuller_one_and_that_of_examples_of_none(opened):
+    found = opened()
+    finish(found, [3.0, 2.0])
+    finish(found, [2.5, 1.5])
+    report = tune.build_report(found, "failed")
+    report["rows"]["from"] = ["FINLORA_DATA"]
+    public, own = tune.RESULTS / "r4.json", found.folder / "report.json"
+    assert tune.choose_file(found, report) == (public, "")
+    examples = report | {"rows": report["rows"] | {"from": ["data/sample"]}}
+    assert tune.choose_file(found, examples) == (own, "its rows are this project's examples")
+    for changes, reason in (
+        ({}, ""),  # the same search, which went on
+        ({"equal": "time"}, "has as many candidates"),
+        ({"equal": "time", "trials": report["trials"][:1]}, ""),
+        ({"equal": "time", "recipe_digest": "0"}, ""),
+        ({"rows": report["rows"] | {"validation_sha256": "0"}}, "has as many candidates"),
+    ):
+        write_json(public, report | changes)
+        file, words = tune.choose_file(found, report)
+        assert file == (own if reason else public) and reason in words, changes
+
+
+def test_a_search_by_time_stays_on_one_machine_and_each_on_its_versions(opened, monkeypatch):
+    timed, counted = opened(equal="time"), opened(equal="steps")
+    before = timed.identify(), counted.identify()
+    monkeypatch.setattr(hardware.Host, "describe_machine", lambda *_: "another")
+    assert timed.identify() != before[0] and counted.identify() == before[1]
+    monkeypatch.setattr(launch, "list_packages", lambda: {"torch": "0"})
+    assert counted.identify() != before[1]
 
 
 def test_a_winner_that_fails_with_another_seed_is_told(opened, capsys):
@@ -804,7 +835,7 @@ def test_the_winner_was_trained_with_two_seeds(whole):
     assert winner["another_seed"]["value"] != winner["value"]
     config = yaml.safe_load((whole.place / f"{winner['number']:03d}-again.yaml").read_text())
     assert config["seed"] == 43
-    assert f"with seed 43 instead of 42: {winner['another_seed']['value']:.4f}" in whole.output
+    assert f"with seed 43: {winner['another_seed']['value']:.4f}" in whole.output
 
 
 @pytest.mark.slow

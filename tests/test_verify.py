@@ -20,7 +20,7 @@ from tests.test_results import DEVICE, describe_result, describe_rows
 from tools import common, recipes, runs, sources
 from tools.common import ROOT, JobFailed, WrongInput
 from tools.runs import Run
-from tools.train import checks, hardware, status, verify
+from tools.train import checks, hardware, launch, status, verify
 from tools.train.verify import Verification
 
 NAME = "smollm2-135m/sentiment_r4"
@@ -113,7 +113,7 @@ def test_a_run_of_anything_else_does_not_count(trained, change):
         ({}, Verification(seeds=2), ""),
         ({}, Verification(seeds=1, shots=0), ""),
         ({}, Verification(seeds=3), "it has 2 of 3 seeds"),
-        ({"shots": 0}, Verification(seeds=2), "the base is to be scored with 3 examples"),
+        ({"shots": 0}, Verification(2, 3), "the base is to be scored with 3 examples"),
         ({"digest": "0" * 64}, Verification(seeds=2), "the recipe has changed since version 1.1.0"),
         (
             {"training_data": [describe_rows("sentiment_train.jsonl") | {"sha256": "1" * 64}]},
@@ -158,6 +158,42 @@ def test_evidence_is_replaced_by_no_less(measured_on_two, tmp_path, monkeypatch)
     datasets, wider = verify.include_measured(measured_on_two, ["tfns"], request_)
     assert datasets == ["fpb", "fiqa", "tfns"]
     assert (wider.seeds, wider.shots) == (2, measured_on_two.shots)
+
+
+def test_evidence_is_not_replaced_by_a_measurement_on_other_rows(measured_on_two):
+    data = measured_on_two.data
+    verify.refuse_other_rows(measured_on_two, data, ["fpb", "fiqa"])
+    fewer = [rows for rows in data if rows.file != "fiqa_test.jsonl"]
+    verify.refuse_other_rows(measured_on_two, fewer, ["fpb"])
+    other = [rows.model_copy(update={"sha256": "1" * 64}) for rows in data]
+    for changed, name in (
+        (other[:1] + data[1:], data[0].file),
+        (data[:-1] + other[-1:], data[-1].file),
+    ):
+        with pytest.raises(WrongInput, match=rf"other rows \({name}\); .*FORCE=1"):
+            verify.refuse_other_rows(measured_on_two, changed, ["fpb", "fiqa"])
+    new = data[0].model_copy(update={"file": "tfns_test.jsonl"})
+    verify.refuse_other_rows(measured_on_two, [*data, new], ["fpb", "fiqa", "tfns"])
+
+
+def test_all_seeds_are_trained_with_the_same_versions(trained, monkeypatch):
+    """One that was trained with others is set aside, unless all were."""
+    now, old = launch.list_packages(), {name: "0" for name in launch.list_packages()}
+    second = trained.with_seed(43)
+    shutil.copytree(trained.run.folder, second.run.folder)
+    info = trained.run.info
+    monkeypatch.setattr(verify, "is_trained", lambda recipe, processes: recipe.run.is_finished)
+    for first, other, outdated in ((now, now, []), (old, old, []), (old, now, [trained])):
+        for recipe, packages in ((trained, first), (second, other)):
+            common.write_json(recipe.run.info_file, info | {"packages": packages})
+        assert verify.list_outdated([trained, second], 1, False) == outdated
+    missing = trained.with_seed(44)
+    assert verify.list_outdated([trained, second, missing], 1, False) == [trained]
+    assert verify.list_outdated([trained, second, missing], 1, True) == [trained, second]
+    verify.set_aside([trained, second])
+    assert not trained.run.folder.exists() and not second.run.folder.exists()
+    assert trained.run.folder.with_name(f"{trained.run.folder.name}.previous").is_dir()
+    assert verify.list_outdated([trained, second, missing], 1, False) == []
 
 
 def test_a_recipe_without_a_name_or_a_task_is_refused_before_anything_is_done(tmp_path):
@@ -206,6 +242,7 @@ def test_a_result_stays_until_the_one_that_replaces_it_is_whole(tmp_path, monkey
     monkeypatch.setattr(verify, "list_data", lambda recipe, datasets: [])
     monkeypatch.setattr(verify.run, "choose_datasets", lambda task, names: names)
     monkeypatch.setattr(verify.launch, "train", fail)
+    monkeypatch.setattr(verify, "set_aside", lambda outdated: None)  # of this project's runs
     request_ = Verification(datasets=("fpb",), force=True)
     with pytest.raises(JobFailed, match="out of memory"):
         verify.verify(NAME, request_)

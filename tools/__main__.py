@@ -512,9 +512,9 @@ def verify(
     recipe: NeededRecipe,
     seeds: Annotated[int, Option(min=1, help="Trainings, each with another seed.")] = 3,
     shots: Annotated[
-        int,
-        Option(min=0, help="Also score the base with so many worked examples in each prompt."),
-    ] = 3,
+        int | None,
+        Option(min=0, help="Also score the base with so many worked examples in each prompt; 3."),
+    ] = None,
     tasks: Datasets = None,
     profile: Profile = None,
     nproc: Nproc = None,

@@ -31,6 +31,7 @@ from tools.common import (
     read_json,
     run_in_child,
     share,
+    shown,
     write_json,
 )
 from tools.prompts import explain_unscorable
@@ -49,6 +50,11 @@ from tools.train.machines import Machines
 from tools.train.process import run_axolotl
 
 PACKAGES = ["torch", "transformers", "peft", "bitsandbytes", "axolotl", "accelerate", "datasets"]
+
+
+def list_packages() -> dict[str, str]:
+    """The installed versions of the packages that decide a training."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def explain_change(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -112,7 +118,7 @@ def finish(recipe: recipes.Recipe, profile: str, data: list[dict[str, Any]]) -> 
         "data": data,
         "adapter_sha256": digest(run.adapter_file),
         **read_json(run.stats_file),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": list_packages(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -205,6 +211,11 @@ def train(recipe: recipes.Recipe, choice: profiles.Choice, machines: Machines, f
     count = f", {machines.processes} processes" if machines.processes > 1 else ""
     rows = describe_rows(recipe, data)
     print(f"train      {recipe.name} on {rows}, profile {profile} ({reason}){count}")
+    if any(entry["from"] == shown(sources.SAMPLE) for entry in data):
+        print(
+            "train      note: these are this project's simple examples (data/sample), which show "
+            "that a training works; `make fetch data` brings FinLoRA's rows"
+        )
     choice = replace(choice, profile=profile, nproc=machines.processes)
     config = profiles.merge_config(recipe, choice, here)
     refuse_unscorable(config, recipe.where, machines.processes)

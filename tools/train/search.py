@@ -19,6 +19,7 @@ from statistics import stdev
 from typing import Any, Literal
 
 from evals import stats
+from evals.run import SCORING
 from tools import recipes
 from tools.common import (
     ROOT,
@@ -32,7 +33,8 @@ from tools.common import (
 )
 from tools.recipes import Recipe
 from tools.runs import Run
-from tools.train import checks
+from tools.train import checks, launch
+from tools.train.hardware import detect_host
 from tools.train.heldout import Division, hold_out
 from tools.train.space import Point, SearchSettings, Space, count_batch
 from tools.train.trial import PROBED_STEPS, Candidate, Measures, measure_speed, train_candidate
@@ -196,6 +198,10 @@ class Search:
             "equal": self.request.equal,
             "judge": self.request.judge,
             "profile": self.profile,
+            "packages": launch.list_packages(),
+            # Steps that fit into a time are those of one machine.
+            "machine": detect_host().describe_machine(1) if self.request.equal == "time" else "",
+            "scoring": SCORING if self.request.judge == "metric" else None,
         }
         return dict(json.loads(json.dumps(identity)))  # as it is compared with what was written
 

@@ -9,7 +9,7 @@ its seed. A winner that is not the recipe is trained once more with another seed
 much of it was luck.
 
 The search lies in runs/.tune/<recipe>/ and goes on where it was interrupted. What came of it goes
-to results/_tune/<recipe>.json, with a figure beside it.
+to results/_tune/<recipe>.json, with a figure beside it, unless a fuller search lies there.
 """
 
 import signal
@@ -17,12 +17,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from evals.results import EXAMPLES
 from tools import recipes, smollm2
 from tools.common import (
     ROOT,
     digest,
     format_table,
     format_yaml,
+    read_json,
     run_in_child,
     shown,
     write_json,
@@ -129,6 +131,7 @@ def build_report(search: Search, again: Judged | str | None) -> Report:
             "judged": division.judged,
             "held_back": division.held_back,
             "validation_sha256": digest(division.validation),
+            "from": sorted({str(entry["from"]) for entry in checks.describe_data(recipe)}),
         },
         "settings": search.settings.model_dump(),
         "seed": search.seed,
@@ -206,8 +209,10 @@ def print_winner(report: Report) -> None:
     if "failed" in again:
         say(f"with seed {again['seed']} it failed: {again['failed']}")
     else:
-        gain = format_gain(again["gain"])
-        say(f"with seed {again['seed']} instead of {report['seed']}: {again['value']:.4f}, {gain}")
+        say(
+            f"with seed {again['seed']}: {again['value']:.4f}, {format_gain(again['gain'])} against "
+            f"the recipe with seed {report['seed']}; the interval is over rows, not over seeds"
+        )
     if name in recipes.list_names() and not recipes.is_local(name):
         say("for recipes/matrix.yaml, the last entries of the two tables:")
         print(format_entries(report), end="")
@@ -304,6 +309,29 @@ def open_search(name: str, request: SearchRequest) -> Search:
     return search
 
 
+def choose_file(search: Search, report: Report) -> tuple[Path, str]:
+    """Where a report is kept; with the reason where that is beside the search.
+
+    results/_tune is for evidence: of no examples, and never less than what lies there. A search
+    that goes on replaces its own report.
+    """
+    file, reason = RESULTS / f"{search.name}.json", ""
+    before = read_json(file) if file.is_file() else {}
+    same = ("recipe_digest", "equal", "judged_by", "settings", "seed")
+    is_same = all(before.get(key) == report[key] for key in same) and (
+        before["rows"]["validation_sha256"] == report["rows"]["validation_sha256"]
+    )
+    finished = [
+        sum(trial["state"] == "finished" for trial in content.get("trials", ()))
+        for content in (before, report)
+    ]
+    if EXAMPLES in report["rows"]["from"]:
+        reason = "its rows are this project's examples"
+    elif before.get("recipe_digest") == report["recipe_digest"] and not is_same:
+        reason = f"{shown(file)} has as many candidates" if finished[0] >= finished[1] else ""
+    return (search.folder / "report.json" if reason else file), reason
+
+
 def tune(name: str, request: SearchRequest) -> tuple[Recipe, Report]:
     """Searches, prints what came of it and writes it; returns the recipe and the report."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -316,10 +344,10 @@ def tune(name: str, request: SearchRequest) -> tuple[Recipe, Report]:
         with LiveTable(search) as table:
             search.run(table.show)
         report = build_report(search, search.confirm())
-    file = RESULTS / f"{search.name}.json"
+    file, reason = choose_file(search, report)
     write_json(file, report)
     draw(report, file.with_suffix(".svg"))
     print(format_trials(report))
     print_winner(report)
-    say(f"all of it is in {shown(file)}")
+    say(f"all of it is in {shown(file)}{reason and f', as {reason}'}")
     return search.recipe, report

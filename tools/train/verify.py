@@ -6,7 +6,8 @@ The result, results/<model>/<recipe>/<device>.json (`evals.results.Result`), is 
 pages show. The seeds are the recipe's own and the next ones; a run that `make train` finished with
 the same recipe and data counts as its seed. An interrupted job goes on at the seed, step and batch
 at which it was, and a finished one is left alone while recipe and data are the same. What is
-measured again has at least the seeds and datasets of the evidence that it replaces.
+measured again has at least the seeds and datasets of the evidence that it replaces, on the same
+rows. All seeds are trained with the same versions of packages.
 """
 
 import gc
@@ -29,6 +30,7 @@ from tools.train.checks import describe_data
 from tools.train.machines import Machines
 from tools.train.profiles import Choice
 
+SHOTS = 3  # worked examples, where neither the request nor an earlier result says how many
 # What decides the result of a training and a scoring; pages and recipes' headers change with it.
 DECISIVE = ("tools", "evals", "recipes/matrix.yaml", "recipes/profiles", "data/sources.yaml")
 
@@ -38,7 +40,9 @@ class Verification:
     """How much is measured, and where it is trained."""
 
     seeds: int = 3
-    shots: int = 3  # worked examples in the prompts of the base, which is scored with and without
+    # Worked examples in the prompts of the base, which is scored with and without. None: those of
+    # the result that there is, or SHOTS.
+    shots: int | None = None
     choice: Choice = Choice()
     force: bool = False
     permits_examples: bool = False  # data/sample, which is no evidence
@@ -65,30 +69,34 @@ def verify(name: str, request: Verification) -> None:
     device = results.clean_text(here.describe_machine(processes))
     path = results.locate_result(recipe.name, device, is_of_examples)
     previous = path.with_name(f"{path.name}.previous")
-    if path.is_file() and request.force:
-        # The same command without FORCE=1 then goes on where this one is interrupted.
+    before = results.load_result(path) if path.is_file() else None
+    if request.shots is None:
+        request = replace(request, shots=(before.shots if before else 0) or SHOTS)
+    if before and request.force:
         path.replace(previous)
         announce(f"measures again; the old result stays in {shown(previous)} until then")
-    elif path.is_file():
-        before = results.load_result(path)
+    elif before:
         reason = explain_unfinished(before, data, datasets, request)
         if not reason:
             announce(f"{shown(path)} is of this recipe and data (FORCE=1 measures again)")
             return
         announce(f"{shown(path)} is written again: {reason}")
         if not results.explain_stale(before):
+            refuse_other_rows(before, data, datasets)
             datasets, request = include_measured(before, datasets, request)
     recipes_of_seeds = {
         seed: recipe.with_seed(seed) for seed in range(recipe.seed, recipe.seed + request.seeds)
     }
+    set_aside(list_outdated(list(recipes_of_seeds.values()), processes, request.force))
     for number, (seed, seeded) in enumerate(recipes_of_seeds.items(), 1):
         announce(f"{recipe.name}, seed {seed}, {number} of {request.seeds}")
-        if not request.force and is_trained(seeded, processes):
+        if is_trained(seeded, processes):
             announce(f"trained before: {seeded.run}")
         else:
-            launch.train(seeded, request.choice, Machines(), request.force)
+            launch.train(seeded, request.choice, Machines(), False)
     scores = {seed: score_seed(seeded, datasets) for seed, seeded in recipes_of_seeds.items()}
-    with_examples = score_base_with_examples(recipe, datasets, request.shots)
+    shots = request.shots or 0
+    with_examples = score_base_with_examples(recipe, datasets, shots)
     measured = {
         dataset: join_scores(
             {seed: files[dataset] for seed, files in scores.items()}, with_examples.get(dataset)
@@ -96,7 +104,7 @@ def verify(name: str, request: Verification) -> None:
         for dataset in datasets
     }
     infos = {seed: seeded.run.info for seed, seeded in recipes_of_seeds.items()}
-    result = build_result(recipe, infos, device, commit, request.shots, measured)
+    result = build_result(recipe, infos, device, commit, shots, measured)
     results.write_result(result)
     previous.unlink(missing_ok=True)
     print_summary(result)
@@ -162,18 +170,36 @@ def explain_unfinished(
     """Why a result is not the one that is wanted; empty where it is, or where it holds more."""
     if stale := results.explain_stale(result):
         return stale
+    if changed := list_other_files(result, data, datasets):
+        return f"the data has changed ({', '.join(changed)})"
     if missing := [name for name in datasets if name not in result.datasets]:
         return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} to be scored, too"
-    tested = [result.datasets[name].data for name in datasets]
-    measured = [*result.training_data, *result.validation_data, *tested]
-    before, now = ({rows.file: rows.sha256 for rows in group} for group in (measured, data))
-    if changed := sorted(file for file in before | now if before.get(file) != now.get(file)):
-        return f"the data has changed ({', '.join(changed)})"
     if len(result.trainings) < request.seeds:
         return f"it has {len(result.trainings)} of {request.seeds} seeds"
-    if request.shots not in (0, result.shots):
+    if request.shots not in (None, 0, result.shots):
         return f"the base is to be scored with {request.shots} examples"
     return ""
+
+
+def list_other_files(result: Result, data: list[ChatRows], datasets: list[str]) -> list[str]:
+    """The files whose rows are not those of a result; of datasets, those that it has."""
+    tested = {name: entry.data for name, entry in result.datasets.items() if name in datasets}
+    measured = [*result.training_data, *result.validation_data, *tested.values()]
+    new = {run.find_rows(name).name for name in datasets if name not in tested}
+    before, now = (
+        {rows.file: rows.sha256 for rows in group if rows.file not in new}
+        for group in (measured, data)
+    )
+    return sorted(file for file in before | now if before.get(file) != now.get(file))
+
+
+def refuse_other_rows(result: Result, data: list[ChatRows], datasets: list[str]) -> None:
+    """Raises WrongInput where evidence would be replaced by a measurement on other rows."""
+    if changed := list_other_files(result, data, datasets):
+        raise WrongInput(
+            f"{shown(result.path)} was measured on other rows ({', '.join(changed)}); bring them "
+            "back, or replace it by what the rows here give (FORCE=1)"
+        )
 
 
 def include_measured(
@@ -194,6 +220,32 @@ def include_measured(
 
 
 # ---- training and scoring
+
+
+def list_outdated(seeds: list[Recipe], processes: int, force: bool) -> list[Recipe]:
+    """The recipes whose finished runs are trained again: all with `force`, else some of a mixture.
+
+    A result states one set of versions. Where seeds are missing, or differ in their versions, those
+    that were not trained with the versions installed here count as missing.
+    """
+    if force:
+        return [recipe for recipe in seeds if recipe.run.is_finished]
+    trained = [recipe for recipe in seeds if is_trained(recipe, processes)]
+    versions = [recipe.run.info["packages"] for recipe in trained]
+    if len(trained) == len(seeds) and all(other == versions[0] for other in versions):
+        return []
+    return [recipe for recipe in trained if recipe.run.info["packages"] != launch.list_packages()]
+
+
+def set_aside(outdated: list[Recipe]) -> None:
+    """Renames the runs of these recipes, all before the first is trained.
+
+    So the same command without FORCE=1 goes on where it is interrupted.
+    """
+    for recipe in outdated:
+        with recipe.run.lock():
+            aside = recipe.run.move_aside()
+        announce(f"trains {recipe.run} again; what was there is in {aside}")
 
 
 def is_trained(recipe: Recipe, processes: int) -> bool:
