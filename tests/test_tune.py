@@ -248,6 +248,24 @@ def test_no_prompt_both_trains_and_judges(divided):
     assert digest(division.validation) == before
 
 
+def test_rows_about_one_sentence_are_on_one_side(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "find_task", lambda config: "ner")  # whatever the files' folder
+
+    def ask(number):
+        return f"What is 'E{number}'?\nInput: Sentence {number // 9}.\nAnswer:", "person"
+
+    config = recipes.build_config("smollm2-135m/ner_r4")
+    files = {"datasets": range(20, 900), "test_datasets": range(17)}
+    for key, numbers in files.items():
+        path = write_chat(tmp_path / f"ner_{key}.jsonl", [ask(number) for number in numbers])
+        config[key][0]["path"] = str(path)
+    recipe = recipes.Recipe("smollm2-135m/ner_r4", None, config, "1")
+    division = hold_out(recipe, Validation(least=100, most=200), tmp_path / "out")
+    texts = [path.read_text() for path in (division.train, division.validation)]
+    trains, judges = (set(re.findall(r"Sentence \d+\.", text)) for text in texts)
+    assert trains and judges and not trains & judges and 100 <= division.judged <= 200
+
+
 def test_prompts_are_compared_by_all_turns_before_the_answer():
     def mark(*turns):
         return fingerprint_row(

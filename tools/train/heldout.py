@@ -3,7 +3,8 @@
     hold_out(recipe, settings.validation, folder).judged
 
 The recipe's validation rows judge. Where they are too few, training rows are held back, drawn by
-prompt with a fixed seed; all copies of a prompt are on one side. Test rows are not read.
+prompt with a fixed seed; all copies of a prompt are on one side, and so are rows that stay together
+where the task's test rows are divided from its training rows. Test rows are not read.
 """
 
 from collections import Counter
@@ -13,10 +14,10 @@ from typing import Any
 
 import orjson
 
-from tools import recipes
+from tools import recipes, sources
 from tools.common import ROOT, WrongInput, atomic, shown
 from tools.data.rules import fingerprint_row
-from tools.data.split import draw_prompts
+from tools.data.split import choose_mark, draw_prompts
 from tools.train.checks import find_data_file
 from tools.train.space import Validation
 
@@ -39,7 +40,7 @@ class Division:
 def read_chat_lines(
     recipe: recipes.Recipe, entry: dict[str, Any]
 ) -> tuple[list[bytes], list[bytes]]:
-    """The rows of a data file, and what identifies the prompt of each.
+    """The rows of a data file, and what identifies the prompt of each, or what it asks about.
 
     Raises WrongInput unless it is JSONL with turns.
     """
@@ -47,6 +48,8 @@ def read_chat_lines(
     field = entry.get("field_messages") or "messages"
     keys = entry.get("message_property_mappings") or {}
     role, text = (keys.get(key, key) for key in ("role", "content"))
+    division = sources.tables()["tasks"].get(recipe.task or "", {}).get("without_train", {})
+    mark_unit = choose_mark(division) if "together" in division else None
     lines = [line for line in path.read_bytes().split(b"\n") if line.strip()] if path else []
     marks = []
     try:
@@ -57,7 +60,10 @@ def read_chat_lines(
             turns = [turn | {"role": turn[role], "content": turn.get(text)} for turn in row[field]]
             if not turns:
                 raise ValueError
-            marks.append(fingerprint_row(row | {field: turns}, field))
+            asked = "\n".join(str(turn["content"]) for turn in turns[:-1])
+            marks.append(
+                mark_unit(asked) if mark_unit else fingerprint_row(row | {field: turns}, field)
+            )
     except (ValueError, KeyError, TypeError, AttributeError):
         raise WrongInput(
             f"{recipe.where}: a search needs JSONL rows with turns under {field}, each with {role} "
