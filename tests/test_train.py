@@ -28,6 +28,7 @@ def runs(tiny, chat_rows, tmp_path_factory) -> dict[str, Path]:
         def __missing__(self, method: str) -> Path:
             result = run("train", write_recipe(folder, method, tiny, chat_rows))
             assert result.returncode == 0, result.stdout + result.stderr
+            assert result.stdout.count("these rows are this project's simple examples") == 1
             self[method] = folder / method
             return self[method]
 
@@ -47,6 +48,11 @@ def test_every_method_trains_an_adapter_that_peft_loads(runs, method):
     tensors = load_file(runs[method] / "adapter_model.safetensors")
     moved = [tensor.abs().max() > 0 for name, tensor in tensors.items() if "lora_B" in name]
     assert len(moved) == 6 and all(moved)  # 3 projections in 2 layers; B starts at zero
+
+
+@pytest.mark.parametrize("place", ["FINLORA_DATA", "data/raw", "your own", None])
+def test_rows_that_are_no_examples_are_not_called_that(place):
+    assert launch.explain_examples([{"from": place}]) == ""
 
 
 @pytest.mark.parametrize("method", METHODS)

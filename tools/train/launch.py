@@ -176,6 +176,16 @@ def describe_rows(recipe: recipes.Recipe, data: list[dict[str, Any]]) -> str:
     return " and ".join(parts) + validated
 
 
+def explain_examples(data: list[dict[str, Any]]) -> str:
+    """What is said of rows that were written for this project; empty of others."""
+    if not any(entry["from"] == shown(sources.SAMPLE) for entry in data):
+        return ""
+    return (
+        "note: these rows are this project's simple examples (data/sample), which show that a "
+        "training works; `make fetch data` brings FinLoRA's"
+    )
+
+
 def check_recipe(recipe: recipes.Recipe, is_new: bool) -> None:
     """Raises WrongInput or JobFailed where Axolotl could not train a recipe; brings its base."""
     recipes.validate(recipe.config, recipe.where)
@@ -211,11 +221,8 @@ def train(recipe: recipes.Recipe, choice: profiles.Choice, machines: Machines, f
     count = f", {machines.processes} processes" if machines.processes > 1 else ""
     rows = describe_rows(recipe, data)
     print(f"train      {recipe.name} on {rows}, profile {profile} ({reason}){count}")
-    if any(entry["from"] == shown(sources.SAMPLE) for entry in data):
-        print(
-            "train      note: these are this project's simple examples (data/sample), which show "
-            "that a training works; `make fetch data` brings FinLoRA's rows"
-        )
+    if note := explain_examples(data):
+        print(f"train      {note}")
     choice = replace(choice, profile=profile, nproc=machines.processes)
     config = profiles.merge_config(recipe, choice, here)
     refuse_unscorable(config, recipe.where, machines.processes)
