@@ -135,8 +135,18 @@ def choose_datasets(task: str | None, names: list[str]) -> list[str]:
 
 
 def find_cluster_pattern(dataset: str) -> str:
-    """What finds, as its first group, the text that the rows of one cluster ask about; or ""."""
-    return str(sources.tables()["datasets"].get(dataset, {}).get("cluster", ""))
+    """What finds, as its first group, the text that the rows of one cluster ask about; or "".
+
+    Raises WrongInput for what is no such pattern.
+    """
+    pattern = str(sources.tables()["datasets"].get(dataset, {}).get("cluster", ""))
+    try:
+        reason = "" if not pattern or re.compile(pattern).groups else "it has no group in brackets"
+    except re.error as error:
+        reason = str(error)
+    if reason:
+        raise WrongInput(f"{dataset}: cluster: {pattern!r} finds no text in prompts: {reason}")
+    return pattern
 
 
 def find_clusters(dataset: str, prompts: Sequence[str]) -> stats.Clusters:

@@ -145,6 +145,20 @@ def test_the_answer_budgets_are_finloras():
     assert result == {name: expected.get(name, 50) for name in result}
 
 
+@pytest.mark.parametrize(
+    ("pattern", "words"), [("Input: (.*", "missing [)]"), ("Input: .*", "no group in brackets")]
+)
+def test_a_wrong_pattern_of_clusters_is_told_before_anything_is_scored(
+    trained, monkeypatch, pattern, words
+):
+    tables = json.loads(json.dumps(sources.tables()))
+    tables["datasets"]["fpb"]["cluster"] = pattern
+    monkeypatch.setattr(sources, "tables", lambda: tables)
+    subject = subject_of.of_recipe(recipes.find(str(trained()[0])), False, None, None)
+    with pytest.raises(common.WrongInput, match=f"^fpb: cluster: .*{words}"):
+        evaluation.identify(subject, "base", "fpb", None)
+
+
 @pytest.mark.parametrize("limit", [None, 30])
 def test_rows_that_ask_about_one_text_are_one_cluster(workplace, limit):
     rows, _ = evaluation.measure(Speaker(key), "ner", limit, Prompts("chat"))

@@ -593,7 +593,7 @@ def test_the_report_says_what_was_gained_and_how_much_is_luck(opened, capsys):
     json.dumps(report, allow_nan=False)
     tune.print_winner(report)
     printed = capsys.readouterr().out
-    assert "with seed 43: 1.6000, -0.4000" in printed and "with seed 42; the interval" in printed
+    assert "with seed 43: 1.6000, -0.4000" in printed and "has seed 42; the interval" in printed
     table = tune.format_trials(report).splitlines()
     assert table[1].startswith("recipe") and table[1].split()[1:3] == ["finished", "2.0000"]
     tune.draw(report, found.folder / "figure.svg")

@@ -210,8 +210,8 @@ def print_winner(report: Report) -> None:
         say(f"with seed {again['seed']} it failed: {again['failed']}")
     else:
         say(
-            f"with seed {again['seed']}: {again['value']:.4f}, {format_gain(again['gain'])} against "
-            f"the recipe with seed {report['seed']}; the interval is over rows, not over seeds"
+            f"with seed {again['seed']}: {again['value']:.4f}, {format_gain(again['gain'])}, where "
+            f"the recipe has seed {report['seed']}; the interval is over rows, not over seeds"
         )
     if name in recipes.list_names() and not recipes.is_local(name):
         say("for recipes/matrix.yaml, the last entries of the two tables:")
