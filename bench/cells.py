@@ -210,10 +210,13 @@ def list_values(cell: Cell, datasets: Sequence[str]) -> list[float]:
 def list_clusters(cell: Cell, datasets: Sequence[str]) -> list[int] | None:
     """The cluster of each of a cell's rows; None where no dataset has any.
 
-    A row without one is a cluster of its own, and no cluster spans two datasets.
+    A row without one is a cluster of its own, and no cluster spans two datasets. Raises WrongInput
+    for a cell of a version that did not name the clusters of a dataset that has them.
     """
     scores, clusters = cell.content["scores"], list[int]()
     for name in datasets:
+        if run.find_cluster_pattern(name) and "clusters" not in scores[name]:
+            raise WrongInput(f"{shown(cell.file)} names no clusters of {name}; move it away")
         own = [int(place) for place in scores[name].get("clusters", "").split()]
         clusters += [len(clusters) + place for place in own or range(scores[name]["rows"])]
     return clusters if any("clusters" in scores[name] for name in datasets) else None

@@ -120,19 +120,26 @@ def split_row(tokenizer: Any, row: dict[str, Any], options: dict[str, Any] | Non
     return prompt, tokenizer.encode(answer, add_special_tokens=False)
 
 
-def list_pairs(subject: subjects.Subject, tokenizer: Any) -> dict[str, list[Pair]]:
-    """What is read, by dataset: the prose first."""
+def list_pairs(
+    subject: subjects.Subject, tokenizer: Any
+) -> dict[str, tuple[list[Pair], stats.Clusters]]:
+    """What is read, by dataset, with its clusters: the prose first."""
     start = [tokenizer.bos_token_id or tokenizer.eos_token_id]
     encode = tokenizer.encode
-    named = {
-        PROSE: [(start, encode(text, add_special_tokens=False)[:LONGEST]) for text in read_prose()]
-    }
+    named: dict[str, tuple[list[Pair], stats.Clusters]] = {}
+    prose = [(start, encode(text, add_special_tokens=False)[:LONGEST]) for text in read_prose()]
+    named[PROSE] = prose, None
     for dataset in list_datasets():
         rows = json_lines(evaluation.find_rows(dataset))
         numbers = evaluation.pick_rows(dataset, ROWS)
-        pairs = [split_row(tokenizer, rows[number], subject.options) for number in numbers]
-        named[dataset] = [pair for pair in pairs if len(pair[0]) + len(pair[1]) <= LONGEST]
-    return {name: pairs for name, pairs in named.items() if pairs}
+        read = [
+            (rows[number], split_row(tokenizer, rows[number], subject.options))
+            for number in numbers
+        ]
+        kept = [(row, pair) for row, pair in read if len(pair[0]) + len(pair[1]) <= LONGEST]
+        asked = ["\n".join(turn["content"] for turn in row["messages"][:-1]) for row, _ in kept]
+        named[dataset] = [pair for _, pair in kept], evaluation.find_clusters(dataset, asked)
+    return {name: entry for name, entry in named.items() if entry[0]}
 
 
 # ---- losses
@@ -158,9 +165,11 @@ def measure_sides(model: Any, pairs: Sequence[Pair]) -> dict[str, list[float]]:
     return losses
 
 
-def compare_sides(losses: dict[str, list[float]]) -> dict[str, Any]:
+def compare_sides(
+    losses: dict[str, list[float]], clusters: stats.Clusters = None
+) -> dict[str, Any]:
     """Both means, and adapter minus base with its interval."""
-    difference = stats.compare("loss", losses["base"], losses["adapter"])
+    difference = stats.compare("loss", losses["base"], losses["adapter"], clusters)
     ends = {key: difference.get(key) for key in ("value", "low", "high", "p")}
     return {
         "texts": len(losses["base"]),
@@ -175,8 +184,8 @@ def measure_run(run: Run) -> dict[str, Any]:
     subject = subjects.of_folder(run.folder, None, None, None)
     model, tokenizer = models.load(subject.config, subject.adapter)
     measured = {}
-    for name, pairs in list_pairs(subject, tokenizer).items():
-        measured[name] = compare_sides(measure_sides(model, pairs))
+    for name, (pairs, clusters) in list_pairs(subject, tokenizer).items():
+        measured[name] = compare_sides(measure_sides(model, pairs), clusters)
         gain = measured[name]["difference"]["value"]
         print(f"forgetting {run.name}, {name}: {gain:+.3f} nats a token", flush=True)
     return {

@@ -24,6 +24,7 @@ from bench.cells import (
     ScoredSet,
     collect_columns,
     describe_sets,
+    list_clusters,
     list_missing,
     train_and_test,
     train_and_validate,
@@ -151,7 +152,8 @@ class Experiment:
             if not group or list_missing(group):
                 return None
             sides.append(collect_columns(group, datasets))
-        return equivalence.compare_means(sides[0] - sides[1], self.spec["margin"])
+        clusters = list_clusters(group[0], datasets)
+        return equivalence.compare_means(sides[0] - sides[1], self.spec["margin"], clusters)
 
     def compare_all(self, setting: str) -> dict[str, dict[str, Any] | None]:
         """Each method against the reference; p is corrected where all of the family are there."""

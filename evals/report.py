@@ -178,20 +178,25 @@ def select_shared(
 ) -> tuple[list[list[Any]], stats.Clusters]:
     """The values of a metric in each score file, of the rows that have one in all of them.
 
-    Also returns the clusters of these rows, as the first file names them; None where it does not.
+    Also returns the clusters of these rows; None where no file names them.
     """
-    tables = [
-        {
-            row["row"]: row["values"][metric]
-            for row in content["predictions"]
-            if metric in row["values"]
-        }
+    shared = list_shared_rows(metric, contents)
+    tables = [{row["row"]: row for row in content["predictions"]} for content in contents]
+    columns = [[table[number]["values"][metric] for number in shared] for table in tables]
+    for table in tables:  # one of an earlier version names none
+        if shared and all("cluster" in table[number] for number in shared):
+            return columns, [table[number]["cluster"] for number in shared]
+    return columns, None
+
+
+def list_shared_rows(metric: str, contents: Sequence[Content]) -> list[int]:
+    """The numbers of the rows that have a value of a metric in all score files."""
+    numbers = [
+        [row["row"] for row in content["predictions"] if metric in row["values"]]
         for content in contents
     ]
-    shared = [row for row in tables[0] if all(row in table for table in tables)]
-    named = {row["row"]: row["cluster"] for row in contents[0]["predictions"] if "cluster" in row}
-    clusters = [named[row] for row in shared] if shared and named.keys() >= set(shared) else None
-    return [[table[row] for row in shared] for table in tables], clusters
+    shared = set.intersection(*map(set, numbers))
+    return [row for row in numbers[0] if row in shared]
 
 
 def _correct(gains: Gains) -> Gains:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from evals import report, stats
-from evals.run import SCORING, find_rows, read_tasks
+from evals.run import SCORING, find_cluster_pattern, find_rows, read_tasks
 from tools import recipes, sources
 from tools.common import ROOT, JobFailed, WrongInput, atomic, parse_json, shown, slugify
 
@@ -78,7 +78,8 @@ class ChatRows(Strict):
 class DatasetResult(Strict):
     data: ChatRows
     task_version: Name  # of the task in evals/tasks/ that scored them
-    rows: int = Field(gt=0)  # that were scored
+    rows: int = Field(gt=0)  # that were scored, on all sides
+    clusters: int | None = Field(default=None, gt=0)  # of these rows, where they have any
     selected: Text | None  # which of the published rows those are, where they are not all
     # The accuracy of answering nothing but the most frequent key, where answers are one label.
     majority: float | None = Field(default=None, ge=0, le=1)
@@ -242,6 +243,8 @@ def explain_stale(result: Result) -> str:
             return f"the task of {name} is not there any more"
         if (version := str(tasks[name]["metadata"]["version"])) != dataset.task_version:
             return f"{name} has task version {version} now, and had {dataset.task_version}"
+        if find_cluster_pattern(name) and not dataset.clusters:
+            return f"rows of {name} that ask about one text count as one now"
     return ""
 
 
@@ -348,13 +351,17 @@ def measure_dataset(
     if not all(report.paired(base, content) for content in adapters.values()):
         raise JobFailed(f"the scores of {dataset} are not of the same rows; FORCE=1 scores again")
     selected = evaluated["data_selected"]
-    majority = report.measure_majority(base)
-    metrics = choose_metrics([base, *adapters.values()])
-    (shared, *_), _ = report.select_shared(metrics[0], [base, *adapters.values()])
+    sides = [base, *adapters.values()]
+    metrics = choose_metrics(sides)
+    numbers = set(report.list_shared_rows(metrics[0], sides))
+    _, clusters = report.select_shared(metrics[0], sides)
+    rows = [row for row in base["predictions"] if row["row"] in numbers]
+    majority = report.measure_majority({"predictions": rows})
     return DatasetResult(
         data=describe_chat_rows(find_rows(dataset)),
         task_version=str(evaluated["task_version"]),
-        rows=len(shared),
+        rows=len(numbers),
+        clusters=len(set(clusters)) if clusters else None,
         selected=clean_text(selected) if selected else None,
         majority=None if majority is None else round(majority, DECIMALS),
         metrics={
@@ -379,7 +386,10 @@ def measure_metric(
 ) -> MetricResult:
     sides = [base, *adapters.values()]
     (values_of_base, *columns), clusters = report.select_shared(metric, sides)
-    few_shots = with_examples["metrics"].get(metric) if with_examples else None
+    few_shots = None
+    if with_examples and metric in with_examples["metrics"]:
+        (values, *_), its_clusters = report.select_shared(metric, [with_examples, *sides])
+        few_shots = stats.estimate(metric, values, its_clusters) if values else None
     return MetricResult(
         base=round_score(stats.estimate(metric, values_of_base, clusters)),
         base_with_examples=round_score(few_shots) if few_shots else None,

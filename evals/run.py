@@ -259,6 +259,8 @@ def explain_old(content: dict[str, Any]) -> str:
         return "old: its task is not there any more"
     if version != (now := task["metadata"]["version"]):
         return f"old: task version {version}, now {now}"
+    if evaluated.get("cluster", "") != find_cluster_pattern(evaluated["dataset"]):
+        return "old: its rows were counted one by one"
     return "" if evaluated.get("scoring") == SCORING else "old: scored by an earlier version"
 
 

@@ -16,7 +16,8 @@ Everything else has none with fewer than LEAST rows, or LEAST rows of a class in
 
 Rows of one cluster (several questions on one sentence) are right or wrong together, so they count
 as fewer rows than they are. `clusters` gives a number for each row; then whole clusters are drawn
-(Cameron, Gelbach and Miller 2008), which replaces the formulas for rates and McNemar's test.
+(Cameron, Gelbach and Miller 2008). Few right answers or few changes leave such draws alike, so the
+interval of a rate is never narrower, and p never smaller, than the formulas for rates allow.
 """
 
 from collections import Counter
@@ -194,6 +195,9 @@ def estimate(metric: str, values: Sequence[Any], clusters: Clusters = None) -> d
             low, high = min(low, by_wilson["low"]), max(high, by_wilson["high"])
     if metric == "ece" and point <= _find_chance_ece(values):
         low = 0.0
+    if _find_kind(metric) == "mean" and _are_binary(values):  # in clusters
+        by_rows = _wilson(point, len(values))
+        low, high = min(low, by_rows["low"]), max(high, by_rows["high"])
     ends = {"value": point, "low": low, "high": high}
     return {name: min(max(end, 0.0), 1.0) for name, end in ends.items()}
 
@@ -275,11 +279,13 @@ def compare(
         return _compute(metric, _add_up(drawn, after)) - _compute(metric, _add_up(drawn, before))
 
     point = float(gain(counts[None])[0])
-    if not clusters and _has_exact_test(metric, [*first, *second]):
+    changes: list[float] = []
+    if _has_exact_test(metric, [*first, *second]):
         changes = [two - one for one, two in zip(first, second, strict=True)]
-        lost, won = sum(change < 0 for change in changes), sum(change > 0 for change in changes)
-        interval = _bonett_price(lost, won, rows)
-        return {"value": point} | interval | {"p": mcnemar(lost, won), "test": "McNemar"}
+    by_rows = _bonett_price(*_count_signs(changes), len(first))
+    if changes and not clusters:
+        p = mcnemar(*_count_signs(changes))
+        return {"value": point} | by_rows | {"p": p, "test": "McNemar"}
     if reason := _explain_no_interval(metric, first, clusters):
         return {"value": point, "no_interval": reason, "p": None, "test": "none"}
     test = {"test": f"paired bootstrap{' of clusters' if clusters else ''}"}
@@ -295,7 +301,17 @@ def compare(
     rounding = 1e-12
     far = min((sampled <= rounding).sum(), (sampled >= -rounding).sum())
     p = min(1.0, 2 * _undo_widening((far + 1) / (len(sampled) + 1), rows))
+    if changes and clusters:
+        low, high = min(low, by_rows["low"]), max(high, by_rows["high"])
+        totals = np.bincount(np.unique(clusters, return_inverse=True)[1], changes)
+        p = max(p, mcnemar(*_count_signs(totals)))
     return {"value": point, "low": low, "high": high, "p": p} | test
+
+
+def _count_signs(changes: Any) -> tuple[int, int]:
+    """How many changes are negative, and how many positive."""
+    signs = np.sign(np.asarray(changes))
+    return int((signs < 0).sum()), int((signs > 0).sum())
 
 
 def estimate_mean(

@@ -600,16 +600,16 @@ def test_differences_are_corrected_over_the_datasets(workplace):
         evaluated = {"data_sha256": task, "base_model": "tiny", "precision": "nf4"}
         return {"evaluated": evaluated, "metrics": evaluation.score(rows), "predictions": rows}
 
-    names = ("fiqa", "headline", "ner")
-    first = {name: content(name, Speaker(lambda doc: "Yes neutral person")) for name in names}
+    names = ("fiqa", "headline", "tfns")
+    first = {name: content(name, Speaker(lambda doc: "Yes neutral")) for name in names}
     second = {name: content(name, Speaker(key)) for name in names}
     result = report.differences(first, second)
     plain = [result[name]["accuracy"]["p"] for name in names]
     assert [result[name]["accuracy"]["corrected"] for name in names] == stats.holm(plain)
-    assert result["ner"]["accuracy"]["family"] == 3
+    assert result["tfns"]["accuracy"]["family"] == 3
     assert max(plain) < 0.001
-    fewer = second["ner"] | {"predictions": second["ner"]["predictions"][1:]}
-    assert "ner" not in report.differences(first, second | {"ner": fewer})
+    fewer = second["tfns"] | {"predictions": second["tfns"]["predictions"][1:]}
+    assert "tfns" not in report.differences(first, second | {"tfns": fewer})
 
 
 def test_a_difference_pairs_rows_by_their_number_where_some_could_not_be_scored():

@@ -11,7 +11,7 @@ from scipy.stats import t
 from bench import equivalence
 from evals import figures, report, results, results_figure, results_page, stats
 from evals.results import Result
-from evals.run import SCORING, read_tasks
+from evals.run import SCORING, find_cluster_pattern, read_tasks
 from tests.conftest import run
 from tools import recipes, sources
 from tools.common import ROOT, JobFailed, WrongInput
@@ -50,7 +50,8 @@ def describe_dataset(name, seeds, selected=None):
     metrics["finlora_accuracy"] = describe_metric(0.28, 0.7, seeds)
     data = describe_rows(f"{name}_test.jsonl")
     rows = {"rows": 312, "selected": selected, "majority": 0.587}
-    rows["task_version"] = find_task_version(name)
+    rows |= {"task_version": find_task_version(name)}
+    rows |= {"clusters": 68 if find_cluster_pattern(name) else None}
     return {"data": data, "metrics": metrics} | rows
 
 
@@ -378,6 +379,10 @@ def test_rows_that_one_side_could_not_score_do_not_count_in_the_mean(fpb):
     (scores,) = entry.metrics.values()
     assert scores.gain.value == round(19 / 35, 5) and scores.base_with_examples is None
     assert (entry.rows, scores.base.value, scores.adapter.value) == (35, 0.0, round(19 / 35, 5))
+    assert entry.clusters is None
+    few = describe_scores([1.0] * 20 + [0.0] * 10 + [None] * 10)
+    entry = results.measure_dataset(base, {42: adapter}, few)
+    assert entry.main[1].base_with_examples.value == round(19 / 25, 5)
 
 
 def test_rows_of_one_cluster_are_no_more_evidence_than_one_row(fpb):
@@ -393,8 +398,25 @@ def test_rows_of_one_cluster_are_no_more_evidence_than_one_row(fpb):
         assert one.value == other.value and one.high - one.low > 1.2 * (other.high - other.low)
     gain = report.differences({"fpb": base}, {"fpb": first})["fpb"]["accuracy"]
     assert gain["test"] == "paired bootstrap of clusters"
-    del base["predictions"][0]["cluster"]  # of an older file
-    assert report.differences({"fpb": base}, {"fpb": first})["fpb"]["accuracy"]["test"] == "McNemar"
+    entry = results.measure_dataset(base, {42: first, 43: second}, second)
+    assert (entry.rows, entry.clusters) == (40, 10)
+    for row in base["predictions"]:  # as in an older file
+        del row["cluster"]
+    for sides in ((base, first), (first, base)):
+        gain = report.differences(*({"fpb": side} for side in sides))["fpb"]["accuracy"]
+        assert gain["test"] == "paired bootstrap of clusters"
+    for row in first["predictions"][:1]:
+        del row["cluster"]
+    gain = report.differences({"fpb": base}, {"fpb": first})["fpb"]["accuracy"]
+    assert gain["test"] == "McNemar"
+
+
+def test_a_result_whose_rows_are_counted_one_by_one_is_stale_where_they_have_clusters():
+    content = describe_result(name="smollm2-135m/ner_r4", datasets=("ner",))
+    assert results.explain_stale(Result.model_validate(content)) == ""
+    del content["datasets"]["ner"]["clusters"]  # as in an older file
+    reason = "rows of ner that ask about one text count as one now"
+    assert results.explain_stale(Result.model_validate(content)) == reason
 
 
 def test_scores_of_other_rows_are_not_compared(fpb):

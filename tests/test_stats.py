@@ -307,6 +307,11 @@ def test_rates_of_clusters_are_not_tested_by_rows():
     second = [1.0 if cluster % 2 else value for value, cluster in zip(first, clusters, strict=True)]
     gain = stats.compare("accuracy", first, second, clusters)
     assert gain["test"] == "paired bootstrap of clusters" and 0 < gain["p"] < 0.05
+    totals = [
+        sum(b - a for a, b, c in zip(first, second, clusters, strict=True) if c == g)
+        for g in range(60)
+    ]
+    assert gain["p"] >= stats.mcnemar(0, sum(total > 0 for total in totals))
     assert width(gain) > width(stats.compare("accuracy", first, second))
     published = stats.against("accuracy", first, 0.5, clusters)
     assert (published["p"], published["test"]) == (None, "interval")
@@ -317,6 +322,20 @@ def test_rates_of_clusters_are_not_tested_by_rows():
     assert stats.estimate("accuracy", first, nine)["no_interval"] == reason
     assert stats.compare("accuracy", first, second, nine)["no_interval"] == reason
     assert stats.estimate_mean("accuracy", [first, second], first, nine)["no_interval"] == reason
+
+
+def test_clusters_make_no_rate_surer_than_independent_rows_do():
+    """Four rows in as many of 50 clusters are won: draws of clusters alone call that shown."""
+    clusters = [row // 4 for row in range(200)]
+    base = [0.0] * 200
+    better = [1.0 if row in (0, 40, 80, 120) else 0.0 for row in range(200)]
+    for values in (base, better):
+        low, high = ends(stats.estimate("accuracy", values, clusters))
+        rows = ends(stats.estimate("accuracy", values))
+        assert low <= rows[0] and high >= rows[1]
+    gain, by_rows = (stats.compare("accuracy", base, better, c) for c in (clusters, None))
+    assert gain["p"] >= by_rows["p"] > 0.1
+    assert gain["low"] <= by_rows["low"] < 0 and gain["high"] >= by_rows["high"]
 
 
 @pytest.mark.parametrize("sizes", [(10, 40, 60), (15, 15, 15)])

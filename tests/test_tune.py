@@ -630,12 +630,14 @@ def test_a_report_takes_the_place_of_no_fuller_one_and_that_of_examples_of_none(
     assert tune.choose_file(found, report) == (public, "")
     examples = report | {"rows": report["rows"] | {"from": ["data/sample"]}}
     assert tune.choose_file(found, examples) == (own, "its rows are this project's examples")
+    other = [trial | {"value": 9.0} for trial in report["trials"]]
     for changes, reason in (
-        ({}, ""),  # the same search, which went on
-        ({"equal": "time"}, "has as many candidates"),
-        ({"equal": "time", "trials": report["trials"][:1]}, ""),
-        ({"equal": "time", "recipe_digest": "0"}, ""),
-        ({"rows": report["rows"] | {"validation_sha256": "0"}}, "has as many candidates"),
+        ({}, ""),
+        ({"trials": report["trials"][:1]}, ""),  # the same search, which went on
+        ({"trials": other}, "has as many candidates"),
+        ({"trials": [*other, *other]}, "has as many candidates"),
+        ({"trials": other[:1]}, ""),
+        ({"trials": other, "recipe_digest": "0"}, ""),
     ):
         write_json(public, report | changes)
         file, words = tune.choose_file(found, report)

@@ -176,6 +176,48 @@ def test_evidence_is_not_replaced_by_a_measurement_on_other_rows(measured_on_two
     verify.refuse_other_rows(measured_on_two, [*data, new], ["fpb", "fiqa", "tfns"])
 
 
+def test_rows_of_datasets_that_were_not_asked_for_count_too(measured_on_two, tmp_path, monkeypatch):
+    """fiqa has other rows, and TASKS=fpb SEEDS=3 would measure it again."""
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    device = hardware.detect_host().describe_machine(1)
+    result = measured_on_two.model_copy(update={"device": device})
+    results.write_result(result)
+    changed = [
+        rows.model_copy(update={"sha256": "1" * 64}) if rows.file == "fiqa_test.jsonl" else rows
+        for rows in result.data
+    ]
+
+    def list_data(recipe, datasets):
+        return [rows for rows in changed if "fiqa" in datasets or "fiqa" not in rows.file]
+
+    monkeypatch.setattr(verify, "prepare_data", lambda task: None)
+    monkeypatch.setattr(verify, "list_data", list_data)
+    monkeypatch.setattr(verify, "set_aside", lambda outdated: pytest.fail("of a refused request"))
+    monkeypatch.setattr(verify.run, "choose_datasets", lambda task, names: names)
+    monkeypatch.setattr(verify.run, "find_rows", lambda name: tmp_path / f"{name}_test.jsonl")
+    for name in ("fpb", "fiqa"):
+        (tmp_path / f"{name}_test.jsonl").touch()
+    with pytest.raises(WrongInput, match=r"other rows \(fiqa_test\.jsonl\)"):
+        verify.verify(NAME, Verification(seeds=3, datasets=("fpb",)))
+
+
+def test_nothing_is_set_aside_while_one_of_the_runs_is_trained(trained):
+    second = trained.with_seed(43)
+    shutil.copytree(trained.run.folder, second.run.folder)
+    with second.run.lock(), pytest.raises(JobFailed, match="is under way"):
+        verify.set_aside([trained, second])
+    assert trained.run.is_finished and second.run.is_finished
+
+
+def test_a_damaged_result_stops_a_measurement_unless_it_is_replaced(tmp_path):
+    path = tmp_path / "1-core.json"
+    assert verify.load_evidence(path, False) is None
+    path.write_text("{}")
+    with pytest.raises(WrongInput):
+        verify.load_evidence(path, False)
+    assert verify.load_evidence(path, True) is None
+
+
 def test_all_seeds_are_trained_with_the_same_versions(trained, monkeypatch):
     """One that was trained with others is set aside, unless all were."""
     now, old = launch.list_packages(), {name: "0" for name in launch.list_packages()}

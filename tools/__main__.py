@@ -513,7 +513,11 @@ def verify(
     seeds: Annotated[int, Option(min=1, help="Trainings, each with another seed.")] = 3,
     shots: Annotated[
         int | None,
-        Option(min=0, help="Also score the base with so many worked examples in each prompt; 3."),
+        Option(
+            min=0,
+            help="Also score the base with so many worked examples in each prompt; as many as the "
+            "result has that there is, else 3.",
+        ),
     ] = None,
     tasks: Datasets = None,
     profile: Profile = None,

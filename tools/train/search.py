@@ -176,7 +176,8 @@ class Search:
                 "the same name; rename one of the two, or move that folder away"
             )
         if before != identity:
-            say(f"starts afresh: recipe, rows or settings changed; {Run(self.folder).move_aside()}")
+            what = "recipe, rows, settings, packages or machine"
+            say(f"starts afresh: {what} changed; {Run(self.folder).move_aside()}")
         self.division: Division = hold_out(self.recipe, self.settings.validation, self.folder)
         write_json(record, identity)
         metric = ""

@@ -313,23 +313,22 @@ def choose_file(search: Search, report: Report) -> tuple[Path, str]:
     """Where a report is kept; with the reason where that is beside the search.
 
     results/_tune is for evidence: of no examples, and never less than what lies there. A search
-    that goes on replaces its own report.
+    that goes on has more candidates than its own report, or the same ones.
     """
     file, reason = RESULTS / f"{search.name}.json", ""
     before = read_json(file) if file.is_file() else {}
-    same = ("recipe_digest", "equal", "judged_by", "settings", "seed")
-    is_same = all(before.get(key) == report[key] for key in same) and (
-        before["rows"]["validation_sha256"] == report["rows"]["validation_sha256"]
-    )
-    finished = [
-        sum(trial["state"] == "finished" for trial in content.get("trials", ()))
-        for content in (before, report)
-    ]
     if EXAMPLES in report["rows"]["from"]:
         reason = "its rows are this project's examples"
-    elif before.get("recipe_digest") == report["recipe_digest"] and not is_same:
-        reason = f"{shown(file)} has as many candidates" if finished[0] >= finished[1] else ""
+    elif before.get("recipe_digest") == report["recipe_digest"]:
+        count = len(before["trials"])
+        if before["trials"] != report["trials"][:count]:  # another search
+            finished, new = map(count_finished, (before, report))
+            reason = f"{shown(file)} has as many candidates" if finished >= new else ""
     return (search.folder / "report.json" if reason else file), reason
+
+
+def count_finished(report: Report) -> int:
+    return sum(trial["state"] == "finished" for trial in report["trials"])
 
 
 def tune(name: str, request: SearchRequest) -> tuple[Recipe, Report]:

@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from tools.common import ROOT, WrongInput, format_table, shown
 from tools.data import convert
 from tools.recipes import Recipe
 from tools.train import hardware, launch, profiles
-from tools.train.checks import describe_data
+from tools.train.checks import describe_data, refuse_unusable
 from tools.train.machines import Machines
 from tools.train.profiles import Choice
 
@@ -69,31 +70,33 @@ def verify(name: str, request: Verification) -> None:
     device = results.clean_text(here.describe_machine(processes))
     path = results.locate_result(recipe.name, device, is_of_examples)
     previous = path.with_name(f"{path.name}.previous")
-    before = results.load_result(path) if path.is_file() else None
+    before = load_evidence(path, request.force)
     if request.shots is None:
-        request = replace(request, shots=(before.shots if before else 0) or SHOTS)
-    if before and request.force:
-        path.replace(previous)
-        announce(f"measures again; the old result stays in {shown(previous)} until then")
-    elif before:
+        known = before or load_evidence(previous, True)
+        request = replace(request, shots=(known.shots if known else 0) or SHOTS)
+    if before and not request.force:
         reason = explain_unfinished(before, data, datasets, request)
         if not reason:
             announce(f"{shown(path)} is of this recipe and data (FORCE=1 measures again)")
             return
         announce(f"{shown(path)} is written again: {reason}")
         if not results.explain_stale(before):
-            refuse_other_rows(before, data, datasets)
             datasets, request = include_measured(before, datasets, request)
+            refuse_other_rows(before, list_data(recipe, datasets), datasets)
     recipes_of_seeds = {
         seed: recipe.with_seed(seed) for seed in range(recipe.seed, recipe.seed + request.seeds)
     }
+    refuse_unusable(recipe.config, recipe.where)
     set_aside(list_outdated(list(recipes_of_seeds.values()), processes, request.force))
+    if path.is_file() and request.force:
+        path.replace(previous)
+        announce(f"measures again; the old result stays in {shown(previous)} until then")
     for number, (seed, seeded) in enumerate(recipes_of_seeds.items(), 1):
         announce(f"{recipe.name}, seed {seed}, {number} of {request.seeds}")
         if is_trained(seeded, processes):
             announce(f"trained before: {seeded.run}")
         else:
-            launch.train(seeded, request.choice, Machines(), False)
+            launch.train(seeded, request.choice, Machines(), request.force)
     scores = {seed: score_seed(seeded, datasets) for seed, seeded in recipes_of_seeds.items()}
     shots = request.shots or 0
     with_examples = score_base_with_examples(recipe, datasets, shots)
@@ -108,6 +111,16 @@ def verify(name: str, request: Verification) -> None:
     results.write_result(result)
     previous.unlink(missing_ok=True)
     print_summary(result)
+
+
+def load_evidence(path: Path, permits_damage: bool) -> Result | None:
+    """The result of a file; None without one, or for a damaged one that may be replaced."""
+    try:
+        return results.load_result(path) if path.is_file() else None
+    except WrongInput:
+        if permits_damage:
+            return None
+        raise
 
 
 def find_named_recipe(name: str) -> Recipe:
@@ -240,12 +253,15 @@ def list_outdated(seeds: list[Recipe], processes: int, force: bool) -> list[Reci
 def set_aside(outdated: list[Recipe]) -> None:
     """Renames the runs of these recipes, all before the first is trained.
 
-    So the same command without FORCE=1 goes on where it is interrupted.
+    So the same command without FORCE=1 goes on where it is interrupted. Raises JobFailed, and
+    renames none, where one of them is being trained.
     """
-    for recipe in outdated:
-        with recipe.run.lock():
+    with ExitStack() as locks:
+        for recipe in outdated:
+            locks.enter_context(recipe.run.lock())
+        for recipe in outdated:
             aside = recipe.run.move_aside()
-        announce(f"trains {recipe.run} again; what was there is in {aside}")
+            announce(f"trains {recipe.run} again; what was there is in {aside}")
 
 
 def is_trained(recipe: Recipe, processes: int) -> bool:
