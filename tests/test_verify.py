@@ -218,6 +218,16 @@ def test_a_damaged_result_stops_a_measurement_unless_it_is_replaced(tmp_path):
     assert verify.load_evidence(path, True) is None
 
 
+def test_the_number_of_examples_stays_that_of_the_result_or_of_the_one_set_aside(tmp_path):
+    path, previous = tmp_path / "1-core.json", tmp_path / "1-core.json.previous"
+    assert verify.find_shots(path, previous) == verify.SHOTS == 3
+    for file, shots, expected in ((previous, 5, 5), (path, 4, 4), (path, 0, 5)):
+        file.write_text(json.dumps(describe_result(shots=shots)))
+        assert verify.find_shots(path, previous) == expected
+    path.write_text("damaged")
+    assert verify.find_shots(path, previous) == 5
+
+
 def test_all_seeds_are_trained_with_the_same_versions(trained, monkeypatch):
     """One that was trained with others is set aside, unless all were."""
     now, old = launch.list_packages(), {name: "0" for name in launch.list_packages()}

@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,17 +72,16 @@ def verify(name: str, request: Verification) -> None:
     previous = path.with_name(f"{path.name}.previous")
     before = load_evidence(path, request.force)
     if request.shots is None:
-        known = before or load_evidence(previous, True)
-        request = replace(request, shots=(known.shots if known else 0) or SHOTS)
+        request = replace(request, shots=find_shots(path, previous))
     if before and not request.force:
         reason = explain_unfinished(before, data, datasets, request)
         if not reason:
             announce(f"{shown(path)} is of this recipe and data (FORCE=1 measures again)")
             return
-        announce(f"{shown(path)} is written again: {reason}")
         if not results.explain_stale(before):
             datasets, request = include_measured(before, datasets, request)
             refuse_other_rows(before, list_data(recipe, datasets), datasets)
+        announce(f"{shown(path)} is written again: {reason}")
     recipes_of_seeds = {
         seed: recipe.with_seed(seed) for seed in range(recipe.seed, recipe.seed + request.seeds)
     }
@@ -121,6 +120,15 @@ def load_evidence(path: Path, permits_damage: bool) -> Result | None:
         if permits_damage:
             return None
         raise
+
+
+def find_shots(*files: Path) -> int:
+    """The worked examples of the first of these results that has any; SHOTS without one."""
+    for file in files:
+        with suppress(OSError, ValueError):  # missing, or damaged
+            if shots := Result.model_validate_json(file.read_bytes()).shots:
+                return shots
+    return SHOTS
 
 
 def find_named_recipe(name: str) -> Recipe:
