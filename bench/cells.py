@@ -216,7 +216,10 @@ def list_clusters(cell: Cell, datasets: Sequence[str]) -> list[int] | None:
     scores, clusters = cell.content["scores"], list[int]()
     for name in datasets:
         if run.find_cluster_pattern(name) and "clusters" not in scores[name]:
-            raise WrongInput(f"{shown(cell.file)} names no clusters of {name}; move it away")
+            raise WrongInput(
+                f"{shown(cell.file)} names no clusters of {name}; move it away, and the next "
+                "call measures it again"
+            )
         own = [int(place) for place in scores[name].get("clusters", "").split()]
         clusters += [len(clusters) + place for place in own or range(scores[name]["rows"])]
     return clusters if any("clusters" in scores[name] for name in datasets) else None

@@ -13,6 +13,7 @@ Equivalence within a margin is shown by two one-sided t tests (Schuirmann 1987):
 lies inside of it. A difference that was not found shows no equivalence.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,18 @@ def combine_squares(squares: tuple[Any, Any, Any], rows: int, seeds: int) -> tup
     return np.maximum(variance, find_least_error(rows) ** 2), freedom
 
 
+def merge_clusters(values: Array, clusters: Sequence[int]) -> Array:
+    """Values of rows (rows, seeds) as values of clusters (clusters, seeds), of the same mean.
+
+    A cluster's value is the mean plus its share of what its rows deviate from it, so that the
+    variance of the mean over clusters is the cluster-robust one, without the degrees of freedom.
+    """
+    numbers = np.unique(clusters, return_inverse=True)[1]
+    means, merged = values.mean(0), np.zeros((numbers.max() + 1, values.shape[1]))
+    np.add.at(merged, numbers, values - means)
+    return means + merged * len(merged) / len(values)
+
+
 def compare_means(
     differences: Array, margin: float, clusters: stats.Clusters = None
 ) -> dict[str, Any]:
@@ -73,7 +86,7 @@ def compare_means(
     from scipy.stats import t
 
     if clusters:
-        differences = stats.merge_clusters(differences, clusters)
+        differences = merge_clusters(differences, clusters)
     value = float(differences.mean())
     variance, freedom = measure_variance(differences)
     error = variance**0.5

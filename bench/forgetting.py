@@ -131,14 +131,13 @@ def list_pairs(
     named[PROSE] = prose, None
     for dataset in list_datasets():
         rows = json_lines(evaluation.find_rows(dataset))
-        numbers = evaluation.pick_rows(dataset, ROWS)
-        read = [
-            (rows[number], split_row(tokenizer, rows[number], subject.options))
-            for number in numbers
-        ]
-        kept = [(row, pair) for row, pair in read if len(pair[0]) + len(pair[1]) <= LONGEST]
-        asked = ["\n".join(turn["content"] for turn in row["messages"][:-1]) for row, _ in kept]
-        named[dataset] = [pair for _, pair in kept], evaluation.find_clusters(dataset, asked)
+        pairs, asked = list[Pair](), list[str]()
+        for number in evaluation.pick_rows(dataset, ROWS):
+            prompt, answer = split_row(tokenizer, rows[number], subject.options)
+            if len(prompt) + len(answer) <= LONGEST:
+                pairs.append((prompt, answer))
+                asked.append("\n".join(turn["content"] for turn in rows[number]["messages"][:-1]))
+        named[dataset] = pairs, evaluation.find_clusters(dataset, asked)
     return {name: entry for name, entry in named.items() if entry[0]}
 
 
@@ -235,7 +234,7 @@ def identify_run(run: Run) -> dict[str, Any]:
     return {"adapter": run.info["adapter_sha256"], "prose": SHA256, "rows": ROWS, "files": files}
 
 
-def list_lost(before: dict[str, Any], now: dict[str, Any]) -> str:
+def name_lost_datasets(before: dict[str, Any], now: dict[str, Any]) -> str:
     """The datasets that would be lost with an entry; empty where another one has as many."""
     lost = before["files"].keys() - now["files"].keys()
     return ", ".join(sorted(lost)) if len(now["files"]) < len(before["files"]) else ""
@@ -266,8 +265,16 @@ def main() -> None:
         identity, before = identify_run(run), content["runs"].get(run.name)
         if before and before["identity"] == identity:
             continue
-        if before and is_current(before) and (more := list_lost(before["identity"], identity)):
-            print(f"forgetting {run.name} left out: it was measured on {more}, too", flush=True)
+        if (
+            before
+            and is_current(before)
+            and (lost := name_lost_datasets(before["identity"], identity))
+        ):
+            print(
+                f"forgetting {run.name} left out: its entry also has {lost}, whose rows are not "
+                "here; `make data` converts them",
+                flush=True,
+            )
             continue
         try:
             entry = measure_run(run) | {"identity": identity}

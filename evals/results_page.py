@@ -102,9 +102,7 @@ def build_readme_table(featured: list[Result]) -> str:
             metric, scores = entry.main
             cells = [link_result(result, "docs/"), f"{dataset}, {entry.rows:,}"]
             cells += [report.title(metric), format_majority(entry)]
-            base, adapter, gain = format_sides(scores)
-            with_examples = format_score(scores.base_with_examples)
-            lines.append(join_cells(*cells, base, with_examples, adapter, gain))
+            lines.append(join_cells(*cells, *format_sides(scores)))
     return "".join(lines[: 2 + MOST_ROWS])
 
 
@@ -126,9 +124,10 @@ def name_heading(result: Result) -> str:
     return f"{result.recipe} on {result.device}"
 
 
-def format_sides(scores: MetricResult) -> tuple[str, str, str]:
-    gain = format_score(scores.gain, signed=True)
-    return format_score(scores.base), format_score(scores.adapter), gain
+def format_sides(scores: MetricResult) -> list[str]:
+    """The base, the base with examples, the adapter, and its gain over the base."""
+    sides = (scores.base, scores.base_with_examples, scores.adapter)
+    return [*map(format_score, sides), format_score(scores.gain, signed=True)]
 
 
 def build_readme_block(evidence: list[Result]) -> str:
@@ -202,12 +201,9 @@ def build_comparison(current: list[Result]) -> str:
         heads += ["base", "base, examples", "adapter", "gain, points"]
         lines = [join_cells(*heads), join_cells("---", "---", *["---:"] * 6)]
         for result, entry in scored:
-            scores = entry.main[1]
-            base, adapter, gain = format_sides(scores)
-            with_examples = format_score(scores.base_with_examples)
             rows = sum(data.rows for data in result.training_data)
             cells = [link_result(result), result.device, f"{rows:,}", str(len(result.trainings))]
-            lines.append(join_cells(*cells, base, with_examples, adapter, gain))
+            lines.append(join_cells(*cells, *format_sides(entry.main[1])))
         tables.append(f"### {title}{known}\n\n{''.join(lines)}")
     return "\n".join(tables)
 
@@ -252,12 +248,12 @@ def build_score_table(result: Result) -> str:
     lines = [join_cells(*heads), join_cells("---", "---", *["---:"] * (len(heads) - 2))]
     for dataset, entry in result.datasets.items():
         for metric, scores, title in list_scorings(entry):
-            base, adapter, gain = format_sides(scores)
+            base, with_examples, adapter, gain = format_sides(scores)
             seeds = ", ".join(f"{100 * score.value:.1f}" for score in scores.seeds.values())
             is_ours = not title.endswith(", FinLoRA's")
             majority = format_majority(entry) if is_ours else "–"
             cells = [f"{dataset}, {entry.rows:,}", title, majority, base]
-            cells += [format_score(scores.base_with_examples)] if shots else []
+            cells += [with_examples] if shots else []
             cells += [adapter, seeds, gain]
             if any(published.values()):
                 score = published[dataset].get(metric)

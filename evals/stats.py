@@ -138,18 +138,6 @@ def _tabulate(metric: str, columns: Columns, clusters: Clusters) -> tuple[Array,
     return np.ones(len(place), dtype=int), [members @ part for part in summands], independent
 
 
-def merge_clusters(values: Array, clusters: Sequence[int]) -> Array:
-    """Values of rows (rows, seeds) as values of clusters (clusters, seeds), of the same mean.
-
-    A cluster's value is the mean plus its share of what its rows deviate from it, so that the
-    variance of the mean over clusters is the cluster-robust one, without the degrees of freedom.
-    """
-    numbers = np.unique(clusters, return_inverse=True)[1]
-    means, merged = values.mean(0), np.zeros((numbers.max() + 1, values.shape[1]))
-    np.add.at(merged, numbers, values - means)
-    return means + merged * len(merged) / len(values)
-
-
 def _compute(metric: str, sums: Array) -> Array:
     """The metric of each of R rows of sums (R, sums): (R,).
 

@@ -52,8 +52,12 @@ def test_runs_of_the_examples_are_no_evidence(place, tmp_path, monkeypatch):
 
 def test_an_entry_of_more_datasets_is_not_replaced():
     fuller, poorer = ({"files": dict.fromkeys(names, "sha")} for names in (["fpb", "ner"], ["fpb"]))
-    assert forgetting.list_lost(fuller, poorer) == "ner"
-    assert forgetting.list_lost(poorer, fuller) == forgetting.list_lost(fuller, fuller) == ""
+    assert forgetting.name_lost_datasets(fuller, poorer) == "ner"
+    assert (
+        forgetting.name_lost_datasets(poorer, fuller)
+        == forgetting.name_lost_datasets(fuller, fuller)
+        == ""
+    )
 
 
 def test_a_key_ends_with_the_token_that_ends_its_turn(tiny):

@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import binom, false_discovery_control
 from sklearn.metrics import accuracy_score, f1_score
 
+from bench import equivalence
 from evals import stats
 from evals.tasks import utils
 from tests.conftest import run_first
@@ -270,7 +271,7 @@ def test_the_interval_of_a_gain_over_clusters_and_seeds_covers_it(few_resamples)
 
 def test_the_variance_over_clusters_is_the_sandwich():
     values, clusters = draw_clustered(np.random.default_rng(7))
-    merged = stats.merge_clusters(np.array(values)[:, None], clusters)[:, 0]
+    merged = equivalence.merge_clusters(np.array(values)[:, None], clusters)[:, 0]
     rows, groups, mean = len(values), len(merged), np.mean(values)
     sums = [
         sum(v - mean for v, c in zip(values, clusters, strict=True) if c == g)

@@ -209,23 +209,14 @@ def test_nothing_is_set_aside_while_one_of_the_runs_is_trained(trained):
     assert trained.run.is_finished and second.run.is_finished
 
 
-def test_a_damaged_result_stops_a_measurement_unless_it_is_replaced(tmp_path):
-    path = tmp_path / "1-core.json"
-    assert verify.load_evidence(path, False) is None
-    path.write_text("{}")
-    with pytest.raises(WrongInput):
-        verify.load_evidence(path, False)
-    assert verify.load_evidence(path, True) is None
-
-
 def test_the_number_of_examples_stays_that_of_the_result_or_of_the_one_set_aside(tmp_path):
     path, previous = tmp_path / "1-core.json", tmp_path / "1-core.json.previous"
-    assert verify.find_shots(path, previous) == verify.SHOTS == 3
+    assert verify.choose_shots(path, previous) == verify.SHOTS == 3
     for file, shots, expected in ((previous, 5, 5), (path, 4, 4), (path, 0, 5)):
         file.write_text(json.dumps(describe_result(shots=shots)))
-        assert verify.find_shots(path, previous) == expected
+        assert verify.choose_shots(path, previous) == expected
     path.write_text("damaged")
-    assert verify.find_shots(path, previous) == 5
+    assert verify.choose_shots(path, previous) == 5
 
 
 def test_all_seeds_are_trained_with_the_same_versions(trained, monkeypatch):
@@ -299,6 +290,14 @@ def test_a_result_stays_until_the_one_that_replaces_it_is_whole(tmp_path, monkey
     with pytest.raises(JobFailed, match="out of memory"):
         verify.verify(NAME, request_)
     assert not path.exists()  # the same command without FORCE=1 goes on
+    path.write_text("damaged")
+    with pytest.raises(WrongInput, match="1.*json"):
+        verify.verify(NAME, replace(request_, force=False))
+    with pytest.raises(JobFailed, match="out of memory"):
+        verify.verify(NAME, request_)  # what is damaged can be replaced, too
+    assert not path.exists()
+    previous = path.with_name(f"{path.name}.previous")
+    previous.write_bytes(before)
     assert path.with_name(f"{path.name}.previous").read_bytes() == before
     assert results.load_results() == []
 

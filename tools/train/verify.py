@@ -70,10 +70,10 @@ def verify(name: str, request: Verification) -> None:
     device = results.clean_text(here.describe_machine(processes))
     path = results.locate_result(recipe.name, device, is_of_examples)
     previous = path.with_name(f"{path.name}.previous")
-    before = load_evidence(path, request.force)
     if request.shots is None:
-        request = replace(request, shots=find_shots(path, previous))
-    if before and not request.force:
+        request = replace(request, shots=choose_shots(path, previous))
+    if path.is_file() and not request.force:
+        before = results.load_result(path)
         reason = explain_unfinished(before, data, datasets, request)
         if not reason:
             announce(f"{shown(path)} is of this recipe and data (FORCE=1 measures again)")
@@ -112,17 +112,7 @@ def verify(name: str, request: Verification) -> None:
     print_summary(result)
 
 
-def load_evidence(path: Path, permits_damage: bool) -> Result | None:
-    """The result of a file; None without one, or for a damaged one that may be replaced."""
-    try:
-        return results.load_result(path) if path.is_file() else None
-    except WrongInput:
-        if permits_damage:
-            return None
-        raise
-
-
-def find_shots(*files: Path) -> int:
+def choose_shots(*files: Path) -> int:
     """The worked examples of the first of these results that has any; SHOTS without one."""
     for file in files:
         with suppress(OSError, ValueError):  # missing, or damaged
