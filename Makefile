@@ -113,7 +113,6 @@ import: $(READY) ## Recipes from a FinLoRA config file · CONFIG=finetune_config
 	@$(RUN) import
 render: $(READY) ## Write recipes, docs/commands.md and docs/scale.md; print a recipe · [RECIPE=…]
 	@$(RUN) render
-	@$(RUN) reference
 results: $(READY) ## Write docs/results.md, its figure, the README's table and other pages from results/
 	@$(RUN) results
 	@$(PY) -m bench.performance

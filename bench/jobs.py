@@ -13,7 +13,7 @@ from typing import Any
 
 from evals import run
 from tools import sources, subjects
-from tools.common import ROOT, JobFailed, WrongInput, atomic, format_yaml, read_json, shown
+from tools.common import ROOT, JobFailed, WrongInput, read_json, shown
 from tools.recipes import Recipe
 from tools.subjects import Subject
 from tools.train import launch
@@ -128,11 +128,6 @@ def run_all(label: str, jobs: dict[str, Any], work: Callable[[Any], str], worker
         pool.shutdown(cancel_futures=True)
     if failed:
         raise JobFailed(f"{failed} of {len(jobs)} failed; the same command tries them again")
-
-
-def write_config(path: Path, config: dict[str, Any]) -> None:
-    with atomic(path) as file:
-        file.write(format_yaml(config).encode())
 
 
 def find_scores(run: Path, base: Path, side: str, dataset: str, limit: int | None) -> Path:

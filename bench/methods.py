@@ -33,7 +33,7 @@ from bench.cells import (
 from bench.jobs import UNVALIDATED, choose_names, require_rows, vary
 from evals.figures import is_drawn_from
 from tools import recipes
-from tools.common import ROOT, JobFailed, atomic, command, quiet, read_yaml, shown
+from tools.common import ROOT, JobFailed, command, quiet, read_yaml, shown, update_page
 from tools.recipes import Recipe
 from tools.train.heldout import hold_out
 from tools.train.space import Validation
@@ -232,17 +232,13 @@ def open_experiments(tasks: str = "") -> list[Experiment]:
 def write_page(check: bool = False) -> None:
     """Writes the page and its figure; with `check`, raises JobFailed where one is old."""
     experiments = open_experiments()
-    page, drawn = methods_page.build_page(experiments), methods_figure.describe_drawn(experiments)
-    is_page_old = not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page
-    is_figure_old = bool(drawn) and not is_drawn_from(FIGURE, drawn)
-    old = [PAGE] * is_page_old + [FIGURE] * is_figure_old
-    if check and old:
-        raise JobFailed(f"{shown(old[0])} is not what results/ holds; `make results` writes it")
-    if PAGE in old:
-        with atomic(PAGE) as file:
-            file.write(page.encode())
-    if FIGURE in old:
-        methods_figure.draw_rates(experiments, FIGURE)
+    update_page(PAGE, methods_page.build_page(experiments), "make results", check)
+    drawn = methods_figure.describe_drawn(experiments)
+    if not drawn or is_drawn_from(FIGURE, drawn):
+        return
+    if check:
+        raise JobFailed(f"{shown(FIGURE)} is out of date; `make results` writes it")
+    methods_figure.draw_rates(experiments, FIGURE)
 
 
 @command

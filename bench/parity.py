@@ -31,19 +31,22 @@ from typing import Any
 import numpy as np
 
 from bench.equivalence import compare_means
-from bench.jobs import find_scores, require_rows, run_all, run_verb, state_p, write_config
+from bench.jobs import find_scores, require_rows, run_all, run_verb, state_p
+from bench.texts import format_points
 from evals import report, run, stats
 from tools import models, recipes, sources
 from tools.common import (
     ROOT,
-    JobFailed,
     WrongInput,
     atomic,
     command,
+    format_yaml,
     read_json,
     read_yaml,
     shown,
+    update_page,
     write_json,
+    write_text,
 )
 from tools.runs import Run
 from tools.train.hardware import detect_host
@@ -134,13 +137,14 @@ def run_jobs(jobs: dict[Any, Training], workers: int) -> None:
     def train_and_score(job: Training) -> str:
         paths = {"output_dir": job.run.folder, "dataset_prepared_path": job.run.folder / "prepared"}
         recipe = RUNS / f"{job.name}.yaml"
-        write_config(recipe, job.config | {key: shown(path) for key, path in paths.items()})
+        config = job.config | {key: shown(path) for key, path in paths.items()}
+        write_text(recipe, format_yaml(config))
         run_verb("train", recipe)
         limit = ["--limit", job.limit] if job.limit else []
         with locks[job.find_scores("base")]:  # the base is scored once
             run_verb("eval", recipe, "--tasks", job.dataset, *limit)
         score = job.read_scores()["metrics"][job.metric]["value"]
-        return f"{report.title(job.metric)} {format_percent(score)}"
+        return f"{report.title(job.metric)} {format_points(score)}"
 
     run_all("parity", left, train_and_score, workers)
 
@@ -224,10 +228,6 @@ def measure_part(
 # ---- page and figure
 
 
-def format_percent(value: float, signed: bool = False) -> str:
-    return f"{100 * value:{'+' if signed else ''}.1f}"
-
-
 def format_sections(content: dict[str, Any]) -> str:
     """The results as Markdown: a heading for each part and task, its table and its comparisons."""
     sections = []
@@ -251,16 +251,16 @@ def format_part(entry: dict[str, Any], reference: str) -> list[str]:
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, variant in entry["variants"].items():
-        seeds = ", ".join(map(format_percent, variant["scores"]))
-        mean = format_percent(fmean(variant["scores"]))
+        seeds = ", ".join(map(format_points, variant["scores"]))
+        mean = format_points(fmean(variant["scores"]))
         gain = "–"
         if difference := variant.get("against"):
             value, low, high = (
-                format_percent(difference[key], True) for key in ("value", "low", "high")
+                format_points(difference[key], True) for key in ("value", "low", "high")
             )
             gain = f"{value} ({low} … {high})"
         lines.append(
-            f"| {name} | {format_percent(variant['base'])} | {mean} ({seeds}) | {gain} "
+            f"| {name} | {format_points(variant['base'])} | {mean} ({seeds}) | {gain} "
             f"| {fmean(variant['loss']):.3f} | {variant['trainable_parameters']:,} |"
         )
     return lines
@@ -268,12 +268,12 @@ def format_part(entry: dict[str, Any], reference: str) -> list[str]:
 
 def describe_difference(comparison: dict[str, Any], plan: dict[str, Any]) -> str:
     """A comparison in words; `plan` is its part of bench/parity.yaml."""
-    text = f"{format_percent(comparison['value'], True)} points"
+    text = f"{format_points(comparison['value'], True)} points"
     if has_margin := "p_margin" in comparison:
-        low, high = (format_percent(comparison[key], True) for key in ("low90", "high90"))
+        low, high = (format_points(comparison[key], True) for key in ("low90", "high90"))
         p = comparison["p_margin"]
         word = "equivalent" if p < stats.LEVEL else "equivalence not shown"
-        text += f", {word} within ±{format_percent(plan['margin'])} points"
+        text += f", {word} within ±{format_points(plan['margin'])} points"
         text += f" (90 %: {low} … {high}; {state_p(p)})"
     if comparison["p"] < stats.LEVEL:
         return text + f"; a difference, {state_p(comparison['p'])}"
@@ -342,10 +342,8 @@ def main() -> None:
     options = parser.parse_args()
     text = DOC.read_text(encoding="utf-8")
     if options.check:
-        if RESULTS.is_file() and insert_results(text, read_json(RESULTS)) != text:
-            raise JobFailed(
-                f"{shown(DOC)} does not match {shown(RESULTS)}; `make parity` writes it"
-            )
+        if RESULTS.is_file():
+            update_page(DOC, insert_results(text, read_json(RESULTS)), "make parity", check=True)
         return
     spec = read_yaml(SPEC)
     only = options.only.replace(",", " ").split()
@@ -360,8 +358,7 @@ def main() -> None:
     if not only:
         write_json(RESULTS, content)
         draw_scores(content, FIGURE)
-        with atomic(DOC) as file:
-            file.write(insert_results(text, content).encode())
+        update_page(DOC, insert_results(text, content), "make parity")
     print(format_sections(content))
 
 

@@ -15,13 +15,12 @@ from typing import Any
 
 from tools.common import (
     ROOT,
-    JobFailed,
     WrongInput,
-    atomic,
     command,
     read_json,
     shown,
     slugify,
+    update_page,
     write_json,
 )
 from tools.train.hardware import detect_host
@@ -166,15 +165,7 @@ def describe_source(entry: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="the page of what the benchmarks measured")
     parser.add_argument("--check", action="store_true", help="fail where the page is old")
-    page = build_page()
-    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page:
-        return
-    if parser.parse_args().check:
-        raise JobFailed(
-            f"{shown(PAGE)} is not what {shown(RESULTS)} holds; `make results` writes it"
-        )
-    with atomic(PAGE) as file:
-        file.write(page.encode())
+    update_page(PAGE, build_page(), "make results", parser.parse_args().check)
 
 
 if __name__ == "__main__":

@@ -88,14 +88,9 @@ def count_budget(answers: Sequence[str]) -> int:
     longest = sorted(set(answers), key=lambda answer: len(answer.encode()))[-SAMPLED:]
     counts = [
         max(len(row.ids) for row in tokenizer.encode_batch(longest, add_special_tokens=False))
-        for tokenizer in load_tokenizers()
+        for tokenizer in (base.tokenizer for base in bases.list_bases())
     ] or [max(map(estimate_tokens, longest))]
     return math.ceil(ROOM * max(counts)) + SPARE
-
-
-def load_tokenizers() -> list[Any]:
-    """The tokenizers of the catalogue's bases that are on this machine."""
-    return [base.tokenizer for base in bases.list_bases()]
 
 
 def estimate_tokens(text: str) -> int:

@@ -27,7 +27,16 @@ from evals.report import Content, Gains
 from evals.tasks.own import write_prompt
 from tools import recipes, sources
 from tools import runs as runs_module
-from tools.common import ROOT, WrongInput, atomic, json_lines, read_yaml, shown
+from tools.common import (
+    ROOT,
+    WrongInput,
+    atomic,
+    json_lines,
+    read_yaml,
+    shown,
+    spell_out,
+    write_text,
+)
 
 TEMPLATE = ROOT / "evals" / "page.html"
 WRONG = 25  # wrong answers shown of each model and dataset
@@ -404,11 +413,10 @@ def _render_svg(figure: Any, name: str) -> str:
 # ---- the page
 
 
-def _spell_out(value: Any) -> Any:
-    """A text with invisible characters spelled out: controls, separators, changes of direction."""
-    if not isinstance(value, str) or hasattr(value, "__html__"):
-        return value
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in value)
+def _finalize(value: Any) -> Any:
+    """What a template writes: text with controls, separators, changes of direction spelled out."""
+    is_text = isinstance(value, str) and not hasattr(value, "__html__")
+    return spell_out(value) if is_text else value
 
 
 def render_page(content: dict[str, Any]) -> str:
@@ -419,7 +427,7 @@ def render_page(content: dict[str, Any]) -> str:
     text = TEMPLATE.read_text()
     script = text.partition("<script>")[2].partition("</script>")[0]
     sha = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    template = Environment(autoescape=True, finalize=_spell_out).from_string(text)
+    template = Environment(autoescape=True, finalize=_finalize).from_string(text)
     drawings = {
         name: drawing | {"svg": Markup(_render_svg(drawing["figure"], name))}  # noqa: S704 (escaped)
         for name, drawing in content["figures"].items()
@@ -464,8 +472,7 @@ def build(out: Path, planner: Planner) -> list[Path]:
             "small": stats.SMALL,
         }
     )
-    with atomic(out / "index.html") as target:
-        target.write(text.encode())
+    write_text(out / "index.html", text)
     return [out / "index.html", *files]
 
 

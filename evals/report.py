@@ -410,7 +410,7 @@ def show(name: str, files: Files) -> None:
     lines += describe_majority(by_side[sides[-1]])
     lines += explain_unpublished(scores) if method else []
     for side, contents in by_side.items():
-        label = _name_column(side, next(iter(contents.values())))
+        label = append_conditions(side, next(iter(contents.values()))["evaluated"])
         lines += list_remarks(contents, "base" if method and side == "base" else method, label)
 
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
@@ -422,10 +422,6 @@ def show(name: str, files: Files) -> None:
     for dataset, places in files.items():
         for side, file in places.items():
             console.print(f"scores     {dataset}, {side}: {shown(file)}", soft_wrap=True)
-
-
-def _name_column(side: str, content: Content) -> str:
-    return append_conditions(side, content["evaluated"])
 
 
 def _tabulate(name: str, scores: dict[str, dict[str, Content]], gains: Gains) -> Any:
@@ -443,7 +439,7 @@ def _tabulate(name: str, scores: dict[str, dict[str, Content]], gains: Gains) ->
     table.add_column("metric")
     sides = list(next(iter(scores.values())))
     first = next(iter(scores.values()))
-    headings = [_name_column(side, first[side]) for side in sides]
+    headings = [append_conditions(side, first[side]["evaluated"]) for side in sides]
     for heading in (*headings, *(["difference"] if gains else []), "rows"):
         table.add_column(heading, justify="right", no_wrap=True)
     for dataset, contents in scores.items():

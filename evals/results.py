@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from evals import report, stats
 from evals.run import SCORING, find_cluster_pattern, find_rows, read_tasks
 from tools import recipes, sources
-from tools.common import ROOT, JobFailed, WrongInput, atomic, parse_json, shown, slugify
+from tools.common import ROOT, JobFailed, WrongInput, parse_json, shown, slugify, write_text
 
 FOLDER = ROOT / "results"
 EXAMPLES = "data/sample"  # where rows are from that were written for this project
@@ -196,8 +196,7 @@ def load_result(path: Path) -> Result:
 
 
 def write_result(result: Result) -> None:
-    with atomic(result.path) as file:
-        file.write(f"{format_json(result.model_dump(mode='json'))}\n".encode())
+    write_text(result.path, f"{format_json(result.model_dump(mode='json'))}\n")
 
 
 def format_json(content: Any, indent: int = 0) -> str:
@@ -310,16 +309,12 @@ def explain_no_comparison(result: Result, dataset: str) -> str:
 def describe_chat_rows(path: Path) -> ChatRows:
     """A file of chat rows, as its manifest tells of it."""
     manifest = sources.manifest(path)
-    rows = manifest.get("rows")
-    if rows is None:
-        with open(path, "rb") as file:
-            rows = sum(1 for line in file if not line.isspace())
     place, source = manifest.get("from"), str(manifest["source"])
     if place not in ("FINLORA_DATA", "data/raw", EXAMPLES):  # a folder of the user's
         source = Path(source).name
     return ChatRows(
         file=clean_text(path.name),
-        rows=rows,
+        rows=manifest["rows"],
         sha256=manifest["sha256"],
         source=clean_text(source),
         place=clean_text(place) if place else None,

@@ -12,7 +12,7 @@ from statistics import fmean
 from evals import figures, report, results, results_figure
 from evals.results import DatasetResult, MetricResult, Result, Score
 from tools import recipes
-from tools.common import ROOT, JobFailed, atomic, shown
+from tools.common import ROOT, JobFailed, shown, update_page
 
 README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "results.md"
@@ -292,23 +292,15 @@ def write(check: bool = False) -> None:
     evidence = [result for result in measured if not results.explain_stale(result)]
     readme = README.read_text(encoding="utf-8")
     block = build_readme_block(evidence)
-    texts = {README: insert_block(readme, block), PAGE: build_results_page(measured)}
+    update_page(README, insert_block(readme, block), "make results", check)
+    update_page(PAGE, build_results_page(measured), "make results", check)
     featured = select_featured(evidence)
-    outdated = [
-        path
-        for path, text in texts.items()
-        if not path.is_file() or path.read_text(encoding="utf-8") != text
-    ]
     drawn = results_figure.describe_drawn(featured)
-    is_drawn = figures.is_drawn_from(FIGURE, drawn) if evidence else not FIGURE.is_file()
-    outdated += [] if is_drawn else [FIGURE]
-    if check and outdated:
-        raise JobFailed(f"{shown(outdated[0])} does not match results/; `make results` writes it")
-    for path in outdated:
-        if path in texts:
-            with atomic(path) as file:
-                file.write(texts[path].encode())
-        elif evidence:
-            results_figure.draw(featured, FIGURE)
-        else:
-            FIGURE.unlink()
+    if figures.is_drawn_from(FIGURE, drawn) if evidence else not FIGURE.is_file():
+        return
+    if check:
+        raise JobFailed(f"{shown(FIGURE)} is out of date; `make results` writes it")
+    if evidence:
+        results_figure.draw(featured, FIGURE)
+    else:
+        FIGURE.unlink()

@@ -16,23 +16,22 @@ file: this module knows no dataset.
 """
 
 import errno
-import fcntl
 import hashlib
 import importlib.metadata
 import json
-import os
 import random
 import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from evals import report, stats
 from evals.answers import Answers, Prompts
@@ -574,24 +573,16 @@ def naming_refusal(file: Path, kept: str = KEPT) -> Iterator[None]:
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
     """Holds the lock of a score file; waits while another job has it."""
-    path = file.with_name(f".{file.stem}.lock")
-    while True:
-        lock = open(path, "w")  # noqa: SIM115 (closed below)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"eval       waits for another job that scores {shown(file)}", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        # The job before removed the file that this one waited for; it may be there again.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                break
-        lock.close()
+    lock = FileLock(file.with_name(f".{file.stem}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"eval       waits for another job that scores {shown(file)}", flush=True)
+        lock.acquire()
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
-        lock.close()
+        lock.release()
 
 
 def score_all(request: Request, subjects: "Sequence[Subject | Endpoint]") -> None:

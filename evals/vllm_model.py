@@ -7,7 +7,6 @@ transformers (evals/model.py): only the tokens between come from vLLM.
 import json
 import os
 import re
-import signal
 import subprocess
 import tempfile
 import weakref
@@ -22,6 +21,7 @@ from lm_eval.models.utils import configure_pad_token
 
 from evals.choices import request_choice
 from evals.model import Model
+from tools import vllm
 from tools.common import JobFailed
 from tools.vllm import Engine
 
@@ -80,7 +80,7 @@ class Worker:
             text=True,
             start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the group
         )
-        self.end = weakref.finalize(self, stop_group, self.process)
+        self.end = weakref.finalize(self, stop_engine, self.process)
         RUNNING.add(self)
         self.send(self.arguments | {"max_model_len": self.room})
 
@@ -113,20 +113,10 @@ class Worker:
         return " ".join(cause.split())[:400]
 
 
-def stop_group(process: subprocess.Popen[str]) -> None:
-    """Ends a process and its children."""
+def stop_engine(process: subprocess.Popen[str]) -> None:
     with suppress(OSError):  # what was not read
         process.stdin.close()  # type: ignore[union-attr]
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    vllm.stop_group(process, 10)
 
 
 class VllmModel(Model):

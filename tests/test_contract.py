@@ -28,7 +28,7 @@ from evals.tasks import own, utils
 from tests import tokenizers
 from tests.conftest import run, run_first, write_recipe
 from tools import common, custom, models, prompts, recipes, sources, subjects
-from tools.data import rules
+from tools.data import bases, turns
 from tools.train import checks
 from tools.use import chat, serve
 
@@ -446,7 +446,7 @@ def test_a_number_has_room_for_its_digits_by_every_tokenizer():
 @pytest.mark.slow
 def test_a_budget_without_a_tokenizer_is_no_smaller_than_with_one(monkeypatch):
     counted = {name: evaluations.count_budget(answers) for name, answers in ANSWERS.items()}
-    monkeypatch.setattr(evaluations, "load_tokenizers", list)
+    monkeypatch.setattr(bases, "list_bases", list)
     for name, answers in ANSWERS.items():
         assert evaluations.count_budget(answers) >= 0.9 * counted[name], name
 
@@ -540,14 +540,14 @@ def test_a_row_that_cannot_be_scored_costs_no_answer(place, monkeypatch):
 
 def test_an_end_token_comes_off_an_answer_and_any_other_control_token_is_refused():
     messages = [user("Good?"), assistant("positive<|im_end|>\n</s>"), user("Sure?"), assistant("y")]
-    assert rules.clean_turns(messages) == 1
+    assert turns.clean_turns(messages) == 1
     assert [turn["content"] for turn in messages] == ["Good?", "positive", "Sure?", "y"]
     for text in ("a <|im_start|>user b", "[INST] a", "<start_of_turn>", "a<|eot_id|>b"):
-        for turns in ([user(text), assistant("y")], [user("x"), assistant(f"{text} c")]):
+        for messages in ([user(text), assistant("y")], [user("x"), assistant(f"{text} c")]):
             with pytest.raises(ValueError, match="is a control token"):
-                rules.clean_turns(copy.deepcopy(turns))
+                turns.clean_turns(copy.deepcopy(messages))
     for text in ("1 < 2 | 3 > 2", "<b>bold</b>", "[1] and [INSTRUMENT]", "<unk>"):
-        assert rules.clean_turns([user(text), assistant(text)]) == 0
+        assert turns.clean_turns([user(text), assistant(text)]) == 0
 
 
 @pytest.mark.parametrize("model", tokenizers.BASES)
@@ -557,7 +557,7 @@ def test_no_control_token_of_a_base_gets_past_the_rule(model):
     for token in map(str, tokenizer.all_special_tokens):
         if not token.startswith(plain) and not token.startswith(("[", "<image")):
             with pytest.raises(ValueError, match="is a control token"):
-                rules.clean_turns([user(f"a {token} b")])
+                turns.clean_turns([user(f"a {token} b")])
 
 
 # ---- what a base cannot render is said before hours of work
@@ -626,7 +626,7 @@ def test_chat_begins_with_the_system_turn_that_it_is_given(tiny, smollm2, capsys
     monkeypatch.setattr("sys.stdin", io.StringIO("Sales rose.\n\n"))
     chat.chat(who, None, "You label news.")
     said = capsys.readouterr().out.partition("the conversation\n")[2]
-    assert "".join(said.split()) == "".join(chat.harmless(expected).split())
+    assert "".join(said.split()) == "".join(common.spell_out(expected).split())
 
 
 @pytest.fixture
@@ -697,7 +697,7 @@ def test_a_model_that_answers_with_the_key_is_right_in_the_cases(name, kind, pla
         question = row.get("question") or row.get("prompt")
         answer = row.get("answer") or row.get("completion")
         messages = row.get("messages") or [user(question), assistant(answer)]
-        assert rules.clean_turns(messages) == (name == "eos")
+        assert turns.clean_turns(messages) == (name == "eos")
         rows.append({"messages": messages})
     content = write_task(place, "task", rows)
     if name != "multiturn":  # which always ends with the same answer

@@ -174,7 +174,6 @@ def test_a_disk_that_runs_full_is_one_line_and_loses_no_answer(trained, monkeypa
     with limit_file_size(len(kept) // 2), pytest.raises(SystemExit):  # fuller still
         evaluate(monkeypatch, *arguments)
     assert partial.read_bytes() == kept
-    assert not list(folder.parent.rglob("*.lock"))
     evaluate(monkeypatch, *arguments)
     assert " of 12 prompts are answered already" in capsys.readouterr().out
     content = json.loads((folder / "evals" / "fpb_sample12.json").read_text())
@@ -223,13 +222,6 @@ def test_torn_lines_of_kept_answers_are_left_out(torn, tmp_path, workplace):  # 
     again = Speaker(key)
     more, _ = evaluation.measure(again, "fpb", 8, Prompts("chat"), Answers(file, {"m": 1}))
     assert more == rows and len(again.asked) == 2
-
-
-def test_a_job_whose_lock_another_one_removed_takes_the_new_one(tmp_path):
-    file = tmp_path / "fpb.json"
-    with evaluation.locked(file):
-        assert (tmp_path / ".fpb.lock").exists()
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import GPU, METHODS, run, run_first
 from tests.hub_server import Hub
 from tools import models, sources, subjects, vllm
-from tools.common import ROOT, JobFailed, WrongInput
+from tools.common import ROOT, JobFailed, WrongInput, spell_out
 from tools.use import chat, merge, serve
 
 
@@ -268,7 +268,7 @@ def test_one_prompt_is_answered_by_base_and_adapter_and_lines_are_a_conversation
         messages.append({"role": "user", "content": text})
         output = chat.answer(model, tokenizer, messages)
         messages.append({"role": "assistant", "content": output})
-        assert chat.harmless(output)[:40] in done.stdout
+        assert spell_out(output)[:40] in done.stdout
 
 
 def test_a_prompt_that_lacks_the_instruction_of_the_training_is_named():
@@ -281,7 +281,7 @@ def test_a_prompt_that_lacks_the_instruction_of_the_training_is_named():
 
 
 def test_what_a_model_says_does_not_steer_the_terminal():
-    assert chat.harmless("a\x1b[2Jb\tc\nd\x07") == "a[2Jb\tc\nd"
+    assert spell_out("a\x1b[2Jb\tc\nd\x07") == "a\\x1b[2Jb\tc\nd\\x07"
 
 
 @pytest.mark.parametrize("tool", ["chat", "merge", "serve"])

@@ -20,9 +20,8 @@ from typer import Argument, Option
 
 from tools.common import WrongInput, command, nearest
 
-START, DATA, TRAIN, SCORE, USE, SHARE, MAINTAIN = (
-    *("Start", "Data", "Train", "Score", "Use", "Share", "Maintain"),
-)
+DATA, TRAIN, SCORE = "Data", "Train", "Score"
+USE, SHARE, MAINTAIN = "Use", "Share", "Maintain"
 
 app = typer.Typer(
     name="finlora",
@@ -862,23 +861,13 @@ def render(recipe: Recipe = None) -> None:
 
     Example: python -m tools render qwen3-8b/ner_r8_dora > my.yaml
     """
-    from tools import catalogue
+    from tools import catalogue, reference
     from tools.train import scale
 
     catalogue.render(recipe)
     if not recipe:
         scale.write()
-
-
-@app.command(rich_help_panel=MAINTAIN)
-def reference() -> None:
-    """Write docs/commands.md from the command line.
-
-    Example: python -m tools reference
-    """
-    from tools import reference
-
-    reference.write(build_commands())
+        reference.write(build_commands())
 
 
 @app.command(rich_help_panel=MAINTAIN)

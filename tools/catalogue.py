@@ -21,12 +21,12 @@ from tools import recipes, rendering, runs
 from tools.common import (
     JobFailed,
     WrongInput,
-    atomic,
     format_yaml,
     nearest,
     parse_yaml,
     read_json,
     shown,
+    write_text,
 )
 from tools.runs import Run
 from tools.train import plan, plan_table
@@ -45,13 +45,8 @@ def render_all() -> dict[Path, str]:
     for model in recipes.read_matrix()["models"]:
         files[recipes.FOLDER / model / "README.md"] = rendering.render_model_page(model)
     digests = {name: describe_identity(name) for name in names if not recipes.has_file(name)}
-    files[locate_digests()] = json.dumps(digests, indent=0) + "\n"
+    files[recipes.FOLDER / "digests.json"] = json.dumps(digests, indent=0) + "\n"
     return files
-
-
-def locate_digests() -> Path:
-    """The record of version and digest of the recipes without a file."""
-    return recipes.FOLDER / "digests.json"
 
 
 def describe_identity(name: str) -> str:
@@ -87,8 +82,7 @@ def render(name: str | None = None) -> None:
     require_versions()
     files = render_all()
     for path in list_outdated(files):
-        with atomic(path) as file:
-            file.write(files[path].encode())
+        write_text(path, files[path])
     for path in list_strays(files):
         path.unlink()
         print(f"removed    {shown(path)}")
@@ -124,7 +118,8 @@ def diff_learned(name: str, digests: dict[str, Any]) -> str:
 
 def require_versions() -> None:
     """Raises JobFailed if a change to what a recipe learns has not raised its version."""
-    digests = read_json(locate_digests()) if locate_digests().is_file() else {}
+    record = recipes.FOLDER / "digests.json"  # of the recipes without a file
+    digests = read_json(record) if record.is_file() else {}
     changes = {
         name: text for name in recipes.list_catalogue() if (text := diff_learned(name, digests))
     }

@@ -179,13 +179,18 @@ def name_user(number: int) -> str:
         return f"user {number}"
 
 
+def spell_out(text: str, keep: str = "\n\t") -> str:
+    """A text with invisible characters spelled out, so that it does not control a terminal."""
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+
+
 def _stop(message: str, status: int) -> None:
     if os.environ.get("DEBUG") and sys.exc_info()[0] not in (None, KeyboardInterrupt):
         import traceback
 
         traceback.print_exc()
     # One line, and nothing in it that steers a terminal.
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in SECRET.sub("***", message))
+    line = spell_out(SECRET.sub("***", message), keep="")
     print(f"error: {line}", file=sys.stderr)
     try:
         sys.stdout.flush()
@@ -239,10 +244,26 @@ def share(folder: Path) -> None:
             path.chmod(0o666 & ~mask)
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     with atomic(path) as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode())
-        file.write(b"\n")
+        file.write(text.encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, f"{text}\n")
+
+
+def update_page(path: Path, text: str, by: str, check: bool = False) -> None:
+    """Writes a generated page; with `check`, raises JobFailed where the file holds another text.
+
+    by: the command that writes it, for the message.
+    """
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return
+    if check:
+        raise JobFailed(f"{shown(path)} is out of date; `{by}` writes it")
+    write_text(path, text)
 
 
 def parse_json(content: bytes, where: str) -> dict[str, Any]:

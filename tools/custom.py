@@ -19,14 +19,24 @@ import orjson
 
 from evals.own import build_evaluation, find_labels, find_metric
 from tools import prompts, recipes, rendering, sources
-from tools.common import ROOT, WrongInput, atomic, digest, format_yaml, nearest, read_yaml, shown
+from tools.common import (
+    ROOT,
+    WrongInput,
+    atomic,
+    digest,
+    format_yaml,
+    nearest,
+    read_yaml,
+    shown,
+    spell_out,
+    write_text,
+)
 from tools.data import bases, convert, turns
 from tools.data.formats import RowFile, open_rows
 from tools.data.intake import Intake, IntakeOptions, take_in
-from tools.data.parts import escape
 from tools.data.shapes import Shape, parse_map, recognize
 from tools.data.split import TEST_SHARE, VALIDATION_SHARE, divide_rows
-from tools.rendering import write_own, write_text
+from tools.rendering import write_own
 from tools.train.tokens import CHARACTERS_PER_TOKEN, TEMPLATE_TOKENS
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
@@ -102,11 +112,11 @@ def create_task(task: str, source: Path | str, choices: Choices = DEFAULTS) -> N
 def print_shape(rows: RowFile, shape: Shape, others: list[str | None]) -> None:
     """Prints what was recognized in a file, and which columns are not used."""
     encoding = "" if rows.encoding.replace("-", "").lower() == "utf8" else f", {rows.encoding}"
-    print(f"new        {rows.name}: {rows.format}{encoding}; {escape(shape.describe())}")
+    print(f"new        {rows.name}: {rows.format}{encoding}; {spell_out(shape.describe())}")
     for note in rows.notes:
         print(f"new        {note}")
     if unused := [column for column in shape.unused if column not in others]:
-        names = escape(", ".join(unused))
+        names = spell_out(", ".join(unused))
         print(f'new        not used: {names} (TEMPLATE="{{column}} …" uses one)')
     numbers = shape.options and all(re.fullmatch(r"-?\d+", label) for label in shape.options)
     if shape.kind == "text and label" and numbers and not shape.names:
@@ -166,7 +176,7 @@ class OwnTask:
         if labels:
             more = ", …" if labels[8:] else ""
             kind = f"{len(labels)} labels: {', '.join(labels[:8])}{more}"
-        print(f"new        answers: {escape(kind)} ({shown(TASKS / f'{self.task}.yaml')})")
+        print(f"new        answers: {spell_out(kind)} ({shown(TASKS / f'{self.task}.yaml')})")
         convert.convert_task(
             self.task, Path(), convert.Options(self.choices.quarantine, repair=self.choices.repair)
         )
@@ -201,7 +211,7 @@ class OwnTask:
             total = intake.refusals.reasons.total()
             print(f"refused    {rows.name}: {total:,} rows, in {shown(path)}")
             for line in intake.refusals.list_lines():
-                print(f"           {escape(line)}")
+                print(f"           {spell_out(line)}")
         for repair, count in shape.repairs.items():
             if count:
                 print(f"new        {rows.name}: {count:,} rows: {repair}")
@@ -221,7 +231,7 @@ class OwnTask:
             with suppress(WrongInput):  # `print_unrenderable` reports it
                 text = base.render(chat)[:1500]
                 print(f"new        the first row as {base.name} sees it:")
-                for line in escape(text).splitlines():
+                for line in spell_out(text).splitlines():
                     print(f"           {line}")
                 return
 
@@ -232,7 +242,9 @@ class OwnTask:
         for base in self.bases:
             reasons = (prompts.explain_unrenderable(base, row, base.options) for _, row in shapes)
             if reason := next(filter(None, reasons), ""):
-                print(f"new        {base.name} cannot be trained on these rows: {escape(reason)}")
+                print(
+                    f"new        {base.name} cannot be trained on these rows: {spell_out(reason)}"
+                )
 
     def print_lengths(self, intakes: list[Intake]) -> None:
         """Prints for each base at hand how many rows are too long for it."""

@@ -14,8 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from tools import common, recipes, rendering, sources
-from tools.common import JobFailed, WrongInput, digest, nearest, parse_json, read_yaml, shown
-from tools.rendering import write_own, write_text
+from tools.common import (
+    JobFailed,
+    WrongInput,
+    digest,
+    nearest,
+    parse_json,
+    read_yaml,
+    shown,
+    write_text,
+)
+from tools.rendering import write_own
 
 # The keys of a run in FinLoRA's config file, with the types of their values.
 RUN_KEYS: dict[str, tuple[type, ...]] = {

@@ -54,8 +54,8 @@ def _to_list(value: Any) -> list[str]:
 def _select(config: dict[str, Any], names: list[str]) -> dict[str, tuple[int, float]]:
     return {
         name: (
-            _find_by_pattern(config.get("rank_pattern"), name, config["r"]),
-            _find_by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"]),
+            find_by_pattern(config.get("rank_pattern"), name, config["r"]),
+            find_by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"]),
         )
         for name in names
         if _is_target(config, name)
@@ -89,7 +89,7 @@ def _is_target(config: dict[str, Any], module: str) -> bool:
     return number is not None and int(number[1]) in layers
 
 
-def _find_by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+def find_by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
     """peft.utils.other.get_pattern_key: the value of the first pattern that matches."""
     values = (v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", module))
     return next(values, default)

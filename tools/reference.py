@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from tools.common import ROOT, JobFailed, atomic, shown
+from tools.common import ROOT, update_page
 
 PAGE = ROOT / "docs" / "commands.md"
 MAKEFILE = ROOT / "Makefile"
@@ -83,10 +83,4 @@ def format_targets(targets: dict[str, str]) -> str:
 
 def write(group: click.Group, check: bool = False) -> None:
     """Writes the page; with `check`, raises JobFailed where it does not match the command line."""
-    page = format_page(group)
-    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page:
-        return
-    if check:
-        raise JobFailed(f"{shown(PAGE)} does not match the command line; `make render` writes it")
-    with atomic(PAGE) as file:
-        file.write(page.encode())
+    update_page(PAGE, format_page(group), "make render", check)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import architectures, evidence, recipes
-from tools.common import JobFailed, atomic, format_yaml, read_json, shown
+from tools.common import JobFailed, format_yaml, read_json, shown, write_text
 from tools.train.memory import GIB, compute_memory, read_setup
 
 # `make render` writes and removes files with this line.
@@ -138,11 +138,6 @@ def write_own(path: Path, source: str, content: dict[str, Any]) -> None:
     """Writes a YAML file of the user's own that says which file it was made from."""
     header = f"# Yours, from {' '.join(source.split())}; `make render` leaves it alone.\n"
     write_text(path, header + format_yaml(content))
-
-
-def write_text(path: Path, text: str) -> None:
-    with atomic(path) as file:
-        file.write(text.encode())
 
 
 def read_or_render(recipe: recipes.Recipe) -> str:

@@ -7,11 +7,12 @@ transformers dequantizes it, so they are a little coarser than those on the Hub.
 written beside the target and moved into place as a whole.
 """
 
-import fcntl
 import importlib.util
 import os
 import shutil
 from pathlib import Path
+
+from filelock import FileLock
 
 from tools import versions
 from tools.common import ROOT, JobFailed, naming, quiet, share, shown
@@ -72,8 +73,7 @@ def ensure(base_model: str) -> None:
     if folder != FOLDER or (folder / "model.safetensors").is_file():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second job waits
+    with FileLock(folder.with_name(f".{folder.name}.lock")):  # a second job waits
         if not (folder / "model.safetensors").is_file():
             print(f"model      writing SmolLM2-135M-Instruct to {shown(folder)} (half a minute)")
             export(folder)

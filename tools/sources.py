@@ -84,12 +84,19 @@ def refused_path(chat: Path) -> Path:
 
 
 def manifest(chat: Path) -> dict[str, Any]:
-    """The manifest of a converted file; raises WrongInput if the file was changed since."""
+    """The manifest of a converted file; of another file of rows, `source`, `sha256` and `rows`.
+
+    Raises WrongInput if the file was changed since its conversion.
+    """
     path = manifest_path(chat)
     if not chat.is_file():
         raise WrongInput(f"{shown(chat)} is not there; `make data` makes it")
-    content = read_json(path) if path.is_file() else {"source": shown(chat)}
     sha = digest(chat)
+    if not path.is_file():
+        with open(chat, "rb") as file:
+            rows = sum(1 for line in file if not line.isspace())
+        return {"source": shown(chat), "sha256": sha, "rows": rows}
+    content = read_json(path)
     if content.setdefault("sha256", sha) != sha:
         raise WrongInput(f"{shown(chat)} was changed after its conversion; `make data` makes it")
     return content

@@ -15,8 +15,10 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,3 +202,19 @@ def dequantize_base(subject: Subject) -> Path:
         share(target)
         write_json(record, origin)  # last: without it the folder is written again
     return target
+
+
+def stop_group(process: subprocess.Popen[Any], seconds: float) -> None:
+    """Ends a process and its children, which get so many seconds to do it themselves.
+
+    Even if a signal comes meanwhile, nothing of the group is left.
+    """
+    try:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

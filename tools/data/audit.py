@@ -28,12 +28,13 @@ from tools import recipes, sources
 from tools.common import (
     ROOT,
     WrongInput,
-    atomic,
     check_name,
     digest,
     git_blob,
     shown,
+    spell_out,
     write_json,
+    write_text,
 )
 from tools.data import duplicates, formulas, turns
 from tools.data.parts import (
@@ -41,7 +42,6 @@ from tools.data.parts import (
     Finding,
     Part,
     count_noun,
-    escape,
     find_parts,
 )
 from tools.data.templates import NEAR_CHARS, check_templates
@@ -72,8 +72,7 @@ def run(tasks: list[str], as_json: bool = False) -> None:
     if not report["files"]:
         raise WrongInput(f"no file of {', '.join(tasks)} is at hand; `make fetch` gets FinLoRA's")
     write_json(OUT / "audit.json", report)
-    with atomic(OUT / "index.html") as file:
-        file.write(render_page(report).encode())
+    write_text(OUT / "index.html", render_page(report))
     if as_json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
         return
@@ -133,12 +132,12 @@ def check_rows(part: Part) -> Iterator[Finding]:
     if unread:
         text = f"{count_noun(unread, 'row', 'rows')} cannot be read"
         examples = [
-            {"file": part.name, "line": line, "text": escape(reason)}
+            {"file": part.name, "line": line, "text": spell_out(reason)}
             for line, reason, _ in part.refused[:EXAMPLES]
         ]
         yield part.finding(("error", "rows", "certain"), text, unread, examples, unread + rows)
     if part.labels:
-        counts = Counter(escape(answer[:80]) for answer in part.answers)
+        counts = Counter(spell_out(answer[:80]) for answer in part.answers)
     first_rows: dict[str, int] = {}  # of each answer that is no label
     for row, answer in enumerate(part.answers if part.labels else ()):
         if answer not in part.labels:
@@ -171,7 +170,7 @@ def check_spellings(part: Part) -> Iterator[Finding]:
         count = sum(counts[answer] for answer in folded)
         text = count_noun(count, "answer differs", "answers differ")
         pairs = [f"{answer[:40]} for {label[:40]}" for answer, label in folded.items()]
-        text += f" from another in case or spaces alone: {escape(', '.join(pairs[:5]))}"
+        text += f" from another in case or spaces alone: {spell_out(', '.join(pairs[:5]))}"
         rows = [row for row, answer in enumerate(part.answers) if answer in folded]
         yield part.finding(("warning", "spellings", "certain"), text, count, rows[:EXAMPLES])
 
@@ -329,7 +328,7 @@ def check_keys(part: Part) -> Iterator[Finding]:
         wrong = [(row, v) for row, v in verdicts if not v.agrees and v.confidence == confidence]
         if not wrong:
             continue
-        kinds = Counter(f"{escape(v.formula)[:60]} ({v.why})" for _, v in wrong)
+        kinds = Counter(f"{spell_out(v.formula)[:60]} ({v.why})" for _, v in wrong)
         text = count_noun(len(wrong), f"key {singular}", f"keys {plural}")
         text += f", of {checked} that could be computed ({share:.0%} of the rows): "
         text += ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())

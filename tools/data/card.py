@@ -11,7 +11,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from tools import sources
-from tools.common import ROOT, JobFailed, WrongInput, atomic, command, read_json, shown, write_json
+from tools.common import (
+    ROOT,
+    WrongInput,
+    command,
+    read_json,
+    shown,
+    update_page,
+    write_json,
+)
 from tools.data import audit
 from tools.data.rules import check_labels, join_labels, load_train_rules
 
@@ -46,18 +54,11 @@ knowing.
 def write(check: bool = False) -> None:
     """Measures the files at hand and writes the card; with `check`, JobFailed if it is stale."""
     facts = read_facts()
-    if check:
-        if not CARD.is_file() or render_card(facts) != CARD.read_text():
-            raise JobFailed(
-                f"{shown(CARD)} is not what data/sources.yaml and {shown(MEASURED)} give; "
-                "`python -m tools.data.card` writes it"
-            )
-        return
-    facts |= select_facts(audit.audit(audit.list_tasks()))
-    write_json(MEASURED, dict(sorted(facts.items())))
-    with atomic(CARD) as file:
-        file.write(render_card(facts).encode())
-    print(f"card       {shown(CARD)}: {len(facts)} files measured")
+    if not check:
+        facts |= select_facts(audit.audit(audit.list_tasks()))
+        write_json(MEASURED, dict(sorted(facts.items())))
+        print(f"card       {shown(CARD)}: {len(facts)} files measured")
+    update_page(CARD, render_card(facts), "python -m tools.data.card", check)
 
 
 def read_facts() -> Facts:

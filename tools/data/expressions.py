@@ -49,36 +49,6 @@ class Quantity(float):
         quantity.stand_in = STAND_INS.uniform(1, 2) if stand_in is None else stand_in
         return quantity
 
-    def __add__(self, other: float) -> "Quantity":
-        return combine("+", self, other)
-
-    def __radd__(self, other: float) -> "Quantity":
-        return combine("+", other, self)  # `sum` starts with 0
-
-    def __sub__(self, other: float) -> "Quantity":
-        return combine("-", self, other)
-
-    def __rsub__(self, other: float) -> "Quantity":
-        return combine("-", other, self)
-
-    def __mul__(self, other: float) -> "Quantity":
-        return combine("*", self, other)
-
-    def __rmul__(self, other: float) -> "Quantity":
-        return combine("*", other, self)
-
-    def __truediv__(self, other: float) -> "Quantity":
-        return combine("/", self, other)
-
-    def __rtruediv__(self, other: float) -> "Quantity":
-        return combine("/", other, self)
-
-    def __pow__(self, other: float, modulus: None = None) -> "Quantity":
-        return combine("^", self, other)
-
-    def __rpow__(self, other: float, modulus: None = None) -> "Quantity":
-        return combine("^", other, self)
-
     def __neg__(self) -> "Quantity":
         text = bracket(self, PRODUCT)
         return Quantity(-float(self), f"-{text}", SUM, -self.stand_in)
@@ -110,6 +80,16 @@ def combine(symbol: str, left: float, right: float) -> Quantity:
     if symbol == "/" and not isinstance(right, Quantity):
         result.divided = first, right
     return result
+
+
+def define_operator(name: str, symbol: str) -> None:
+    """Lets quantities compute with the symbol, on either side of it."""
+    setattr(Quantity, f"__{name}__", lambda self, other: combine(symbol, self, other))
+    setattr(Quantity, f"__r{name}__", lambda self, other: combine(symbol, other, self))
+
+
+for _name, _symbol in {"add": "+", "sub": "-", "mul": "*", "truediv": "/", "pow": "^"}.items():
+    define_operator(_name, _symbol)
 
 
 def convert_constant(number: float) -> Quantity:

@@ -56,8 +56,7 @@ class Intake:
     longest_answers: list[tuple[int, str]] = field(default_factory=list)
     over: Counter[str] = field(default_factory=Counter)  # rows too long, by base
     cut: int = 0
-    longest: int = 0  # of a row, in tokens where they were counted, else in bytes
-    lengths: Counter[int] = field(default_factory=Counter)  # rows by bytes / 64
+    longest: int = 0  # bytes of a row
 
     def list_answers(self) -> list[str]:
         """The answers of all rows, or where there are many different ones, a sample of them."""
@@ -170,9 +169,7 @@ def check_lengths(chats: list[dict[str, Any]], intake: Intake, options: IntakeOp
     """
     reasons = [""] * len(chats)
     sizes = [count_bytes(chat) for chat in chats]
-    for size in sizes:
-        intake.lengths[size // 64] += 1
-        intake.longest = max(intake.longest, size)
+    intake.longest = max(intake.longest, *sizes)
     for base in options.bases:
         room = options.sequence_len
         long = [

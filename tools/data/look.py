@@ -13,8 +13,7 @@ from typing import Any
 import orjson
 
 from tools import architectures, prompts, recipes, smollm2, sources
-from tools.common import JobFailed, WrongInput, check_name, quiet, shown
-from tools.data.parts import escape
+from tools.common import JobFailed, WrongInput, check_name, quiet, shown, spell_out
 from tools.models import load_tokenizer
 
 MOST_CHARACTERS = 1500  # of a row, in each of its forms
@@ -73,17 +72,14 @@ def load_strategy(tokenizer: Any, config: dict[str, Any]) -> Any:
 def show_row(
     number: int, row: dict[str, Any], tokenizer: Any, strategy: Any, config: dict[str, Any]
 ) -> None:
-    messages, tools = prompts.read_conversation(row)
     print(f"\n-- row {number}, as text")
     for turn in row["messages"]:
         calls = "".join(f" calls {call['function']}" for call in turn.get("tool_calls") or ())
         skipped = " (not trained)" if turn.get("train") is False else ""
-        print(cut_text(escape(f"{turn['role']}{skipped}: {turn['content']}{calls}")))
+        print(cut_text(spell_out(f"{turn['role']}{skipped}: {turn['content']}{calls}")))
     print(f"-- row {number}, as rendered")
-    text = tokenizer.apply_chat_template(
-        messages, tools=tools, tokenize=False, **(config.get("chat_template_kwargs") or {})
-    )
-    print(cut_text(escape(text)))
+    text = prompts.render_row(tokenizer, row, config.get("chat_template_kwargs"))
+    print(cut_text(spell_out(text)))
     tokens = strategy.tokenize_prompt(row)
     ids, labels = tokens["input_ids"], tokens["labels"]
     trained = sum(label != -100 for label in labels)
@@ -98,7 +94,7 @@ def mark_tokens(tokenizer: Any, ids: list[int], labels: list[int], coloured: boo
     start, end = ("\033[1;32m", "\033[0m") if coloured else ("[", "]")
     pieces = []
     for token, label in zip(ids, labels, strict=True):
-        text = escape(tokenizer.decode([token])).replace("\n", "⏎")
+        text = spell_out(tokenizer.decode([token])).replace("\n", "⏎")
         pieces.append(f"{start}{text}{end}" if label != -100 else text)
     if len(pieces) > 2 * 150:
         pieces = [*pieces[:150], "…", *pieces[-150:]]

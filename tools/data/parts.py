@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import sources
+from tools.common import spell_out
 from tools.data.rows import read_batches
 from tools.data.rules import join_labels
 
@@ -74,7 +75,7 @@ class Part:
     def example(self, row: int, note: str = "") -> dict[str, Any]:
         prompt, answer = self.prompts[row], self.answers[row]
         text = prompt if len(prompt) <= EXCERPT else "… " + prompt[-EXCERPT:].partition(" ")[2]
-        texts = {"text": escape(text), "answer": escape(answer[:80])}
+        texts = {"text": spell_out(text), "answer": spell_out(answer[:80])}
         return {"file": self.name, "line": self.lines[row], "note": note, **texts}
 
     def finding(
@@ -110,11 +111,6 @@ def find_parts(task: str, folder: Path) -> list[Part]:
     for file, names in names_by_file.items():
         parts.append((folder / file, "test", names, table.get("audit", {}).get(names[0], {})))
     return [Part(*arguments) for arguments in parts if arguments[0].is_file()]
-
-
-def escape(text: str) -> str:
-    """Escapes a row's text, so that it cannot control a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 def count_noun(count: int, singular: str, plural: str) -> str:

@@ -25,7 +25,7 @@ from tools.data import turns
 ASCII_ESCAPE = re.compile(rb"\\(?:[bf]|u00[0-7])")  # an escaped ASCII character
 MAX_LINE = 16 * 2**20  # bytes; FinLoRA's longest rows are about 20 kB
 CHUNK = 2**16  # bytes that are read at a time
-# Of these, some stand in every control token of tools/data/rules.py.
+# Of these, some stand in every control token of tools/data/turns.py.
 TOKEN_HINTS = [
     b"<|",
     b"</s>",
@@ -235,7 +235,9 @@ def parse_row(
     ):
         row = json.loads(line, object_pairs_hook=unique)  # orjson rounds long numbers, too
         prompt, answer = read_text(row, "context"), read_text(row, "target")
-        prompt, answer = mend_pair(prompt, answer, repairs)
+        pair = pair_turns(prompt, answer)
+        turns.mend_turns(pair, repairs)
+        prompt, answer = (turn["content"] for turn in pair)
     prompt, answer = prompt.strip(), answer.strip()
     if not prompt or not answer:
         raise ValueError(f'"{"target" if prompt else "context"}" is empty')
@@ -255,7 +257,9 @@ def parse_chat_row(
                 return prompt, answer, build_chat_row(prompt, answer)
     else:
         row = json.loads(line, object_pairs_hook=unique)
-    chat = mend_chat({"messages": turns.read_turns(row["messages"], "messages")}, repairs)
+    chat: dict[str, Any] = {"messages": turns.read_turns(row["messages"], "messages")}
+    turns.mend_turns(chat["messages"], repairs)
+    turns.check_row(chat)
     if tools := turns.read_tools(row.get("tools"), "tools"):
         chat["tools"] = tools
     messages = chat["messages"]
@@ -283,24 +287,6 @@ def is_plain_pair(line: bytes, row: dict[str, Any]) -> bool:
         and not ASCII_ESCAPE.search(line)
         and not any(hint in line for hint in TOKEN_HINTS)
     )
-
-
-def mend_chat(chat: dict[str, Any], repairs: Counter[str]) -> dict[str, Any]:
-    """A chat row after the rules for texts and turns; raises ValueError where one is broken."""
-    from tools.data.rules import mend_turns  # which reads rows
-
-    mend_turns(chat["messages"], repairs)
-    turns.check_row(chat)
-    return chat
-
-
-def mend_pair(prompt: str, answer: str, repairs: Counter[str]) -> tuple[str, str]:
-    """Prompt and answer of FinLoRA's row after the same rules."""
-    from tools.data.rules import mend_turns
-
-    pair = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    mend_turns(pair, repairs)
-    return pair[0]["content"], pair[1]["content"]
 
 
 def check_answer(prompt: str, answer: str, rules: Rules) -> str:
@@ -343,9 +329,12 @@ def read_text(row: dict[str, Any], key: str) -> str:
     return value
 
 
+def pair_turns(prompt: str, answer: str) -> list[turns.Turn]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
 def build_chat_row(prompt: str, answer: str) -> bytes:
-    pair = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    return write_chat_row({"messages": pair})
+    return write_chat_row({"messages": pair_turns(prompt, answer)})
 
 
 def write_chat_row(chat: dict[str, Any]) -> bytes:

@@ -8,7 +8,6 @@ A new kind of repair is a function here and a row in `REMOVALS`.
 
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -20,7 +19,7 @@ from tools.common import git_blob
 from tools.data import swap
 from tools.data.formulas import find_expressions
 from tools.data.rows import Removal, Reword, RowTest, Rules, read_batches
-from tools.data.turns import BREAKS, join_turns
+from tools.data.turns import join_turns
 
 
 def load_test_rules(
@@ -107,71 +106,6 @@ def fingerprint_row(row: dict[str, Any], field: str = "messages") -> bytes:
     """Hashes the prompt of a chat row: its turns but the last, and its tools."""
     turns = [{"role": "", "content": ""} | turn for turn in row[field][:-1]]
     return fingerprint(f"{join_turns(turns)}{row.get('tools') or ''}")
-
-
-# ---- Control tokens: a tokenizer makes real ones of their text, wherever it stands
-
-END_TOKENS = (
-    r"<\|(?:im_end|endoftext|eot_id|eom_id|end_of_text|end|return)\|>|</s>|<eos>|<end_of_turn>"
-)
-AT_END = re.compile(rf"(?:\s*(?:{END_TOKENS}))+\s*\Z")
-# The tokens of the catalogue's bases and their kin that begin, end or divide turns.
-CONTROL_TOKEN = re.compile(
-    rf"{END_TOKENS}|<\|[a-z_0-9]+\|>|<s>|<(?:bos|start_of_turn|start_of_image)>"
-    r"|\[/?(?:INST|TOOL_CALLS|TOOL_RESULTS|AVAILABLE_TOOLS|SYSTEM_PROMPT)\]"
-)
-
-
-def strip_end_tokens(answer: str) -> str:
-    """An answer without the tokens that end it: the chat template writes the base's own."""
-    return AT_END.sub("", answer)
-
-
-def refuse_control_tokens(text: str) -> None:
-    """Raises ValueError where a prompt, or an answer after `strip_end_tokens`, holds a control
-    token: it would begin or end a turn in the middle of the text.
-    """
-    if match := CONTROL_TOKEN.search(text):
-        raise ValueError(
-            f'"{match[0]}" is a control token, which would begin or end a turn inside the text; '
-            "take it out"
-        )
-
-
-# The names of repairs in messages.
-PAGE_BREAKS, END_TOKENS_TAKEN = "page breaks made line breaks", "end tokens taken off answers"
-
-
-def clean_turns(messages: list[dict[str, Any]]) -> int:
-    """Takes the end tokens off the assistant's turns; returns how many turns had one.
-
-    Raises ValueError that names the turn with any other control token. One rule for `make new`,
-    `make data` and `make audit`.
-    """
-    repaired = 0
-    for number, message in enumerate(messages, 1):
-        text = message.get("content")
-        if not isinstance(text, str) or ("<" not in text and "[" not in text):
-            continue  # every control token has one of the two
-        if message["role"] == "assistant":
-            message["content"] = strip_end_tokens(text)
-            repaired += message["content"] != text
-        try:
-            refuse_control_tokens(message["content"])
-        except ValueError as error:
-            raise ValueError(f"turn {number} ({message['role']}): {error}") from None
-    return repaired
-
-
-def mend_turns(messages: list[dict[str, Any]], repairs: Counter[str]) -> None:
-    """Repairs what can be repaired in turns, and counts rows by it; ValueError for the rest."""
-    broken = False
-    for message in messages:
-        text = message.get("content") or ""
-        if not text.isprintable() and (mended := BREAKS.sub("\n", text)) != text:
-            message["content"], broken = mended, True
-    repairs[PAGE_BREAKS] += broken
-    repairs[END_TOKENS_TAKEN] += bool(clean_turns(messages))
 
 
 # ---- Removals: each makes a test; rows that pass it leave the training set

@@ -15,13 +15,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from string import Formatter
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 
 from tools.common import WrongInput, nearest
 from tools.data import turns
-from tools.data.rules import mend_turns, strip_end_tokens
+from tools.data.formats import RowFile
 from tools.data.turns import Turn
 
 SAMPLED = 200  # rows that show which columns there are
@@ -31,15 +31,6 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 # What `MAP=` may name: the parts of a row.
 PARTS = ("messages", "tools", "system", "history", "prompt", "context", "choices", "gold", "answer")
-
-
-class Rows(Protocol):
-    """What is needed of a file of rows; `tools/data/formats.py` reads one."""
-
-    columns: list[str]
-    label_names: dict[str, list[str]]
-
-    def __iter__(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -168,7 +159,7 @@ class Shape:
         else:
             chat = self.build_turns(row)
             chat["messages"] += self.build_answer(row)
-        mend_turns(chat["messages"], self.repairs)
+        turns.mend_turns(chat["messages"], self.repairs)
         turns.check_row(chat, self.columns.get("messages") or self.columns["prompt"])
         return chat
 
@@ -180,7 +171,7 @@ class Shape:
                 chat["messages"].pop()
         else:
             chat = self.build_turns(row)
-        mend_turns(chat["messages"], self.repairs)
+        turns.mend_turns(chat["messages"], self.repairs)
         column = self.columns.get("messages") or self.columns["prompt"]
         turns.check_turns(chat["messages"], column)
         if not chat["messages"]:
@@ -244,12 +235,10 @@ class Shape:
         if self.template is None:
             column = self.columns["prompt"]
             texts = {"prompt": turns.require_text(row.get(column), column)}
-            for part in self.order:
-                if part in ("context",) and part in self.columns:
-                    texts[part] = self.read_part(row, part)
+            if "context" in self.columns:
+                texts["context"] = self.read_part(row, "context")
             if "choices" in self.columns:
-                listed = self.write_choices(row, " ".join(texts.values()))
-                texts["choices"] = listed
+                texts["choices"] = self.write_choices(row, " ".join(texts.values()))
             parts = [texts.get(part, "") for part in self.order]
             if self.options:
                 parts.append(f"Answer with one of: {', '.join(self.options)}.")
@@ -398,7 +387,7 @@ def parse_map(text: str) -> dict[str, str]:
 
 
 def recognize(
-    rows: Rows,
+    rows: RowFile,
     mapping: dict[str, str] | None = None,
     template: str | None = None,
     labels: list[str] | None = None,
@@ -412,10 +401,10 @@ def recognize(
     columns = list(dict.fromkeys([*(rows.columns or ()), *(key for row in sample for key in row)]))
     if not columns:
         place, reason = next(iter(rows), ("", "it has none"))
-        raise WrongInput(f"{name_rows(rows)}: no row can be read; the first, {place}: {reason}")
+        raise WrongInput(f"{rows.name}: no row can be read; the first, {place}: {reason}")
     shape = map_columns(columns, mapping) if mapping else find_shape(columns)
     if shape is None:
-        raise WrongInput(f"{name_rows(rows)}: {explain_unknown(columns)}")
+        raise WrongInput(f"{rows.name}: {explain_unknown(columns)}")
     if template is not None:
         shape.template = template.replace("\\n", "\n").replace("\\t", "\t")
         check_template(shape, columns)
@@ -429,10 +418,6 @@ def recognize(
         shape.options = list_options(rows, shape)
     shape.unused = list_unused(shape, columns, sample)
     return shape
-
-
-def name_rows(rows: Any) -> str:
-    return str(getattr(rows, "name", None) or getattr(rows, "source", None) or "the rows")
 
 
 def parse_labels(labels: list[str]) -> dict[str, str]:
@@ -508,7 +493,7 @@ def check_template(shape: Shape, columns: list[str]) -> None:
         raise WrongInput('TEMPLATE: name a column in braces, such as "{text}"')
 
 
-def list_options(rows: Rows, shape: Shape) -> list[str]:
+def list_options(rows: RowFile, shape: Shape) -> list[str]:
     """The labels that prompts list, which only all rows show; none where there are too many."""
     if shape.names:
         labels = list(shape.names.values())
@@ -520,7 +505,7 @@ def list_options(rows: Rows, shape: Shape) -> list[str]:
     for _, row in rows:
         value = row.get(column) if isinstance(row, dict) else None
         if isinstance(value, str | int) and not turns.is_missing(value):
-            counts[strip_end_tokens(str(value)).strip()] += 1
+            counts[turns.strip_end_tokens(str(value)).strip()] += 1
             if len(counts) > MOST_SPELLINGS:
                 return []
     folded = turns.fold_spellings(counts)

@@ -11,7 +11,8 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 
-from tools.data.parts import EXAMPLES, Finding, Part, count_noun, escape, normalize
+from tools.common import spell_out
+from tools.data.parts import EXAMPLES, Finding, Part, count_noun, normalize
 
 SENTENCE = re.compile(r"(?<=[.:?!])\s+|\n+|(?<=Answer:)")
 PLACEHOLDER = re.compile(r"(?:nan|none|null|n a|na|undefined)?")  # of an empty cell
@@ -28,7 +29,7 @@ def check_templates(part: Part) -> Iterator[Finding]:
     used = Counter(templates).most_common()
     part.report["templates"] = {
         "distinct": len(used),
-        "most_common": [{"rows": count, "text": escape(text)} for text, count in used[:5]],
+        "most_common": [{"rows": count, "text": spell_out(text)} for text, count in used[:5]],
     }
     odd = [(text, count) for text, count in used if count < OUTLIER_SHARE * rows]
     count, usual = sum(count for _, count in odd), len(used) - len(odd)

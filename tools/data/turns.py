@@ -113,6 +113,57 @@ def fold_spellings(counts: Counter[str]) -> dict[str, str]:
     return folded
 
 
+# ---- Control tokens: a tokenizer makes real ones of their text, wherever it stands
+
+END_TOKENS = (
+    r"<\|(?:im_end|endoftext|eot_id|eom_id|end_of_text|end|return)\|>|</s>|<eos>|<end_of_turn>"
+)
+AT_END = re.compile(rf"(?:\s*(?:{END_TOKENS}))+\s*\Z")
+# The tokens of the catalogue's bases and their kin that begin, end or divide turns.
+CONTROL_TOKEN = re.compile(
+    rf"{END_TOKENS}|<\|[a-z_0-9]+\|>|<s>|<(?:bos|start_of_turn|start_of_image)>"
+    r"|\[/?(?:INST|TOOL_CALLS|TOOL_RESULTS|AVAILABLE_TOOLS|SYSTEM_PROMPT)\]"
+)
+
+
+def strip_end_tokens(answer: str) -> str:
+    """An answer without the tokens that end it: the chat template writes the base's own."""
+    return AT_END.sub("", answer)
+
+
+def clean_turns(messages: list[Turn]) -> int:
+    """Takes the end tokens off the assistant's turns; returns how many turns had one.
+
+    Raises ValueError that names the turn with any other control token, which would begin or end a
+    turn inside the text.
+    """
+    repaired = 0
+    for number, message in enumerate(messages, 1):
+        text = message.get("content")
+        if not isinstance(text, str) or ("<" not in text and "[" not in text):
+            continue  # every control token has one of the two
+        if message["role"] == "assistant":
+            message["content"] = strip_end_tokens(text)
+            repaired += message["content"] != text
+        if match := CONTROL_TOKEN.search(message["content"]):
+            raise ValueError(
+                f'turn {number} ({message["role"]}): "{match[0]}" is a control token, which would '
+                "begin or end a turn inside the text; take it out"
+            )
+    return repaired
+
+
+def mend_turns(messages: list[Turn], repairs: Counter[str]) -> None:
+    """Repairs what can be repaired in turns, and counts rows by it; ValueError for the rest."""
+    broken = False
+    for message in messages:
+        text = message.get("content") or ""
+        if not text.isprintable() and (mended := BREAKS.sub("\n", text)) != text:
+            message["content"], broken = mended, True
+    repairs["page breaks made line breaks"] += broken
+    repairs["end tokens taken off answers"] += bool(clean_turns(messages))
+
+
 # ---- Turns
 
 

@@ -151,11 +151,6 @@ def find_hub_name(base: str) -> str:
     )
 
 
-def is_same_base(first: str, second: str) -> bool:
-    """Whether two names on the Hub stand for one model, as mirrors do."""
-    return recipes.resolve_mirror(first).lower() == recipes.resolve_mirror(second).lower()
-
-
 def find_base_revision(base: str, config: dict[str, Any]) -> str:
     """Finds the base's commit in the config, the Hub's cache or the matrix; else `main`."""
     from huggingface_hub import try_to_load_from_cache

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from tools.common import format_table
+from tools.common import format_table, spell_out
 from tools.hub.card import read_scores
 from tools.hub.client import connect, read_origin
 from tools.hub_errors import explain_errors
@@ -70,7 +70,7 @@ def list_remote(api: Any, namespace: str) -> list[Row]:
 
 
 def print_rows(heads: Row, rows: list[Row]) -> None:
-    cells = [["".join(c for c in cell if c.isprintable()) for cell in row] for row in rows]
+    cells = [[spell_out(cell, keep="") for cell in row] for row in rows]
     print(format_table([heads, *cells], "<<<<"))
 
 

@@ -24,7 +24,15 @@ from pydantic import Field
 
 from evals import report
 from tools import adapters, architectures, common, models, recipes, runs, subjects
-from tools.common import JobFailed, WrongInput, atomic, digest, parse_json, parse_yaml, shown
+from tools.common import (
+    JobFailed,
+    WrongInput,
+    digest,
+    parse_json,
+    parse_yaml,
+    shown,
+    write_text,
+)
 from tools.hub import client
 from tools.hub.client import External, Origin, RemoteFile, find_hub_name
 from tools.hub_errors import explain_errors
@@ -221,7 +229,7 @@ def find_base(source: Source, settings: dict[str, Any]) -> str:
     """Returns an adapter's base; raises WrongInput unless it is on the Hub and fits the recipe."""
     base = str(settings.get("base_model_name_or_path") or "")
     needed = find_hub_name(source.recipe.config["base_model"]) if source.recipe else base
-    if not client.is_same_base(base, needed):
+    if recipes.resolve_mirror(base).lower() != recipes.resolve_mirror(needed).lower():
         recipe = source.recipe.name if source.recipe else "it"
         raise WrongInput(
             f"{source} is an adapter for {base[:80] or 'an unknown base'}; {recipe} needs one for "
@@ -328,8 +336,7 @@ def complete_config(source: Source, part: Run, base_model: str, settings: dict[s
     if (common.ROOT / str(published.get("output_dir", ""))).resolve() != folder:
         local |= {"output_dir": shown(folder), "dataset_prepared_path": shown(folder / "prepared")}
     if local != config:
-        with atomic(part.config_file) as file:
-            file.write(yaml.safe_dump(local, sort_keys=False).encode())
+        write_text(part.config_file, yaml.safe_dump(local, sort_keys=False))
 
 
 def guess_config(name: str, base_model: str) -> dict[str, Any]:

@@ -26,13 +26,13 @@ from tools import models, recipes, smollm2, sources
 from tools.common import (
     ROOT,
     WrongInput,
-    atomic,
     digest,
     read_json,
     run_in_child,
     share,
     shown,
     write_json,
+    write_text,
 )
 from tools.prompts import explain_unscorable
 from tools.runs import Run
@@ -157,8 +157,7 @@ def execute(
         if machines.rank == 0 and not prepare(recipe, identity, force):
             print(f"train      {run} is finished (FORCE=1 trains it again)")
             return run.info
-        with atomic(place.config_file) as file:
-            file.write(yaml.safe_dump(config, sort_keys=False).encode())
+        write_text(place.config_file, yaml.safe_dump(config, sort_keys=False))
         if machines.rank or not run.stats_file.is_file():
             run_axolotl(run, place, config, machines, lock)
         return {} if machines.rank else finish(recipe, profile, data)

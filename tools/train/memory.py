@@ -16,6 +16,7 @@ from typing import Any
 
 from tools.architectures import BLOCKS, LINEAR_ATTENTION, MODULES, Layer, Model
 from tools.common import WrongInput
+from tools.patterns import find_by_pattern
 
 GIB = 2**30
 # Driver context, kernels, cuBLAS and NCCL buffers in one process; 0.4 to 0.6 GiB on most cards.
@@ -174,9 +175,7 @@ def list_trained_sizes(model: Model, setup: Setup) -> list[int]:
             continue
         for name, (width, height) in select_targets(layer, setup).items():
             path = f"model.layers.{number}.{name}"
-            # As PEFT matches a pattern: the end of the name counts.
-            ranks = (rank for key, rank in setup.ranks if re.match(rf"(.*\.)?({key})$", path))
-            rank = next(ranks, setup.rank)
+            rank = find_by_pattern(dict(setup.ranks), path, setup.rank)
             sizes += [rank * width, rank * height] + ([height] if setup.dora else [])
     return sizes
 

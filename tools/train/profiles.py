@@ -19,8 +19,6 @@ from tools.train import plan, sharing
 from tools.train.hardware import Host, detect_host, explain_import, explain_no_flash
 
 PLUGIN = "tools.train.plugin.RunPlugin"
-# Its names, today's and that of earlier versions, whose runs and pulled configs still hold it.
-OWN_PLUGINS = (PLUGIN, "tools.train.plugin.RunPlugin")
 # Chosen by what a machine has, and the same numbers either way: not part of what a run is.
 CHOSEN = {"attn_implementation", "gradient_checkpointing", "dataset_num_proc"}
 # Bytes of chat rows up to which the training process prepares them itself: others start with
@@ -30,7 +28,6 @@ FEW_BYTES = 4_000_000
 TRACKERS: dict[str, dict[str, Any]] = {
     "tensorboard": {"use_tensorboard": True},
     "wandb": {"use_wandb": True, "wandb_project": "finlora-recipes"},
-    "mlflow": {"use_mlflow": True, "mlflow_experiment_name": "finlora-recipes"},
     "trackio": {"use_trackio": True, "trackio_project_name": "finlora-recipes"},
 }
 # The AdamW of several programs: the same algorithm, with states in other places or at 8 bits.
@@ -254,8 +251,6 @@ def merge_config(
         if reason := explain_import(tracker):
             raise WrongInput(f"TRACKER={tracker}: {reason}; .venv/bin/pip install {tracker}")
         content |= TRACKERS[tracker]
-        if tracker == "mlflow":
-            content["mlflow_tracking_uri"] = str((ROOT / run / "mlruns").as_uri())
     content["plugins"] = list(dict.fromkeys([*(content.get("plugins") or []), PLUGIN]))
     # Axolotl knows prepared data by its config and not by its content: a run keeps its own.
     content["dataset_prepared_path"] = str(run / "prepared")
@@ -299,10 +294,8 @@ def decide_sharing(content: dict[str, Any]) -> dict[str, Any]:
 def identity_of(content: dict[str, Any]) -> dict[str, Any]:
     """What of a merged config makes another run of it where it changes."""
     aside = CHOSEN | {key for options in TRACKERS.values() for key in options}
-    identity = {
-        key: value for key, value in content.items() if key not in {*aside, "mlflow_tracking_uri"}
-    }
-    plugins = [name for name in content.get("plugins") or [] if name not in OWN_PLUGINS]
+    identity = {key: value for key, value in content.items() if key not in aside}
+    plugins = [name for name in content.get("plugins") or [] if name != PLUGIN]
     return identity | ({"plugins": plugins} if "plugins" in content else {})
 
 

@@ -14,7 +14,7 @@ from tools import smollm2
 from tools.common import ROOT, JobFailed, WrongInput, shown
 from tools.recipes import Recipe
 from tools.runs import Run
-from tools.train import hardware, launch, profiles
+from tools.train import hardware, launch
 from tools.train.checks import describe_data
 from tools.train.machines import Machines
 
@@ -27,9 +27,6 @@ def build_recipe(run: Run) -> Recipe:
     beside = run.folder.with_name(f"{run.folder.name}.reproduced")
     config["output_dir"] = shown(beside)
     config["dataset_prepared_path"] = shown(beside / "prepared")
-    config["plugins"] = [
-        profiles.PLUGIN if name in profiles.OWN_PLUGINS else name for name in config["plugins"]
-    ]
     recipe = Recipe(info["recipe"], run.config_file, config, info["recipe_version"])
     for before, now in zip(info["data"], describe_data(recipe), strict=True):
         if before["sha256"] != now["sha256"]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from tools import recipes
-from tools.common import ROOT, JobFailed, atomic, shown
+from tools.common import ROOT, update_page
 from tools.train.plan import Hardware, count_training_rows, plan
 
 DOC = ROOT / "docs" / "scale.md"
@@ -106,9 +106,4 @@ def write(check: bool = False) -> None:
     before, _, rest = old.partition(START)
     _, _, after = rest.partition(END)
     new = f"{before}{START}\n\n{format_numbers()}\n\n{END}{after}"
-    if new == old:
-        return
-    if check:
-        raise JobFailed(f"{shown(DOC)} has old numbers; `make render` writes it")
-    with atomic(DOC) as file:
-        file.write(new.encode())
+    update_page(DOC, new, "make render", check)

@@ -162,7 +162,7 @@ class Search:
         self.name = name_search(recipe)
         self.folder = FOLDER / self.name
         self.space = Space(settings.space, recipe.config)
-        self.seed = int(recipe.config.get("seed") or 42)
+        self.seed = recipe.seed
         self.has_best = keeps_best(recipe.config)
 
     def open(self) -> None:

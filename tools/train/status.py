@@ -92,7 +92,6 @@ def list_statuses() -> list[Status]:
     for folder, folders, files in os.walk(runs.RUNS, onerror=add_unreadable):
         folders[:] = [name for name in folders if name[0] != "."]  # trials of a search
         run = Run(Path(folder))
-        folders[:] = [name for name in folders if not name.startswith(".")]
         if run.identity_file.name in files:
             folders.clear()  # checkpoints and prepared data
             if ".previous" not in run.name:

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from tools import recipes
-from tools.common import ROOT, JobFailed, atomic, command, format_yaml, json_lines, shown
+from tools.common import (
+    ROOT,
+    JobFailed,
+    command,
+    format_yaml,
+    json_lines,
+    shown,
+    write_text,
+)
 from tools.runs import Run
 from tools.train import launch, profiles
 from tools.train.hardware import detect_host
@@ -86,8 +94,7 @@ class Candidate:
                 name = f"eval_{measures.metric}"
                 content |= {"metric_for_best_model": name, "greater_is_better": True}
         path = self.folder / f"{self.name}.yaml"
-        with atomic(path) as file:
-            file.write(format_yaml(content).encode())
+        write_text(path, format_yaml(content))
         return path
 
 

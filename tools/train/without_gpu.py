@@ -57,11 +57,6 @@ def multiply() -> float:
     return count * 2 * SIZE**3 / (time.perf_counter() - start)
 
 
-def measure_multiplying() -> float:
-    """The result of `multiply`, measured in a process of its own where torch is not loaded."""
-    return float(run_in_child(multiply))
-
-
 def compute_cpu_memory(model: architectures.Model, setup: memory.Setup, here: Host) -> float:
     """Bytes on a CPU. All but the quantized weights has 32 bits.
 
@@ -99,5 +94,5 @@ def estimate_on_cpu(recipe: recipes.Recipe, here: Host) -> Estimate:
     setup = memory.read_setup(config, planned["setup"]["row"], 1)
     hours = None
     if tokens := planned["tokens"]:
-        hours = plan.count_flops(model, setup) * tokens / (measure_multiplying() * SHARE) / 3600
+        hours = plan.count_flops(model, setup) * tokens / (run_in_child(multiply) * SHARE) / 3600
     return Estimate(compute_cpu_memory(model, setup, here), hours)

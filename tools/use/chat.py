@@ -16,7 +16,7 @@ from typing import Any
 
 from evals.choices import build_constraint
 from tools import models, prompts, sources, subjects
-from tools.common import quiet
+from tools.common import quiet, spell_out
 from tools.data.shapes import FINLORA_START
 
 BUDGET = 200  # new tokens at most
@@ -63,11 +63,6 @@ def answer(
     return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
 
 
-def harmless(text: str) -> str:
-    """Text without characters that control a terminal."""
-    return "".join(c for c in text if c.isprintable() or c in "\n\t")
-
-
 def print_side_by_side(
     model: Any, tokenizer: Any, precision: str, messages: list[dict[str, str]], style: Style
 ) -> None:
@@ -80,7 +75,7 @@ def print_side_by_side(
     for name, context in (("base", model.disable_adapter()), ("adapter", nullcontext())):
         with context:
             text = answer(model, tokenizer, messages, style)
-        cells.append(escape(harmless(text)))
+        cells.append(escape(spell_out(text)))
         table.add_column(f"{name}, {precision}", ratio=1)
     table.add_row(*cells)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
@@ -95,7 +90,7 @@ def converse(model: Any, tokenizer: Any, messages: list[dict[str, str]], style: 
 
     class Streamer(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            print(harmless(text), end="\n" if stream_end else "", flush=True)
+            print(spell_out(text), end="\n" if stream_end else "", flush=True)
 
     while True:
         try:

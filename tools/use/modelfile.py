@@ -79,19 +79,17 @@ def write_action(text: str) -> str:
     return f"{{{{- {json.dumps(text, ensure_ascii=False)} -}}}}" if text else ""
 
 
-def derive_pieces(
-    tokenizer: Any, options: dict[str, Any] | None = None, form: str = "chat"
-) -> Pieces:
+def derive_pieces(tokenizer: Any, options: dict[str, Any] | None = None) -> Pieces:
     """The pieces of a tokenizer's chat template.
 
-    options: of the chat template. form: the prompt format. Raises WrongInput where the template
-    writes more than texts around turns.
+    options: of the chat template. Raises WrongInput where the template writes more than texts
+    around turns.
     """
 
     def render(roles: list[str]) -> tuple[str, Turns]:
         turns = [(role, f"TEXT{place}OF{role.upper()}") for place, role in enumerate(roles)]
         messages = [{"role": role, "content": text} for role, text in turns]
-        return drop_start(tokenizer, prompts.render(tokenizer, messages, options, form)), turns
+        return drop_start(tokenizer, prompts.render(tokenizer, messages, options)), turns
 
     def cut(roles: list[str]) -> list[str]:
         text, turns = render(roles)

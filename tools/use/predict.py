@@ -25,9 +25,8 @@ from evals.backends import BACKENDS
 from evals.choices import allow_labels, widen_budget
 from evals.run import find_rows, naming_refusal, read_labels, read_tasks
 from tools import models, sources
-from tools.common import JobFailed, WrongInput, check_name, digest, quiet, shown
+from tools.common import JobFailed, WrongInput, check_name, digest, quiet, shown, spell_out
 from tools.data.formats import Row, RowFile, open_rows
-from tools.data.parts import escape
 from tools.data.shapes import FINLORA_PROMPT, FINLORA_START, Shape, parse_map, recognize
 from tools.data.writers import choose_form, write_rows
 from tools.subjects import Subject
@@ -73,13 +72,7 @@ class Reading:
     @cached_property
     def labels(self) -> list[str]:
         """The labels whose probabilities are measured, as `make eval` does."""
-        if not self.dataset or not self.content["process_results"].endswith(".label"):
-            return []
-        try:
-            labels = sources.manifest(find_rows(self.dataset)).get("labels")
-        except WrongInput:  # the test rows are on another machine
-            labels = None
-        return list(labels or sources.tables()["datasets"].get(self.dataset, {}).get("labels", ()))
+        return read_labels(self.dataset) if self.dataset else []
 
     def read_answers(self, texts: list[str]) -> list[str]:
         """What `make eval` takes from the texts of a model."""
@@ -302,9 +295,9 @@ class Job:
         Rows of the Hub are not read a second time for that.
         """
         rows = self.rows
-        print(f"predict    {rows.name}: {rows.format}; {escape(self.shape.describe())}")
+        print(f"predict    {rows.name}: {rows.format}; {spell_out(self.shape.describe())}")
         for note in rows.notes:
-            print(f"predict    {escape(note)}")
+            print(f"predict    {spell_out(note)}")
         if self.choices:
             print(f"predict    CONSTRAIN=1: an answer can only be {', '.join(self.choices)}")
         if not self.reading.dataset:
@@ -318,15 +311,17 @@ class Job:
             except ValueError as error:
                 faults[str(error)] += 1
                 if faults.total() <= LISTED:
-                    print(f"left out   {place}: {escape(str(error))}")
+                    print(f"left out   {place}: {spell_out(str(error))}")
         if faults.total() > LISTED:
             reason, count = faults.most_common(1)[0]
-            print(f"left out   {faults.total():,} rows in all; {count:,} of them: {escape(reason)}")
+            print(
+                f"left out   {faults.total():,} rows in all; {count:,} of them: {spell_out(reason)}"
+            )
         if not example:
             raise WrongInput(f"{rows.name}: no row has a prompt; {next(iter(faults), 'no row')}")
-        print(f"predict    the first prompt: {escape(example[:200])}")
+        print(f"predict    the first prompt: {spell_out(example[:200])}")
         if usual := self.find_usual_prompt():
-            print(f"predict    in training, a prompt was: {escape(usual[:200])}")
+            print(f"predict    in training, a prompt was: {spell_out(usual[:200])}")
             print('predict    TEMPLATE="… {prompt} …" words these alike')
         return None if rows.format == "hub" else total
 
@@ -491,4 +486,6 @@ def predict(subject: "Subject | Endpoint", request: Request) -> None:
     Path(lock.lock_file).unlink(missing_ok=True)
     print(f"predict    {answered:,} rows are answered, in {shown(request.out)}")
     if errors:
-        raise JobFailed(f"{errors:,} of {answered + errors:,} rows have no answer; {escape(first)}")
+        raise JobFailed(
+            f"{errors:,} of {answered + errors:,} rows have no answer; {spell_out(first)}"
+        )

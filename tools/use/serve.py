@@ -327,15 +327,7 @@ def run_server(
         status = server.wait()
         raise JobFailed(f"{line[0]} ended with status {status}; its messages above say why")
     finally:
-        # Even if a signal comes meanwhile, nothing of the group is left.
-        try:
-            with suppress(ProcessLookupError):
-                os.killpg(server.pid, signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                server.wait(STOPPING)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(server.pid, signal.SIGKILL)
+        vllm.stop_group(server, STOPPING)
 
 
 def is_healthy(host: str, port: int) -> bool:
