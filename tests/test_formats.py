@@ -55,6 +55,7 @@ READ = {
     "a list in an object": (json.dumps({"version": 1, "data": QA}), "json", QA),
     "indented objects": (json.dumps(CHAT, indent=1) * 2, "json", [CHAT] * 2),
     "a single chat row": (json.dumps(CHAT), "json", [CHAT]),
+    "CSV with an object": ('q,a\nSales rose?,yes\n{},""\n', "csv", [*QA[:1], {"q": "{}", "a": ""}]),
     "CSV": ("q,a\nSales rose?,yes\n" * 1, "csv", QA[:1]),
     "CSV in gzip": (gzip.compress(b"q,a\nSales rose?,yes\n"), "csv", QA[:1]),
     "CSV of Excel": ("q;a\r\nSales rose?;yes\r\n".encode("utf-8-sig"), "csv", QA[:1]),
@@ -141,6 +142,9 @@ REFUSED = {
         r"several lists of rows \(train, test\)",
     ),
     "columns of pandas": ('{"q": {"0": "a"}, "a": {"0": "b"}}', "columns and no rows"),
+    "columns": ('{"q": ["a", "b"], "a": ["c", "d"]}', "columns and no rows"),
+    "parquet in gzip": (gzip.compress(b"PAR1 and more"), "columns packed with gzip"),
+    "a line of Excel": ("sep=;\nq;a\nSales rose?;yes\n", 'line 1 is Excel\'s "sep="'),
     "rows of Python": ("{'q': 'a'}\n{'q': 'b'}\n", "line 1: not JSON"),
 }
 
@@ -226,6 +230,35 @@ def test_a_quote_that_is_not_closed_costs_one_row(rest, read):
 
 
 # ---- encodings
+
+
+def test_a_quote_that_swallows_rows_is_said(read):
+    rows, kept, _ = read('text,label\nt 1,up\n"t 2,up\nt 3,down\nt 4 by 5",up\nt 5,up\n')
+    assert len(kept) == 3 and rows.table.suspects == [3]
+    rows, kept, _ = read('text,label\nt 1,up\n"t 2,\nand more",up\nt 5,up\n')
+    assert len(kept) == 3 and not rows.table.suspects
+
+
+@pytest.mark.parametrize(
+    ("column", "reason"),
+    [
+        (pyarrow.array([9 * 10**18] * 2, pyarrow.timestamp("us")), '"when" cannot be read'),
+        (pyarrow.array([1, 2], pyarrow.timestamp("s", "Moon/Base")), '"when" cannot be read'),
+    ],
+)
+def test_a_column_that_python_cannot_hold_is_named(column, reason, tmp_path):
+    table = pyarrow.table({"text": ["a", "b"], "when": column})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(WrongInput, match=reason):
+        list(open_rows(str(tmp_path / "rows.parquet")))
+
+
+def test_numbers_of_32_bits_keep_their_digits(tmp_path):
+    values = [0.1, 16777216.0, None]
+    table = pyarrow.table({"label": pyarrow.array(values, pyarrow.float32())})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    read = [row["label"] for _, row in open_rows(str(tmp_path / "rows.parquet"))]
+    assert read == values
 
 
 def test_latin_1_is_read_and_said_so(read):

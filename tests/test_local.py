@@ -1,6 +1,8 @@
 """Rows and configs of one's own become tasks and recipes, and stay one's own."""
 
+import io
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import yaml
 from tests.conftest import run
 from tools import catalogue, custom, importer, recipes, sources
 from tools.common import ROOT, JobFailed, WrongInput
-from tools.data import convert
+from tools.data import convert, intake
 from tools.data.rules import fingerprint
 
 
@@ -284,9 +286,65 @@ def test_a_task_that_is_there_is_not_overwritten(mine):
     source = jsonl(mine / "rows.jsonl", TONES)
     custom.create_task("mine", source)
     before = files(mine)
-    with pytest.raises(WrongInput, match="mine.yaml already exists; delete it"):
+    with pytest.raises(WrongInput, match="the task mine already exists.* rm -f ") as refused:
         custom.create_task("mine", source)
     assert files(mine) == before
+    (recipes.LOCAL / "mine.yaml").unlink()  # the recipes are still there
+    recipes.clear_caches()
+    with pytest.raises(WrongInput, match="the task mine already exists"):
+        custom.create_task("mine", source)
+
+    # What the message says works, and nothing of the old rows is left.
+    subprocess.run(["bash", "-c", str(refused.value).partition("again: ")[2]], check=True)
+    custom.forget_tables()
+    fewer = [{"prompt": f"Is report {n} out?", "completion": "Yes"} for n in range(12)]
+    custom.create_task("mine", jsonl(mine / "fewer.jsonl", fewer))
+    sides = read_sides("mine")
+    assert sum(map(len, sides.values())) == 12 and not sides["val"]
+
+
+def test_prompts_list_the_labels_of_the_rows_that_are_taken(mine, capsys):
+    rows = [{"text": f"t {n}", "label": ("Positive", "negative")[n % 2]} for n in range(40)]
+    rows += [{"text": "", "label": "JUNK"}]
+    tested = [{"text": f"u {n}", "label": "positive"} for n in range(30)]
+    test = jsonl(mine / "test.jsonl", tested)
+    choices = custom.Choices(test=str(test), quarantine=True)
+    custom.create_task("mine", jsonl(mine / "rows.jsonl", rows), choices)
+    pairs = [pair for side in read_sides("mine").values() for pair in side]
+    assert {answer for _, answer in pairs} == {"positive", "negative"}
+    asked = {prompt.partition("\n\n")[2] for prompt, _ in pairs}
+    assert asked == {"Answer with one of: negative, positive."}
+    assert "merged: Positive → positive" in capsys.readouterr().out
+
+
+def test_what_cannot_be_divided_or_scored_is_one_line(mine, capsys):
+    rows = [{"text": f"t {n}", "label": ("good", "bad")[n % 2], "g": 1} for n in range(40)]
+    source = jsonl(mine / "rows.jsonl", rows)
+    with pytest.raises(WrongInput, match="GROUP: too few groups"):
+        custom.create_task("mine", source, custom.Choices(group="g"))
+    unlabelled = jsonl(mine / "test.jsonl", [{"text": "u", "headline": "x"}])
+    with pytest.raises(WrongInput, match=r"test\.jsonl: no column holds answers"):
+        custom.create_task("mine", source, custom.Choices(test=str(unlabelled)))
+    with pytest.raises(WrongInput, match="0 prompts that do not test or validate"):
+        custom.create_task("mine", source, custom.Choices(test=str(source)))
+    others = [{"text": f"u {n}", "label": n % 2} for n in range(10)]
+    test = jsonl(mine / "others.jsonl", others)
+    custom.create_task("mine", source, custom.Choices(test=str(test)))
+    assert "no training row has these labels of the test rows: 0, 1" in capsys.readouterr().out
+
+
+def test_a_refused_row_may_hold_any_number(mine):
+    rows = [*TONES, {"prompt": "", "completion": "x", "id": 10**30}]
+    source = jsonl(mine / "rows.jsonl", rows)
+    custom.create_task("mine", source, custom.Choices(quarantine=True))
+    assert str(10**30) in (custom.DATA / "mine.refused.jsonl").read_text()
+
+
+def test_the_budget_is_that_of_the_longest_of_many_answers():
+    counted = intake.Intake(io.BytesIO())
+    for number in range(intake.MOST_ANSWERS + 50):
+        counted.add_answer("long " * 200 if number == 1 else f"answer {number}")
+    assert "long " * 200 in counted.list_answers()
 
 
 @pytest.mark.parametrize("has_test", [True, False])

@@ -16,6 +16,7 @@ class Listed:
     rows: list
     label_names: dict = field(default_factory=dict)
     name: str = "my.jsonl"
+    notes: list = field(default_factory=list)
 
     @property
     def columns(self):
@@ -160,6 +161,57 @@ SHAPES = {
         {"question": "Page one.\fPage two?", "answer": "a"},
         say("Page one.\nPage two?", "a"),
     ),
+    "choices whose texts the passage holds": (
+        {"question": "Who sued?", "context": "Apple sued Nokia.", "choices": ["Apple", "Nokia"]}
+        | {"answer": 0},
+        say("Apple sued Nokia.\n\nWho sued?\n\nA. Apple\nB. Nokia", "A"),
+    ),
+    "choices that the question lists": (
+        {"question": "Who? (A) Apple (B) Nokia", "choices": ["Apple", "Nokia"], "answer": 1},
+        say("Who? (A) Apple (B) Nokia", "B"),
+    ),
+    "choices with their letters": (
+        {"question": "Who?", "choices": ["A. Apple", "B. Nokia"], "answer": "B"},
+        say("Who?\n\nA. Apple\nB. Nokia", "B"),
+    ),
+    "choices that are numbers": (
+        {"question": "1 + 1?", "choices": ["0", "2", "1"], "answer": 1},
+        say("1 + 1?\n\nA. 0\nB. 2\nC. 1", "B"),
+    ),
+    "choices by key": (
+        {"question": "q", "options": [{"key": "A", "value": "x"}, {"key": "B", "value": "y"}]}
+        | {"answer": "B"},
+        say("q\n\nA. x\nB. y", "B"),
+    ),
+    "a choice that is missing": (
+        {"question": "q", "choices": ["x", None, "y"], "answer": "C"},
+        say("q\n\nA. x\nC. y", "C"),
+    ),
+    "gold without choices": ({"query": "q", "answer": None, "gold": "yes"}, say("q", "yes")),
+    "gold as a letter": (
+        {"query": "q", "choices": ["x", "y"], "gold": "B"},
+        say("q\n\nA. x\nB. y", "y"),
+    ),
+    "a question beside FinLoRA's columns": (
+        {"question": "How much?", "context": "Sales: 3.", "target": "3"},
+        say("Sales: 3.\n\nHow much?", "3"),
+    ),
+    "TRL's turns with a passage": (
+        {"prompt": say("How much?"), "completion": "3", "context": "Sales: 3."},
+        say("Sales: 3.\n\nHow much?", "3"),
+    ),
+    "a system column beside turns": (
+        {"system": "Be brief.", "messages": say("p", "c")},
+        [{"role": "system", "content": "Be brief."}, *say("p", "c")],
+    ),
+    "an empty system turn": (
+        {"messages": [{"role": "system", "content": ""}, *say("p", "c")]},
+        say("p", "c"),
+    ),
+    "an input that is nan": (
+        {"instruction": "i", "input": "nan", "output": "o"},
+        say("i", "o"),
+    ),
     "names in capitals": ({"Question": "q", " Answer ": "a"}, say("q", "a")),
     "several passages": (
         {"question": "q", "contexts": ["x", "y"], "answer": "a"},
@@ -259,7 +311,63 @@ def test_keys_of_turns_that_are_not_used_are_named():
     ]
 
 
+def test_answers_count_choices_from_1_where_0_never_occurs():
+    rows = [
+        {"question": f"q {n}", "choices": ["x", "y", "z"], "answer": n % 3 + 1} for n in range(12)
+    ]
+    shape = shapes.recognize(Listed(rows))
+    assert shape.build_chat(rows[0])["messages"][-1]["content"] == "A"
+    assert "count the choices from 1" in shape.describe()
+    assert shapes.Shape(**shape.to_dict()).first == 1
+    listed = Listed([row | {"answer": row["answer"] % 3} for row in rows])
+    assert shapes.recognize(listed).first == 0
+    listed = Listed([row | {"answer": 1} for row in rows])  # from 0 or from 1: nobody can tell
+    assert shapes.recognize(listed).first == 0
+    assert listed.notes == ['"answer" counts the choices from 0, and 0 never occurs in it']
+
+
+def test_labels_that_are_yes_or_no_are_listed_as_they_are_answered():
+    rows = Listed([{"text": f"t {n}", "label": n % 2 == 0} for n in range(20)])
+    shape = shapes.recognize(rows)
+    assert shape.options == ["false", "true"]
+    assert shape.build_chat(rows.rows[0])["messages"][-1]["content"] == "true"
+    named = shapes.recognize(rows, labels=["no", "yes"])
+    assert named.build_chat(rows.rows[0])["messages"][-1]["content"] == "yes"
+
+
+def test_names_of_labels_that_count_from_1_are_asked_for_with_their_numbers():
+    rows = Listed([{"text": f"t {n}", "label": n % 3 + 1} for n in range(20)])
+    with pytest.raises(WrongInput, match='write LABELS="1=bad,2=so,3=good"'):
+        shapes.recognize(rows, labels=["bad", "so", "good"])
+    shape = shapes.recognize(rows, labels=["1=bad", "2=so", "3=good"])
+    assert shape.build_chat(rows.rows[0])["messages"][-1]["content"] == "bad"
+
+
+CONTROL = "<|im_end|>\n<|im_start|>system"
+
 REFUSED = {
+    "a control token in a call": (
+        {
+            "messages": [
+                say("p")[0],
+                {"role": "assistant", "content": ""}
+                | {"tool_calls": [{"function": {"name": "f", "arguments": {"q": CONTROL}}}]},
+            ]
+        },
+        '"<|im_end|>" is a control token',
+    ),
+    "a control token in a tool": (
+        {"messages": say("p", "c"), "tools": [{"name": "f", "description": CONTROL}]},
+        '"<|im_end|>" is a control token',
+    ),
+    "half a weight": (
+        {"messages": [say("p")[0], {"role": "assistant", "content": "c", "weight": 0.5}]},
+        "the weight 0.5; it must be 0 or 1",
+    ),
+    "a number that is a choice and may count another": (
+        {"question": "q", "choices": [1, 2, 3], "answer": 2},
+        "one of the choices and may also count them",
+    ),
     "an empty answer": ({"question": "q", "answer": " "}, '"answer" is empty'),
     "null": ({"question": "q", "answer": None}, '"answer" is null'),
     "nan": ({"question": "q", "answer": "nan"}, '"answer" is "nan", which stands for a missing'),
@@ -315,6 +423,16 @@ def test_a_bad_row_is_refused_with_the_files_own_column(row, reason):
 UNKNOWN = {
     "no prompt": ({"a": 1, "b": 2}, {}, "no prompt and answer among its columns a, b; MAP="),
     "preferences": ({"chosen": "x", "rejected": "y"}, {}, "rows of preferences"),
+    "wanted and unwanted completions": (
+        {"prompt": "p", "completion": "c", "label": True},
+        {},
+        "(KTO), which is not trained on here",
+    ),
+    "an answer in the prompt": (
+        {"text": "x", "label": "y"},
+        {"template": "{text}: {label}"},
+        'TEMPLATE: "{label}" is the answer',
+    ),
     "a column that is not there": (
         {"q": "x", "a": "y"},
         {"mapping": {"prompt": "Q", "answer": "a"}},
@@ -358,6 +476,7 @@ def test_rows_of_no_shape_are_refused_in_one_line(row, options, reason):
         ("promt=q,answer=a", '"promt" is not a part of a row; did you mean prompt'),
         ("prompt=q,prompt=r", '"prompt" is named twice'),
         ("answer=a", "the column of the prompt is missing"),
+        ("prompt=q,answer=q", 'the column "q" is named for two parts'),
     ],
 )
 def test_a_wrong_map_is_refused(text, reason):
@@ -368,5 +487,13 @@ def test_a_wrong_map_is_refused(text, reason):
 def test_spellings_are_folded_into_the_most_frequent_but_for_grades():
     from collections import Counter
 
-    counts = Counter({"Pos": 3, "pos": 5, "POS": 1, "Aa": 2, "AA": 4, "neg": 2})
-    assert turns.fold_spellings(counts) == {"Pos": "pos", "POS": "pos"}
+    counts = Counter({"Pos": 3, "pos": 5, "POS\u200b": 1, "Aa": 2, "AA": 4, "neg": 2})
+    counts |= {"Bad": 1, "BAD": 2, "arre\u0302t": 1, "arr\u00eat": 2}
+    folded = {"Pos": "pos", "POS\u200b": "pos", "Bad": "BAD", "arre\u0302t": "arr\u00eat"}
+    assert turns.fold_spellings(counts) == folded
+
+
+def test_the_firm_that_fiqas_scores_are_about_is_no_label():
+    row = {"sentence": "Up.", "target": "Acme", "aspect": "Stock", "score": 0.4}
+    assert not shapes.recognize(Listed([row])).has_answer
+    assert shapes.recognize(Listed([row | {"label": "good"}])).columns["answer"] == "label"

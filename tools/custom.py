@@ -34,7 +34,7 @@ from tools.common import (
 from tools.data import bases, convert, turns
 from tools.data.formats import RowFile, open_rows
 from tools.data.intake import Intake, IntakeOptions, take_in
-from tools.data.shapes import Shape, parse_map, recognize
+from tools.data.shapes import Shape, choose_options, parse_map, recognize
 from tools.data.split import TEST_SHARE, VALIDATION_SHARE, divide_rows
 from tools.rendering import write_own
 from tools.train.tokens import CHARACTERS_PER_TOKEN, TEMPLATE_TOKENS
@@ -79,11 +79,16 @@ def require_free_name(task: str) -> None:
         raise WrongInput(
             f'TASK "{task}": small letters, digits and _ are needed, such as TASK=my_task'
         )
-    if own_file.exists():
-        raise WrongInput(f"{shown(own_file)} already exists; delete it to make the task again")
+    methods = list(recipes.read_matrix()["methods"])
+    files = [recipes.LOCAL.glob(f"*/{task}_{method}.yaml") for method in methods]
+    if own_file.exists() or any(map(any, files)):
+        pattern = f"{shown(recipes.LOCAL)}/*/{task}_{{{','.join(methods)}}}.yaml"
+        raise WrongInput(
+            f"the task {task} already exists; to make it again: rm -f {shown(own_file)} {pattern}"
+        )
     tables = sources.tables()
     taken = {*tables["datasets"], *tables["tasks"], *recipes.list_aliases()}
-    if {task, *(f"{task}_{method}" for method in recipes.read_matrix()["methods"])} & taken:
+    if {task, *(f"{task}_{method}" for method in methods)} & taken:
         raise WrongInput(f'TASK "{task}" is already a name in the catalogue; choose another')
 
 
@@ -117,8 +122,9 @@ def print_shape(rows: RowFile, shape: Shape, others: list[str | None]) -> None:
         print(f"new        {note}")
     if unused := [column for column in shape.unused if column not in others]:
         names = spell_out(", ".join(unused))
-        print(f'new        not used: {names} (TEMPLATE="{{column}} …" uses one)')
-    numbers = shape.options and all(re.fullmatch(r"-?\d+", label) for label in shape.options)
+        hint = "" if "messages" in shape.columns else ' (TEMPLATE="{column} …" uses one)'
+        print(f"new        not used: {names}{hint}")
+    numbers = shape.options and all(re.fullmatch(r"-?\d+(\.0+)?", label) for label in shape.options)
     if shape.kind == "text and label" and numbers and not shape.names:
         print("new        the labels are numbers; LABELS=negative,neutral,… names them in order")
 
@@ -135,6 +141,7 @@ class OwnTask:
 
     def __post_init__(self) -> None:
         self.bases = bases.list_bases()
+        self.others: dict[str, Shape] = {}  # of files of test rows with other columns, by name
         common = recipes.read_matrix()["common"]
         self.options = IntakeOptions(
             group=self.choices.group,
@@ -146,14 +153,22 @@ class OwnTask:
         )
 
     def write(self) -> None:
-        intake = self.take_in(self.rows, "train")
-        held_out = self.open_held_out()
-        intakes = {side: self.take_in(rows, side) for side, rows in held_out.items()}
+        files = {"train": self.rows} | self.open_held_out()
+        intakes = {side: self.take_in(rows, side) for side, rows in files.items()}
+        answers = [text for part in intakes.values() for text in part.list_answers()]
+        folded = fold_labels(answers, bool(self.shape.options))
+        answers = [folded.get(answer, answer) for answer in answers]
+        if self.shape.options and not self.shape.names:
+            # Prompts list the labels of the rows that are taken, as they are spelled in the end.
+            options = choose_options(answers)
+            if options != self.shape.options:
+                self.shape.options = options
+                intakes = {side: self.take_in(rows, side) for side, rows in files.items()}
+        for side, part in intakes.items():
+            self.report(part, files[side], side)
+        intake = intakes.pop("train")
         self.print_unrenderable(intake)
         self.print_lengths([intake, *intakes.values()])
-        answers = [text for part in (intake, *intakes.values()) for text in part.list_answers()]
-        folded = fold_labels(answers)
-        answers = [folded.get(answer, answer) for answer in answers]
         if folded:
             pairs = ", ".join(f"{answer} → {label}" for answer, label in list(folded.items())[:6])
             print(f"new        labels that differ only in case are merged: {pairs}")
@@ -165,6 +180,8 @@ class OwnTask:
                 intake.marks.labels[number] = numbers.get(folded.get(answer, answer), row_label)
         else:
             del intake.marks.labels[:]
+        if labels and "test" in intakes:
+            print_untrained(intake, intakes["test"], folded)
         sides, rule = self.divide(intake, intakes, labels)
         counts = self.write_sides(intake, intakes, sides, folded)
         evaluation = build_evaluation(self.task, answers, labels)
@@ -187,41 +204,63 @@ class OwnTask:
     # ---- rows
 
     def take_in(self, rows: RowFile, side: str) -> Intake:
-        """The chat rows of a file; raises WrongInput that lists the bad rows unless they may go."""
-        shape = self.shape
-        if rows is not self.rows and shape.list_missing(rows.columns, with_answer=True):
-            shape = recognize(rows, labels=list(shape.names.values()) if shape.names else None)
-            shape.options, shape.names = self.shape.options, self.shape.names or shape.names
-            print_shape(rows, shape, [])
+        """The chat rows of a file; WrongInput where it has no answers, or no row can be used."""
+        shape = self.find_shape(rows)
         options = self.options
         if rows is not self.rows:
             options = IntakeOptions(**vars(options) | {"group": None, "time": None})
             if self.choices.group in rows.columns:
                 options.group = self.choices.group
-        suffix = "" if side == "train" else f"_{side}"
-        path = DATA / f"{self.task}{suffix}.refused.jsonl"
+        path = self.locate_refused(side)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.undo.callback(path.unlink, missing_ok=True)
         shape.repairs.clear()
         intake = take_in(rows, shape, options, path)
+        intake.repairs = +shape.repairs
         self.undo.callback(intake.spool.close)
         if not self.choices.quarantine:
             intake.refusals.stop()
-        elif intake.refusals.first:
-            total = intake.refusals.reasons.total()
-            print(f"refused    {rows.name}: {total:,} rows, in {shown(path)}")
-            for line in intake.refusals.list_lines():
-                print(f"           {spell_out(line)}")
-        for repair, count in shape.repairs.items():
-            if count:
-                print(f"new        {rows.name}: {count:,} rows: {repair}")
-        if intake.cut:
-            print(f"new        {rows.name}: {intake.cut:,} prompts lost their middle (CUT=1)")
         if not intake.rows:
             raise WrongInput(f"{rows.name}: no row can be used")
+        return intake
+
+    def find_shape(self, rows: RowFile) -> Shape:
+        """The shape of the main file, or of a file of test rows with other columns."""
+        shape = self.shape
+        if rows is self.rows or not shape.list_missing(rows.columns, with_answer=True):
+            return shape
+        if rows.name not in self.others:
+            other = recognize(rows, labels=list(shape.names.values()) if shape.names else None)
+            if not other.has_answer:
+                raise WrongInput(f"{rows.name}: no column holds answers ({other.describe()})")
+            print_shape(rows, other, [])
+            self.others[rows.name] = other
+        other = self.others[rows.name]
+        other.options, other.names = shape.options, shape.names or other.names
+        return other
+
+    def locate_refused(self, side: str) -> Path:
+        return DATA / f"{self.task}{'' if side == 'train' else f'.{side}'}.refused.jsonl"
+
+    def report(self, intake: Intake, rows: RowFile, side: str) -> None:
+        """Prints what of a file was refused, repaired and cut, and its first row."""
+        if intake.refusals.first:
+            total = intake.refusals.reasons.total()
+            print(f"refused    {rows.name}: {total:,} rows, in {shown(self.locate_refused(side))}")
+            for line in intake.refusals.list_lines():
+                print(f"           {spell_out(line)}")
+        for repair, count in intake.repairs.items():
+            print(f"new        {rows.name}: {count:,} rows: {repair}")
+        if rows.table and rows.table.suspects:
+            place = f"{rows.name}, line {rows.table.suspects[0]}"
+            print(
+                f"new        {place}: a quoted cell goes on over lines that each look like a row; "
+                "is its quote closed?"
+            )
+        if intake.cut:
+            print(f"new        {rows.name}: {intake.cut:,} prompts lost their middle (CUT=1)")
         if side == "train":
             self.print_example(intake)
-        return intake
 
     def print_example(self, intake: Intake) -> None:
         """Prints the first row as a base at hand will see it."""
@@ -288,9 +327,10 @@ class OwnTask:
         groups = {mark for other in held_out.values() for mark in other.marks.groups}
         prompts = set(intake.marks.prompts) - tested
         if len(prompts) < LEAST_PROMPTS:
+            beside = " that do not test or validate" if tested else ""
             raise WrongInput(
-                f"{self.rows.name}: {intake.rows} rows with {len(prompts)} prompts; at least "
-                f"{LEAST_PROMPTS} prompts are needed"
+                f"{self.rows.name}: {intake.rows} rows with {len(prompts)} prompts{beside}; at "
+                f"least {LEAST_PROMPTS} prompts are needed"
             )
         shares = [] if "test" in held_out else [TEST_SHARE]
         least = sources.tables()["validation"]["least"]
@@ -322,6 +362,8 @@ class OwnTask:
         """Writes data/local/<task>_<side>.jsonl; returns the rows of each side."""
         counts = Counter[str]()
         tested = set(held_out["test"].marks.prompts) if "test" in held_out else set()
+        for side in ("train", "val", "test"):  # of an earlier task of this name
+            (DATA / f"{self.task}_{side}.jsonl").unlink(missing_ok=True)
         with ExitStack() as files:
             opened: dict[str, Any] = {}
 
@@ -462,10 +504,20 @@ def describe_counts(counts: Counter[str]) -> str:
     return ", ".join(parts)
 
 
-def fold_labels(answers: list[str]) -> dict[str, str]:
+def fold_labels(answers: list[str], are_labels: bool) -> dict[str, str]:
     """{answer: label} of answers that differ in case alone, where they are labels once folded."""
     folded = turns.fold_spellings(Counter(answers))
-    return folded if find_labels([folded.get(answer, answer) for answer in answers]) else {}
+    are_labels = are_labels or bool(find_labels([folded.get(answer, answer) for answer in answers]))
+    return folded if are_labels else {}
+
+
+def print_untrained(train: Intake, test: Intake, folded: dict[str, str]) -> None:
+    """Prints the labels of test rows that no row of the main file has."""
+    trained = {folded.get(answer, answer) for answer in train.list_answers()}
+    missing = {folded.get(answer, answer) for answer in test.list_answers()} - trained
+    if missing:
+        names = spell_out(", ".join(sorted(missing)[:8]))
+        print(f"new        no training row has these labels of the test rows: {names}")
 
 
 def fold_answer(line: bytes, folded: dict[str, str]) -> bytes:

@@ -58,7 +58,7 @@ UNSPACED = re.compile(
 )
 # Ratings and codes, such as `BBB-`, `AA`, `Baa1`, `10-K`, `-1`: they match as they are written. BUY
 # and POSITIVE are words.
-CODE = re.compile(r"(?=.*[0-9+-])[A-Z0-9+./-]{1,8}|[A-D]{2,3}|[ABC]a{1,2}[1-3]?")
+CODE = re.compile(r"(?=.*[0-9+-])[A-Z0-9+./-]{1,8}|A{2,3}|B{2,3}|C{2,3}|D{2,3}|[ABC]a{1,2}[1-3]?")
 LETTER = re.compile("[A-Za-z]")
 EDGE = " .,;:!\"'`*()[]<>“”‘’«»。，；：！「」"
 

@@ -16,6 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 from tools.common import WrongInput, refuse_other_content, shown
 from tools.data import hub_rows, tables
 from tools.data.encodings import HEAD, Text, inspect_text, open_bytes
@@ -83,6 +85,8 @@ def open_rows(source: str) -> RowFile:
     """The rows of a path, or of `hf:owner/name[:split]`; raises WrongInput for what is neither."""
     if source.startswith("hf:"):
         return open_hub(source)
+    if "://" in source:
+        raise WrongInput(f"{source}: a file of rows or hf:owner/name is needed; download it")
     path = Path(source).expanduser()
     if path.is_dir():
         return open_folder(path)
@@ -91,10 +95,12 @@ def open_rows(source: str) -> RowFile:
     with open_bytes(path) as file:
         head = file.read(HEAD)
     refuse_others(head, shown(path))
-    if head.startswith(b"PAR1"):
-        return open_parquet(path)
-    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
-        return open_arrow(path, [path])
+    is_parquet = head.startswith(b"PAR1")
+    if is_parquet or head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        with open(path, "rb") as file:
+            if file.read(6) != head[:6]:
+                raise WrongInput(f"{shown(path)}: columns packed with gzip; `gunzip` unpacks it")
+        return open_parquet(path) if is_parquet else open_arrow(path, [path])
     return open_text(inspect_text(path))
 
 
@@ -117,7 +123,7 @@ def open_text(text: Text) -> RowFile:
     start = lines[0].lstrip(WHITE)[:1] if lines else ""
     if start == "[":
         rows = open_json(text, read_list)
-    elif lines[1:] and any(is_object(line) for line in lines[:COLUMN_ROWS]):
+    elif lines[1:] and sum(map(is_object, lines[:COLUMN_ROWS])) * 2 >= len(lines[:COLUMN_ROWS]):
         rows = RowFile(str(text.path), "jsonl", [], lambda: read_lines(text))
     elif start == "{":
         rows = open_object(text)
@@ -220,7 +226,11 @@ def open_object(text: Text) -> RowFile:
     except Malformed as error:
         raise WrongInput(f"{shown(text.path)}, {error}") from None
     lists = [key for key, content in members.items() if content == "rows"]
-    if follows or not lists and set(members.values()) != {"object"}:
+    kinds = set(members.values())
+    is_columns = kinds == {"object"} or (
+        kinds == {"values"} and len(members) > 1 and not TURNS & members.keys()
+    )
+    if follows or not (lists or is_columns):
         return open_json(text, read_objects)
     if len(lists) != 1:
         what = f"several lists of rows ({', '.join(lists)})" if lists else "columns and no rows"
@@ -314,16 +324,39 @@ def open_columns(
     def read() -> Iterator[tuple[str, Row | ValueError]]:
         number = 0
         for batch in read_batches():
-            for row in batch.to_pylist():
+            try:
+                batch_rows = batch.to_pylist()
+            except (OverflowError, ValueError, KeyError):
+                refuse_column(batch, shown(Path(source)))
+                raise
+            for row in batch_rows:
                 number += 1
-                yield f"row {number}", row
+                yield f"row {number}", row | {name: shorten(row[name]) for name in short_floats}
 
+    short_floats = [field.name for field in schema if str(field.type) == "float"]
     twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
     if twice:
         raise WrongInput(f'{shown(Path(source))}: the column "{twice[0]}" occurs twice; rename one')
     rows = RowFile(source, kind, schema.names, read, schema=schema)
     rows.label_names = read_label_names(schema.metadata or {})
     return rows
+
+
+def refuse_column(batch: Any, name: str) -> None:
+    """Raises WrongInput that names the column of a batch whose values Python cannot hold."""
+    for column in batch.schema.names:
+        try:
+            batch.column(column).to_pylist()
+        except (OverflowError, ValueError, KeyError) as error:
+            raise WrongInput(
+                f'{name}: the column "{column}" cannot be read ({str(error)[:80]}); leave it out, '
+                "or write it as text"
+            ) from None
+
+
+def shorten(value: float | None) -> float | None:
+    """A number of 32 bits with the digits that it was written with: 0.1, not 0.10000000149."""
+    return None if value is None else float(str(numpy.float32(value)))
 
 
 def read_label_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:

@@ -8,6 +8,7 @@ where there are few different ones.
 """
 
 import heapq
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,8 +16,6 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
-
-import orjson
 
 from tools.common import atomic
 from tools.data import turns
@@ -55,6 +54,7 @@ class Intake:
     is_counted: bool = True  # whether `answers` has all of them
     longest_answers: list[tuple[int, str]] = field(default_factory=list)
     over: Counter[str] = field(default_factory=Counter)  # rows too long, by base
+    repairs: Counter[str] = field(default_factory=Counter)  # rows by what was repaired in them
     cut: int = 0
     longest: int = 0  # bytes of a row
 
@@ -67,6 +67,9 @@ class Intake:
         """Counts an answer; returns its number, or -1 where answers are no longer counted."""
         if self.is_counted and answer not in self.answers and len(self.answers) == MOST_ANSWERS:
             self.is_counted = False
+            sizes = ((len(text.encode()), text) for text in self.answers)
+            self.longest_answers = heapq.nlargest(SAMPLED, sizes)
+            heapq.heapify(self.longest_answers)
             self.answers = Counter(dict.fromkeys(islice(self.answers, 0, None, 10), 1))
         if not self.is_counted:
             item = (len(answer.encode()), answer)
@@ -97,7 +100,8 @@ def take_in(rows: Any, shape: Shape, options: IntakeOptions, refused: Path) -> I
         def refuse(place: str, reason: str, row: Any) -> None:
             intake.refusals.add(place, reason)
             entry = {"file": rows.name, "place": place, "reason": reason, "row": row}
-            refused_file.write(orjson.dumps(entry, default=str, option=orjson.OPT_APPEND_NEWLINE))
+            # Not orjson, which has no integers of over 64 bits.
+            refused_file.write(f"{json.dumps(entry, ensure_ascii=False, default=str)}\n".encode())
 
         def read_chats() -> Iterator[tuple[str, dict[str, Any], dict[str, Any], int, float]]:
             for place, row in rows:

@@ -10,8 +10,10 @@ names the columns by hand, `TEMPLATE="{passage}\\n\\n{question}"` words the prom
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from string import Formatter
@@ -26,6 +28,7 @@ from tools.data.turns import Turn
 
 SAMPLED = 200  # rows that show which columns there are
 MOST_OPTIONS = 20  # labels that a prompt lists
+FEW_NUMBERS = 10  # answers that are numbers; with fewer, nothing follows from what is absent
 MOST_SPELLINGS = 1000  # distinct labels; a column with more holds no labels
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -37,13 +40,15 @@ PARTS = ("messages", "tools", "system", "history", "prompt", "context", "choices
 class Known:
     """A shape that people use: a name, and the columns that may hold each part of a row.
 
-    A file has the shape where it has one column of each of the `needed` parts.
+    A file has the shape where it has one column of each of the `needed` parts, and none of the
+    columns `unless`.
     """
 
     kind: str
     needed: dict[str, tuple[str, ...]]
     optional: dict[str, tuple[str, ...]] = field(default_factory=dict)
     order: tuple[str, ...] = ("context", "prompt", "choices")  # of the parts in a prompt
+    unless: tuple[str, ...] = ()
 
 
 SYSTEM = ("system", "system_prompt")
@@ -51,15 +56,19 @@ CONTEXT = ("context", "passage", "document", "evidence", "article", "paragraph",
 CHOICES = ("choices", "options")
 TEXT = ("text", "sentence", "headline", "tweet", "news", "title", "content", "review", "post")
 LABEL = (
-    *("label", "labels", "sentiment", "label_text", "class", "category", "target", "rating"),
-    *("gold_label", "polarity", "tone"),
+    *("label", "labels", "sentiment", "label_text", "class", "category", "rating", "gold_label"),
+    *("polarity", "tone"),
 )
 INSTRUCTION_FIRST = ("prompt", "context")
 FINLORA_PROMPT = "context"  # the column of FinLoRA's whole prompts
 FINLORA_START = "Instruction:"  # of most of them
 
 KNOWN = [
-    Known("messages", {"messages": ("messages",)}, {"tools": ("tools", "functions")}),
+    Known(
+        "messages",
+        {"messages": ("messages",)},
+        {"system": SYSTEM, "tools": ("tools", "functions")},
+    ),
     Known(
         "ShareGPT",
         {"messages": ("conversations", "conversation")},
@@ -77,7 +86,6 @@ KNOWN = [
         {"context": ("context", "input"), "system": SYSTEM},
         INSTRUCTION_FIRST,
     ),
-    Known("FinLoRA", {"prompt": (FINLORA_PROMPT,), "answer": ("target",)}),
     Known(
         "PIXIU",
         {"prompt": ("query",), "answer": ("answer",)},
@@ -93,11 +101,20 @@ KNOWN = [
         "question and answer",
         {
             "prompt": ("question", "query", "input"),
-            "answer": ("answer", "answers", "answerkey", "response", "output", "completion"),
+            "answer": (
+                *("answer", "answers", "answerkey", "response", "output", "completion", "target"),
+            ),
         },
-        {"context": CONTEXT, "choices": CHOICES, "system": SYSTEM},
+        {"context": CONTEXT, "choices": CHOICES, "system": SYSTEM, "history": ("history",)},
     ),
+    Known("FinLoRA", {"prompt": (FINLORA_PROMPT,), "answer": ("target",)}),
     Known("text and label", {"prompt": TEXT, "answer": LABEL}),
+    # FiQA's `target` is the firm that a score is about.
+    Known(
+        "text and label",
+        {"prompt": TEXT, "answer": ("target",)},
+        unless=("score", "sentiment_score", "aspect", "aspects"),
+    ),
 ]
 # Columns of unanswered rows, for `make predict` without a task.
 PROMPTS = ("prompt", "question", "query", "instruction", *TEXT, "input", FINLORA_PROMPT)
@@ -108,6 +125,7 @@ class Shape:
     """Which column holds which part of a row, and how a prompt is worded.
 
     `names` gives the labels of integer answers. `options` are the labels that a prompt lists.
+    `first` is the number that answers give to the first choice.
     """
 
     kind: str
@@ -116,6 +134,7 @@ class Shape:
     template: str | None = None
     names: dict[str, str] | None = None
     options: list[str] = field(default_factory=list)
+    first: int = 0
     unused: list[str] = field(default_factory=list)
     repairs: Counter[str] = field(default_factory=Counter)  # rows by what was repaired in them
 
@@ -136,7 +155,8 @@ class Shape:
         worded = (
             f"; worded {json.dumps(self.template, ensure_ascii=False)}" if self.template else ""
         )
-        return f"{self.kind}: {', '.join(parts)}{worded}"
+        counted = "; answers count the choices from 1" if self.first else ""
+        return f"{self.kind}: {', '.join(parts)}{worded}{counted}"
 
     @property
     def has_answer(self) -> bool:
@@ -187,6 +207,8 @@ class Shape:
         messages += self.read_history(row)
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
             messages += turns.read_turns(prompt, column)  # TRL's conversational prompts
+            if messages[-1]["role"] == "user":
+                messages[-1]["content"] = self.write_prompt(row, messages[-1]["content"])
         else:
             messages.append({"role": "user", "content": self.write_prompt(row)})
         return {"messages": messages}
@@ -209,7 +231,8 @@ class Shape:
         value = row.get(column)
         if part == "context" and isinstance(value, list):  # of several passages
             return "\n\n".join(filter(None, (turns.write_value(text, column) for text in value)))
-        return turns.write_value(value, column)
+        text = turns.write_value(value, column)
+        return "" if part == "context" and text.lower() in turns.MISSING else text
 
     def read_history(self, row: dict[str, Any]) -> list[Turn]:
         """The earlier turns of an Alpaca row: pairs of a question and its answer."""
@@ -230,15 +253,18 @@ class Shape:
             for role, text in zip(("user", "assistant"), pair, strict=True)
         ]
 
-    def write_prompt(self, row: dict[str, Any]) -> str:
-        """The user's turn: the template filled in, or the parts of the prompt below each other."""
+    def write_prompt(self, row: dict[str, Any], prompt: str = "") -> str:
+        """The user's turn: the template filled in, or the parts of the prompt below each other.
+
+        prompt: the text of the prompt where its column holds turns.
+        """
+        prompt_column = self.columns["prompt"]
         if self.template is None:
-            column = self.columns["prompt"]
-            texts = {"prompt": turns.require_text(row.get(column), column)}
+            texts = {"prompt": prompt or turns.require_text(row.get(prompt_column), prompt_column)}
             if "context" in self.columns:
                 texts["context"] = self.read_part(row, "context")
             if "choices" in self.columns:
-                texts["choices"] = self.write_choices(row, " ".join(texts.values()))
+                texts["choices"] = self.write_choices(row, texts["prompt"])
             parts = [texts.get(part, "") for part in self.order]
             if self.options:
                 parts.append(f"Answer with one of: {', '.join(self.options)}.")
@@ -252,6 +278,8 @@ class Shape:
                 values[name] = self.write_choices(row, "")
             elif name == "context" and "context" in self.columns:
                 values[name] = self.read_part(row, name)
+            elif column == prompt_column and prompt:
+                values[name] = prompt
             else:
                 values[name] = turns.require_text(row.get(column), column)
         return "".join(
@@ -268,6 +296,11 @@ class Shape:
                 value = orjson.loads(value)
             except ValueError:
                 raise ValueError(f'"{column}" is a text and not a JSON list of choices') from None
+        if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+            for mark, text in (("key", "value"), ("label", "text")):
+                if value and all(entry.keys() == {mark, text} for entry in value):
+                    labels, value = [[entry[key] for entry in value] for key in (mark, text)]
+                    break
         if isinstance(value, dict):  # ARC: {"text": […], "label": […]}; or {"A": …, "B": …}
             if isinstance(value.get("text"), list):
                 value, labels = value["text"], value.get("label") or []
@@ -281,13 +314,22 @@ class Shape:
         return [
             (mark, turns.require_text(text, column))
             for mark, text in zip(marks, value, strict=False)
+            if not turns.is_missing(text)
         ]
 
     def write_choices(self, row: dict[str, Any], prompt: str) -> str:
-        """The choices with their letters; nothing where the prompt lists them already."""
+        """The choices with their letters; nothing where the prompt lists them already.
+
+        PIXIU's answers are choices themselves, so there their texts are enough.
+        """
         choices = self.read_choices(row)
-        if choices and all(text in prompt for _, text in choices):
+        marked = [rf"{re.escape(mark)}\W{{1,3}}\s*{re.escape(text)}" for mark, text in choices]
+        if "gold" in self.columns and all(text in prompt for _, text in choices):
             return ""
+        if all(re.search(rf"(?<!\w){pattern}(?!\w)", prompt) for pattern in marked):
+            return ""
+        if all(re.match(rf"\W?{re.escape(mark)}[.):]", text) for mark, text in choices):
+            return "\n".join(text for _, text in choices)
         return "\n".join(f"{mark}. {text}" for mark, text in choices)
 
     def build_answer(self, row: dict[str, Any]) -> list[Turn]:
@@ -301,42 +343,62 @@ class Shape:
             raise ValueError(f'"{column}" is {"null" if column in row else "missing"}')
         text = self.read_gold(row, value) if "gold" in self.columns else self.name_label(value)
         if "choices" in self.columns and "gold" not in self.columns:
-            text = self.name_choice(row, text)
+            text = self.name_choice(row, value, text)
         return [{"role": "assistant", "content": text}]
 
-    def name_choice(self, row: dict[str, Any], answer: str) -> str:
-        """The letter of an answer that is a number; any other answer as it is."""
-        choices = self.read_choices(row)
-        marks = [mark for mark, _ in choices]
-        if not choices or answer in marks or answer in [text for _, text in choices]:
+    def name_choice(self, row: dict[str, Any], value: Any, answer: str) -> str:
+        """The letter of an answer that is a number; any other answer as it is.
+
+        Raises ValueError for a number that is a choice itself and may count another.
+        """
+        column, choices = self.columns["answer"], self.read_choices(row)
+        marks, texts = [mark for mark, _ in choices], [text for _, text in choices]
+        if not choices or answer in marks:
             return answer
-        if answer.isdecimal() and int(answer) < len(choices):
-            return marks[int(answer)]
-        raise ValueError(f'"{self.columns["answer"]}" is "{answer[:60]}", none of its choices')
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        place = int(answer) - self.first if answer.isdecimal() else -1
+        counts = 0 <= place < len(choices)
+        if answer in texts and not (is_number and counts):
+            return answer
+        if answer in texts and is_list_of_numbers(row.get(self.columns["choices"])):
+            raise ValueError(
+                f'"{column}" is {answer}, which is one of the choices and may also count them; '
+                "write the letter of the choice"
+            )
+        if counts:
+            return marks[place]
+        raise ValueError(f'"{column}" is "{answer[:60]}", none of its choices')
 
     def read_gold(self, row: dict[str, Any], value: Any) -> str:
         """The answer of a PIXIU row, which its `gold` says as well, as a number of a choice."""
         column = self.columns["gold"]
         gold: Any = row.get(column)
         answer_column = self.columns.get("answer", column)
-        choices = [text for _, text in self.read_choices(row)] if "choices" in self.columns else []
+        marked = self.read_choices(row) if "choices" in self.columns else []
+        marks, choices = [mark for mark, _ in marked], [text for _, text in marked]
         chosen = None
         if isinstance(gold, str) and gold.isdecimal():
-            gold = int(gold)
+            gold = int(gold) - self.first
+        elif isinstance(gold, str) and gold in marks and gold not in choices:
+            gold = marks.index(gold)
+        elif isinstance(gold, int):
+            gold -= self.first
         if isinstance(gold, int) and choices:
             if not 0 <= gold < len(choices):
-                raise ValueError(f'"{column}" is {gold}, and there are {len(choices)} choices')
+                raise ValueError(
+                    f'"{column}" is {gold + self.first}, and there are {len(choices)} choices'
+                )
             chosen = choices[gold]
         if turns.is_missing(value):
             if chosen is None:
-                raise ValueError(f'"{answer_column}" is empty')
+                return turns.require_answer(row.get(column), column)
             return chosen
         answer = turns.require_answer(value, answer_column)
         folded = answer.casefold()
         if chosen is not None and folded not in (
             chosen.casefold(),
-            str(gold),
-            LETTERS[gold].lower(),
+            str(gold + self.first),
+            marks[gold].casefold(),
         ):
             raise ValueError(f'"{answer_column}" is "{answer[:60]}", "{column}" is "{chosen[:60]}"')
         return answer
@@ -347,11 +409,12 @@ class Shape:
         if isinstance(value, list) and self.names:
             labels = [self.name_label(label) for label in value]
             return json.dumps(labels, ensure_ascii=False)
-        if isinstance(value, float) and value.is_integer() and self.names:
-            value = int(value)  # integers of a column with nulls
+        if isinstance(value, bool | float) and float(value).is_integer() and self.names:
+            value = int(value)  # yes or no; integers of a column with nulls
         text = turns.require_answer(value, column)
         if not self.names:
             return text
+        text = re.sub(r"\.0+\Z", "", text) if text not in self.names.values() else text
         if text in self.names:
             return self.names[text]
         spellings = {name.casefold(): name for name in self.names.values()}
@@ -380,6 +443,8 @@ def parse_map(text: str) -> dict[str, str]:
             )
         if part in mapping:
             raise WrongInput(f'MAP: "{part}" is named twice; TEMPLATE= joins several columns')
+        if column in mapping.values():
+            raise WrongInput(f'MAP: the column "{column}" is named for two parts of a row')
         mapping[part] = column
     if mapping and "prompt" not in mapping and "messages" not in mapping:
         raise WrongInput(f'MAP="{text}": the column of the prompt is missing: prompt=…')
@@ -409,11 +474,20 @@ def recognize(
         shape.template = template.replace("\\n", "\n").replace("\\t", "\t")
         check_template(shape, columns)
     shape = Shape(**shape.to_dict())
+    if shape.kind == "prompt and completion" and is_kto(sample):
+        raise WrongInput(
+            f"{rows.name}: label says which completions are wanted (KTO), which is not trained on "
+            "here; keep the rows where it is true, without that column"
+        )
     answer = shape.columns.get("answer", "")
     if labels or rows.label_names.get(answer):
         shape.names = parse_labels(labels) if labels else name_numbers(rows.label_names[answer])
-        if not answer:
-            raise WrongInput("LABELS= does not apply to rows that hold turns")
+        if not answer or "gold" in shape.columns:
+            raise WrongInput('LABELS= does not apply to rows that hold turns or "gold"')
+        if labels:
+            check_numbering(rows, answer, shape.names)
+    if "choices" in shape.columns:
+        shape.first = find_first_choice(rows, shape)
     if shape.kind == "text and label" or "labels" in shape.fields:
         shape.options = list_options(rows, shape)
     shape.unused = list_unused(shape, columns, sample)
@@ -430,6 +504,46 @@ def parse_labels(labels: list[str]) -> dict[str, str]:
     if not all(names.values()) or len(set(names.values())) < len(labels):
         raise WrongInput(f'LABELS="{",".join(labels)}": each label needs a name of its own')
     return names
+
+
+def is_kto(sample: list[dict[str, Any]]) -> bool:
+    return any(isinstance(row.get("label"), bool) for row in sample)
+
+
+def is_list_of_numbers(choices: Any) -> bool:
+    return isinstance(choices, list) and any(isinstance(choice, int | float) for choice in choices)
+
+
+def find_first_choice(rows: RowFile, shape: Shape) -> int:
+    """1 where answers count choices from 1: as many as there are occur, and 0 never does."""
+    column = shape.columns.get("gold") or shape.columns.get("answer", "")
+    numbers, ends = 0, 0
+    for _, row in rows:
+        value = row.get(column) if isinstance(row, dict) else None
+        text = str(value).strip() if isinstance(value, str | int) else ""
+        if not text.isdecimal():
+            continue
+        try:
+            choices = shape.read_choices(row) if isinstance(row, dict) else []
+        except ValueError:
+            continue
+        if text in {mark for mark, _ in choices} or not choices:
+            continue
+        if int(text) == 0:
+            return 0
+        numbers, ends = numbers + 1, ends + (int(text) == len(choices))
+    if numbers >= FEW_NUMBERS and not ends:
+        rows.notes.append(f'"{column}" counts the choices from 0, and 0 never occurs in it')
+    return int(ends > 0)
+
+
+def check_numbering(rows: RowFile, column: str, names: dict[str, str]) -> None:
+    """Raises WrongInput where LABELS= names numbers from 0 and the labels count from 1."""
+    counts = count_values(rows, column)
+    counts_from_1 = str(len(names)) in counts and "0" not in counts
+    if counts_from_1 and list(names) == list(map(str, range(len(names)))):
+        pairs = ",".join(f"{int(number) + 1}={name}" for number, name in names.items())
+        raise WrongInput(f'LABELS=: "{column}" counts from 1; write LABELS="{pairs}"')
 
 
 def name_numbers(labels: list[str]) -> dict[str, str]:
@@ -457,7 +571,7 @@ def find_shape(columns: list[str]) -> Shape | None:
         picked = {part: pick(names) for part, names in candidate.needed.items()}
         picked |= {part: pick(names) for part, names in candidate.optional.items()}
         chosen = {part: column for part, column in picked.items() if column is not None}
-        distinct = len(set(chosen.values())) == len(chosen)
+        distinct = len(set(chosen.values())) == len(chosen) and not pick(candidate.unless)
         if candidate.needed.keys() <= chosen.keys() and distinct:
             return Shape(candidate.kind, chosen, candidate.order)
     prompt = pick(PROMPTS)
@@ -485,6 +599,9 @@ def check_template(shape: Shape, columns: list[str]) -> None:
         ) from None
     fields = [name for _, name, _, _ in parsed if name is not None]
     names = [*shape.columns, *columns, "labels"]
+    answers = {"answer", "gold", *(shape.columns.get(part, "") for part in ("answer", "gold"))}
+    if given := sorted(answers & set(fields)):
+        raise WrongInput(f'TEMPLATE: "{{{given[0]}}}" is the answer, which a prompt must not give')
     for name, extra, conversion in ((n, e, c) for _, n, e, c in parsed if n is not None):
         if name not in names or extra or conversion:
             hint = nearest(name, names) or f"; there are {', '.join(columns)}"
@@ -500,19 +617,29 @@ def list_options(rows: RowFile, shape: Shape) -> list[str]:
         return labels if len(labels) <= MOST_OPTIONS else []
     if "answer" not in shape.columns:
         return []
+    counts = count_values(rows, shape.columns["answer"])
+    folded = turns.fold_spellings(counts)
+    return choose_options(label for label in counts if label not in folded)
+
+
+def choose_options(labels: Iterable[str]) -> list[str]:
+    """Labels as a prompt lists them, in order; none where there are too few or too many."""
+    options = sorted(label for label in set(labels) if label.lower() not in turns.MISSING)
+    return options if 2 <= len(options) <= MOST_OPTIONS else []
+
+
+def count_values(rows: RowFile, column: str) -> Counter[str]:
+    """How often a column holds each text or number; empty where there are too many of them."""
     counts = Counter[str]()
-    column = shape.columns["answer"]
     for _, row in rows:
         value = row.get(column) if isinstance(row, dict) else None
-        if isinstance(value, str | int) and not turns.is_missing(value):
-            counts[turns.strip_end_tokens(str(value)).strip()] += 1
-            if len(counts) > MOST_SPELLINGS:
-                return []
-    folded = turns.fold_spellings(counts)
-    labels = sorted(
-        label for label in counts if label not in folded and label.lower() not in turns.MISSING
-    )
-    return labels if 2 <= len(labels) <= MOST_OPTIONS else []
+        if not isinstance(value, str | int | float) or turns.is_missing(value):
+            continue
+        with suppress(ValueError):  # the row is refused later
+            counts[turns.strip_end_tokens(turns.write_value(value, column)).strip()] += 1
+        if len(counts) > MOST_SPELLINGS:
+            return Counter()
+    return counts
 
 
 def list_unused(shape: Shape, columns: list[str], sample: list[dict[str, Any]]) -> list[str]:

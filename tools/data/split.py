@@ -167,6 +167,10 @@ def divide_rows(marks: RowMarks, shares: list[Share]) -> list[str]:
         rows.setdefault(unit, []).append(number)
     sides, left = ["train"] * len(units), set(rows)
     for share in shares:
+        if len(left) < 2:
+            raise WrongInput(
+                f"GROUP: too few groups to divide the rows; no group is left for {share.name}"
+            )
         drawn = draw_newest(left, rows, marks, share) if marks.times else None
         for unit in drawn if drawn is not None else draw_units(left, rows, marks, share):
             left.discard(unit)

@@ -12,7 +12,7 @@ import re
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -30,7 +30,8 @@ DOUBLED: dict[str, Any] = {"doublequote": True}
 ESCAPED: dict[str, Any] = {"doublequote": False, "escapechar": "\\"}
 PLAIN: dict[str, Any] = {"quoting": csv.QUOTE_NONE}
 
-Record = tuple[int, list[str] | ValueError]  # number of the first line, cells
+# Number of the first line, cells, the lines.
+Record = tuple[int, list[str] | ValueError, list[str]]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Table:
     header: list[str]
     line_end: str
     notes: list[str]
+    suspects: list[int] = field(default_factory=list)  # lines with a quote that may not be closed
 
 
 def read_records(lines: Iterator[str], delimiter: str, quotes: dict[str, Any]) -> Iterator[Record]:
@@ -74,9 +76,9 @@ def read_records(lines: Iterator[str], delimiter: str, quotes: dict[str, Any]) -
             del taken[1:]
             reader = csv.reader(feed(), delimiter=delimiter, strict=True, **quotes)
         if cells:  # a line that is not empty
-            yield number, cells
+            yield number, cells, taken
         number += len(taken)
-        taken.clear()
+        taken = []
         size = 0
 
 
@@ -96,7 +98,7 @@ def inspect_table(text: Text, name: str) -> Table:
         choices += [(delimiter, ESCAPED) for delimiter in DELIMITERS]
     scores = {}
     for number, (delimiter, quotes) in enumerate(choices):
-        records = [cells for _, cells in read_records(iter(lines), delimiter, quotes)]
+        records = [cells for _, cells, _ in read_records(iter(lines), delimiter, quotes)]
         if not records or isinstance(records[0], ValueError):
             continue
         width = len(records[0])
@@ -108,7 +110,7 @@ def inspect_table(text: Text, name: str) -> Table:
         delimiter, quotes = ",", DOUBLED
     else:
         delimiter, quotes = choices[max(scores, key=lambda number: (scores[number], -number))]
-    records = [cells for _, cells in read_records(iter(lines), delimiter, quotes)]
+    records = [cells for _, cells, _ in read_records(iter(lines), delimiter, quotes)]
     rows = [cells for cells in records if isinstance(cells, list)]
     line_end = "\r\n" if first.endswith("\r\n") else "\n"
     header, notes = check_header(rows, name)
@@ -133,6 +135,8 @@ def check_header(rows: list[list[str]], name: str) -> tuple[list[str], list[str]
     if not rows:
         raise WrongInput(f"{name}: no table row is readable; JSONL, JSON or CSV is needed")
     header = [cell.strip() for cell in rows[0]]
+    if header[0].lower().startswith("sep="):
+        raise WrongInput(f'{name}: line 1 is Excel\'s "sep=", not the columns; delete it')
     missing = (
         f"{name}: line 1 looks like a row and not like the names of columns; put a header before "
         "it, such as text,label"
@@ -172,12 +176,22 @@ def refuse_other_delimiter(
         )
 
 
+def looks_like_row(line: str, table: Table) -> bool:
+    """Whether a line has as many cells as the header, none of them empty, quotes left aside."""
+    cells = [cell.strip(' "\r\n') for cell in line.split(table.delimiter)]
+    return len(cells) == len(table.header) and all(cells)
+
+
 def read_table(text: Text, table: Table) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
     """(place, row) of each row below the header; a row that is ragged is a ValueError."""
     width = len(table.header)
     with text.open() as file:
         lines = iter(lambda: file.readline(LONGEST + 1), "")
-        for number, cells in islice(read_records(lines, table.delimiter, table.quotes), 1, None):
+        table.suspects.clear()
+        records = read_records(lines, table.delimiter, table.quotes)
+        for number, cells, taken in islice(records, 1, None):
+            if len(taken) > 1 and all(looks_like_row(line, table) for line in taken):
+                table.suspects.append(number)
             if isinstance(cells, ValueError):
                 yield f"line {number}", cells
             elif len(cells) == width:

@@ -10,6 +10,7 @@ What is repaired is repaired here, and what is refused is refused with the file'
 import json
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
@@ -25,8 +26,8 @@ CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
 SURROGATE = re.compile("[\ud800-\udfff]")
 GAP = "\n[…]\n"  # in place of the middle of a prompt
 MISSING = {"nan", "null", "<na>"}  # what pandas and SQL write for a value that is not there
-# Grades of rating agencies: Aa and AA are two of them.
-RATING = re.compile(r"[A-Da-d]{2,3}[0-9]?[+-]?")
+# Grades of rating agencies: Aa and AA are two of them. Bad and Add are words.
+RATING = re.compile(r"(?i:a{2,3}|b{2,3}|ba{1,2}|c{2,3}|ca{1,2}|d{2,3})[0-9]?[+-]?")
 
 ROLES = {
     "system": ("system", "developer"),
@@ -98,13 +99,16 @@ def require_answer(value: Any, name: str) -> str:
 
 
 def fold_spellings(counts: Counter[str]) -> dict[str, str]:
-    """{answer: the most frequent spelling} of answers that differ in case or spaces alone.
+    """{answer: the most frequent spelling} of answers that differ in case or spaces alone, or in
+    characters that look the same or like nothing.
 
     Grades such as Aa and AA stay apart.
     """
     groups: dict[str, list[str]] = {}
     for answer in counts:
-        groups.setdefault(" ".join(answer.casefold().split()), []).append(answer)
+        seen = "".join(c for c in answer if unicodedata.category(c) != "Cf")
+        folded_answer = unicodedata.normalize("NFKC", seen).casefold()
+        groups.setdefault(" ".join(folded_answer.split()), []).append(answer)
     folded: dict[str, str] = {}
     for spellings in groups.values():
         if len(spellings) > 1 and not all(map(RATING.fullmatch, spellings)):
@@ -131,11 +135,19 @@ def strip_end_tokens(answer: str) -> str:
     return AT_END.sub("", answer)
 
 
+def refuse_control_token(text: str, where: str) -> None:
+    """Raises ValueError where a text holds a token that would begin or end a turn inside of it."""
+    if match := CONTROL_TOKEN.search(text):
+        raise ValueError(
+            f'{where}: "{match[0]}" is a control token, which would begin or end a turn inside the '
+            "text; take it out"
+        )
+
+
 def clean_turns(messages: list[Turn]) -> int:
     """Takes the end tokens off the assistant's turns; returns how many turns had one.
 
-    Raises ValueError that names the turn with any other control token, which would begin or end a
-    turn inside the text.
+    Raises ValueError that names the turn with any other control token.
     """
     repaired = 0
     for number, message in enumerate(messages, 1):
@@ -145,17 +157,15 @@ def clean_turns(messages: list[Turn]) -> int:
         if message["role"] == "assistant":
             message["content"] = strip_end_tokens(text)
             repaired += message["content"] != text
-        if match := CONTROL_TOKEN.search(message["content"]):
-            raise ValueError(
-                f'turn {number} ({message["role"]}): "{match[0]}" is a control token, which would '
-                "begin or end a turn inside the text; take it out"
-            )
+        refuse_control_token(message["content"], f"turn {number} ({message['role']})")
     return repaired
 
 
 def mend_turns(messages: list[Turn], repairs: Counter[str]) -> None:
     """Repairs what can be repaired in turns, and counts rows by it; ValueError for the rest."""
-    broken = False
+    broken, turns = False, len(messages)
+    messages[:] = [turn for turn in messages if turn["role"] != "system" or turn["content"]]
+    repairs["empty system turns left out"] += len(messages) < turns
     for message in messages:
         text = message.get("content") or ""
         if not text.isprintable() and (mended := BREAKS.sub("\n", text)) != text:
@@ -197,9 +207,12 @@ def read_turn(turn: Any, where: str) -> Turn:
         row["tool_calls"] = parse_calls(calls, where)
     if role == "tool":
         row |= {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key)}
-    if role == "assistant" and (turn.get("weight") == 0 or turn.get("train") is False):
+    weight = turn.get("weight")
+    if weight not in (None, 0, 1, "0", "1"):
+        raise ValueError(f'"{where}" has the weight {weight!r}; it must be 0 or 1')
+    if role == "assistant" and (weight in (0, "0") or turn.get("train") is False):
         row["train"] = False
-    if not content and not row.get("tool_calls"):
+    if not content and role != "system" and not row.get("tool_calls"):
         raise ValueError(f'"{where}", the {role}\'s, is empty')
     return row
 
@@ -236,6 +249,7 @@ def parse_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         if not isinstance(name, str) or not isinstance(arguments, dict):
             raise ValueError(f'"{where}" has a tool call without a name or without arguments')
         text = json.dumps(arguments, ensure_ascii=False)
+        refuse_control_token(f"{name} {text}", where)
         row: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": text}}
         rows.append({"id": call["id"], **row} if call.get("id") else row)
     return rows
@@ -263,7 +277,9 @@ def read_tools(value: Any, name: str) -> str:
         function = tool["function"]
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError(f'"{name}" has a tool without a name')
-    return json.dumps(tools, ensure_ascii=False)
+    text = json.dumps(tools, ensure_ascii=False)
+    refuse_control_token(text, name)
+    return text
 
 
 def check_turns(messages: list[Turn], name: str) -> None:

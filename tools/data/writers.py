@@ -116,7 +116,12 @@ def write_cell(value: Any) -> str:
 
 
 def dump_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+    """JSON in one line; NaN and infinity, which it does not have, become null."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+        return json.dumps(json.loads(text, parse_constant=lambda _: None), ensure_ascii=False)
 
 
 def write_json_rows(file: IO[bytes], kind: str, pairs: Pairs) -> None:

@@ -423,7 +423,7 @@ class Job:
         labels = list[str]()
         places = (place for place, _ in self.rows)
         for chunk in self.saved.read_chunks():
-            for place, line in zip(places, chunk, strict=False):
+            for line, place in zip(chunk, places, strict=False):  # takes no place too many
                 if "error" in line:
                     errors += 1
                     first = first or f"{place}: {line['error']}"
