@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import GPU, QKV, run, run_first
 from tests.conftest import make_adapter as make
@@ -163,6 +165,7 @@ def test_settings_without_effect_on_loading_are_accepted(copy):
 REFUSED = {
     "peft_type": ("IA3", "LORA is needed"),
     "init_lora_weights": ("pissa", "rewrite the base's weights"),
+    "revision": ("v9", "the base's main revision is loaded"),
     "use_qalora": (True, "not supported"),
     "lora_bias": (True, "not supported"),
     "trainable_token_indices": ([1, 2], "not supported"),
@@ -287,6 +290,63 @@ def test_added_tokens_without_their_tokenizer_or_their_weights_are_refused(tiny,
     save_file({k: v for k, v in tensors.items() if "lm_head" not in k}, folder / adapters.WEIGHTS)
     with pytest.raises(WrongInput, match="lm_head are not in the file"):
         models.check_adapter({"base_model": str(tiny)}, folder)
+
+
+def test_tokens_in_spare_rows_of_a_base_and_another_end_token_are_taken(tiny, tmp_path, capsys):
+    """Many bases have more rows than tokens: added tokens need no new weights there."""
+    base = Path(shutil.copytree(tiny, tmp_path / "base"))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(model.config.vocab_size + 8, mean_resizing=False)
+    model.save_pretrained(base)
+    folder = make(base, tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<bull>"])
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(folder)
+    subject = subjects.find("", str(folder), "fp32")
+    loaded, own = models.load(subject.config, subject.adapter)
+    assert own.tokenize("<bull>") == ["<bull>"] and own.eos_token == "<|endoftext|>"
+    with torch.no_grad():
+        ids = own("<bull> up", return_tensors="pt").input_ids
+        plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+        assert torch.equal(loaded(ids).logits, plain(ids).logits)
+
+    tokenizer.add_tokens([f"<more {n}>" for n in range(20)])  # more than there are rows
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(WrongInput, match="its tokenizer has .* tokens and its weights"):
+        models.load(subject.config, subject.adapter)
+    other = folder / "tokenizer.json"
+    content = json.loads(other.read_text())
+    content["added_tokens"][0]["content"] = "<another>"
+    other.write_text(json.dumps(content).replace('"<|endoftext|>"', '"<another>"'))
+    (folder / "tokenizer_config.json").unlink()
+    models.load(subject.config, subject.adapter)
+    assert "its tokenizer does not extend the base's; not used" in capsys.readouterr().out
+
+
+def test_an_adapter_that_changes_nothing_is_said(copy, capsys):
+    tensors = load_file(copy / adapters.WEIGHTS)
+    zeros = {n: t * 0 if "lora_B" in n else t for n, t in tensors.items()}
+    save_file(zeros, copy / adapters.WEIGHTS)
+    subject = subjects.find("", str(copy), "fp32")
+    models.load(subject.config, subject.adapter)
+    assert "lora_B is all zeros, so the adapter changes nothing" in capsys.readouterr().out
+
+
+def test_a_stray_config_beside_an_adapter_is_not_its_training(copy):
+    (copy / "config.yaml").write_text("base_model: nobody/has-this\n")
+    with pytest.raises(WrongInput, match="at which precision"):
+        subjects.find("", str(copy))
+    assert "nobody" not in subjects.find("", str(copy), "fp32").config["base_model"]
+
+
+def test_the_default_of_several_templates_is_taken_and_other_bytes_are_named(copy):
+    named = [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]
+    (copy / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert models.read_template(copy) == "d"
+    (copy / "chat_template.jinja").write_bytes(b"\xe9")
+    with pytest.raises(WrongInput, match=r"chat_template\.jinja: not UTF-8 at byte 1"):
+        models.read_template(copy)
 
 
 NESTED = "".join(f"({c}|({c}))" for c in "model.layers.0.self_attn.q_projX".replace(".", "_"))

@@ -7,11 +7,11 @@ import pytest
 import yaml
 
 from evals import run as scoring
-from tests.conftest import GPU, run
-from tools import models, prompts, recipes, sources, subjects
+from tests.conftest import GPU, make_adapter, run
+from tools import common, models, prompts, recipes, sources, subjects
 from tools.common import ROOT, WrongInput, parse_yaml
 from tools.data import convert
-from tools.train import checks, profiles
+from tools.train import checks, launch, profiles
 from tools.use import merge, serve
 
 ROWS = [
@@ -196,6 +196,17 @@ REFUSED = {
     "pissa": ({"peft_init_lora_weights": "pissa"}, "pissa changes the base's weights"),
     "loftq": ({"peft": {"loftq_config": {"loftq_bits": 4}}}, "loftq_config changes the base's"),
     "tokens": ({"tokens": ["<a>"]}, "the embeddings of new tokens must be trained and saved"),
+    "overrides": ({"overrides_of_model_config": {"rms_norm_eps": 0.1}}, "scored without it"),
+    "unfrozen": ({"unfrozen_parameters": ["lm_head"]}, "unfrozen_parameters is not supported"),
+    "parameters": ({"lora_target_parameters": ["mlp.w"]}, "lora_target_parameters is not"),
+    "saved layers": ({"lora_modules_to_save": ["norm"]}, "lora_modules_to_save names norm; only"),
+    "revision": ({"revision_of_model": "v9"}, "scoring loads the main revision; base_model may be"),
+    "another config": ({"base_model_config": "other/base"}, "base_model_config is other/base"),
+    "pretraining": (
+        {"pretraining_dataset": [{"path": "x"}], "datasets": None},
+        "pretraining_dataset is not supported",
+    ),
+    "a word for a number": ({"lora_r": "abc"}, 'lora_r must be a number, not "abc"'),
 }
 
 
@@ -279,7 +290,84 @@ def test_a_dataset_of_the_hub_is_left_to_axolotl(tiny, tmp_path):
     assert checks.describe_data(recipes.find(str(path))) == []
 
 
+def test_files_of_a_builder_are_described_and_rows_counted_by_format(tiny, rows, tmp_path):
+    pretty = tmp_path / "chat.json"
+    pretty.write_text(json.dumps(ROWS, indent=1))
+    entry = {"path": "json", "data_files": [str(rows), str(pretty)], "type": TYPE}
+    recipe = recipes.find(str(write(tmp_path, tiny, rows, datasets=[entry])))
+    data = checks.describe_data(recipe)
+    assert [(Path(part["path"]), part["rows"]) for part in data] == [(rows, 32), (pretty, 32)]
+    assert launch.describe_rows(recipe, data) == "64 rows"
+    pretty.write_text(json.dumps(ROWS[1:], indent=1))
+    assert checks.describe_data(recipe)[1]["sha256"] != data[1]["sha256"]
+
+
+def test_an_address_is_no_file(tiny, tmp_path):
+    recipe = recipes.find(str(write(tmp_path, tiny, Path("x"), datasets=[{"path": "http://h/x"}])))
+    with pytest.raises(WrongInput, match="http://h/x: download it"):
+        checks.describe_data(recipe)
+
+
+def test_a_run_of_another_recipe_is_not_taken_for_ones_own(tiny, rows, tmp_path, capsys):
+    """Many public configs share one output_dir."""
+    path = write(tmp_path, tiny, rows)
+    recipe = recipes.find(str(path))
+    folder = make_adapter(tiny, tmp_path / "run")
+    (folder / "config.yaml").write_text(yaml.safe_dump(recipe.config))
+    sha = common.digest(folder / "adapter_model.safetensors")
+    info = {"recipe": recipe.name, "recipe_digest": recipe.digest, "adapter_sha256": sha}
+    (folder / "run.json").write_text(json.dumps(info))
+    assert recipe.read_trained_config() == recipe.config
+    path.write_text(path.read_text().replace("lora_r: 4", "lora_r: 16"))
+    recipes.find(str(path)).read_trained_config()
+    assert "was changed after" in capsys.readouterr().out
+    other = path.with_name("other.yaml")
+    other.write_text(path.read_text())
+    with pytest.raises(WrongInput, match=r"was trained by .*mine\.yaml, whose settings are others"):
+        recipes.find(str(other)).read_trained_config()
+
+
+def test_rows_that_axolotl_maps_are_not_rendered_as_they_stand(tiny, tmp_path):
+    turns = [{"role": "user", "text": "Good?"}, {"role": "assistant", "text": "yes"}]
+    data = tmp_path / "chat.jsonl"
+    data.write_text(json.dumps({"messages": [{"role": "system", "text": "s"}, *turns]}))
+    mapped = {"type": TYPE, "message_property_mappings": {"role": "role", "content": "text"}}
+    path = write(tmp_path, tiny, data, datasets=[mapped])
+    checks.refuse_unrenderable(recipes.find(str(path)))
+
+
+def test_a_training_publishes_nothing(tiny, rows, tmp_path):
+    recipe = recipes.find(str(write(tmp_path, tiny, rows, hub_model_id="me/mine")))
+    config = profiles.merge_config(recipe, profiles.Choice("cpu"))
+    assert "hub_model_id" not in config
+    changes = profiles.list_changes(recipe, config)
+    assert "hub_model_id: me/mine → left out (`make push` publishes a run)" in changes
+
+
 # ---- what Axolotl's schema makes of a config
+
+
+LIGER = "axolotl.integrations.liger.LigerPlugin"
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"plugins": [LIGER], "liger_rope": True, "debug": None}, ""),
+        ({"plugins": [LIGER], "learning_rat": 5}, "no key learning_rat; did you mean"),
+        ({"plugins": ["foo.Bar"]}, "the plugin foo.Bar cannot be imported"),
+        ({"fsdp_config": {"fsdp_offload_params": True}}, ""),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling. is no longer supported"),
+    ],
+)
+def test_keys_of_plugins_and_of_old_are_known_and_misspelt_ones_are_found(
+    own, message, tiny, rows, tmp_path
+):
+    config = recipes.find(str(write(tmp_path, tiny, rows))).config | own
+    if not message:
+        return recipes.validate(config, "mine.yaml")
+    with pytest.raises(WrongInput, match=message):
+        recipes.validate(config, "mine.yaml")
 
 
 def test_validation_leaves_a_config_as_it_is(tiny, rows, tmp_path):

@@ -309,6 +309,16 @@ def test_a_stop_says_which_number_was_lost(watch):
         log(watch, 5, False, loss=2.0, grad_norm=math.inf)
 
 
+def test_a_training_whose_adapter_gets_no_gradient_stops(watch):
+    watch.progress.lines = [{"loss": 2.0, "grad_norm": 0.0}] * 2
+    log(watch, 2, False, loss=2.0, grad_norm=0.0)
+    watch.progress.lines.append({"loss": 2.0, "grad_norm": 0.0})
+    with pytest.raises(callbacks.Stopped, match="no gradient reached the adapter in 3 steps"):
+        log(watch, 3, False, loss=2.0, grad_norm=0.0)
+    watch.progress.lines[0] = {"loss": 2.0, "grad_norm": 0.5}
+    log(watch, 3, False, loss=2.0, grad_norm=0.0)
+
+
 def test_the_progress_holds_numbers_only(tmp_path):
     state = SimpleNamespace(global_step=1, max_steps=2, is_world_process_zero=True)
     follower = callbacks.Progress(tmp_path)

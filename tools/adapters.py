@@ -33,7 +33,7 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 STEMS = ("model.layers", "model.language_model.layers", "language_model.model.layers")
 # Keys of a config that have no effect once the adapter is trained.
 HARMLESS = {
-    *("revision", "inference_mode", "peft_version", "lora_dropout", "fan_in_fan_out"),
+    *("inference_mode", "peft_version", "lora_dropout", "fan_in_fan_out"),
     *("eva_config", "corda_config", "loftq_config", "lora_ga_config", "runtime_config"),
     *("megatron_core", "qalora_group_size"),
 }
@@ -71,6 +71,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
     base: str | None = Field(None, alias="base_model_name_or_path")
+    revision: Literal["main"] | None = None  # of the base
     peft_type: Literal["LORA"]
     task_type: Literal["CAUSAL_LM"] | None = None
     auto_mapping: AutoMapping | None = None
@@ -109,6 +110,7 @@ class Settings(BaseModel):
 # What each key must be; a key that is not here holds names of modules.
 NEEDS = {
     "base_model_name_or_path": "the name of a base is needed",
+    "revision": "the base's main revision is loaded; name a folder with the other one as the base",
     "peft_type": "LORA is needed",
     "task_type": "only adapters of language models (CAUSAL_LM) are supported",
     "auto_mapping": "it may only name classes of transformers",

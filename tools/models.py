@@ -208,15 +208,46 @@ def load_tokenizer(config: dict[str, Any], adapter: Path | None = None) -> Any:
         setattr(tokenizer, name, token)
     if adapter and (own_template := read_template(adapter)):
         tokenizer.chat_template = own_template
-    return tokenizer
+    return load_own_tokenizer(adapter, tokenizer) if adapter else tokenizer
+
+
+def load_own_tokenizer(adapter: Path, tokenizer: Any) -> Any:
+    """The tokenizer in a stranger's folder where it is the base's with tokens of its own.
+
+    Bases often have more rows than tokens, and tokens may be added in these without new weights;
+    the token that ends a turn may be another. Returns the base's `tokenizer` where the folder has
+    none that extends it.
+    """
+    from transformers import AutoTokenizer
+
+    if not (adapter / "tokenizer.json").is_file():
+        return tokenizer
+    own = AutoTokenizer.from_pretrained(str(adapter))
+    if not tokenizer.get_vocab().items() <= own.get_vocab().items():
+        print(f"note       {shown(adapter)}: its tokenizer does not extend the base's; not used")
+        return tokenizer
+    own.chat_template = tokenizer.chat_template
+    own.pad_token = own.pad_token or tokenizer.pad_token
+    return own
 
 
 def read_template(adapter: Path) -> str | None:
-    """The chat template in an adapter's folder, which takes precedence over its base's."""
+    """The chat template in an adapter's folder, which takes precedence over its base's.
+
+    Of several by name it is the default. Raises WrongInput for a file that is no text.
+    """
     if (path := adapter / "chat_template.jinja").is_file():
-        return path.read_text(encoding="utf-8")
-    path = adapter / "tokenizer_config.json"
-    template = read_json(path).get("chat_template") if path.is_file() else None
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise WrongInput(f"{shown(path)}: not UTF-8 at byte {error.start + 1}") from None
+    template: Any = None
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        path = adapter / name
+        template = template or (read_json(path).get("chat_template") if path.is_file() else None)
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.get("default")
     return template if isinstance(template, str) else None
 
 
@@ -366,8 +397,13 @@ def assemble(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, 
     checked = check_adapter(config, adapter) if adapter else None
     model, tokenizer = load_base(config, adapter)
     if adapter and checked:
-        if checked.rows:
-            tokenizer = resize(model, tokenizer, adapter, checked.rows)
+        room = checked.rows or model.get_input_embeddings().weight.shape[0]
+        if len(tokenizer) > room:
+            raise WrongInput(
+                f"{shown(adapter)}: its tokenizer has {len(tokenizer):,} tokens and its weights "
+                f"{room:,}"
+            )
+        add_rows(model, room)
         model = attach(model, adapter, checked)
         if checked.rounded:
             round_in_forward(model)
@@ -425,24 +461,9 @@ def add_rows(model: Any, rows: int) -> None:
             layer.weight[before:] = layer.weight[0]
 
 
-def resize(model: Any, tokenizer: Any, adapter: Path, rows: int) -> Any:
-    """Makes room in a base for the tokens that an adapter adds; returns the adapter's tokenizer."""
-    from transformers import AutoTokenizer
-
-    extended = AutoTokenizer.from_pretrained(str(adapter))
-    if len(extended) > rows:
-        raise WrongInput(
-            f"{shown(adapter)}: its tokenizer has {len(extended):,} tokens and its weights {rows:,}"
-        )
-    extended.padding_side = tokenizer.padding_side
-    if extended.pad_token is None:
-        extended.pad_token = tokenizer.pad_token
-    add_rows(model, rows)
-    return extended
-
-
 def attach(model: Any, adapter: Path, checked: adapters.Checked) -> Any:
     """`model` with an adapter; raises WrongInput unless all of it was set and nothing else."""
+    import torch
     from peft import LoraConfig, PeftModelForCausalLM, set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -456,6 +477,9 @@ def attach(model: Any, adapter: Path, checked: adapters.Checked) -> Any:
     path = adapter / adapters.WEIGHTS
     tensors = load_file(path)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in checked.copies}
+    ups = [tensor for name, tensor in tensors.items() if "lora_B" in name or "embedding_B" in name]
+    if ups and not any(map(torch.any, ups)) and not checked.whole:
+        print(f"note       {shown(path)}: lora_B is all zeros, so the adapter changes nothing")
     result = set_peft_model_state_dict(adapted, tensors)
     # PEFT also calls the base's own weights missing.
     trained = re.compile(r"\.(lora_\w+|modules_to_save)\.default\b")

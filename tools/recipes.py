@@ -9,6 +9,7 @@ A name in the catalogue is a recipe with or without a file; config, digest and v
 """
 
 import hashlib
+import importlib
 import json
 import re
 import typing
@@ -101,6 +102,15 @@ class Recipe:
             raise WrongInput(f"{self.name} is not trained; `make train RECIPE={self.name}` does it")
         if not self.run.is_intact:
             raise WrongInput(f"{self.run}: its adapter is not the one that run.json tells of")
+        info = self.run.info
+        trainer = str(info.get("recipe") or self.name)
+        if info.get("recipe_digest", self.digest) != self.digest:
+            if trainer != self.name:
+                raise WrongInput(
+                    f"{self.run}, the output_dir of {self.name}, was trained by {trainer}, whose "
+                    "settings are others; give each recipe an output_dir of its own"
+                )
+            print(f"note       {self.name} was changed after {self.run} was trained")
         return self.run.config
 
 
@@ -293,6 +303,10 @@ def load_file(path: Path, name: str) -> Recipe:
     if not isinstance(config, dict):
         raise WrongInput(f"{shown(path)}: a mapping of Axolotl options is needed")
     for key in ("base_model", "datasets"):
+        if key == "datasets" and config.get("pretraining_dataset"):
+            raise WrongInput(
+                f"{shown(path)}: pretraining_dataset is not supported; rows are needed"
+            )
         if not config.get(key):
             raise WrongInput(f'{shown(path)}: the key "{key}" is missing')
     entries = config["datasets"]
@@ -302,6 +316,9 @@ def load_file(path: Path, name: str) -> Recipe:
         raise WrongInput(f'{shown(path)}: "datasets" must be a list of mappings with a "path"')
     config["output_dir"] = config.get("output_dir") or "model-out"  # Axolotl's default
     config |= {key: parse_number(config[key]) for key in NUMBER_KEYS & config.keys()}
+    for key in NUMBER_KEYS & config.keys():
+        if isinstance(config[key], str):
+            raise WrongInput(f'{shown(path)}: {key} must be a number, not "{config[key][:60]}"')
     return Recipe(name, path, config, read_version(content.decode()))
 
 
@@ -397,8 +414,11 @@ def list_unknown_keys(config: dict[str, Any], model: Any, prefix: str = "") -> l
         fields |= {name: info, info.alias or name: info}
     unknown = []
     for key, value in config.items():
-        if key not in fields:
+        if prefix == "fsdp_config." and key.startswith("fsdp_"):
+            key = key if key in fields else key.removeprefix("fsdp_")  # as Axolotl reads old ones
+        if key not in fields and value is not None:
             unknown.append(f"{prefix}{key}{nearest(key, list(fields))}")
+        if value is None or key not in fields:
             continue
         models = list_models(fields[key].annotation)
         for index, entry in enumerate(value if isinstance(value, list) else [value]):
@@ -426,9 +446,9 @@ def validate(config: dict[str, Any], where: str) -> None:
 
     # A deep copy: the schema's validators write into the values.
     plain = deepcopy({key: value for key, value in config.items() if key not in PLUGIN_KEYS})
-    # An Axolotl plugin adds keys of its own.
-    unknown = [] if config.get("plugins") else list_unknown_keys(plain, AxolotlInputConfig)
-    if unknown:
+    own = {key for name in config.get("plugins") or () for key in list_plugin_keys(name, where)}
+    others = {key: value for key, value in plain.items() if key not in own}
+    if unknown := list_unknown_keys(others, AxolotlInputConfig):
         raise WrongInput(f"{where}: Axolotl has no key {unknown[0]}")
     refuse_misleading_path(config, where)
     try:
@@ -437,6 +457,21 @@ def validate(config: dict[str, Any], where: str) -> None:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "config"
         raise WrongInput(f"{where}: {key}: {first['msg']}") from None
+    except DeprecationWarning as error:  # of keys that Axolotl no longer takes
+        raise WrongInput(f"{where}: {error}") from None
+
+
+def list_plugin_keys(name: str, where: str) -> list[str]:
+    """The keys that an Axolotl plugin adds; raises WrongInput where it cannot be imported."""
+    module, _, attribute = str(name).rpartition(".")
+    try:
+        arguments = getattr(importlib.import_module(module), attribute)().get_input_args()
+        if not arguments:
+            return []
+        module, _, attribute = arguments.rpartition(".")
+        return list(getattr(importlib.import_module(module), attribute).model_fields)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise WrongInput(f"{where}: the plugin {name} cannot be imported: {error}") from None
 
 
 def refuse_misleading_path(config: dict[str, Any], where: str) -> None:

@@ -102,6 +102,14 @@ def manifest(chat: Path) -> dict[str, Any]:
     return content
 
 
+def list_data_files(entry: dict[str, Any]) -> list[str]:
+    """The files of an Axolotl dataset: `data_files` of a builder such as json, else its `path`."""
+    files = entry.get("data_files")
+    if not files or entry["path"] not in ("json", "csv", "parquet", "text", "arrow"):
+        return [entry["path"]]
+    return [files] if isinstance(files, str) else list(files)
+
+
 def train_path(task: str) -> Path:
     return CHAT / f"{task}_train.jsonl"
 

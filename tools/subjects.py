@@ -100,7 +100,7 @@ def of_folder(
     settings = check_folder(folder)
     folder = folder.resolve()
     run, published = Run(folder), find_published_name(folder)
-    is_trained_here = run.config_file.is_file()
+    is_trained_here = run.config_file.is_file() and run.info_file.is_file()
     is_unknown = run.info.get("precision") == UNKNOWN
     if recipe:
         config = recipe.config
@@ -142,13 +142,16 @@ def of_folder(
 def check_folder(folder: Path) -> adapters.Settings:
     """The settings of an adapter; raises WrongInput unless PEFT could load it onto some base."""
     if not (folder / adapters.CONFIG).is_file():
-        inside = sorted(path.parent for path in folder.glob(f"*/{adapters.CONFIG}"))
+        inside = sorted(path.parent for path in folder.glob(f"**/{adapters.CONFIG}"))
         hint = f"; {shown(inside[0])} is one" if inside else ""
         raise WrongInput(
             f"ADAPTER={folder} has no {adapters.CONFIG}; a PEFT folder is needed{hint}"
         )
     if not (folder / adapters.WEIGHTS).is_file():
-        raise WrongInput(f"ADAPTER={folder} has no {adapters.WEIGHTS}; nothing else is read")
+        raise WrongInput(
+            f"ADAPTER={folder} has no {adapters.WEIGHTS}, and no other format is read; where it is "
+            "adapter_model.bin, PEFT's save_pretrained writes it again"
+        )
     return adapters.inspect(folder)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from tools.common import ROOT, atomic, digest, json_lines
+from tools.sources import list_data_files
 from tools.train.ranks import digest_weights, gather, read_rank
 
 WINDOW = 10  # steps whose mean loss tells whether a training diverges
@@ -20,6 +21,9 @@ WINDOW = 10  # steps whose mean loss tells whether a training diverges
 # (torch, DeepSpeed) and by half of that after each overflow, in DeepSpeed from the second one on:
 # after 18 the scale is 1/2, and the scale cannot be the cause. Two more are a margin.
 OVERFLOWS = 20
+
+
+FIRST = 3  # logged steps, of which one has a gradient where anything is trained
 
 
 class Stopped(RuntimeError):
@@ -91,7 +95,8 @@ class Watch(TrainerCallback):
         identity = Path(self.cfg.output_dir) / "identity.json"
         before = json.loads(identity.read_text())["data"] if identity.is_file() else []
         entries = [*self.cfg.datasets, *(self.cfg.test_datasets or [])]
-        files = [path for entry in entries if (path := ROOT / entry["path"]).is_file()]
+        names = [name for entry in entries for name in list_data_files(entry)]
+        files = [path for name in names if (path := ROOT / name).is_file()]
         now = [digest(path) for path in files]
         if before and now != before:
             raise Stopped(f"{', '.join(map(str, files))} changed while the training was starting")
@@ -145,6 +150,12 @@ class Watch(TrainerCallback):
             if self.overflows >= (OVERFLOWS if args.fp16 else 1):
                 steps = f", nor at the {OVERFLOWS - 1} logged before" if args.fp16 else ""
                 raise Stopped(f"the gradient of the training loss {place}{steps}{advice}")
+        first = [line["grad_norm"] for line in self.progress.lines if "grad_norm" in line][:FIRST]
+        if len(first) == FIRST and not any(first):
+            raise Stopped(
+                f"no gradient reached the adapter in {FIRST} steps: all rows may be without an "
+                "answer to train on, or the config freezes the adapter"
+            )
         if reason := explain_divergence([line for line in self.progress.lines if "loss" in line]):
             raise Stopped(f"the loss diverges: {reason} before step {state.global_step}")
 

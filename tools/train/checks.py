@@ -4,10 +4,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from tools import prompts, recipes, smollm2, sources
 from tools.common import ROOT, JobFailed, WrongInput, digest, shown
+from tools.data.formats import open_rows
 from tools.train import hardware, profiles, without_gpu
 
 FORCED = "(FORCE=1 tries all the same)"
@@ -15,7 +14,17 @@ DISK = 2e9  # bytes that must be free: checkpoints, prepared data, log
 FULL = 1e6  # bytes under which a disk is full
 # Endings of data files that Axolotl reads; another path that does not exist is a name on the Hub.
 DATA_FILES = {".jsonl", ".json", ".csv", ".parquet", ".txt", ".arrow"}
+NOT_LOADED = "the run would be scored without it"
+# Keys of Axolotl whose adapter or base this project would load otherwise than it was trained.
+UNLOADABLE = (
+    *("overrides_of_model_config", "overrides_of_model_kwargs", "unfrozen_parameters"),
+    *("lora_target_parameters", "peft_trainable_token_indices", "peft_layer_replication"),
+    "peft_ensure_weight_tying",
+)
+# Names of embeddings and heads, which can be trained whole.
+ENDS = {"embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings"}
 # Ways to train that leave no adapter.
+NO_ADAPTER = "a run is an adapter that supervised fine-tuning made"
 OTHER_TRAININGS = ("rl", "reward_model", "process_reward_model", "relora", "pretraining_dataset")
 
 
@@ -56,6 +65,8 @@ def explain_need(recipe: recipes.Recipe) -> str:
 
 def find_data_file(recipe: recipes.Recipe, name: str) -> Path | None:
     """A recipe's data file, None for a dataset of the Hub; raises WrongInput for a missing file."""
+    if "://" in name:
+        raise WrongInput(f"{recipe.where}: {name}: download it, and name the file")
     path = (ROOT / name).resolve()
     if path.is_file():
         return path
@@ -81,20 +92,26 @@ def describe_data(recipe: recipes.Recipe) -> list[dict[str, Any]]:
     config, _ = sources.drop_missing_validation(recipe.config)
     validation = config.get("test_datasets") or []
     validation_paths = [(ROOT / entry["path"]).resolve() for entry in validation]
-    splits = [(entry, "train") for entry in config["datasets"]]
-    splits += [(entry, "validation") for entry in validation]
+    sides = {"train": config["datasets"], "validation": validation}
+    splits = [
+        (name, split)
+        for split, entries in sides.items()
+        for entry in entries
+        for name in sources.list_data_files(entry)
+    ]
     files = []
-    for entry, split in splits:
-        path = find_data_file(recipe, entry["path"])
+    for name, split in splits:
+        path = find_data_file(recipe, name)
         if not path:
             continue
         content = sources.manifest(path)
+        is_lines = path.suffix == ".jsonl"
         files.append(
             {
-                "path": entry["path"],
+                "path": name,
                 "split": split,
                 "sha256": content["sha256"],
-                "rows": content["rows"],
+                "rows": content["rows"] if is_lines else sum(1 for _ in open_rows(str(path))),
                 "from": content.get("from"),
                 "source": content["source"],
                 "label_check": (content.get("label_check") or {}).get("text"),
@@ -115,11 +132,9 @@ def refuse_unusable(config: dict[str, Any], where: str) -> None:
     """Raises WrongInput, before anything loads, for a config whose run this project cannot use."""
     adapter, start = config.get("adapter"), config.get("peft_init_lora_weights", True)
     loftq = ((config.get("peft") or {}).get("loftq_config") or {}).get("loftq_bits")
+    base, configured = config.get("base_model"), config.get("base_model_config")
+    whole = set(map(str, config.get("lora_modules_to_save") or ())) - ENDS
     refusals = {
-        f"{key} is not supported: a run is an adapter that supervised fine-tuning made; "
-        "`axolotl train` takes it": config.get(key)
-        for key in OTHER_TRAININGS
-    } | {
         "tokenizer_use_mistral_common is not supported: scoring loads tokenizers with "
         "transformers alone; `axolotl train` takes it": config.get("tokenizer_use_mistral_common"),
         f"adapter must be lora or qlora, not {adapter}: a run is an adapter and its base; "
@@ -133,7 +148,20 @@ def refuse_unusable(config: dict[str, Any], where: str) -> None:
         "the embeddings of new tokens must be trained and saved; "
         "add lora_modules_to_save: [embed_tokens, lm_head]": config.get("tokens")
         and not config.get("lora_modules_to_save"),
+        f"lora_modules_to_save names {', '.join(sorted(whole))}; only embeddings and head can be "
+        "saved whole": whole,
+        f"base_model_config is {configured} and base_model {base}; scoring loads the base with "
+        "its own config": configured and configured != base,
+        "revision_of_model is not supported: scoring loads the main revision; base_model may be "
+        f"the folder that `.venv/bin/hf download {base} --revision … --local-dir …` makes": (
+            config.get("revision_of_model")
+        ),
     }
+    for keys, reason in ((OTHER_TRAININGS, NO_ADAPTER), (UNLOADABLE, NOT_LOADED)):
+        refusals |= {
+            f"{key} is not supported: {reason}; `axolotl train` takes it": config.get(key)
+            for key in keys
+        }
     for text, is_wrong in refusals.items():
         if is_wrong:
             raise WrongInput(f"{where}: {text}")
@@ -167,6 +195,10 @@ def refuse_unscorable(config: dict[str, Any], where: str, processes: int) -> Non
         raise WrongInput(f"{place} needs validation rows under test_datasets")
 
 
+# Options of a dataset that give Axolotl other turns than the file has.
+MAPPINGS = ("message_property_mappings", "message_field_role", "message_field_content", "roles")
+
+
 def refuse_unrenderable(recipe: recipes.Recipe) -> None:
     """Raises WrongInput where the base's chat template refuses or leaves out turns of the data.
 
@@ -178,9 +210,12 @@ def refuse_unrenderable(recipe: recipes.Recipe) -> None:
         path = (ROOT / entry["path"]).resolve()
         if entry.get("type") != "chat_template" or path.suffix != ".jsonl" or not path.is_file():
             continue
-        with open(path, "rb") as file:
-            rows = (orjson.loads(line) for line in file if not line.isspace())
-            shapes = list(prompts.pick_shapes(row for row in rows if is_chat_row(row)))
+        if any(entry.get(key) for key in MAPPINGS) or entry.get("field_messages", "messages") != (
+            "messages"
+        ):
+            continue  # Axolotl renders other turns than those that stand in the file
+        rows = (row for _, row in open_rows(str(path)) if isinstance(row, dict))
+        shapes = list(prompts.pick_shapes(filter(is_chat_row, rows)))
         tokenizer = load_tokenizer(recipe.config) if shapes else None
         for number, row in shapes:
             options = recipe.config.get("chat_template_kwargs")
@@ -191,11 +226,14 @@ def refuse_unrenderable(recipe: recipes.Recipe) -> None:
                 )
 
 
-def is_chat_row(row: Any) -> bool:
+def is_chat_row(row: dict[str, Any]) -> bool:
     """Whether a row has turns under the names that this project writes."""
-    turns = row.get("messages") if isinstance(row, dict) else None
+    turns = row.get("messages")
     return isinstance(turns, list) and all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns
+        isinstance(turn, dict)
+        and isinstance(turn.get("role"), str)
+        and isinstance(turn.get("content") or "", str)
+        for turn in turns
     )
 
 

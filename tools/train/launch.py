@@ -106,6 +106,9 @@ def prepare(recipe: recipes.Recipe, identity: dict[str, Any], force: bool) -> bo
     return True
 
 
+CHOOSING = ("split", "shards", "shards_idx", "data_files")  # of a dataset: a part of its rows
+
+
 def finish(recipe: recipes.Recipe, profile: str, data: list[dict[str, Any]]) -> dict[str, Any]:
     """Writes `run.json`, the last file of a run, and returns it."""
     run = recipe.run
@@ -125,7 +128,8 @@ def finish(recipe: recipes.Recipe, profile: str, data: list[dict[str, Any]]) -> 
     }
     rows = sum(entry["rows"] for entry in data if entry["split"] == "train")
     dropped = rows - content.get("rows_trained", rows)
-    if dropped > 0 and not recipe.config.get("val_set_size"):
+    chosen = any(entry.get(key) for entry in recipe.config["datasets"] for key in CHOOSING)
+    if dropped > 0 and not chosen and not recipe.config.get("val_set_size"):
         print(
             f"train      {dropped} of {rows} rows were longer than "
             f"sequence_len ({recipe.config.get('sequence_len')}) and were not trained on"
@@ -169,7 +173,7 @@ def describe_rows(recipe: recipes.Recipe, data: list[dict[str, Any]]) -> str:
     for entry in data:
         rows[entry["split"]] += entry["rows"]
     parts = [f"{rows['train']} rows"] if rows["train"] else []
-    names = [entry["path"] for entry in recipe.config["datasets"]]
+    names = [name for e in recipe.config["datasets"] for name in sources.list_data_files(e)]
     parts += [f"{name} of the Hub" for name in names if not (ROOT / name).exists()]
     validated = f", validated on {rows['validation']}" if rows["validation"] else ""
     return " and ".join(parts) + validated
@@ -191,7 +195,7 @@ def check_recipe(recipe: recipes.Recipe, is_new: bool) -> None:
     if recipe.run.folder in (ROOT, ROOT / "runs", *ROOT.parents):
         raise WrongInput(f"{recipe.where}: output_dir must be a folder of its own")
     base = recipe.config["base_model"]
-    if is_new and not recipe.config.get("revision_of_model"):
+    if is_new:
         # Axolotl's own message about a base that cannot be had is a page of traceback.
         models.bring_base(base)
     else:

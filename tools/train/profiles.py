@@ -18,6 +18,8 @@ from tools.prompts import with_template
 from tools.train import plan, sharing
 from tools.train.hardware import Host, detect_host, explain_import, explain_no_flash
 
+# Options of Axolotl that publish while it trains.
+PUBLISHING = ("hub_model_id", "hub_strategy", "push_to_hub", "push_dataset_to_hub")
 PLUGIN = "tools.train.plugin.RunPlugin"
 # Chosen by what a machine has, and the same numbers either way: not part of what a run is.
 CHOSEN = {"attn_implementation", "gradient_checkpointing", "dataset_num_proc"}
@@ -177,7 +179,7 @@ def list_changes(recipe: recipes.Recipe, content: dict[str, Any]) -> list[str]:
         "micro_batch_size": "the processes share the batch",
         "gradient_accumulation_steps": "the processes share the batch",
         "bnb_config_kwargs": "ZeRO-3 gathers all weights in one type",
-    }
+    } | dict.fromkeys(PUBLISHING, "`make push` publishes a run")
     for key in own:
         if key in BOOKKEEPING or own[key] == content.get(key):
             continue
@@ -212,6 +214,7 @@ def merge_config(
     profile, processes = choice.profile or "", choice.nproc or 1
     config, _ = sources.drop_missing_validation(recipe.config)
     content = with_template(apply_profiles(config, read_profiles(profile)))
+    content = {key: value for key, value in content.items() if key not in PUBLISHING}
     if processes > 1:
         content |= plan.divide_batch(content, processes)
     if content.get("load_in_8bit") and (content.get("fsdp_config") or "zero3" in profile):
