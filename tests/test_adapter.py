@@ -165,7 +165,7 @@ def test_settings_without_effect_on_loading_are_accepted(copy):
 REFUSED = {
     "peft_type": ("IA3", "LORA is needed"),
     "init_lora_weights": ("pissa", "rewrite the base's weights"),
-    "revision": ("v9", "the base's main revision is loaded"),
+    "revision": (9, "the name of a revision is needed"),
     "use_qalora": (True, "not supported"),
     "lora_bias": (True, "not supported"),
     "trainable_token_indices": ([1, 2], "not supported"),
@@ -322,6 +322,21 @@ def test_tokens_in_spare_rows_of_a_base_and_another_end_token_are_taken(tiny, tm
     (folder / "tokenizer_config.json").unlink()
     models.load(subject.config, subject.adapter)
     assert "its tokenizer does not extend the base's; not used" in capsys.readouterr().out
+
+
+def test_another_revision_of_the_base_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit = "1" * 40
+    files = tmp_path / "models--me--base"
+    (files / "refs").mkdir(parents=True)
+    (files / "refs" / "main").write_text(commit)
+    (files / "snapshots" / commit).mkdir(parents=True)
+    (files / "snapshots" / commit / "config.json").write_text("{}")
+    for same in (None, "main", commit):
+        models.note_revision("me/base", same)
+    assert not capsys.readouterr().out
+    models.note_revision("me/base", "v9")
+    assert "names revision v9 of me/base; 111111111111 is loaded" in capsys.readouterr().out
 
 
 def test_an_adapter_that_changes_nothing_is_said(copy, capsys):

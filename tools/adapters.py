@@ -71,7 +71,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
     base: str | None = Field(None, alias="base_model_name_or_path")
-    revision: Literal["main"] | None = None  # of the base
+    revision: str | None = None  # of the base
     peft_type: Literal["LORA"]
     task_type: Literal["CAUSAL_LM"] | None = None
     auto_mapping: AutoMapping | None = None
@@ -110,7 +110,7 @@ class Settings(BaseModel):
 # What each key must be; a key that is not here holds names of modules.
 NEEDS = {
     "base_model_name_or_path": "the name of a base is needed",
-    "revision": "the base's main revision is loaded; name a folder with the other one as the base",
+    "revision": "the name of a revision is needed",
     "peft_type": "LORA is needed",
     "task_type": "only adapters of language models (CAUSAL_LM) are supported",
     "auto_mapping": "it may only name classes of transformers",

@@ -405,10 +405,23 @@ def assemble(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, 
             )
         add_rows(model, room)
         model = attach(model, adapter, checked)
+        note_revision(str(config["base_model"]), checked.settings.revision)
         if checked.rounded:
             round_in_forward(model)
     model.eval()
     return model, tokenizer
+
+
+def note_revision(base: str, revision: str | None) -> None:
+    """Says where an adapter names another revision of its base than the one that is loaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = None if (ROOT / base).exists() else try_to_load_from_cache(base, "config.json")
+    commit = Path(path).parent.name if isinstance(path, str) else ""
+    if commit and revision not in (None, "main", commit):
+        print(
+            f"note       the adapter names revision {revision} of {base}; {commit[:12]} is loaded"
+        )
 
 
 def load_base(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, Any]:
