@@ -573,7 +573,7 @@ def naming_refusal(file: Path, kept: str = KEPT) -> Iterator[None]:
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
     """Holds the lock of a score file; waits while another job has it."""
-    lock = FileLock(file.with_name(f".{file.stem}.lock"))
+    lock = FileLock(file.with_name(f".{file.stem}.lock"), mode=0o666)
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -320,8 +320,12 @@ def test_tokens_in_spare_rows_of_a_base_and_another_end_token_are_taken(tiny, tm
     content["added_tokens"][0]["content"] = "<another>"
     other.write_text(json.dumps(content).replace('"<|endoftext|>"', '"<another>"'))
     (folder / "tokenizer_config.json").unlink()
-    models.load(subject.config, subject.adapter)
-    assert "its tokenizer does not extend the base's; not used" in capsys.readouterr().out
+    base_tokenizer = models.load_tokenizer(subject.config)
+    for text in (None, "{}", "version https://git-lfs.github.com/spec/v1"):
+        if text:
+            other.write_text(text)
+        assert models.load_own_tokenizer(folder, base_tokenizer) is base_tokenizer
+        assert "its tokenizer does not extend the base's; not used" in capsys.readouterr().out
 
 
 def test_another_revision_of_the_base_is_said(tmp_path, monkeypatch, capsys):

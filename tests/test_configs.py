@@ -200,6 +200,7 @@ REFUSED = {
     "unfrozen": ({"unfrozen_parameters": ["lm_head"]}, "unfrozen_parameters is not supported"),
     "parameters": ({"lora_target_parameters": ["mlp.w"]}, "lora_target_parameters is not"),
     "saved layers": ({"lora_modules_to_save": ["norm"]}, "lora_modules_to_save names norm; only"),
+    "a saved layer": ({"lora_modules_to_save": "q_proj"}, "lora_modules_to_save names q_proj;"),
     "revision": ({"revision_of_model": "v9"}, "scoring loads the main revision; base_model may be"),
     "another config": ({"base_model_config": "other/base"}, "base_model_config is other/base"),
     "pretraining": (
@@ -218,6 +219,11 @@ def test_a_config_whose_run_could_not_be_used_is_refused_with_the_reason(
         recipe = recipes.find(str(write(tmp_path, tiny, rows, **changed)))
         checks.refuse_unusable(recipe.config, recipe.where)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_main_revision_and_whole_embeddings_are_taken(tiny, rows, tmp_path):
+    own = {"revision_of_model": "main", "lora_modules_to_save": ["model.embed_tokens", "lm_head"]}
+    checks.refuse_unusable(recipes.find(str(write(tmp_path, tiny, rows, **own))).config, "mine")
 
 
 def test_a_full_fine_tuning_is_refused_in_one_line(tiny, rows, tmp_path):
@@ -293,7 +299,7 @@ def test_a_dataset_of_the_hub_is_left_to_axolotl(tiny, tmp_path):
 def test_files_of_a_builder_are_described_and_rows_counted_by_format(tiny, rows, tmp_path):
     pretty = tmp_path / "chat.json"
     pretty.write_text(json.dumps(ROWS, indent=1))
-    entry = {"path": "json", "data_files": [str(rows), str(pretty)], "type": TYPE}
+    entry = {"path": "json", "data_files": [str(rows), f"{tmp_path}/*.json"], "type": TYPE}
     recipe = recipes.find(str(write(tmp_path, tiny, rows, datasets=[entry])))
     data = checks.describe_data(recipe)
     assert [(Path(part["path"]), part["rows"]) for part in data] == [(rows, 32), (pretty, 32)]
@@ -302,10 +308,18 @@ def test_files_of_a_builder_are_described_and_rows_counted_by_format(tiny, rows,
     assert checks.describe_data(recipe)[1]["sha256"] != data[1]["sha256"]
 
 
-def test_an_address_is_no_file(tiny, tmp_path):
-    recipe = recipes.find(str(write(tmp_path, tiny, Path("x"), datasets=[{"path": "http://h/x"}])))
-    with pytest.raises(WrongInput, match="http://h/x: download it"):
-        checks.describe_data(recipe)
+def test_an_address_is_left_to_axolotl(tiny, tmp_path):
+    entry = {"path": "s3://bucket/chat.jsonl", "type": TYPE}
+    recipe = recipes.find(str(write(tmp_path, tiny, Path("x"), datasets=[entry])))
+    assert checks.describe_data(recipe) == []
+    assert launch.describe_rows(recipe, []) == "s3://bucket/chat.jsonl"
+
+
+def test_a_line_that_is_not_json_is_named(tiny, tmp_path):
+    data = tmp_path / "chat.jsonl"
+    data.write_text(json.dumps(ROWS[0]) + '\n{"messages": [\n')
+    with pytest.raises(WrongInput, match=r"chat\.jsonl, line 2: not JSON"):
+        checks.refuse_unrenderable(recipes.find(str(write(tmp_path, tiny, data))))
 
 
 def test_a_run_of_another_recipe_is_not_taken_for_ones_own(tiny, rows, tmp_path, capsys):
@@ -319,7 +333,7 @@ def test_a_run_of_another_recipe_is_not_taken_for_ones_own(tiny, rows, tmp_path,
     (folder / "run.json").write_text(json.dumps(info))
     assert recipe.read_trained_config() == recipe.config
     path.write_text(path.read_text().replace("lora_r: 4", "lora_r: 16"))
-    recipes.find(str(path)).read_trained_config()
+    recipes.find(f"{path.parent}/./{path.name}").read_trained_config()
     assert "was changed after" in capsys.readouterr().out
     other = path.with_name("other.yaml")
     other.write_text(path.read_text())
@@ -355,7 +369,9 @@ LIGER = "axolotl.integrations.liger.LigerPlugin"
     [
         ({"plugins": [LIGER], "liger_rope": True, "debug": None}, ""),
         ({"plugins": [LIGER], "learning_rat": 5}, "no key learning_rat; did you mean"),
-        ({"plugins": ["foo.Bar"]}, "the plugin foo.Bar cannot be imported"),
+        ({"plugins": ["liger.LigerPlugin"], "liger_rope": True}, ""),
+        ({"plugins": ["foo.Bar"]}, "the plugin foo.Bar cannot be loaded: No module named 'foo'"),
+        ({"plugins": ["sys.exit"]}, "the plugin sys.exit cannot be loaded"),
         ({"fsdp_config": {"fsdp_offload_params": True}}, ""),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling. is no longer supported"),
     ],

@@ -333,6 +333,14 @@ def test_what_cannot_be_divided_or_scored_is_one_line(mine, capsys):
     assert "no training row has these labels of the test rows: 0, 1" in capsys.readouterr().out
 
 
+def test_rows_that_a_task_would_overwrite_are_not_its_source(mine):
+    custom.DATA.mkdir(parents=True)
+    source = jsonl(custom.DATA / "mine_train.jsonl", TONES)
+    with pytest.raises(WrongInput, match="is a file that the task mine writes"):
+        custom.create_task("mine", source)
+    assert source.is_file()
+
+
 def test_a_refused_row_may_hold_any_number(mine):
     rows = [*TONES, {"prompt": "", "completion": "x", "id": 10**30}]
     source = jsonl(mine / "rows.jsonl", rows)

@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -222,6 +223,23 @@ def test_torn_lines_of_kept_answers_are_left_out(torn, tmp_path, workplace):  # 
     again = Speaker(key)
     more, _ = evaluation.measure(again, "fpb", 8, Prompts("chat"), Answers(file, {"m": 1}))
     assert more == rows and len(again.asked) == 2
+
+
+def test_a_score_that_another_job_writes_is_waited_for(tmp_path, capsys):
+    waits, order = threading.Event(), []
+
+    def score():
+        with evaluation.locked(tmp_path / "fpb.json"):
+            order.append("second")
+
+    with evaluation.locked(tmp_path / "fpb.json"):
+        other = threading.Thread(target=score)
+        other.start()
+        waits.wait(0.5)
+        order.append("first")
+    other.join(30)
+    assert order == ["first", "second"]
+    assert "waits for another job that scores" in capsys.readouterr().out
 
 
 @pytest.fixture

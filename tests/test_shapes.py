@@ -184,8 +184,12 @@ SHAPES = {
         say("q\n\nA. x\nB. y", "B"),
     ),
     "a choice that is missing": (
-        {"question": "q", "choices": ["x", None, "y"], "answer": "C"},
+        {"question": "q", "choices": ["x", None, "y"], "answer": 2},
         say("q\n\nA. x\nC. y", "C"),
+    ),
+    "gold as a float": (
+        {"query": "q", "choices": ["x", "y", "z"], "gold": 2.0},
+        say("q\n\nA. x\nB. y\nC. z", "z"),
     ),
     "gold without choices": ({"query": "q", "answer": None, "gold": "yes"}, say("q", "yes")),
     "gold as a letter": (
@@ -203,6 +207,14 @@ SHAPES = {
     "a system column beside turns": (
         {"system": "Be brief.", "messages": say("p", "c")},
         [{"role": "system", "content": "Be brief."}, *say("p", "c")],
+    ),
+    "a system column beside an empty turn": (
+        {"system": "Be brief.", "conversations": [{"from": "system", "value": ""}, *say("p", "c")]},
+        [{"role": "system", "content": "Be brief."}, *say("p", "c")],
+    ),
+    "history of a question": (
+        {"question": "q", "answer": "a", "history": "as told"},
+        say("q", "a"),
     ),
     "an empty system turn": (
         {"messages": [{"role": "system", "content": ""}, *say("p", "c")]},
@@ -318,12 +330,29 @@ def test_answers_count_choices_from_1_where_0_never_occurs():
     shape = shapes.recognize(Listed(rows))
     assert shape.build_chat(rows[0])["messages"][-1]["content"] == "A"
     assert "count the choices from 1" in shape.describe()
-    assert shapes.Shape(**shape.to_dict()).first == 1
+    assert shapes.Shape(**shape.to_dict()).counted_from == "1"
     listed = Listed([row | {"answer": row["answer"] % 3} for row in rows])
-    assert shapes.recognize(listed).first == 0
+    assert shapes.recognize(listed).counted_from == "0"
     listed = Listed([row | {"answer": 1} for row in rows])  # from 0 or from 1: nobody can tell
-    assert shapes.recognize(listed).first == 0
+    assert shapes.recognize(listed).counted_from == "0"
     assert listed.notes == ['"answer" counts the choices from 0, and 0 never occurs in it']
+
+
+def test_answers_that_are_choices_of_numbers_stay_numbers():
+    for choices in (["2", "4", "6", "8"], [2, 4, 6, 8]):
+        rows = [{"question": "q", "choices": choices, "answer": n} for n in (2, 4, 6, 8)]
+        shape = shapes.recognize(Listed(rows))
+        answers = [shape.build_chat(row)["messages"][-1]["content"] for row in rows]
+        assert answers == ["2", "4", "6", "8"] and not shape.counted_from
+
+
+def test_a_number_that_names_no_choice_is_refused():
+    rows = [{"query": "q", "choices": ["x", None, "z"], "gold": n} for n in (0, 1, 5, "E", [0])]
+    shape = shapes.recognize(Listed(rows))
+    assert shape.build_chat(rows[0])["messages"][-1]["content"] == "x"
+    for row in rows[1:]:
+        with pytest.raises(ValueError, match='"gold"'):
+            shape.build_chat(row)
 
 
 def test_labels_that_are_yes_or_no_are_listed_as_they_are_answered():
@@ -331,14 +360,16 @@ def test_labels_that_are_yes_or_no_are_listed_as_they_are_answered():
     shape = shapes.recognize(rows)
     assert shape.options == ["false", "true"]
     assert shape.build_chat(rows.rows[0])["messages"][-1]["content"] == "true"
-    named = shapes.recognize(rows, labels=["no", "yes"])
-    assert named.build_chat(rows.rows[0])["messages"][-1]["content"] == "yes"
+    for names, answer in ((["no", "yes"], "yes"), (["true", "false"], "true")):
+        named = shapes.recognize(rows, labels=names)
+        assert named.build_chat(rows.rows[0])["messages"][-1]["content"] == answer
 
 
 def test_names_of_labels_that_count_from_1_are_asked_for_with_their_numbers():
-    rows = Listed([{"text": f"t {n}", "label": n % 3 + 1} for n in range(20)])
-    with pytest.raises(WrongInput, match='write LABELS="1=bad,2=so,3=good"'):
-        shapes.recognize(rows, labels=["bad", "so", "good"])
+    for kind in (float, int):
+        rows = Listed([{"text": f"t {n}", "label": kind(n % 3 + 1)} for n in range(20)])
+        with pytest.raises(WrongInput, match='write LABELS="1=bad,2=so,3=good"'):
+            shapes.recognize(rows, labels=["bad", "so", "good"])
     shape = shapes.recognize(rows, labels=["1=bad", "2=so", "3=good"])
     assert shape.build_chat(rows.rows[0])["messages"][-1]["content"] == "bad"
 
@@ -363,10 +394,6 @@ REFUSED = {
     "half a weight": (
         {"messages": [say("p")[0], {"role": "assistant", "content": "c", "weight": 0.5}]},
         "the weight 0.5; it must be 0 or 1",
-    ),
-    "a number that is a choice and may count another": (
-        {"question": "q", "choices": [1, 2, 3], "answer": 2},
-        "one of the choices and may also count them",
     ),
     "an empty answer": ({"question": "q", "answer": " "}, '"answer" is empty'),
     "null": ({"question": "q", "answer": None}, '"answer" is null'),
@@ -423,10 +450,15 @@ def test_a_bad_row_is_refused_with_the_files_own_column(row, reason):
 UNKNOWN = {
     "no prompt": ({"a": 1, "b": 2}, {}, "no prompt and answer among its columns a, b; MAP="),
     "preferences": ({"chosen": "x", "rejected": "y"}, {}, "rows of preferences"),
-    "wanted and unwanted completions": (
-        {"prompt": "p", "completion": "c", "label": True},
+    "unwanted completions": (
+        {"prompt": "p", "completion": "c", "label": "False"},
         {},
         "(KTO), which is not trained on here",
+    ),
+    "a number that is a choice and may count another": (
+        {"question": "q", "choices": [1, 2, 3], "answer": 2},
+        {},
+        "numbers that are choices and may also count them",
     ),
     "an answer in the prompt": (
         {"text": "x", "label": "y"},

@@ -254,7 +254,7 @@ def test_a_loss_diverges_where_it_doubles_or_its_gradient_explodes():
 
 @pytest.fixture
 def watch(tmp_path) -> callbacks.Watch:
-    return callbacks.Watch(SimpleNamespace(), None, callbacks.Progress(tmp_path))
+    return callbacks.Watch(SimpleNamespace(deepspeed=None), None, callbacks.Progress(tmp_path))
 
 
 def log(watch: callbacks.Watch, step: int, fp16: bool, **logs: float) -> None:
@@ -315,6 +315,9 @@ def test_a_training_whose_adapter_gets_no_gradient_stops(watch):
     watch.progress.lines.append({"loss": 2.0, "grad_norm": 0.0})
     with pytest.raises(callbacks.Stopped, match="no gradient reached the adapter in 3 steps"):
         log(watch, 3, False, loss=2.0, grad_norm=0.0)
+    watch.cfg.deepspeed = "zero2.json"  # which reports 0 for a step that overflows
+    log(watch, 3, False, loss=2.0, grad_norm=0.0)
+    watch.cfg.deepspeed = None
     watch.progress.lines[0] = {"loss": 2.0, "grad_norm": 0.5}
     log(watch, 3, False, loss=2.0, grad_norm=0.0)
 

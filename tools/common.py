@@ -180,7 +180,11 @@ def name_user(number: int) -> str:
 
 
 def spell_out(text: str, keep: str = "\n\t") -> str:
-    """A text with invisible characters spelled out, so that it does not control a terminal."""
+    """A text with invisible characters spelled out, so that it does not control a terminal.
+
+    Spaces of other scripts, and what joins letters and emoji, stay.
+    """
+    keep += "\u200c\u200d\u3000\u00a0"
     return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
 
 

@@ -49,6 +49,7 @@ LENGTH_STEP, TEMPLATE_BYTES = 256, 400
 PATIENCE = 2  # evaluations in a row that are no better, of four or more, end a training
 
 DATA = ROOT / "data" / "local"
+SIDES = ("train", "val", "test")
 TASKS = ROOT / "evals" / "tasks" / "local"
 
 
@@ -95,6 +96,9 @@ def require_free_name(task: str) -> None:
 def create_task(task: str, source: Path | str, choices: Choices = DEFAULTS) -> None:
     """Makes a task of the user's rows: data, recipes for all models and methods, evaluation."""
     require_free_name(task)
+    for name in (source, choices.test):
+        if name and Path(name).resolve() in [DATA / f"{task}_{side}.jsonl" for side in SIDES]:
+            raise WrongInput(f"{name} is a file that the task {task} writes; choose another name")
     rows = open_rows(str(source))
     mapping = parse_map(choices.mapping) if choices.mapping else None
     labels = choices.labels.split(",") if choices.labels else None
@@ -162,6 +166,8 @@ class OwnTask:
             # Prompts list the labels of the rows that are taken, as they are spelled in the end.
             options = choose_options(answers)
             if options != self.shape.options:
+                if not options:
+                    print("new        prompts list no labels: there are too many in all files")
                 self.shape.options = options
                 intakes = {side: self.take_in(rows, side) for side, rows in files.items()}
         for side, part in intakes.items():
@@ -362,7 +368,7 @@ class OwnTask:
         """Writes data/local/<task>_<side>.jsonl; returns the rows of each side."""
         counts = Counter[str]()
         tested = set(held_out["test"].marks.prompts) if "test" in held_out else set()
-        for side in ("train", "val", "test"):  # of an earlier task of this name
+        for side in SIDES:  # of an earlier task of this name
             (DATA / f"{self.task}_{side}.jsonl").unlink(missing_ok=True)
         with ExitStack() as files:
             opened: dict[str, Any] = {}

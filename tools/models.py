@@ -7,6 +7,7 @@ of it must have been set, and the base's own weights must be unchanged.
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -192,7 +193,7 @@ def load_tokenizer(config: dict[str, Any], adapter: Path | None = None) -> Any:
     from transformers import AutoTokenizer
 
     if adapter and Run(adapter).has_tokenizer:
-        return AutoTokenizer.from_pretrained(adapter)
+        return AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)
     base = config["base_model"]
     if prompts.changes_tokenizer(config):
         from axolotl.loaders import load_tokenizer as load_as_trained
@@ -203,7 +204,7 @@ def load_tokenizer(config: dict[str, Any], adapter: Path | None = None) -> Any:
             for key in ("base_model_config", "tokenizer_config"):
                 content[key] = config.get(key) or base
             return load_as_trained(DictDefault(content))
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     for name, token in (config.get("special_tokens") or {}).items():
         setattr(tokenizer, name, token)
     if adapter and (own_template := read_template(adapter)):
@@ -222,8 +223,10 @@ def load_own_tokenizer(adapter: Path, tokenizer: Any) -> Any:
 
     if not (adapter / "tokenizer.json").is_file():
         return tokenizer
-    own = AutoTokenizer.from_pretrained(str(adapter))
-    if not tokenizer.get_vocab().items() <= own.get_vocab().items():
+    own: Any = None
+    with suppress(ValueError, KeyError, TypeError, AttributeError, OSError):  # of a damaged file
+        own = AutoTokenizer.from_pretrained(str(adapter), trust_remote_code=False)
+    if own is None or not tokenizer.get_vocab().items() <= own.get_vocab().items():
         print(f"note       {shown(adapter)}: its tokenizer does not extend the base's; not used")
         return tokenizer
     own.chat_template = tokenizer.chat_template
@@ -350,7 +353,7 @@ def base_modules(base: str) -> adapters.Modules:
     from transformers import AutoConfig
     from transformers.pytorch_utils import Conv1D
 
-    config = AutoConfig.from_pretrained(base)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     with torch.device("meta"):
         model = find_loader(config).from_config(config)
     head = model.get_output_embeddings()
@@ -398,7 +401,8 @@ def assemble(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, 
     model, tokenizer = load_base(config, adapter)
     if adapter and checked:
         room = checked.rows or model.get_input_embeddings().weight.shape[0]
-        if len(tokenizer) > room:
+        # Some bases have a token more than rows, and never use it.
+        if len(tokenizer) > room and len(tokenizer) > len(load_tokenizer(config)):
             raise WrongInput(
                 f"{shown(adapter)}: its tokenizer has {len(tokenizer):,} tokens and its weights "
                 f"{room:,}"
@@ -450,7 +454,8 @@ def load_base(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any,
     tokenizer = load_tokenizer(config, adapter)
     tokenizer.padding_side = "left"
     base = config["base_model"]
-    model = find_loader(AutoConfig.from_pretrained(base)).from_pretrained(base, **kwargs)
+    described = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    model = find_loader(described).from_pretrained(base, trust_remote_code=False, **kwargs)
     if adapter is None:
         step = 32 if config.get("resize_token_embeddings_to_32x") else 1
         add_rows(model, -(-len(tokenizer) // step) * step)
@@ -491,7 +496,8 @@ def attach(model: Any, adapter: Path, checked: adapters.Checked) -> Any:
     tensors = load_file(path)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in checked.copies}
     ups = [tensor for name, tensor in tensors.items() if "lora_B" in name or "embedding_B" in name]
-    if ups and not any(map(torch.any, ups)) and not checked.whole:
+    trains_else = checked.whole or checked.settings.dora
+    if ups and not any(map(torch.any, ups)) and not trains_else:
         print(f"note       {shown(path)}: lora_B is all zeros, so the adapter changes nothing")
     result = set_peft_model_state_dict(adapted, tensors)
     # PEFT also calls the base's own weights missing.

@@ -9,8 +9,8 @@ A name in the catalogue is a recipe with or without a file; config, digest and v
 """
 
 import hashlib
-import importlib
 import json
+import pkgutil
 import re
 import typing
 from contextlib import suppress
@@ -105,7 +105,7 @@ class Recipe:
         info = self.run.info
         trainer = str(info.get("recipe") or self.name)
         if info.get("recipe_digest", self.digest) != self.digest:
-            if trainer != self.name:
+            if trainer != self.name and self.path != (ROOT / trainer).resolve():
                 raise WrongInput(
                     f"{self.run}, the output_dir of {self.name}, was trained by {trainer}, whose "
                     "settings are others; give each recipe an output_dir of its own"
@@ -463,15 +463,19 @@ def validate(config: dict[str, Any], where: str) -> None:
 
 def list_plugin_keys(name: str, where: str) -> list[str]:
     """The keys that an Axolotl plugin adds; raises WrongInput where it cannot be imported."""
-    module, _, attribute = str(name).rpartition(".")
-    try:
-        arguments = getattr(importlib.import_module(module), attribute)().get_input_args()
-        if not arguments:
-            return []
-        module, _, attribute = arguments.rpartition(".")
-        return list(getattr(importlib.import_module(module), attribute).model_fields)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise WrongInput(f"{where}: the plugin {name} cannot be imported: {error}") from None
+    from axolotl.integrations.base import BasePlugin
+
+    problems = []
+    for path in (str(name), f"axolotl.integrations.{name}"):
+        try:
+            kind = pkgutil.resolve_name(path)
+            if not issubclass(kind, BasePlugin):
+                raise TypeError("it is no plugin of Axolotl")
+            arguments = kind().get_input_args()
+            return list(pkgutil.resolve_name(arguments).model_fields) if arguments else []
+        except Exception as error:  # whatever a module of somebody else raises
+            problems.append(error)
+    raise WrongInput(f"{where}: the plugin {name} cannot be loaded: {problems[0]}")
 
 
 def refuse_misleading_path(config: dict[str, Any], where: str) -> None:

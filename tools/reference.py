@@ -1,6 +1,6 @@
 """Writes docs/commands.md from the command line, so that the page is never out of date.
 
-python -m tools reference
+make render
 python -m tools check            fails where the page does not match
 """
 
@@ -15,7 +15,7 @@ PAGE = ROOT / "docs" / "commands.md"
 MAKEFILE = ROOT / "Makefile"
 INTRODUCTION = """# Commands
 
-<!-- Written by `python -m tools reference`. -->
+<!-- Written by `make render`. -->
 
 Every job is a verb of `python -m tools`, and `make VERB` is the same call. An option is named like
 its make variable, in lower case: `make train RECIPE=sentiment_r4 NPROC=2` is

@@ -107,7 +107,7 @@ class Run:
     @property
     def has_tokenizer(self) -> bool:
         """Whether it is a run, not only a PEFT folder, with a tokenizer of its own."""
-        return self.tokenizer_file.is_file() and self.config_file.is_file()
+        return self.tokenizer_file.is_file() and self.is_finished
 
     @property
     def is_recognized(self) -> bool:

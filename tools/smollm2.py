@@ -73,7 +73,7 @@ def ensure(base_model: str) -> None:
     if folder != FOLDER or (folder / "model.safetensors").is_file():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):  # a second job waits
+    with FileLock(folder.with_name(f".{folder.name}.lock"), mode=0o666):  # a second job waits
         if not (folder / "model.safetensors").is_file():
             print(f"model      writing SmolLM2-135M-Instruct to {shown(folder)} (half a minute)")
             export(folder)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from functools import cache
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,10 @@ def list_data_files(entry: dict[str, Any]) -> list[str]:
     files = entry.get("data_files")
     if not files or entry["path"] not in ("json", "csv", "parquet", "text", "arrow"):
         return [entry["path"]]
-    return [files] if isinstance(files, str) else list(files)
+    patterns = [files] if isinstance(files, str) else list(files)
+    return [
+        name for pattern in patterns for name in sorted(glob(pattern, root_dir=ROOT)) or [pattern]
+    ]
 
 
 def train_path(task: str) -> Path:

@@ -142,7 +142,8 @@ def of_folder(
 def check_folder(folder: Path) -> adapters.Settings:
     """The settings of an adapter; raises WrongInput unless PEFT could load it onto some base."""
     if not (folder / adapters.CONFIG).is_file():
-        inside = sorted(path.parent for path in folder.glob(f"**/{adapters.CONFIG}"))
+        places = (folder.glob(f"{depth}/{adapters.CONFIG}") for depth in ("*", "*/*"))
+        inside = sorted(path.parent for paths in places for path in paths)
         hint = f"; {shown(inside[0])} is one" if inside else ""
         raise WrongInput(
             f"ADAPTER={folder} has no {adapters.CONFIG}; a PEFT folder is needed{hint}"

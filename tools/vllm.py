@@ -151,6 +151,10 @@ def explain_merging(subject: Subject, engine: Engine) -> str:
     checked = models.check_adapter(subject.config, subject.adapter)
     if checked.unusual:
         return f"vLLM has no {checked.unusual}"
+    tokenizers = (subject.adapter, None)
+    own, base = (models.load_tokenizer(subject.config, place) for place in tokenizers)
+    if len(own) > len(base):
+        return "vLLM takes the base's tokenizer, and this adapter has tokens of its own"
     rank = checked.settings.rank
     if adapters.vllm_rank(rank, engine.ranks) is None:
         return f"vLLM takes no rank over {engine.ranks[-1]}, and this one has {rank}"

@@ -56,9 +56,11 @@ CONTEXT = ("context", "passage", "document", "evidence", "article", "paragraph",
 CHOICES = ("choices", "options")
 TEXT = ("text", "sentence", "headline", "tweet", "news", "title", "content", "review", "post")
 LABEL = (
-    *("label", "labels", "sentiment", "label_text", "class", "category", "rating", "gold_label"),
-    *("polarity", "tone"),
+    *("label", "labels", "sentiment", "label_text", "class", "category", "target", "rating"),
+    *("gold_label", "polarity", "tone"),
 )
+# Of rows like FiQA's, whose `target` is the firm that a score is about.
+SCORES = ("score", "sentiment_score", "aspect", "aspects")
 INSTRUCTION_FIRST = ("prompt", "context")
 FINLORA_PROMPT = "context"  # the column of FinLoRA's whole prompts
 FINLORA_START = "Instruction:"  # of most of them
@@ -108,12 +110,10 @@ KNOWN = [
         {"context": CONTEXT, "choices": CHOICES, "system": SYSTEM, "history": ("history",)},
     ),
     Known("FinLoRA", {"prompt": (FINLORA_PROMPT,), "answer": ("target",)}),
-    Known("text and label", {"prompt": TEXT, "answer": LABEL}),
-    # FiQA's `target` is the firm that a score is about.
+    Known("text and label", {"prompt": TEXT, "answer": LABEL}, unless=SCORES),
     Known(
         "text and label",
-        {"prompt": TEXT, "answer": ("target",)},
-        unless=("score", "sentiment_score", "aspect", "aspects"),
+        {"prompt": TEXT, "answer": tuple(name for name in LABEL if name != "target")},
     ),
 ]
 # Columns of unanswered rows, for `make predict` without a task.
@@ -125,7 +125,8 @@ class Shape:
     """Which column holds which part of a row, and how a prompt is worded.
 
     `names` gives the labels of integer answers. `options` are the labels that a prompt lists.
-    `first` is the number that answers give to the first choice.
+    `counted_from` is the number, "0" or "1", that answers give to the first choice; "" where they
+    are choices or letters themselves.
     """
 
     kind: str
@@ -134,7 +135,7 @@ class Shape:
     template: str | None = None
     names: dict[str, str] | None = None
     options: list[str] = field(default_factory=list)
-    first: int = 0
+    counted_from: str = ""
     unused: list[str] = field(default_factory=list)
     repairs: Counter[str] = field(default_factory=Counter)  # rows by what was repaired in them
 
@@ -155,7 +156,8 @@ class Shape:
         worded = (
             f"; worded {json.dumps(self.template, ensure_ascii=False)}" if self.template else ""
         )
-        counted = "; answers count the choices from 1" if self.first else ""
+        start = self.counted_from
+        counted = f"; answers count the choices from {start}" if start else ""
         return f"{self.kind}: {', '.join(parts)}{worded}{counted}"
 
     @property
@@ -217,7 +219,7 @@ class Shape:
         column = self.columns["messages"]
         messages = turns.read_turns(row.get(column), column)
         system = self.read_part(row, "system") if "system" in self.columns else ""
-        if system and messages[0]["role"] != "system":
+        if system and not (messages[0]["role"] == "system" and messages[0]["content"]):
             messages.insert(0, {"role": "system", "content": system})
         chat: dict[str, Any] = {"messages": messages}
         if "tools" in self.columns:
@@ -232,7 +234,7 @@ class Shape:
         if part == "context" and isinstance(value, list):  # of several passages
             return "\n\n".join(filter(None, (turns.write_value(text, column) for text in value)))
         text = turns.write_value(value, column)
-        return "" if part == "context" and text.lower() in turns.MISSING else text
+        return "" if text.lower() in turns.MISSING else text
 
     def read_history(self, row: dict[str, Any]) -> list[Turn]:
         """The earlier turns of an Alpaca row: pairs of a question and its answer."""
@@ -288,7 +290,7 @@ class Shape:
         ).strip()
 
     def read_choices(self, row: dict[str, Any]) -> list[tuple[str, str]]:
-        """(letter or label, text) of each choice of a question."""
+        """(letter or label, text) of each choice of a question; "" for one that is missing."""
         column = self.columns["choices"]
         value, labels = row.get(column), list[Any]()
         if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
@@ -312,9 +314,8 @@ class Shape:
             raise ValueError(f'"{column}" must be a list of at most {len(LETTERS)} choices')
         marks = [str(label) for label in labels] if len(labels) == len(value) else list(LETTERS)
         return [
-            (mark, turns.require_text(text, column))
+            (mark, turns.write_value(text, column))
             for mark, text in zip(marks, value, strict=False)
-            if not turns.is_missing(text)
         ]
 
     def write_choices(self, row: dict[str, Any], prompt: str) -> str:
@@ -322,7 +323,7 @@ class Shape:
 
         PIXIU's answers are choices themselves, so there their texts are enough.
         """
-        choices = self.read_choices(row)
+        choices = [(mark, text) for mark, text in self.read_choices(row) if text]
         marked = [rf"{re.escape(mark)}\W{{1,3}}\s*{re.escape(text)}" for mark, text in choices]
         if "gold" in self.columns and all(text in prompt for _, text in choices):
             return ""
@@ -347,60 +348,49 @@ class Shape:
         return [{"role": "assistant", "content": text}]
 
     def name_choice(self, row: dict[str, Any], value: Any, answer: str) -> str:
-        """The letter of an answer that is a number; any other answer as it is.
-
-        Raises ValueError for a number that is a choice itself and may count another.
-        """
+        """The letter of an answer that is a number; any other answer as it is."""
         column, choices = self.columns["answer"], self.read_choices(row)
-        marks, texts = [mark for mark, _ in choices], [text for _, text in choices]
-        if not choices or answer in marks:
+        number = read_number(value)
+        if not choices or answer in [mark for mark, _ in choices]:
             return answer
-        is_number = isinstance(value, int) and not isinstance(value, bool)
-        place = int(answer) - self.first if answer.isdecimal() else -1
-        counts = 0 <= place < len(choices)
-        if answer in texts and not (is_number and counts):
+        if self.counted_from and number is not None:
+            return self.find_choice(choices, number, column)[0]
+        if answer in [text for _, text in choices]:
             return answer
-        if answer in texts and is_list_of_numbers(row.get(self.columns["choices"])):
-            raise ValueError(
-                f'"{column}" is {answer}, which is one of the choices and may also count them; '
-                "write the letter of the choice"
-            )
-        if counts:
-            return marks[place]
         raise ValueError(f'"{column}" is "{answer[:60]}", none of its choices')
+
+    def find_choice(
+        self, choices: list[tuple[str, str]], number: int, column: str
+    ) -> tuple[str, str]:
+        """The choice that a number of `column` counts; ValueError where there is none."""
+        place = number - int(self.counted_from or 0)
+        if not 0 <= place < len(choices) or not choices[place][1]:
+            raise ValueError(f'"{column}" is {number}, and there are {len(choices)} choices')
+        return choices[place]
 
     def read_gold(self, row: dict[str, Any], value: Any) -> str:
         """The answer of a PIXIU row, which its `gold` says as well, as a number of a choice."""
         column = self.columns["gold"]
-        gold: Any = row.get(column)
-        answer_column = self.columns.get("answer", column)
-        marked = self.read_choices(row) if "choices" in self.columns else []
-        marks, choices = [mark for mark, _ in marked], [text for _, text in marked]
-        chosen = None
-        if isinstance(gold, str) and gold.isdecimal():
-            gold = int(gold) - self.first
-        elif isinstance(gold, str) and gold in marks and gold not in choices:
-            gold = marks.index(gold)
-        elif isinstance(gold, int):
-            gold -= self.first
-        if isinstance(gold, int) and choices:
-            if not 0 <= gold < len(choices):
-                raise ValueError(
-                    f'"{column}" is {gold + self.first}, and there are {len(choices)} choices'
-                )
-            chosen = choices[gold]
+        gold, answer_column = row.get(column), self.columns.get("answer", column)
+        choices = self.read_choices(row) if "choices" in self.columns else []
+        number = read_number(gold)
+        chosen = ("", "")
+        if choices and number is not None:
+            chosen = self.find_choice(choices, number, column)
+        elif choices and isinstance(gold, str):
+            same = (choice for choice in choices if gold in (choice[1], choice[0]))
+            chosen = next(same, chosen)
         if turns.is_missing(value):
-            if chosen is None:
-                return turns.require_answer(row.get(column), column)
-            return chosen
+            if not choices:
+                return turns.require_answer(gold, column)
+            if not chosen[1]:
+                raise ValueError(f'"{column}" names none of the choices')
+            return chosen[1]
         answer = turns.require_answer(value, answer_column)
-        folded = answer.casefold()
-        if chosen is not None and folded not in (
-            chosen.casefold(),
-            str(gold + self.first),
-            marks[gold].casefold(),
-        ):
-            raise ValueError(f'"{answer_column}" is "{answer[:60]}", "{column}" is "{chosen[:60]}"')
+        if chosen[1] and answer.casefold() not in {str(gold), *map(str.casefold, chosen)}:
+            raise ValueError(
+                f'"{answer_column}" is "{answer[:60]}", "{column}" is "{chosen[1][:60]}"'
+            )
         return answer
 
     def name_label(self, value: Any) -> str:
@@ -409,12 +399,14 @@ class Shape:
         if isinstance(value, list) and self.names:
             labels = [self.name_label(label) for label in value]
             return json.dumps(labels, ensure_ascii=False)
-        if isinstance(value, bool | float) and float(value).is_integer() and self.names:
-            value = int(value)  # yes or no; integers of a column with nulls
         text = turns.require_answer(value, column)
         if not self.names:
             return text
-        text = re.sub(r"\.0+\Z", "", text) if text not in self.names.values() else text
+        known = {name.casefold() for name in self.names.values()}
+        if text.casefold() not in known and (number := read_number(value)) is not None:
+            text = str(number)
+        elif isinstance(value, bool) and text not in known:
+            text = str(int(value))
         if text in self.names:
             return self.names[text]
         spellings = {name.casefold(): name for name in self.names.values()}
@@ -474,20 +466,23 @@ def recognize(
         shape.template = template.replace("\\n", "\n").replace("\\t", "\t")
         check_template(shape, columns)
     shape = Shape(**shape.to_dict())
-    if shape.kind == "prompt and completion" and is_kto(sample):
-        raise WrongInput(
-            f"{rows.name}: label says which completions are wanted (KTO), which is not trained on "
-            "here; keep the rows where it is true, without that column"
-        )
+    if shape.kind == "prompt and completion" and "label" in columns:
+        refuse_unwanted(rows)
+    history = shape.columns.get("history", "")
+    if shape.kind == "question and answer" and not any(
+        isinstance(row.get(history), list) for row in sample
+    ):
+        shape.columns.pop("history", None)
     answer = shape.columns.get("answer", "")
-    if labels or rows.label_names.get(answer):
-        shape.names = parse_labels(labels) if labels else name_numbers(rows.label_names[answer])
-        if not answer or "gold" in shape.columns:
-            raise WrongInput('LABELS= does not apply to rows that hold turns or "gold"')
-        if labels:
-            check_numbering(rows, answer, shape.names)
+    if labels and (not answer or "gold" in shape.columns):
+        raise WrongInput('LABELS= does not apply to rows that hold turns or "gold"')
+    if labels:
+        shape.names = parse_labels(labels)
+        check_numbering(rows, answer, shape.names)
+    elif rows.label_names.get(answer) and "gold" not in shape.columns:
+        shape.names = name_numbers(rows.label_names[answer])
     if "choices" in shape.columns:
-        shape.first = find_first_choice(rows, shape)
+        shape.counted_from = find_first_number(rows, shape)
     if shape.kind == "text and label" or "labels" in shape.fields:
         shape.options = list_options(rows, shape)
     shape.unused = list_unused(shape, columns, sample)
@@ -506,40 +501,74 @@ def parse_labels(labels: list[str]) -> dict[str, str]:
     return names
 
 
-def is_kto(sample: list[dict[str, Any]]) -> bool:
-    return any(isinstance(row.get("label"), bool) for row in sample)
+def refuse_unwanted(rows: RowFile) -> None:
+    """Raises WrongInput for rows of KTO, of which some hold a completion that is not wanted."""
+    labels = {label.lower() for label in count_values(rows, "label")}
+    if "false" in labels and labels <= {"true", "false"}:
+        raise WrongInput(
+            f"{rows.name}: label says which completions are wanted (KTO), which is not trained on "
+            "here; keep the rows where it is true"
+        )
+
+
+def read_number(value: Any) -> int | None:
+    """An integer, of a number or its text; None for anything else."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.0+)?", value.strip()):
+        return int(float(value))
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def find_first_number(rows: RowFile, shape: Shape) -> str:
+    """ "0" or "1": the number that answers give to the first choice; "" where they give none.
+
+    From 1 where the number of choices occurs and 0 never does. Numbers that are choices themselves
+    do not count them, unless only choices are texts. Raises WrongInput where both may be meant.
+    """
+    column = shape.columns.get("gold") or shape.columns.get("answer", "")
+    numbers, has_zero, has_end, are_choices, is_typed = 0, False, False, True, False
+    may_count = {0: True, 1: True}
+    for _, row in rows if column else ():
+        value = row.get(column) if isinstance(row, dict) else None
+        if (number := read_number(value)) is None:
+            continue
+        try:
+            choices = shape.read_choices(row) if isinstance(row, dict) else []
+        except ValueError:
+            continue
+        if not choices or str(number) in [mark for mark, _ in choices]:
+            continue
+        numbers += 1
+        has_zero |= number == 0
+        has_end |= number == len(choices)
+        are_choices &= str(number) in [text for _, text in choices]
+        listed = row[shape.columns["choices"]] if isinstance(row, dict) else None
+        is_typed |= isinstance(value, int | float) and not is_list_of_numbers(listed)
+        for first in may_count:
+            may_count[first] &= first <= number < first + len(choices)
+    if not numbers:
+        return ""
+    if are_choices and "gold" not in shape.columns:
+        if not any(may_count.values()):
+            return ""
+        if not is_typed:
+            raise WrongInput(
+                f'{rows.name}: "{column}" holds numbers that are choices and may also count them; '
+                "write the letter of the choice"
+            )
+    if numbers >= FEW_NUMBERS and not has_zero and not has_end:
+        rows.notes.append(f'"{column}" counts the choices from 0, and 0 never occurs in it')
+    return "1" if has_end and not has_zero else "0"
 
 
 def is_list_of_numbers(choices: Any) -> bool:
     return isinstance(choices, list) and any(isinstance(choice, int | float) for choice in choices)
 
 
-def find_first_choice(rows: RowFile, shape: Shape) -> int:
-    """1 where answers count choices from 1: as many as there are occur, and 0 never does."""
-    column = shape.columns.get("gold") or shape.columns.get("answer", "")
-    numbers, ends = 0, 0
-    for _, row in rows:
-        value = row.get(column) if isinstance(row, dict) else None
-        text = str(value).strip() if isinstance(value, str | int) else ""
-        if not text.isdecimal():
-            continue
-        try:
-            choices = shape.read_choices(row) if isinstance(row, dict) else []
-        except ValueError:
-            continue
-        if text in {mark for mark, _ in choices} or not choices:
-            continue
-        if int(text) == 0:
-            return 0
-        numbers, ends = numbers + 1, ends + (int(text) == len(choices))
-    if numbers >= FEW_NUMBERS and not ends:
-        rows.notes.append(f'"{column}" counts the choices from 0, and 0 never occurs in it')
-    return int(ends > 0)
-
-
 def check_numbering(rows: RowFile, column: str, names: dict[str, str]) -> None:
     """Raises WrongInput where LABELS= names numbers from 0 and the labels count from 1."""
-    counts = count_values(rows, column)
+    counts = {re.sub(r"\.0+\Z", "", value) for value in count_values(rows, column)}
     counts_from_1 = str(len(names)) in counts and "0" not in counts
     if counts_from_1 and list(names) == list(map(str, range(len(names)))):
         pairs = ",".join(f"{int(number) + 1}={name}" for number, name in names.items())
@@ -599,7 +628,8 @@ def check_template(shape: Shape, columns: list[str]) -> None:
         ) from None
     fields = [name for _, name, _, _ in parsed if name is not None]
     names = [*shape.columns, *columns, "labels"]
-    answers = {"answer", "gold", *(shape.columns.get(part, "") for part in ("answer", "gold"))}
+    parts = [part for part in ("answer", "gold") if part in shape.columns]
+    answers = {name for part in parts for name in (part, shape.columns[part])}
     if given := sorted(answers & set(fields)):
         raise WrongInput(f'TEMPLATE: "{{{given[0]}}}" is the answer, which a prompt must not give')
     for name, extra, conversion in ((n, e, c) for _, n, e, c in parsed if n is not None):

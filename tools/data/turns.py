@@ -99,15 +99,15 @@ def require_answer(value: Any, name: str) -> str:
 
 
 def fold_spellings(counts: Counter[str]) -> dict[str, str]:
-    """{answer: the most frequent spelling} of answers that differ in case or spaces alone, or in
-    characters that look the same or like nothing.
+    """{answer: the most frequent spelling} of answers that differ in case, spaces, or characters
+    that cannot be seen.
 
     Grades such as Aa and AA stay apart.
     """
     groups: dict[str, list[str]] = {}
     for answer in counts:
-        seen = "".join(c for c in answer if unicodedata.category(c) != "Cf")
-        folded_answer = unicodedata.normalize("NFKC", seen).casefold()
+        seen = "".join(c for c in answer if unicodedata.category(c) != "Cf")  # zero-width
+        folded_answer = unicodedata.normalize("NFC", seen).casefold()
         groups.setdefault(" ".join(folded_answer.split()), []).append(answer)
     folded: dict[str, str] = {}
     for spellings in groups.values():
@@ -163,9 +163,9 @@ def clean_turns(messages: list[Turn]) -> int:
 
 def mend_turns(messages: list[Turn], repairs: Counter[str]) -> None:
     """Repairs what can be repaired in turns, and counts rows by it; ValueError for the rest."""
-    broken, turns = False, len(messages)
+    broken, count = False, len(messages)
     messages[:] = [turn for turn in messages if turn["role"] != "system" or turn["content"]]
-    repairs["empty system turns left out"] += len(messages) < turns
+    repairs["empty system turns left out"] += len(messages) < count
     for message in messages:
         text = message.get("content") or ""
         if not text.isprintable() and (mended := BREAKS.sub("\n", text)) != text:

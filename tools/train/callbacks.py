@@ -23,7 +23,7 @@ WINDOW = 10  # steps whose mean loss tells whether a training diverges
 OVERFLOWS = 20
 
 
-FIRST = 3  # logged steps, of which one has a gradient where anything is trained
+UNTRAINED = 3  # logged steps without a gradient at the start, after which a training stops
 
 
 class Stopped(RuntimeError):
@@ -150,10 +150,11 @@ class Watch(TrainerCallback):
             if self.overflows >= (OVERFLOWS if args.fp16 else 1):
                 steps = f", nor at the {OVERFLOWS - 1} logged before" if args.fp16 else ""
                 raise Stopped(f"the gradient of the training loss {place}{steps}{advice}")
-        first = [line["grad_norm"] for line in self.progress.lines if "grad_norm" in line][:FIRST]
-        if len(first) == FIRST and not any(first):
+        norms = [line["grad_norm"] for line in self.progress.lines if "grad_norm" in line]
+        # DeepSpeed reports 0 for a step that overflows.
+        if norms[:UNTRAINED] == [0.0] * UNTRAINED and not self.cfg.deepspeed:
             raise Stopped(
-                f"no gradient reached the adapter in {FIRST} steps: all rows may be without an "
+                f"no gradient reached the adapter in {UNTRAINED} steps: all rows may be without an "
                 "answer to train on, or the config freezes the adapter"
             )
         if reason := explain_divergence([line for line in self.progress.lines if "loss" in line]):

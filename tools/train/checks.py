@@ -1,8 +1,12 @@
 """What must hold before a training starts: hardware, data, options, disk space."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from tools import prompts, recipes, smollm2, sources
 from tools.common import ROOT, JobFailed, WrongInput, digest, shown
@@ -14,18 +18,20 @@ DISK = 2e9  # bytes that must be free: checkpoints, prepared data, log
 FULL = 1e6  # bytes under which a disk is full
 # Endings of data files that Axolotl reads; another path that does not exist is a name on the Hub.
 DATA_FILES = {".jsonl", ".json", ".csv", ".parquet", ".txt", ".arrow"}
-NOT_LOADED = "the run would be scored without it"
 # Keys of Axolotl whose adapter or base this project would load otherwise than it was trained.
 UNLOADABLE = (
     *("overrides_of_model_config", "overrides_of_model_kwargs", "unfrozen_parameters"),
     *("lora_target_parameters", "peft_trainable_token_indices", "peft_layer_replication"),
     "peft_ensure_weight_tying",
 )
+NOT_LOADED = "the run would be scored without it"
 # Names of embeddings and heads, which can be trained whole.
 ENDS = {"embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings"}
 # Ways to train that leave no adapter.
-NO_ADAPTER = "a run is an adapter that supervised fine-tuning made"
 OTHER_TRAININGS = ("rl", "reward_model", "process_reward_model", "relora", "pretraining_dataset")
+NO_ADAPTER = "a run is an adapter that supervised fine-tuning made"
+# Options of a dataset that give Axolotl other turns than its file has.
+MAPPINGS = ("message_property_mappings", "message_field_role", "message_field_content", "roles")
 
 
 def require_hardware(
@@ -65,8 +71,8 @@ def explain_need(recipe: recipes.Recipe) -> str:
 
 def find_data_file(recipe: recipes.Recipe, name: str) -> Path | None:
     """A recipe's data file, None for a dataset of the Hub; raises WrongInput for a missing file."""
-    if "://" in name:
-        raise WrongInput(f"{recipe.where}: {name}: download it, and name the file")
+    if "://" in name:  # Axolotl reads it from there
+        return None
     path = (ROOT / name).resolve()
     if path.is_file():
         return path
@@ -105,13 +111,12 @@ def describe_data(recipe: recipes.Recipe) -> list[dict[str, Any]]:
         if not path:
             continue
         content = sources.manifest(path)
-        is_lines = path.suffix == ".jsonl"
         files.append(
             {
                 "path": name,
                 "split": split,
                 "sha256": content["sha256"],
-                "rows": content["rows"] if is_lines else sum(1 for _ in open_rows(str(path))),
+                "rows": count_rows(path, content["rows"]),
                 "from": content.get("from"),
                 "source": content["source"],
                 "label_check": (content.get("label_check") or {}).get("text"),
@@ -128,12 +133,23 @@ def describe_data(recipe: recipes.Recipe) -> list[dict[str, Any]]:
     return files
 
 
+def count_rows(path: Path, lines: int) -> int:
+    """The rows of a data file, which are its lines in JSONL and text."""
+    if path.suffix not in (".jsonl", ".txt"):
+        with suppress(WrongInput):  # Axolotl may read what this project does not
+            return sum(1 for _ in open_rows(str(path)))
+    return lines
+
+
 def refuse_unusable(config: dict[str, Any], where: str) -> None:
     """Raises WrongInput, before anything loads, for a config whose run this project cannot use."""
     adapter, start = config.get("adapter"), config.get("peft_init_lora_weights", True)
     loftq = ((config.get("peft") or {}).get("loftq_config") or {}).get("loftq_bits")
     base, configured = config.get("base_model"), config.get("base_model_config")
-    whole = set(map(str, config.get("lora_modules_to_save") or ())) - ENDS
+    saved = config.get("lora_modules_to_save") or []
+    whole = {str(name) for name in ([saved] if isinstance(saved, str) else saved)}
+    whole = {name for name in whole if name.rpartition(".")[2] not in ENDS}
+    revision = config.get("revision_of_model") or "main"
     refusals = {
         "tokenizer_use_mistral_common is not supported: scoring loads tokenizers with "
         "transformers alone; `axolotl train` takes it": config.get("tokenizer_use_mistral_common"),
@@ -154,7 +170,7 @@ def refuse_unusable(config: dict[str, Any], where: str) -> None:
         "its own config": configured and configured != base,
         "revision_of_model is not supported: scoring loads the main revision; base_model may be "
         f"the folder that `.venv/bin/hf download {base} --revision … --local-dir …` makes": (
-            config.get("revision_of_model")
+            revision != "main"
         ),
     }
     for keys, reason in ((OTHER_TRAININGS, NO_ADAPTER), (UNLOADABLE, NOT_LOADED)):
@@ -195,10 +211,6 @@ def refuse_unscorable(config: dict[str, Any], where: str, processes: int) -> Non
         raise WrongInput(f"{place} needs validation rows under test_datasets")
 
 
-# Options of a dataset that give Axolotl other turns than the file has.
-MAPPINGS = ("message_property_mappings", "message_field_role", "message_field_content", "roles")
-
-
 def refuse_unrenderable(recipe: recipes.Recipe) -> None:
     """Raises WrongInput where the base's chat template refuses or leaves out turns of the data.
 
@@ -210,12 +222,9 @@ def refuse_unrenderable(recipe: recipes.Recipe) -> None:
         path = (ROOT / entry["path"]).resolve()
         if entry.get("type") != "chat_template" or path.suffix != ".jsonl" or not path.is_file():
             continue
-        if any(entry.get(key) for key in MAPPINGS) or entry.get("field_messages", "messages") != (
-            "messages"
-        ):
-            continue  # Axolotl renders other turns than those that stand in the file
-        rows = (row for _, row in open_rows(str(path)) if isinstance(row, dict))
-        shapes = list(prompts.pick_shapes(filter(is_chat_row, rows)))
+        if any(map(entry.get, MAPPINGS)) or entry.get("field_messages") not in (None, "messages"):
+            continue
+        shapes = list(prompts.pick_shapes(filter(is_chat_row, read_lines(path))))
         tokenizer = load_tokenizer(recipe.config) if shapes else None
         for number, row in shapes:
             options = recipe.config.get("chat_template_kwargs")
@@ -226,9 +235,21 @@ def refuse_unrenderable(recipe: recipes.Recipe) -> None:
                 )
 
 
-def is_chat_row(row: dict[str, Any]) -> bool:
+def read_lines(path: Path) -> Iterator[Any]:
+    """The values of a JSONL file; raises WrongInput that names a line that is not JSON."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.isspace():
+                continue
+            try:
+                yield orjson.loads(line)
+            except ValueError as error:
+                raise WrongInput(f"{shown(path)}, line {number}: not JSON: {error}") from None
+
+
+def is_chat_row(row: Any) -> bool:
     """Whether a row has turns under the names that this project writes."""
-    turns = row.get("messages")
+    turns = row.get("messages") if isinstance(row, dict) else None
     return isinstance(turns, list) and all(
         isinstance(turn, dict)
         and isinstance(turn.get("role"), str)

@@ -51,6 +51,8 @@ from tools.train.process import run_axolotl
 
 PACKAGES = ["torch", "transformers", "peft", "bitsandbytes", "axolotl", "accelerate", "datasets"]
 
+CHOOSING = ("split", "shards", "shards_idx")  # options of a dataset that take a part of its rows
+
 
 def list_packages() -> dict[str, str]:
     """The installed versions of the packages that decide a training."""
@@ -104,9 +106,6 @@ def prepare(recipe: recipes.Recipe, identity: dict[str, Any], force: bool) -> bo
         print(f"train      starts afresh: {restart}; what was there is in {aside}")
     write_json(run.identity_file, identity)
     return True
-
-
-CHOOSING = ("split", "shards", "shards_idx", "data_files")  # of a dataset: a part of its rows
 
 
 def finish(recipe: recipes.Recipe, profile: str, data: list[dict[str, Any]]) -> dict[str, Any]:
@@ -174,7 +173,11 @@ def describe_rows(recipe: recipes.Recipe, data: list[dict[str, Any]]) -> str:
         rows[entry["split"]] += entry["rows"]
     parts = [f"{rows['train']} rows"] if rows["train"] else []
     names = [name for e in recipe.config["datasets"] for name in sources.list_data_files(e)]
-    parts += [f"{name} of the Hub" for name in names if not (ROOT / name).exists()]
+    parts += [
+        name if "://" in name else f"{name} of the Hub"
+        for name in names
+        if not (ROOT / name).exists()
+    ]
     validated = f", validated on {rows['validation']}" if rows["validation"] else ""
     return " and ".join(parts) + validated
 
