@@ -431,7 +431,7 @@ def test_scores_of_other_rows_are_not_compared(fpb):
 
 def test_the_pages_show_what_is_measured_and_old_ones_are_an_error(folder):
     write_result(datasets=("fpb", "fiqa"))
-    with pytest.raises(JobFailed, match="README.md does not match results/"):
+    with pytest.raises(JobFailed, match="README.md is out of date"):
         results_page.write(check=True)
     results_page.write()
     results_page.write(check=True)
@@ -455,13 +455,13 @@ def test_an_old_figure_is_drawn_again_and_one_of_nothing_is_removed(folder, monk
     results_page.write()
     first = results_page.FIGURE.read_bytes()
     results_page.FIGURE.write_bytes(first.replace(b"drawn from sha256 ", b"drawn from "))
-    with pytest.raises(JobFailed, match="svg does not match"):
+    with pytest.raises(JobFailed, match="svg is out of date"):
         results_page.write(check=True)
     results_page.write()
     assert results_page.FIGURE.read_bytes() == first
     with monkeypatch.context() as patch:
         patch.setattr(results_figure, "__file__", __file__)  # as if other code drew it
-        with pytest.raises(JobFailed, match="svg does not match"):
+        with pytest.raises(JobFailed, match="svg is out of date"):
             results_page.write(check=True)
     result.path.unlink()
     results_page.write()
