@@ -310,6 +310,10 @@ def test_tokens_in_spare_rows_of_a_base_and_another_end_token_are_taken(tiny, tm
         ids = own("<bull> up", return_tensors="pt").input_ids
         plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
         assert torch.equal(loaded(ids).logits, plain(ids).logits)
+    merged = merge.merge(subject.config, folder, "chat")
+    ends = json.loads((merged / "generation_config.json").read_text())["eos_token_id"]
+    assert own.eos_token_id in ends
+    assert AutoTokenizer.from_pretrained(merged).tokenize("<bull>") == ["<bull>"]
 
     tokenizer.add_tokens([f"<more {n}>" for n in range(20)])  # more than there are rows
     tokenizer.save_pretrained(folder)

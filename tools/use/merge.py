@@ -251,6 +251,7 @@ def merge_and_compare(
         expected = (
             compute_logits(merged, tokenizer, options, shape) if target.bits == 4 else adapted
         )
+        add_end_token(merged, tokenizer)
         save(merged, config, target.folder)
         tokenizer.save_pretrained(target.folder)
     del merged
@@ -277,6 +278,14 @@ def merge_and_compare(
         again = load_and_compute(models.PRECISIONS["nf4"])
         report["quantized_again"] = measure_difference(adapted, again)
     return report
+
+
+def add_end_token(model: Any, tokenizer: Any) -> None:
+    """Lets generation end where training did: the adapter's end token may not be the base's."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if tokenizer.eos_token_id not in (None, *ends):
+        model.generation_config.eos_token_id = [*ends, tokenizer.eos_token_id]
 
 
 def merge_weights(base: Any, config: dict[str, Any], adapter: Path, target: Target) -> Any:
