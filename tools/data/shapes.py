@@ -513,8 +513,8 @@ def refuse_unwanted(rows: RowFile) -> None:
 
 def read_number(value: Any) -> int | None:
     """An integer, of a number or its text; None for anything else."""
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.0+)?", value.strip()):
-        return int(float(value))
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*([+-]?\d+)(\.0+)?\s*", value)):
+        return int(match[1])
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
