@@ -144,6 +144,7 @@ def make_trained_folder(base: Path, folder: Path, **settings: Any) -> Path:
     make_adapter(models.load(config)[0], folder, task_type=None, use_dora=dora)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "run.json").write_text("{}")
     return folder
 
 

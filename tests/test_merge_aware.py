@@ -41,6 +41,7 @@ def save_run(model, tiny, folder):
     config = {"base_model": str(tiny), "adapter": "qlora", "lora_r": 4, "lora_alpha": 16} | NF4
     config |= {"datasets": [{"path": "x.jsonl", "type": "chat_template"}], "merge_aware": True}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "run.json").write_text("{}")
     return subjects.find("", str(folder))
 
 

@@ -351,7 +351,7 @@ def fpb(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "CHAT", tmp_path)
     file = tmp_path / "fpb_test.jsonl"
     file.write_text("{}\n" * 40)
-    manifest = {"source": "/home/me/fpb.jsonl", "from": "your own"}
+    manifest = {"source": "/home/me/fpb.jsonl", "from": "your own", "rows": 40}
     sources.manifest_path(file).write_text(json.dumps(manifest))
     return file
 
