@@ -21,15 +21,7 @@ from evals import report, run, stats
 from evals.backends import open_transformers
 from evals.validation import Scorer
 from tools import subjects
-from tools.common import (
-    JobFailed,
-    WrongInput,
-    check_name,
-    digest,
-    read_json,
-    shown,
-    write_json,
-)
+from tools.common import JobFailed, WrongInput, check_name, digest, read_json, shown, write_json
 from tools.recipes import Recipe
 from tools.train import launch
 from tools.train.hardware import detect_host

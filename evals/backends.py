@@ -72,7 +72,9 @@ def open_vllm(subject: Subject) -> OpenModel:
     arguments = vllm_arguments(subject, engine)
     from evals.vllm_model import VllmModel, Worker
 
-    config = AutoConfig.from_pretrained(models.bring_base(subject.config["base_model"]))
+    config = AutoConfig.from_pretrained(
+        models.bring_base(subject.config["base_model"]), trust_remote_code=False
+    )
     tokenizer = models.load_tokenizer(subject.config, subject.adapter)
     worker = Worker(engine, arguments, config)
 

@@ -87,8 +87,8 @@ def count_budget(answers: Sequence[str]) -> int:
     """Tokens for an answer: those of the longest one by any base's tokenizer at hand, and room."""
     longest = sorted(set(answers), key=lambda answer: len(answer.encode()))[-SAMPLED:]
     counts = [
-        max(len(row.ids) for row in tokenizer.encode_batch(longest, add_special_tokens=False))
-        for tokenizer in (base.tokenizer for base in bases.list_bases())
+        max(len(row.ids) for row in base.tokenizer.encode_batch(longest, add_special_tokens=False))
+        for base in bases.list_bases()
     ] or [max(map(estimate_tokens, longest))]
     return math.ceil(ROOM * max(counts)) + SPARE
 

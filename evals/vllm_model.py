@@ -21,8 +21,7 @@ from lm_eval.models.utils import configure_pad_token
 
 from evals.choices import request_choice
 from evals.model import Model
-from tools import vllm
-from tools.common import JobFailed
+from tools.common import JobFailed, stop_group
 from tools.vllm import Engine
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
@@ -116,7 +115,7 @@ class Worker:
 def stop_engine(process: subprocess.Popen[str]) -> None:
     with suppress(OSError):  # what was not read
         process.stdin.close()  # type: ignore[union-attr]
-    vllm.stop_group(process, 10)
+    stop_group(process, 10)
 
 
 class VllmModel(Model):

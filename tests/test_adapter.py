@@ -329,7 +329,7 @@ def test_tokens_in_spare_rows_of_a_base_and_another_end_token_are_taken(tiny, tm
         if text:
             other.write_text(text)
         assert models.load_own_tokenizer(folder, base_tokenizer) is base_tokenizer
-        assert "its tokenizer does not extend the base's; not used" in capsys.readouterr().out
+        assert "its tokenizer does not extend the base's: not used" in capsys.readouterr().out
 
 
 def test_another_revision_of_the_base_is_said(tmp_path, monkeypatch, capsys):
@@ -341,9 +341,9 @@ def test_another_revision_of_the_base_is_said(tmp_path, monkeypatch, capsys):
     (files / "snapshots" / commit).mkdir(parents=True)
     (files / "snapshots" / commit / "config.json").write_text("{}")
     for same in (None, "main", commit):
-        models.note_revision("me/base", same)
+        models.print_revision("me/base", same)
     assert not capsys.readouterr().out
-    models.note_revision("me/base", "v9")
+    models.print_revision("me/base", "v9")
     assert "names revision v9 of me/base; 111111111111 is loaded" in capsys.readouterr().out
 
 

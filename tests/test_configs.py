@@ -1,5 +1,6 @@
 """Axolotl configs from elsewhere train, and what they trained can be used; or they are refused."""
 
+import ast
 import json
 from pathlib import Path
 
@@ -337,7 +338,7 @@ def test_a_run_of_another_recipe_is_not_taken_for_ones_own(tiny, rows, tmp_path,
     assert "was changed after" in capsys.readouterr().out
     other = path.with_name("other.yaml")
     other.write_text(path.read_text())
-    with pytest.raises(WrongInput, match=r"was trained by .*mine\.yaml, whose settings are others"):
+    with pytest.raises(WrongInput, match=r"was trained by .*mine\.yaml with other settings"):
         recipes.find(str(other)).read_trained_config()
 
 
@@ -359,6 +360,25 @@ def test_a_training_publishes_nothing(tiny, rows, tmp_path):
 
 
 # ---- what Axolotl's schema makes of a config
+
+
+def test_code_in_a_folder_is_never_run_and_never_asked_for():
+    """transformers asks on the terminal where the argument is missing."""
+    calls = []
+    for path in [*ROOT.glob("tools/**/*.py"), *ROOT.glob("evals/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            keys = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            # GGUF files, merged models and SmolLM2 are this project's own.
+            theirs = "gguf" not in ast.unparse(node) and path.stem not in (
+                "gguf",
+                "merge",
+                "smollm2",
+            )
+            if node.func.attr == "from_pretrained" and "Auto" in ast.unparse(node.func) and theirs:
+                calls.append((path.name, node.lineno, keys.get("trust_remote_code")))
+    assert len(calls) > 10 and not [call for call in calls if call[2] != "False"]
 
 
 LIGER = "axolotl.integrations.liger.LigerPlugin"

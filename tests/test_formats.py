@@ -143,7 +143,7 @@ REFUSED = {
     ),
     "columns of pandas": ('{"q": {"0": "a"}, "a": {"0": "b"}}', "columns and no rows"),
     "columns": ('{"q": ["a", "b"], "a": ["c", "d"]}', "columns and no rows"),
-    "parquet in gzip": (gzip.compress(b"PAR1 and more"), "columns packed with gzip"),
+    "parquet in gzip": (gzip.compress(b"PAR1 and more"), "parquet or Arrow in gzip"),
     "a line of Excel": ("sep=;\nq;a\nSales rose?;yes\n", 'line 1 is Excel\'s "sep="'),
     "rows of Python": ("{'q': 'a'}\n{'q': 'b'}\n", "line 1: not JSON"),
 }

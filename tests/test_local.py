@@ -336,7 +336,7 @@ def test_what_cannot_be_divided_or_scored_is_one_line(mine, capsys):
 def test_rows_that_a_task_would_overwrite_are_not_its_source(mine):
     custom.DATA.mkdir(parents=True)
     source = jsonl(custom.DATA / "mine_train.jsonl", TONES)
-    with pytest.raises(WrongInput, match="is a file that the task mine writes"):
+    with pytest.raises(WrongInput, match="the task mine writes this file"):
         custom.create_task("mine", source)
     assert source.is_file()
 

@@ -15,6 +15,8 @@ import os
 import pwd
 import re
 import shutil
+import signal
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -179,13 +181,14 @@ def name_user(number: int) -> str:
         return f"user {number}"
 
 
-def spell_out(text: str, keep: str = "\n\t") -> str:
-    """A text with invisible characters spelled out, so that it does not control a terminal.
+# Spaces, and joiners of letters and emoji, which Python does not call printable.
+HARMLESS = "\u00a0\u200c\u200d\u3000"
 
-    Spaces of other scripts, and what joins letters and emoji, stay.
-    """
-    keep += "\u200c\u200d\u3000\u00a0"
-    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+
+def spell_out(text: str, keep: str = "\n\t") -> str:
+    """A text with control characters and the like spelled out, so that it steers no terminal."""
+    kept = {*HARMLESS, *keep}
+    return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)
 
 
 def _stop(message: str, status: int) -> None:
@@ -193,7 +196,6 @@ def _stop(message: str, status: int) -> None:
         import traceback
 
         traceback.print_exc()
-    # One line, and nothing in it that steers a terminal.
     line = spell_out(SECRET.sub("***", message), keep="")
     print(f"error: {line}", file=sys.stderr)
     try:
@@ -333,6 +335,22 @@ def run_in_child(function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
         return child.submit(function, *arguments).result()
+
+
+def stop_group(process: subprocess.Popen[Any], seconds: float) -> None:
+    """Ends the group of a process: SIGTERM first, SIGKILL after so many seconds.
+
+    Even if a signal interrupts this, no process of the group is left.
+    """
+    try:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def json_lines(path: Path) -> list[Any]:

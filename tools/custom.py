@@ -34,7 +34,7 @@ from tools.common import (
 from tools.data import bases, convert, turns
 from tools.data.formats import RowFile, open_rows
 from tools.data.intake import Intake, IntakeOptions, take_in
-from tools.data.shapes import Shape, choose_options, parse_map, recognize
+from tools.data.shapes import MOST_OPTIONS, Shape, choose_options, parse_map, recognize
 from tools.data.split import TEST_SHARE, VALIDATION_SHARE, divide_rows
 from tools.rendering import write_own
 from tools.train.tokens import CHARACTERS_PER_TOKEN, TEMPLATE_TOKENS
@@ -98,7 +98,9 @@ def create_task(task: str, source: Path | str, choices: Choices = DEFAULTS) -> N
     require_free_name(task)
     for name in (source, choices.test):
         if name and Path(name).resolve() in [DATA / f"{task}_{side}.jsonl" for side in SIDES]:
-            raise WrongInput(f"{name} is a file that the task {task} writes; choose another name")
+            raise WrongInput(
+                f"{name}: the task {task} writes this file; choose another name for the task"
+            )
     rows = open_rows(str(source))
     mapping = parse_map(choices.mapping) if choices.mapping else None
     labels = choices.labels.split(",") if choices.labels else None
@@ -145,7 +147,7 @@ class OwnTask:
 
     def __post_init__(self) -> None:
         self.bases = bases.list_bases()
-        self.others: dict[str, Shape] = {}  # of files of test rows with other columns, by name
+        self.test_shapes: dict[str, Shape] = {}  # of files with other columns, by their name
         common = recipes.read_matrix()["common"]
         self.options = IntakeOptions(
             group=self.choices.group,
@@ -157,21 +159,7 @@ class OwnTask:
         )
 
     def write(self) -> None:
-        files = {"train": self.rows} | self.open_held_out()
-        intakes = {side: self.take_in(rows, side) for side, rows in files.items()}
-        answers = [text for part in intakes.values() for text in part.list_answers()]
-        folded = fold_labels(answers, bool(self.shape.options))
-        answers = [folded.get(answer, answer) for answer in answers]
-        if self.shape.options and not self.shape.names:
-            # Prompts list the labels of the rows that are taken, as they are spelled in the end.
-            options = choose_options(answers)
-            if options != self.shape.options:
-                if not options:
-                    print("new        prompts list no labels: there are too many in all files")
-                self.shape.options = options
-                intakes = {side: self.take_in(rows, side) for side, rows in files.items()}
-        for side, part in intakes.items():
-            self.report(part, files[side], side)
+        intakes, answers, folded = self.take_in_files()
         intake = intakes.pop("train")
         self.print_unrenderable(intake)
         self.print_lengths([intake, *intakes.values()])
@@ -209,9 +197,30 @@ class OwnTask:
 
     # ---- rows
 
+    def take_in_files(self) -> tuple[dict[str, Intake], list[str], dict[str, str]]:
+        """(chat rows of each file, all answers, the spellings that are folded in them).
+
+        Prompts list the labels of the rows that can be used, as they are spelled in the end. These
+        are known once all rows are read, so where they differ the rows are read again.
+        """
+        files = {"train": self.rows} | self.open_held_out()
+        intakes = {side: self.take_in(rows, side) for side, rows in files.items()}
+        answers = [text for intake in intakes.values() for text in intake.list_answers()]
+        folded = fold_labels(answers, bool(self.shape.options))
+        answers = [folded.get(answer, answer) for answer in answers]
+        options = choose_options(answers)
+        if self.shape.options and not self.shape.names and options != self.shape.options:
+            if not options:
+                print(f"new        prompts list no labels: there are over {MOST_OPTIONS} of them")
+            self.shape.options = options
+            intakes = {side: self.take_in(rows, side) for side, rows in files.items()}
+        for side, intake in intakes.items():
+            self.print_intake(intake, files[side], side)
+        return intakes, answers, folded
+
     def take_in(self, rows: RowFile, side: str) -> Intake:
         """The chat rows of a file; WrongInput where it has no answers, or no row can be used."""
-        shape = self.find_shape(rows)
+        shape = self.choose_shape(rows)
         options = self.options
         if rows is not self.rows:
             options = IntakeOptions(**vars(options) | {"group": None, "time": None})
@@ -230,25 +239,25 @@ class OwnTask:
             raise WrongInput(f"{rows.name}: no row can be used")
         return intake
 
-    def find_shape(self, rows: RowFile) -> Shape:
+    def choose_shape(self, rows: RowFile) -> Shape:
         """The shape of the main file, or of a file of test rows with other columns."""
         shape = self.shape
         if rows is self.rows or not shape.list_missing(rows.columns, with_answer=True):
             return shape
-        if rows.name not in self.others:
-            other = recognize(rows, labels=list(shape.names.values()) if shape.names else None)
-            if not other.has_answer:
-                raise WrongInput(f"{rows.name}: no column holds answers ({other.describe()})")
-            print_shape(rows, other, [])
-            self.others[rows.name] = other
-        other = self.others[rows.name]
-        other.options, other.names = shape.options, shape.names or other.names
-        return other
+        if rows.name not in self.test_shapes:
+            test_shape = recognize(rows, labels=list(shape.names.values()) if shape.names else None)
+            if not test_shape.has_answer:
+                raise WrongInput(f"{rows.name}: no column holds answers ({test_shape.describe()})")
+            print_shape(rows, test_shape, [])
+            self.test_shapes[rows.name] = test_shape
+        test_shape = self.test_shapes[rows.name]
+        test_shape.options, test_shape.names = shape.options, shape.names or test_shape.names
+        return test_shape
 
     def locate_refused(self, side: str) -> Path:
         return DATA / f"{self.task}{'' if side == 'train' else f'.{side}'}.refused.jsonl"
 
-    def report(self, intake: Intake, rows: RowFile, side: str) -> None:
+    def print_intake(self, intake: Intake, rows: RowFile, side: str) -> None:
         """Prints what of a file was refused, repaired and cut, and its first row."""
         if intake.refusals.first:
             total = intake.refusals.reasons.total()
@@ -333,9 +342,9 @@ class OwnTask:
         groups = {mark for other in held_out.values() for mark in other.marks.groups}
         prompts = set(intake.marks.prompts) - tested
         if len(prompts) < LEAST_PROMPTS:
-            beside = " that do not test or validate" if tested else ""
+            unused = " that do not test or validate" if tested else ""
             raise WrongInput(
-                f"{self.rows.name}: {intake.rows} rows with {len(prompts)} prompts{beside}; at "
+                f"{self.rows.name}: {intake.rows} rows with {len(prompts)} prompts{unused}; at "
                 f"least {LEAST_PROMPTS} prompts are needed"
             )
         shares = [] if "test" in held_out else [TEST_SHARE]

@@ -213,31 +213,30 @@ def load_tokenizer(config: dict[str, Any], adapter: Path | None = None) -> Any:
 
 
 def load_own_tokenizer(adapter: Path, tokenizer: Any) -> Any:
-    """The tokenizer in a stranger's folder where it is the base's with tokens of its own.
+    """The tokenizer beside an adapter if it extends that of the base, `tokenizer`; else the latter.
 
-    Bases often have more rows than tokens, and tokens may be added in these without new weights;
-    the token that ends a turn may be another. Returns the base's `tokenizer` where the folder has
-    none that extends it.
+    Many bases have more embedding rows than tokens, so an adapter can add tokens without adding
+    weights. Its end token may be another, too.
     """
     from transformers import AutoTokenizer
 
     if not (adapter / "tokenizer.json").is_file():
         return tokenizer
-    own: Any = None
+    extended: Any = None
     with suppress(ValueError, KeyError, TypeError, AttributeError, OSError):  # of a damaged file
-        own = AutoTokenizer.from_pretrained(str(adapter), trust_remote_code=False)
-    if own is None or not tokenizer.get_vocab().items() <= own.get_vocab().items():
-        print(f"note       {shown(adapter)}: its tokenizer does not extend the base's; not used")
+        extended = AutoTokenizer.from_pretrained(str(adapter), trust_remote_code=False)
+    if extended is None or not tokenizer.get_vocab().items() <= extended.get_vocab().items():
+        print(f"note       {shown(adapter)}: its tokenizer does not extend the base's: not used")
         return tokenizer
-    own.chat_template = tokenizer.chat_template
-    own.pad_token = own.pad_token or tokenizer.pad_token
-    return own
+    extended.chat_template = tokenizer.chat_template
+    extended.pad_token = extended.pad_token or tokenizer.pad_token
+    return extended
 
 
 def read_template(adapter: Path) -> str | None:
     """The chat template in an adapter's folder, which takes precedence over its base's.
 
-    Of several by name it is the default. Raises WrongInput for a file that is no text.
+    Of several named templates it is "default". Raises WrongInput for a file that is not UTF-8.
     """
     if (path := adapter / "chat_template.jinja").is_file():
         try:
@@ -249,8 +248,8 @@ def read_template(adapter: Path) -> str | None:
         path = adapter / name
         template = template or (read_json(path).get("chat_template") if path.is_file() else None)
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
+        by_name = {entry.get("name"): entry.get("template") for entry in template}
+        template = by_name.get("default")
     return template if isinstance(template, str) else None
 
 
@@ -401,7 +400,7 @@ def assemble(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, 
     model, tokenizer = load_base(config, adapter)
     if adapter and checked:
         room = checked.rows or model.get_input_embeddings().weight.shape[0]
-        # Some bases have a token more than rows, and never use it.
+        # Some bases themselves have a token without a row, and never use it.
         if len(tokenizer) > room and len(tokenizer) > len(load_tokenizer(config)):
             raise WrongInput(
                 f"{shown(adapter)}: its tokenizer has {len(tokenizer):,} tokens and its weights "
@@ -409,15 +408,15 @@ def assemble(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any, 
             )
         add_rows(model, room)
         model = attach(model, adapter, checked)
-        note_revision(str(config["base_model"]), checked.settings.revision)
+        print_revision(str(config["base_model"]), checked.settings.revision)
         if checked.rounded:
             round_in_forward(model)
     model.eval()
     return model, tokenizer
 
 
-def note_revision(base: str, revision: str | None) -> None:
-    """Says where an adapter names another revision of its base than the one that is loaded."""
+def print_revision(base: str, revision: str | None) -> None:
+    """Prints a note if an adapter names another revision of its base than the one loaded."""
     from huggingface_hub import try_to_load_from_cache
 
     path = None if (ROOT / base).exists() else try_to_load_from_cache(base, "config.json")
@@ -454,8 +453,8 @@ def load_base(config: dict[str, Any], adapter: Path | None = None) -> tuple[Any,
     tokenizer = load_tokenizer(config, adapter)
     tokenizer.padding_side = "left"
     base = config["base_model"]
-    described = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    model = find_loader(described).from_pretrained(base, trust_remote_code=False, **kwargs)
+    base_config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    model = find_loader(base_config).from_pretrained(base, trust_remote_code=False, **kwargs)
     if adapter is None:
         step = 32 if config.get("resize_token_embeddings_to_32x") else 1
         add_rows(model, -(-len(tokenizer) // step) * step)
@@ -495,9 +494,9 @@ def attach(model: Any, adapter: Path, checked: adapters.Checked) -> Any:
     path = adapter / adapters.WEIGHTS
     tensors = load_file(path)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in checked.copies}
-    ups = [tensor for name, tensor in tensors.items() if "lora_B" in name or "embedding_B" in name]
-    trains_else = checked.whole or checked.settings.dora
-    if ups and not any(map(torch.any, ups)) and not trains_else:
+    lora_b = [tensor for name, tensor in tensors.items() if re.search("lora_(embedding_)?B", name)]
+    is_zero = not any(map(torch.any, lora_b))
+    if is_zero and not checked.whole and not checked.settings.dora:
         print(f"note       {shown(path)}: lora_B is all zeros, so the adapter changes nothing")
     result = set_peft_model_state_dict(adapted, tensors)
     # PEFT also calls the base's own weights missing.

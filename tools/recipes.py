@@ -107,8 +107,8 @@ class Recipe:
         if info.get("recipe_digest", self.digest) != self.digest:
             if trainer != self.name and self.path != (ROOT / trainer).resolve():
                 raise WrongInput(
-                    f"{self.run}, the output_dir of {self.name}, was trained by {trainer}, whose "
-                    "settings are others; give each recipe an output_dir of its own"
+                    f"{self.run}, the output_dir of {self.name}, was trained by {trainer} with "
+                    "other settings; give each recipe an output_dir of its own"
                 )
             print(f"note       {self.name} was changed after {self.run} was trained")
         return self.run.config
@@ -415,7 +415,7 @@ def list_unknown_keys(config: dict[str, Any], model: Any, prefix: str = "") -> l
     unknown = []
     for key, value in config.items():
         if prefix == "fsdp_config." and key.startswith("fsdp_"):
-            key = key if key in fields else key.removeprefix("fsdp_")  # as Axolotl reads old ones
+            key = key if key in fields else key.removeprefix("fsdp_")  # the old form
         if key not in fields and value is not None:
             unknown.append(f"{prefix}{key}{nearest(key, list(fields))}")
         if value is None or key not in fields:
@@ -446,9 +446,10 @@ def validate(config: dict[str, Any], where: str) -> None:
 
     # A deep copy: the schema's validators write into the values.
     plain = deepcopy({key: value for key, value in config.items() if key not in PLUGIN_KEYS})
-    own = {key for name in config.get("plugins") or () for key in list_plugin_keys(name, where)}
-    others = {key: value for key, value in plain.items() if key not in own}
-    if unknown := list_unknown_keys(others, AxolotlInputConfig):
+    plugins = config.get("plugins") or ()
+    added = {key for name in plugins for key in list_plugin_keys(name, where)}
+    axolotls = {key: value for key, value in plain.items() if key not in added}
+    if unknown := list_unknown_keys(axolotls, AxolotlInputConfig):
         raise WrongInput(f"{where}: Axolotl has no key {unknown[0]}")
     refuse_misleading_path(config, where)
     try:
@@ -457,12 +458,15 @@ def validate(config: dict[str, Any], where: str) -> None:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "config"
         raise WrongInput(f"{where}: {key}: {first['msg']}") from None
-    except DeprecationWarning as error:  # of keys that Axolotl no longer takes
+    except DeprecationWarning as error:  # raised for keys that Axolotl dropped
         raise WrongInput(f"{where}: {error}") from None
 
 
 def list_plugin_keys(name: str, where: str) -> list[str]:
-    """The keys that an Axolotl plugin adds; raises WrongInput where it cannot be imported."""
+    """The keys that an Axolotl plugin adds; raises WrongInput where it cannot be loaded.
+
+    Not by Axolotl's `load_plugin`, which calls whatever a name means, such as os.abort.
+    """
     from axolotl.integrations.base import BasePlugin
 
     problems = []
@@ -470,10 +474,10 @@ def list_plugin_keys(name: str, where: str) -> list[str]:
         try:
             kind = pkgutil.resolve_name(path)
             if not issubclass(kind, BasePlugin):
-                raise TypeError("it is no plugin of Axolotl")
+                raise TypeError("it is not an Axolotl plugin")
             arguments = kind().get_input_args()
             return list(pkgutil.resolve_name(arguments).model_fields) if arguments else []
-        except Exception as error:  # whatever a module of somebody else raises
+        except Exception as error:  # a plugin's module may raise anything
             problems.append(error)
     raise WrongInput(f"{where}: the plugin {name} cannot be loaded: {problems[0]}")
 

@@ -15,10 +15,8 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,9 +149,10 @@ def explain_merging(subject: Subject, engine: Engine) -> str:
     checked = models.check_adapter(subject.config, subject.adapter)
     if checked.unusual:
         return f"vLLM has no {checked.unusual}"
-    tokenizers = (subject.adapter, None)
-    own, base = (models.load_tokenizer(subject.config, place) for place in tokenizers)
-    if len(own) > len(base):
+    tokens, base_tokens = (
+        len(models.load_tokenizer(subject.config, folder)) for folder in (subject.adapter, None)
+    )
+    if tokens > base_tokens:
         return "vLLM takes the base's tokenizer, and this adapter has tokens of its own"
     rank = checked.settings.rank
     if adapters.vllm_rank(rank, engine.ranks) is None:
@@ -206,19 +205,3 @@ def dequantize_base(subject: Subject) -> Path:
         share(target)
         write_json(record, origin)  # last: without it the folder is written again
     return target
-
-
-def stop_group(process: subprocess.Popen[Any], seconds: float) -> None:
-    """Ends a process and its children, which get so many seconds to do it themselves.
-
-    Even if a signal comes meanwhile, nothing of the group is left.
-    """
-    try:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()

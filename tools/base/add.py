@@ -192,7 +192,12 @@ def add_model(hub: str, folder: Path | None, name: str | None, methods: str | No
         from transformers import AutoTokenizer
 
         config = describe.read_config(source.folder)
-        write_base(source, model, config, AutoTokenizer.from_pretrained(source.folder))
+        write_base(
+            source,
+            model,
+            config,
+            AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False),
+        )
     chosen = choose_methods(model, methods)
     findings = collect_findings(source, model, chosen)
     path = recipes.FOLDER / "checks" / f"{model}.json"

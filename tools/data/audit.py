@@ -37,13 +37,7 @@ from tools.common import (
     write_text,
 )
 from tools.data import duplicates, formulas, turns
-from tools.data.parts import (
-    EXAMPLES,
-    Finding,
-    Part,
-    count_noun,
-    find_parts,
-)
+from tools.data.parts import EXAMPLES, Finding, Part, count_noun, find_parts
 from tools.data.templates import NEAR_CHARS, check_templates
 
 OUT = ROOT / "runs" / "audit"

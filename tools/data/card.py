@@ -11,15 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tools import sources
-from tools.common import (
-    ROOT,
-    WrongInput,
-    command,
-    read_json,
-    shown,
-    update_page,
-    write_json,
-)
+from tools.common import ROOT, WrongInput, command, read_json, shown, update_page, write_json
 from tools.data import audit
 from tools.data.rules import check_labels, join_labels, load_train_rules
 

@@ -86,7 +86,9 @@ def open_rows(source: str) -> RowFile:
     if source.startswith("hf:"):
         return open_hub(source)
     if "://" in source:
-        raise WrongInput(f"{source}: a file of rows or hf:owner/name is needed; download it")
+        raise WrongInput(
+            f"{source}: addresses are not read; download the file, or name hf:owner/name"
+        )
     path = Path(source).expanduser()
     if path.is_dir():
         return open_folder(path)
@@ -99,7 +101,9 @@ def open_rows(source: str) -> RowFile:
     if is_parquet or head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         with open(path, "rb") as file:
             if file.read(6) != head[:6]:
-                raise WrongInput(f"{shown(path)}: columns packed with gzip; `gunzip` unpacks it")
+                raise WrongInput(
+                    f"{shown(path)}: parquet or Arrow in gzip; unpack it with `gunzip`"
+                )
         return open_parquet(path) if is_parquet else open_arrow(path, [path])
     return open_text(inspect_text(path))
 

@@ -12,12 +12,12 @@ names the columns by hand, `TEMPLATE="{passage}\\n\\n{question}"` words the prom
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from string import Formatter
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -31,6 +31,7 @@ MOST_OPTIONS = 20  # labels that a prompt lists
 FEW_NUMBERS = 10  # answers that are numbers; with fewer, nothing follows from what is absent
 MOST_SPELLINGS = 1000  # distinct labels; a column with more holds no labels
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+MOST_CHOICES = len(LETTERS)
 
 # What `MAP=` may name: the parts of a row.
 PARTS = ("messages", "tools", "system", "history", "prompt", "context", "choices", "gold", "answer")
@@ -40,8 +41,8 @@ PARTS = ("messages", "tools", "system", "history", "prompt", "context", "choices
 class Known:
     """A shape that people use: a name, and the columns that may hold each part of a row.
 
-    A file has the shape where it has one column of each of the `needed` parts, and none of the
-    columns `unless`.
+    A file has the shape where it has one column of each of the `needed` parts, and no column named
+    in `unless`.
     """
 
     kind: str
@@ -310,8 +311,8 @@ class Shape:
                 value, labels = list(value.values()), list(value)
         if turns.is_missing(value):
             return []
-        if not isinstance(value, list) or len(value) > len(LETTERS):
-            raise ValueError(f'"{column}" must be a list of at most {len(LETTERS)} choices')
+        if not isinstance(value, list) or len(value) > MOST_CHOICES:
+            raise ValueError(f'"{column}" must be a list of at most {MOST_CHOICES} choices')
         marks = [str(label) for label in labels] if len(labels) == len(value) else list(LETTERS)
         return [
             (mark, turns.write_value(text, column))
@@ -378,8 +379,8 @@ class Shape:
         if choices and number is not None:
             chosen = self.find_choice(choices, number, column)
         elif choices and isinstance(gold, str):
-            same = (choice for choice in choices if gold in (choice[1], choice[0]))
-            chosen = next(same, chosen)
+            matches = (choice for choice in choices if gold in choice)
+            chosen = next(matches, chosen)
         if turns.is_missing(value):
             if not choices:
                 return turns.require_answer(gold, column)
@@ -402,16 +403,12 @@ class Shape:
         text = turns.require_answer(value, column)
         if not self.names:
             return text
-        known = {name.casefold() for name in self.names.values()}
-        if text.casefold() not in known and (number := read_number(value)) is not None:
-            text = str(number)
-        elif isinstance(value, bool) and text not in known:
-            text = str(int(value))
-        if text in self.names:
-            return self.names[text]
         spellings = {name.casefold(): name for name in self.names.values()}
-        if text in spellings.values():
+        number = int(value) if isinstance(value, bool) else read_number(value)
+        if text in self.names.values():
             return text
+        if number is not None and str(number) in self.names and text.casefold() not in spellings:
+            return self.names[str(number)]
         if text.casefold() in spellings:
             return spellings[text.casefold()]
         accepted = ", ".join(f"{key}={name}" for key, name in self.names.items())
@@ -523,43 +520,54 @@ def read_number(value: Any) -> int | None:
 def find_first_number(rows: RowFile, shape: Shape) -> str:
     """ "0" or "1": the number that answers give to the first choice; "" where they give none.
 
-    From 1 where the number of choices occurs and 0 never does. Numbers that are choices themselves
-    do not count them, unless only choices are texts. Raises WrongInput where both may be meant.
+    From 1 where the number of choices occurs and 0 never does. Where all numbers are choices, they
+    count them only if the choices are texts. Raises WrongInput where both may be meant.
     """
     column = shape.columns.get("gold") or shape.columns.get("answer", "")
-    numbers, has_zero, has_end, are_choices, is_typed = 0, False, False, True, False
-    may_count = {0: True, 1: True}
-    for _, row in rows if column else ():
-        value = row.get(column) if isinstance(row, dict) else None
-        if (number := read_number(value)) is None:
-            continue
-        try:
-            choices = shape.read_choices(row) if isinstance(row, dict) else []
-        except ValueError:
-            continue
-        if not choices or str(number) in [mark for mark, _ in choices]:
-            continue
-        numbers += 1
-        has_zero |= number == 0
-        has_end |= number == len(choices)
-        are_choices &= str(number) in [text for _, text in choices]
-        listed = row[shape.columns["choices"]] if isinstance(row, dict) else None
-        is_typed |= isinstance(value, int | float) and not is_list_of_numbers(listed)
-        for first in may_count:
-            may_count[first] &= first <= number < first + len(choices)
-    if not numbers:
+    cases = Counter(list_numbered(rows, shape, column)) if column else Counter[Numbered]()
+    if not cases:
         return ""
-    if are_choices and "gold" not in shape.columns:
-        if not any(may_count.values()):
+    if "gold" not in shape.columns and all(case.is_choice for case in cases):
+        if not any(all(case.counts_from(first) for case in cases) for first in (0, 1)):
             return ""
-        if not is_typed:
+        if not any(case.is_typed for case in cases):
             raise WrongInput(
                 f'{rows.name}: "{column}" holds numbers that are choices and may also count them; '
                 "write the letter of the choice"
             )
-    if numbers >= FEW_NUMBERS and not has_zero and not has_end:
+    has_zero = any(case.number == 0 for case in cases)
+    has_last = any(case.number == case.choices for case in cases)
+    if not has_zero and not has_last and cases.total() >= FEW_NUMBERS:
         rows.notes.append(f'"{column}" counts the choices from 0, and 0 never occurs in it')
-    return "1" if has_end and not has_zero else "0"
+    return "1" if has_last and not has_zero else "0"
+
+
+class Numbered(NamedTuple):
+    """An answer that is a number, and what tells whether it counts the choices of its row."""
+
+    number: int
+    choices: int  # how many there are
+    is_choice: bool  # one of them is this number
+    is_typed: bool  # the answer is a number and the choices are texts
+
+    def counts_from(self, first: int) -> bool:
+        return first <= self.number < first + self.choices
+
+
+def list_numbered(rows: RowFile, shape: Shape, column: str) -> Iterator[Numbered]:
+    """The answers of a column that are numbers, and no letters or labels of choices."""
+    for _, row in rows:
+        if not isinstance(row, dict) or (number := read_number(row.get(column))) is None:
+            continue
+        with suppress(ValueError):  # the row is refused later
+            choices = shape.read_choices(row)
+            if not choices or str(number) in [mark for mark, _ in choices]:
+                continue
+            is_typed = not isinstance(row[column], str)
+            is_typed &= not is_list_of_numbers(row[shape.columns["choices"]])
+            is_choice = str(number) in [text for _, text in choices]
+            # Larger numbers tell no more, and a column may have any number of them.
+            yield Numbered(min(number, MOST_CHOICES + 1), len(choices), is_choice, is_typed)
 
 
 def is_list_of_numbers(choices: Any) -> bool:
@@ -630,8 +638,8 @@ def check_template(shape: Shape, columns: list[str]) -> None:
     names = [*shape.columns, *columns, "labels"]
     parts = [part for part in ("answer", "gold") if part in shape.columns]
     answers = {name for part in parts for name in (part, shape.columns[part])}
-    if given := sorted(answers & set(fields)):
-        raise WrongInput(f'TEMPLATE: "{{{given[0]}}}" is the answer, which a prompt must not give')
+    if leaks := sorted(answers & set(fields)):
+        raise WrongInput(f'TEMPLATE: "{{{leaks[0]}}}" is the answer, and a prompt must not hold it')
     for name, extra, conversion in ((n, e, c) for _, n, e, c in parsed if n is not None):
         if name not in names or extra or conversion:
             hint = nearest(name, names) or f"; there are {', '.join(columns)}"

@@ -136,7 +136,9 @@ def check_header(rows: list[list[str]], name: str) -> tuple[list[str], list[str]
         raise WrongInput(f"{name}: no table row is readable; JSONL, JSON or CSV is needed")
     header = [cell.strip() for cell in rows[0]]
     if header[0].lower().startswith("sep="):
-        raise WrongInput(f'{name}: line 1 is Excel\'s "sep=", not the columns; delete it')
+        raise WrongInput(
+            f'{name}: line 1 is Excel\'s "sep=" and not the names of columns; delete it'
+        )
     missing = (
         f"{name}: line 1 looks like a row and not like the names of columns; put a header before "
         "it, such as text,label"

@@ -99,16 +99,16 @@ def require_answer(value: Any, name: str) -> str:
 
 
 def fold_spellings(counts: Counter[str]) -> dict[str, str]:
-    """{answer: the most frequent spelling} of answers that differ in case, spaces, or characters
-    that cannot be seen.
+    """{answer: the most frequent spelling} of answers that differ in case, spaces or invisible
+    characters alone.
 
     Grades such as Aa and AA stay apart.
     """
     groups: dict[str, list[str]] = {}
     for answer in counts:
-        seen = "".join(c for c in answer if unicodedata.category(c) != "Cf")  # zero-width
-        folded_answer = unicodedata.normalize("NFC", seen).casefold()
-        groups.setdefault(" ".join(folded_answer.split()), []).append(answer)
+        visible = "".join(c for c in answer if unicodedata.category(c) != "Cf")
+        folded_case = unicodedata.normalize("NFC", visible).casefold()
+        groups.setdefault(" ".join(folded_case.split()), []).append(answer)
     folded: dict[str, str] = {}
     for spellings in groups.values():
         if len(spellings) > 1 and not all(map(RATING.fullmatch, spellings)):
@@ -163,14 +163,14 @@ def clean_turns(messages: list[Turn]) -> int:
 
 def mend_turns(messages: list[Turn], repairs: Counter[str]) -> None:
     """Repairs what can be repaired in turns, and counts rows by it; ValueError for the rest."""
-    broken, count = False, len(messages)
+    has_breaks, count = False, len(messages)
     messages[:] = [turn for turn in messages if turn["role"] != "system" or turn["content"]]
     repairs["empty system turns left out"] += len(messages) < count
     for message in messages:
         text = message.get("content") or ""
         if not text.isprintable() and (mended := BREAKS.sub("\n", text)) != text:
-            message["content"], broken = mended, True
-    repairs["page breaks made line breaks"] += broken
+            message["content"], has_breaks = mended, True
+    repairs["page breaks made line breaks"] += has_breaks
     repairs["end tokens taken off answers"] += bool(clean_turns(messages))
 
 

@@ -24,15 +24,7 @@ from pydantic import Field
 
 from evals import report
 from tools import adapters, architectures, common, models, recipes, runs, subjects
-from tools.common import (
-    JobFailed,
-    WrongInput,
-    digest,
-    parse_json,
-    parse_yaml,
-    shown,
-    write_text,
-)
+from tools.common import JobFailed, WrongInput, digest, parse_json, parse_yaml, shown, write_text
 from tools.hub import client
 from tools.hub.client import External, Origin, RemoteFile, find_hub_name
 from tools.hub_errors import explain_errors

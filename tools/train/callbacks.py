@@ -23,7 +23,7 @@ WINDOW = 10  # steps whose mean loss tells whether a training diverges
 OVERFLOWS = 20
 
 
-UNTRAINED = 3  # logged steps without a gradient at the start, after which a training stops
+UNTRAINED = 3  # first logged steps; a training stops if none has a gradient
 
 
 class Stopped(RuntimeError):

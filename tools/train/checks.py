@@ -71,7 +71,7 @@ def explain_need(recipe: recipes.Recipe) -> str:
 
 def find_data_file(recipe: recipes.Recipe, name: str) -> Path | None:
     """A recipe's data file, None for a dataset of the Hub; raises WrongInput for a missing file."""
-    if "://" in name:  # Axolotl reads it from there
+    if "://" in name:  # Axolotl downloads it
         return None
     path = (ROOT / name).resolve()
     if path.is_file():
@@ -136,7 +136,7 @@ def describe_data(recipe: recipes.Recipe) -> list[dict[str, Any]]:
 def count_rows(path: Path, lines: int) -> int:
     """The rows of a data file, which are its lines in JSONL and text."""
     if path.suffix not in (".jsonl", ".txt"):
-        with suppress(WrongInput):  # Axolotl may read what this project does not
+        with suppress(WrongInput):  # Axolotl reads files that this project refuses
             return sum(1 for _ in open_rows(str(path)))
     return lines
 
@@ -147,8 +147,8 @@ def refuse_unusable(config: dict[str, Any], where: str) -> None:
     loftq = ((config.get("peft") or {}).get("loftq_config") or {}).get("loftq_bits")
     base, configured = config.get("base_model"), config.get("base_model_config")
     saved = config.get("lora_modules_to_save") or []
-    whole = {str(name) for name in ([saved] if isinstance(saved, str) else saved)}
-    whole = {name for name in whole if name.rpartition(".")[2] not in ENDS}
+    names = [saved] if isinstance(saved, str) else saved
+    layers = [name for name in map(str, names) if name.rpartition(".")[2] not in ENDS]
     revision = config.get("revision_of_model") or "main"
     refusals = {
         "tokenizer_use_mistral_common is not supported: scoring loads tokenizers with "
@@ -164,8 +164,8 @@ def refuse_unusable(config: dict[str, Any], where: str) -> None:
         "the embeddings of new tokens must be trained and saved; "
         "add lora_modules_to_save: [embed_tokens, lm_head]": config.get("tokens")
         and not config.get("lora_modules_to_save"),
-        f"lora_modules_to_save names {', '.join(sorted(whole))}; only embeddings and head can be "
-        "saved whole": whole,
+        f"lora_modules_to_save names {', '.join(layers)}; only embeddings and head can be saved "
+        "whole": layers,
         f"base_model_config is {configured} and base_model {base}; scoring loads the base with "
         "its own config": configured and configured != base,
         "revision_of_model is not supported: scoring loads the main revision; base_model may be "

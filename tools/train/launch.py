@@ -51,7 +51,8 @@ from tools.train.process import run_axolotl
 
 PACKAGES = ["torch", "transformers", "peft", "bitsandbytes", "axolotl", "accelerate", "datasets"]
 
-CHOOSING = ("split", "shards", "shards_idx")  # options of a dataset that take a part of its rows
+# Options with which Axolotl trains on a part of a dataset's rows.
+PART_KEYS = ("split", "shards", "shards_idx")
 
 
 def list_packages() -> dict[str, str]:
@@ -127,8 +128,8 @@ def finish(recipe: recipes.Recipe, profile: str, data: list[dict[str, Any]]) -> 
     }
     rows = sum(entry["rows"] for entry in data if entry["split"] == "train")
     dropped = rows - content.get("rows_trained", rows)
-    chosen = any(entry.get(key) for entry in recipe.config["datasets"] for key in CHOOSING)
-    if dropped > 0 and not chosen and not recipe.config.get("val_set_size"):
+    takes_part = any(entry.get(key) for entry in recipe.config["datasets"] for key in PART_KEYS)
+    if dropped > 0 and not takes_part and not recipe.config.get("val_set_size"):
         print(
             f"train      {dropped} of {rows} rows were longer than "
             f"sequence_len ({recipe.config.get('sequence_len')}) and were not trained on"

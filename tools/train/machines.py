@@ -61,7 +61,7 @@ class Machines:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.nproc))
         # Slurm's SIGTERM also reaches torchrun, which would kill its processes after 30 seconds.
         environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE))
-        if config.get("use_wandb") or config.get("wandb_project"):  # which Axolotl takes for both
+        if config.get("use_wandb") or config.get("wandb_project"):  # either turns it on
             environment["WANDB_MODE"] = "online" if os.environ.get("WANDB_API_KEY") else "offline"
             environment["WANDB_DIR"] = str(ROOT / config["output_dir"])
         if config.get("use_trackio"):

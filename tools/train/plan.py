@@ -143,7 +143,7 @@ def count_steps(rows: int, row: int, config: dict[str, Any]) -> tuple[int, int]:
     batch *= config.get("gradient_accumulation_steps") or 1
     epochs = config.get("num_epochs", 1)
     steps = math.ceil(math.ceil(rows / batch) * epochs)
-    most = max(config.get("max_steps") or 0, 0) or steps  # -1 is transformers' word for none
+    most = max(config.get("max_steps") or 0, 0) or steps  # -1: no limit
     return (most, most * batch * row) if most < steps else (steps, int(rows * epochs) * row)
 
 

@@ -18,7 +18,7 @@ from tools.prompts import with_template
 from tools.train import plan, sharing
 from tools.train.hardware import Host, detect_host, explain_import, explain_no_flash
 
-# Options of Axolotl that publish while it trains.
+# Axolotl's options that push to the Hub during training.
 PUBLISHING = ("hub_model_id", "hub_strategy", "push_to_hub", "push_dataset_to_hub")
 PLUGIN = "tools.train.plugin.RunPlugin"
 # Chosen by what a machine has, and the same numbers either way: not part of what a run is.
@@ -69,7 +69,9 @@ def find_decoder_layers(base: str) -> str:
         if model and not path:
             config = CONFIG_MAPPING[model.model_type]()
         else:
-            config = AutoConfig.from_pretrained(str(path.parent) if path else base)
+            config = AutoConfig.from_pretrained(
+                str(path.parent) if path else base, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise WrongInput(

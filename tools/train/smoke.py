@@ -85,11 +85,16 @@ def make_twin(base: str, folder: Path) -> dict[str, Any]:
     from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-        config = AutoConfig.from_pretrained(base, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            base, local_files_only=True, trust_remote_code=False
+        )
+        config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
         smollm2.ensure(str(smollm2.FOLDER))
-        tokenizer, config = AutoTokenizer.from_pretrained(smollm2.FOLDER), LlamaConfig()
+        tokenizer, config = (
+            AutoTokenizer.from_pretrained(smollm2.FOLDER, trust_remote_code=False),
+            LlamaConfig(),
+        )
     twins.write_twin(config, tokenizer, folder)
     special_tokens = {"pad_token": tokenizer.pad_token or tokenizer.eos_token}
     return {"base_model": str(folder), "special_tokens": special_tokens}

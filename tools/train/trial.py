@@ -14,15 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import recipes
-from tools.common import (
-    ROOT,
-    JobFailed,
-    command,
-    format_yaml,
-    json_lines,
-    shown,
-    write_text,
-)
+from tools.common import ROOT, JobFailed, command, format_yaml, json_lines, shown, write_text
 from tools.runs import Run
 from tools.train import launch, profiles
 from tools.train.hardware import detect_host

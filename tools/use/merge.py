@@ -281,7 +281,7 @@ def merge_and_compare(
 
 
 def add_end_token(model: Any, tokenizer: Any) -> None:
-    """Lets generation end where training did: the adapter's end token may not be the base's."""
+    """Lets generation stop at the adapter's end token, which may not be the base's."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if tokenizer.eos_token_id not in (None, *ends):

@@ -423,7 +423,9 @@ class Job:
         labels = list[str]()
         places = (place for place, _ in self.rows)
         for chunk in self.saved.read_chunks():
-            for line, place in zip(chunk, places, strict=False):  # takes no place too many
+            for line, place in zip(
+                chunk, places, strict=False
+            ):  # the other order would skip a place
                 if "error" in line:
                     errors += 1
                     first = first or f"{place}: {line['error']}"

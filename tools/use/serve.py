@@ -33,7 +33,7 @@ from typing import Any
 
 from evals.choices import request_choice
 from tools import adapters, models, prompts, recipes, sources, subjects, vllm
-from tools.common import ROOT, JobFailed, WrongInput, digest, quiet
+from tools.common import ROOT, JobFailed, WrongInput, digest, quiet, stop_group
 from tools.runs import Run
 from tools.train.sweep import select_recipes
 from tools.use import merge
@@ -327,7 +327,7 @@ def run_server(
         status = server.wait()
         raise JobFailed(f"{line[0]} ended with status {status}; its messages above say why")
     finally:
-        vllm.stop_group(server, STOPPING)
+        stop_group(server, STOPPING)
 
 
 def is_healthy(host: str, port: int) -> bool:
@@ -345,7 +345,9 @@ def check_length(subject: subjects.Subject, length: int | None) -> None:
     """Raises WrongInput where a base has no room for MAX_MODEL_LEN tokens."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(models.bring_base(subject.config["base_model"]))
+    config = AutoConfig.from_pretrained(
+        models.bring_base(subject.config["base_model"]), trust_remote_code=False
+    )
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if length and longest and length > longest:
         raise WrongInput(f"MAX_MODEL_LEN must be a number from 1 to {longest}, not {length}")
