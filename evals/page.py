@@ -42,8 +42,8 @@ TEMPLATE = ROOT / "evals" / "page.html"
 WRONG = 25  # wrong answers shown of each model and dataset
 TEXT = 3000  # characters shown of each prompt and answer
 LABELS = 12  # classes up to which a confusion matrix can be read
-# The plan of a config trained on so many rows of a file; training lies above this module.
-Planner = Callable[[dict[str, Any], int | None, Path], dict[str, Any]]
+# The plan of a config trained on so many rows of its files; training lies above this module.
+Planner = Callable[[dict[str, Any], int | None, list[Path]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -328,9 +328,9 @@ def plan_training(scored: Scored, planner: Planner) -> dict[str, Any]:
             config = recipes.find(scored.recipe).config
         else:
             config = read_yaml(scored.folder / "config.yaml")
-        data = (scored.run_info.get("data") or [{}])[0]
-        file = sources.CHAT / Path(config["datasets"][0]["path"]).name
-        return planner(config, data.get("rows"), file)
+        data = [entry for entry in scored.run_info.get("data") or () if entry["split"] == "train"]
+        rows = sum(entry["rows"] for entry in data) if data else None
+        return planner(config, rows, sources.list_training_files(config))
     except (WrongInput, OSError, KeyError):
         return {}
 

@@ -274,6 +274,35 @@ def test_two_encodings_in_a_file_are_each_read_and_said_so(read):
     assert "two encodings" in rows.notes[0] and "line 3" in rows.notes[0]
 
 
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("公司营收同比增长百分之五,利好", "gb18030"),
+        ("公司營收成長百分之五,利多", "big5"),
+        ("売上高は前年同期比で増加した,増益", "shift_jis"),
+        ("売上高は前年同期比で増加した,増益", "euc_jp"),
+        ("매출이 전년 대비 증가했다,상승", "euc_kr"),
+        ("Выручка выросла на 5 процентов,рост", "cp1251"),
+        ("Выручка выросла на 5 процентов,рост", "koi8_r"),
+        ("Τα έσοδα αυξήθηκαν,άνοδος", "cp1253"),
+    ],
+)
+def test_letters_that_are_not_western_are_refused_and_not_read_as_latin_1(read, text, encoding):
+    rows = f"text,label\n{text}\n".encode(encoding)
+    for content in (rows, "text,label\nUmsätze übertrafen,up\n".encode() + rows):
+        with pytest.raises(WrongInput, match="not UTF-8 .*line [24]\\), and not Western letters"):
+            read(content)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["määräpäivä ja yöaika", "l'œuvre «très» élevée", "………… 5 €", "schön öde", "ŠKODA – „žádný“"],
+)
+def test_western_letters_beside_each_other_are_read_as_latin_1(read, text):
+    _, dicts, _ = read(f"text,label\nGewinn gestiegen über Plan: {text},up\n".encode("cp1252"))
+    assert dicts[0]["text"].endswith(text)
+
+
 def test_utf_16_that_is_broken_is_refused(read):
     with pytest.raises(WrongInput, match="not utf-16; save it as UTF-8"):
         read(ROW.encode("utf-16") + b"\x00\xd8\x00\x00\x00")

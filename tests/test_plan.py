@@ -10,7 +10,7 @@ import pytest
 
 from bench.memory import list_tensors
 from tests.conftest import run, write_recipe
-from tools import architectures, recipes
+from tools import architectures, recipes, sources
 from tools.common import ROOT, WrongInput
 from tools.train.memory import (
     GIB,
@@ -410,16 +410,16 @@ def test_tokens_are_counted_by_the_tokenizer_and_otherwise_not_underestimated(
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     rows = [json.loads(line)["messages"] for line in chat_rows.read_text().splitlines()]
     real = [len(tokenizer.encode(tokenizer.apply_chat_template(r, tokenize=False))) for r in rows]
-    counted = measure_rows(chat_rows, str(tiny))
+    counted = measure_rows([chat_rows], str(tiny))
     assert counted.rows == len(rows) and counted.tokenizer.endswith("tokenizer.json")
     assert counted.mean == pytest.approx(sum(real) / len(real), abs=12)
     assert max(real) <= counted.longest < max(real) + 16
-    estimated = measure_rows(chat_rows, "nobody/none")
+    estimated = measure_rows([chat_rows], "nobody/none")
     assert estimated.tokenizer is None
     assert estimated.mean >= counted.mean and estimated.longest >= counted.longest
     for content in ("{", "\n"):
         (tmp_path / "broken.jsonl").write_text(content)
-        assert measure_rows(tmp_path / "broken.jsonl", str(tiny)) == RowLengths()
+        assert measure_rows([tmp_path / "broken.jsonl"], str(tiny)) == RowLengths()
 
 
 def test_finloras_rows_are_not_underestimated_without_a_tokenizer(tiny):
@@ -427,7 +427,7 @@ def test_finloras_rows_are_not_underestimated_without_a_tokenizer(tiny):
     if not folder.is_dir():
         pytest.skip("FinLoRA's rows are not at hand")
     for path in sorted(folder.glob("*/*.jsonl")):
-        counted, estimated = measure_rows(path, str(tiny)), measure_rows(path, "nobody/none")
+        counted, estimated = measure_rows([path], str(tiny)), measure_rows([path], "nobody/none")
         assert estimated.mean >= 0.99 * counted.mean, path.name
         assert estimated.longest >= counted.longest, path.name
 
@@ -438,7 +438,7 @@ def test_hours_name_the_rows_they_are_for_and_finloras_whole_file_beside(tmp_pat
     file.write_text((json.dumps(row) + "\n") * 900)
     config = recipes.build_config("llama-3.1-8b/sentiment_r4")
     config["datasets"][0]["path"] = str(file)
-    planned = plan(config, Hardware(price=0.26), data=file)
+    planned = plan(config, Hardware(price=0.26), data=[file])
     published = planned["published"]
     assert (planned["rows"], published["rows"]) == (900, 72_824)
     trained = count_training_rows(config, 72_824)
@@ -446,16 +446,36 @@ def test_hours_name_the_rows_they_are_for_and_finloras_whole_file_beside(tmp_pat
     assert plan(config, rows=72_824, row=60)["published"] is None
 
 
+def test_the_rows_of_all_datasets_and_formats_are_planned(tiny, chat_rows, tmp_path):
+    """Of a config from elsewhere: several datasets, Axolotl's `data_files`, indented JSON, CSV."""
+    alpaca = [{"instruction": "Up or down?", "input": "Sales rose.", "output": "up"}] * 5
+    (tmp_path / "rows.json").write_text(json.dumps(alpaca, indent=1))
+    (tmp_path / "rows.csv").write_text("instruction,output\n" + "Up or down?,up\n" * 7)
+    entries = [
+        {"path": str(chat_rows), "type": "chat_template"},
+        {"path": "json", "data_files": str(tmp_path / "rows.json"), "type": "alpaca"},
+        {"path": "csv", "data_files": [str(tmp_path / "*.csv")], "type": "alpaca"},
+    ]
+    config = read_config(base_model=str(tiny), datasets=entries)
+    files = sources.list_training_files(config)
+    lengths = measure_rows(files, str(tiny))
+    assert lengths.rows == len(chat_rows.read_text().splitlines()) + 5 + 7
+    assert lengths.longest == measure_rows([chat_rows], str(tiny)).longest
+    # With a dataset of the Hub the rows are not known, and no part of them is planned as all.
+    config["datasets"].append({"path": "owner/rows", "type": "alpaca"})
+    assert measure_rows(sources.list_training_files(config), str(tiny)) == RowLengths()
+
+
 def test_what_the_caller_says_of_the_rows_goes_before_their_file(tiny, chat_rows):
     config = read_config(base_model=str(tiny))
-    rows = measure_rows(chat_rows, str(tiny))
+    rows = measure_rows([chat_rows], str(tiny))
     for options, expected in (
         ({}, (rows.rows, rows.mean, rows.longest, rows.tokenizer)),
         ({"rows": 7}, (7, rows.mean, rows.longest, rows.tokenizer)),
         ({"row": 99}, (rows.rows, 99, 99, None)),
         ({"rows": 7, "row": 99}, (7, 99, 99, None)),
     ):
-        planned = plan(config, data=chat_rows, **options)
+        planned = plan(config, data=[chat_rows], **options)
         shown = (planned["rows"], planned["tokens_per_row"], planned["setup"]["row"])
         assert (*shown, planned["tokenizer"]) == expected
 

@@ -79,6 +79,8 @@ def runs(tmp_path, monkeypatch):
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     for name in ("fpb_test", "fiqa_test", "sentiment_train"):
         (sources.CHAT / f"{name}.jsonl").write_text(lines)
+    trained = [sources.CHAT / "sentiment_train.jsonl"]
+    monkeypatch.setattr(sources, "list_training_files", lambda config: trained)
     folder = runs_module.RUNS / "smollm2-135m" / "sentiment_r4"
     folder.mkdir(parents=True)
     (folder / "adapter_model.safetensors").write_bytes(b"an adapter")
@@ -86,7 +88,7 @@ def runs(tmp_path, monkeypatch):
     (folder / "progress.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
     recipe = recipes.find("smollm2-135m/sentiment_r4")
     sha = common.digest(folder / "adapter_model.safetensors")
-    info = {"recipe": recipe.name, "adapter_sha256": sha, "data": [{"rows": ROWS}]}
+    info = {"recipe": recipe.name, "adapter_sha256": sha, "data": [{"rows": ROWS, "split": "train"}]}
     common.write_json(folder / "run.json", info)
     subject = subject_of.Subject(
         recipe.name, recipe.config, folder, folder, folder.parent / "base_nf4", "sentiment", "chat"
@@ -284,7 +286,7 @@ def test_the_planned_memory_is_the_planners(runs):
     planned = report_page.plan_training(
         adapter, lambda config, rows, data: plan.plan(config, hardware, rows=rows, data=data)
     )
-    again = plan.plan(runs.config, hardware, data=sources.CHAT / "sentiment_train.jsonl")
+    again = plan.plan(runs.config, hardware, data=[sources.CHAT / "sentiment_train.jsonl"])
     assert planned == again and planned["usd"] > 0
 
 

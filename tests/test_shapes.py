@@ -208,6 +208,10 @@ SHAPES = {
         {"system": "Be brief.", "messages": say("p", "c")},
         [{"role": "system", "content": "Be brief."}, *say("p", "c")],
     ),
+    "a system column beside turns with their own": (
+        {"system": "Be brief.", "messages": say("p", "c", system="Be exact.")},
+        say("p", "c", system="Be exact."),
+    ),
     "a system column beside an empty turn": (
         {"system": "Be brief.", "conversations": [{"from": "system", "value": ""}, *say("p", "c")]},
         [{"role": "system", "content": "Be brief."}, *say("p", "c")],
@@ -235,6 +239,15 @@ SHAPES = {
 @pytest.mark.parametrize(("row", "messages"), SHAPES.values(), ids=SHAPES)
 def test_a_shape_is_recognized_and_becomes_turns(row, messages):
     assert build(row) == (messages or row["messages"])
+
+
+def test_a_system_column_that_gives_way_to_another_system_turn_is_counted():
+    row = {"system": "Be brief.", "messages": say("p", "c", system="Be exact.")}
+    same = {"system": "Be exact.", "messages": say("p", "c", system="Be exact.")}
+    shape = shapes.recognize(Listed([row, same]))
+    for one in (row, same, row):
+        shape.build_chat(one)
+    assert +shape.repairs == {'"system" left out: the turns have their own': 2}
 
 
 TEXTS = [

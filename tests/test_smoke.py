@@ -37,14 +37,16 @@ def test_the_rows_are_the_longest_that_fit_and_fill_a_batch(tiny, chat_rows, tmp
     sizes = {line: len(tokenizer.encode(text)) for line, text in zip(lines, texts, strict=True)}
     ordered = sorted(sizes.values(), reverse=True)
     config = {"sequence_len": ordered[3], "micro_batch_size": 2, "gradient_accumulation_steps": 2}
-    rows = smoke.pick_longest(chat_rows, config, tokenizer)
+    rows = smoke.pick_longest({"path": str(chat_rows)}, config, tokenizer)
     fitting = [size for size in ordered if size <= ordered[3]]
-    assert [sizes[line] for line in rows.lines] == fitting[:4]
+    parsed = [json.loads(line) for line in lines]
+    assert [sizes[lines[parsed.index(row)]] for row in rows.rows] == fitting[:4]
     assert rows.too_long == sum(size > ordered[3] for size in ordered)
 
+    few = {"path": str(tmp_path / "few.jsonl")}
     (tmp_path / "few.jsonl").write_bytes(b"\n".join(lines[:3]))
-    rows = smoke.pick_longest(tmp_path / "few.jsonl", {"micro_batch_size": 8}, tokenizer)
-    assert len(rows.lines) == 8 and {*rows.lines} == {*lines[:3]}
+    rows = smoke.pick_longest(few, {"micro_batch_size": 8}, tokenizer)
+    assert len(rows.rows) == 8 and {parsed.index(row) for row in rows.rows} == {0, 1, 2}
 
 
 @pytest.mark.slow

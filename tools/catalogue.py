@@ -29,6 +29,7 @@ from tools.common import (
     write_text,
 )
 from tools.runs import Run
+from tools.sources import list_training_files
 from tools.train import plan, plan_table
 
 # ---- rendering
@@ -231,7 +232,7 @@ def show(name: str) -> None:
     """Prints a recipe, what is planned for it, and what its run took."""
     recipe = recipes.find(name)
     print(rendering.read_or_render(recipe))
-    planned = plan.plan(recipe.config, data=recipes.ROOT / recipe.config["datasets"][0]["path"])
+    planned = plan.plan(recipe.config, data=list_training_files(recipe.config))
     plan_table.print_plan_table(recipe.name, planned)
     if recipe.run.is_finished:
         plan_table.print_comparison(planned, recipe.run.info)

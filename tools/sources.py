@@ -114,6 +114,11 @@ def list_data_files(entry: dict[str, Any]) -> list[str]:
     ]
 
 
+def list_training_files(config: dict[str, Any]) -> list[Path]:
+    """The files that an Axolotl config trains on; of a dataset of the Hub, a file that is not."""
+    return [ROOT / name for entry in config["datasets"] for name in list_data_files(entry)]
+
+
 def train_path(task: str) -> Path:
     return CHAT / f"{task}_train.jsonl"
 

@@ -8,6 +8,7 @@ with text.open() as file: …     line ends stay as they are
 import codecs
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -126,9 +127,18 @@ def find_fault(path: Path, encoding: str) -> int | None:
             place += len(chunk)
 
 
+# Bytes that are not UTF-8, as `surrogateescape` reads them. Western letters stand alone or in pairs
+# between ASCII; a longer run of different ones is Chinese, Japanese, Korean, Cyrillic or Greek.
+FOREIGN = re.compile("[\udc80-\udcff]")
+RUN = re.compile("[\udc80-\udcff]{4,}")
+
+
 def describe_latin(path: Path) -> Text:
-    """A text that is not UTF-8, or not all of it: the bytes that are not are read as latin-1."""
-    latin, unicode_lines, first = 0, 0, 0
+    """A text that is not UTF-8, or not all of it: the bytes that are not are read as latin-1.
+
+    Raises WrongInput where most of those bytes are not Western letters.
+    """
+    latin, unicode_lines, first, foreign, in_runs = 0, 0, 0, 0, 0
     with open_bytes(path) as file:
         for number, line in enumerate(read_pieces(file), 1):
             if line.isascii():
@@ -139,7 +149,15 @@ def describe_latin(path: Path) -> Text:
             except UnicodeDecodeError:
                 latin += 1
                 first = first or number
+                text = line.decode(errors="surrogateescape")
+                foreign += len(FOREIGN.findall(text))
+                in_runs += sum(len(run) for run in RUN.findall(text) if len(set(run)) > 1)
     where = f"line {first}" if latin == 1 else f"{latin:,} lines, the first is line {first}"
+    if in_runs * 2 > foreign:
+        raise WrongInput(
+            f"{shown(path)}: not UTF-8 ({where}), and not Western letters; save it as UTF-8, such "
+            "as with `iconv -f GB18030 -t UTF-8` where it is Chinese"
+        )
     read = "read as latin-1 (Windows-1252); save it as UTF-8 if letters look wrong"
     if not unicode_lines:
         return Text(path, "latin-1", f"not UTF-8 ({where}): {read}")

@@ -220,8 +220,11 @@ class Shape:
         column = self.columns["messages"]
         messages = turns.read_turns(row.get(column), column)
         system = self.read_part(row, "system") if "system" in self.columns else ""
-        if system and not (messages[0]["role"] == "system" and messages[0]["content"]):
+        own = messages[0]["content"] if messages[0]["role"] == "system" else ""
+        if system and not own:
             messages.insert(0, {"role": "system", "content": system})
+        elif own != system and system:
+            self.repairs[f'"{self.columns["system"]}" left out: the turns have their own'] += 1
         chat: dict[str, Any] = {"messages": messages}
         if "tools" in self.columns:
             name = self.columns["tools"]

@@ -1,17 +1,15 @@
 """What must hold before a training starts: hardware, data, options, disk space."""
 
 import shutil
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-import orjson
 
 from tools import prompts, recipes, smollm2, sources
 from tools.common import ROOT, JobFailed, WrongInput, digest, shown
 from tools.data.formats import open_rows
 from tools.train import hardware, profiles, without_gpu
+from tools.train.tokens import read_lines
 
 FORCED = "(FORCE=1 tries all the same)"
 DISK = 2e9  # bytes that must be free: checkpoints, prepared data, log
@@ -233,18 +231,6 @@ def refuse_unrenderable(recipe: recipes.Recipe) -> None:
                     f"{shown(path)}, row {number}: {reason}. {recipe.config['base_model']} cannot "
                     "learn such rows; choose another base, or write that turn into a user's turn"
                 )
-
-
-def read_lines(path: Path) -> Iterator[Any]:
-    """The values of a JSONL file; raises WrongInput that names a line that is not JSON."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.isspace():
-                continue
-            try:
-                yield orjson.loads(line)
-            except ValueError as error:
-                raise WrongInput(f"{shown(path)}, line {number}: not JSON: {error}") from None
 
 
 def is_chat_row(row: Any) -> bool:

@@ -11,6 +11,7 @@ Bytes are bytes; a GPU of "24 GB" has 24 GiB of memory, as its driver counts it.
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -202,12 +203,12 @@ def plan(
     hardware: Hardware = ONE_GPU,
     rows: int | None = None,
     row: int | None = None,
-    data: Path | None = None,
+    data: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """The whole plan of an Axolotl config, as it is printed in JSON: bytes, hours and USD.
 
-    `row` is the tokens of a row, mean and longest alike; without it they come from the file `data`,
-    and without that the peak is for rows of sequence_len.
+    `row` is the tokens of a row, mean and longest alike; without it they come from the files
+    `data`, and without those the peak is for rows of sequence_len.
     """
     base = str(config["base_model"])
     model = architectures.find(base)

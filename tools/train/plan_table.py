@@ -7,7 +7,8 @@ import json
 from typing import Any
 
 from tools import recipes
-from tools.common import ROOT, format_table
+from tools.common import format_table
+from tools.sources import list_training_files
 from tools.train.memory import GIB
 from tools.train.plan import Hardware, count_training_rows, plan
 
@@ -101,7 +102,7 @@ def print_plan(
 ) -> None:
     """Prints the plan of a recipe, as a table or as JSON. `rows`: of the whole training file."""
     recipe = recipes.find(name)
-    data = ROOT / recipe.config["datasets"][0]["path"]
+    data = list_training_files(recipe.config)
     trained = count_training_rows(recipe.config, rows) if rows else None
     planned = plan(recipe.config, hardware, rows=trained, row=tokens_per_row, data=data)
     if as_json:

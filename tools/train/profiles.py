@@ -199,7 +199,7 @@ def fits_gpus(config: dict[str, Any], here: Host, processes: int) -> bool | None
     """Whether the plan of a config fits this machine's GPUs; None where it cannot be planned."""
     try:
         size = f"{here.gpus[0][1] / 2**30:.1f}GB"
-        data = ROOT / config["datasets"][0]["path"]
+        data = sources.list_training_files(config)
         return bool(plan.plan(config, plan.Hardware(size, processes), data=data)["fits"])
     except WrongInput:
         return None

@@ -11,35 +11,41 @@ Where the base is too large for this machine, its tiny twin takes its place: the
 with a few small layers of random weights. That tests the config, not memory or speed.
 """
 
-import json
 import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from tools import architectures, models, prompts, recipes, smollm2
 from tools.common import ROOT, JobFailed, WrongInput, quiet, shown
 from tools.hub_errors import explain_errors
 from tools.recipes import Recipe
 from tools.runs import Run
+from tools.sources import list_training_files
 from tools.train import checks, hardware, launch, plan, profiles, twins
+from tools.train.checks import is_chat_row
 from tools.train.machines import Machines
 from tools.train.memory import GIB
+from tools.train.tokens import list_texts, read_rows
 
 FOLDER = ROOT / "runs" / ".smoke"
 TRIAL = Run(FOLDER / "run")
 STEPS = 3  # the first one warms up; speed is measured on the others
 ANSWER_TOKENS = 8
 LARGEST_TRIED = 1e9  # parameters of a base that a trial of minutes loads without a GPU
+PLACE = {"data_files", "ds_type", "split", "name", "shards"}  # keys of where rows come from
 CANDIDATES = 512  # rows, the longest by characters, whose tokens are counted
 
 
 @dataclass(frozen=True)
 class LongestRows:
-    """The longest rows of a training file, enough for one optimizer step, longest first."""
+    """The longest rows of a training set, enough for one optimizer step, longest first."""
 
-    lines: list[bytes]
+    entry: dict[str, Any]  # the config's dataset that they are of
+    rows: list[Any]
     longest: int  # tokens
     total: int  # rows of the file
     too_long: int  # rows over sequence_len, which Axolotl drops
@@ -52,27 +58,33 @@ def say(label: str, text: str) -> None:
 # ---- Rows and model of the trial
 
 
-def pick_longest(path: Path, config: dict[str, Any], tokenizer: Any) -> LongestRows:
-    """The longest rows of a chat file that are not over the recipe's sequence_len.
+def pick_longest(entry: dict[str, Any], config: dict[str, Any], tokenizer: Any) -> LongestRows:
+    """The longest rows of a dataset of a config that are not over its sequence_len.
 
-    A file smaller than a batch has its rows repeated.
+    A set smaller than a batch has its rows repeated.
     """
-    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    files = list_training_files({"datasets": [entry]})
+    rows = [row for path in files for row in read_rows(path)]
     most = int(config.get("sequence_len") or 2048)
     count = config.get("micro_batch_size", 1) * config.get("gradient_accumulation_steps", 1)
-    candidates = sorted(lines, key=len, reverse=True)[: max(CANDIDATES, 4 * count)]
+    by_length = sorted(rows, key=lambda row: -sum(map(len, list_texts(row))))
+    candidates = by_length[: max(CANDIDATES, 4 * count)]
     options = config.get("chat_template_kwargs")
-    texts = [prompts.render_row(tokenizer, json.loads(line), options) for line in candidates]
+    texts = [
+        prompts.render_row(tokenizer, row, options) if is_chat_row(row) else str(list_texts(row))
+        for row in candidates
+    ]
     sizes = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     pairs = sorted(zip(sizes, candidates, strict=True), key=lambda pair: -pair[0])
-    fitting = [(size, line) for size, line in pairs if size <= most][:count]
+    fitting = [(size, row) for size, row in pairs if size <= most][:count]
     if not fitting:
         raise WrongInput(
-            f"{shown(path)}: its longest rows are over the sequence_len of {most} tokens; raise it"
+            f"{', '.join(map(shown, files))}: the longest rows are over the sequence_len of {most} "
+            "tokens; raise it"
         )
-    repeated = [line for _, line in fitting] * math.ceil(count / len(fitting))
+    repeated = [row for _, row in fitting] * math.ceil(count / len(fitting))
     too_long = sum(size > most for size in sizes)
-    return LongestRows(repeated[:count], fitting[0][0], len(lines), too_long)
+    return LongestRows(entry, repeated[:count], fitting[0][0], len(rows), too_long)
 
 
 def make_twin(base: str, folder: Path) -> dict[str, Any]:
@@ -103,9 +115,9 @@ def make_twin(base: str, folder: Path) -> dict[str, Any]:
 def build_trial(recipe: Recipe, config: dict[str, Any], rows: LongestRows) -> Recipe:
     """A merged config on the longest rows, for STEPS steps, in a folder of its own."""
     train_file, eval_file = FOLDER / "rows.jsonl", FOLDER / "two.jsonl"
-    for file, lines in ((train_file, rows.lines * STEPS), (eval_file, rows.lines[:2])):
-        file.write_bytes(b"\n".join(lines) + b"\n")
-    entry = config["datasets"][0]
+    for file, chosen in ((train_file, rows.rows * STEPS), (eval_file, rows.rows[:2])):
+        file.write_bytes(b"\n".join(map(orjson.dumps, chosen)) + b"\n")
+    entry = {key: value for key, value in rows.entry.items() if key not in PLACE}
     schedule = ("val_set_size", "evals_per_epoch", "saves_per_epoch")
     options = {key: value for key, value in config.items() if key not in schedule}
     changes = {
@@ -121,8 +133,11 @@ def build_trial(recipe: Recipe, config: dict[str, Any], rows: LongestRows) -> Re
     return replace(recipe, config=options | changes)
 
 
-def answer_rows(config: dict[str, Any], lines: list[bytes]) -> list[tuple[str, str, str]]:
-    """(the base's answer, the adapter's, the key) of each row, from files as scoring loads them."""
+def answer_rows(config: dict[str, Any], rows: list[Any]) -> list[tuple[str, str, str]]:
+    """(the base's answer, the adapter's, the key) of chat rows, from files as scoring loads them.
+
+    None of rows in another format, whose prompts Axolotl writes.
+    """
     quiet()
     import torch
 
@@ -135,8 +150,8 @@ def answer_rows(config: dict[str, Any], lines: list[bytes]) -> list[tuple[str, s
         return tokenizer.decode(output[0][len(ids) :], skip_special_tokens=True).strip()
 
     answers = []
-    for line in lines:
-        (*turns, key), tools = prompts.read_conversation(json.loads(line))
+    for row in filter(is_chat_row, rows):
+        (*turns, key), tools = prompts.read_conversation(row)
         ids = prompts.tokens(tokenizer, turns, config.get("chat_template_kwargs"), tools=tools)
         with torch.inference_mode():
             with model.disable_adapter():
@@ -191,10 +206,10 @@ def count_parameters(base: str) -> int:
 # ---- The trial
 
 
-def report_sizes(config: dict[str, Any], data: Path, info: dict[str, Any], is_twin: bool) -> None:
+def report_sizes(config: dict[str, Any], info: dict[str, Any], is_twin: bool) -> None:
     """Prints memory, speed and the hours of the whole recipe; of a twin only what is planned."""
     try:
-        planned = plan.plan(config, data=data)
+        planned = plan.plan(config, data=list_training_files(config))
     except WrongInput as error:
         say("plan", f"none: {error}")
         return
@@ -216,12 +231,21 @@ def report_sizes(config: dict[str, Any], data: Path, info: dict[str, Any], is_tw
 
 def try_recipe(recipe: Recipe, config: dict[str, Any], profile: str, is_twin: bool) -> None:
     """Trains a recipe's merged config, or its twin, for a few steps and prints the results."""
-    data = ROOT / checks.describe_data(recipe)[0]["path"]
+    checks.describe_data(recipe)
+    entries = [
+        entry
+        for entry in config["datasets"]
+        if all(path.is_file() for path in list_training_files({"datasets": [entry]}))
+    ]
+    if not entries:
+        raise WrongInput(f"{recipe.where}: a trial needs a file of rows; these are on the Hub")
     if is_twin:
         config = config | make_twin(config["base_model"], FOLDER / "twin")
         say("twin", "the base is too large for this machine; a tiny random model stands in")
-    rows = pick_longest(data, config, models.load_tokenizer(config))
-    say("rows", f"the {len(rows.lines)} longest of {rows.total:,}: {rows.longest} tokens")
+    tokenizer = models.load_tokenizer(config)
+    picked = [pick_longest(entry, config, tokenizer) for entry in entries]
+    rows = max(picked, key=lambda rows: rows.longest)
+    say("rows", f"the {len(rows.rows)} longest of {rows.total:,}: {rows.longest} tokens")
     if rows.too_long:
         say("", f"{rows.too_long} rows are over sequence_len; Axolotl drops them")
     trial = build_trial(recipe, config, rows)
@@ -229,12 +253,12 @@ def try_recipe(recipe: Recipe, config: dict[str, Any], profile: str, is_twin: bo
     first, *_, last = TRIAL.losses()
     say("trains", f"{STEPS} steps, loss {first['loss']:.3f} to {last['loss']:.3f}")
     say("evaluates", f"two rows, loss {info['last_eval_loss']:.3f}")
-    answers = answer_rows(trial.config, rows.lines[:2])
+    answers = answer_rows(trial.config, rows.rows[:2])
     megabytes = TRIAL.adapter_file.stat().st_size / 1e6
     say("saves, loads", f"adapter of {megabytes:.1f} MB, at {models.precision(trial.config)}")
     for base, adapter, key in answers:
         say("answers", f"base {base[:24]!r}, adapter {adapter[:24]!r}, key {key[:24]!r}")
-    report_sizes(recipe.config, data, info, is_twin)
+    report_sizes(recipe.config, info, is_twin)
 
 
 def run(name: str, profile: str | None) -> None:

@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 
 from tools import recipes
 from tools.common import ROOT, JobFailed, WrongInput
+from tools.sources import list_training_files
 from tools.train.plan import plan
 from tools.train.process import die_with_parent
 from tools.train.profiles import Choice
@@ -40,7 +41,7 @@ def select_recipes(words: str) -> list[recipes.Recipe]:
 def estimate_operations(recipe: recipes.Recipe) -> float:
     """Parameters times tokens, for the order; 0 where the base cannot be planned."""
     try:
-        planned = plan(recipe.config, data=ROOT / recipe.config["datasets"][0]["path"])
+        planned = plan(recipe.config, data=list_training_files(recipe.config))
         return float(planned["parameters"] * (planned["tokens"] or 1))
     except WrongInput:
         return 0.0

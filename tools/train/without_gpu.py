@@ -8,10 +8,12 @@ the plan, divided by the speed at which this machine multiplies matrices now.
 
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from tools import architectures, recipes
-from tools.common import ROOT, run_in_child
+from tools.common import run_in_child
+from tools.sources import list_training_files
 from tools.train import memory, plan, profiles
 from tools.train.hardware import Host
 
@@ -79,11 +81,11 @@ def find_longest(recipe: recipes.Recipe) -> int | None:
 
 def plan_recipe(recipe: recipes.Recipe, config: dict[str, Any]) -> dict[str, Any]:
     """The plan of a recipe's config on its rows here, or on FinLoRA's at their longest."""
-    data = ROOT / config["datasets"][0]["path"]
-    if data.is_file():
+    data = list_training_files(config)
+    if all(map(Path.is_file, data)):
         return plan.plan(config, data=data)
     return plan.plan(
-        config, rows=plan.read_published_rows().get(data.name), row=find_longest(recipe)
+        config, rows=plan.read_published_rows().get(data[0].name), row=find_longest(recipe)
     )
 
 
