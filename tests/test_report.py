@@ -88,7 +88,8 @@ def runs(tmp_path, monkeypatch):
     (folder / "progress.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
     recipe = recipes.find("smollm2-135m/sentiment_r4")
     sha = common.digest(folder / "adapter_model.safetensors")
-    info = {"recipe": recipe.name, "adapter_sha256": sha, "data": [{"rows": ROWS, "split": "train"}]}
+    data = [{"rows": ROWS, "split": "train"}]
+    info = {"recipe": recipe.name, "adapter_sha256": sha, "data": data}
     common.write_json(folder / "run.json", info)
     subject = subject_of.Subject(
         recipe.name, recipe.config, folder, folder, folder.parent / "base_nf4", "sentiment", "chat"
