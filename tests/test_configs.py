@@ -305,6 +305,9 @@ def test_files_of_a_builder_are_described_and_rows_counted_by_format(tiny, rows,
     data = checks.describe_data(recipe)
     assert [(Path(part["path"]), part["rows"]) for part in data] == [(rows, 32), (pretty, 32)]
     assert launch.describe_rows(recipe, data) == "64 rows"
+    # Axolotl itself looks for a repository "json" on the Hub.
+    entries = [{"path": str(path), "ds_type": "json", "type": TYPE} for path in (rows, pretty)]
+    assert recipe.config["datasets"] == entries
     pretty.write_text(json.dumps(ROWS[1:], indent=1))
     assert checks.describe_data(recipe)[1]["sha256"] != data[1]["sha256"]
 

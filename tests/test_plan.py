@@ -456,7 +456,7 @@ def test_the_rows_of_all_datasets_and_formats_are_planned(tiny, chat_rows, tmp_p
         {"path": "json", "data_files": str(tmp_path / "rows.json"), "type": "alpaca"},
         {"path": "csv", "data_files": [str(tmp_path / "*.csv")], "type": "alpaca"},
     ]
-    config = read_config(base_model=str(tiny), datasets=entries)
+    config = read_config(base_model=str(tiny), datasets=recipes.list_entries(entries))
     files = sources.list_training_files(config)
     lengths = measure_rows(files, str(tiny))
     assert lengths.rows == len(chat_rows.read_text().splitlines()) + 5 + 7

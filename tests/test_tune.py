@@ -234,6 +234,13 @@ def test_of_many_validation_rows_two_hundred_judge_and_the_others_do_not_train(d
     assert (division.trained, division.judged, division.held_back) == (900, 200, 0)
 
 
+def test_validation_rows_that_cannot_be_read_are_not_passed_over(divided):
+    recipe, division = divided(900, 150)
+    recipe.config["test_datasets"].append({"path": "owner/rows", "type": "chat_template"})
+    with pytest.raises(WrongInput, match="owner/rows has others"):
+        hold_out(recipe, Validation(least=100, most=200), division.train.parent)
+
+
 def test_no_prompt_both_trains_and_judges(divided):
     recipe, division = divided(900, 6, copies=3)
     trains, judges = (read_prompts(path) for path in (division.train, division.validation))

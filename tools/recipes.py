@@ -18,6 +18,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,27 @@ def open_recipe(name: str) -> Recipe:
     return Recipe(name, None, build_config(name), find_version(name))
 
 
+def list_entries(datasets: Any) -> Any:
+    """Datasets of a config with an entry for each file that `data_files` names.
+
+    A `path` of json, csv and the like is a loader of the library `datasets`. Axolotl takes it for a
+    name on the Hub.
+    """
+    if not isinstance(datasets, list):
+        return datasets  # the schema says what is wrong
+    entries = []
+    for entry in datasets:
+        files = entry.get("data_files") if isinstance(entry, dict) else None
+        if not files or entry.get("path") not in ("json", "csv", "parquet", "text", "arrow"):
+            entries.append(entry)
+            continue
+        kept = {key: value for key, value in entry.items() if key != "data_files"}
+        for pattern in [files] if isinstance(files, str) else files:
+            names = sorted(glob(pattern, root_dir=ROOT)) or [pattern]
+            entries += [kept | {"path": name, "ds_type": entry["path"]} for name in names]
+    return entries
+
+
 def load_file(path: Path, name: str) -> Recipe:
     """Reads a recipe file; raises WrongInput where it is no mapping or lacks a required key."""
     if not path.is_file():
@@ -314,6 +336,8 @@ def load_file(path: Path, name: str) -> Recipe:
         isinstance(entry, dict) and "path" in entry for entry in entries
     ):
         raise WrongInput(f'{shown(path)}: "datasets" must be a list of mappings with a "path"')
+    for key in {"datasets", "test_datasets"} & config.keys():
+        config[key] = list_entries(config[key])
     config["output_dir"] = config.get("output_dir") or "model-out"  # Axolotl's default
     config |= {key: parse_number(config[key]) for key in NUMBER_KEYS & config.keys()}
     for key in NUMBER_KEYS & config.keys():

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 from functools import cache
-from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -103,20 +102,9 @@ def manifest(chat: Path) -> dict[str, Any]:
     return content
 
 
-def list_data_files(entry: dict[str, Any]) -> list[str]:
-    """The files of an Axolotl dataset: `data_files` of a builder such as json, else its `path`."""
-    files = entry.get("data_files")
-    if not files or entry["path"] not in ("json", "csv", "parquet", "text", "arrow"):
-        return [entry["path"]]
-    patterns = [files] if isinstance(files, str) else list(files)
-    return [
-        name for pattern in patterns for name in sorted(glob(pattern, root_dir=ROOT)) or [pattern]
-    ]
-
-
 def list_training_files(config: dict[str, Any]) -> list[Path]:
     """The files that an Axolotl config trains on; of a dataset of the Hub, a file that is not."""
-    return [ROOT / name for entry in config["datasets"] for name in list_data_files(entry)]
+    return [ROOT / entry["path"] for entry in config["datasets"]]
 
 
 def train_path(task: str) -> Path:

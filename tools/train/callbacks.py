@@ -13,7 +13,6 @@ from typing import Any
 from transformers import TrainerCallback
 
 from tools.common import ROOT, atomic, digest, json_lines
-from tools.sources import list_data_files
 from tools.train.ranks import digest_weights, gather, read_rank
 
 WINDOW = 10  # steps whose mean loss tells whether a training diverges
@@ -95,8 +94,7 @@ class Watch(TrainerCallback):
         identity = Path(self.cfg.output_dir) / "identity.json"
         before = json.loads(identity.read_text())["data"] if identity.is_file() else []
         entries = [*self.cfg.datasets, *(self.cfg.test_datasets or [])]
-        names = [name for entry in entries for name in list_data_files(entry)]
-        files = [path for name in names if (path := ROOT / name).is_file()]
+        files = [path for entry in entries if (path := ROOT / entry["path"]).is_file()]
         now = [digest(path) for path in files]
         if before and now != before:
             raise Stopped(f"{', '.join(map(str, files))} changed while the training was starting")

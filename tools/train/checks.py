@@ -97,12 +97,7 @@ def describe_data(recipe: recipes.Recipe) -> list[dict[str, Any]]:
     validation = config.get("test_datasets") or []
     validation_paths = [(ROOT / entry["path"]).resolve() for entry in validation]
     sides = {"train": config["datasets"], "validation": validation}
-    splits = [
-        (name, split)
-        for split, entries in sides.items()
-        for entry in entries
-        for name in sources.list_data_files(entry)
-    ]
+    splits = [(entry["path"], split) for split, entries in sides.items() for entry in entries]
     files = []
     for name, split in splits:
         path = find_data_file(recipe, name)

@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 
 from tools import recipes, sources
-from tools.common import ROOT, WrongInput, atomic, shown
+from tools.common import WrongInput, atomic, shown
 from tools.data.rules import fingerprint_row
 from tools.data.split import choose_mark, draw_prompts
 from tools.train.checks import find_data_file
@@ -74,16 +74,15 @@ def read_chat_lines(
 
 def hold_out(recipe: recipes.Recipe, sizes: Validation, folder: Path) -> Division:
     """Writes the two files of a search into `folder`; the same rows give the same files."""
-    config = recipe.config
+    config, _ = sources.drop_missing_validation(recipe.config)
     if len(config["datasets"]) > 1:
         raise WrongInput(f"{recipe.where}: a search needs one training file, and it names several")
     entry = config["datasets"][0]
     lines, marks = read_chat_lines(recipe, entry)
     own, own_marks = list[bytes](), list[bytes]()
     for other in config.get("test_datasets") or ():
-        if (ROOT / other["path"]).is_file():
-            other_lines, other_marks = read_chat_lines(recipe, other)
-            own, own_marks = own + other_lines, own_marks + other_marks
+        other_lines, other_marks = read_chat_lines(recipe, other)
+        own, own_marks = own + other_lines, own_marks + other_marks
     validating = set(own_marks)
     copies = Counter(mark for mark in marks if mark not in validating)
     if len(own) > sizes.most:

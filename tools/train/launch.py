@@ -173,7 +173,7 @@ def describe_rows(recipe: recipes.Recipe, data: list[dict[str, Any]]) -> str:
     for entry in data:
         rows[entry["split"]] += entry["rows"]
     parts = [f"{rows['train']} rows"] if rows["train"] else []
-    names = [name for e in recipe.config["datasets"] for name in sources.list_data_files(e)]
+    names = [entry["path"] for entry in recipe.config["datasets"]]
     parts += [
         name if "://" in name else f"{name} of the Hub"
         for name in names

@@ -36,7 +36,7 @@ TRIAL = Run(FOLDER / "run")
 STEPS = 3  # the first one warms up; speed is measured on the others
 ANSWER_TOKENS = 8
 LARGEST_TRIED = 1e9  # parameters of a base that a trial of minutes loads without a GPU
-PLACE = {"data_files", "ds_type", "split", "name", "shards"}  # keys of where rows come from
+PLACE = {"ds_type", "split", "name", "shards"}  # keys of where rows come from
 CANDIDATES = 512  # rows, the longest by characters, whose tokens are counted
 
 
@@ -63,8 +63,8 @@ def pick_longest(entry: dict[str, Any], config: dict[str, Any], tokenizer: Any) 
 
     A set smaller than a batch has its rows repeated.
     """
-    files = list_training_files({"datasets": [entry]})
-    rows = [row for path in files for row in read_rows(path)]
+    path = ROOT / entry["path"]
+    rows = read_rows(path)
     most = int(config.get("sequence_len") or 2048)
     count = config.get("micro_batch_size", 1) * config.get("gradient_accumulation_steps", 1)
     by_length = sorted(rows, key=lambda row: -sum(map(len, list_texts(row))))
@@ -79,8 +79,7 @@ def pick_longest(entry: dict[str, Any], config: dict[str, Any], tokenizer: Any) 
     fitting = [(size, row) for size, row in pairs if size <= most][:count]
     if not fitting:
         raise WrongInput(
-            f"{', '.join(map(shown, files))}: the longest rows are over the sequence_len of {most} "
-            "tokens; raise it"
+            f"{shown(path)}: its longest rows are over the sequence_len of {most} tokens; raise it"
         )
     repeated = [row for _, row in fitting] * math.ceil(count / len(fitting))
     too_long = sum(size > most for size in sizes)
@@ -232,11 +231,7 @@ def report_sizes(config: dict[str, Any], info: dict[str, Any], is_twin: bool) ->
 def try_recipe(recipe: Recipe, config: dict[str, Any], profile: str, is_twin: bool) -> None:
     """Trains a recipe's merged config, or its twin, for a few steps and prints the results."""
     checks.describe_data(recipe)
-    entries = [
-        entry
-        for entry in config["datasets"]
-        if all(path.is_file() for path in list_training_files({"datasets": [entry]}))
-    ]
+    entries = [entry for entry in config["datasets"] if (ROOT / entry["path"]).is_file()]
     if not entries:
         raise WrongInput(f"{recipe.where}: a trial needs a file of rows; these are on the Hub")
     if is_twin:
