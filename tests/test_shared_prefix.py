@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from tests.conftest import run_first
 from tools import recipes
 from tools.packs import TESTED
+from tools.segments import Segments
 from tools.train import profiles
 from tools.train import shared_prefix as sharing
 from tools.train.batches import count_real_tokens
@@ -42,6 +44,10 @@ BATCHES = {
         ([*PROMPT[:20], *middle, end], [end, 5])
         for middle in (range(20, 40), range(40, 60), [])
         for end in (11, 12, 13)
+    ],
+    "long rests": [([*PROMPT, *range(50, 150)] * 3, [3]), ([*PROMPT, *range(9, 99)] * 2, [4, 5])],
+    "long and short rests, and a long beginning": [
+        ([*PROMPT * 8, *rest], [3]) for rest in (range(12, 15), range(20, 29), PROMPT[::-1] * 7)
     ],
     "no answer in one": [(PROMPT, [3]), ([*PROMPT, 8], [])],
 }
@@ -100,6 +106,25 @@ def build_model(kind: str = "llama", **sizes: object):
     torch.manual_seed(0)
     config = build_config(kind, **sizes)
     return add_adapter(loader.from_config(config, attn_implementation="sdpa"))
+
+
+def test_long_rests_are_causal_batches_of_their_own_without_a_mask():
+    """A mask of 1,000 by 1,000 for each layer is most of the memory of such a step."""
+    rests = [(300, 340), (700, 740), (9, 99)]  # (queries, keys) behind beginnings of 40 and 90
+    lengths, paths = [90], [[*range(90)]]
+    for queries, keys in rests:
+        place = sum(lengths)
+        paths.append([*range(keys - queries), *range(place, place + queries)])
+        lengths.append(queries)
+    segments = Segments(*map(torch.tensor, (lengths, [*map(len, paths)], [*chain(*paths)])))
+    segments.pad()
+    assert sorted(len(group.own) for group in segments.groups) == [99, 300, 700]
+    assert all(group.mask is None for group in segments.groups)
+    places = torch.cat([group.queries[group.own] for group in segments.groups])
+    assert places[segments.order].tolist() == list(range(sum(lengths)))
+    behind_a_cache = Segments(*map(torch.tensor, ([300], [340], [*range(340)])))
+    behind_a_cache.pad()
+    assert behind_a_cache.groups[0].mask is not None
 
 
 @pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES)

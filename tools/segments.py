@@ -7,6 +7,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 MOST_PADDING = 4  # times the pairs of query and key that one padded batch of all segments may have
+LONG = 256  # queries from which a segment is a batch of its own: padding costs more than a call
 
 
 @dataclass(frozen=True)
@@ -15,13 +16,14 @@ class Group:
 
     `queries` (segments x longest) and `keys` (segments x farthest) are flat int64 places in the
     sequence, `mask` (segments, 1, longest, farthest) is True where a query attends to a key, and
-    `own` are the places in `queries` that are no padding.
+    `own` are the places in `queries` that are the segments' tokens. Without a mask attention is
+    causal, and the queries are those of whole paths.
     """
 
     count: int
     queries: torch.Tensor
     keys: torch.Tensor
-    mask: torch.Tensor
+    mask: torch.Tensor | None
     own: torch.Tensor
 
     def attend(
@@ -35,7 +37,7 @@ class Group:
 
         places = (self.queries, self.keys, self.keys)
         regrouped = list(map(regroup, heads, places))
-        if shares_keys(regrouped):
+        if self.mask is not None and shares_keys(regrouped):
             output = attend_by_head_groups(regrouped, self.mask, options)
         else:
             output, _ = attention(module, *regrouped, self.mask, **options)
@@ -55,22 +57,29 @@ class Segments:
         self.longest, self.farthest = int(lengths.max()), int(reaches.max())
         self.groups: list[Group] = []
         self.order: torch.Tensor | None = None  # of the groups' tokens, where it is not the pack's
+        # Keys that a cache holds have no queries.
+        self.is_cached = int(paths.max()) >= int(lengths.sum())
 
     @property
     def mask(self) -> torch.Tensor | None:
-        """For a model's `attention_mask`: transformers leaves one of four axes as it is."""
-        return self.groups[0].mask if self.groups else None
+        """For a model's `attention_mask`: transformers makes none of its own beside one of four
+        axes, and `attend_to_segments` passes it over.
+        """
+        return self.lengths.new_ones((1, 1, 1, 1), dtype=torch.bool) if self.groups else None
 
     def pad(self) -> None:
         """Makes the segments one padded batch, or several where one would be mostly padding."""
         ends = self.lengths.cumsum(0)
         starts, path_ends = ends - self.lengths, self.reaches.cumsum(0)
-        padded = len(self.lengths) * self.longest * self.farthest
+        alone = self.lengths >= LONG
+        short = [each.masked_fill(alone, 0) for each in (self.lengths, self.reaches)]
+        padded = int((~alone).sum()) * int(short[0].max()) * int(short[1].max())
         kinds = torch.zeros_like(self.lengths)
-        if padded > MOST_PADDING * int((self.lengths * self.reaches).sum()):
+        if padded > MOST_PADDING * int((short[0] * short[1]).sum()):
             # Segments whose lengths have as many binary digits are alike enough.
             digits = [torch.log2(each.double()).long() for each in (self.lengths, self.reaches)]
             kinds = 64 * digits[0] + digits[1]
+        kinds = torch.where(alone, -1 - torch.arange(len(kinds), device=kinds.device), kinds)
         chosen = [(kinds == kind).nonzero().flatten() for kind in kinds.unique()]
         self.groups = [self._pad(group, starts, path_ends) for group in chosen]
         if len(chosen) > 1:
@@ -82,9 +91,14 @@ class Segments:
         lengths, reaches = self.lengths[chosen][:, None], self.reaches[chosen][:, None]
         query = torch.arange(int(lengths.max()), device=lengths.device)
         key = torch.arange(int(reaches.max()), device=lengths.device)
-        queries = torch.where(query < lengths, starts[chosen][:, None] + query, 0)
         path = path_ends[chosen][:, None] - reaches + key
         keys = self.paths[torch.where(key < reaches, path, 0)]
+        if not self.is_cached and len(key) < 2 * len(query):
+            # Causal kernels pass over half of the pairs and need no mask, which training would keep
+            # for each layer. The outputs at the beginnings are left out.
+            own = ((key < reaches) & (key >= reaches - lengths)).flatten().nonzero().flatten()
+            return Group(len(chosen), keys.flatten(), keys.flatten(), None, own)
+        queries = torch.where(query < lengths, starts[chosen][:, None] + query, 0)
         seen = (reaches - lengths + query)[:, :, None]  # the last key of each query
         own = (query < lengths).flatten().nonzero().flatten()
         mask = (key <= seen)[:, None]
