@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import transformers
 import yaml
 from transformers import AutoTokenizer
 
+from evals import results
 from tests import tokenizers
 from tests.conftest import make_adapter, run_first
 from tests.hub_server import Hub
@@ -433,6 +435,21 @@ def test_the_time_follows_from_the_speed_of_the_machine(monkeypatch):
         monkeypatch.setattr(without_gpu, "multiply", lambda speed=speed: speed)
         hours.append(without_gpu.estimate_on_cpu(recipe, LAPTOP).hours)
     assert hours[0] == pytest.approx(2 * hours[1]) and hours[1] > 0
+
+
+def test_the_memory_that_trainings_took_on_a_cpu_is_not_above_what_is_said(monkeypatch):
+    """Every committed result of a CPU; FinLoRA's longest rows, whatever rows are here."""
+    monkeypatch.setattr(without_gpu, "multiply", lambda: 1e11)
+    monkeypatch.setattr(without_gpu, "list_training_files", lambda config: [Path("none")])
+    shares = []
+    for result in results.load_results():
+        if "no GPU" not in result.device:
+            continue
+        said = without_gpu.estimate_on_cpu(recipes.find(result.recipe), LAPTOP).memory
+        peaks = [training.peak_memory_bytes for training in result.trainings.values()]
+        shares.append(max(peaks) / said)
+    assert len(shares) >= 17
+    assert min(shares) > 0.5 and max(shares) < 1.06, sorted(shares)
 
 
 @pytest.mark.parametrize("loaded", [True, False])

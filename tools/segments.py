@@ -10,7 +10,7 @@ MOST_PADDING = 4  # times the pairs of query and key that one padded batch of al
 LONG = 256  # queries from which a segment is a batch of its own: padding costs more than a call
 
 
-@dataclass(frozen=True)
+@dataclass
 class Group:
     """Segments as one padded batch, for kernels that take no lengths.
 
@@ -25,6 +25,7 @@ class Group:
     keys: torch.Tensor
     mask: torch.Tensor | None
     own: torch.Tensor
+    bias: torch.Tensor | None = None  # the mask as `attend_by_head_groups` takes it, for all layers
 
     def attend(
         self, attention: Any, module: Any, heads: list[torch.Tensor], options: dict[str, Any]
@@ -38,7 +39,9 @@ class Group:
         places = (self.queries, self.keys, self.keys)
         regrouped = list(map(regroup, heads, places))
         if self.mask is not None and shares_keys(regrouped):
-            output = attend_by_head_groups(regrouped, self.mask, options)
+            if self.bias is None:
+                self.bias = make_bias(self.mask, regrouped)
+            output = attend_by_head_groups(regrouped, self.bias, options)
         else:
             output, _ = attention(module, *regrouped, self.mask, **options)
         return output.flatten(0, 1).index_select(0, self.own)
@@ -93,9 +96,9 @@ class Segments:
         key = torch.arange(int(reaches.max()), device=lengths.device)
         path = path_ends[chosen][:, None] - reaches + key
         keys = self.paths[torch.where(key < reaches, path, 0)]
-        if not self.is_cached and len(key) < 2 * len(query):
-            # Causal kernels pass over half of the pairs and need no mask, which training would keep
-            # for each layer. The outputs at the beginnings are left out.
+        if not self.is_cached and len(query) >= LONG and len(key) < 2 * len(query):
+            # Causal kernels pass over half of the pairs and need no mask, which is large here. The
+            # outputs at the beginnings are left out.
             own = ((key < reaches) & (key >= reaches - lengths)).flatten().nonzero().flatten()
             return Group(len(chosen), keys.flatten(), keys.flatten(), None, own)
         queries = torch.where(query < lengths, starts[chosen][:, None] + query, 0)
@@ -149,13 +152,24 @@ def shares_keys(heads: list[torch.Tensor]) -> bool:
     return query.shape[1] > key.shape[1] and key.device.type == "cpu"
 
 
+def make_bias(mask: torch.Tensor, heads: list[torch.Tensor]) -> torch.Tensor:
+    """A mask (batch, 1, queries, keys) for the queries of all heads that share a key head.
+
+    0 or -inf, as SDPA would make it of the mask for each layer, and training would keep all.
+    """
+    query, key, _ = heads
+    if query.shape[2] > 1:
+        mask = mask.repeat(1, 1, query.shape[1] // key.shape[1], 1)
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+
+
 def attend_by_head_groups(
     heads: list[torch.Tensor], mask: torch.Tensor, options: dict[str, Any]
 ) -> torch.Tensor:
     """SDPA of [query, key, value], each (batch, heads, tokens, size); (batch, tokens, heads, size).
 
     The query heads that share a key head are so many more queries of it, so that keys and values
-    stand once in memory. `mask` is (batch, 1, queries, keys).
+    stand once in memory. `mask` is that of one query, or what `make_bias` returns.
     """
     query, key, value = heads
     batch, count, length, size = query.shape
@@ -164,7 +178,7 @@ def attend_by_head_groups(
         query.reshape(batch, -1, groups * length, size),
         key,
         value,
-        attn_mask=mask if length == 1 else mask.repeat(1, 1, groups, 1),
+        attn_mask=mask,
         dropout_p=options.get("dropout") or 0.0,
         scale=options.get("scaling"),
     )
