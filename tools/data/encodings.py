@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
+from charset_normalizer import from_bytes
+
 from tools.common import WrongInput, shown
 
 GZIP = b"\x1f\x8b"
@@ -127,18 +129,32 @@ def find_fault(path: Path, encoding: str) -> int | None:
             place += len(chunk)
 
 
-# Bytes that are not UTF-8, as `surrogateescape` reads them. Western letters stand alone or in pairs
-# between ASCII; a longer run of different ones is Chinese, Japanese, Korean, Cyrillic or Greek.
-FOREIGN = re.compile("[\udc80-\udcff]")
-RUN = re.compile("[\udc80-\udcff]{4,}")
+# Marks of Windows-1252 that stand beside each other in any Western text.
+MARKS_BETWEEN = "“”‘’…–—•€™«»°§\N{NO-BREAK SPACE}".encode("cp1252")
+AS_SPACES = bytes.maketrans(MARKS_BETWEEN, b" " * len(MARKS_BETWEEN))
+NOT_ASCII, FEW = bytes(range(128, 256)), 8
+UTF_8 = re.compile("[^\0-\x7f\udc80-\udcff]+")  # where `surrogateescape` reads all other bytes
+
+
+def is_western(line: bytes) -> bool:
+    """Whether the bytes of a text that are not UTF-8 make Western words in Windows-1252.
+
+    By charset-normalizer, which knows what letters stand beside each other. Fewer than FEW do not
+    show it.
+    """
+    others = UTF_8.sub(" ", line.decode(errors="surrogateescape")).encode(errors="surrogateescape")
+    text = others.translate(AS_SPACES)
+    if len(text) - len(text.translate(None, NOT_ASCII)) < FEW:
+        return True
+    return bool(from_bytes(text, cp_isolation=["cp1252"]))
 
 
 def describe_latin(path: Path) -> Text:
     """A text that is not UTF-8, or not all of it: the bytes that are not are read as latin-1.
 
-    Raises WrongInput where most of those bytes are not Western letters.
+    Raises WrongInput where those bytes are no Western text.
     """
-    latin, unicode_lines, first, foreign, in_runs = 0, 0, 0, 0, 0
+    latin, unicode_lines, first, sample = 0, 0, 0, b""
     with open_bytes(path) as file:
         for number, line in enumerate(read_pieces(file), 1):
             if line.isascii():
@@ -149,14 +165,12 @@ def describe_latin(path: Path) -> Text:
             except UnicodeDecodeError:
                 latin += 1
                 first = first or number
-                text = line.decode(errors="surrogateescape")
-                foreign += len(FOREIGN.findall(text))
-                in_runs += sum(len(run) for run in RUN.findall(text) if len(set(run)) > 1)
+                sample += line[:HEAD] if len(sample) < HEAD else b""
     where = f"line {first}" if latin == 1 else f"{latin:,} lines, the first is line {first}"
-    if in_runs * 2 > foreign:
+    if not is_western(sample):
         raise WrongInput(
-            f"{shown(path)}: not UTF-8 ({where}), and not Western letters; save it as UTF-8, such "
-            "as with `iconv -f GB18030 -t UTF-8` where it is Chinese"
+            f"{shown(path)}: not UTF-8 ({where}), and no Western text in Windows-1252; save it as "
+            "UTF-8 (`iconv -f GB18030 -t UTF-8` for Chinese)"
         )
     read = "read as latin-1 (Windows-1252); save it as UTF-8 if letters look wrong"
     if not unicode_lines:

@@ -11,16 +11,15 @@ Where the base is too large for this machine, its tiny twin takes its place: the
 with a few small layers of random weights. That tests the config, not memory or speed.
 """
 
+import json
 import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from tools import architectures, models, prompts, recipes, smollm2
-from tools.common import ROOT, JobFailed, WrongInput, quiet, shown
+from tools.common import ROOT, JobFailed, WrongInput, quiet, shown, write_text
 from tools.hub_errors import explain_errors
 from tools.recipes import Recipe
 from tools.runs import Run
@@ -115,7 +114,7 @@ def build_trial(recipe: Recipe, config: dict[str, Any], rows: LongestRows) -> Re
     """A merged config on the longest rows, for STEPS steps, in a folder of its own."""
     train_file, eval_file = FOLDER / "rows.jsonl", FOLDER / "two.jsonl"
     for file, chosen in ((train_file, rows.rows * STEPS), (eval_file, rows.rows[:2])):
-        file.write_bytes(b"\n".join(map(orjson.dumps, chosen)) + b"\n")
+        write_text(file, "".join(f"{json.dumps(row, default=str)}\n" for row in chosen))
     entry = {key: value for key, value in rows.entry.items() if key not in PLACE}
     schedule = ("val_set_size", "evals_per_epoch", "saves_per_epoch")
     options = {key: value for key, value in config.items() if key not in schedule}
