@@ -312,6 +312,33 @@ def test_files_of_a_builder_are_described_and_rows_counted_by_format(tiny, rows,
     assert checks.describe_data(recipe)[1]["sha256"] != data[1]["sha256"]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data_files": {"train": "rows.jsonl"}}, "data_files must be the path of a file"),
+        ({"data_files": 5}, "data_files must be the path of a file"),
+        ({"data_files": [1]}, "data_files must be the path of a file"),
+        ({"split": "train[:100]"}, "of data_files all rows are trained; leave out split"),
+        ({"shards": 4}, "of data_files all rows are trained; leave out shards"),
+    ],
+)
+def test_data_files_that_name_no_files_or_a_part_are_one_line(change, message, tiny, tmp_path):
+    entry = {"path": "json", "data_files": "rows.jsonl", "type": TYPE} | change
+    path = write(tmp_path, tiny, Path("x"), datasets=[entry])
+    with pytest.raises(WrongInput, match=message):
+        recipes.find(str(path))
+
+
+def test_data_files_of_folders_in_folders_are_all_found(tiny, tmp_path):
+    files = [tmp_path / "rows" / name for name in ("0.jsonl", "a/1.jsonl", "a/b/2.jsonl")]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(ROWS[0]))
+    entry = {"path": "json", "data_files": f"{tmp_path}/rows/**/*.jsonl", "type": TYPE}
+    recipe = recipes.find(str(write(tmp_path, tiny, Path("x"), datasets=[entry])))
+    assert [part["path"] for part in recipe.config["datasets"]] == list(map(str, files))
+
+
 def test_an_address_is_left_to_axolotl(tiny, tmp_path):
     entry = {"path": "s3://bucket/chat.jsonl", "type": TYPE}
     recipe = recipes.find(str(write(tmp_path, tiny, Path("x"), datasets=[entry])))

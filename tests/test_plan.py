@@ -456,11 +456,17 @@ def test_the_rows_of_all_datasets_and_formats_are_planned(tiny, chat_rows, tmp_p
         {"path": "json", "data_files": str(tmp_path / "rows.json"), "type": "alpaca"},
         {"path": "csv", "data_files": [str(tmp_path / "*.csv")], "type": "alpaca"},
     ]
-    config = read_config(base_model=str(tiny), datasets=recipes.list_entries(entries))
+    config = read_config(base_model=str(tiny), datasets=recipes.list_entries(entries, "my.yaml"))
     files = sources.list_training_files(config)
     lengths = measure_rows(files, str(tiny))
     assert lengths.rows == len(chat_rows.read_text().splitlines()) + 5 + 7
     assert lengths.longest == measure_rows([chat_rows], str(tiny)).longest
+    (tmp_path / "rows.txt").write_text("Sales rose.\nSales fell.\n")
+    assert measure_rows([tmp_path / "rows.txt"], str(tiny)).rows == 2
+    # FinLoRA's whole file is another training than its rows and others.
+    named = [{"path": "data/chat/sentiment_train.jsonl"}, *entries[1:]]
+    assert plan(config | {"datasets": named[:1]}, row=60)["published"]
+    assert plan(config | {"datasets": named}, row=60)["published"] is None
     # With a dataset of the Hub the rows are not known, and no part of them is planned as all.
     config["datasets"].append({"path": "owner/rows", "type": "alpaca"})
     assert measure_rows(sources.list_training_files(config), str(tiny)) == RowLengths()

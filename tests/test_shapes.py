@@ -212,6 +212,10 @@ SHAPES = {
         {"system": "Be brief.", "messages": say("p", "c", system="Be exact.")},
         say("p", "c", system="Be exact."),
     ),
+    "a system column beside TRL's turns with their own": (
+        {"system": "Be brief.", "prompt": say("p", system="Be exact."), "completion": "c"},
+        say("p", "c", system="Be exact."),
+    ),
     "a system column beside an empty turn": (
         {"system": "Be brief.", "conversations": [{"from": "system", "value": ""}, *say("p", "c")]},
         [{"role": "system", "content": "Be brief."}, *say("p", "c")],

@@ -34,6 +34,7 @@ def build_batch(rows: list[tuple[list[int], list[int]]], pad: int = 0) -> dict:
 
 
 PROMPT = list(range(100, 140))
+LONG_AND_SHORT = "long and short rests, and a long beginning"
 BATCHES = {
     "share nothing": [(list(range(start, start + 30)), [start, 7]) for start in (20, 60, 100)],
     "equal": [(PROMPT, [3, 4])] * 3,
@@ -46,11 +47,12 @@ BATCHES = {
         for end in (11, 12, 13)
     ],
     "long rests": [([*PROMPT, *range(50, 150)] * 3, [3]), ([*PROMPT, *range(9, 99)] * 2, [4, 5])],
-    "long and short rests, and a long beginning": [
+    LONG_AND_SHORT: [
         ([*PROMPT * 8, *rest], [3]) for rest in (range(12, 15), range(20, 29), PROMPT[::-1] * 7)
     ],
     "no answer in one": [(PROMPT, [3]), ([*PROMPT, 8], [])],
 }
+MIXED = BATCHES["nested beginnings"] + BATCHES[LONG_AND_SHORT]
 
 
 def compute(model, batch: dict) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -144,7 +146,7 @@ def test_conversations_of_several_turns_train_as_padded_rows_do():
 
 @pytest.mark.parametrize("kind", sorted(TESTED))
 def test_every_architecture_that_is_packed_trains_the_same(kind):
-    model, batch = build_model(kind), build_batch(BATCHES["nested beginnings"])
+    model, batch = build_model(kind), build_batch(MIXED)
     assert_same(compute(model, pack(batch)), compute(model, batch))
 
 
@@ -169,12 +171,12 @@ def test_every_precision_and_method_trains_the_same(bits, method, tiny):
     model, _ = models.load_base(
         {"base_model": str(tiny)} | ({} if bits == 16 else {f"load_in_{bits}bit": True})
     )
-    model, batch = add_adapter(model, **method), build_batch(BATCHES["nested beginnings"])
+    model, batch = add_adapter(model, **method), build_batch(MIXED)
     assert_same(compute(model, pack(batch)), compute(model, batch))
 
 
 def test_gradient_checkpointing_trains_the_same():
-    model, batch = build_model(), build_batch(BATCHES["nested beginnings"])
+    model, batch = build_model(), build_batch(MIXED)
     expected = compute(model, batch)
     for reentrant in (True, False):
         model.enable_input_require_grads()

@@ -240,6 +240,12 @@ def test_a_set_too_small_to_validate_trains_without(recipe, folder):
     assert [entry["split"] for entry in checks.describe_data(recipe)] == ["train"]
     why = sources.drop_missing_validation(recipe.config)[1]
     assert why == "2 prompts are too few: 20 are needed"
+    others = folder / "others.jsonl"
+    others.write_text("")
+    recipe.config["test_datasets"].append({"path": str(others), "type": "chat_template"})
+    left, _ = sources.drop_missing_validation(recipe.config)
+    assert [entry["path"] for entry in left["test_datasets"]] == [str(others)]
+    assert left["eval_steps"] == recipe.config["eval_steps"]
 
 
 def test_ones_own_yaml_with_val_set_size_is_left_alone(recipe):

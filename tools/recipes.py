@@ -295,11 +295,11 @@ def open_recipe(name: str) -> Recipe:
     return Recipe(name, None, build_config(name), find_version(name))
 
 
-def list_entries(datasets: Any) -> Any:
+def list_entries(datasets: Any, where: str) -> Any:
     """Datasets of a config with an entry for each file that `data_files` names.
 
     A `path` of json, csv and the like is a loader of the library `datasets`. Axolotl takes it for a
-    name on the Hub.
+    name on the Hub. Raises WrongInput that starts with `where` for what names no files.
     """
     if not isinstance(datasets, list):
         return datasets  # the schema says what is wrong
@@ -309,11 +309,22 @@ def list_entries(datasets: Any) -> Any:
         if not files or entry.get("path") not in ("json", "csv", "parquet", "text", "arrow"):
             entries.append(entry)
             continue
-        kept = {key: value for key, value in entry.items() if key != "data_files"}
-        for pattern in [files] if isinstance(files, str) else files:
-            names = sorted(glob(pattern, root_dir=ROOT)) or [pattern]
-            entries += [kept | {"path": name, "ds_type": entry["path"]} for name in names]
+        patterns = [files] if isinstance(files, str) else files
+        if not isinstance(patterns, list) or not all(isinstance(name, str) for name in patterns):
+            raise WrongInput(f"{where}: data_files must be the path of a file, or a list of paths")
+        names = [name for pattern in patterns for name in find_files(pattern)]
+        part = {key: entry[key] for key in ("split", "shards") if entry.get(key)}
+        if part not in ({}, {"split": "train"}):
+            raise WrongInput(f"{where}: of data_files all rows are trained; leave out {[*part][0]}")
+        kept = {key: value for key, value in entry.items() if key not in ("data_files", "split")}
+        entries += [kept | {"path": name, "ds_type": entry["path"]} for name in names]
     return entries
+
+
+def find_files(pattern: str) -> list[str]:
+    """The files that fit a pattern; the pattern itself, which is then missing, where none does."""
+    names = sorted(glob(pattern, root_dir=ROOT, recursive=True))
+    return [name for name in names if (ROOT / name).is_file()] or [pattern]
 
 
 def load_file(path: Path, name: str) -> Recipe:
@@ -337,7 +348,7 @@ def load_file(path: Path, name: str) -> Recipe:
     ):
         raise WrongInput(f'{shown(path)}: "datasets" must be a list of mappings with a "path"')
     for key in {"datasets", "test_datasets"} & config.keys():
-        config[key] = list_entries(config[key])
+        config[key] = list_entries(config[key], shown(path))
     config["output_dir"] = config.get("output_dir") or "model-out"  # Axolotl's default
     config |= {key: parse_number(config[key]) for key in NUMBER_KEYS & config.keys()}
     for key in NUMBER_KEYS & config.keys():

@@ -10,14 +10,14 @@ MOST_PADDING = 4  # times the pairs of query and key that one padded batch of al
 LONG = 256  # queries from which a segment is a batch of its own: padding costs more than a call
 
 
-@dataclass
+@dataclass(frozen=True)
 class Group:
     """Segments as one padded batch, for kernels that take no lengths.
 
     `queries` (segments x longest) and `keys` (segments x farthest) are flat int64 places in the
     sequence, `mask` (segments, 1, longest, farthest) is True where a query attends to a key, and
     `own` are the places in `queries` that are the segments' tokens. Without a mask attention is
-    causal, and the queries are those of whole paths.
+    causal, and the queries are all of the one segment's path.
     """
 
     count: int
@@ -25,11 +25,8 @@ class Group:
     keys: torch.Tensor
     mask: torch.Tensor | None
     own: torch.Tensor
-    bias: torch.Tensor | None = None  # the mask as `attend_by_head_groups` takes it, for all layers
 
-    def attend(
-        self, attention: Any, module: Any, heads: list[torch.Tensor], options: dict[str, Any]
-    ) -> torch.Tensor:
+    def attend(self, heads: list[torch.Tensor], options: dict[str, Any]) -> torch.Tensor:
         """SDPA of [query, key, value], each (1, heads, tokens, size); (own tokens, heads, size)."""
 
         def regroup(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -37,13 +34,7 @@ class Group:
             return chosen.unflatten(1, (self.count, -1)).transpose(0, 1)
 
         places = (self.queries, self.keys, self.keys)
-        regrouped = list(map(regroup, heads, places))
-        if self.mask is not None and shares_keys(regrouped):
-            if self.bias is None:
-                self.bias = make_bias(self.mask, regrouped)
-            output = attend_by_head_groups(regrouped, self.bias, options)
-        else:
-            output, _ = attention(module, *regrouped, self.mask, **options)
+        output = attend_by_sdpa(list(map(regroup, heads, places)), self.mask, options)
         return output.flatten(0, 1).index_select(0, self.own)
 
 
@@ -66,9 +57,9 @@ class Segments:
     @property
     def mask(self) -> torch.Tensor | None:
         """For a model's `attention_mask`: transformers makes none of its own beside one of four
-        axes, and `attend_to_segments` passes it over.
+        axes. Attention that does not know segments fails on it.
         """
-        return self.lengths.new_ones((1, 1, 1, 1), dtype=torch.bool) if self.groups else None
+        return self.lengths.new_ones((1, 1, 0, 0), dtype=torch.bool) if self.groups else None
 
     def pad(self) -> None:
         """Makes the segments one padded batch, or several where one would be mostly padding."""
@@ -99,19 +90,17 @@ class Segments:
         if not self.is_cached and len(query) >= LONG and len(key) < 2 * len(query):
             # Causal kernels pass over half of the pairs and need no mask, which is large here. The
             # outputs at the beginnings are left out.
-            own = ((key < reaches) & (key >= reaches - lengths)).flatten().nonzero().flatten()
-            return Group(len(chosen), keys.flatten(), keys.flatten(), None, own)
+            own = torch.arange(len(key) - len(query), len(key), device=lengths.device)
+            return Group(1, keys.flatten(), keys.flatten(), None, own)
         queries = torch.where(query < lengths, starts[chosen][:, None] + query, 0)
         seen = (reaches - lengths + query)[:, :, None]  # the last key of each query
         own = (query < lengths).flatten().nonzero().flatten()
         mask = (key <= seen)[:, None]
         return Group(len(chosen), queries.flatten(), keys.flatten(), mask, own)
 
-    def attend_padded(
-        self, attention: Any, module: Any, heads: list[torch.Tensor], options: dict[str, Any]
-    ) -> torch.Tensor:
+    def attend_padded(self, heads: list[torch.Tensor], options: dict[str, Any]) -> torch.Tensor:
         """SDPA of [query, key, value], each (1, heads, tokens, size); (1, tokens, heads, size)."""
-        parts = [group.attend(attention, module, heads, options) for group in self.groups]
+        parts = [group.attend(heads, options) for group in self.groups]
         if self.order is None:
             return parts[0][None]
         return torch.cat(parts).index_select(0, self.order)[None]
@@ -143,53 +132,37 @@ class Segments:
         return output[None]
 
 
-def shares_keys(heads: list[torch.Tensor]) -> bool:
-    """Whether several query heads attend to one key head, on a CPU.
-
-    Transformers repeats keys and values there, since torch's CPU kernel takes no such groups.
-    """
-    query, key, _ = heads
-    return query.shape[1] > key.shape[1] and key.device.type == "cpu"
-
-
-def make_bias(mask: torch.Tensor, heads: list[torch.Tensor]) -> torch.Tensor:
-    """A mask (batch, 1, queries, keys) for the queries of all heads that share a key head.
-
-    0 or -inf, as SDPA would make it of the mask for each layer, and training would keep all.
-    """
-    query, key, _ = heads
-    if query.shape[2] > 1:
-        mask = mask.repeat(1, 1, query.shape[1] // key.shape[1], 1)
-    return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
-
-
-def attend_by_head_groups(
-    heads: list[torch.Tensor], mask: torch.Tensor, options: dict[str, Any]
+def attend_by_sdpa(
+    heads: list[torch.Tensor], mask: torch.Tensor | None, options: dict[str, Any]
 ) -> torch.Tensor:
     """SDPA of [query, key, value], each (batch, heads, tokens, size); (batch, tokens, heads, size).
 
-    The query heads that share a key head are so many more queries of it, so that keys and values
-    stand once in memory. `mask` is that of one query, or what `make_bias` returns.
+    Causal without a mask. On a CPU keys and values stand once for the query heads that share them;
+    of the kernels of GPUs, those of older cards take no groups.
     """
     query, key, value = heads
-    batch, count, length, size = query.shape
-    groups = count // key.shape[1]
+    groups = query.shape[1] // key.shape[1]
+    on_cpu = key.device.type == "cpu"
+    if groups > 1 and not on_cpu:
+        key, value = (states.repeat_interleave(groups, 1) for states in (key, value))
     output = torch.nn.functional.scaled_dot_product_attention(
-        query.reshape(batch, -1, groups * length, size),
+        query,
         key,
         value,
         attn_mask=mask,
         dropout_p=options.get("dropout") or 0.0,
+        is_causal=mask is None,
         scale=options.get("scaling"),
+        enable_gqa=groups > 1 and on_cpu,
     )
-    return output.reshape(batch, count, length, size).transpose(1, 2)
+    return output.transpose(1, 2)
 
 
 def attend_to_segments(name: str) -> None:
     """Teaches transformers' attention of this name, SDPA or flash-attn, to attend to segments.
 
     Models pass on to their attention what they do not know: here it is `segments`. Without it,
-    attention is what it was, except that the next token of each row is computed by head groups.
+    attention is what it was, save that a CPU does not repeat keys and values for the next tokens.
     """
     original = ALL_ATTENTION_FUNCTIONS[name]
     if hasattr(original, "attends_to_segments"):
@@ -199,11 +172,12 @@ def attend_to_segments(name: str) -> None:
         heads, mask = list(heads_and_mask[:3]), heads_and_mask[3]
         if segments is None:
             is_next_token = heads[0].shape[2] == 1 and mask is not None
-            if name == "sdpa" and is_next_token and shares_keys(heads) and not module.training:
-                return attend_by_head_groups(heads, mask, options), None
+            on_cpu = heads[0].device.type == "cpu"
+            if name == "sdpa" and is_next_token and on_cpu and not module.training:
+                return attend_by_sdpa(heads, mask, options), None
             return original(module, *heads_and_mask, **options)
         if name == "sdpa":
-            return segments.attend_padded(original, module, heads, options), None
+            return segments.attend_padded(heads, options), None
         return segments.attend_varlen(heads, options), None
 
     attention.attends_to_segments = True  # type: ignore[attr-defined]

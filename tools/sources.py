@@ -122,18 +122,21 @@ def drop_missing_validation(config: dict[str, Any]) -> tuple[dict[str, Any], str
     gone stays in the config, and so does any other file. The reason is "" for an unchanged config.
     """
     train = (ROOT / config["datasets"][0]["path"]).resolve()
-    for entry in config.get("test_datasets") or ():
-        path = (ROOT / str(entry.get("path"))).resolve()
-        if path.is_file() or not path.name.endswith("_val.jsonl") or not train.is_file():
-            continue
-        validation = manifest(train).get("validation") or {}
-        if validation.get("rows"):
-            continue
-        dropped = {"test_datasets", "eval_steps", "evals_per_epoch", "load_best_model_at_end"}
-        dropped |= {"early_stopping_patience", "metric_for_best_model", "greater_is_better"}
-        reason = validation.get("reason") or f"{shown(train)} was made without validation rows"
-        return {key: value for key, value in config.items() if key not in dropped}, reason
-    return config, ""
+    entries = config.get("test_datasets") or []
+    paths = [(ROOT / str(entry.get("path"))).resolve() for entry in entries]
+    missing = [path.name.endswith("_val.jsonl") and not path.is_file() for path in paths]
+    validation = (
+        manifest(train).get("validation") or {} if any(missing) and train.is_file() else None
+    )
+    if validation is None or validation.get("rows"):
+        return config, ""
+    left = [entry for entry, is_missing in zip(entries, missing, strict=True) if not is_missing]
+    reason = validation.get("reason") or f"{shown(train)} was made without validation rows"
+    if left:
+        return config | {"test_datasets": left}, reason
+    dropped = {"test_datasets", "eval_steps", "evals_per_epoch", "load_best_model_at_end"}
+    dropped |= {"early_stopping_patience", "metric_for_best_model", "greater_is_better"}
+    return {key: value for key, value in config.items() if key not in dropped}, reason
 
 
 def test_path(dataset: str) -> Path:

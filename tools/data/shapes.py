@@ -204,27 +204,29 @@ class Shape:
     def build_turns(self, row: dict[str, Any]) -> dict[str, Any]:
         """The turns before the answer, of columns of texts."""
         column = self.columns["prompt"]
-        prompt, messages = row.get(column), list[Turn]()
-        if "system" in self.columns and not turns.is_missing(row.get(self.columns["system"])):
-            messages.append({"role": "system", "content": self.read_part(row, "system")})
-        messages += self.read_history(row)
+        prompt, messages = row.get(column), self.read_history(row)
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
             messages += turns.read_turns(prompt, column)  # TRL's conversational prompts
             if messages[-1]["role"] == "user":
                 messages[-1]["content"] = self.write_prompt(row, messages[-1]["content"])
         else:
             messages.append({"role": "user", "content": self.write_prompt(row)})
+        self.add_system(row, messages)
         return {"messages": messages}
 
-    def build_conversation(self, row: dict[str, Any]) -> dict[str, Any]:
-        column = self.columns["messages"]
-        messages = turns.read_turns(row.get(column), column)
+    def add_system(self, row: dict[str, Any], messages: list[Turn]) -> None:
+        """Puts the text of a system column first; counts where turns have another of their own."""
         system = self.read_part(row, "system") if "system" in self.columns else ""
         own = messages[0]["content"] if messages[0]["role"] == "system" else ""
         if system and not own:
             messages.insert(0, {"role": "system", "content": system})
         elif own != system and system:
             self.repairs[f'"{self.columns["system"]}" left out: the turns have their own'] += 1
+
+    def build_conversation(self, row: dict[str, Any]) -> dict[str, Any]:
+        column = self.columns["messages"]
+        messages = turns.read_turns(row.get(column), column)
+        self.add_system(row, messages)
         chat: dict[str, Any] = {"messages": messages}
         if "tools" in self.columns:
             name = self.columns["tools"]

@@ -223,8 +223,12 @@ def train(recipe: recipes.Recipe, choice: profiles.Choice, machines: Machines, f
     refuse_unusable(recipe.config, recipe.where)
     # Axolotl loads torch, and this process stays beside the training.
     run_in_child(check_recipe, recipe, is_new)
-    if missing := sources.drop_missing_validation(recipe.config)[1]:
-        print(f"train      no rows validate: {missing}")
+    validated, missing = sources.drop_missing_validation(recipe.config)
+    if missing:
+        which = (
+            "validation rows are left out" if validated.get("test_datasets") else "no rows validate"
+        )
+        print(f"train      {which}: {missing}")
     count = f", {machines.processes} processes" if machines.processes > 1 else ""
     rows = describe_rows(recipe, data)
     print(f"train      {recipe.name} on {rows}, profile {profile} ({reason}){count}")

@@ -188,10 +188,10 @@ def plan_published(
     config: dict[str, Any], hardware: Hardware, flops: int, rows: int | None, row: int | None
 ) -> dict[str, Any] | None:
     """The cost of FinLoRA's own file of the training data; None where `rows` are that file, or for
-    other data.
+    other or more data.
     """
-    entries = config.get("datasets") or [{}]
-    published_rows = read_published_rows().get(Path(str(entries[0].get("path"))).name)
+    names = [Path(str(entry.get("path"))).name for entry in config.get("datasets") or ()]
+    published_rows = read_published_rows().get(names[0]) if len(names) == 1 else None
     if not published_rows or published_rows == rows:
         return None
     trained = count_training_rows(config, published_rows)

@@ -22,7 +22,10 @@ from tools.train.hardware import Host, detect_host, explain_import, explain_no_f
 PUBLISHING = ("hub_model_id", "hub_strategy", "push_to_hub", "push_dataset_to_hub")
 PLUGIN = "tools.train.plugin.RunPlugin"
 # Chosen by what a machine has, and the same numbers either way: not part of what a run is.
-CHOSEN = {"attn_implementation", "gradient_checkpointing", "dataset_num_proc"}
+CHOSEN = {
+    *("attn_implementation", "gradient_checkpointing", "dataset_num_proc"),
+    *("dataloader_num_workers", "dataloader_prefetch_factor"),
+}
 # Bytes of chat rows up to which the training process prepares them itself: others start with
 # seconds of imports, and it takes no longer than those (about 10,000 rows of sentiment).
 FEW_BYTES = 4_000_000
@@ -163,7 +166,10 @@ def apply_profiles(own: dict[str, Any], options: dict[str, Any]) -> dict[str, An
     plugins = own.get("plugins") or []
     if own.get("cut_cross_entropy") or any("CutCrossEntropy" in name for name in plugins):
         options.pop("liger_fused_linear_cross_entropy", None)  # there can be one fused loss only
-    return own | options | {"plugins": [*plugins, *(options.get("plugins") or [])]}
+    merged = own | options | {"plugins": [*plugins, *(options.get("plugins") or [])]}
+    if merged.get("dataloader_num_workers") == 0:
+        merged.pop("dataloader_prefetch_factor", None)  # PyTorch refuses it without a worker
+    return merged
 
 
 def list_changes(recipe: recipes.Recipe, content: dict[str, Any]) -> list[str]:

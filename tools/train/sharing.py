@@ -79,15 +79,18 @@ def describe_saving(config: dict[str, Any]) -> str:
 
 
 def read_sample(config: dict[str, Any]) -> list[Row]:
-    """The first rows of a config's first data file; [] where they or the tokenizer are not here."""
+    """The first rows of a config's first data file; [] where they or the tokenizer are not here, or
+    they are no chat rows in JSONL.
+    """
     entry = config["datasets"][0]
     path, base = ROOT / entry["path"], config["base_model"]
-    if not path.is_file() or not architectures.find_file(base, "tokenizer.json"):
+    if path.suffix != ".jsonl" or not architectures.find_file(base, "tokenizer.json"):
         return []
     tokenizer = models.load_tokenizer(config)
     options, rows = config.get("chat_template_kwargs"), []
     for line in json_lines(path)[:SAMPLED]:
-        messages = line.get(entry.get("field_messages") or "messages") or []
+        field = entry.get("field_messages") or "messages"
+        messages = line.get(field) or [] if isinstance(line, dict) else []
         if len(messages) < 2 or not all(message.get("content") for message in messages):
             return []
         prompt = prompts.tokens(tokenizer, messages[:-1], options)

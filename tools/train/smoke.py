@@ -15,6 +15,7 @@ import json
 import math
 import shutil
 from dataclasses import dataclass, replace
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,15 @@ from tools.train import checks, hardware, launch, plan, profiles, twins
 from tools.train.checks import is_chat_row
 from tools.train.machines import Machines
 from tools.train.memory import GIB
-from tools.train.tokens import list_texts, read_rows
+from tools.train.tokens import TEMPLATE_TOKENS, list_texts, read_rows
 
 FOLDER = ROOT / "runs" / ".smoke"
 TRIAL = Run(FOLDER / "run")
 STEPS = 3  # the first one warms up; speed is measured on the others
 ANSWER_TOKENS = 8
 LARGEST_TRIED = 1e9  # parameters of a base that a trial of minutes loads without a GPU
-PLACE = {"ds_type", "split", "name", "shards"}  # keys of where rows come from
+# Keys of where rows come from.
+PLACE = {"ds_type", "split", "name", "shards", "shards_idx", "preprocess_shards"}
 CANDIDATES = 512  # rows, the longest by characters, whose tokens are counted
 
 
@@ -64,16 +66,22 @@ def pick_longest(entry: dict[str, Any], config: dict[str, Any], tokenizer: Any) 
     """
     path = ROOT / entry["path"]
     rows = read_rows(path)
+    if not rows:
+        raise WrongInput(f"{shown(path)}: the file is empty; rows are needed")
     most = int(config.get("sequence_len") or 2048)
     count = config.get("micro_batch_size", 1) * config.get("gradient_accumulation_steps", 1)
     by_length = sorted(rows, key=lambda row: -sum(map(len, list_texts(row))))
     candidates = by_length[: max(CANDIDATES, 4 * count)]
     options = config.get("chat_template_kwargs")
     texts = [
-        prompts.render_row(tokenizer, row, options) if is_chat_row(row) else str(list_texts(row))
+        prompts.render_row(tokenizer, row, options)
+        if is_chat_row(row)
+        else "\n".join(list_texts(row))
         for row in candidates
     ]
-    sizes = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    template = [0 if is_chat_row(row) else TEMPLATE_TOKENS for row in candidates]
+    counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    sizes = list(map(add, counts, template))
     pairs = sorted(zip(sizes, candidates, strict=True), key=lambda pair: -pair[0])
     fitting = [(size, row) for size, row in pairs if size <= most][:count]
     if not fitting:
@@ -221,6 +229,9 @@ def report_sizes(config: dict[str, Any], info: dict[str, Any], is_twin: bool) ->
     seconds = max(last["seconds"] - first["seconds"], 0.01)  # they are rounded to hundredths
     speed = (last["real_tokens"] - first["real_tokens"]) / seconds
     say("speed", f"{speed:,.0f} tokens/s on the longest rows")
+    if planned["tokens"] is None:
+        say("whole run", "not planned: some rows are on the Hub")
+        return
     hours = planned["tokens"] / speed / 3600
     time = f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.0f} minutes"
     whole = f"{planned['steps']:,} steps on {planned['rows']:,} rows"

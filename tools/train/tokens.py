@@ -21,6 +21,7 @@ from tools.data.formats import open_rows
 CHARACTERS_PER_TOKEN, LEAST_CHARACTERS_PER_TOKEN = 2.9, 1.8
 TEMPLATE_TOKENS = 40  # of a row's chat template; SmolLM2's adds 32
 SAMPLED, LONGEST = 1000, 64  # rows whose tokens are counted: from all over the file; the longest
+MOST_BYTES = 200_000_000  # of a file that is not JSONL; its rows take many times as much memory
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,22 @@ def read_rows(path: Path) -> list[Any]:
     """The rows of a data file of any format; raises WrongInput where it cannot be read."""
     if path.suffix == ".jsonl":  # the fast way, as FinLoRA's files have up to 77,000 rows
         return list(read_lines(path))
+    if path.suffix == ".txt":  # as the library `datasets` reads it
+        return [{"text": line} for line in path.read_text().splitlines()]
     return [row for _, row in open_rows(str(path)) if not isinstance(row, ValueError)]
 
 
 def measure_rows(files: Sequence[Path], base: str) -> RowLengths:
     """The rows of files and their tokens, by the base's tokenizer where it is at hand.
 
-    Empty where a file is missing, or cannot be read, or all have no rows: training names the fault.
+    Empty where a file is missing, too large or cannot be read, or all have no rows: training names
+    the fault.
     """
     try:
+        if any(path.suffix != ".jsonl" and path.stat().st_size > MOST_BYTES for path in files):
+            return RowLengths()
         values = [row for path in files for row in read_rows(path)]
-    except (OSError, WrongInput):
+    except (OSError, UnicodeError, WrongInput):
         return RowLengths()
     rows = sorted(("\n".join(list_texts(value)) for value in values), key=len)
     if not rows:

@@ -90,9 +90,8 @@ def plan_recipe(recipe: recipes.Recipe, config: dict[str, Any]) -> dict[str, Any
     data = list_training_files(config)
     if all(map(Path.is_file, data)):
         return plan.plan(config, data=data)
-    return plan.plan(
-        config, rows=plan.read_published_rows().get(data[0].name), row=find_longest(recipe)
-    )
+    rows = plan.read_published_rows().get(data[0].name) if len(data) == 1 else None
+    return plan.plan(config, rows=rows, row=find_longest(recipe))
 
 
 def estimate_on_cpu(recipe: recipes.Recipe, here: Host) -> Estimate:
