@@ -328,9 +328,11 @@ def plan_training(scored: Scored, planner: Planner) -> dict[str, Any]:
             config = recipes.find(scored.recipe).config
         else:
             config = read_yaml(scored.folder / "config.yaml")
-        data = [entry for entry in scored.run_info.get("data") or () if entry["split"] == "train"]
-        rows = sum(entry["rows"] for entry in data) if data else None
-        return planner(config, rows, sources.list_training_files(config))
+        data = scored.run_info.get("data") or ()
+        rows = sum(entry["rows"] for entry in data if entry.get("split", "train") == "train")
+        files = sources.list_training_files(config)
+        here = [path if path.is_file() else sources.CHAT / path.name for path in files]
+        return planner(config, rows or None, here)
     except (WrongInput, OSError, KeyError):
         return {}
 
