@@ -7,7 +7,9 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 MOST_PADDING = 4  # times the pairs of query and key that one padded batch of all segments may have
-LONG = 256  # queries from which a segment is a batch of its own: padding costs more than a call
+# Queries from which a segment is a batch of its own, since padding it costs more than a call: on a
+# CPU, and on a GPU, where a call of a short one costs more than its computation.
+LONG, LONG_ON_GPU = 256, 1024
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Segments:
         self.longest, self.farthest = int(lengths.max()), int(reaches.max())
         self.groups: list[Group] = []
         self.order: torch.Tensor | None = None  # of the groups' tokens, where it is not the pack's
+        self.long = LONG if lengths.device.type == "cpu" else LONG_ON_GPU
         # Keys that a cache holds have no queries.
         self.is_cached = int(paths.max()) >= int(lengths.sum())
 
@@ -65,7 +68,7 @@ class Segments:
         """Makes the segments one padded batch, or several where one would be mostly padding."""
         ends = self.lengths.cumsum(0)
         starts, path_ends = ends - self.lengths, self.reaches.cumsum(0)
-        alone = self.lengths >= LONG
+        alone = self.lengths >= self.long
         short = [each.masked_fill(alone, 0) for each in (self.lengths, self.reaches)]
         padded = int((~alone).sum()) * int(short[0].max()) * int(short[1].max())
         kinds = torch.zeros_like(self.lengths)
@@ -87,7 +90,7 @@ class Segments:
         key = torch.arange(int(reaches.max()), device=lengths.device)
         path = path_ends[chosen][:, None] - reaches + key
         keys = self.paths[torch.where(key < reaches, path, 0)]
-        if not self.is_cached and len(query) >= LONG and len(key) < 2 * len(query):
+        if not self.is_cached and len(query) >= self.long and len(key) < 2 * len(query):
             # Causal kernels pass over half of the pairs and need no mask, which is large here. The
             # outputs at the beginnings are left out.
             own = torch.arange(len(key) - len(query), len(key), device=lengths.device)
