@@ -19,10 +19,9 @@ from tools.train.hardware import Host
 
 # Python, torch, Axolotl and what they load, measured: SmolLM2's training without its tensors.
 LIBRARIES = 1.2e9  # bytes
-# Times the plan's activations that a CPU keeps, without the fused kernels of GPUs, measured on
-# SmolLM2 (results/): 1.2 to 2.0 of packed rows, 2.7 of a long row alone, and 3.0 to 4.2 where the
-# micro-batches of a step are merged.
-KEPT, KEPT_MERGED = 3, 4
+# Times the plan's activations that a CPU keeps, without the fused kernels of GPUs: 2.8 of
+# FinanceBench's long rows, 1.2 to 2.0 of packed rows of sentiment (results/).
+KEPT = 3
 # The share of a bare product's speed that a training reaches. SmolLM2 reached 0.4 on two cores
 # (`python -m bench.train smollm2-135m/sentiment_r4`), per token that it computed.
 SHARE = 0.4
@@ -63,15 +62,13 @@ def multiply() -> float:
     return count * 2 * SIZE**3 / (time.perf_counter() - start)
 
 
-def compute_cpu_memory(
-    model: architectures.Model, setup: memory.Setup, here: Host, kept: int
-) -> float:
-    """Bytes on a CPU, with `kept` times the activations. All but the quantized weights has 32 bits.
+def compute_cpu_memory(model: architectures.Model, setup: memory.Setup, here: Host) -> float:
+    """Bytes on a CPU. All but the quantized weights has 32 bits.
 
     The quantized weights have a dense copy, of 32 bits, where it fits into half of the memory.
     """
     need = memory.compute_memory(model, replace(setup, kept_bits=32))
-    total = LIBRARIES + need.training - need.cuda_context + (kept - 1) * need.activations
+    total = LIBRARIES + need.training - need.cuda_context + (KEPT - 1) * need.activations
     total -= need.logits  # the profile cpu has them at answers alone
     dense = 4 * model.linear if setup.bits < 16 else 0
     return total + (dense if dense < here.memory / 2 else 0)
@@ -102,5 +99,4 @@ def estimate_on_cpu(recipe: recipes.Recipe, here: Host) -> Estimate:
     hours = None
     if tokens := planned["tokens"]:
         hours = plan.count_flops(model, setup) * tokens / (run_in_child(multiply) * SHARE) / 3600
-    kept = KEPT_MERGED if (config.get("gradient_accumulation_steps") or 1) > 1 else KEPT
-    return Estimate(compute_cpu_memory(model, setup, here, kept), hours)
+    return Estimate(compute_cpu_memory(model, setup, here), hours)
