@@ -312,6 +312,14 @@ def test_files_of_a_builder_are_described_and_rows_counted_by_format(tiny, rows,
     assert checks.describe_data(recipe)[1]["sha256"] != data[1]["sha256"]
 
 
+def test_a_cpu_has_no_loader_process_and_no_option_that_needs_one(tiny, rows, tmp_path):
+    options = {"dataloader_num_workers": 4, "dataloader_prefetch_factor": 8}
+    recipe = recipes.find(str(write(tmp_path, tiny, rows, **options)))
+    content = profiles.merge_config(recipe, profiles.Choice("cpu"))
+    assert content["dataloader_num_workers"] == 0 and "dataloader_prefetch_factor" not in content
+    assert profiles.identity_of(content) == profiles.identity_of(content | options)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -294,7 +294,7 @@ def test_two_encodings_in_a_file_are_each_read_and_said_so(read):
 def test_text_that_is_not_western_is_refused_and_not_read_as_latin_1(read, text, encoding):
     rows = f"text,label\n{text}\n".encode(encoding)
     for content in (rows, "text,label\nUmsätze übertrafen,up\n".encode() + rows):
-        with pytest.raises(WrongInput, match="not UTF-8 .*line [24]\\), and no Western text"):
+        with pytest.raises(WrongInput, match="neither UTF-8 .*line [24]\\) nor Western text"):
             read(content)
 
 

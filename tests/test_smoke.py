@@ -7,7 +7,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.conftest import run, write_recipe
+from tools import recipes
+from tools.common import WrongInput
 from tools.train import smoke
+from tools.train.tokens import TEMPLATE_TOKENS
 
 
 @pytest.mark.slow
@@ -47,6 +50,28 @@ def test_the_rows_are_the_longest_that_fit_and_fill_a_batch(tiny, chat_rows, tmp
     (tmp_path / "few.jsonl").write_bytes(b"\n".join(lines[:3]))
     rows = smoke.pick_longest(few, {"micro_batch_size": 8}, tokenizer)
     assert len(rows.rows) == 8 and {parsed.index(row) for row in rows.rows} == {0, 1, 2}
+
+
+def test_rows_of_another_format_are_measured_with_room_for_their_template(tiny, tmp_path):
+    rows = [{"instruction": "Up or down?", "output": "up " * n} for n in range(1, 9)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
+    entry = {"path": str(tmp_path / "rows.json"), "ds_type": "json", "type": "alpaca"}
+    picked = smoke.pick_longest(entry, {"micro_batch_size": 2}, AutoTokenizer.from_pretrained(tiny))
+    assert picked.rows == [rows[-1], rows[-2]] and picked.total == 8
+    assert picked.longest > TEMPLATE_TOKENS
+    (tmp_path / "rows.json").write_text("[]")
+    with pytest.raises(WrongInput, match="rows are needed"):
+        smoke.pick_longest(entry, {}, None)
+
+
+def test_what_is_planned_of_rows_on_the_hub_is_not_guessed(tiny, chat_rows, monkeypatch, capsys):
+    steps = [{"seconds": 1.0, "real_tokens": 10}, {"seconds": 3.0, "real_tokens": 90}]
+    monkeypatch.setattr(type(smoke.TRIAL), "losses", lambda self: steps)
+    config = recipes.build_config("smollm2-135m/sentiment_r4") | {"base_model": str(tiny)}
+    config["datasets"] = [{"path": str(chat_rows)}, {"path": "owner/rows"}]
+    smoke.report_sizes(config, {"device": "cpu", "peak_memory_bytes": 2**30}, is_twin=False)
+    printed = capsys.readouterr().out
+    assert "40 tokens/s" in printed and "not planned: some rows are on the Hub" in printed
 
 
 @pytest.mark.slow

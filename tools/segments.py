@@ -59,8 +59,9 @@ class Segments:
 
     @property
     def mask(self) -> torch.Tensor | None:
-        """For a model's `attention_mask`: transformers makes none of its own beside one of four
-        axes. Attention that does not know segments fails on it.
+        """For a model's `attention_mask`: with four axes, transformers makes none of its own.
+
+        Attention that does not know segments fails on it.
         """
         return self.lengths.new_ones((1, 1, 0, 0), dtype=torch.bool) if self.groups else None
 
@@ -140,8 +141,8 @@ def attend_by_sdpa(
 ) -> torch.Tensor:
     """SDPA of [query, key, value], each (batch, heads, tokens, size); (batch, tokens, heads, size).
 
-    Causal without a mask. On a CPU keys and values stand once for the query heads that share them;
-    of the kernels of GPUs, those of older cards take no groups.
+    Causal without a mask. On a CPU, keys and values stand once for the query heads that share them.
+    On a GPU they are repeated, since the kernels of older cards take no groups.
     """
     query, key, value = heads
     groups = query.shape[1] // key.shape[1]

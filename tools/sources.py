@@ -124,13 +124,16 @@ def drop_missing_validation(config: dict[str, Any]) -> tuple[dict[str, Any], str
     train = (ROOT / config["datasets"][0]["path"]).resolve()
     entries = config.get("test_datasets") or []
     paths = [(ROOT / str(entry.get("path"))).resolve() for entry in entries]
-    missing = [path.name.endswith("_val.jsonl") and not path.is_file() for path in paths]
-    validation = (
-        manifest(train).get("validation") or {} if any(missing) and train.is_file() else None
-    )
-    if validation is None or validation.get("rows"):
+    left = [
+        entry
+        for entry, path in zip(entries, paths, strict=True)
+        if path.is_file() or not path.name.endswith("_val.jsonl")
+    ]
+    if len(left) == len(entries) or not train.is_file():
         return config, ""
-    left = [entry for entry, is_missing in zip(entries, missing, strict=True) if not is_missing]
+    validation = manifest(train).get("validation") or {}
+    if validation.get("rows"):
+        return config, ""
     reason = validation.get("reason") or f"{shown(train)} was made without validation rows"
     if left:
         return config | {"test_datasets": left}, reason

@@ -132,18 +132,19 @@ def find_fault(path: Path, encoding: str) -> int | None:
 # Marks of Windows-1252 that stand beside each other in any Western text.
 MARKS_BETWEEN = "“”‘’…–—•€™«»°§\N{NO-BREAK SPACE}".encode("cp1252")
 AS_SPACES = bytes.maketrans(MARKS_BETWEEN, b" " * len(MARKS_BETWEEN))
-NOT_ASCII, FEW = bytes(range(128, 256)), 8
+NOT_ASCII = bytes(range(128, 256))
+FEW = 8  # letters beyond ASCII
 UTF_8 = re.compile("[^\0-\x7f\udc80-\udcff]+")  # where `surrogateescape` reads all other bytes
 
 
-def is_western(line: bytes) -> bool:
+def is_western(sample: bytes) -> bool:
     """Whether the bytes of a text that are not UTF-8 make Western words in Windows-1252.
 
-    By charset-normalizer, which knows what letters stand beside each other. Fewer than FEW do not
-    show it.
+    charset-normalizer judges, by which letters stand beside each other. Fewer than FEW letters do
+    not show it and count as Western.
     """
-    others = UTF_8.sub(" ", line.decode(errors="surrogateescape")).encode(errors="surrogateescape")
-    text = others.translate(AS_SPACES)
+    others = UTF_8.sub(" ", sample.decode(errors="surrogateescape"))
+    text = others.encode(errors="surrogateescape").translate(AS_SPACES)
     if len(text) - len(text.translate(None, NOT_ASCII)) < FEW:
         return True
     return bool(from_bytes(text, cp_isolation=["cp1252"]))
@@ -152,7 +153,7 @@ def is_western(line: bytes) -> bool:
 def describe_latin(path: Path) -> Text:
     """A text that is not UTF-8, or not all of it: the bytes that are not are read as latin-1.
 
-    Raises WrongInput where those bytes are no Western text.
+    Raises WrongInput where those bytes are not Western text.
     """
     latin, unicode_lines, first, sample = 0, 0, 0, b""
     with open_bytes(path) as file:
@@ -165,12 +166,13 @@ def describe_latin(path: Path) -> Text:
             except UnicodeDecodeError:
                 latin += 1
                 first = first or number
-                sample += line[:HEAD] if len(sample) < HEAD else b""
+                if len(sample) < HEAD:
+                    sample += line[:HEAD]
     where = f"line {first}" if latin == 1 else f"{latin:,} lines, the first is line {first}"
     if not is_western(sample):
         raise WrongInput(
-            f"{shown(path)}: not UTF-8 ({where}), and no Western text in Windows-1252; save it as "
-            "UTF-8 (`iconv -f GB18030 -t UTF-8` for Chinese)"
+            f"{shown(path)}: neither UTF-8 ({where}) nor Western text in Windows-1252; save it as "
+            "UTF-8, for Chinese with `iconv -f GB18030 -t UTF-8`"
         )
     read = "read as latin-1 (Windows-1252); save it as UTF-8 if letters look wrong"
     if not unicode_lines:

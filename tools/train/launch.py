@@ -225,10 +225,8 @@ def train(recipe: recipes.Recipe, choice: profiles.Choice, machines: Machines, f
     run_in_child(check_recipe, recipe, is_new)
     validated, missing = sources.drop_missing_validation(recipe.config)
     if missing:
-        which = (
-            "validation rows are left out" if validated.get("test_datasets") else "no rows validate"
-        )
-        print(f"train      {which}: {missing}")
+        effect = "other rows validate" if validated.get("test_datasets") else "no rows validate"
+        print(f"train      {effect}: {missing}")
     count = f", {machines.processes} processes" if machines.processes > 1 else ""
     rows = describe_rows(recipe, data)
     print(f"train      {recipe.name} on {rows}, profile {profile} ({reason}){count}")

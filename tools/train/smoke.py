@@ -15,7 +15,6 @@ import json
 import math
 import shutil
 from dataclasses import dataclass, replace
-from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +72,7 @@ def pick_longest(entry: dict[str, Any], config: dict[str, Any], tokenizer: Any) 
     by_length = sorted(rows, key=lambda row: -sum(map(len, list_texts(row))))
     candidates = by_length[: max(CANDIDATES, 4 * count)]
     options = config.get("chat_template_kwargs")
-    texts = [
-        prompts.render_row(tokenizer, row, options)
-        if is_chat_row(row)
-        else "\n".join(list_texts(row))
-        for row in candidates
-    ]
-    template = [0 if is_chat_row(row) else TEMPLATE_TOKENS for row in candidates]
-    counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    sizes = list(map(add, counts, template))
+    sizes = [count_tokens(tokenizer, row, options) for row in candidates]
     pairs = sorted(zip(sizes, candidates, strict=True), key=lambda pair: -pair[0])
     fitting = [(size, row) for size, row in pairs if size <= most][:count]
     if not fitting:
@@ -91,6 +82,15 @@ def pick_longest(entry: dict[str, Any], config: dict[str, Any], tokenizer: Any) 
     repeated = [row for _, row in fitting] * math.ceil(count / len(fitting))
     too_long = sum(size > most for size in sizes)
     return LongestRows(entry, repeated[:count], fitting[0][0], len(rows), too_long)
+
+
+def count_tokens(tokenizer: Any, row: Any, options: dict[str, Any] | None) -> int:
+    """Tokens of a row as it is trained; of one that is no chat row about as many."""
+    if is_chat_row(row):
+        text, template = prompts.render_row(tokenizer, row, options), 0
+    else:
+        text, template = "\n".join(list_texts(row)), TEMPLATE_TOKENS
+    return len(tokenizer.encode(text, add_special_tokens=False)) + template
 
 
 def make_twin(base: str, folder: Path) -> dict[str, Any]:

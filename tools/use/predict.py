@@ -423,9 +423,8 @@ class Job:
         labels = list[str]()
         places = (place for place, _ in self.rows)
         for chunk in self.saved.read_chunks():
-            for line, place in zip(
-                chunk, places, strict=False
-            ):  # the other order would skip a place
+            # In the other order, zip would take a place too many at the end of each chunk.
+            for line, place in zip(chunk, places, strict=False):
                 if "error" in line:
                     errors += 1
                     first = first or f"{place}: {line['error']}"
