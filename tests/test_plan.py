@@ -29,6 +29,7 @@ from tools.train.plan import (
     find_gpu,
     plan,
 )
+from tools.train.plan_table import describe_cost
 from tools.train.tokens import RowLengths, measure_rows
 
 MODELS = {path.stem: path for path in architectures.FOLDER.glob("*.json")}
@@ -443,7 +444,10 @@ def test_hours_name_the_rows_they_are_for_and_finloras_whole_file_beside(tmp_pat
     assert (planned["rows"], published["rows"]) == (900, 72_824)
     trained = count_training_rows(config, 72_824)
     assert published["usd"] == pytest.approx(planned["usd"] * trained / 900, rel=0.01)
-    assert plan(config, rows=72_824, row=60)["published"] is None
+    for whole in (72_824, trained):  # all rows, or those of them that do not validate
+        assert plan(config, rows=whole, row=60)["published"] is None
+    row = describe_cost("2 rows", planned | {"hours": 0.001}, planned)
+    assert "under 0.01 hours" in row and "about" not in row
 
 
 def test_the_rows_of_all_datasets_and_formats_are_planned(tiny, chat_rows, tmp_path):

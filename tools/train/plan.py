@@ -192,9 +192,11 @@ def plan_published(
     """
     names = [Path(str(entry.get("path"))).name for entry in config.get("datasets") or ()]
     published_rows = read_published_rows().get(names[0]) if len(names) == 1 else None
-    if not published_rows or published_rows == rows:
+    if not published_rows:
         return None
     trained = count_training_rows(config, published_rows)
+    if rows in (published_rows, trained):
+        return None
     return estimate_cost(config, hardware, flops, trained, row) | {"rows": published_rows}
 
 

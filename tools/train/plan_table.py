@@ -30,7 +30,8 @@ def describe_cost(rows: str, cost: dict[str, Any], planned: dict[str, Any]) -> s
     line = f"{rows}: {cost['tokens']:,} tokens in {cost['steps']:,} steps"
     if cost["hours"] is not None:
         share = f"{planned['utilisation']:.0%} of {planned['gpu']['tflops']:g} TFLOPS"
-        line += f", about {cost['hours']:.2f} hours (an estimate, at {share})"
+        hours = f"about {cost['hours']:.2f}" if cost["hours"] >= 0.01 else "under 0.01"
+        line += f", {hours} hours (an estimate, at {share})"
     return line + (f", {cost['usd']:.2f} USD" if cost["usd"] is not None else "")
 
 
