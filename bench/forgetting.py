@@ -172,6 +172,7 @@ def compare_sides(
     ends = {key: difference.get(key) for key in ("value", "low", "high", "p")}
     return {
         "texts": len(losses["base"]),
+        **({"clusters": len(set(clusters))} if clusters else {}),
         "base": round(fmean(losses["base"]), 4),
         "adapter": round(fmean(losses["adapter"]), 4),
         "difference": {k: None if v is None else round(v, 4) for k, v in ends.items()},

@@ -24,6 +24,7 @@ from bench.texts import (
     quote,
 )
 from evals import stats
+from evals.run import find_cluster_pattern
 from tools.common import read_json
 
 WORKED = """\
@@ -200,7 +201,23 @@ def build_forgotten(entries: Sequence[dict[str, Any]]) -> list[str]:
         for recipe, runs in by_recipe.items()
     ]
     table = build_table(["texts of", "texts", *by_recipe], rows)
-    return [*table, f"Measured: {'; '.join(measured)}.", ""]
+    lines = [*table, f"Measured: {'; '.join(measured)}.", ""]
+    if old := list_unclustered(entries):
+        lines += [
+            f"Rows were taken as independent, so these intervals are too narrow: {old}.",
+            "",
+        ]
+    return lines
+
+
+def list_unclustered(entries: Sequence[dict[str, Any]]) -> str:
+    """Losses whose rows ask about shared texts, measured as if they did not."""
+    old: dict[str, dict[str, None]] = {}
+    for entry in entries:
+        for dataset, measured in entry["losses"].items():
+            if find_cluster_pattern(dataset) and "clusters" not in measured:
+                old.setdefault(entry["recipe"], {})[dataset] = None
+    return "; ".join(f"`{recipe}` on {' and '.join(names)}" for recipe, names in old.items())
 
 
 def format_forgotten(runs: Sequence[dict[str, Any]], dataset: str) -> str:
@@ -227,7 +244,8 @@ def conclude_forgetting(entries: Sequence[dict[str, Any]]) -> list[str]:
     mean = fmean(d["value"] for d in prose)
     lines.append(
         f"- Prose: {mean:+.3f} nats a token on average over {count_runs(len(prose))}; {worse} of "
-        "them worse than the base, by the interval."
+        "them worse than the base, by the interval. Recipes differ, so the table counts more than "
+        "this mean."
     )
     others = [
         measured["difference"]
@@ -243,7 +261,7 @@ def conclude_forgetting(entries: Sequence[dict[str, Any]]) -> list[str]:
             f"than the base and {better} better, by the interval."
         )
     lines.append(
-        "- Other seeds or longer trainings would overturn it. Loss is not the score: an adapter "
-        "that answers in another form has a higher loss without knowing less."
+        "- Runs of other seeds or recipes whose intervals include 0 would overturn it. Loss is not "
+        "the score: an adapter that answers in another form has a higher loss without knowing less."
     )
     return [*lines, ""]

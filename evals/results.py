@@ -281,6 +281,30 @@ def read_recipe(name: str) -> recipes.Recipe:
 # ---- FinLoRA's published scores
 
 
+def compare_with_r4(
+    result: Result, entry: DatasetResult, others: Sequence[tuple[Result, DatasetResult]]
+) -> Score | None:
+    """The adapter's main score minus that of its task's `r4`, which is among `others`.
+
+    Over seeds alone (`stats.compare_seeds`). None without a result of `r4` on the same device with
+    the same seeds, two or more, and for `r4` itself.
+    """
+    if result.recipe not in recipes.list_names():
+        return None
+    model, task, method = recipes.split_name(result.recipe)
+    metric, scores = entry.main
+    for other, its_entry in others:
+        its_metric, its_scores = its_entry.main
+        its_setting = (other.recipe, other.device, its_metric, set(its_scores.seeds))
+        setting = (f"{model}/{task}_r4", result.device, metric, set(scores.seeds))
+        if its_setting != setting or method == "r4" or len(scores.seeds) < 2:
+            continue
+        pairs = [(its_scores.seeds[seed].value, scores.seeds[seed].value) for seed in scores.seeds]
+        first, second = zip(*pairs, strict=True)
+        return round_score(stats.compare_seeds(first, second, entry.rows))
+    return None
+
+
 def find_published(result: Result, dataset: str) -> dict[str, float]:
     """FinLoRA's scores of the recipe's method on Llama 3.1 8B; {} where they are not compared."""
     method = find_published_method(result.recipe)
@@ -300,7 +324,14 @@ def explain_no_comparison(result: Result, dataset: str) -> str:
     """Why a score is compared with no published one that there is; empty where it is."""
     if selected := result.datasets[dataset].selected:
         return f"it was scored on {selected} of the published file"
-    return report.explain_incomparable(dataset)
+    if reason := report.explain_incomparable(dataset):
+        return reason
+    method = find_published_method(result.recipe)
+    published = report.read_published().get(method, {}).get(dataset, {})
+    if published.keys().isdisjoint(result.datasets[dataset].metrics):
+        names = " and ".join(report.title(metric) for metric in published)
+        return f"FinLoRA publishes its {names}, which was not measured"
+    return ""
 
 
 # ---- from manifests and score files

@@ -192,18 +192,25 @@ def build_comparison(current: list[Result]) -> str:
     tables = [
         "## By dataset\n\n"
         "One result stands for each recipe: that of the most seeds and datasets. Bases differ with "
-        "the precision that a recipe loads them at. Each link leads to the details.\n"
+        "the precision that a recipe loads them at. Each link leads to the details.\n\n"
+        "*Minus r4*: the mean difference from the task's recipe `r4` with the same seeds on the "
+        "same device, and its 95 % t interval over the seeds alone. It says whether other "
+        "trainings would differ on these test rows, not whether other rows would.\n"
     ]
     for title, scored in results_figure.group_by_rows(results.choose_evidence(current)).items():
         majorities = {format_majority(entry) for _, entry in scored}
         known = f"; majority {', '.join(sorted(majorities))}" if majorities != {"–"} else ""
         heads = ["recipe", "device", "trained on, rows", "seeds"]
         heads += ["base", "base, examples", "adapter", "gain, points"]
-        lines = [join_cells(*heads), join_cells("---", "---", *["---:"] * 6)]
-        for result, entry in scored:
+        against = [results.compare_with_r4(result, entry, scored) for result, entry in scored]
+        heads += ["minus r4, by seed"] if any(against) else []
+        lines = [join_cells(*heads), join_cells("---", "---", *["---:"] * (len(heads) - 2))]
+        for (result, entry), difference in zip(scored, against, strict=True):
             rows = sum(data.rows for data in result.training_data)
             cells = [link_result(result), result.device, f"{rows:,}", str(len(result.trainings))]
-            lines.append(join_cells(*cells, *format_sides(entry.main[1])))
+            cells += format_sides(entry.main[1])
+            cells += [format_score(difference, signed=True)] if any(against) else []
+            lines.append(join_cells(*cells))
         tables.append(f"### {title}{known}\n\n{''.join(lines)}")
     return "\n".join(tables)
 

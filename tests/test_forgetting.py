@@ -171,6 +171,10 @@ def test_the_page_counts_what_is_worse_and_leaves_the_own_task_apart(tmp_path, m
     assert "| fpb | 100 | -2.000 (-2.100 … -1.900), its own task |" in section
     assert "Measured: `smollm2-135m/sentiment_r4` at nf4, 1 run, on 1 x NVIDIA A40." in section
     assert "Left out" not in section
+    assert "too narrow: `smollm2-135m/sentiment_r4` on ner.\n" in section
+    entry["losses"]["ner"]["clusters"] = 48
+    path.write_text(json.dumps({"runs": {"run": entry}}))
+    assert "too narrow" not in "\n".join(sections.build_forgetting())
     other_rows = entry["identity"] | {"rows": 1}
     for change in ({"recipe_digest": "other"}, {"recipe": "none"}, {"identity": other_rows}):
         path.write_text(json.dumps({"runs": {"run": entry, "old run": entry | change}}))
@@ -199,4 +203,7 @@ def test_intervals_of_a_difference_are_paired():
     adapter = [value + 0.05 + 0.001 * (number % 7) for number, value in enumerate(base)]
     compared = forgetting.compare_sides({"base": base, "adapter": adapter})
     difference = compared["difference"]
+    assert "clusters" not in compared
+    clustered = forgetting.compare_sides({"base": base, "adapter": adapter}, [*range(30)] * 2)
+    assert clustered["clusters"] == 30
     assert 0.05 < difference["low"] < difference["value"] < difference["high"] < 0.056

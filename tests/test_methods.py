@@ -301,7 +301,13 @@ def test_the_hypothesis_is_judged_by_intervals_and_margin(experiment, right, ver
         if cell.name.startswith("qlora"):
             values = make_values(1000, right[SPEC["seeds"].index(cell.recipe.seed)])
         write_cell(cell, dict.fromkeys(experiment().plan["datasets"], values))
-    assert f"the hypothesis {verdict}" in methods_page.judge_hypothesis(experiment())
+    sentence = methods_page.judge_hypothesis(experiment())
+    assert f"the hypothesis {verdict}" in sentence
+    weakest = experiment().compare_all("best")["qlora"]
+    if verdict != "is shown":
+        ends = " … ".join(f"{100 * weakest[end]:+.1f}" for end in ("low90", "high90"))
+        assert f"is that of QLoRA, 4 bits, r 4: 90 % interval {ends} points, p = " in sentence
+    assert sentence.endswith("QLoRA, 4 bits, r 4.") == (verdict == "is refuted")
 
 
 def test_the_spread_of_methods_at_finloras_rate_stands_beside_that_at_their_best(experiment):

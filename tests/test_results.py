@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from scipy.stats import t
+from scipy.stats import sem, t
 
 from bench import equivalence
 from evals import figures, report, results, results_figure, results_page, stats
@@ -442,7 +442,7 @@ def test_the_pages_show_what_is_measured_and_old_ones_are_an_error(folder):
     assert "| fpb, 312 | accuracy | 58.7 | 28.5 (23.5 … 33.5) | 30.5 (25.5 … 35.5) | 71.5 (" in page
     assert "base, 3 examples" in page and "| 71.5, 71.5 |" in page
     assert "accuracy, FinLoRA's" in page and "One training: 6.3 minutes, 3.9 GB, 640 tokens" in page
-    anchor = re.search(r"results\.md#(\S+)\)", readme)[1]
+    anchor = re.search(r"`\]\(docs/results\.md#(\S+)\)", readme)[1]
     heading = re.search(r"^## (.*no GPU)$", page, re.M)[1]
     assert anchor == re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
     results_page.README.write_text("no markers\n")
@@ -554,6 +554,52 @@ def test_recipes_are_compared_by_dataset_with_one_result_of_each(folder):
         ]
         assert all(row[1:] == [DEVICE, "312", "2"] for row in rows)
     assert "A40" in page and "A40" not in comparison
+    assert comparison.count(" | minus r4, by seed |\n") == 2
+    assert comparison.count("| +0.0 (-4.1 … +4.1) |\n") == 2  # t of 12.7 times 1 / 312
+
+
+def test_adapters_are_compared_with_r4_by_seed_on_the_same_device():
+    def measure(method, by_seed, device=DEVICE, name="smollm2-135m/xbrl_term"):
+        content = describe_result(
+            name=f"{name}_{method}", seeds=by_seed, datasets=("xbrl_term",), device=device
+        )
+        scores = content["datasets"]["xbrl_term"]["metrics"]["accuracy"]["seeds"]
+        for seed, value in by_seed.items():
+            scores[seed] = describe_score(value)
+        result = Result.model_validate(content)
+        return result, result.datasets["xbrl_term"]
+
+    def compare(*scored):
+        return [results.compare_with_r4(*pair, scored) for pair in scored]
+
+    r4 = measure("r4", {42: 0.60, 43: 0.64, 44: 0.70})
+    r8 = measure("r8", {42: 0.65, 43: 0.67, 44: 0.71})
+    differences = [0.05, 0.03, 0.01]
+    # SciPy's own interval of a mean: an independent way to the same numbers
+    ends = t.interval(0.95, 2, loc=0.03, scale=sem(differences))
+    none, found = compare(r4, r8)
+    assert none is None
+    assert (found.low, found.value, found.high) == pytest.approx((ends[0], 0.03, ends[1]), abs=1e-5)
+    for other in (
+        measure("r8", {42: 0.65, 43: 0.67}),
+        measure("r8", {42: 0.65, 43: 0.67, 44: 0.71}, device="1 x NVIDIA A40"),
+    ):
+        assert compare(r4, other) == [None, None]
+    one_seed = (measure("r4", {42: 0.60}), measure("r8", {42: 0.65}))
+    assert compare(*one_seed) == [None, None]
+    assert compare(r8) == [None]
+
+
+def test_a_published_score_by_a_metric_that_was_not_measured_has_a_note():
+    result = Result.model_validate(
+        describe_result(name="smollm2-135m/xbrl_term_r4", datasets=("xbrl_term",))
+    )
+    assert results.find_published(result, "xbrl_term") == {}
+    assert "published" not in results_page.build_score_table(result)
+    assert results_page.list_notes(result) == [
+        "xbrl_term is compared with no published score: FinLoRA publishes its BERTScore F1, which "
+        "was not measured"
+    ]
 
 
 def test_both_scorings_share_a_line_where_they_agree():
