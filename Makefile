@@ -15,6 +15,7 @@ $(foreach v,$(filter-out $(TYPED),$(FROM_ENVIRONMENT)),$(eval override $(v) := $
 
 PY := .venv/bin/python
 RUN := $(PY) -m tools
+export MAKE_GOALS := $(MAKECMDGOALS)
 DEMO := smollm2-135m/sentiment_r4
 # Runs on any Python 3.8 or newer, and finds the best one for .venv itself; PYTHON= names another.
 ANY := $$(command -v python3 || command -v "$${OPTION_PYTHON:-}" || echo python3)

@@ -247,7 +247,7 @@ def is_current(entry: dict[str, Any]) -> bool:
         recipe = recipes.find(entry["recipe"])
     except WrongInput:
         return False
-    digest = recipe.with_seed(entry["seed"] or recipe.seed).digest
+    digest = recipe.with_seed(recipe.seed if entry["seed"] is None else entry["seed"]).digest
     read = (entry["identity"]["prose"], entry["identity"]["rows"])
     return entry["recipe_digest"] == digest and read == (SHA256, ROWS)
 

@@ -24,11 +24,12 @@ SEED = b"42"
 def choose_examples(test_rows: Path, count: int) -> list[dict[str, Any]]:
     """`count` training rows of the task that is tested on a file of chat rows.
 
-    Where the file has labels, so have the examples, each equally often, or once less often. Raises
-    WrongInput where there are fewer rows of one question and one answer.
+    Where answers are labels, the examples have each equally often, or once less often. Raises
+    WrongInput where there are fewer rows of one question and one answer, and where they have one
+    label of several.
     """
     train_rows = find_training_rows(test_rows)
-    labels = set(sources.manifest(test_rows).get("labels") or ())
+    labels = find_labels(test_rows)
     sources.manifest(train_rows)
     tested = {mark_prompt(row) for row in read_chat_rows(test_rows)}
     by_label: dict[str, list[tuple[bytes, bytes]]] = {}  # the first ones: (mark, row as JSON)
@@ -40,6 +41,11 @@ def choose_examples(test_rows: Path, count: int) -> list[dict[str, Any]]:
         if all(mark != other for other, _ in first):
             insort(first, (mark, orjson.dumps(row)))
             del first[count:]
+    if labels and len(labels) > 1 >= len(by_label):
+        raise WrongInput(
+            f"{shown(train_rows)} answers with {' and '.join(by_label) or 'none'} of the "
+            f"{len(labels)} labels of {shown(test_rows)}, so worked examples would teach one answer"
+        )
     ranked = sorted(
         (rank, mark, text) for first in by_label.values() for rank, (mark, text) in enumerate(first)
     )
@@ -53,6 +59,20 @@ def choose_examples(test_rows: Path, count: int) -> list[dict[str, Any]]:
             f"one question and one answer that {shown(test_rows)} lacks"
         )
     return [orjson.loads(text) for text in texts]
+
+
+def find_labels(test_rows: Path) -> set[str]:
+    """The labels that answers to a file of chat rows can be; empty where they are no labels.
+
+    Those of the dataset, as the file need not have each: what its rows are is not for the prompt.
+    """
+    found = sources.manifest(test_rows).get("labels")
+    if not found:
+        return set()
+    for name, entry in sources.tables()["datasets"].items():
+        if sources.test_path(name) == test_rows:
+            return set(entry.get("labels") or found)
+    return set(found)
 
 
 def find_training_rows(test_rows: Path) -> Path:

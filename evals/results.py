@@ -81,6 +81,8 @@ class DatasetResult(Strict):
     rows: int = Field(gt=0)  # that were scored, on all sides
     clusters: int | None = Field(default=None, gt=0)  # of these rows, where they have any
     selected: Text | None  # which of the published rows those are, where they are not all
+    # Rows whose prompt with examples had room for fewer; None where that was not recorded.
+    fewer_examples: int | None = Field(default=None, ge=0)
     # The accuracy of answering nothing but the most frequent key, where answers are one label.
     majority: float | None = Field(default=None, ge=0, le=1)
     metrics: dict[Name, MetricResult] = Field(min_length=1)  # the main one first, FinLoRA's after
@@ -98,7 +100,7 @@ class TrainingResult(Strict):
     seconds: float = Field(gt=0)
     peak_memory_bytes: int = Field(gt=0)
     tokens_per_second: float | None
-    train_loss: float
+    train_loss: float | None  # None where fewer steps than logging_steps were trained
     validation_loss: float | None
 
 
@@ -259,7 +261,9 @@ def choose_evidence(measured: Sequence[Result]) -> list[Result]:
 
     def weigh(result: Result) -> tuple[int, int, bool, int, int]:
         seeds = len(result.trainings)
-        enough, has_examples = min(seeds, ENOUGH_SEEDS), result.shots > 0
+        main = [entry.main[1] for entry in result.datasets.values()]
+        has_examples = any(scores.base_with_examples for scores in main)
+        enough = min(seeds, ENOUGH_SEEDS)
         return enough, len(result.datasets), has_examples, seeds, by_device[result.device]
 
     best: dict[str, Result] = {}
@@ -389,6 +393,7 @@ def measure_dataset(
         rows=len(numbers),
         clusters=len(set(clusters)) if clusters else None,
         selected=clean_text(selected) if selected else None,
+        fewer_examples=with_examples["rows_with_fewer_examples"] if with_examples else None,
         majority=None if majority is None else round(majority, DECIMALS),
         metrics={
             metric: measure_metric(metric, base, adapters, with_examples) for metric in metrics

@@ -281,12 +281,18 @@ def list_scorings(entry: DatasetResult) -> list[tuple[str, MetricResult, str]]:
 
 
 def list_notes(result: Result) -> list[str]:
-    """Why a dataset has no published score beside it."""
+    """Why a dataset has no published score beside it, and prompts that lack examples."""
     method = results.find_published_method(result.recipe)
     datasets = [name for name in result.datasets if name in report.read_published().get(method, {})]
     reasons = {name: results.explain_no_comparison(result, name) for name in datasets}
-    return [
+    notes = [
         f"{name} is compared with no published score: {why}" for name, why in reasons.items() if why
+    ]
+    return notes + [
+        f"{name}: {entry.fewer_examples} prompts of the base had room for fewer than "
+        f"{result.shots} examples"
+        for name, entry in result.datasets.items()
+        if entry.fewer_examples
     ]
 
 

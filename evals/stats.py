@@ -343,7 +343,8 @@ def _find_half_width(scores: Array, sampled: Array, rows: float) -> float:
     for all seeds, float (RESAMPLES, seeds). What rows do to all seeds alike is the covariance of
     two seeds; what they do to one alone is part of the spread of the scores. Two or three seeds may
     lie close together by chance, so it is never less than over rows alone. In simulated experiments
-    it covers the truth in 92 to 99 % with three seeds, and in 88 to 98 % with two.
+    it covers the truth in 92 to 99 % with three seeds, and in 88 to 98 % with two; in fewer where
+    a rate has less than ten right or wrong answers, as it is symmetric (docs/limits.md).
     """
     from scipy.stats import t
 

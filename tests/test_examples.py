@@ -58,15 +58,15 @@ def test_examples_are_training_rows_with_balanced_labels(sentiment, count, sizes
 
 
 def test_the_choice_depends_on_no_order_and_the_first_examples_stay(chat):
-    rows = [make_row(f"How is {n}?", ("up", "down")[n % 2]) for n in range(40)]
-    test = write_chat(chat / "fpb_test.jsonl", [make_row("?", "up")], {"up": 1, "down": 0})
+    rows = [make_row(f"How is {n}?", ("positive", "negative")[n % 2]) for n in range(40)]
+    test = write_chat(chat / "fpb_test.jsonl", [make_row("?", "positive")], {"positive": 1})
     train = chat / "sentiment_train.jsonl"
     write_chat(train, rows)
     first = examples.choose_examples(test, 6)
     write_chat(train, rows[::-1])
     assert examples.choose_examples(test, 6) == first
     assert examples.choose_examples(test, 4) == first[:4]
-    assert Counter(map(key, first)) == {"up": 3, "down": 3}
+    assert Counter(map(key, first)) == {"positive": 3, "negative": 3}
 
 
 def test_no_prompt_of_the_test_rows_and_none_twice(chat):
@@ -83,20 +83,43 @@ def test_no_prompt_of_the_test_rows_and_none_twice(chat):
 
 def test_rows_of_several_turns_and_other_labels_are_no_examples(chat):
     tool = {"type": "function", "function": {"name": "f", "arguments": {}}}
-    called = make_row("Call it.", "up")
+    called = make_row("Call it.", "positive")
     called["messages"][-1]["tool_calls"] = [tool]
     rows = [
-        make_row("Again?", "up", ("user", "Once?"), ("assistant", "up")),
+        make_row("Again?", "positive", ("user", "Once?"), ("assistant", "positive")),
         make_row("Which?", "sideways"),
-        make_row("Use it.", "up") | {"tools": [tool]},
+        make_row("Use it.", "positive") | {"tools": [tool]},
         called,
-        make_row("Fine?", "up", ("system", "Be brief.")),
+        make_row("Fine?", "positive", ("system", "Be brief.")),
+        make_row("Bad?", "negative"),
     ]
     write_chat(chat / "sentiment_train.jsonl", rows)
-    test = write_chat(chat / "fpb_test.jsonl", [make_row("?", "up")], {"up": 1, "down": 0})
-    assert examples.choose_examples(test, 1) == rows[-1:]
-    with pytest.raises(WrongInput, match="2 worked examples are too many"):
-        examples.choose_examples(test, 2)
+    test = write_chat(chat / "fpb_test.jsonl", [make_row("?", "positive")], {"positive": 1})
+    chosen = examples.choose_examples(test, 2)
+    assert sorted(chosen, key=str) == sorted(rows[-2:], key=str)
+    with pytest.raises(WrongInput, match="3 worked examples are too many"):
+        examples.choose_examples(test, 3)
+
+
+def test_labels_are_those_of_the_dataset_whatever_its_test_rows_have(chat):
+    labels = sorted(sources.tables()["datasets"]["fpb"]["labels"])
+    rows = [make_row(f"How is {n}?", labels[n % 3]) for n in range(30)]
+    write_chat(chat / "sentiment_train.jsonl", rows)
+    test = write_chat(chat / "fpb_test.jsonl", [make_row("?", labels[0])], {labels[0]: 1})
+    assert Counter(map(key, examples.choose_examples(test, 3))) == dict.fromkeys(labels, 1)
+
+
+def test_examples_of_one_label_are_refused(chat):
+    write_chat(chat / "sentiment_train.jsonl", [make_row(f"{n}?", "up") for n in range(9)])
+    test = write_chat(chat / "x_test.jsonl", [make_row("?", "up")], {"up": 1, "down": 0})
+    tables = sources.tables()
+    with pytest.MonkeyPatch.context() as patch:
+        tasks = tables["tasks"] | {"sentiment": tables["tasks"]["sentiment"] | {"eval": ["x"]}}
+        patch.setattr(sources, "tables", lambda: tables | {"tasks": tasks})
+        with pytest.raises(
+            WrongInput, match="with up of the 2 labels of .* would teach one answer"
+        ):
+            examples.choose_examples(test, 2)
 
 
 def test_every_dataset_has_a_task_whose_rows_are_its_examples():

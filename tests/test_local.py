@@ -165,6 +165,9 @@ def test_a_group_is_never_on_two_sides_and_the_newest_rows_test(mine, capsys):
     assert len(numbers["test"]) == 20
     with pytest.raises(WrongInput, match='GROUP: .* has no column "frim"; did you mean firm'):
         custom.create_task("x", source, custom.Choices(group="frim"))
+    mixed = jsonl(mine / "mixed.jsonl", [*rows[:60], *(row | {"day": "2025"} for row in rows[60:])])
+    with pytest.raises(WrongInput, match='"day" is .2025., a number, and a date in the first row'):
+        custom.create_task("x", mixed, custom.Choices(time="day"))
     with pytest.raises(WrongInput, match='"firm" is .f 0., no date such as'):
         custom.create_task("x", source, custom.Choices(time="firm"))
 

@@ -150,6 +150,19 @@ def test_a_recipe_is_shown_as_it_stands(ready):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_variable_that_no_goal_takes_is_named_and_a_near_one_is_an_error(ready):
+    done = make("recipes", "TASK=sentiment", "MODEL=smollm2-135m", "LIMIT=50")
+    note = "note       make recipes takes no LIMIT, so it has no effect here (it is for eval)"
+    assert done.returncode == 0 and done.stdout.splitlines()[0] == note
+    done = make("recipes", "status", "TASK=sentiment", "MODEL=smollm2-135m")
+    assert "note" not in done.stdout  # `status` takes neither, but `recipes` does
+    (line,) = errors(make("recipes", "MODELS=smollm2-135m"))
+    assert line == "error: make has no variable MODELS; did you mean MODEL?"
+    # what another verb would take is not offered: `train` has no SEEDS
+    (line,) = errors(make("train", "RECIPE=sentiment_r4", "SEED=7"))
+    assert line == "error: make has no variable SEED"
+
+
 def test_a_missing_recipe_says_how_to_list_them(ready):
     (line,) = errors(make("show"))
     assert line == "error: RECIPE=… is needed; `make recipes` lists what there is"

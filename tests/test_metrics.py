@@ -396,6 +396,9 @@ def test_a_number_is_right_however_it_is_written(key, answer):
         *(("18.45", ""), ("18.45", "none"), ("18.45", "-18.45"), ("473", "(473)"), ("1", "1.4")),
         *(("0.02", "0.026"), ("11.0", "11.02"), ("1000", "1002"), ("0", "0.3"), ("5", "5 million")),
         *(("7.5", "0.075"), ("1.5", "15"), ("12", "1,2"), ("3725", "2021")),
+        # Beyond what a float holds, also with more than three digits.
+        *(("400.0", "1.5e999"), ("400.0", "2.5 x 10^400"), ("400.0", "1.5e300 trillion")),
+        *(("400.0", "1.5e-999"), ("400.0", "9" * 400)),
         # Where both have a unit, it counts.
         *(("7.5%", "0.075%"), ("75 bps", "75%"), ("7.5%", "7.5 bps")),
         # A key that is more than a number is text.

@@ -340,6 +340,9 @@ def test_steps_follow_rows_epochs_and_batch():
     config = read_config()  # 8 x 2 rows a step, 4 epochs
     assert count_steps(980, 50, config) == (4 * 62, 4 * 980 * 50)
     assert count_steps(980, 50, config | {"max_steps": 10}) == (10, 10 * 16 * 50)
+    # transformers takes max_steps before num_epochs: 6 epochs of 62 steps, and 28 steps of 16 rows
+    assert count_steps(980, 50, config | {"max_steps": 400}) == (400, (6 * 980 + 28 * 16) * 50)
+    assert count_steps(980, 50, config | {"max_steps": -1}) == (4 * 62, 4 * 980 * 50)
 
 
 def test_rows_that_validate_are_not_counted_as_steps():

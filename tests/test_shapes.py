@@ -224,6 +224,10 @@ SHAPES = {
         {"question": "q", "answer": "a", "history": "as told"},
         say("q", "a"),
     ),
+    "a history without a pair": (
+        {"question": "q", "answer": "a", "history": "[]"},
+        say("q", "a"),
+    ),
     "an empty system turn": (
         {"messages": [{"role": "system", "content": ""}, *say("p", "c")]},
         say("p", "c"),

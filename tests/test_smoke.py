@@ -64,6 +64,22 @@ def test_rows_of_another_format_are_measured_with_room_for_their_template(tiny, 
         smoke.pick_longest(entry, {}, None)
 
 
+def test_a_trial_has_its_own_evaluations_and_logs_each_step():
+    """Whatever the recipe says of them: its metric needs the validation rows of a task."""
+    own = {"metric_for_best_model": "accuracy", "early_stopping_patience": 2, "logging_steps": 10}
+    own |= {"load_best_model_at_end": True, "save_strategy": "epoch", "eval_strategy": "epoch"}
+    recipe = recipes.find("smollm2-135m/sentiment_r4")
+    entry = recipe.config["datasets"][0]
+    rows = smoke.LongestRows(entry, [{"messages": []}] * 8, 8, 1, 0)
+    try:
+        config = smoke.build_trial(recipe, recipe.config | own, rows).config
+    finally:
+        smoke.shutil.rmtree(smoke.FOLDER, ignore_errors=True)
+    assert not {"metric_for_best_model", "early_stopping_patience", "save_strategy"} & set(config)
+    assert "eval_strategy" not in config and not config["load_best_model_at_end"]
+    assert config["logging_steps"] == 1 and config["max_steps"] == config["eval_steps"]
+
+
 def test_what_is_planned_of_rows_on_the_hub_is_not_guessed(tiny, chat_rows, monkeypatch, capsys):
     steps = [{"seconds": 1.0, "real_tokens": 10}, {"seconds": 3.0, "real_tokens": 90}]
     monkeypatch.setattr(type(smoke.TRIAL), "losses", lambda self: steps)

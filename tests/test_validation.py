@@ -13,6 +13,7 @@ from tools import custom, recipes, sources
 from tools.common import ROOT, WrongInput, digest
 from tools.data import convert
 from tools.data.rules import fingerprint
+from tools.runs import Run
 from tools.train import checks, launch, profiles
 
 TASKS = sources.tables()["tasks"]
@@ -188,6 +189,26 @@ def recipe(folder):
     write_rows(folder / "train" / "formula_train.jsonl", make_copies())
     convert.convert_task("formula", folder)
     return recipes.Recipe("mine", folder / "mine.yaml", config, "1")
+
+
+def test_an_unfinished_line_of_an_interrupted_search_is_taken_away(tmp_path):
+    """Which the next evaluation would otherwise be written behind."""
+    from types import SimpleNamespace
+
+    from axolotl.utils.dict import DictDefault
+
+    from tools.train.judge import Judge
+
+    run = Run(tmp_path)
+    lines = [{"step": step, "loss": 1.0} for step in (3, 6)]
+    run.validation_file.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"st')
+    trainer = SimpleNamespace(evaluation_loop=None, prediction_step=None)
+    trainer.callback_handler = SimpleNamespace(callbacks=[])
+    judge = Judge(DictDefault(record_validation=True), trainer, run)
+    judge.on_train_begin(SimpleNamespace(), SimpleNamespace(global_step=6), None)
+    with open(run.validation_file, "a") as file:
+        file.write(json.dumps({"step": 9, "loss": 0.9}) + "\n")
+    assert [line["step"] for line in run.evaluations()] == [3, 6, 9]
 
 
 def test_a_runs_identity_holds_the_validation_file(recipe):

@@ -19,8 +19,9 @@ from tests.conftest import losses
 from tests.test_results import DEVICE, describe_result, describe_rows
 from tools import common, recipes, runs, sources
 from tools.common import ROOT, JobFailed, WrongInput
+from tools.data import convert
 from tools.runs import Run
-from tools.train import checks, hardware, launch, status, verify
+from tools.train import checks, hardware, launch, profiles, status, verify
 from tools.train.verify import Verification
 
 NAME = "smollm2-135m/sentiment_r4"
@@ -38,6 +39,8 @@ def test_another_seed_is_the_same_recipe_with_a_run_of_its_own():
     assert (other.name, other.seed) == (NAME, 43) and other.digest != recipe.digest
     assert other.run.folder == ROOT / "runs" / f"{NAME}.seed43"
     assert replace(recipe, config=recipe.config | {"seed": None}).seed == 42
+    zero = replace(recipe, config=recipe.config | {"seed": 0})
+    assert zero.seed == 0 and zero.with_seed(42).config["seed"] == 42
 
 
 def test_a_run_of_another_seed_is_no_recipe_of_its_own_and_has_its_place_in_the_status(
@@ -217,6 +220,39 @@ def test_the_number_of_examples_stays_that_of_the_result_or_of_the_one_set_aside
         assert verify.choose_shots(path, previous) == expected
     path.write_text("damaged")
     assert verify.choose_shots(path, previous) == 5
+
+
+def test_a_wrong_option_moves_no_run_and_no_result(trained, tmp_path, monkeypatch):
+    """3 processes cannot share the recipe's batch of 8 rows."""
+    recipe, path = trained, tmp_path / "results" / "1-core.json"
+    common.write_json(path, describe_result())
+    monkeypatch.setattr(verify, "find_named_recipe", lambda name: recipe)
+    monkeypatch.setattr(verify, "prepare_data", lambda task: None)
+    monkeypatch.setattr(verify, "list_data", lambda recipe, datasets: [])
+    monkeypatch.setattr(verify.run, "choose_datasets", lambda task, names: names)
+    monkeypatch.setattr(verify.results, "locate_result", lambda *_: path)
+    wrong = Verification(datasets=("fpb",), force=True, shots=0, choice=profiles.Choice(nproc=3))
+    with pytest.raises(WrongInput, match="3 processes cannot share the recipe's batch"):
+        verify.verify(NAME, wrong)
+    assert recipe.run.is_finished and path.is_file()
+
+
+def test_more_examples_than_there_are_rows_are_refused_before_anything_is_trained(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sources, "CHAT", tmp_path)
+    convert.convert_task("formula", sources.SAMPLE)
+    rows = len(sources.train_path("formula").read_text().splitlines())
+    verify.refuse_impossible_examples(["financial_math"], 3)
+    with pytest.raises(WrongInput, match=rf"^SHOTS={rows + 1}: .* too many: .*; SHOTS=0 measures"):
+        verify.refuse_impossible_examples(["financial_math"], rows + 1)
+
+
+def test_a_loss_that_was_never_logged_is_none():
+    """With logging_steps above the steps that were trained."""
+    info = {"steps": 3, "seconds": 1.0, "peak_memory_bytes": 1, "tokens_per_second": 1.0}
+    training = verify.describe_training(info | {"train_loss": None, "last_eval_loss": 0.12345})
+    assert (training.train_loss, training.validation_loss) == (None, 0.1235)
 
 
 def test_all_seeds_are_trained_with_the_same_versions(trained, monkeypatch):

@@ -587,6 +587,8 @@ def evaluate(
     if endpoint := find_endpoint(context.params):
         run.score_all(request, [replace(endpoint, shots=shots or 0, constrained=constrain)])
         return
+    if base and (adapter or not recipe):
+        raise WrongInput("BASE=1 scores a base alone: name its RECIPE=, no ADAPTER=")
     if shots and (adapter or not recipe):
         raise WrongInput("SHOTS= scores a base with worked examples: name its RECIPE=, no ADAPTER=")
     if recipe or adapter:
@@ -966,18 +968,31 @@ def split(names: str | None) -> list[str]:
 def read_make_variables() -> dict[str, str]:
     """{option: value} of make's command line, taken out of the environment of this process.
 
-    Raises WrongInput for a name that is near to an option's and is none.
+    Notes those that none of make's goals takes. Raises WrongInput for a name that is near to an
+    option's and is none.
     """
     values = {
         name.removeprefix("OPTION_").lower(): os.environ.pop(name)
         for name in sorted(os.environ)
         if name.startswith("OPTION_")
     }
-    verbs = build_commands().commands.values()
-    known = {parameter.name for verb in verbs for parameter in verb.params}
+    options = {
+        name: {parameter.name for parameter in verb.params}
+        for name, verb in build_commands().commands.items()
+    }
+    goals = os.environ.pop("MAKE_GOALS", "").split()
+    known = set[str]().union(*options.values())
+    taken = set[str]().union(*(options.get(goal, known) for goal in goals or [""]))
     for name in values.keys() - known:
-        if hint := nearest(name.upper(), [option.upper() for option in known], cutoff=0.8):
+        if nearest(name.upper(), [option.upper() for option in known], cutoff=0.8):
+            hint = nearest(name.upper(), [option.upper() for option in taken], cutoff=0.8)
             raise WrongInput(f"make has no variable {name.upper()}{hint}")
+    for name in sorted(values.keys() & known - taken):
+        verbs = [verb for verb, names in options.items() if name in names]
+        print(
+            f"note       make {' '.join(goals)} takes no {name.upper()}, so it has no effect here "
+            f"(it is for {', '.join(verbs)})"
+        )
     return {name: value for name, value in values.items() if value}
 
 

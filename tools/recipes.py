@@ -87,7 +87,8 @@ class Recipe:
 
     @property
     def seed(self) -> int:
-        return int(self.config.get("seed") or DEFAULT_SEED)
+        seed = self.config.get("seed")
+        return DEFAULT_SEED if seed is None else int(seed)
 
     def with_seed(self, seed: int) -> "Recipe":
         """The same recipe with another seed, whose run lies beside the recipe's own."""

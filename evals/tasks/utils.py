@@ -513,14 +513,14 @@ def _convert_number(match: re.Match[str], text: str) -> Number:
         is_money = match["currency"] or match["late"] or _BEHIND.match(text, match.end("short"))
         if is_money or short in ("KMBT" if match["space"] else "kmbKMBT"):
             scale = SHORT[short.lower()]
-    power = int(match["exponent"] or 0) + scale
+    power = max(-400, min(400, int(match["exponent"] or 0) + scale))  # a float has 308
     value = float(f"{digits}e{power}")
     signs = (match["sign"] or "").lower() + (match["second"] or "")
     is_in_brackets = match["close"] and (match["open"] or match["inner"])
     if is_in_brackets or re.search("-|minus|negative", signs):
         value = -value
     decimals = len(digits.partition(".")[2])
-    half = 0.5 * 10.0 ** (power - max(decimals, 2)) if decimals else 0.0
+    half = float(f"0.5e{power - max(decimals, 2)}") if decimals else 0.0
     unit = (match["unit"] or match["outer"] or "").lower()
     return Number(value, half, "" if not unit else "bp" if unit.startswith("b") else "%", scale)
 

@@ -23,7 +23,7 @@ from tools.data.bases import BaseTokenizer
 from tools.data.rows import Refusals, write_chat_row
 from tools.data.rules import fingerprint
 from tools.data.shapes import Shape
-from tools.data.split import RowMarks, read_time
+from tools.data.split import Clock, RowMarks
 
 MOST_ANSWERS = 10_000  # different ones that are counted; with more, a sample is kept
 SAMPLED = 1000  # answers of a sample, and the longest beside them
@@ -112,7 +112,7 @@ def take_in(rows: Any, shape: Shape, options: IntakeOptions, refused: Path) -> I
                         raise ValueError(f"an object is needed, not {type(row).__name__}")
                     chat = shape.build_chat(row)
                     group = read_group(row, options.group) if options.group else 0
-                    time = read_time(row.get(options.time), options.time) if options.time else 0.0
+                    time = clock.read(row) if clock else 0.0
                 except (ValueError, RecursionError) as error:
                     refuse(place, str(error), None if isinstance(row, ValueError) else row)
                     continue
@@ -120,6 +120,7 @@ def take_in(rows: Any, shape: Shape, options: IntakeOptions, refused: Path) -> I
                     train_on_last(chat["messages"])
                 yield place, row, chat, group, time
 
+        clock = Clock(options.time) if options.time else None
         chats = read_chats()
         while block := list(islice(chats, BLOCK)):
             reasons = check_lengths([chat for _, _, chat, _, _ in block], intake, options)

@@ -251,13 +251,14 @@ class Shape:
                 value = orjson.loads(value)
             except ValueError:
                 raise ValueError(f'"{column}" is a text and not a JSON list of pairs') from None
-        if turns.is_missing(value) or not len(value):
+        if turns.is_missing(value) or value in ([], {}):
             return []
-        if not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        pairs: list[Any] = value if isinstance(value, list) else [None]
+        if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
             raise ValueError(f'"{column}" must be a list of pairs of a question and an answer')
         return [
             {"role": role, "content": turns.require_text(text, column)}
-            for pair in value
+            for pair in pairs
             for role, text in zip(("user", "assistant"), pair, strict=True)
         ]
 

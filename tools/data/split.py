@@ -215,8 +215,29 @@ def draw_units(
 DATE = re.compile(r"\d{4}-?\d\d-?\d\d.*", re.S)
 
 
-def read_time(value: Any, column: str) -> float:
-    """A time in seconds, of a number (a year or seconds), a date, or its ISO text."""
+class Clock:
+    """Reads the column that orders rows: dates or numbers, as the first row has."""
+
+    def __init__(self, column: str):
+        self.column = column
+        self.is_date: bool | None = None  # unknown before the first row
+
+    def read(self, row: dict[str, Any]) -> float:
+        """The time of a row; raises ValueError for none, and for a number among dates."""
+        time, is_date = read_time(value := row.get(self.column), self.column)
+        if self.is_date is None:
+            self.is_date = is_date
+        if is_date != self.is_date:
+            kinds = ("a number", "a date") if is_date else ("a date", "a number")
+            raise ValueError(
+                f'"{self.column}" is {value!r:.60}, {kinds[1]}, and {kinds[0]} in the first row: '
+                "they have no common order"
+            )
+        return time
+
+
+def read_time(value: Any, column: str) -> tuple[float, bool]:
+    """(seconds, True) of a date or its ISO text, (number, False) of a number, such as a year."""
     if isinstance(value, date) and not isinstance(value, datetime):
         value = datetime(value.year, value.month, value.day)
     if isinstance(value, str):
@@ -226,7 +247,7 @@ def read_time(value: Any, column: str) -> float:
         except ValueError:
             value = text
     if isinstance(value, datetime):
-        return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+        return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp(), True
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
+        return float(value), False
     raise ValueError(f'"{column}" is {value!r:.60}, no date such as 2024-03-31 and no number')

@@ -15,7 +15,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from evals.validation import Scorer, find_scorer
 from tools import models, recipes
-from tools.common import ROOT, WrongInput
+from tools.common import ROOT, WrongInput, atomic, json_lines
 from tools.runs import Run
 from tools.train.callbacks import Stopped
 from tools.train.checks import name_metric
@@ -53,6 +53,10 @@ class Judge(TrainerCallback):
         if self.records:
             # Axolotl sets it. Before the first step, all candidates of a search are the base.
             args.eval_on_start = False
+            # Without a line that a full disk or a kill left unfinished.
+            lines = json_lines(self.run.validation_file)
+            with atomic(self.run.validation_file) as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
         # transformers forgets how many evaluations in a row were no better before an interruption.
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback) and state.global_step:

@@ -207,6 +207,20 @@ def check_recipe(recipe: recipes.Recipe, is_new: bool) -> None:
     refuse_unrenderable(recipe)
 
 
+def check(recipe: recipes.Recipe, choice: profiles.Choice, machines: Machines) -> None:
+    """Raises what `train` would raise of a recipe and its options; brings the base, trains nothing.
+
+    A command that puts finished runs aside asks first.
+    """
+    here = hardware.detect_host()
+    profile, nproc, _ = profiles.choose(here, choice, machines.nnodes)
+    processes = replace(machines, nproc=nproc).processes
+    config = profiles.merge_config(recipe, replace(choice, profile=profile, nproc=processes), here)
+    refuse_unscorable(config, recipe.where, processes)
+    refuse_unusable(recipe.config, recipe.where)
+    run_in_child(check_recipe, recipe, True)
+
+
 def train(recipe: recipes.Recipe, choice: profiles.Choice, machines: Machines, force: bool) -> None:
     """Trains a recipe; returns once its run is finished, or the part of this machine is.
 

@@ -142,10 +142,11 @@ def count_steps(rows: int, row: int, config: dict[str, Any]) -> tuple[int, int]:
         rows, row = math.ceil(rows * row / length), length
     batch = config.get("processes", 1) * (config.get("micro_batch_size") or 1)
     batch *= config.get("gradient_accumulation_steps") or 1
-    epochs = config.get("num_epochs", 1)
-    steps = math.ceil(math.ceil(rows / batch) * epochs)
-    most = max(config.get("max_steps") or 0, 0) or steps  # -1: no limit
-    return (most, most * batch * row) if most < steps else (steps, int(rows * epochs) * row)
+    epochs, steps_of_epoch = config.get("num_epochs", 1), max(1, math.ceil(rows / batch))
+    if (most := config.get("max_steps") or 0) > 0:  # transformers then passes over num_epochs
+        whole, rest = divmod(most, steps_of_epoch)
+        return most, (whole * rows + min(rest * batch, rows)) * row
+    return math.ceil(math.ceil(rows / batch) * epochs), int(rows * epochs) * row
 
 
 def count_flops(model: Model, setup: Setup) -> int:

@@ -81,6 +81,7 @@ def print_comparison(planned: dict[str, Any], run_info: dict[str, Any]) -> None:
     hours, steps = planned["hours"], planned["steps"]
     peaks = planned["memory"]["peak"] / GIB, run_info["peak_memory_bytes"] / GIB
     trainable = planned["trainable_parameters"], run_info["trainable_parameters"]
+    loss = run_info["train_loss"]
     rows = [
         ("", "planned", "took"),
         ("trainable", *(f"{count:,}" for count in trainable)),
@@ -88,7 +89,7 @@ def print_comparison(planned: dict[str, Any], run_info: dict[str, Any]) -> None:
         ("peak memory, GiB", *(f"{peak:.2f}" for peak in peaks)),
         ("hours", "" if hours is None else f"{hours:.2f}", f"{run_info['seconds'] / 3600:.2f}"),
         ("tokens/s", "", f"{run_info['tokens_per_second']:,.0f}"),
-        ("loss", "", f"{run_info['train_loss']:.3f}"),
+        ("loss", "", "" if loss is None else f"{loss:.3f}"),
     ]
     print(
         f"\nplanned for one {planned['gpu']['name']}; trained as version "

@@ -53,9 +53,11 @@ def reproduce(folder: Path) -> None:
     machines = Machines(nproc=before.get("processes", 1))
     now = launch.execute(recipe, recipe.config, before["profile"], False, machines)
     same = now["adapter_sha256"] == before["adapter_sha256"]
+    losses = ""
+    if None not in (before["last_loss"], now["last_loss"]):  # logging_steps may be above the steps
+        losses = f"loss {before['last_loss']:.6f} then, {now['last_loss']:.6f} now; "
     print(
-        f"reproduce  loss {before['last_loss']:.6f} then, {now['last_loss']:.6f} now; "
-        f"the adapters are {'the same to the bit' if same else 'not the same'}"
+        f"reproduce  {losses}the adapters are {'the same to the bit' if same else 'not the same'}"
     )
     if not same and now["device"] == "cpu" and not differences:
         raise JobFailed(f"{recipe.run} is not what {run} holds")

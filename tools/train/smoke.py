@@ -29,6 +29,7 @@ from tools.train.checks import is_chat_row
 from tools.train.machines import Machines
 from tools.train.memory import GIB
 from tools.train.tokens import TEMPLATE_TOKENS, list_texts, read_rows
+from tools.train.trial import REPLACED
 
 FOLDER = ROOT / "runs" / ".smoke"
 TRIAL = Run(FOLDER / "run")
@@ -124,8 +125,7 @@ def build_trial(recipe: Recipe, config: dict[str, Any], rows: LongestRows) -> Re
     for file, chosen in ((train_file, rows.rows * STEPS), (eval_file, rows.rows[:2])):
         write_text(file, "".join(f"{json.dumps(row, default=str)}\n" for row in chosen))
     entry = {key: value for key, value in rows.entry.items() if key not in PLACE}
-    schedule = ("val_set_size", "evals_per_epoch", "saves_per_epoch")
-    options = {key: value for key, value in config.items() if key not in schedule}
+    options = {key: value for key, value in config.items() if key not in REPLACED}
     changes = {
         "datasets": [entry | {"path": str(train_file)}],
         "test_datasets": [entry | {"path": str(eval_file), "split": "train"}],
@@ -133,6 +133,8 @@ def build_trial(recipe: Recipe, config: dict[str, Any], rows: LongestRows) -> Re
         "max_steps": STEPS,
         "eval_steps": STEPS,
         "save_steps": STEPS,
+        "logging_steps": 1,
+        "load_best_model_at_end": False,  # its metric may need the validation rows of a task
         "output_dir": str(TRIAL.folder),
         "dataset_prepared_path": str(TRIAL.folder / "prepared"),
     }

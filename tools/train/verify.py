@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from evals import report, results, results_page, run
+from evals.examples import choose_examples
 from evals.results import ChatRows, DatasetResult, Result, TrainingResult
 from tools import models, recipes, sources, subjects
 from tools.common import ROOT, WrongInput, format_table, shown
@@ -70,6 +71,8 @@ def verify(name: str, request: Verification) -> None:
     device = results.clean_text(here.describe_machine(processes))
     path = results.locate_result(recipe.name, device, is_of_examples)
     previous = path.with_name(f"{path.name}.previous")
+    if request.shots:
+        refuse_impossible_examples(datasets, request.shots)
     if request.shots is None:
         request = replace(request, shots=choose_shots(path, previous))
     if path.is_file() and not request.force:
@@ -85,8 +88,12 @@ def verify(name: str, request: Verification) -> None:
     recipes_of_seeds = {
         seed: recipe.with_seed(seed) for seed in range(recipe.seed, recipe.seed + request.seeds)
     }
-    refuse_unusable(recipe.config, recipe.where)
-    set_aside(list_outdated(list(recipes_of_seeds.values()), processes, request.force))
+    outdated = list_outdated(list(recipes_of_seeds.values()), processes, request.force)
+    if outdated or request.force:
+        launch.check(recipe, request.choice, Machines())  # while nothing is moved yet
+    else:
+        refuse_unusable(recipe.config, recipe.where)
+    set_aside(outdated)
     if path.is_file() and request.force:
         path.replace(previous)
         announce(f"measures again; the old result stays in {shown(previous)} until then")
@@ -110,6 +117,18 @@ def verify(name: str, request: Verification) -> None:
     results.write_result(result)
     previous.unlink(missing_ok=True)
     print_summary(result)
+
+
+def refuse_impossible_examples(datasets: list[str], shots: int) -> None:
+    """Raises WrongInput where the base cannot be scored with so many examples on any dataset."""
+    errors = []
+    for dataset in datasets:
+        try:
+            choose_examples(run.find_rows(dataset), shots)
+        except WrongInput as error:
+            errors.append(str(error))
+    if len(errors) == len(datasets):
+        raise WrongInput(f"SHOTS={shots}: {errors[0]}; SHOTS=0 measures without examples")
 
 
 def choose_shots(*files: Path) -> int:
@@ -360,11 +379,13 @@ def describe_training(info: dict[str, Any]) -> TrainingResult:
         seconds=info["seconds"],
         peak_memory_bytes=info["peak_memory_bytes"],
         tokens_per_second=info["tokens_per_second"],
-        train_loss=round(info["train_loss"], 4),
-        validation_loss=None
-        if info["last_eval_loss"] is None
-        else round(info["last_eval_loss"], 4),
+        train_loss=round_loss(info["train_loss"]),
+        validation_loss=round_loss(info["last_eval_loss"]),
     )
+
+
+def round_loss(loss: float | None) -> float | None:
+    return None if loss is None else round(loss, 4)
 
 
 def describe_commit() -> tuple[str | None, bool]:
