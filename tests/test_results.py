@@ -679,6 +679,61 @@ def test_finloras_published_scores_stand_beside_ours_where_rows_and_labels_are_t
     assert recipes.split_name("smollm2-135m/sentiment_tuned")[2] == "tuned"
 
 
+def read_measured(name):
+    return json.loads((results.FOLDER / f"{name}.json").read_text())
+
+
+def test_the_table_of_what_a_constraint_gains_is_that_of_its_results():
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    for recipe, datasets in read_measured("constrained")["measured"].items():
+        for dataset, sides in datasets.items():
+            for side, entry in sides.items():
+                scores = (
+                    f"{100 * score['value']:{sign}.1f} ({100 * score['low']:{sign}.1f} … "
+                    f"{100 * score['high']:{sign}.1f})"
+                    for score, sign in zip(
+                        (entry["free"], entry["constrained"], entry["gain"]),
+                        ("", "", "+"),
+                        strict=True,
+                    )
+                )
+                model = "SmolLM2-135M" if side == "base" else f"`{recipe}`"
+                cells = (f"{dataset}, {entry['rows']}", model, entry["without_label"], *scores)
+                assert f"| {' | '.join(map(str, cells))} |\n" in page
+
+
+def test_the_tables_of_merges_and_of_packed_rows_are_those_of_their_results():
+    seeds = read_measured("merged")["seeds"]
+    page = (ROOT / "docs" / "serving.md").read_text()
+    titles = {
+        "adapter": "adapter beside its 4-bit base",
+        "merged_16": "merged to 16 bits",
+        "merged_4": "merged to 4 bits",
+        "aware_4": "trained with `merge_aware`, its 4-bit merge",
+    }
+    for side, title in titles.items():
+        scores = [f"{100 * sides[side]['accuracy']:.1f}" for sides in seeds.values()]
+        assert f"| {title} | {' | '.join(scores)} | " in page
+    page = (ROOT / "docs" / "shared-prefix.md").read_text()
+    for seed, ways in read_measured("shared_dropout")["seeds"].items():
+        tokens = (f"{ways[way]['computed_tokens']:,}" for way in ("packed", "padded"))
+        right = (round(312 * ways[way]["accuracy"]) for way in ("packed", "padded"))
+        scores = (f"{100 * number / 312:.1f}" for number in right)
+        row = next(line for line in page.splitlines() if line.startswith(f"| {seed} | "))
+        assert row.startswith(f"| {seed} | {' | '.join(scores)} | ")
+        assert row.endswith(f" | {' | '.join(tokens)} |")
+
+
+def test_the_figures_in_the_readme_stand_in_the_tables_behind_them():
+    text, _, _ = results_page.README.read_text().partition(results_page.BEGIN)
+    pages = [(ROOT / "docs" / name).read_text() for name in ("results.md", "methods.md")]
+    shown = re.findall(r"[-+]?\d+\.\d\b(?!\d)", text.partition("## Measured\n")[2])
+    assert len(shown) >= 12
+    for figure in shown:
+        pattern = rf"(?<![\d.]){re.escape(figure.lstrip('+'))}(?![\d.]\d)"
+        assert any(re.search(pattern, page) for page in pages), figure
+
+
 def test_the_page_of_experiments_shows_the_figures_of_the_search_by_hand():
     page = (ROOT / "docs" / "experiments.md").read_text()
     slowest = BEYOND["candidates"][BEYOND["spec"]["baseline"]]["seconds"]
