@@ -308,14 +308,16 @@ def judge_hypothesis(experiment: "Experiment") -> str:
         ((titles[name], c) for name, c in compared.items() if c),
         key=lambda pair: pair[1]["p_margin"],
     )
-    ends = " … ".join(f"{100 * comparison[end]:+.1f}" for end in ("low90", "high90"))
+    is_shown = comparison["p_margin"] < stats.LEVEL
+    level, low, high = (90, "low90", "high90") if is_shown else (95, "low", "high")
+    ends = f"{100 * comparison[low]:+.1f} … {100 * comparison[high]:+.1f}"
     differ = [titles[name] for name, c in compared.items() if c and c["p"] < stats.LEVEL]
     other = f" A difference is shown for {' and '.join(differ)}." if differ else ""
     return (
         f"- {experiment.task}: the hypothesis {verdict}. "
         f"Over {len(experiment.spec['seeds'])} seeds the weakest test of the margin is that of "
-        f"{weakest}: 90 % interval {ends} points, "
-        f"{state_p(comparison['p_margin'])} (Holm); more seeds could overturn it.{other}"
+        f"{weakest}: {level} % interval {ends} points, {state_p(comparison['p_margin'])} (Holm); "
+        f"more seeds could {'overturn' if is_shown else 'decide'} it.{other}"
     )
 
 

@@ -262,7 +262,7 @@ def choose_evidence(measured: Sequence[Result]) -> list[Result]:
     def weigh(result: Result) -> tuple[int, int, bool, int, int]:
         seeds = len(result.trainings)
         main = [entry.main[1] for entry in result.datasets.values()]
-        has_examples = any(scores.base_with_examples for scores in main)
+        has_examples = result.shots > 0 and any(score.base_with_examples for score in main)
         enough = min(seeds, ENOUGH_SEEDS)
         return enough, len(result.datasets), has_examples, seeds, by_device[result.device]
 
@@ -282,7 +282,7 @@ def read_recipe(name: str) -> recipes.Recipe:
     return recipes.find(name)
 
 
-# ---- FinLoRA's published scores
+# ---- against other scores
 
 
 def compare_with_r4(
@@ -393,7 +393,7 @@ def measure_dataset(
         rows=len(numbers),
         clusters=len(set(clusters)) if clusters else None,
         selected=clean_text(selected) if selected else None,
-        fewer_examples=with_examples["rows_with_fewer_examples"] if with_examples else None,
+        fewer_examples=with_examples.get("rows_with_fewer_examples") if with_examples else None,
         majority=None if majority is None else round(majority, DECIMALS),
         metrics={
             metric: measure_metric(metric, base, adapters, with_examples) for metric in metrics

@@ -296,7 +296,7 @@ def measure(
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """A model's answers to a dataset's test rows; see `measure_task`. lm: any model of lm-eval."""
     if read_tasks()[dataset]["process_results"].endswith(".label"):
-        lm.labels = read_labels(dataset)
+        lm.labels = list(sources.manifest(find_rows(dataset)).get("labels") or [])
     if answers:
         answers.attach(lm, lambda text: print(f"eval       {dataset}: {text}", flush=True))
     task = load_task(dataset)

@@ -304,9 +304,9 @@ def test_the_hypothesis_is_judged_by_intervals_and_margin(experiment, right, ver
     sentence = methods_page.judge_hypothesis(experiment())
     assert f"the hypothesis {verdict}" in sentence
     weakest = experiment().compare_all("best")["qlora"]
-    if verdict != "is shown":
-        ends = " … ".join(f"{100 * weakest[end]:+.1f}" for end in ("low90", "high90"))
-        assert f"is that of QLoRA, 4 bits, r 4: 90 % interval {ends} points, p = " in sentence
+    ends = f"{100 * weakest['low']:+.1f} … {100 * weakest['high']:+.1f}"
+    text = f"is that of QLoRA, 4 bits, r 4: 95 % interval {ends} points, p = "
+    assert (text in sentence) == ("could decide it" in sentence) == (verdict != "is shown")
     assert sentence.endswith("QLoRA, 4 bits, r 4.") == (verdict == "is refuted")
 
 

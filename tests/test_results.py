@@ -714,24 +714,49 @@ def test_the_tables_of_merges_and_of_packed_rows_are_those_of_their_results():
     for side, title in titles.items():
         scores = [f"{100 * sides[side]['accuracy']:.1f}" for sides in seeds.values()]
         assert f"| {title} | {' | '.join(scores)} | " in page
-    page = (ROOT / "docs" / "shared-prefix.md").read_text()
+    page, way_names = (ROOT / "docs" / "shared-prefix.md").read_text(), ("packed", "padded")
     for seed, ways in read_measured("shared_dropout")["seeds"].items():
-        tokens = (f"{ways[way]['computed_tokens']:,}" for way in ("packed", "padded"))
-        right = (round(312 * ways[way]["accuracy"]) for way in ("packed", "padded"))
+        tokens = (f"{ways[way]['computed_tokens']:,}" for way in way_names)
+        right = (round(312 * ways[way]["accuracy"]) for way in way_names)
         scores = (f"{100 * number / 312:.1f}" for number in right)
         row = next(line for line in page.splitlines() if line.startswith(f"| {seed} | "))
         assert row.startswith(f"| {seed} | {' | '.join(scores)} | ")
-        assert row.endswith(f" | {' | '.join(tokens)} |")
+        losses = (f"{ways[way]['validation_loss']:.4f}" for way in way_names)
+        assert row.endswith(f" | {' | '.join(losses)} | {' | '.join(tokens)} |")
+    ways = read_measured("shared_dropout")["seeds"].values()
+    means = [np.mean([way[side]["validation_loss"] for way in ways]) for side in way_names]
+    assert f" | {means[0]:.4f} | {means[1]:.4f} | " in page
 
 
-def test_the_figures_in_the_readme_stand_in_the_tables_behind_them():
-    text, _, _ = results_page.README.read_text().partition(results_page.BEGIN)
-    pages = [(ROOT / "docs" / name).read_text() for name in ("results.md", "methods.md")]
-    shown = re.findall(r"[-+]?\d+\.\d\b(?!\d)", text.partition("## Measured\n")[2])
-    assert len(shown) >= 12
-    for figure in shown:
-        pattern = rf"(?<![\d.]){re.escape(figure.lstrip('+'))}(?![\d.]\d)"
-        assert any(re.search(pattern, page) for page in pages), figure
+def test_the_sentences_of_the_readme_have_the_figures_of_the_results():
+    shown, _, _ = results_page.README.read_text().partition(results_page.BEGIN)
+    current = [result for result in results.load_results() if not results.explain_stale(result)]
+    best = {result.recipe: result for result in results.choose_evidence(current)}
+    r4, tuned, ner = (
+        best[f"smollm2-135m/{name}"] for name in ("sentiment_r4", "sentiment_tuned", "ner_r4")
+    )
+    fpb, entities = r4.datasets["fpb"], ner.datasets["ner"]
+
+    def show(value, sign=""):
+        return f"{100 * value:{sign}.1f}"
+
+    gain = results.compare_with_r4(tuned, tuned.datasets["fpb"], [(r4, fpb)])
+    worked = read_measured("worked")["difference"]
+    scores = (entities.main[1].adapter, entities.main[1].base_with_examples)
+    for text in (
+        f"{show(fpb.main[1].adapter.value)} % of {fpb.rows} sentences",
+        f'always "neutral":\n  {show(fpb.majority)})',
+        f"[{show(gain.value)} points more](docs/results.md#by-dataset)",
+        "{} %, the base with three examples {}".format(*(show(score.value) for score in scores)),
+        f'always "person" {show(entities.majority)}',
+        f"[{show(worked['value'])} points\n  ({show(worked['low'], '+')} … "
+        f"{show(worked['high'], '+')}) more]",
+    ):
+        assert text in shown, text
+    lead = re.search(r"QLoRA leads by (\S+) \(([^)]+)\)", shown)
+    methods = (ROOT / "docs" / "methods.md").read_text()
+    assert "| sentiment | its best | " in methods
+    assert f"| +{lead[1]} ({lead[2]}), different |" in methods
 
 
 def test_the_page_of_experiments_shows_the_figures_of_the_search_by_hand():

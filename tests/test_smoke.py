@@ -64,17 +64,17 @@ def test_rows_of_another_format_are_measured_with_room_for_their_template(tiny, 
         smoke.pick_longest(entry, {}, None)
 
 
-def test_a_trial_has_its_own_evaluations_and_logs_each_step():
+def test_a_trial_has_its_own_evaluations_and_logs_each_step(tmp_path, monkeypatch):
     """Whatever the recipe says of them: its metric needs the validation rows of a task."""
     own = {"metric_for_best_model": "accuracy", "early_stopping_patience": 2, "logging_steps": 10}
     own |= {"load_best_model_at_end": True, "save_strategy": "epoch", "eval_strategy": "epoch"}
     recipe = recipes.find("smollm2-135m/sentiment_r4")
     entry = recipe.config["datasets"][0]
     rows = smoke.LongestRows(entry, [{"messages": []}] * 8, 8, 1, 0)
-    try:
-        config = smoke.build_trial(recipe, recipe.config | own, rows).config
-    finally:
-        smoke.shutil.rmtree(smoke.FOLDER, ignore_errors=True)
+    monkeypatch.setattr(smoke, "FOLDER", tmp_path)
+    own |= {"sample_packing": True, "eval_sample_packing": False}
+    config = smoke.build_trial(recipe, recipe.config | own, rows).config
+    assert config["eval_sample_packing"] is False
     assert not {"metric_for_best_model", "early_stopping_patience", "save_strategy"} & set(config)
     assert "eval_strategy" not in config and not config["load_best_model_at_end"]
     assert config["logging_steps"] == 1 and config["max_steps"] == config["eval_steps"]

@@ -231,7 +231,7 @@ def test_a_wrong_option_moves_no_run_and_no_result(trained, tmp_path, monkeypatc
     monkeypatch.setattr(verify, "list_data", lambda recipe, datasets: [])
     monkeypatch.setattr(verify.run, "choose_datasets", lambda task, names: names)
     monkeypatch.setattr(verify.results, "locate_result", lambda *_: path)
-    wrong = Verification(datasets=("fpb",), force=True, shots=0, choice=profiles.Choice(nproc=3))
+    wrong = Verification(datasets=("fpb",), force=True, shots=0, choice=profiles.Choice("cpu", 3))
     with pytest.raises(WrongInput, match="3 processes cannot share the recipe's batch"):
         verify.verify(NAME, wrong)
     assert recipe.run.is_finished and path.is_file()

@@ -987,12 +987,15 @@ def read_make_variables() -> dict[str, str]:
         if nearest(name.upper(), [option.upper() for option in known], cutoff=0.8):
             hint = nearest(name.upper(), [option.upper() for option in taken], cutoff=0.8)
             raise WrongInput(f"make has no variable {name.upper()}{hint}")
-    for name in sorted(values.keys() & known - taken):
-        verbs = [verb for verb, names in options.items() if name in names]
-        print(
-            f"note       make {' '.join(goals)} takes no {name.upper()}, so it has no effect here "
-            f"(it is for {', '.join(verbs)})"
-        )
+    # Each goal is a process of its own: the first one tells. What some print is data for a file.
+    tells, file = sys.argv[1:2] == goals[:1], sys.stdout
+    if sys.argv[1:2] in (["recipes"], ["render"]):
+        file = sys.stderr
+    for name in sorted(values.keys() & known - taken) if tells else ():
+        if values[name]:
+            verbs = ", ".join(verb for verb in options if name in options[verb])
+            text = f"make {' '.join(goals)} takes no {name.upper()}, so it has no effect here"
+            print(f"note       {text} (it is for {verbs})", file=file)
     return {name: value for name, value in values.items() if value}
 
 

@@ -207,13 +207,16 @@ def check_recipe(recipe: recipes.Recipe, is_new: bool) -> None:
     refuse_unrenderable(recipe)
 
 
-def check(recipe: recipes.Recipe, choice: profiles.Choice, machines: Machines) -> None:
-    """Raises what `train` would raise of a recipe and its options; brings the base, trains nothing.
+def check(recipe: recipes.Recipe, choice: profiles.Choice, machines: Machines, force: bool) -> None:
+    """Raises what `train` would before it begins; brings the base, and changes nothing else.
 
     A command that puts finished runs aside asks first.
     """
     here = hardware.detect_host()
     profile, nproc, _ = profiles.choose(here, choice, machines.nnodes)
+    if not force:
+        require_hardware(recipe, here, profile)
+    require_space(recipe.run.folder)
     processes = replace(machines, nproc=nproc).processes
     config = profiles.merge_config(recipe, replace(choice, profile=profile, nproc=processes), here)
     refuse_unscorable(config, recipe.where, processes)

@@ -125,7 +125,8 @@ def build_trial(recipe: Recipe, config: dict[str, Any], rows: LongestRows) -> Re
     for file, chosen in ((train_file, rows.rows * STEPS), (eval_file, rows.rows[:2])):
         write_text(file, "".join(f"{json.dumps(row, default=str)}\n" for row in chosen))
     entry = {key: value for key, value in rows.entry.items() if key not in PLACE}
-    options = {key: value for key, value in config.items() if key not in REPLACED}
+    replaced = REPLACED - {"eval_sample_packing"}
+    options = {key: value for key, value in config.items() if key not in replaced}
     changes = {
         "datasets": [entry | {"path": str(train_file)}],
         "test_datasets": [entry | {"path": str(eval_file), "split": "train"}],

@@ -90,7 +90,7 @@ def verify(name: str, request: Verification) -> None:
     }
     outdated = list_outdated(list(recipes_of_seeds.values()), processes, request.force)
     if outdated or request.force:
-        launch.check(recipe, request.choice, Machines())  # while nothing is moved yet
+        launch.check(recipe, request.choice, Machines(), request.force)  # nothing is moved yet
     else:
         refuse_unusable(recipe.config, recipe.where)
     set_aside(outdated)
