@@ -332,7 +332,7 @@ def explain_no_comparison(result: Result, dataset: str) -> str:
         return reason
     method = find_published_method(result.recipe)
     published = report.read_published().get(method, {}).get(dataset, {})
-    if published.keys().isdisjoint(result.datasets[dataset].metrics):
+    if published and published.keys().isdisjoint(result.datasets[dataset].metrics):
         names = " and ".join(report.title(metric) for metric in published)
         return f"FinLoRA publishes its {names}, which was not measured"
     return ""
