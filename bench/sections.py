@@ -244,8 +244,7 @@ def conclude_forgetting(entries: Sequence[dict[str, Any]]) -> list[str]:
     mean = fmean(d["value"] for d in prose)
     lines.append(
         f"- Prose: {mean:+.3f} nats a token on average over {count_runs(len(prose))}; {worse} of "
-        "them worse than the base, by the interval. Recipes differ, so the table counts more than "
-        "this mean."
+        "them worse than the base, by the interval. The table has each recipe's own mean."
     )
     others = [
         measured["difference"]

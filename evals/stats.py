@@ -362,14 +362,12 @@ def compare_seeds(first: Sequence[float], second: Sequence[float], rows: int) ->
 
     It is over seeds alone: how these rows would be answered after other trainings, not how other
     rows would. As seeds may agree by chance, the standard error is at least 1 / `rows`: one more
-    row answered differently. With one seed: {"value", "no_interval"}.
+    row answered differently. {"value", "low", "high"}, of two seeds or more.
     """
     from scipy.stats import t
 
     differences = np.subtract(second, first)
     value, seeds = float(differences.mean()), len(differences)
-    if seeds < 2:
-        return {"value": value, "no_interval": "one seed"}
     error = max(float(differences.std(ddof=1)) / seeds**0.5, 1 / rows)
     half = float(t.ppf(1 - LEVEL / 2, seeds - 1)) * error
     return {"value": value, **_limit_to_range({"low": value - half, "high": value + half}, -1)}

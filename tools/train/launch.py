@@ -17,7 +17,7 @@ import platform
 import shutil
 import signal
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
@@ -207,21 +207,36 @@ def check_recipe(recipe: recipes.Recipe, is_new: bool) -> None:
     refuse_unrenderable(recipe)
 
 
-def check(recipe: recipes.Recipe, choice: profiles.Choice, machines: Machines, force: bool) -> None:
-    """Raises what `train` would before it begins; brings the base, and changes nothing else.
+@dataclass(frozen=True)
+class Settings:
+    """How a recipe is trained here."""
 
-    A command that puts finished runs aside asks first.
+    profile: str
+    reason: str  # why that profile
+    machines: Machines
+    config: dict[str, Any]  # merged with the profile
+
+
+def choose_settings(
+    recipe: recipes.Recipe, choice: profiles.Choice, machines: Machines, is_new: bool
+) -> Settings:
+    """How a recipe is trained here; brings the base of one that `is_new`, and trains nothing.
+
+    Raises WrongInput or JobFailed for what cannot be trained here. A command that puts finished
+    runs aside asks first.
     """
     here = hardware.detect_host()
-    profile, nproc, _ = profiles.choose(here, choice, machines.nnodes)
-    if not force:
-        require_hardware(recipe, here, profile)
-    require_space(recipe.run.folder)
-    processes = replace(machines, nproc=nproc).processes
-    config = profiles.merge_config(recipe, replace(choice, profile=profile, nproc=processes), here)
-    refuse_unscorable(config, recipe.where, processes)
+    profile, nproc, reason = profiles.choose(here, choice, machines.nnodes)
+    machines = replace(machines, nproc=nproc)
+    if is_new and (needed := require_hardware(recipe, here, profile)):
+        print(f"train      {needed}")
     refuse_unusable(recipe.config, recipe.where)
-    run_in_child(check_recipe, recipe, True)
+    choice = replace(choice, profile=profile, nproc=machines.processes)
+    config = profiles.merge_config(recipe, choice, here)
+    refuse_unscorable(config, recipe.where, machines.processes)
+    # Axolotl loads torch, and this process stays beside the training.
+    run_in_child(check_recipe, recipe, is_new)
+    return Settings(profile, reason, machines, config)
 
 
 def train(recipe: recipes.Recipe, choice: profiles.Choice, machines: Machines, force: bool) -> None:
@@ -231,27 +246,20 @@ def train(recipe: recipes.Recipe, choice: profiles.Choice, machines: Machines, f
     trained here, JobFailed where a training stops.
     """
     data = describe_data(recipe)
-    here = hardware.detect_host()
-    profile, nproc, reason = profiles.choose(here, choice, machines.nnodes)
-    machines = replace(machines, nproc=nproc)
     is_new = not force and not recipe.run.identity_file.is_file()
-    if is_new and (needed := require_hardware(recipe, here, profile)):
-        print(f"train      {needed}")
-    refuse_unusable(recipe.config, recipe.where)
-    # Axolotl loads torch, and this process stays beside the training.
-    run_in_child(check_recipe, recipe, is_new)
+    settings = choose_settings(recipe, choice, machines, is_new)
+    machines, config = settings.machines, settings.config
     validated, missing = sources.drop_missing_validation(recipe.config)
     if missing:
         effect = "other rows validate" if validated.get("test_datasets") else "no rows validate"
         print(f"train      {effect}: {missing}")
     count = f", {machines.processes} processes" if machines.processes > 1 else ""
     rows = describe_rows(recipe, data)
-    print(f"train      {recipe.name} on {rows}, profile {profile} ({reason}){count}")
+    print(
+        f"train      {recipe.name} on {rows}, profile {settings.profile} ({settings.reason}){count}"
+    )
     if note := explain_examples(data):
         print(f"train      {note}")
-    choice = replace(choice, profile=profile, nproc=machines.processes)
-    config = profiles.merge_config(recipe, choice, here)
-    refuse_unscorable(config, recipe.where, machines.processes)
     for line in profiles.list_changes(recipe, config):
         print(f"train      {line}")
     if note := explain_unscorable(recipe.config):
@@ -259,7 +267,7 @@ def train(recipe: recipes.Recipe, choice: profiles.Choice, machines: Machines, f
             f"train      note: {note}; `make eval` needs PROMPT_FORMAT=bare, and chat and serve "
             "are not possible"
         )
-    info = execute(recipe, config, profile, force, machines)
+    info = execute(recipe, config, settings.profile, force, machines)
     if not info:
         print(f"train      done; the run is on {machines.rdzv}")
         return

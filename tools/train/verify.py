@@ -28,7 +28,7 @@ from tools.common import ROOT, WrongInput, format_table, shown
 from tools.data import convert
 from tools.recipes import Recipe
 from tools.train import hardware, launch, profiles
-from tools.train.checks import describe_data, refuse_unusable
+from tools.train.checks import describe_data, refuse_unusable, require_space
 from tools.train.machines import Machines
 from tools.train.profiles import Choice
 
@@ -90,7 +90,9 @@ def verify(name: str, request: Verification) -> None:
     }
     outdated = list_outdated(list(recipes_of_seeds.values()), processes, request.force)
     if outdated or request.force:
-        launch.check(recipe, request.choice, Machines(), request.force)  # nothing is moved yet
+        # While nothing is moved yet.
+        require_space(recipe.run.folder)
+        launch.choose_settings(recipe, request.choice, Machines(), is_new=not request.force)
     else:
         refuse_unusable(recipe.config, recipe.where)
     set_aside(outdated)
