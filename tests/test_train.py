@@ -70,6 +70,7 @@ def test_a_run_says_what_was_done(runs, method, chat_rows):
     assert content["adapter_sha256"] == common.digest(runs[method] / "adapter_model.safetensors")
     assert content["seconds"] > 0 and content["tokens_per_second"] > 0
     assert content["packages"]["torch"].startswith("2.")
+    assert content["machine"] == hardware.detect_host().describe_machine(1)
     rank = 4 if method == "r4" else 8
     assert (config["optimizer"], config["lora_r"]) == ("adamw_torch", rank)
     # q: 64 -> 64, k and v: 64 -> 32; two layers; DoRA adds a magnitude for each output.

@@ -237,6 +237,31 @@ def test_a_wrong_option_moves_no_run_and_no_result(trained, tmp_path, monkeypatc
     assert recipe.run.is_finished and path.is_file()
 
 
+def test_a_result_names_the_machine_of_the_training_that_it_counts(trained, monkeypatch):
+    """Not that of the call, to which `taskset` may give other cores."""
+    recipe, named = trained, []
+
+    def locate(name, device, *_):
+        named.append(device)
+        raise JobFailed("far enough")
+
+    monkeypatch.setattr(verify, "find_named_recipe", lambda name: recipe)
+    monkeypatch.setattr(verify, "prepare_data", lambda task: None)
+    monkeypatch.setattr(verify, "list_data", lambda recipe, datasets: [])
+    monkeypatch.setattr(verify.run, "choose_datasets", lambda task, names: names)
+    monkeypatch.setattr(verify.results, "locate_result", locate)
+    here, there = hardware.detect_host().describe_machine(1), "64 cores (x86_64), 9 GB, no GPU"
+    before = recipe.run.info  # of a version that did not record it
+    for info, force in ((before, False), (before | {"machine": there}, False), (before, True)):
+        common.write_json(recipe.run.info_file, info)
+        with pytest.raises(JobFailed, match="far enough"):
+            verify.verify(NAME, Verification(datasets=("fpb",), force=force))
+    common.write_json(recipe.run.info_file, before | {"machine": there, "recipe_digest": "0"})
+    with pytest.raises(JobFailed, match="far enough"):
+        verify.verify(NAME, Verification(datasets=("fpb",)))
+    assert named == [here, there, here, here]
+
+
 def test_more_examples_than_there_are_rows_are_refused_before_anything_is_trained(
     tmp_path, monkeypatch
 ):

@@ -68,7 +68,11 @@ def verify(name: str, request: Verification) -> None:
     is_of_examples = refuse_examples(recipe, data, request.permits_examples)
     here = hardware.detect_host()
     _, processes, _ = profiles.choose(here, request.choice, 1)
-    device = results.clean_text(here.describe_machine(processes))
+    device = here.describe_machine(processes)
+    if not request.force and is_trained(recipe, processes):
+        # Whose time and memory the result states: `taskset` may give this call fewer cores, or more.
+        device = recipe.run.info.get("machine", device)
+    device = results.clean_text(device)
     path = results.locate_result(recipe.name, device, is_of_examples)
     previous = path.with_name(f"{path.name}.previous")
     if request.shots:
