@@ -132,8 +132,9 @@ def train(cell: Cell) -> dict[str, Any]:
 def describe_score(
     metric: str, values: Sequence[float], data_sha256: str, rows: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
-    """The score of these values, with the clusters of the scored rows where they have any."""
+    """The score of these values; of scored rows also clusters and majority where they have any."""
     clusters = [row["cluster"] for row in rows if "cluster" in row]
+    majority = report.measure_majority({"predictions": list(rows)})
     score = stats.estimate(metric, values, clusters)
     ends = {key: round(end, 6) for key, end in score.items() if isinstance(end, float)}
     return {
@@ -143,13 +144,8 @@ def describe_score(
         **ends,
         "values": pack_values(values),
         **({"clusters": " ".join(map(str, clusters))} if clusters else {}),
+        **({} if majority is None else {"majority": round(majority, 6)}),
     }
-
-
-def pack_majority(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The accuracy of the most frequent answer alone, where answers are labels."""
-    majority = report.measure_majority({"predictions": list(rows)})
-    return {} if majority is None else {"majority": round(majority, 6)}
 
 
 def take_values(
@@ -171,9 +167,8 @@ def train_and_validate(cell: Cell, dataset: str, rows: Path, metric: str) -> Non
     with open_transformers(subject)("adapter", f"{cell.name}, validation:", count) as lm:
         answers = Scorer(dataset, rows).answer(lm, subject.options)
     values = take_values(cell, "the validation rows", answers, metric)
-    scores = {"validation": describe_score(metric, values, digest(rows), answers)}
-    scores["validation"] |= pack_majority(answers)
-    write_json(cell.file, content | {"scores": scores})
+    score = describe_score(metric, values, digest(rows), answers)
+    write_json(cell.file, content | {"scores": {"validation": score}})
 
 
 def train_and_test(cell: Cell, test_sets: Sequence[ScoredSet]) -> None:
@@ -189,7 +184,6 @@ def train_and_test(cell: Cell, test_sets: Sequence[ScoredSet]) -> None:
             values = take_values(cell, dataset, rows, test_set.metric)
             scores[dataset] = describe_score(test_set.metric, values, sha, rows)
             scores[dataset] |= {"base": round(base["metrics"][test_set.metric]["value"], 6)}
-            scores[dataset] |= pack_majority(rows)
     write_json(cell.file, content | {"scores": scores})
 
 

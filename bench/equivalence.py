@@ -24,6 +24,7 @@ from evals import stats
 Array = np.ndarray[Any, Any]
 POWER = 0.8
 SIMULATED, SIMULATION_SEED = 10_000, 0
+P_VALUES = ("p", "p_margin")  # of no difference, of the margin
 
 
 def find_least_error(rows: int) -> float:
@@ -107,11 +108,27 @@ def compare_means(
     }
 
 
+def compare_variants(
+    values: Array, others: Array, margin: float | None, clusters: stats.Clusters = None
+) -> dict[str, Any]:
+    """Mean of `values` minus that of `others`, (rows, seeds) each, and whether they are equivalent.
+
+    {"value", "low", "high" (95 %), "p": that there is no difference, "seeds": of each}; with a
+    margin also "low90", "high90" and "p_margin": that the difference reaches the margin.
+    """
+    comparison = compare_means(values - others, margin or 0.0, clusters)
+    ends = ["low", "high"] if margin is None else ["low", "high", "low90", "high90"]
+    names = ["value", *ends, "p", "seeds", *([] if margin is None else ["p_margin"])]
+    limited = {end: min(max(comparison[end], -1.0), 1.0) for end in ends}  # of shares
+    return {name: comparison[name] for name in names} | limited
+
+
 def correct_family(comparisons: list[dict[str, Any]]) -> None:
-    """Corrects both p of the comparisons of one family (Holm)."""
-    for name in ("p", "p_margin"):
-        corrected = stats.holm([comparison[name] for comparison in comparisons])
-        for comparison, p in zip(comparisons, corrected, strict=True):
+    """Corrects each p of the comparisons of one family (Holm)."""
+    for name in P_VALUES:
+        family = [comparison for comparison in comparisons if name in comparison]
+        corrected = stats.holm([comparison[name] for comparison in family])
+        for comparison, p in zip(family, corrected, strict=True):
             comparison[name] = p
 
 

@@ -1,21 +1,15 @@
 """What experiments share: options, changed recipes, and trainings and scorings."""
 
 import argparse
-import itertools
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from evals import run
 from tools import sources, subjects
-from tools.common import ROOT, JobFailed, WrongInput, read_json, shown
+from tools.common import WrongInput, read_json, shown
 from tools.recipes import Recipe
-from tools.subjects import Subject
 from tools.train import launch
 from tools.train.machines import Machines
 from tools.train.profiles import Choice
@@ -72,11 +66,13 @@ def vary(recipe: Recipe, folder: str, changes: dict[str, Any]) -> Recipe:
     )
 
 
-def train_and_score(recipe: Recipe, dataset: str) -> dict[str, dict[str, Any]]:
+def train_and_score(
+    recipe: Recipe, dataset: str, limit: int | None = None
+) -> dict[str, dict[str, Any]]:
     """Trains and scores a recipe, or what is missing of it; the score files of base and adapter."""
     launch.train(recipe, Choice(), Machines(), False)
     subject = subjects.of_recipe(recipe, False, None, None)
-    files = run.score_subject(subject, run.Request([dataset]))[dataset]
+    files = run.score_subject(subject, run.Request([dataset], limit))[dataset]
     return {side: read_json(file) for side, file in files.items()}
 
 
@@ -93,43 +89,3 @@ def describe_gain(gain: dict[str, Any]) -> str:
 
 def state_p(p: float) -> str:
     return "p < 0.0001" if p < 0.0001 else f"p = {p:.2g}"
-
-
-def run_verb(*arguments: Any) -> None:
-    """Runs `python -m tools …`; raises JobFailed with its message."""
-    command = [sys.executable, "-m", "tools", *map(str, arguments)]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if process.returncode:
-        message = process.stderr.strip().removeprefix("error: ")
-        raise JobFailed(message or f"{arguments[0]} failed")
-
-
-def run_all(label: str, jobs: dict[str, Any], work: Callable[[Any], str], workers: int) -> None:
-    """Calls `work` on each job, `workers` at a time, and prints the text that it returns.
-
-    Raises JobFailed at the end if some jobs failed.
-    """
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
-    finished = itertools.count(1)
-
-    def run_job(name: str) -> bool:
-        try:
-            text = work(jobs[name])
-        except JobFailed as error:
-            print(f"{label:<10} {name}: {error}", file=sys.stderr, flush=True)
-            return False
-        print(f"{label:<10} {next(finished)}/{len(jobs)} {name} {text}", flush=True)
-        return True
-
-    pool = ThreadPoolExecutor(workers)
-    try:
-        failed = list(pool.map(run_job, jobs)).count(False)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    if failed:
-        raise JobFailed(f"{failed} of {len(jobs)} failed; the same command tries them again")
-
-
-def find_scores(run: Path, base: Path, side: str, dataset: str, limit: int | None) -> Path:
-    """The score file of a run (`side` is adapter) or of its base, whose folder is `base`."""
-    return Subject("", {}, run, run, base, None, "chat").file(side, dataset, limit)

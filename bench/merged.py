@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.equivalence import compare_variants
 from bench.jobs import (
     describe_gain,
     list_row_values,
@@ -30,7 +31,6 @@ from bench.jobs import (
     train_and_score,
     vary,
 )
-from bench.parity import compare_variants
 from evals import run
 from tools import recipes, subjects
 from tools.common import ROOT, command, format_table, quiet, read_json, write_json

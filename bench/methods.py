@@ -31,7 +31,7 @@ from bench.cells import (
     work_through,
 )
 from bench.jobs import UNVALIDATED, choose_names, require_rows, vary
-from evals.figures import is_drawn_from
+from evals.figures import update_figure
 from tools import recipes
 from tools.common import ROOT, JobFailed, command, quiet, read_yaml, shown, update_page
 from tools.recipes import Recipe
@@ -109,23 +109,19 @@ class Experiment:
         return [self.make_cell(method, rate, seed, scored) for seed in self.spec["seeds"]]
 
     def list_setting_cells(self, method: str, setting: str) -> list[Cell]:
-        """The cells of a method at the `common` or at its `best` rate; [] before that is chosen."""
+        """The cells of a method at the `common` or at its `best` rate."""
         rate = self.choose_rate(method) if setting == "best" else self.spec["common_rate"]
-        return self.list_seed_cells(method, rate) if rate is not None else []
+        return self.list_seed_cells(method, rate)
 
     @property
     def missing_rates(self) -> list[str]:
         """The names of trainings without which no rate can be chosen."""
         return list_missing(self.list_all_rate_cells())
 
-    def choose_rate(self, method: str) -> float | None:
-        """The rate with the best validation score, the lower of equals; None before all are in."""
-        group = self.list_rate_cells(method)
-        if list_missing(list(group.values())):
-            return None
-        scores = {
-            rate: cell.content["scores"]["validation"]["value"] for rate, cell in group.items()
-        }
+    def choose_rate(self, method: str) -> float:
+        """The rate with the best validation score, the lower of equals; all must be in."""
+        cells = self.list_rate_cells(method).items()
+        scores = {rate: cell.content["scores"]["validation"]["value"] for rate, cell in cells}
         return max(sorted(scores), key=lambda rate: scores[rate])
 
     def list_test_cells(self) -> dict[str, Cell]:
@@ -143,26 +139,24 @@ class Experiment:
     def missing_tests(self) -> list[str]:
         return list_missing(list(self.list_test_cells().values()))
 
-    def compare(self, method: str, setting: str, dataset: str = "") -> dict[str, Any] | None:
-        """A method minus the reference, on one dataset or all; None where a training is missing."""
-        datasets = [dataset] if dataset else self.plan["datasets"]
-        sides = []
-        for name in (method, self.spec["reference"]):
-            group = self.list_setting_cells(name, setting)
-            if not group or list_missing(group):
-                return None
-            sides.append(collect_columns(group, datasets))
-        clusters = list_clusters(group[0], datasets)
-        return equivalence.compare_means(sides[0] - sides[1], self.spec["margin"], clusters)
+    @property
+    def missing(self) -> list[str]:
+        return self.missing_rates or self.missing_tests
 
-    def compare_all(self, setting: str) -> dict[str, dict[str, Any] | None]:
-        """Each method against the reference; p is corrected where all of the family are there."""
+    def compare(self, method: str, setting: str, dataset: str = "") -> dict[str, Any]:
+        """A method minus the reference, on one dataset or all; no training may be missing."""
+        datasets = [dataset] if dataset else self.plan["datasets"]
+        names = (method, self.spec["reference"])
+        groups = [self.list_setting_cells(name, setting) for name in names]
+        values, others = (collect_columns(group, datasets) for group in groups)
+        clusters = list_clusters(groups[0][0], datasets)
+        return equivalence.compare_means(values - others, self.spec["margin"], clusters)
+
+    def compare_all(self, setting: str) -> dict[str, dict[str, Any]]:
+        """Each method against the reference, with corrected p."""
         others = [name for name in self.spec["methods"] if name != self.spec["reference"]]
         compared = {name: self.compare(name, setting) for name in others}
-        family = [comparison for comparison in compared.values() if comparison]
-        if len(family) < len(compared):
-            return dict.fromkeys(compared)
-        equivalence.correct_family(family)
+        equivalence.correct_family(list(compared.values()))
         return compared
 
     def group_finished_cells(self) -> dict[str, list[Cell]]:
@@ -233,12 +227,9 @@ def write_page(check: bool = False) -> None:
     """Writes the page and its figure; with `check`, raises JobFailed where one is old."""
     experiments = open_experiments()
     update_page(PAGE, methods_page.build_page(experiments), "make results", check)
-    drawn = methods_figure.describe_drawn(experiments)
-    if not drawn or is_drawn_from(FIGURE, drawn):
-        return
-    if check:
-        raise JobFailed(f"{shown(FIGURE)} is out of date; `make results` writes it")
-    methods_figure.draw_rates(experiments, FIGURE)
+    whole = [experiment for experiment in experiments if not experiment.missing]
+    drawn = methods_figure.describe_drawn(whole) if whole else ""
+    update_figure(FIGURE, drawn, lambda: methods_figure.draw_rates(whole, FIGURE), check)
 
 
 @command

@@ -12,18 +12,15 @@ if TYPE_CHECKING:
 
 
 def describe_drawn(experiments: list["Experiment"]) -> str:
-    """What the figure is drawn from, data and code, as text; "" where there is nothing to draw."""
+    """What the figure is drawn from, data and code, as text."""
     drawn = {
         experiment.task: {
             cell.name: {key: value for key, value in score.items() if key != "values"}
-            for cell in experiment.group_finished_cells()["rates"]
+            for cell in experiment.list_all_rate_cells()
             for score in (cell.content["scores"]["validation"],)
         }
         for experiment in experiments
-        if experiment.list_finished_cells()
     }
-    if not drawn:
-        return ""
     data = json.dumps([drawn, experiments[0].spec["methods"]], sort_keys=True)
     return data + Path(__file__).read_text()
 
@@ -32,13 +29,10 @@ def draw_rates(experiments: list["Experiment"], file: Path) -> None:
     """Validation score against rate: a panel for each task, a line for each method."""
     from matplotlib.figure import Figure
 
-    shown_tasks = [experiment for experiment in experiments if experiment.list_finished_cells()]
-    if not shown_tasks:
-        return
     with use_defaults({}):
-        figure = Figure(figsize=(5.4 * len(shown_tasks), 4.2), layout="constrained")
-        panels = figure.subplots(1, len(shown_tasks), squeeze=False)[0]
-        for axes, experiment in zip(panels, shown_tasks, strict=True):
+        figure = Figure(figsize=(5.4 * len(experiments), 4.2), layout="constrained")
+        panels = figure.subplots(1, len(experiments), squeeze=False)[0]
+        for axes, experiment in zip(panels, experiments, strict=True):
             draw_task(axes, experiment)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
@@ -48,9 +42,7 @@ def draw_rates(experiments: list["Experiment"], file: Path) -> None:
 def draw_task(axes: Any, experiment: "Experiment") -> None:
     for place, (method, entry) in enumerate(experiment.spec["methods"].items()):
         cells = experiment.list_rate_cells(method).items()
-        done = [
-            (rate, cell.content["scores"]["validation"]) for rate, cell in cells if cell.is_done
-        ]
+        done = [(rate, cell.content["scores"]["validation"]) for rate, cell in cells]
         shift = 1.04 ** (place - 1.5)  # so that intervals do not cover each other
         rates = [rate * shift for rate, _ in done]
         values = [100 * score["value"] for _, score in done]

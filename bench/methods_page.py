@@ -9,15 +9,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from bench import equivalence, together
-from bench.cells import Cell, collect_columns, list_missing, refuse_other_rows
+from bench.cells import Cell, collect_columns, refuse_other_rows
 from bench.jobs import state_p
 from bench.performance import build_table
-from bench.sections import build_forgetting, build_part, build_worked, describe_part
+from bench.sections import build_forgetting, build_part, build_worked
 from bench.texts import (
     ROUNDED,
     describe_largest,
     describe_majorities,
-    describe_missing,
     format_difference,
     format_points,
     format_range,
@@ -66,8 +65,7 @@ PLANNED = f"""\
 What {equivalence.SIMULATED:,} simulated experiments find with the planned standard deviations of
 paired differences. A row's difference is the same for all seeds; for the figures in brackets it is
 drawn anew for each. Holm's correction is left out, and makes these findings rarer. The standard
-deviations are from before the first training. The formula of that time gave 5.1 and 5.0 points for
-sentiment, and 3.1 and 3.2 for XBRL terms.
+deviations are from before the first training.
 """
 
 VERDICTS = """\
@@ -108,19 +106,10 @@ MACHINES = """\
 Rounding differs between machines and versions, so a rate chosen on one need not be the best on
 another. In brackets: trainings."""
 FINLORAS_RATE = 1e-4  # of all its methods
+MISSING = "trainings are missing; `--status` names them, and nothing is concluded from the others."
 
 
 # ---- the ranking
-
-
-def describe_progress(experiment: "Experiment") -> list[str]:
-    task, spec = experiment.task, experiment.spec
-    total = len(spec["methods"]) * len(spec["rates"])
-    lines = describe_missing(f"{task}, rates", experiment.missing_rates, total)
-    if experiment.missing_rates:
-        return [*lines, f"- {task}, test rows: not read, since not all rates are chosen."]
-    tests = len(experiment.list_test_cells())
-    return lines + describe_missing(f"{task}, test rows", experiment.missing_tests, tests)
 
 
 def describe_plan(experiment: "Experiment") -> str:
@@ -144,18 +133,16 @@ def describe_plan(experiment: "Experiment") -> str:
 
 
 def build_rates(experiment: "Experiment") -> list[str]:
-    """The table of validation scores by rate; a method's best is bold once all rates are in."""
+    """The table of validation scores by rate; a method's best is bold."""
     spec, plan = experiment.spec, experiment.plan
     rows = []
     for method, entry in spec["methods"].items():
         best, cells = experiment.choose_rate(method), []
         for rate, cell in experiment.list_rate_cells(method).items():
-            text = "missing"
-            if cell.is_done:
-                score = cell.content["scores"]["validation"]
-                text = format_points(score["value"])
-                if "low" in score:
-                    text += f" ({format_points(score['low'])} … {format_points(score['high'])})"
+            score = cell.content["scores"]["validation"]
+            text = format_points(score["value"])
+            if "low" in score:
+                text += f" ({format_points(score['low'])} … {format_points(score['high'])})"
             cells.append(f"**{text}**" if rate == best else text)
         rows.append([entry["title"], *cells])
     headings = [f"{report.title(plan['metric'])}, %", *(f"{rate:g}" for rate in spec["rates"])]
@@ -176,7 +163,7 @@ def build_rates(experiment: "Experiment") -> list[str]:
 def is_constant_rate(experiment: "Experiment", rate: float) -> bool:
     """Whether at a rate all methods are right on the same rows, as many as one answer is."""
     cells = [experiment.list_rate_cells(method)[rate] for method in experiment.spec["methods"]]
-    return not list_missing(cells) and is_constant(cells, ["validation"], same_rows=True)
+    return is_constant(cells, ["validation"], same_rows=True)
 
 
 def format_method(
@@ -186,31 +173,19 @@ def format_method(
     spec, plan = experiment.spec, experiment.plan
     title = spec["methods"][method]["title"]
     cells = experiment.list_setting_cells(method, setting)
-    if list_missing(cells):
-        return [title, "", "missing", "", ""]
     columns = collect_columns(cells, plan["datasets"])
     mean = stats.estimate_mean(plan["metric"], columns.T.tolist())
     score = format_seeds(mean["value"], columns.mean(0))
     rate = cells[0].recipe.config["learning_rate"]
-    if method == spec["reference"]:
-        return [title, f"{rate:g}", score, "–", "reference"]
     if comparison is None:
-        return [title, f"{rate:g}", score, "", "not all are done"]
+        return [title, f"{rate:g}", score, "–", "reference"]
     verdict = equivalence.describe_verdict(comparison, spec["margin"])
     return [title, f"{rate:g}", score, format_difference(comparison), verdict]
-
-
-def has_whole_method(experiment: "Experiment", setting: str) -> bool:
-    """Whether all seeds of a method were scored on test rows."""
-    groups = (experiment.list_setting_cells(name, setting) for name in experiment.spec["methods"])
-    return any(not list_missing(group) for group in groups)
 
 
 def build_tests(experiment: "Experiment", setting: str) -> list[str]:
     """The table of test scores at the common or the best rates."""
     spec, plan = experiment.spec, experiment.plan
-    if experiment.missing_rates or not has_whole_method(experiment, setting):
-        return []
     name = "one common rate" if setting == "common" else "each method's best rate"
     compared = experiment.compare_all(setting)
     rows = [
@@ -222,25 +197,23 @@ def build_tests(experiment: "Experiment", setting: str) -> list[str]:
     headings += [f"minus {reference}, points", "verdict"]
     lines = [f"### Test rows at {name}, {experiment.task}", "", *build_table(headings, rows)]
     tested = experiment.group_finished_cells()["test rows"]
-    text = describe_largest(tested[0], plan["datasets"])
-    text += describe_majorities(tested, plan["datasets"])
-    lines += [" ".join(text), ""] if text else []
+    if setting == "best":  # it holds for both
+        text = describe_largest(tested[0], plan["datasets"])
+        text += describe_majorities(tested, plan["datasets"])
+        lines += [" ".join(text), ""] if text else []
     for method, comparison in compared.items():
-        if comparison:
-            lines.append(describe_comparison(spec["methods"][method]["title"], comparison))
-    return [*lines, "", *(build_datasets(experiment, setting) if setting == "best" else [])]
+        lines.append(describe_comparison(spec["methods"][method]["title"], comparison))
+    has_parts = setting == "best" and len(plan["datasets"]) > 1
+    return [*lines, "", *(build_datasets(experiment, setting) if has_parts else [])]
 
 
 def build_datasets(experiment: "Experiment", setting: str) -> list[str]:
-    """A table of differences by dataset; [] where there is one dataset or nothing to compare."""
+    """A table of differences by dataset."""
     spec, datasets = experiment.spec, experiment.plan["datasets"]
     rows = []
-    for method, comparison in experiment.compare_all(setting).items():
-        if comparison is None or len(datasets) == 1:
-            return []
+    for method in experiment.compare_all(setting):
         compared = [experiment.compare(method, setting, name) for name in datasets]
-        cells = [format_difference(comparison) for comparison in compared if comparison]
-        rows.append([spec["methods"][method]["title"], *cells])
+        rows.append([spec["methods"][method]["title"], *map(format_difference, compared)])
     scores = experiment.list_setting_cells(spec["reference"], setting)[0].content["scores"]
     headings = [f"{name}, {scores[name]['rows']:,} rows" for name in datasets]
     text = "The same differences by dataset, in points, with 95 % intervals:"
@@ -292,40 +265,31 @@ def describe_low(experiment: "Experiment", scores: Sequence[float]) -> str:
 def judge_hypothesis(experiment: "Experiment") -> str:
     """Whether the hypothesis holds: that at their best rates all methods lie within the margin."""
     compared, margin = experiment.compare_all("best"), experiment.spec["margin"]
-    found = [comparison for comparison in compared.values() if comparison]
-    if len(found) < len(compared):
-        verdict = "is not tested yet, trainings are missing"
-    elif all(comparison["p_margin"] < stats.LEVEL for comparison in found):
+    if all(c["p_margin"] < stats.LEVEL for c in compared.values()):
         verdict = "is shown: at its best rate each method is equivalent to the reference"
-    elif any(c["low"] > margin or c["high"] < -margin for c in found):
+    elif any(c["low"] > margin or c["high"] < -margin for c in compared.values()):
         verdict = "is refuted: a method's interval lies outside the margin"
     else:
         verdict = "is neither shown nor refuted: a method's interval extends past the margin"
-    if len(found) < len(compared):
-        return f"- {experiment.task}: the hypothesis {verdict}."
     titles = {name: entry["title"] for name, entry in experiment.spec["methods"].items()}
-    weakest, comparison = max(
-        ((titles[name], c) for name, c in compared.items() if c),
-        key=lambda pair: pair[1]["p_margin"],
-    )
+    weakest, comparison = max(compared.items(), key=lambda pair: pair[1]["p_margin"])
     is_shown = comparison["p_margin"] < stats.LEVEL
     level, low, high = (90, "low90", "high90") if is_shown else (95, "low", "high")
     ends = f"{100 * comparison[low]:+.1f} … {100 * comparison[high]:+.1f}"
-    differ = [titles[name] for name, c in compared.items() if c and c["p"] < stats.LEVEL]
+    differ = [titles[name] for name, c in compared.items() if c["p"] < stats.LEVEL]
     other = f" A difference is shown for {' and '.join(differ)}." if differ else ""
     return (
         f"- {experiment.task}: the hypothesis {verdict}. "
         f"Over {len(experiment.spec['seeds'])} seeds the weakest test of the margin is that of "
-        f"{weakest}: {level} % interval {ends} points, {state_p(comparison['p_margin'])} (Holm); "
-        f"more seeds could {'overturn' if is_shown else 'decide'} it.{other}"
+        f"{titles[weakest]}: {level} % interval {ends} points, "
+        f"{state_p(comparison['p_margin'])} (Holm); more seeds could "
+        f"{'overturn' if is_shown else 'decide'} it.{other}"
     )
 
 
 def conclude_ranking(experiment: "Experiment") -> list[str]:
     """The hypothesis, the spread over rates, and rates that may not be the best."""
     spec = experiment.spec
-    if experiment.missing_rates:
-        return [f"- {experiment.task}: none yet, rates are missing."]
     lines = [judge_hypothesis(experiment), describe_spread(experiment)]
     edges = (min(spec["rates"]), max(spec["rates"]))
     for method, entry in spec["methods"].items():
@@ -338,26 +302,22 @@ def conclude_ranking(experiment: "Experiment") -> list[str]:
 
 
 def build_verdicts(experiments: list["Experiment"]) -> list[str]:
-    """A table of all methods against the reference; [] where none can be compared yet."""
+    """A table of all methods against the reference; [] without a whole experiment."""
+    if not experiments:
+        return []
     spec = experiments[0].spec
     methods, reference = dict(spec["methods"]), spec["reference"]
     base = methods.pop(reference)["title"]
     within = f" within ±{100 * spec['margin']:g} points"
     rows = []
     for experiment in experiments:
-        if experiment.missing_rates:
-            continue
         for setting, rate in (("common", f"{spec['common_rate']:g} for all"), ("best", "its best")):
-            compared = experiment.compare_all(setting)
             cells = [
                 f"{format_difference(comparison)}, "
                 f"{equivalence.describe_verdict(comparison, spec['margin']).replace(within, '')}"
-                for comparison in compared.values()
-                if comparison
+                for comparison in experiment.compare_all(setting).values()
             ]
-            rows += [[experiment.task, rate, *cells]] if cells else []
-    if not rows:
-        return []
+            rows.append([experiment.task, rate, *cells])
     text = (
         f"Test rows, in points against {base}, with 95 % intervals over rows and "
         f"{len(spec['seeds'])} seeds. Equivalent:{within}. The common rate is the middle of the "
@@ -373,22 +333,26 @@ def build_verdicts(experiments: list["Experiment"]) -> list[str]:
 def build_page(experiments: list["Experiment"]) -> str:
     """The whole page; raises WrongInput where results do not belong together."""
     spec, parts = experiments[0].spec, together.open_parts()
-    for experiment in experiments:
+    whole = [experiment for experiment in experiments if not experiment.missing]
+    whole_parts = [part for part in parts if not part.missing]
+    for experiment in whole:
         refuse_other_rows(experiment.list_finished_cells())
     margin = f"Margin: {format_points(spec['margin'])} points. Written before the first training:"
     lines = [HEAD, "## Conclusions", ""]
-    lines += [line for experiment in experiments for line in conclude_ranking(experiment)]
-    lines += ["", *build_verdicts(experiments), OTHERS]
-    if any(experiment.list_finished_cells() for experiment in experiments):
+    lines += [f"- {e.task}: {MISSING}" for e in experiments if e.missing]
+    lines += [f"- {p.plan['title']}: {MISSING}" for p in parts if p.missing]
+    lines += [line for experiment in whole for line in conclude_ranking(experiment)]
+    lines += ["", *build_verdicts(whole), OTHERS]
+    if whole:
         lines += ["![Validation score by learning rate, a line for each method](methods.svg)", ""]
     lines += ["## Hypothesis", "", margin, "", quote(spec["hypothesis"]), ""]
     lines += [PLANNED, *map(describe_plan, experiments), "", VERDICTS]
     lines += ["## Results", ""]
-    for experiment in experiments:
+    for experiment in whole:
         lines += build_rates(experiment)
         for setting in ("common", "best"):
             lines += build_tests(experiment, setting)
-    lines += [line for part in parts for line in build_part(part)]
+    lines += [line for part in whole_parts for line in build_part(part)]
     lines += [*build_worked(), *build_forgetting(), LIMITS]
     stages = {
         f"{experiment.task}, {stage}": cells
@@ -396,10 +360,7 @@ def build_page(experiments: list["Experiment"]) -> str:
         for stage, cells in experiment.group_finished_cells().items()
     }
     stages |= {part.plan["title"]: part.list_finished_cells() for part in parts}
-    lines += ["## Run it", "", COMMANDS]
-    lines += [line for experiment in experiments for line in describe_progress(experiment)]
-    lines += [line for part in parts for line in describe_part(part)]
-    lines += ["", MACHINES, "", *describe_machines(stages)]
+    lines += ["## Run it", "", COMMANDS, MACHINES, "", *describe_machines(stages)]
     return "\n".join(lines).rstrip() + "\n"
 
 

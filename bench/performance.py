@@ -10,13 +10,13 @@ A file holds one machine's figures by benchmark and subject; a new measurement r
 import argparse
 import importlib.metadata
 import time
-from pathlib import Path
 from typing import Any
 
 from tools.common import (
     ROOT,
     WrongInput,
     command,
+    format_markdown,
     read_json,
     shown,
     slugify,
@@ -48,8 +48,8 @@ model once, whole or in the packs that our scoring makes of them, and nothing is
 """
 
 
-def record(bench: str, subject: str, figures: dict[str, Any]) -> Path:
-    """Adds one benchmark's figures to the file of this machine; returns the file."""
+def record(bench: str, subject: str, figures: dict[str, Any]) -> None:
+    """Adds one benchmark's figures to the file of this machine."""
     machine = detect_host().describe_machine()
     path = RESULTS / f"performance_{slugify(machine)}.json"
     content: dict[str, Any] = read_json(path) if path.is_file() else {"machine": machine}
@@ -58,17 +58,11 @@ def record(bench: str, subject: str, figures: dict[str, Any]) -> Path:
     content.setdefault(bench, {})[subject] = entry
     write_json(path, content)
     print(f"bench      {shown(path)}; `python -m bench.performance` writes the page")
-    return path
-
-
-def join_row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def build_table(headings: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table; the first column is text, the others are numbers."""
-    ruler = ["---", *["---:"] * (len(headings) - 1)]
-    return [join_row(headings), join_row(ruler), *map(join_row, rows), ""]
+    """The lines of a Markdown table; the first column is text, the others are numbers."""
+    return format_markdown(headings, rows).split("\n")
 
 
 def build_training(subjects: dict[str, Any]) -> list[str]:

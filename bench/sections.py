@@ -9,13 +9,12 @@ from statistics import fmean
 from typing import Any
 
 from bench import equivalence, forgetting, together, worked
-from bench.cells import collect_columns, list_missing, refuse_other_rows
+from bench.cells import collect_columns, refuse_other_rows
 from bench.jobs import describe_gain, state_p
 from bench.performance import build_table
 from bench.texts import (
     ROUNDED,
     average_score,
-    describe_missing,
     format_difference,
     format_points,
     format_seeds,
@@ -41,11 +40,6 @@ WORKED_SCORES = {
 # ---- tasks together, swapped labels
 
 
-def describe_part(part: together.Part) -> list[str]:
-    total = len(part.plan["variants"]) * len(part.spec["seeds"])
-    return describe_missing(part.plan["title"], part.missing, total)
-
-
 def build_part(part: together.Part) -> list[str]:
     """A section: the hypothesis, scores by variant and test, and the comparisons."""
     plan, spec = part.plan, part.spec
@@ -61,26 +55,19 @@ def build_part(part: together.Part) -> list[str]:
         lines += describe_constant(part, variant, test)
     for pair, comparison in zip(plan["compared"], part.compare_all(), strict=True):
         name = f"{pair['variant']} against {pair['against']}, on {pair['test']}"
-        if comparison is None:
-            lines.append(f"- {name}: no conclusion, trainings are missing.")
-        else:
-            verdict = equivalence.describe_verdict(comparison, spec["margin"])
-            points = f"{format_difference(comparison)} points over {len(spec['seeds'])} seeds"
-            lines.append(f"- {name}: {verdict}; {points}, {state_p(comparison['p'])} (Holm).")
-            verdict = equivalence.judge_direction(comparison, spec["margin"], pair["expected"])
-            change = "drop" if pair["expected"] == "lower" else "rise"
-            least = f"{100 * spec['margin']:g} points"
-            lines.append(f"  The predicted {change} of more than {least} is {verdict}.")
-    if not part.missing:
-        lines.append(f"- {plan['note']}")
-    return [*lines, ""]
+        verdict = equivalence.describe_verdict(comparison, spec["margin"])
+        points = f"{format_difference(comparison)} points over {len(spec['seeds'])} seeds"
+        lines.append(f"- {name}: {verdict}; {points}, {state_p(comparison['p'])} (Holm).")
+        verdict = equivalence.judge_direction(comparison, spec["margin"], pair["expected"])
+        change = "drop" if pair["expected"] == "lower" else "rise"
+        least = f"{100 * spec['margin']:g} points"
+        lines.append(f"  The predicted {change} of more than {least} is {verdict}.")
+    return [*lines, f"- {plan['note']}", ""]
 
 
 def build_variant(part: together.Part, variant: str, test: str) -> list[str]:
     """The row of a variant in the table of a part."""
     cells, datasets = part.list_cells(variant), part.find_test(test).datasets
-    if list_missing(cells):
-        return [variant, test, "", "", "missing"]
     refuse_other_rows(cells)
     means = collect_columns(cells, datasets).mean(0)
     sides = (average_score(cells[0], datasets, side) for side in ("majority", "base"))
@@ -90,7 +77,7 @@ def build_variant(part: together.Part, variant: str, test: str) -> list[str]:
 def describe_constant(part: together.Part, variant: str, test: str) -> list[str]:
     """A line where a variant scores what the most frequent answer alone scores."""
     cells, datasets = part.list_cells(variant), part.find_test(test).datasets
-    if list_missing(cells) or not is_constant(cells, datasets):
+    if not is_constant(cells, datasets):
         return []
     name = f"- {variant}, scored on {test}:"
     if is_constant(cells, datasets, same_rows=True):
@@ -106,10 +93,9 @@ def describe_below(part: together.Part, scored: Sequence[tuple[str, str]]) -> li
     below = []
     for variant, test in scored:
         cells, datasets = part.list_cells(variant), part.find_test(test).datasets
-        if not list_missing(cells):
-            majority = average_score(cells[0], datasets, "majority")
-            if collect_columns(cells, datasets).mean() < majority - ROUNDED:
-                below.append(f"{variant} on {test}")
+        majority = average_score(cells[0], datasets, "majority")
+        if collect_columns(cells, datasets).mean() < majority - ROUNDED:
+            below.append(f"{variant} on {test}")
     return [f"- Below the most frequent answer alone: {', '.join(below)}."] if below else []
 
 

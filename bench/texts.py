@@ -64,15 +64,6 @@ def describe_largest(cell: Cell, datasets: Sequence[str]) -> list[str]:
     return [f"{100 * share:.0f} % of the rows are from {largest}, so verdicts are mostly about it."]
 
 
-def describe_missing(what: str, missing: Sequence[str], total: int) -> list[str]:
-    """A line on how much of a stage is done; with the names of what is missing."""
-    if not missing:
-        return [f"- {what}: all {total} trainings are done."]
-    if len(missing) == total:
-        return [f"- {what}: none of {total} trainings is done."]
-    return [f"- {what}: {total - len(missing)} of {total} done. Missing: {list_names(missing)}."]
-
-
 def is_constant(cells: Sequence[Cell], datasets: Sequence[str], same_rows: bool = False) -> bool:
     """Whether each cell scores what one answer scores; with `same_rows`, all on the same rows."""
     if any("majority" not in cells[0].content["scores"][name] for name in datasets):

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.equivalence import compare_variants
 from bench.jobs import (
     UNVALIDATED,
     describe_gain,
@@ -27,7 +28,6 @@ from bench.jobs import (
     train_and_score,
     vary,
 )
-from bench.parity import compare_variants
 from evals import run, stats
 from evals.report import select_shared
 from tools import recipes, sources

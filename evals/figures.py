@@ -5,14 +5,14 @@ point.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from evals.report import Gains
-from tools.common import atomic
+from tools.common import JobFailed, atomic, shown
 
 INK = "#59626d"  # grey in a PNG; evals/page.py replaces it with the page's colour
 COLOURS = ("#3b74c4", "#c8553d", "#3f8f5b", "#8a5fb0", "#a8790b", "#2a8c97")
@@ -71,9 +71,17 @@ def save_svg(figure: Any, file: Path, drawn: str = "") -> None:
         figure.savefig(out, format="svg", metadata=metadata)
 
 
-def is_drawn_from(file: Path, drawn: str) -> bool:
-    """Whether a file is a figure that `save_svg` wrote with the same `drawn`."""
-    return file.is_file() and _mark(drawn) in file.read_text(encoding="utf-8")
+def update_figure(file: Path, drawn: str, draw: Callable[[], None], check: bool = False) -> None:
+    """Draws a figure unless `save_svg` wrote it with the same `drawn`; without any, removes it.
+
+    With `check`, raises JobFailed in place of either.
+    """
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if (_mark(drawn) in text) if drawn else not text:
+        return
+    if check:
+        raise JobFailed(f"{shown(file)} is out of date; `make results` writes it")
+    draw() if drawn else file.unlink()
 
 
 def _mark(drawn: str) -> str:

@@ -10,7 +10,6 @@ characters that steer a page or a terminal are spelled out.
 import base64
 import hashlib
 import io
-import json
 import math
 import sys
 from collections import Counter
@@ -37,6 +36,7 @@ from tools.common import (
     spell_out,
     write_text,
 )
+from tools.runs import Run
 
 TEMPLATE = ROOT / "evals" / "page.html"
 WRONG = 25  # wrong answers shown of each model and dataset
@@ -63,8 +63,7 @@ class Scored:
 
     @property
     def run_info(self) -> dict[str, Any]:
-        path = self.folder / "run.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return Run(self.folder).info
 
     @property
     def recipe(self) -> str:
@@ -91,8 +90,7 @@ class Scored:
 def _read_current(file: Path) -> Content:
     """A score file; raises WrongInput if damaged, or of an adapter that was trained again."""
     content = report.read(file)
-    run = file.parent.parent / "run.json"
-    now = json.loads(run.read_text()).get("adapter_sha256") if run.is_file() else None
+    now = Run(file.parent.parent).info.get("adapter_sha256")
     if now and content["evaluated"].get("adapter_sha256") not in (None, now):
         raise WrongInput("of an adapter that was trained again; `make eval` scores it")
     return content

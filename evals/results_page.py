@@ -1,10 +1,8 @@
 """Pages of the results: docs/results.md, the README's table and the figure docs/results.svg.
 
-    python -m tools results            writes them from results/
-    python -m tools results --check    fails where they do not match results/
-
-Only evidence is shown with its figures. A stale result is named with the reason, and one of the
-examples in data/sample is not shown at all.
+`make results` writes them from results/, and `make check` fails where they do not match it. Only
+evidence is shown with its figures. A stale result is named with the reason, and one of the examples
+in data/sample is not shown at all.
 """
 
 from statistics import fmean
@@ -12,7 +10,7 @@ from statistics import fmean
 from evals import figures, report, results, results_figure
 from evals.results import DatasetResult, MetricResult, Result, Score
 from tools import recipes
-from tools.common import ROOT, JobFailed, shown, update_page
+from tools.common import ROOT, format_markdown, insert_block, update_page
 
 README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "results.md"
@@ -66,10 +64,6 @@ def format_majority(entry: DatasetResult) -> str:
     return "–" if entry.majority is None else f"{100 * entry.majority:.1f}"
 
 
-def join_cells(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |\n"
-
-
 # ---- README
 
 
@@ -95,15 +89,15 @@ def choose_for_readme(featured: list[Result]) -> list[Result]:
 def build_readme_table(featured: list[Result]) -> str:
     """A line for each recipe and dataset."""
     heads = ["recipe", "test rows", "metric", "majority, %", "base, %", "with examples, %"]
-    lines = [join_cells(*heads, "adapter, %", "gain, points")]
-    lines.append(join_cells(*["---"] * 3, *["---:"] * 5))
+    rows = []
     for result in featured:
         for dataset, entry in result.datasets.items():
             metric, scores = entry.main
             cells = [link_result(result, "docs/"), f"{dataset}, {entry.rows:,}"]
-            cells += [report.title(metric), format_majority(entry)]
-            lines.append(join_cells(*cells, *format_sides(scores)))
-    return "".join(lines[: 2 + MOST_ROWS])
+            rows.append(
+                [*cells, report.title(metric), format_majority(entry), *format_sides(scores)]
+            )
+    return format_markdown([*heads, "adapter, %", "gain, points"], rows[:MOST_ROWS], 3)
 
 
 def count_scores(listed: list[Result]) -> int:
@@ -153,29 +147,20 @@ def build_readme_block(evidence: list[Result]) -> str:
     )
 
 
-def insert_block(text: str, block: str) -> str:
-    """The README with `block` between its markers; raises JobFailed where they are missing."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise JobFailed(f"{shown(README)} has no lines {BEGIN.strip()} and {END.strip()}")
-    return before + begin + block + end + after
-
-
 # ---- docs/results.md
 
 
 def build_results_page(measured: list[Result]) -> str:
     """The page of all results that are not of the examples."""
-    reasons = {id(result): results.explain_stale(result) for result in measured}
-    current = [result for result in measured if not reasons[id(result)]]
-    stale = [result for result in measured if reasons[id(result)]]
+    reasons = [(result, results.explain_stale(result)) for result in measured]
+    current = [result for result, reason in reasons if not reason]
+    stale = [describe_stale(result, reason) for result, reason in reasons if reason]
     parts = [HEAD, NOTHING]
     if current:
         figure = f"![Score of base and adapter]({FIGURE.name})\n"
         parts = [HEAD, figure, build_comparison(current), *map(build_section, current)]
     if stale:
-        lines = "".join(f"- {describe_stale(result, reasons[id(result)])}.\n" for result in stale)
+        lines = "".join(f"- {text}.\n" for text in stale)
         parts.append(f"## Stale\n\nMeasured once, and no evidence any more:\n\n{lines}")
     return "\n".join(parts)
 
@@ -204,14 +189,13 @@ def build_comparison(current: list[Result]) -> str:
         heads += ["base", "base, examples", "adapter", "gain, points"]
         against = [results.compare_with_r4(result, entry, scored) for result, entry in scored]
         heads += ["minus r4, by seed"] if any(against) else []
-        lines = [join_cells(*heads), join_cells("---", "---", *["---:"] * (len(heads) - 2))]
+        rows = []
         for (result, entry), difference in zip(scored, against, strict=True):
-            rows = sum(data.rows for data in result.training_data)
-            cells = [link_result(result), result.device, f"{rows:,}", str(len(result.trainings))]
+            trained = sum(data.rows for data in result.training_data)
+            cells = [link_result(result), result.device, f"{trained:,}", str(len(result.trainings))]
             cells += format_sides(entry.main[1])
-            cells += [format_score(difference, signed=True)] if any(against) else []
-            lines.append(join_cells(*cells))
-        tables.append(f"### {title}{known}\n\n{''.join(lines)}")
+            rows.append(cells + ([format_score(difference, signed=True)] if any(against) else []))
+        tables.append(f"### {title}{known}\n\n{format_markdown(heads, rows, 2)}")
     return "\n".join(tables)
 
 
@@ -252,7 +236,7 @@ def build_score_table(result: Result) -> str:
     sides = ["base", *([shots] if shots else []), "adapter", "each seed", "gain, points"]
     sides += ["published"] if any(published.values()) else []
     heads = ["test rows", "metric", "majority", *sides]
-    lines = [join_cells(*heads), join_cells("---", "---", *["---:"] * (len(heads) - 2))]
+    rows = []
     for dataset, entry in result.datasets.items():
         for metric, scores, title in list_scorings(entry):
             base, with_examples, adapter, gain = format_sides(scores)
@@ -265,8 +249,8 @@ def build_score_table(result: Result) -> str:
             if any(published.values()):
                 score = published[dataset].get(metric)
                 cells.append("–" if score is None else f"{100 * score:.1f}")
-            lines.append(join_cells(*cells))
-    return "".join(lines)
+            rows.append(cells)
+    return format_markdown(heads, rows, 2)
 
 
 def list_scorings(entry: DatasetResult) -> list[tuple[str, MetricResult, str]]:
@@ -303,17 +287,9 @@ def write(check: bool = False) -> None:
     """Writes the pages and the figure; with `check`, raises JobFailed where they differ."""
     measured = [result for result in results.load_results() if not result.is_of_examples]
     evidence = [result for result in measured if not results.explain_stale(result)]
-    readme = README.read_text(encoding="utf-8")
-    block = build_readme_block(evidence)
-    update_page(README, insert_block(readme, block), "make results", check)
+    readme = insert_block(README, BEGIN, build_readme_block(evidence), END)
+    update_page(README, readme, "make results", check)
     update_page(PAGE, build_results_page(measured), "make results", check)
     featured = select_featured(evidence)
-    drawn = results_figure.describe_drawn(featured)
-    if figures.is_drawn_from(FIGURE, drawn) if evidence else not FIGURE.is_file():
-        return
-    if check:
-        raise JobFailed(f"{shown(FIGURE)} is out of date; `make results` writes it")
-    if evidence:
-        results_figure.draw(featured, FIGURE)
-    else:
-        FIGURE.unlink()
+    drawn = results_figure.describe_drawn(featured) if featured else ""
+    figures.update_figure(FIGURE, drawn, lambda: results_figure.draw(featured, FIGURE), check)

@@ -16,7 +16,7 @@ from bench import (
     worked,
 )
 from bench.cells import Cell
-from evals import figures, results, run
+from evals import results, run
 from tests.conftest import write_recipe
 from tools import common, recipes, sources
 from tools.common import JobFailed, WrongInput, read_yaml
@@ -105,7 +105,6 @@ def test_the_best_validation_score_chooses_a_rate_and_a_tie_the_lower_one(experi
 def test_no_rate_is_chosen_and_no_test_row_is_read_before_all_rates_are_in(experiment):
     write_rates(experiment(), BEST, skip="qlora_1e-2_seed42")
     assert experiment().missing_rates == ["qlora_1e-2_seed42"]
-    assert experiment().choose_rate("qlora") is None
     with pytest.raises(JobFailed, match="before all rates are chosen"):
         experiment().list_test_cells()
 
@@ -214,51 +213,17 @@ def test_rows_that_differ_between_machines_are_refused(experiment):
 # ---- what the page says
 
 
-def test_a_partial_experiment_names_what_is_missing_and_concludes_nothing(experiment):
-    write_rates(experiment(), BEST, skip="qlora_1e-2_seed42")
-    page = "\n".join(
-        [
-            *methods_page.describe_progress(experiment()),
-            *methods_page.build_rates(experiment()),
-            *methods_page.conclude_ranking(experiment()),
-            *methods_page.build_verdicts([experiment()]),
-        ]
-    )
-    assert "19 of 20 done. Missing: `qlora_1e-2_seed42`" in page
-    assert "not read, since not all rates are chosen" in page
-    assert "none yet" in page and "equivalent" not in page and "different" not in page
-
-
-def test_chosen_rates_without_a_test_row_have_no_table_of_tests(experiment):
-    write_rates(experiment(), BEST)
-    assert methods_page.build_tests(experiment(), "best") == []
-    assert methods_page.build_verdicts([experiment()]) == []
-    concluded = "\n".join(methods_page.conclude_ranking(experiment()))
-    assert "is not tested yet" in concluded
-
-
-def test_one_missing_seed_leaves_a_table_without_a_verdict(experiment):
-    write_rates(experiment(), BEST)
-    write_tests(experiment(), skip="dora_3e-3_seed44")
-    assert experiment().missing_tests == ["dora_3e-3_seed44"]
-    assert not any(experiment().compare_all("best").values())
-    assert all(experiment().compare_all("common").values())
-    lines = "\n".join(methods_page.build_tests(experiment(), "best"))
-    assert "missing" in lines and "Holm" not in lines
-    concluded = "\n".join(methods_page.conclude_ranking(experiment()))
-    assert "is not tested yet" in concluded
-    *_, common, _ = methods_page.build_verdicts([experiment()])
-    assert common.startswith("| sentiment | 0.001 for all |")
-
-
-def test_a_setting_without_one_whole_method_has_no_table(experiment):
-    write_rates(experiment(), BEST)
-    cells = list(experiment().list_test_cells().values())
-    write_tests(experiment(), skip=cells[0].name)
-    for cell in cells:
-        if cell.name.endswith("seed44"):
-            cell.file.unlink(missing_ok=True)
-    assert methods_page.build_tests(experiment(), "common") == []
+def test_a_partial_experiment_concludes_nothing(experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(together, "RESULTS", tmp_path)
+    for write in (write_rates, write_tests):
+        last = "dora_3e-3_seed44" if write is write_tests else "qlora_1e-2_seed42"
+        write(experiment(), *([BEST] if write is write_rates else []), skip=last)
+        page = methods_page.build_page([experiment()])
+        concluded = page[page.index("## Conclusions") : page.index("## Hypothesis")]
+        assert f"- sentiment: {methods_page.MISSING}" in concluded
+        assert "the hypothesis" not in concluded and "### Test rows" not in page
+        assert experiment().missing == [last]
+        write_rates(experiment(), BEST)
 
 
 def test_a_whole_experiment_is_compared_on_the_same_rows_and_seeds(experiment):
@@ -314,6 +279,7 @@ def test_the_spread_of_methods_at_finloras_rate_stands_beside_that_at_their_best
     write_rates(experiment(), BEST)
     changed = experiment().list_rate_cells("dora")[methods_page.FINLORAS_RATE]
     write_cell(changed, {"validation": make_values(300, 180)})
+    write_tests(experiment())
     sentence = methods_page.conclude_ranking(experiment())[1]
     assert "within 10.0 points (50.0 … 60.0) at FinLoRA's rate of 0.0001" in sentence
     assert "within 0.0 points (66.7 … 66.7) at each one's best" in sentence
@@ -361,6 +327,7 @@ def test_the_check_fails_where_page_or_figure_is_missing_or_old(experiment, tmp_
         monkeypatch.setattr(methods, name, tmp_path / getattr(methods, name).name)
     monkeypatch.setattr(together, "RESULTS", tmp_path)
     write_rates(experiment(), BEST)
+    write_tests(experiment())
     methods.write_page()
     methods.write_page(check=True)
     for path in (methods.PAGE, methods.FIGURE):
@@ -369,11 +336,12 @@ def test_the_check_fails_where_page_or_figure_is_missing_or_old(experiment, tmp_
         with pytest.raises(JobFailed, match=path.name):
             methods.write_page(check=True)
         path.write_text(content)
-    drawn = methods_figure.describe_drawn([experiment()])
-    assert figures.is_drawn_from(methods.FIGURE, drawn)
+    methods.write_page(check=True)
     write_cell(experiment().list_rate_cells("lora")[0.01], {"validation": make_values(300, 9)})
-    drawn = methods_figure.describe_drawn([experiment()])
-    assert not figures.is_drawn_from(methods.FIGURE, drawn)
+    methods_page_alone = methods_page.build_page(methods.open_experiments())
+    methods.PAGE.write_text(methods_page_alone)
+    with pytest.raises(JobFailed, match=methods.FIGURE.name):
+        methods.write_page(check=True)
 
 
 def describe_answers(bare: list[float], calculated: list[float], written: list[float]):
@@ -417,7 +385,7 @@ def test_calculations_are_told_by_seed_and_with_whether_a_difference_is_shown(
 
 
 def test_the_figure_has_a_line_for_each_method_and_is_the_same_again(experiment, tmp_path):
-    write_rates(experiment(), BEST, skip="qlora_1e-2_seed42")
+    write_rates(experiment(), BEST)
     files = [tmp_path / f"{number}.svg" for number in range(2)]
     for file in files:
         methods_figure.draw_rates([experiment()], file)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import yaml
 
-from bench import parity
-from tools import models, recipes
+from bench import equivalence, parity
+from tools import common, models, recipes
 
 SPEC = yaml.safe_load(parity.SPEC.read_text())
 
@@ -17,31 +17,38 @@ def test_no_difference_and_equivalence_are_two_things():
     chance = np.random.default_rng(3)
     few, many = chance.normal(0, 1, (20, 3)), chance.normal(0, 0.2, (2000, 3))
     for values, equivalent in ((few, False), (many, True)):
-        comparison = parity.compare_variants(values, np.zeros_like(values), 0.05)
+        comparison = equivalence.compare_variants(values, np.zeros_like(values), 0.05)
         sentence = parity.describe_difference(comparison, {"margin": 0.05})
         assert ("equivalent within ±5.0 points" in sentence) == equivalent
         assert ("equivalence not shown" in sentence) != equivalent
-    worse = parity.compare_variants(many - 0.2, np.zeros_like(many), 0.05)
+    worse = equivalence.compare_variants(many - 0.2, np.zeros_like(many), 0.05)
     sentence = parity.describe_difference(worse, {"margin": 0.05})
     assert "equivalence not shown" in sentence and "a difference, p" in sentence
 
 
+def list_trainings():
+    """Part, task, variant, seed and recipe of each training of the experiment."""
+    for part, plan in SPEC["parts"].items():
+        for task in plan["tasks"]:
+            for name, trained in parity.list_recipes(SPEC, part, task).items():
+                for seed, recipe in zip(plan.get("seeds", SPEC["seeds"]), trained, strict=True):
+                    yield part, task, name, seed, recipe
+
+
 def test_every_variant_is_a_recipe_that_axolotl_takes():
-    wanted = parity.list_jobs(SPEC, [])
-    assert len({job.name for job in wanted.values()}) < len(wanted)  # parts share trainings
-    for (part, task, name, seed), job in wanted.items():
-        paths = {"output_dir": "runs/x", "dataset_prepared_path": "runs/x/prepared"}
+    wanted = list(list_trainings())
+    assert len({str(recipe.run) for *_, recipe in wanted}) < len(wanted)  # parts share trainings
+    for part, task, name, seed, recipe in wanted:
+        config = recipe.config
         if seed == SPEC["seeds"][0]:
-            recipes.validate(job.config | paths, f"{part}, {name}")
+            recipes.validate(config, f"{part}, {name}")
         variant = SPEC["parts"][part]["variants"][name]
-        assert models.precision(job.config) == variant["precision"]
-        assert (job.config["seed"], job.task) == (seed, task)
-        assert job.config["max_steps"] == SPEC["settings"]["max_steps"]
-        assert job.config["learning_rate"] == (
-            0.0005 if part in ("precision", "targets") else 0.002
-        )
+        assert models.precision(config) == variant["precision"]
+        assert (config["seed"], recipe.task) == (seed, task)
+        assert config["max_steps"] == SPEC["settings"]["max_steps"]
+        assert config["learning_rate"] == (0.0005 if part in ("precision", "targets") else 0.002)
         for key in variant.keys() - {"precision"}:
-            assert job.config[key] == variant[key]
+            assert config[key] == variant[key]
 
 
 def test_variants_of_a_part_differ_in_what_the_part_is_about_alone():
@@ -52,13 +59,15 @@ def test_variants_of_a_part_differ_in_what_the_part_is_about_alone():
         "targets": {"lora_target_modules"},
         "method": {"peft_use_dora", "peft_use_rslora"},
     }
-    for (part, task, _, seed), job in (wanted := parity.list_jobs(SPEC, [])).items():
-        other = wanted[part, task, SPEC["parts"][part]["against"], seed]
-        keys = job.config.keys() | other.config.keys()
-        differing = {key for key in keys if job.config.get(key) != other.config.get(key)}
+    configs = {tuple(key): recipe.config for *key, recipe in list_trainings()}
+    for (part, task, _, seed), config in configs.items():
+        other = configs[part, task, SPEC["parts"][part]["against"], seed]
+        keys = config.keys() | other.keys()
+        differing = {key for key in keys if config.get(key) != other.get(key)}
+        differing -= {"output_dir", "dataset_prepared_path"}
         assert differing <= about[part.removesuffix("_2e-3")]
         if part == "rank":
-            assert job.config["lora_alpha"] == 2 * job.config["lora_r"]
+            assert config["lora_alpha"] == 2 * config["lora_r"]
 
 
 @pytest.fixture
@@ -67,22 +76,24 @@ def measured(tmp_path, monkeypatch):
     monkeypatch.setattr(parity, "RUNS", tmp_path)
     spec = SPEC | {"seeds": [1, 2]}
     spec["parts"] = {"precision": SPEC["parts"]["precision"] | {"tasks": ["sentiment"]}}
-    wanted = parity.list_jobs(spec, [])
     right = {"nf4": 30, "int8": 32, "full": 32}
-    for (_, _, name, seed), job in wanted.items():
-        rows = [{"values": {"accuracy": float(n < 10 * (right[name] + seed))}} for n in range(400)]
+
+    def train_and_score(recipe, dataset, limit):
+        assert (dataset, limit) == ("fpb", spec["tasks"]["sentiment"].get("limit"))
+        count = 10 * (right[models.precision(recipe.config)] + recipe.config["seed"])
+        rows = [{"values": {"accuracy": float(n < count)}} for n in range(400)]
         content = {
             "predictions": rows,
             "metrics": {"accuracy": {"value": 0.25}},
             "evaluated": {"data_sha256": "0"},
         }
-        for side in ("adapter", "base"):
-            file = job.find_scores(side)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(content))
         run = {"train_loss": 0.5, "seconds": 60.0, "trainable_parameters": 1000}
-        job.run.info_file.write_text(json.dumps(run))
-    return spec, parity.collect_results(spec, wanted) | {"spec": spec, "machine": "2 cores"}
+        common.write_json(recipe.run.info_file, run)
+        return dict.fromkeys(("adapter", "base"), content)
+
+    monkeypatch.setattr(parity, "train_and_score", train_and_score)
+    content = parity.collect_results(spec, spec["parts"])
+    return spec, content | {"spec": spec, "machine": "2 cores"}
 
 
 def test_results_are_what_the_score_files_hold(measured):
@@ -98,12 +109,18 @@ def test_results_are_what_the_score_files_hold(measured):
     json.dumps(content)
 
 
-def test_the_page_holds_the_table_and_the_figure_is_drawn(measured, tmp_path):
+def test_the_page_holds_the_table_and_the_figure_is_drawn(measured, tmp_path, monkeypatch):
     _, content = measured
-    page = parity.insert_results(f"before\n{parity.BEGIN}old\n{parity.END}after\n", content)
+    monkeypatch.setattr(parity, "DOC", tmp_path / "experiments.md")
+    parity.DOC.write_text(f"before\n{parity.BEGIN}old\n{parity.END}after\n")
+    parity.write_page(content)
+    page = parity.DOC.read_text()
     assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
     assert re.search(r"\| nf4 \| 25\.0 \| 78\.8 \(77\.5, 80\.0\) \| -5\.0 \(", page)
     assert "int8 against full: +0.0 points, equivalent within ±5.0 points" in page
-    assert parity.insert_results(page, content) == page
+    parity.write_page(content, check=True)
+    parity.DOC.write_text(page.replace("78.8", "79.9"))
+    with pytest.raises(common.JobFailed, match=r"experiments\.md is out of date"):
+        parity.write_page(content, check=True)
     parity.draw_scores(content, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"

@@ -102,9 +102,6 @@ Tracker = Annotated[
 Force = Annotated[
     bool, Option("--force", help="Repeat a finished job, or skip a check that stopped it.")
 ]
-Check = Annotated[
-    bool, Option("--check", help="Write nothing; fail where a file does not match its source.")
-]
 Gpu = Annotated[
     str | None,
     Option(
@@ -873,17 +870,12 @@ def render(recipe: Recipe = None) -> None:
 
 
 @app.command(rich_help_panel=MAINTAIN)
-def results(check: Check = False) -> None:
+def results() -> None:
     """Write docs/results.md, its figure, the README's table and the recipes' pages from results/.
 
-    Example: python -m tools results --check
+    Example: python -m tools results
     """
-    from evals import results_page
-
-    if check:
-        results_page.write(check=True)
-    else:
-        write_result_pages()
+    write_result_pages()
 
 
 @app.command(rich_help_panel=MAINTAIN)

@@ -272,6 +272,21 @@ def update_page(path: Path, text: str, by: str, check: bool = False) -> None:
     write_text(path, text)
 
 
+def insert_block(page: Path, begin: str, block: str, end: str) -> str:
+    """A page's text with `block` between two marks; raises JobFailed where one is missing."""
+    before, first, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, last, after = rest.partition(end)
+    if not (first and last):
+        raise JobFailed(f"{shown(page)} has no lines {begin.strip()} and {end.strip()}")
+    return before + begin + block + end + after
+
+
+def format_markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """A Markdown table whose first columns, `texts` of them, are text and the others numbers."""
+    ruler = ["---"] * texts + ["---:"] * (len(heads) - texts)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (heads, ruler, *rows))
+
+
 def parse_json(content: bytes, where: str) -> dict[str, Any]:
     """The object in untrusted JSON; raises WrongInput that names `where` and the problem.
 

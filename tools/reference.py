@@ -45,16 +45,17 @@ def format_verb(name: str, verb: click.Command, is_target: bool) -> str:
         lines += ["```", example.strip(), "```", ""]
     if verb.params:
         lines += ["| option | make variable | meaning | default |", "| --- | --- | --- | --- |"]
-        lines += [format_parameter(parameter) for parameter in verb.params] + [""]
+        lines += [format_parameter(parameter, is_target) for parameter in verb.params]
+        lines.append("")
     return "\n".join(lines)
 
 
-def format_parameter(parameter: click.Parameter) -> str:
-    """A row of a verb's table."""
+def format_parameter(parameter: click.Parameter, is_target: bool) -> str:
+    """A row of a verb's table; only a make target has variables."""
     is_argument = isinstance(parameter, click.Argument)
     names = [*parameter.opts, *parameter.secondary_opts]
     label = f"`{parameter.name}`" if is_argument else ", ".join(f"`{name}`" for name in names)
-    variable = f"`{(parameter.name or '').upper()}`"
+    variable = f"`{(parameter.name or '').upper()}`" if is_target else ""
     about = getattr(parameter, "help", None) or ""
     if isinstance(parameter.type, click.Choice):
         about += f" One of {', '.join(f'`{choice}`' for choice in parameter.type.choices)}."

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from tools import recipes
-from tools.common import ROOT, update_page
+from tools.common import ROOT, insert_block, update_page
 from tools.train.plan import Hardware, count_training_rows, plan
 
 DOC = ROOT / "docs" / "scale.md"
@@ -102,8 +102,5 @@ def format_numbers() -> str:
 
 def write(check: bool = False) -> None:
     """Writes the numbers of docs/scale.md; with `check`, raises JobFailed where they are old."""
-    old = DOC.read_text(encoding="utf-8")
-    before, _, rest = old.partition(START)
-    _, _, after = rest.partition(END)
-    new = f"{before}{START}\n\n{format_numbers()}\n\n{END}{after}"
-    update_page(DOC, new, "make render", check)
+    page = insert_block(DOC, START, f"\n\n{format_numbers()}\n\n", END)
+    update_page(DOC, page, "make render", check)

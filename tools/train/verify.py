@@ -70,7 +70,7 @@ def verify(name: str, request: Verification) -> None:
     _, processes, _ = profiles.choose(here, request.choice, 1)
     device = here.describe_machine(processes)
     if not request.force and is_trained(recipe, processes):
-        # Whose time and memory the result states: `taskset` may give this call fewer cores, or more.
+        # Whose time and memory the result states: under `taskset` this call may have other cores.
         device = recipe.run.info.get("machine", device)
     device = results.clean_text(device)
     path = results.locate_result(recipe.name, device, is_of_examples)
