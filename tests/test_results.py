@@ -680,7 +680,11 @@ def test_finloras_published_scores_stand_beside_ours_where_rows_and_labels_are_t
 
 
 def read_measured(name):
-    return json.loads((results.FOLDER / f"{name}.json").read_text())
+    """What an experiment measured, which is of today's recipe where it names a digest."""
+    content = json.loads((results.FOLDER / f"{name}.json").read_text())
+    if "digest" in content:
+        assert content["digest"] == recipes.find(content["recipe"]).digest
+    return content
 
 
 def test_the_table_of_what_a_constraint_gains_is_that_of_its_results():
