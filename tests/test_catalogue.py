@@ -1,6 +1,7 @@
 """The catalogue is what its tables give, complete, versioned, and trains on what is scored."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,9 +16,10 @@ from evals import results as measured
 from tests.conftest import run
 from tests.test_results import describe_result, describe_rows
 from tools import architectures, catalogue, evidence, prompts, recipes, rendering
-from tools.common import ROOT, JobFailed, WrongInput
+from tools.common import ROOT, JobFailed, WrongInput, write_text
 from tools.hub import client
-from tools.train import checks, memory, plan, profiles, sweep
+from tools.runs import Run
+from tools.train import checks, memory, plan, profiles, reproduce, sweep
 
 MODELS = ["llama-3.1-8b", "llama-3.1-70b", "llama-3.2-1b", "llama-3.2-3b", "qwen3-8b", "qwen3-4b"]
 MODELS += ["qwen3-4b-2507", "qwen3-0.6b", "qwen3.5-4b", "qwen3.5-9b", "smollm3-3b", "gpt-oss-20b"]
@@ -515,6 +517,37 @@ def test_an_unknown_filter_is_answered_with_what_there_is(filters, message):
     assert str(error.value).startswith(message)
 
 
+def test_a_base_is_found_where_the_hub_s_library_keeps_it(tmp_path):
+    """Wherever the environment has moved the cache."""
+    ask = "from tools.architectures import base_folder; print(base_folder('owner/base'))"
+    for variable, beneath in (("XDG_CACHE_HOME", "huggingface/hub"), ("HF_HOME", "hub")):
+        home = tmp_path / variable
+        repository = home / beneath / "models--owner--base"
+        for file, text in (("refs/main", "c0ffee"), ("snapshots/c0ffee/config.json", "{}")):
+            write_text(repository / file, text)
+        hidden = ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME")
+        environment = {key: value for key, value in os.environ.items() if key not in hidden}
+        command = [sys.executable, "-c", ask]
+        found = subprocess.run(
+            command, env=environment | {variable: str(home)}, capture_output=True, cwd=ROOT
+        ).stdout
+        assert found.decode().strip() == str(repository / "snapshots" / "c0ffee")
+
+
+def test_filters_that_no_recipe_passes_are_named_and_recipes_without_a_file_are_counted(capsys):
+    with pytest.raises(WrongInput, match="^no recipe has gpt-oss-20b and r4$"):
+        catalogue.list_recipes(None, "gpt-oss-20b", "r4")
+    without = next(
+        (task, model)
+        for model in recipes.read_matrix()["models"]
+        for task in recipes.read_matrix()["tasks"]
+        if (names := catalogue.select_names(task, model, None))
+        and not any(map(recipes.has_file, names))
+    )
+    catalogue.list_recipes(*without, None)
+    assert "have no file and train by their names" in capsys.readouterr().out
+
+
 def test_show_prints_the_file_the_plan_and_what_a_run_took(tmp_path, capsys):
     config = recipes.find("smollm2-135m/sentiment_r4").config | {"output_dir": str(tmp_path)}
     path = tmp_path / "mine.yaml"
@@ -530,3 +563,8 @@ def test_show_prints_the_file_the_plan_and_what_a_run_took(tmp_path, capsys):
     assert rows["trainable"] == ["322,560", "322,560"]
     assert rows["peak memory, GiB"][1] == "4.00"
     assert rows["hours"][1] == "0.10"
+    (tmp_path / "run.json").write_text('{"adapter_sha256": "0"}')  # as one may be that was pulled
+    catalogue.show(str(path))
+    assert "took" not in capsys.readouterr().out
+    with pytest.raises(WrongInput, match="cannot be trained again: its run.json has no data"):
+        reproduce.build_recipe(Run(tmp_path))

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
 from bench import memory
 from tests.conftest import run
 from tools import prompts, recipes, reference
-from tools.__main__ import build_commands
+from tools.__main__ import app, build_commands
 from tools.common import ROOT, JobFailed
 
 PAGES = ["qlora", "lora", "dora", "rslora"]
@@ -242,6 +243,7 @@ def test_every_verb_and_option_is_in_the_reference_and_drift_is_an_error(tmp_pat
         section = text.partition(f"### {name}\n")[2].partition("\n### ")[0]
         assert section, name
         assert "python -m tools " + name in section, f"{name} has no example"
+        assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0, f"{name} has no --help"
         for parameter in verb.params:
             written = parameter.name.upper() if name in TARGETS else parameter.opts[0]
             row = next(line for line in section.splitlines() if f"`{written}`" in line)

@@ -542,15 +542,20 @@ def test_a_repository_that_holds_something_else_is_left_alone(me, server):
 
 
 def test_paths_of_this_machine_do_not_leave_it(me, server, tmp_path):
-    content = recipes.build_config(RECIPE) | {"output_dir": str(tmp_path / "secret-place" / "mine")}
-    content["datasets"][0]["path"] = str(tmp_path / "secret-place" / "sentiment_train.jsonl")
+    secret = tmp_path / "secret place"
+    content = recipes.build_config(RECIPE) | {"output_dir": str(secret / "mine")}
+    content["datasets"][0]["path"] = str(secret / "sentiment_train.jsonl")
     path = tmp_path / "mine.yaml"
     path.write_text("# Version: 2.0.0\n" + yaml.safe_dump(content))
-    shutil.copytree(me.folder, tmp_path / "secret-place" / "mine")
-    finish(tmp_path / "secret-place" / "mine", recipes.find(str(path)))
+    shutil.copytree(me.folder, secret / "mine")
+    finish(secret / "mine", recipes.find(str(path)))
+    scores = secret / "mine" / "evals" / "fpb.json"
+    measured = read_json(scores)
+    measured["evaluated"]["base_model"] = str(secret / "base")
+    common.write_json(scores, measured)
     good(me.push(name=str(path)))
     files = server.files("me/mine", "v2.0.0")
-    assert b"secret-place" not in b"".join(files.values())
+    assert b"secret place" not in b"".join(files.values())
     config = yaml.safe_load(files["config.yaml"])
     assert (config["output_dir"], config["base_model"]) == ("mine", "models/smollm2-135m")
 

@@ -27,21 +27,10 @@ app = typer.Typer(
     name="finlora",
     help="Axolotl recipes that fine-tune language models for finance, from data to the Hub.",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def complete_recipe(incomplete: str) -> list[str]:
-    from tools import recipes
-
-    return [name for name in recipes.list_aliases() if name.startswith(incomplete)]
-
-
-def complete_task(incomplete: str) -> list[str]:
-    from tools import sources
-
-    return [name for name in sources.tables()["tasks"] if name.startswith(incomplete)]
 
 
 def check_finite(value: float | None) -> float | None:
@@ -56,22 +45,9 @@ def check_positive(value: float | None) -> float | None:
     return value
 
 
-Recipe = Annotated[
-    str | None,
-    Argument(
-        help="A recipe of the catalogue, or an Axolotl YAML file.", autocompletion=complete_recipe
-    ),
-]
-NeededRecipe = Annotated[
-    str,
-    Argument(
-        help="A recipe of the catalogue, or an Axolotl YAML file.", autocompletion=complete_recipe
-    ),
-]
-Tasks = Annotated[
-    str | None,
-    Argument(help="Tasks, comma-separated; all if omitted.", autocompletion=complete_task),
-]
+Recipe = Annotated[str | None, Argument(help="A recipe of the catalogue, or an Axolotl YAML file.")]
+NeededRecipe = Annotated[str, Argument(help="A recipe of the catalogue, or an Axolotl YAML file.")]
+Tasks = Annotated[str | None, Argument(help="Tasks, comma-separated; all if omitted.")]
 Datasets = Annotated[str | None, Option(help="Datasets, comma-separated; all if omitted.")]
 Adapter = Annotated[str | None, Option(help="A PEFT folder, or owner/name of a pulled adapter.")]
 Precision = Annotated[
@@ -111,9 +87,7 @@ Gpu = Annotated[
 Price = Annotated[float | None, Option(min=0, callback=check_finite, help="USD for one GPU-hour.")]
 CountingRecipe = Annotated[
     str | None,
-    Option(
-        help="Count tokens as the training of this recipe does.", autocompletion=complete_recipe
-    ),
+    Option(help="Count tokens as the training of this recipe does."),
 ]
 OnError = Annotated[
     Literal["stop", "quarantine"], Option(help="What to do at a row that breaks a rule.")
@@ -545,10 +519,7 @@ def verify(
 @app.command("eval", rich_help_panel=SCORE)
 def evaluate(
     context: typer.Context,
-    recipe: Annotated[
-        str | None,
-        Argument(help="A recipe; every finished run if omitted.", autocompletion=complete_recipe),
-    ] = None,
+    recipe: Annotated[str | None, Argument(help="A recipe; every finished run if omitted.")] = None,
     tasks: Datasets = None,
     limit: Annotated[
         int | None, Option(min=1, help="Rows of each dataset to score; all if omitted.")
@@ -792,7 +763,9 @@ def push(
 def pull(
     recipe: Recipe = None,
     namespace: Namespace = None,
-    adapter: Annotated[str | None, Option(help="owner/name[/folder] on the Hub.")] = None,
+    adapter: Annotated[
+        str | None, Option(help="owner/name, or owner/name/folder, on the Hub.")
+    ] = None,
     revision: Annotated[str | None, Option(help="A tag, branch or commit.")] = None,
     precision: Precision = None,
     force: Force = False,

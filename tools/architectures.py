@@ -132,7 +132,8 @@ def base_folder(base: str) -> Path | None:
     """Where a base's files are: a folder of this machine or a snapshot in the Hub's cache."""
     if (ROOT / base).is_dir():
         return ROOT / base
-    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.environ.get("HF_HOME", f"{cache}/huggingface")
     hub = Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
     if not (hub / f"models--{base.replace('/', '--')}").is_dir():
         return None  # importing the Hub's library takes longer than a whole plan

@@ -26,7 +26,7 @@ from tools.common import (
     parse_yaml,
     read_json,
     shown,
-    write_text,
+    update_page,
 )
 from tools.runs import Run
 from tools.sources import list_training_files
@@ -56,11 +56,6 @@ def describe_identity(name: str) -> str:
     return f"{version} {recipes.Recipe(name, None, config, version).digest[:12]}"
 
 
-def list_outdated(files: dict[Path, str]) -> list[Path]:
-    """The files whose content is not what `make render` would write."""
-    return [path for path, text in files.items() if not path.is_file() or path.read_text() != text]
-
-
 def list_strays(files: dict[Path, str]) -> list[Path]:
     """Files that an earlier `make render` wrote and that this one would not.
 
@@ -82,8 +77,8 @@ def render(name: str | None = None) -> None:
         return
     require_versions()
     files = render_all()
-    for path in list_outdated(files):
-        write_text(path, files[path])
+    for path, text in files.items():
+        update_page(path, text, "make render")
     for path in list_strays(files):
         path.unlink()
         print(f"removed    {shown(path)}")
@@ -140,8 +135,8 @@ def check() -> None:
     files = render_all()
     for path in list_strays(files):
         raise JobFailed(f"{shown(path)} is not in recipes/matrix.yaml; `make render` removes it")
-    for path in list_outdated(files):
-        raise JobFailed(f"{shown(path)} is not what recipes/matrix.yaml gives; `make render`")
+    for path, text in files.items():
+        update_page(path, text, "make render", check=True)
     configs = {
         name: parse_yaml(rendering.render_recipe(name), name) for name in recipes.list_catalogue()
     }
@@ -198,13 +193,15 @@ def list_recipes(
 
     Without a method, only recipes that have a file are listed.
     """
-    names = select_names(task, model, method)
+    if not (names := select_names(task, model, method)):
+        raise WrongInput(f"no recipe has {' and '.join(filter(None, (task, model, method)))}")
     shown_names = names if method else [name for name in names if recipes.has_file(name)]
     rows = [describe_recipe(name) for name in shown_names]
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
-        print_table(rows)
+        if rows:
+            print_table(rows)
         if rest := len(names) - len(rows):
             print(f"{rest} more have no file and train by their names; METHOD=r8_dora lists such")
 
@@ -234,5 +231,5 @@ def show(name: str) -> None:
     print(rendering.read_or_render(recipe))
     planned = plan.plan(recipe.config, data=list_training_files(recipe.config))
     plan_table.print_plan_table(recipe.name, planned)
-    if recipe.run.is_finished:
+    if "peak_memory_bytes" in recipe.run.info:  # a pulled run need not say
         plan_table.print_comparison(planned, recipe.run.info)

@@ -24,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -248,6 +249,20 @@ def share(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_file():
             path.chmod(0o666 & ~mask)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `target` at the end, unless an error came before."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as name:
+        work = Path(name)
+        yield work
+        share(work)
+        shutil.rmtree(target, ignore_errors=True)
+        work.chmod(target.parent.stat().st_mode)
+        os.rename(work, target)
+        work.mkdir()  # which the temporary directory removes
 
 
 def write_text(path: Path, text: str) -> None:

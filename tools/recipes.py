@@ -419,6 +419,12 @@ def compose_config(
     return config
 
 
+def find_longest_row(name: str, config: dict[str, Any]) -> int:
+    """Tokens of the longest row that a recipe of the catalogue trains on."""
+    task = read_matrix()["tasks"][split_name(name)[1]]
+    return int(min(task.get("longest", config["sequence_len"]), config["sequence_len"]))
+
+
 def fit_modules(base: dict[str, Any], modules: list[str]) -> list[str] | str:
     """`lora_target_modules` for modules of a base, a row of the tables' models.
 
@@ -430,11 +436,6 @@ def fit_modules(base: dict[str, Any], modules: list[str]) -> list[str] | str:
     if pattern := base.get("target_modules"):
         return str(pattern.replace("NAMES", "|".join(modules)))
     return modules
-
-
-def name_modules(base: str, modules: list[str]) -> list[str] | str:
-    """`lora_target_modules` for modules of a base, by its name or folder."""
-    return fit_modules(find_base(base)[1], modules)
 
 
 # ---- validation

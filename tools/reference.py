@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from tools.common import ROOT, update_page
+from tools.common import ROOT, format_markdown, update_page
 
 PAGE = ROOT / "docs" / "commands.md"
 MAKEFILE = ROOT / "Makefile"
@@ -44,13 +44,12 @@ def format_verb(name: str, verb: click.Command, is_target: bool) -> str:
     if example:
         lines += ["```", example.strip(), "```", ""]
     if verb.params:
-        lines += ["| option | make variable | meaning | default |", "| --- | --- | --- | --- |"]
-        lines += [format_parameter(parameter, is_target) for parameter in verb.params]
-        lines.append("")
+        rows = [list_cells(parameter, is_target) for parameter in verb.params]
+        lines.append(format_markdown(("option", "make variable", "meaning", "default"), rows, 4))
     return "\n".join(lines)
 
 
-def format_parameter(parameter: click.Parameter, is_target: bool) -> str:
+def list_cells(parameter: click.Parameter, is_target: bool) -> tuple[str, ...]:
     """A row of a verb's table; only a make target has variables."""
     is_argument = isinstance(parameter, click.Argument)
     names = [*parameter.opts, *parameter.secondary_opts]
@@ -59,8 +58,7 @@ def format_parameter(parameter: click.Parameter, is_target: bool) -> str:
     about = getattr(parameter, "help", None) or ""
     if isinstance(parameter.type, click.Choice):
         about += f" One of {', '.join(f'`{choice}`' for choice in parameter.type.choices)}."
-    cells = (label, variable, about.replace("|", "\\|"), describe_default(parameter))
-    return f"| {' | '.join(cells)} |"
+    return label, variable, about.replace("|", "\\|"), describe_default(parameter)
 
 
 def describe_default(parameter: click.Parameter) -> str:
@@ -74,12 +72,12 @@ def describe_default(parameter: click.Parameter) -> str:
 
 def format_targets(targets: dict[str, str]) -> str:
     """{target: what `make` says of it · its variables} as a table."""
-    lines = ["## Only in make", "", "| target | does |", "| --- | --- |"]
+    rows = []
     for target, text in targets.items():
         about, _, variables = text.partition(" · ")
         usage = f"make {target} {variables}".strip().replace("|", "\\|")
-        lines.append(f"| `{usage}` | {about} |")
-    return "\n".join(lines) + "\n"
+        rows.append((f"`{usage}`", about))
+    return "## Only in make\n\n" + format_markdown(("target", "does"), rows, 2)
 
 
 def write(group: click.Group, check: bool = False) -> None:

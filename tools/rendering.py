@@ -19,17 +19,11 @@ MARK = "Rendered from recipes/matrix.yaml by `make render`."
 WIDTH = 100
 
 
-def find_longest_row(name: str, config: dict[str, Any]) -> int:
-    """Tokens of the longest row that a recipe trains on."""
-    task = recipes.read_matrix()["tasks"][recipes.split_name(name)[1]]
-    return int(min(task.get("longest", config["sequence_len"]), config["sequence_len"]))
-
-
 def plan_memory(name: str) -> int:
     """Planned peak of one GPU in bytes, for the longest row of the recipe's task."""
     config = recipes.build_config(name)
     hub = recipes.read_matrix()["models"][recipes.split_name(name)[0]]["hub"]
-    setup = read_setup(config, find_longest_row(name, config), 1)
+    setup = read_setup(config, recipes.find_longest_row(name, config), 1)
     return compute_memory(architectures.find(hub), setup).peak
 
 
@@ -63,7 +57,7 @@ def render_recipe(name: str) -> str:
         header.append(f"FinLoRA's name: {alias}{describe_published(alias, config)}")
     header += [
         f"Planned GPU memory: {round_to_gib(plan_memory(name))} GiB "
-        f"(rows of up to {find_longest_row(name, config)} tokens; `make plan`)",
+        f"(rows of up to {recipes.find_longest_row(name, config)} tokens; `make plan`)",
         f"Gated: {describe_gate(base)}",
         f"Version: {recipe.version} ({recipe.digest[:12]})",
         *textwrap.wrap(

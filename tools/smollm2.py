@@ -8,14 +8,12 @@ written beside the target and moved into place as a whole.
 """
 
 import importlib.util
-import os
-import shutil
 from pathlib import Path
 
 from filelock import FileLock
 
 from tools import versions
-from tools.common import ROOT, JobFailed, naming, quiet, share, shown
+from tools.common import ROOT, JobFailed, naming, quiet, replacing, shown
 
 FOLDER = ROOT / "models" / "smollm2-135m"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -55,16 +53,9 @@ def export(folder: Path) -> None:
     model.config.update(ids)
     model.generation_config = GenerationConfig(**ids)
 
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    try:
-        with naming(folder):
-            model.save_pretrained(part)
-            tokenizer.save_pretrained(part)
-        share(part)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with naming(folder), replacing(folder) as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
 
 
 def ensure(base_model: str) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 from filelock import FileLock
 
 from tools import adapters, models
-from tools.common import ROOT, JobFailed, naming, read_json, share, shown, write_json
+from tools.common import ROOT, JobFailed, naming, read_json, replacing, shown, write_json
 from tools.subjects import Subject
 
 INSTALL = "make setup-vllm"
@@ -197,11 +197,10 @@ def dequantize_base(subject: Subject) -> Path:
             return target
         print(f"vllm       writes the base as it was in training to {shown(target)}", flush=True)
         model, tokenizer = models.load_base({"base_model": name} | config)
-        shutil.rmtree(target, ignore_errors=True)
         # transformers would restore the names of a quantized file, which fails.
         is_published = bool(models.published_precision(name))
-        model.dequantize().save_pretrained(target, save_original_format=not is_published)
-        tokenizer.save_pretrained(target)
-        share(target)
-        write_json(record, origin)  # last: without it the folder is written again
+        with replacing(target) as work:
+            model.dequantize().save_pretrained(work, save_original_format=not is_published)
+            tokenizer.save_pretrained(work)
+            write_json(work / record.name, origin)
     return target

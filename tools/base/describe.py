@@ -113,21 +113,18 @@ def describe_architecture(base: str, config: Any) -> dict[str, Any]:
     if plain.list_layers() == layers and plain.parameters == total:
         content |= {"norms_per_layer": plain.norms_per_layer, "qk_norm": plain.qk_norm}
     else:
-        kinds, order = name_kinds(layers, list_types(text, len(layers)))
+        types = getattr(text, "layer_types", None) or ["decoder"] * len(layers)
+        kinds, order = name_kinds(layers, types)
         content["order"] = [[kind, len(list(run))] for kind, run in groupby(order)]
         content["kinds"] = {name: describe_kind(layer) for name, layer in kinds.items()}
         linear = sum(rows * columns for layer in layers for rows, columns in layer.linear.values())
         experts = sum(layer.experts for layer in layers)
         content["other_parameters"] = total - linear - experts
-    if note := describe_rest(count_parameters(model) - total, tied, layers):
+    if note := describe_rest(count_parameters(model) - total, layers):
         content["note"] = note
     if parse_architecture(content).parameters != total:
         raise WrongInput(f"{base}: its layers do not add up to its {total:,} parameters")
     return content
-
-
-def list_types(text: Any, count: int) -> list[str]:
-    return list(getattr(text, "layer_types", None) or ["decoder"] * count)
 
 
 def describe_kind(layer: Layer) -> dict[str, Any]:
@@ -135,7 +132,7 @@ def describe_kind(layer: Layer) -> dict[str, Any]:
     return {"linear": {path: list(shape) for path, shape in layer.linear.items()}} | numbers
 
 
-def describe_rest(rest: int, tied: bool, layers: list[Layer]) -> str:
+def describe_rest(rest: int, layers: list[Layer]) -> str:
     """What the plan leaves out of a model, in words."""
     notes = []
     if rest > 0:

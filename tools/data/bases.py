@@ -76,16 +76,7 @@ class BaseTokenizer:
 
     def render(self, chat: dict[str, Any]) -> str:
         """The text of a whole chat row; raises WrongInput where the template refuses it."""
-        from jinja2.exceptions import TemplateError
-
-        messages, tools = prompts.read_conversation(chat)
-        try:
-            return self.apply_chat_template(messages, tools, **self.options)
-        except TemplateError as error:
-            roles = ", ".join(turn["role"] for turn in messages)
-            raise WrongInput(
-                f"the chat template of {self.name} refuses the turns {roles}: {error}"
-            ) from None
+        return prompts.render_row(self, chat, self.options)
 
     def count_tokens(self, chats: list[dict[str, Any]]) -> list[int | str]:
         """The tokens of each chat row, or why the template cannot render it."""

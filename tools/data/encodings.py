@@ -157,7 +157,8 @@ def describe_latin(path: Path) -> Text:
     """
     latin, unicode_lines, first, sample = 0, 0, 0, b""
     with open_bytes(path) as file:
-        for number, line in enumerate(read_pieces(file), 1):
+        # An endless line comes in pieces.
+        for number, line in enumerate(iter(lambda: file.readline(CHUNK * 16), b""), 1):
             if line.isascii():
                 continue
             try:
@@ -177,14 +178,5 @@ def describe_latin(path: Path) -> Text:
     read = "read as latin-1 (Windows-1252); save it as UTF-8 if letters look wrong"
     if not unicode_lines:
         return Text(path, "latin-1", f"not UTF-8 ({where}): {read}")
-    note = (
-        f"two encodings: UTF-8 ({unicode_lines:,} lines with such letters) and another ({where}), "
-    )
-    note += read
-    return Text(path, "utf-8 and latin-1", note)
-
-
-def read_pieces(file: IO[bytes]) -> Iterator[bytes]:
-    """The lines of a file; an endless one comes in pieces."""
-    while line := file.readline(CHUNK * 16):
-        yield line
+    note = f"two encodings: UTF-8 ({unicode_lines:,} lines with such letters) and another ({where})"
+    return Text(path, "utf-8 and latin-1", f"{note}, {read}")

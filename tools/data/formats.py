@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy
 
-from tools.common import WrongInput, refuse_other_content, shown
+from tools.common import WrongInput, read_json, refuse_other_content, shown
 from tools.data import hub_rows, tables
 from tools.data.encodings import HEAD, Text, inspect_text, open_bytes
 from tools.data.jsonstream import LONGEST, WHITE, JsonStream, Malformed, parse_row
@@ -408,8 +408,6 @@ def open_folder(path: Path) -> RowFile:
 
 
 def read_member(path: Path, key: str) -> list[Any]:
-    from tools.common import read_json
-
     value = read_json(path).get(key)
     if not isinstance(value, list):
         raise WrongInput(f'{shown(path)}: "{key}" must be a list; write the dataset again')

@@ -111,7 +111,8 @@ def take_in(rows: Any, shape: Shape, options: IntakeOptions, refused: Path) -> I
                     if not isinstance(row, dict):
                         raise ValueError(f"an object is needed, not {type(row).__name__}")
                     chat = shape.build_chat(row)
-                    group = read_group(row, options.group) if options.group else 0
+                    name = options.group
+                    group = hash_mark(turns.require_text(row.get(name), name)) if name else 0
                     time = clock.read(row) if clock else 0.0
                 except (ValueError, RecursionError) as error:
                     refuse(place, str(error), None if isinstance(row, ValueError) else row)
@@ -151,10 +152,6 @@ def add_row(intake: Intake, chat: dict[str, Any], numbers: dict[str, int]) -> No
         numbers.clear()
         return
     intake.marks.labels.append(numbers.setdefault(answer, len(numbers)))
-
-
-def read_group(row: dict[str, Any], column: str) -> int:
-    return hash_mark(turns.require_text(row.get(column), column))
 
 
 def train_on_last(messages: list[turns.Turn]) -> None:

@@ -26,18 +26,10 @@ ASCII_ESCAPE = re.compile(rb"\\(?:[bf]|u00[0-7])")  # an escaped ASCII character
 MAX_LINE = 16 * 2**20  # bytes; FinLoRA's longest rows are about 20 kB
 CHUNK = 2**16  # bytes that are read at a time
 # Of these, some stand in every control token of tools/data/turns.py.
-TOKEN_HINTS = [
-    b"<|",
-    b"</s>",
-    b"<s>",
-    b"<eos>",
-    b"<bos>",
-    b"<pad>",
-    b"<unk>",
-    b"_turn>",
-    b"_image>",
-]
-TOKEN_HINTS += [b"INST]", b"[TOOL", b"[/TOOL", b"[AVAILABLE", b"[/AVAILABLE", b"SYSTEM_PROMPT]"]
+TOKEN_HINTS = (
+    *(b"<|", b"</s>", b"<s>", b"<eos>", b"<bos>", b"<pad>", b"<unk>", b"_turn>", b"_image>"),
+    *(b"INST]", b"[TOOL", b"[/TOOL", b"[AVAILABLE", b"[/AVAILABLE", b"SYSTEM_PROMPT]"),
+)
 REFUSALS_SHOWN = 10  # rows that are named one by one
 
 RowTest = Callable[[str, str], object]  # of prompt and answer

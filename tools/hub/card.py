@@ -262,13 +262,7 @@ def read_example(task: str | None) -> str:
 
 
 def describe_repair(pair: dict[str, Any]) -> str:
-    """Says how the labels of a scored dataset were repaired; empty if they were not.
-
-    Score files without `label_checks` date from when only the published file was repaired.
-    """
-    if "label_checks" not in pair["adapter"]:
-        row = sources.tables()["datasets"].get(read_dataset(pair), {})
-        return str(row.get("repair", {}).get("reason", "")).strip()
+    """Says how the labels of a scored dataset were repaired; empty if they were not."""
     text = read_label_check(pair)
     return text if text.startswith(("repaired", "REPAIR=1")) else ""
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from evals.report import append_conditions, title
 from tools.common import format_table, spell_out
 from tools.hub.card import read_scores
 from tools.hub.client import connect, read_origin
@@ -32,22 +33,16 @@ def list_local() -> list[Row]:
         run_info, origin = run.info, read_origin(run)
         contents = filter(None, (read_scores(file, "adapters") for file in run.score_files))
         scores = [
-            (content["evaluated"]["dataset"], title_metric(metric, content), value["value"])
+            (evaluated["dataset"], append_conditions(title(metric), evaluated), value["value"])
             for content in contents
-            if content["evaluated"].get("adapter_sha256") == run_info.get("adapter_sha256")
+            if (evaluated := content["evaluated"]).get("adapter_sha256")
+            == run_info.get("adapter_sha256")
             for metric, value in content["metrics"].items()
         ]
         place = f"{origin.repo} at {origin.commit[:12]}" if origin else "trained here"
         version = run_info.get("recipe_version") or "–"
         rows.append((run.name, str(version), summarize(scores), place))
     return rows
-
-
-def title_metric(metric: str, content: dict[str, Any]) -> str:
-    """A metric as model cards name it: one of answers under CONSTRAIN=1 says so."""
-    from evals import report
-
-    return report.append_conditions(report.title(metric), content["evaluated"])
 
 
 def list_remote(api: Any, namespace: str) -> list[Row]:

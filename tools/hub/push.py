@@ -140,7 +140,7 @@ def strip_paths(value: Any) -> Any:
         return {key: strip_paths(part) for key, part in value.items()}
     if isinstance(value, list):
         return [strip_paths(part) for part in value]
-    if isinstance(value, str) and value.startswith("/") and not re.search(r"\s", value):
+    if isinstance(value, str) and value.startswith("/") and "\n" not in value:
         path = Path(value)
         return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
     return value
@@ -194,17 +194,19 @@ def prepare(recipe: recipes.Recipe, repo: str, options: Options) -> Release:
     settings |= {"base_model_name_or_path": base, "revision": revision}
     paths = [run.adapter_file, run.config_file, *list_tokenizer_files(run, base_model)]
     files = {path.name: path.read_bytes() for path in paths}
-    public_config = strip_paths(config)
+    public_config, run_info = strip_paths(config), strip_paths(run_info)
     if public_config != config:
         written = public_config | {"base_model": base if base_model[0] == "/" else base_model}
         files[runs.CONFIG] = yaml.safe_dump(written, sort_keys=False).encode()
-        run_info = strip_paths(run_info) | {"base_model": written["base_model"]}
+        run_info |= {"base_model": written["base_model"]}
     files |= {adapters.CONFIG: encode_json(settings), runs.INFO: encode_json(run_info)}
     for name, pair in scores.items():
         for side, content in pair.items():
             path = f"evals/{name}.json" if side == "adapter" else f"evals/base/{name}.json"
             predictions = strip_texts(content["predictions"])
-            files[path] = encode_json(content | {"predictions": predictions}, indent=1)
+            evaluated = strip_paths(content["evaluated"])
+            public = content | {"evaluated": evaluated, "predictions": predictions}
+            files[path] = encode_json(public, indent=1)
     publication = Publication(
         recipe, run_info, public_config, scores, base, revision, repo, options.price
     )

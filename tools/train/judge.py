@@ -21,12 +21,6 @@ from tools.train.callbacks import Stopped
 from tools.train.checks import name_metric
 
 
-def find_config_scorer(config: dict[str, Any]) -> Scorer:
-    """What scores a config's validation rows; raises WrongInput where no metric does."""
-    (entry,) = config["test_datasets"]
-    return find_scorer(recipes.find_task(config), (ROOT / entry["path"]).resolve())
-
-
 class Judge(TrainerCallback):
     """Adds scores to a trainer's evaluations, and writes `validation.jsonl` where it `records`."""
 
@@ -40,8 +34,10 @@ class Judge(TrainerCallback):
             self.options = config.get("chat_template_kwargs")
             self.tokenizer = models.load_tokenizer(config)
             self.tokenizer.padding_side = "left"
+            (entry,) = config["test_datasets"]
+            rows = (ROOT / entry["path"]).resolve()
             try:
-                self.scorer = find_config_scorer(config)
+                self.scorer = find_scorer(recipes.find_task(config), rows)
             except WrongInput as error:
                 raise Stopped(str(error)) from None
         self.evaluate, self.predict = trainer.evaluation_loop, trainer.prediction_step

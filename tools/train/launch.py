@@ -81,8 +81,6 @@ def prepare(recipe: recipes.Recipe, identity: dict[str, Any], force: bool) -> bo
     """Makes the run folder ready to train; False where the run is finished and unchanged."""
     run = recipe.run
     before, restart = run.identity, ""
-    if before:  # earlier versions kept this project's own plugin in it
-        before["config"] = profiles.identity_of(before["config"])
     if not before:
         restart = "it was not begun by `make train`"
     elif before != identity:

@@ -41,10 +41,7 @@ ADAMW = {
     *("adamw_bnb_8bit", "paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit"),
 }
 # Ways to ask Axolotl for a kind of attention; the last is today's.
-ATTENTION = [
-    *("flash_attention", "sdp_attention", "xformers_attention", "flex_attention"),
-    *("sage_attention", "eager_attention", "s2_attention", "attn_implementation"),
-]
+ATTENTION = [*("flash_attention", "sdp_attention", *sharing.OTHER_ATTENTION, "attn_implementation")]
 # Axolotl's products of base and adapter, which pass by the layers' own forward.
 LORA_KERNELS = ("lora_qkv_kernel", "lora_o_kernel", "lora_mlp_kernel")
 # Keys by which a run differs from its recipe on purpose: what is kept where, and counted.
@@ -248,8 +245,10 @@ def merge_config(
     if content.get("merge_aware"):
         refuse_unmergeable(recipe.name, content)
         content |= dict.fromkeys(LORA_KERNELS, False)
-    if content.pop("shared_prefix", None):
-        content |= decide_sharing(content)
+    if content.pop("shared_prefix", None) and not sharing.explain_no_sharing(content):
+        content["shared_prefix"] = True
+        if content.get("batch_flattening") == "auto":  # a profile's way to pack rows, not a user's
+            content["batch_flattening"] = False
     if content.get("deepspeed") and (reason := explain_import("deepspeed")):
         raise WrongInput(f"PROFILE={profile}: {reason}")
     if choice.gradient_checkpointing is not None:
@@ -291,15 +290,6 @@ def measure_data(content: dict[str, Any]) -> int:
     entries = [*(content.get("datasets") or []), *(content.get("test_datasets") or [])]
     paths = (ROOT / str(entry.get("path", "")) for entry in entries)
     return sum(path.stat().st_size for path in paths if path.is_file())
-
-
-def decide_sharing(content: dict[str, Any]) -> dict[str, Any]:
-    """What of a config changes where its rows are packed; {} where they cannot be."""
-    # A profile's own way to pack rows gives way to this one; a user's does not.
-    flattened = content.get("batch_flattening")
-    if sharing.explain_no_sharing(content):
-        return {}
-    return {"shared_prefix": True} | ({"batch_flattening": False} if flattened == "auto" else {})
 
 
 def identity_of(content: dict[str, Any]) -> dict[str, Any]:

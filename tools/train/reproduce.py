@@ -18,11 +18,16 @@ from tools.train import hardware, launch
 from tools.train.checks import describe_data
 from tools.train.machines import Machines
 
+# Of a run.json. A pulled one may hold less.
+NEEDED = {"recipe", "recipe_version", "data", "packages", "device", "profile", "last_loss"}
+
 
 def build_recipe(run: Run) -> Recipe:
     """The recipe that trains a finished run again, into the folder beside it."""
     if not run.is_finished:
         raise WrongInput(f"{run} is no finished run: it has no run.json")
+    if missing := NEEDED - run.info.keys():
+        raise WrongInput(f"{run} cannot be trained again: its run.json has no {min(missing)}")
     info, config = run.info, run.config
     beside = run.folder.with_name(f"{run.folder.name}.reproduced")
     config["output_dir"] = shown(beside)

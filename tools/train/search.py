@@ -234,11 +234,8 @@ class Search:
 
     def list_trials(self, *states: str) -> list[Any]:
         """Optuna's trials in these states, all that began if none is named."""
-        return [
-            trial
-            for trial in self.study.get_trials(deepcopy=False)
-            if (trial.state.name in states if states else trial.state.name != "WAITING")
-        ]
+        names = states or ("RUNNING", "COMPLETE", "PRUNED", "FAIL")
+        return [t for t in self.study.get_trials(deepcopy=False) if t.state.name in names]
 
     def candidate(self, number: int, suffix: str = "") -> Candidate:
         point = self.study.get_trials(deepcopy=False)[number].params

@@ -174,7 +174,7 @@ class Space:
 
     def decode(self, key: str, choice: Choice) -> Any:
         if key == "lora_target_modules" and isinstance(choice, list):
-            return recipes.name_modules(self.config["base_model"], choice)
+            return recipes.fit_modules(recipes.find_base(self.config["base_model"])[1], choice)
         return choice
 
     def build_distributions(self) -> "dict[str, BaseDistribution]":

@@ -74,21 +74,13 @@ def compute_cpu_memory(model: architectures.Model, setup: memory.Setup, here: Ho
     return total + (dense if dense < here.memory / 2 else 0)
 
 
-def find_longest(recipe: recipes.Recipe) -> int | None:
-    """Tokens of the longest row of a task of the catalogue; None for other data."""
-    if recipe.name not in recipes.list_names():
-        return None
-    task = recipes.read_matrix()["tasks"][recipes.split_name(recipe.name)[1]]
-    return min(int(task["longest"]), int(recipe.config["sequence_len"]))
-
-
 def plan_recipe(recipe: recipes.Recipe, config: dict[str, Any]) -> dict[str, Any]:
     """The plan of a recipe's config on its rows here, or on FinLoRA's at their longest."""
     data = list_training_files(config)
     if all(map(Path.is_file, data)):
         return plan.plan(config, data=data)
     rows = plan.read_published_rows().get(data[0].name) if len(data) == 1 else None
-    return plan.plan(config, rows=rows, row=find_longest(recipe))
+    return plan.plan(config, rows=rows, row=recipes.find_longest_row(recipe.name, config))
 
 
 def estimate_on_cpu(recipe: recipes.Recipe, here: Host) -> Estimate:

@@ -21,11 +21,7 @@ often the next token is the same.
 """
 
 import gc
-import os
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +34,7 @@ from tools.common import (
     naming,
     quiet,
     read_json,
-    share,
+    replacing,
     shown,
     write_json,
 )
@@ -154,20 +150,6 @@ def is_up_to_date(target: Path, origin: dict[str, Any]) -> bool:
         return False
     report = read_json(target / REPORT)
     return bool(report == report | origin)
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `target` at the end, unless an error came before."""
-    adapter = target.parent
-    with tempfile.TemporaryDirectory(dir=adapter, prefix=".merging-") as name:
-        work = Path(name)
-        yield work
-        share(work)
-        shutil.rmtree(target, ignore_errors=True)
-        work.chmod(adapter.stat().st_mode)
-        os.rename(work, target)
-        work.mkdir()  # which the temporary directory removes
 
 
 def add_modelfile(config: dict[str, Any], model: Path, folder: Path, source: str) -> dict[str, str]:

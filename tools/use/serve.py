@@ -164,7 +164,10 @@ def check_together(served: Served, engine: Engine) -> None:
         kinds = {
             "bases": [find_base_key(member.config) for member in pair],
             "precisions": [models.precision(member.config) for member in pair],
-            "tokenizers": [find_tokenizer_key(member) for member in pair],
+            "tokenizers": [
+                (path := find_tokenizer(member)) and digest(Run(path).tokenizer_file)
+                for member in pair
+            ],
             "chat templates": [build_template(member) for member in pair],
         }
         if differing := [kind for kind, (left, right) in kinds.items() if left != right]:
@@ -182,12 +185,6 @@ def find_base_key(config: dict[str, Any]) -> Any:
     base = str(config["base_model"])
     folder = (ROOT / base).resolve() if (ROOT / base).is_dir() else recipes.resolve_mirror(base)
     return folder, config.get("bnb_config_kwargs")
-
-
-def find_tokenizer_key(subject: subjects.Subject) -> str | None:
-    """The digest of the tokenizer that training made, where it made one."""
-    path = find_tokenizer(subject)
-    return digest(Run(path).tokenizer_file) if path else None
 
 
 def find_tokenizer(subject: subjects.Subject) -> Path | None:
