@@ -27,6 +27,7 @@ from tools.train.batches import (
 from tools.train.callbacks import Progress, Watch, measure_peak_memory
 from tools.train.checkpoints import write_atomically
 from tools.train.checks import name_metric
+from tools.train.hardware import detect_host
 from tools.train.judge import Judge
 from tools.train.ranks import allow_deepspeed_on_cpu, read_rank
 from tools.train.shared_prefix import accept_packs, share_prefixes
@@ -157,7 +158,7 @@ class RunPlugin(BasePlugin):
         counted = getattr(state, "tokens", None) or {}
         real = lines[-1]["real_tokens"] if lines else 0
         parameters = [p for p in self.trainer.model.parameters() if p.requires_grad]
-        on_gpu = torch.cuda.is_available()
+        on_gpu, processes = torch.cuda.is_available(), read_rank("WORLD_SIZE")
         write_json(
             Path(cfg.output_dir) / "stats.json",
             {
@@ -176,7 +177,8 @@ class RunPlugin(BasePlugin):
                 "tokens_per_second": round(real / seconds, 1) if seconds else None,
                 "trainable_parameters": sum(p.numel() for p in parameters),
                 "device": torch.cuda.get_device_name(0) if on_gpu else "cpu",
-                "processes": read_rank("WORLD_SIZE"),
+                "processes": processes,
+                "machine": detect_host().describe_machine(processes),
                 "weights_of_processes": self.watch.same,
                 "seed": cfg.seed,
             },
