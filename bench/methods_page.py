@@ -65,7 +65,7 @@ PLANNED = f"""\
 What {equivalence.SIMULATED:,} simulated experiments find with the planned standard deviations of
 paired differences. A row's difference is the same for all seeds; for the figures in brackets it is
 drawn anew for each. Holm's correction is left out, and makes these findings rarer. The standard
-deviations are from before the first training.
+deviations were written down before the first training.
 """
 
 VERDICTS = """\
@@ -106,7 +106,7 @@ MACHINES = """\
 Rounding differs between machines and versions, so a rate chosen on one need not be the best on
 another. In brackets: trainings."""
 FINLORAS_RATE = 1e-4  # of all its methods
-MISSING = "trainings are missing; `--status` names them, and nothing is concluded from the others."
+MISSING = "nothing is concluded while trainings are missing; `--status` names them."
 
 
 # ---- the ranking

@@ -112,13 +112,17 @@ def collect_results(spec: dict[str, Any], names: Collection[str]) -> dict[str, A
 def measure_part(spec: dict[str, Any], part: str, task: str) -> dict[str, Any]:
     """Trains and scores what is missing of a part on a task, and compares its variants."""
     plan, scored = spec["parts"][part], spec["tasks"][task]
-    metric, variants, columns = scored["metric"], dict[str, Any](), dict[str, Array]()
-    for name, trained in list_recipes(spec, part, task).items():
+    metric = scored["metric"]
+    variants: dict[str, Any] = {}
+    columns: dict[str, Array] = {}
+    for name, seeded in list_recipes(spec, part, task).items():
         print(f"parity     {part}, {task}: {name}", flush=True)
-        files = [train_and_score(r, scored["dataset"], scored.get("limit")) for r in trained]
+        files = [
+            train_and_score(recipe, scored["dataset"], scored.get("limit")) for recipe in seeded
+        ]
         values = [list_row_values(sides["adapter"], metric) for sides in files]
         columns[name] = np.array(values, float).T
-        infos = [recipe.run.info for recipe in trained]
+        infos = [recipe.run.info for recipe in seeded]
         variants[name] = {
             "scores": columns[name].mean(0).round(6).tolist(),
             "base": round(files[0]["base"]["metrics"][metric]["value"], 6),

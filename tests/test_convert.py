@@ -16,7 +16,7 @@ from tests.chat_files import read_turns, write_rows
 from tests.conftest import call, run
 from tools import common, sources
 from tools.common import ROOT, WrongInput, unique
-from tools.data import convert, lengths, rows, turns
+from tools.data import bases, convert, lengths, rows, turns
 from tools.data.chatfile import Options, convert_rows
 from tools.data.rows import MAX_LINE, Rules
 from tools.data.rules import REMOVALS, load_test_rules
@@ -872,3 +872,10 @@ def test_all_bad_rows_are_listed(source, target, capsys):
     out = capsys.readouterr().out
     assert "line 10: " in out and "line 11: " not in out
     assert '12 rows: "target" is empty' in out and '1 rows: "context" is empty' in out
+
+
+def test_a_damaged_tokenizer_config_of_a_base_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": ')
+    with pytest.raises(WrongInput, match=r"tokenizer_config\.json"):
+        bases.BaseTokenizer("mine", str(tmp_path), {})

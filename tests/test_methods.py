@@ -213,17 +213,19 @@ def test_rows_that_differ_between_machines_are_refused(experiment):
 # ---- what the page says
 
 
-def test_a_partial_experiment_concludes_nothing(experiment, tmp_path, monkeypatch):
+@pytest.mark.parametrize("missing", ["qlora_1e-2_seed42", "dora_3e-3_seed44"])
+def test_a_partial_experiment_concludes_nothing(missing, experiment, tmp_path, monkeypatch):
+    """Without one training at a rate, or one that is scored on test rows."""
     monkeypatch.setattr(together, "RESULTS", tmp_path)
-    for write in (write_rates, write_tests):
-        last = "dora_3e-3_seed44" if write is write_tests else "qlora_1e-2_seed42"
-        write(experiment(), *([BEST] if write is write_rates else []), skip=last)
-        page = methods_page.build_page([experiment()])
-        concluded = page[page.index("## Conclusions") : page.index("## Hypothesis")]
-        assert f"- sentiment: {methods_page.MISSING}" in concluded
-        assert "the hypothesis" not in concluded and "### Test rows" not in page
-        assert experiment().missing == [last]
-        write_rates(experiment(), BEST)
+    write_rates(experiment(), BEST, skip=missing)
+    if not experiment().missing_rates:
+        write_tests(experiment(), skip=missing)
+    assert experiment().missing == [missing]
+    page = methods_page.build_page([experiment()])
+    concluded = page[page.index("## Conclusions") : page.index("## Hypothesis")]
+    assert f"- sentiment: {methods_page.MISSING}" in concluded
+    assert "the hypothesis" not in concluded
+    assert "### Test rows" not in page and "### Rates" not in page
 
 
 def test_a_whole_experiment_is_compared_on_the_same_rows_and_seeds(experiment):
@@ -338,8 +340,7 @@ def test_the_check_fails_where_page_or_figure_is_missing_or_old(experiment, tmp_
         path.write_text(content)
     methods.write_page(check=True)
     write_cell(experiment().list_rate_cells("lora")[0.01], {"validation": make_values(300, 9)})
-    methods_page_alone = methods_page.build_page(methods.open_experiments())
-    methods.PAGE.write_text(methods_page_alone)
+    methods.PAGE.write_text(methods_page.build_page(methods.open_experiments()))
     with pytest.raises(JobFailed, match=methods.FIGURE.name):
         methods.write_page(check=True)
 

@@ -317,6 +317,13 @@ def test_scores_of_an_adapter_that_was_trained_again_do_not_count(runs, capsys):
     assert "trained again" in capsys.readouterr().err
 
 
+def test_scores_beside_a_damaged_run_json_are_left_out_and_named(runs, capsys):
+    (runs.folder / "run.json").write_text('{"recipe": "smol')
+    _, page = built()
+    assert not [row for row in page.rows if len(row) == 9 and "sentiment_r4" in row[2]]
+    assert "run.json" in capsys.readouterr().err
+
+
 def test_without_a_score_it_says_so_and_stops(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs_module, "RUNS", tmp_path / "runs")
     with pytest.raises(SystemExit) as stopped:

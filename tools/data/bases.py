@@ -7,14 +7,13 @@ The tokenizer comes from tokenizers alone, the template from Jinja: AutoTokenize
 takes longer than reading most files.
 """
 
-import json
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tools import architectures, prompts, recipes
-from tools.common import WrongInput
+from tools.common import WrongInput, read_json
 
 
 class BaseTokenizer:
@@ -41,8 +40,7 @@ class BaseTokenizer:
 
     def read_config(self, name: str) -> dict[str, Any]:
         path = self.file.with_name(name)
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return content if isinstance(content, dict) else {}
+        return read_json(path) if path.is_file() else {}
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -3,11 +3,10 @@
 No torch here: `make profile` computes with it, too. tools/train/shared_prefix.py trains on packs.
 """
 
-import json
 from typing import Any
 
 from tools import architectures, models, prompts
-from tools.common import ROOT, WrongInput, json_lines
+from tools.common import ROOT, WrongInput, json_lines, read_json
 from tools.packs import FIXED_ROPES, IGNORED, TESTED, Row, pack_rows
 
 SAMPLED = 256  # rows that `describe_saving` packs
@@ -49,7 +48,7 @@ def explain_base(base: str) -> str | None:
     if kind not in TESTED:
         return f"packs were not tested on the architecture {kind}"
     path = architectures.find_file(base, "config.json")
-    text = architectures.find_text_part(json.loads(path.read_bytes())) if path else {}
+    text = architectures.find_text_part(read_json(path)) if path else {}
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
     name = rope.get("rope_type") or rope.get("type") or "default"
     if name not in FIXED_ROPES and "full_attention" not in rope:  # Gemma has one for each kind
