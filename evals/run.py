@@ -42,6 +42,7 @@ from tools import models as weights
 from tools import smollm2, sources, vllm
 from tools.common import ROOT, JobFailed, WrongInput, check_name, digest, quiet, shown, write_json
 from tools.prompts import TOKENIZER, with_template
+from tools.runs import Run
 from tools.subjects import Subject
 
 if TYPE_CHECKING:
@@ -268,8 +269,7 @@ def collect_label_checks(subject: "Subject | Endpoint", side: str, dataset: str)
     check = sources.manifest(find_rows(dataset)).get("label_check") or {}
     checks = {"test": check.get("text")}
     if side == "adapter" and isinstance(subject, Subject) and subject.adapter:
-        file = subject.adapter / "run.json"
-        data = json.loads(file.read_text()).get("data") if file.is_file() else None
+        data = Run(subject.adapter).info.get("data")
         entries = data if isinstance(data, list) else []  # a pulled run.json may hold anything
         texts = (entry.get("label_check") for entry in entries if isinstance(entry, dict))
         checks["training"] = next(filter(None, texts), None)

@@ -346,6 +346,9 @@ def test_score_files_and_cards_say_what_was_decided(tmp_path, monkeypatch):
     assert checks["training"] == read_check()["text"]
     assert checks["test"].startswith("unchanged, shares as the source's")
     assert evaluation.collect_label_checks(subject, "base", "tfns") == {"test": checks["test"]}
+    (tmp_path / "run.json").write_text('{"data": [')
+    with pytest.raises(WrongInput, match=r"run\.json"):
+        evaluation.collect_label_checks(subject, "adapter", "tfns")
     pair = {"adapter": {"label_checks": checks, "evaluated": {"dataset": "tfns"}}}
     assert card.describe_repair(pair) == ""
     message = card.collect_label_checks(data, {"tfns": pair}, {})
