@@ -191,6 +191,32 @@ def test_a_training_that_fails_says_why_and_is_no_finished_run(tiny, chat_rows, 
     assert not {"run.json", "stats.json"} & {path.name for path in (tmp_path / "r4").iterdir()}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_8_bit_base_scores_with_its_own_numbers_on_a_cpu(dtype):
+    """Bit for bit, for a row and many, with values beyond the threshold and without."""
+    import torch
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    from tools import models
+
+    torch.manual_seed(0)
+    layer = Linear8bitLt(96, 160, has_fp16_weights=False, threshold=6.0)
+    layer.weight = Int8Params(torch.randn(160, 96), requires_grad=False).to("cpu")
+    model = torch.nn.Sequential(layer).eval()
+    inputs = [torch.randn(shape) for shape in ((1, 1, 96), (1, 7, 96), (3, 50, 96), (5, 96))]
+    inputs += [x.clone().index_fill_(-1, torch.tensor([3, 40]), 9.0) for x in inputs]
+    inputs = [x.to(getattr(torch, dtype)) for x in inputs]
+    with torch.no_grad():
+        plain = [model(x) for x in inputs]
+        is_slow = torch.backends.cpu.get_cpu_capability() != "AVX512"
+        assert models.dequantize_once(model) == is_slow * 4 * 96 * 160
+        for x, expected in zip(inputs, plain, strict=True):
+            assert torch.equal(model(x), expected)
+    x = torch.randn(2, 96, requires_grad=True)
+    model.train()(x).sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize(
     ("lever", "bits"), [("dequantize_once", 4), ("dequantize_once", 8), ("answer_logits_only", 4)]
 )

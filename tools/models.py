@@ -27,16 +27,19 @@ def dequantize_once(model: Any, training: bool = False) -> int:
     bitsandbytes dequantizes a weight in every forward and backward pass. On a CPU that costs more
     than the product itself for small batches, and a small model has room for the dense copy.
     A 4-bit copy comes from `dequantize_4bit`; an 8-bit one is CB * SCB / 127, as in `MatMul8bitFp`,
-    which bitsandbytes uses on a CPU in training only. In scoring it rounds activations to 8 bits,
-    so 8-bit weights are copied for `training` alone. The quantized weight stays in place; results
-    and saved files are the same. Returns 0 and changes nothing where the copies would take more
-    than half of the free memory, or the model is on a GPU.
+    which bitsandbytes uses on a CPU in training only. In scoring it rounds activations to 8 bits
+    and multiplies integers; the copy is then of CB as float32, in which a CPU without AVX-512
+    multiplies them. The quantized weight stays in place; results and saved files are the same.
+    Returns 0 and changes nothing where the copies would take more than half of the free memory, or
+    the model is on a GPU.
     """
     import bitsandbytes as bnb
     import psutil
     import torch
 
-    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt) if training else bnb.nn.Linear4bit
+    kinds: tuple[Any, ...] = (bnb.nn.Linear4bit,)
+    if training or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        kinds += (bnb.nn.Linear8bitLt,)
     layers = [m for m in model.modules() if isinstance(m, kinds) and m.weight.device.type == "cpu"]
     size = sum(4 * layer.in_features * layer.out_features for layer in layers)
     if size > psutil.virtual_memory().available / 2:
@@ -61,9 +64,47 @@ def dequantize_once(model: Any, training: bool = False) -> int:
         else:
             if layer.weight.CB is not None:
                 layer.init_8bit_state()
+            if not training:
+                layer.forward = build_int8_forward(layer)
+                continue
             dense = layer.state.CB.float() * (layer.state.SCB.float().unsqueeze(1) / 127)
         replace_forward(layer, dense)
     return size
+
+
+def build_int8_forward(layer: Any) -> Callable[[Any], Any]:
+    """The forward of an 8-bit layer in scoring, with a float32 copy of its integers.
+
+    The same operations in the same order as `MatMul8bitLt` on a CPU without AVX-512, bit for bit,
+    but for the conversions: of the weight, and of products that are whole numbers already.
+    """
+    import bitsandbytes as bnb
+    import torch
+
+    plain_forward, state, bias = layer.forward, layer.state, layer.bias
+    integers = state.CB.float().t()
+
+    def forward(x: Any) -> Any:
+        if layer.training:
+            return plain_forward(x)
+        flat = x.reshape(-1, x.shape[-1])
+        # Columns with a value beyond the threshold are multiplied as they are (Dettmers et al.
+        # 2022, sec. 3.2).
+        values = flat.half().float()
+        rounded, scales, outliers = bnb.functional.int8_vectorwise_quant(
+            values, threshold=state.threshold
+        )
+        product = rounded.float() @ integers
+        product *= scales.unsqueeze(1) * state.SCB.unsqueeze(0)
+        product *= 6.200124e-05  # 1 / 127², as bitsandbytes writes it
+        product = (product if bias is None else product + bias.to(x.dtype)).to(x.dtype)
+        if outliers is not None and outliers.numel():
+            columns = state.CB[:, outliers].contiguous()
+            weights = torch.ops.bitsandbytes.int8_vectorwise_dequant(columns, state.SCB)
+            product = product.addmm(flat[:, outliers].contiguous(), weights.to(x.dtype).t())
+        return product.reshape(*x.shape[:-1], -1)
+
+    return forward
 
 
 def round_in_forward(model: Any) -> None:
