@@ -555,6 +555,17 @@ def test_a_base_that_was_published_quantized_is_known_as_such(tiny, tmp_path, bi
     assert "quantization_config" not in json.loads((target / "config.json").read_text())
 
 
+def test_a_recipe_that_puts_an_adapter_on_another_base_is_noted(tmp_path, capsys):
+    own = recipes.read_matrix()["models"]["llama-3.1-8b"]["hub"]
+    folder = str(stand_in(tmp_path / "a", own, 4))
+    subjects.find("llama-3.1-8b/sentiment_r4", folder)
+    assert not capsys.readouterr().err
+    subject = subjects.find("qwen3-8b/sentiment_r4", folder)
+    base = subject.config["base_model"]
+    said = f"was trained on {own}; RECIPE=qwen3-8b/sentiment_r4 puts it on {base}\n"
+    assert capsys.readouterr().err.endswith(said)
+
+
 def test_a_bases_name_says_that_it_is_quantized_before_it_is_here(tmp_path):
     base = "unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit"
     subject = subjects.find("", str(stand_in(tmp_path / "a", base, 4)))

@@ -208,6 +208,9 @@ REFUSED = {
         {"pretraining_dataset": [{"path": "x"}], "datasets": None},
         "pretraining_dataset is not supported",
     ),
+    "no layers": ({"lora_target_modules": None}, "no layer is adapted: lora_target_modules, or"),
+    "no template": ({"chat_template_jinja": "mine.jinja"}, "mine.jinja is no file here, and no"),
+    "no deepspeed": ({"deepspeed": "zero9.json"}, "deepspeed: zero9.json is not there"),
     "a word for a number": ({"lora_r": "abc"}, 'lora_r must be a number, not "abc"'),
 }
 
@@ -378,6 +381,26 @@ def test_a_run_of_another_recipe_is_not_taken_for_ones_own(tiny, rows, tmp_path,
     other.write_text(path.read_text())
     with pytest.raises(WrongInput, match=r"was trained by .*mine\.yaml with other settings"):
         recipes.find(str(other)).read_trained_config()
+
+
+BROKEN_TEMPLATES = {
+    "{% for m in messages %}{{ m.content }}": "Unexpected end of template",
+    "{{ messages[0].content }}": "the chat template leaves out the answer",
+    "{{ messages[0].content + 1 }}": "the chat template refuses the turns user, assistant",
+}
+
+
+@pytest.mark.parametrize("template", BROKEN_TEMPLATES)
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_template_of_ones_own_is_tried_before_training(template, as_file, tiny, rows, tmp_path):
+    (tmp_path / "mine.jinja").write_text(template)
+    own = str(tmp_path / "mine.jinja") if as_file else template
+    recipe = recipes.find(str(write(tmp_path, tiny, rows, chat_template_jinja=own)))
+    checks.refuse_unusable(recipe.config, recipe.where)
+    with pytest.raises(WrongInput) as error:
+        checks.refuse_unrenderable(recipe)
+    assert BROKEN_TEMPLATES[template] in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).endswith("mend chat_template_jinja")
 
 
 def test_rows_that_axolotl_maps_are_not_rendered_as_they_stand(tiny, tmp_path):

@@ -16,7 +16,7 @@ from tests.chat_files import read_turns, write_rows
 from tests.conftest import call, run
 from tools import common, sources
 from tools.common import ROOT, WrongInput, unique
-from tools.data import bases, convert, lengths, rows, turns
+from tools.data import bases, convert, join, lengths, rows, turns
 from tools.data.chatfile import Options, convert_rows
 from tools.data.rows import MAX_LINE, Rules
 from tools.data.rules import REMOVALS, load_test_rules
@@ -568,6 +568,16 @@ def test_a_published_multi_task_set_is_used_where_it_is_at_hand(tmp_path, chat):
     convert.convert_task("general_multi", tmp_path)
     assert read_turns(sources.train_path("general_multi")) == rows
     assert sources.manifest(sources.train_path("general_multi"))["labels"]["Yes"] == 1
+
+
+def test_rows_with_more_than_two_turns_join_by_their_prompt_and_last_answer(tmp_path):
+    turns = [("system", "s"), ("user", "p"), ("assistant", "a"), ("user", "q"), ("assistant", "b")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    (batch,) = join.read_chat(path)
+    assert batch.prompts == ["system: s\nuser: p\nassistant: a\nuser: q"]
+    assert batch.answers == ["b"]
 
 
 def test_parts_from_two_folders_are_not_joined(tmp_path, chat, capsys):

@@ -165,9 +165,34 @@ def test_what_is_not_there_is_refused(tmp_path):
         open_rows(str(tmp_path))
     with pytest.raises(WrongInput, match="it is hf:owner/name"):
         open_rows("hf:name")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in (str(tmp_path / "loop"), "~nobody-of-this-name/rows.csv"):
+        with pytest.raises(WrongInput, match="is not there; a file of rows"):
+            open_rows(name)
 
 
 # ---- bad rows
+
+
+def test_a_header_that_comes_again_is_no_row(read):
+    rows, taken, refused = read("text,label\na b,up\ntext,label\nc d,down\ntext,label\n")
+    assert rows.columns == ["text", "label"]
+    assert [row["label"] for row in taken] == ["up", "down"]
+    assert refused == {f"line {n}": "it is the header once more; take it out" for n in (3, 5)}
+
+
+def test_years_name_columns(read):
+    rows, taken, _ = read("firm,2022,2023\nA,1,2\nB,1,2\nC,1,2\n")
+    assert rows.columns == ["firm", "2022", "2023"] and len(taken) == 3
+
+
+def test_a_stray_nul_is_the_fault_of_its_row(read):
+    lines = [f"text {n},up\n" for n in range(30)]
+    lines[3] = "te\0xt,up\n"
+    _, taken, refused = read("text,label\n" + "".join(lines))
+    assert len(taken) + len(refused) == 30
+    _, taken, refused = read(ROW * 5 + ROW.replace("Sales", "Sa\0les") + ROW * 5)
+    assert len(taken) == 11 and not refused  # and a shape refuses the control character
 
 
 def test_a_row_of_json_that_breaks_a_rule_is_named_and_the_rest_is_read(read):

@@ -336,6 +336,44 @@ def test_what_cannot_be_divided_or_scored_is_one_line(mine, capsys):
     assert "no training row has these labels of the test rows: 0, 1" in capsys.readouterr().out
 
 
+def test_test_rows_with_other_columns_are_worded_and_named_as_the_others(mine, capsys):
+    rows = [{"text": f"t {n}", "label": n % 2 + 1} for n in range(40)]
+    tested = [{"headline": f"u {n}", "sentiment": n % 2 + 1} for n in range(10)]
+    test = str(jsonl(mine / "test.jsonl", tested))
+    named = custom.Choices(test=test, labels="1=bad,2=good", template="{text}?\\n{labels}")
+    custom.create_task("mine", jsonl(mine / "rows.jsonl", rows), named)
+    assert read_sides("mine")["test"][:2] == [
+        ("u 0?\nbad, good", "bad"),
+        ("u 1?\nbad, good", "good"),
+    ]
+    passages = [{"question": f"q {n}", "passage": f"p {n}", "answer": "a"} for n in range(40)]
+    bare = str(
+        jsonl(mine / "bare.jsonl", [{"question": f"r {n}", "answer": "a"} for n in range(9)])
+    )
+    with pytest.raises(WrongInput, match="bare.jsonl has no column passage, which prompts hold"):
+        custom.create_task("read", jsonl(mine / "p.jsonl", passages), custom.Choices(test=bare))
+
+
+def test_where_no_row_can_be_used_the_first_reason_is_named(mine):
+    source = jsonl(mine / "rows.jsonl", [{"prompt": "p", "completion": ""}] * 20)
+    with pytest.raises(WrongInput, match='no row can be used; line 1: "completion" is empty'):
+        custom.create_task("mine", source, custom.Choices(quarantine=True))
+    preferred = jsonl(mine / "dpo.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}] * 20)
+    with pytest.raises(WrongInput, match="rows of preferences .*; MAP= trains on one"):
+        custom.create_task("mine", preferred)
+
+
+def test_unix_time_orders_rows_and_the_rule_says_what_the_newest_do(mine, capsys):
+    start = 1_700_000_000
+    rows = [{"text": f"t {n}", "label": "ab"[n % 2], "at": str(start + n)} for n in range(200)]
+    custom.create_task("mine", jsonl(mine / "rows.jsonl", rows), custom.Choices(time="at"))
+    newest = {prompt.split("\n")[0] for prompt, _ in read_sides("mine")["test"]}
+    assert newest == {f"t {n}" for n in range(160, 200)}
+    test = jsonl(mine / "test.jsonl", [{"text": "new", "label": "a", "at": "1"}] * 5)
+    custom.create_task("dated", mine / "rows.jsonl", custom.Choices(time="at", test=str(test)))
+    assert "by time (at), the newest rows validate" in capsys.readouterr().out
+
+
 def test_rows_that_a_task_would_overwrite_are_not_its_source(mine):
     custom.DATA.mkdir(parents=True)
     source = jsonl(custom.DATA / "mine_train.jsonl", TONES)
@@ -452,7 +490,7 @@ BROKEN = {
     "bits": ({"quant_bits": 3}, "quant_bits: 3 is none of 4, 8, 16"),
     "text": ({"lora_r": "8"}, 'lora_r: "8" is not int'),
     "truth": ({"num_epochs": True}, "num_epochs: true is not int"),
-    "zero": ({"batch_size": 0}, "batch_size: 0 is empty or not above 0"),
+    "zero": ({"batch_size": 0}, "batch_size: 0 is not a number above 0"),
     "no data": ({"dataset_path": None}, "dataset_path: null is not str"),
     "data not there": (
         {"dataset_path": "nowhere.jsonl"},

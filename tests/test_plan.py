@@ -351,6 +351,9 @@ def test_rows_that_validate_are_not_counted_as_steps():
     del config["test_datasets"]
     assert count_training_rows(config, 1000) == 1000
     assert count_steps(1000, 50, config | {"val_set_size": 0.02}) == (4 * 62, 4 * 980 * 50)
+    with pytest.raises(WrongInput, match="val_set_size: 1000 of 1,000 rows leaves none"):
+        count_steps(1000, 50, config | {"val_set_size": 1000})
+    assert count_steps(980, 50, config | {"num_epochs": None}) == (62, 980 * 50)
 
 
 def test_several_gpus_share_the_batch_and_take_as_many_steps():
@@ -385,6 +388,11 @@ def test_a_module_that_cannot_be_planned_is_named(key, modules):
     name = modules if isinstance(modules, str) else modules[0]
     with pytest.raises(WrongInput, match=f'{key}: "{name}" cannot be planned'):
         plan(read_config(**{key: modules}), row=64)
+
+
+def test_a_config_that_adapts_no_layer_is_not_planned():
+    with pytest.raises(WrongInput, match="no layer is adapted: lora_target_modules"):
+        plan(read_config(lora_target_modules=None), row=64)
 
 
 # ---- rows, tokens and hours

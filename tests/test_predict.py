@@ -331,6 +331,23 @@ def test_a_column_that_training_had_and_the_file_has_not_is_named(tmp_path):
         predict.find_shape(rows, OWN_TASK, predict.Request("", tmp_path, "mine"))
 
 
+def test_a_file_without_the_passages_of_training_is_refused(tmp_path):
+    columns = {"prompt": "question", "context": "passage", "answer": "answer"}
+    task = {"eval": ["mine"], "shape": {"kind": "question and answer", "columns": columns}}
+    rows = write_file(tmp_path / "b.csv", "question,day\nWhy?,Monday\n")
+    with pytest.raises(WrongInput, match=r'no column passage, .*MAP="context=…" names another'):
+        predict.find_shape(rows, task, predict.Request("", tmp_path, "mine"))
+
+
+def test_texts_are_taken_where_a_task_was_trained_on_turns(tmp_path):
+    task = {"eval": ["mine"], "shape": {"kind": "messages", "columns": {"messages": "messages"}}}
+    rows = write_file(tmp_path / "b.csv", "question,day\nWhy?,Monday\n")
+    shape = predict.find_shape(rows, task, predict.Request("", tmp_path, "mine"))
+    assert shape.build_prompt({"question": "Why?"})["messages"] == [
+        {"role": "user", "content": "Why?"}
+    ]
+
+
 # ---- refusals
 
 
@@ -339,6 +356,7 @@ def test_a_column_that_training_had_and_the_file_has_not_is_named(tmp_path):
     [
         ("there.csv", [], "already exists"),
         ("out.parquet", [], "rows of csv are not written as parquet"),
+        ("out.xlsx", [], ".xlsx is none of the formats that are written: .jsonl"),
         ("out.csv", ["--task", "fpbb"], 'unknown task "fpbb"; did you mean fpb'),
         ("out.csv", ["--map", "prompt=headline"], 'names the column "headline"'),
         ("out.csv", ["--adapter", "x"], "do not go with BACKEND=openai"),

@@ -1,5 +1,6 @@
 """The catalogue is what its tables give, is FinLoRA's to the number, and has no misspelt key."""
 
+import re
 import shutil
 from copy import deepcopy
 
@@ -193,7 +194,30 @@ BROKEN = {
     "empty": ("", "a mapping of Axolotl options is needed"),
     "no base": ({**SMALL, "base_model": None}, 'the key "base_model" is missing'),
     "no data": ({**SMALL, "datasets": []}, 'the key "datasets" is missing'),
+    "no path": ({**SMALL, "datasets": [{"path": None}]}, 'a list of mappings with a "path"'),
+    "an empty path": ({**SMALL, "datasets": [{"path": " "}]}, 'a "path" of "datasets" is empty'),
+    "a file": ({**SMALL, "test_datasets": "x.jsonl"}, "test_datasets must be a list, not x.jsonl"),
+    "a plugin": ({**SMALL, "plugins": "axolotl.x"}, "plugins must be a list, not axolotl.x"),
+    "a layer": ({**SMALL, "peft_layers_to_transform": 3}, "must be a list, not 3"),
+    "yes": ({**SMALL, "bnb_config_kwargs": True}, "bnb_config_kwargs must be a mapping, not True"),
+    "a list of ranks": ({**SMALL, "lora_rank_pattern": [1]}, "must be a mapping, not [1]"),
+    "a list for peft": ({**SMALL, "peft": ["a"]}, "peft must be a mapping"),
+    "a pattern": ({**SMALL, "lora_target_modules": "q_(proj"}, "is no regular expression (missing"),
+    "rank 0": ({**SMALL, "lora_r": 0}, "lora_r must be above 0, not 0"),
+    "epochs": ({**SMALL, "num_epochs": -1}, "num_epochs must be above 0, not -1"),
+    "a share": ({**SMALL, "val_set_size": -0.1}, "val_set_size must be 0 or more, not -0.1"),
+    "infinity": ({**SMALL, "learning_rate": float("inf")}, "must be a finite number, not inf"),
+    "a truth": ({**SMALL, "micro_batch_size": True}, 'must be a number, not "True"'),
 }
+
+
+def test_keys_that_are_read_before_the_schema_have_its_types():
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    for keys, kind in ((recipes.MAPPING_KEYS, "dict|Config"), (recipes.LIST_KEYS, "list")):
+        for key in keys:
+            annotation = str(AxolotlInputConfig.model_fields[key].annotation)
+            assert re.search(kind, annotation), (key, annotation)
 
 
 @pytest.mark.parametrize(("content", "message"), BROKEN.values(), ids=BROKEN)

@@ -16,6 +16,7 @@ class Listed:
     rows: list
     label_names: dict = field(default_factory=dict)
     name: str = "my.jsonl"
+    format: str = "jsonl"
     notes: list = field(default_factory=list)
 
     @property
@@ -309,7 +310,8 @@ def test_a_prompt_is_made_without_an_answer_as_with_one():
     shape = shapes.recognize(Listed(TEXTS))
     bare = {"text": "Line 0"}
     assert shape.build_prompt(bare)["messages"] == shape.build_chat(TEXTS[0])["messages"][:-1]
-    assert shape.list_missing(bare) == [] and shape.list_missing(["id"]) == ["text"]
+    assert shape.list_missing(Listed([bare])) == []
+    assert shape.list_missing(Listed([{"id": 1}])) == ["text"]
 
 
 def test_rows_without_answers_are_prompts():
@@ -452,6 +454,20 @@ REFUSED = {
         {"question": "q", "choices": ["x", "y"], "answer": "z"},
         "none of its choices",
     ),
+    "a prompt of pandas": ({"text": "nan", "label": "up"}, '"text" is "nan", which stands for'),
+    "a cell's fault": ({"question": "#REF!", "answer": "a"}, '"question" is "#REF!", which stands'),
+    "a question that is missing": (
+        {"messages": say("null", "c")},
+        '"messages", turn 1 is "null", which stands for a missing value',
+    ),
+    "a part without a text": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "content": "x"}]}]},
+        "has a part without a text",
+    ),
+    "a list of texts": (
+        {"messages": [{"role": "user", "content": ["Sales rose.", "Why?"]}]},
+        "holds a list of 2 texts; join them",
+    ),
     "bytes": ({"question": b"q", "answer": "a"}, '"question" holds bytes'),
     "all weights 0": (
         {"messages": [say("p")[0], {"role": "assistant", "content": "c", "weight": 0}]},
@@ -507,6 +523,26 @@ UNKNOWN = {
         {"template": "{x}"},
         "does not apply to rows that hold turns",
     ),
+    "unwanted completions of another shape": (
+        {"instruction": "p", "output": "c", "Label": False},
+        {},
+        "(KTO), which is not trained on here",
+    ),
+    "names before numbers": (
+        {"text": "x", "label": 0},
+        {"labels": ["bad=0", "good=1"]},
+        'LABELS=: "bad=0" is no number=name',
+    ),
+    "numbers with a colon": (
+        {"text": "x", "label": 0},
+        {"labels": ["0:bad", "1:good"]},
+        'LABELS=: "0:bad" is no number=name',
+    ),
+    "numbers for some names": (
+        {"text": "x", "label": 0},
+        {"labels": ["0=bad", "good"]},
+        'LABELS=: "good" is no number=name',
+    ),
     "two labels of one name": (
         {"text": "x", "label": 0},
         {"labels": ["a", "a"]},
@@ -542,8 +578,81 @@ def test_spellings_are_folded_into_the_most_frequent_but_for_grades():
 
     counts = Counter({"Pos": 3, "pos": 5, "POS\u200b": 1, "Aa": 2, "AA": 4, "neg": 2})
     counts |= {"Bad": 1, "BAD": 2, "arre\u0302t": 1, "arr\u00eat": 2}
-    folded = {"Pos": "pos", "POS\u200b": "pos", "Bad": "BAD", "arre\u0302t": "arr\u00eat"}
+    counts |= {"1": 3, "1.0": 2, "0.0": 4, "0": 1, "1.5": 2, "10": 1}
+    folded = {"1.0": "1", "0": "0.0"}
+    folded |= {"Pos": "pos", "POS\u200b": "pos", "Bad": "BAD", "arre\u0302t": "arr\u00eat"}
     assert turns.fold_spellings(counts) == folded
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["A", "B", "C"], ["option_a", "option_b"], ["opa", "opb", "opc"], ["Choice1", "Choice2"]],
+)
+def test_choices_may_have_a_column_each(names):
+    choices = dict(zip(names, ["up", "down", "flat"], strict=False))
+    for answer in ("B", 1, "down"):
+        rows = [{"question": f"q {n}", **choices, "answer": answer} for n in range(12)]
+        shape = shapes.recognize(Listed([*rows, rows[0] | {"answer": 0}]))
+        assert not shape.unused and shape.describe().startswith("question and answer")
+        lines = [f"{mark}. {text}" for mark, text in zip("ABC", choices.values(), strict=False)]
+        expected = say("\n".join(["q 0\n", *lines]), "down" if answer == "down" else "B")
+        assert shape.build_chat(rows[0])["messages"] == expected
+    bare = {"question": "q", "a": "x", "b": "y", "answer": "z"}  # two letters may be anything
+    assert "choices" not in shapes.recognize(Listed([bare])).columns
+
+
+def test_parts_of_a_turn_are_its_text():
+    parts = [{"type": "text", "text": "Sales "}, {"type": "input_text", "text": "rose."}]
+    for content in (parts, ["Sales rose."], {"type": "text", "text": "Sales rose."}):
+        messages = [{"role": "user", "content": content}, *say("", "c")[1:]]
+        assert build({"messages": messages}) == say("Sales rose.", "c")
+    called = [*TOOL_TURNS[:2], {"role": "tool", "content": {"price": 3}}, TOOL_TURNS[3]]
+    assert build({"messages": called})[2]["content"] == '{"price": 3}'
+
+
+def test_yes_and_no_of_a_text_table_get_names():
+    rows = Listed([{"text": f"t {n}", "label": ("True", "False")[n % 2]} for n in range(20)])
+    shape = shapes.recognize(rows, labels=["no", "yes"])
+    answers = [shape.build_chat(row)["messages"][-1]["content"] for row in rows.rows[:2]]
+    assert answers == ["yes", "no"]
+
+
+def test_a_row_without_its_context_is_counted_and_a_file_without_the_column_is_not_taken():
+    rows = [{"question": f"q {n}", "context": "c" * (n != 3), "answer": "a"} for n in range(9)]
+    shape = shapes.recognize(Listed(rows))
+    for row in rows:
+        shape.build_chat(row)
+    assert shape.repairs['"context" is empty, and the prompt is without it'] == 1
+    assert shape.list_missing(Listed([{"question": "q"}])) == ["context"]
+    late = [{"question": "q"}] * 60 + rows  # in JSON a column may begin late
+    assert shape.list_missing(Listed(late)) == []
+    chat = shapes.recognize(Listed([{"prompt": "p", "completion": "c", "system": "s"}]))
+    bare = Listed([{"prompt": "p"}])
+    assert chat.list_missing(bare) == []
+    assert chat.note_missing(bare) == "my.jsonl has no system, which the training rows have"
+
+
+def test_a_file_with_other_columns_gets_the_prompts_of_training():
+    trained = shapes.recognize(
+        Listed([{"text": "Sales rose", "label": "up", "day": "Monday"}]),
+        template="{{{day}}} {text}? {labels}",
+    )
+    other = Listed([{"headline": "Sales rose", "sentiment": "up", "day": "Monday"}])
+    shape = shapes.recognize(other).adopt(trained, other)
+    assert shape.build_chat(other.rows[0]) == trained.build_chat(
+        {"text": "Sales rose", "label": "up", "day": "Monday"}
+    )
+    without = Listed([{"headline": "Sales rose", "sentiment": "up"}])
+    with pytest.raises(WrongInput, match='"{day}" is no column'):
+        shapes.recognize(without).adopt(trained, without)
+    dolly = shapes.recognize(Listed([{"instruction": "i", "context": "c", "response": "r"}]))
+    asked = Listed([{"question": "i", "passage": "c", "answer": "r", "choices": ["r"]}])
+    row = {"instruction": "i", "context": "c", "response": "r"}
+    adopted = shapes.recognize(asked).adopt(dolly, asked)
+    assert adopted.build_chat(asked.rows[0]) == dolly.build_chat(row)
+    bare = Listed([{"question": "i", "answer": "r"}])
+    with pytest.raises(WrongInput, match="no column context, which prompts hold in training"):
+        shapes.recognize(bare).adopt(dolly, bare)
 
 
 def test_the_firm_that_fiqas_scores_are_about_is_no_label():

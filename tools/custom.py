@@ -8,6 +8,7 @@ anything is wrong it writes nothing.
 """
 
 import math
+import os
 import re
 from collections import Counter
 from contextlib import ExitStack, suppress
@@ -34,7 +35,15 @@ from tools.common import (
 from tools.data import bases, convert, turns
 from tools.data.formats import RowFile, open_rows
 from tools.data.intake import Intake, IntakeOptions, take_in
-from tools.data.shapes import MOST_OPTIONS, Shape, choose_options, parse_map, recognize
+from tools.data.shapes import (
+    MOST_OPTIONS,
+    Shape,
+    choose_options,
+    explain_preferences,
+    list_unused,
+    parse_map,
+    recognize,
+)
 from tools.data.split import TEST_SHARE, VALIDATION_SHARE, divide_rows
 from tools.rendering import write_own
 from tools.train.tokens import CHARACTERS_PER_TOKEN, TEMPLATE_TOKENS
@@ -96,8 +105,9 @@ def require_free_name(task: str) -> None:
 def create_task(task: str, source: Path | str, choices: Choices = DEFAULTS) -> None:
     """Makes a task of the user's rows: data, recipes for all models and methods, evaluation."""
     require_free_name(task)
+    written = [str(DATA / f"{task}_{side}.jsonl") for side in SIDES]
     for name in (source, choices.test):
-        if name and Path(name).resolve() in [DATA / f"{task}_{side}.jsonl" for side in SIDES]:
+        if name and os.path.realpath(name) in written:
             raise WrongInput(
                 f"{name}: the task {task} writes this file; choose another name for the task"
             )
@@ -105,11 +115,7 @@ def create_task(task: str, source: Path | str, choices: Choices = DEFAULTS) -> N
     mapping = parse_map(choices.mapping) if choices.mapping else None
     labels = choices.labels.split(",") if choices.labels else None
     shape = recognize(rows, mapping, choices.template, labels)
-    if not shape.has_answer:
-        raise WrongInput(
-            f'{rows.name}: no column holds answers ({shape.describe()}); MAP="prompt=…,answer=…" '
-            "names it"
-        )
+    require_answers(rows, shape, '; MAP="prompt=…,answer=…" names it')
     for name, column in (("GROUP", choices.group), ("TIME", choices.time)):
         if column and column not in rows.columns:
             hint = nearest(column, rows.columns) or f"; there are {', '.join(rows.columns)}"
@@ -118,6 +124,15 @@ def create_task(task: str, source: Path | str, choices: Choices = DEFAULTS) -> N
     with ExitStack() as undo:  # the task appears whole or not at all
         OwnTask(task, rows, shape, choices, undo).write()
         undo.pop_all()
+
+
+def require_answers(rows: RowFile, shape: Shape, advice: str = "") -> None:
+    """Raises WrongInput where no column of a file holds answers."""
+    if shape.has_answer:
+        return
+    if reason := explain_preferences(rows.columns):
+        raise WrongInput(f"{rows.name}: {reason}")
+    raise WrongInput(f"{rows.name}: no column holds answers ({shape.describe()}){advice}")
 
 
 def print_shape(rows: RowFile, shape: Shape, others: list[str | None]) -> None:
@@ -165,7 +180,7 @@ class OwnTask:
         self.print_lengths([intake, *intakes.values()])
         if folded:
             pairs = ", ".join(f"{answer} → {label}" for answer, label in list(folded.items())[:6])
-            print(f"new        labels that differ only in case are merged: {pairs}")
+            print(f"new        labels that are spelled in several ways are merged: {pairs}")
         labels, answer_names = self.find_labels(answers), list(intake.answers)
         if labels and intake.marks.labels:  # spellings of one label are one stratum
             numbers = {answer: number for number, answer in enumerate(intake.answers)}
@@ -236,22 +251,29 @@ class OwnTask:
         if not self.choices.quarantine:
             intake.refusals.stop()
         if not intake.rows:
-            raise WrongInput(f"{rows.name}: no row can be used")
+            first = "; ".join(f"{place}: {reason}" for place, reason in intake.refusals.first[:1])
+            raise WrongInput(f"{rows.name}: no row can be used; {first or 'it has none'}")
         return intake
 
     def choose_shape(self, rows: RowFile) -> Shape:
         """The shape of the main file, or of a file of test rows with other columns."""
         shape = self.shape
-        if rows is self.rows or not shape.list_missing(rows.columns, with_answer=True):
+        if rows is self.rows:
             return shape
         if rows.name not in self.test_shapes:
-            test_shape = recognize(rows, labels=list(shape.names.values()) if shape.names else None)
-            if not test_shape.has_answer:
-                raise WrongInput(f"{rows.name}: no column holds answers ({test_shape.describe()})")
-            print_shape(rows, test_shape, [])
+            test_shape = shape
+            if shape.list_missing(rows, with_answer=True):
+                names = [f"{number}={name}" for number, name in (shape.names or {}).items()]
+                test_shape = recognize(rows, labels=names or None)
+                require_answers(rows, test_shape)
+                test_shape = test_shape.adopt(shape, rows)
+                test_shape.unused = list_unused(test_shape, rows.columns, [])
+                print_shape(rows, test_shape, [self.choices.group, self.choices.time])
+            elif note := shape.note_missing(rows):
+                print(f"new        {note}")
             self.test_shapes[rows.name] = test_shape
         test_shape = self.test_shapes[rows.name]
-        test_shape.options, test_shape.names = shape.options, shape.names or test_shape.names
+        test_shape.options = shape.options
         return test_shape
 
     def locate_refused(self, side: str) -> Path:
@@ -360,7 +382,8 @@ class OwnTask:
             raise WrongInput(f"{self.rows.name}: no rows are left to train on")
         rule = "by label" if labels else "at random"
         if self.choices.time:
-            rule = f"by time ({self.choices.time}), the newest rows test"
+            newest = "validate" if "test" in held_out else "test"
+            rule = f"by time ({self.choices.time}), the newest rows {newest}"
         units = "by prompt" if not self.choices.group else f"by {self.choices.group} and prompt"
         text = f"divided {rule}, grouped {units}" if shares else "divided as the files are"
         if "test" in held_out:
@@ -448,7 +471,7 @@ class OwnTask:
 
     def build_tables(self, labels: list[str], counts: Counter[str], rule: str) -> dict[str, Any]:
         """The rows that a task adds to the tables of recipes/matrix.yaml and data/sources.yaml."""
-        path = Path(self.rows.source).expanduser()
+        path = Path(os.path.expanduser(self.rows.source))
         origin = {"from": self.rows.name, "format": self.rows.format, "rows": dict(counts)}
         origin |= {"sha256": digest(path)} if path.is_file() else {}
         origin |= {"revision": self.rows.revision} if self.rows.revision else {}
@@ -520,7 +543,7 @@ def describe_counts(counts: Counter[str]) -> str:
 
 
 def fold_labels(answers: list[str], are_labels: bool) -> dict[str, str]:
-    """{answer: label} of answers that differ in case alone, where they are labels once folded."""
+    """{answer: label} of answers spelled in several ways, where they are labels once folded."""
     folded = turns.fold_spellings(Counter(answers))
     are_labels = are_labels or bool(find_labels([folded.get(answer, answer) for answer in answers]))
     return folded if are_labels else {}

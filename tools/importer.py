@@ -7,6 +7,7 @@ with the reason.
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -61,8 +62,10 @@ def list_faults(name: str, run: Any) -> list[str]:
         value: Any = run[key]
         if type(value) not in kinds:
             faults.append(f"{key}: {json.dumps(value)} is not {kinds[-1].__name__}")
-        elif type(value) is not bool and (not value.strip() if type(value) is str else value <= 0):
-            faults.append(f"{key}: {json.dumps(value)} is empty or not above 0")
+        elif type(value) is str and not value.strip():
+            faults.append(f"{key}: it is empty")
+        elif type(value) in (int, float) and not 0 < value < math.inf:
+            faults.append(f"{key}: {value} is not a number above 0")
     if type(run.get("quant_bits")) is int and run["quant_bits"] not in (4, 8, 16):
         faults.append(f"quant_bits: {run['quant_bits']} is none of 4, 8, 16")
     if not RUN_NAME.fullmatch(name):

@@ -56,6 +56,11 @@ def with_template(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"chat_template": name} | ({"chat_template_jinja": jinja} if jinja else {})
 
 
+def has_own_template(config: dict[str, Any]) -> bool:
+    """Whether a config brings a Jinja template of its own."""
+    return any(jinja for _, jinja in templates(config))
+
+
 def changes_tokenizer(config: dict[str, Any]) -> bool:
     """Whether a config trains with another tokenizer or chat template than its base's."""
     tokens = (config.get("special_tokens") or {}).keys() - {"pad_token"}
@@ -166,8 +171,6 @@ def _apply_template(
     tools: list[Any] | None,
     answering: bool = True,
 ) -> str:
-    from jinja2.exceptions import TemplateError
-
     try:
         text = tokenizer.apply_chat_template(
             messages,
@@ -177,7 +180,7 @@ def _apply_template(
             add_generation_prompt=answering,
             **(options or {}),
         )
-    except TemplateError as error:
+    except Exception as error:  # a template is code, and may raise anything
         roles = ", ".join(message["role"] for message in messages)
         raise WrongInput(f"the chat template refuses the turns {roles}: {error}") from None
     return str(text)
@@ -189,13 +192,17 @@ def render_row(tokenizer: Any, row: dict[str, Any], options: dict[str, Any] | No
     return _apply_template(tokenizer, messages, options, "chat", tools, answering=False)
 
 
-def pick_shapes(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+def pick_shapes(
+    rows: Iterable[dict[str, Any]], is_own: bool = False
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number from 1, row) of the first chat row of each order of roles, calls and tools.
 
-    A user's turn and its answer are left out: every template has them. Answers with reasoning are
-    a shape of their own.
+    A user's turn and its answer are left out, unless the template is a user's own: every base's has
+    them. Answers with reasoning are a shape of their own.
     """
-    shapes: set[tuple[Any, ...]] = {(False, ("user", False, False), ("assistant", False, False))}
+    shapes = set[tuple[Any, ...]]()
+    if not is_own:
+        shapes.add((False, ("user", False, False), ("assistant", False, False)))
     for number, row in enumerate(rows, 1):
         turns = (
             (turn["role"], bool(turn.get("tool_calls")), THOUGHT in str(turn.get("content")))
@@ -240,7 +247,8 @@ def explain_unrenderable(
     if not text.startswith(prompt):
         written = prompt[len(commonprefix([prompt, text])) :]
         return f"the chat template asks with {written[:60]!r}, which no answer is trained after"
-    return ""
+    answer = str(messages[-1].get("content") or "").rpartition(THOUGHT)[2].strip()
+    return "" if answer in text[len(prompt) :] else "the chat template leaves out the answer"
 
 
 def name_tool(tool: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ A name in the catalogue is a recipe with or without a file; config, digest and v
 
 import hashlib
 import json
+import math
 import pkgutil
 import re
 import typing
@@ -43,6 +44,13 @@ NUMBER_KEYS = {
     *("learning_rate", "lora_alpha", "lora_r", "num_epochs", "max_steps", "sequence_len"),
     *("micro_batch_size", "gradient_accumulation_steps", "val_set_size", "weight_decay"),
 }
+POSITIVE_KEYS = NUMBER_KEYS - {"max_steps", "val_set_size", "weight_decay"}
+# Likewise, as the schema has them.
+MAPPING_KEYS = (
+    *("peft", "bnb_config_kwargs", "lora_rank_pattern", "special_tokens", "chat_template_kwargs"),
+    *("fsdp_config", "gradient_checkpointing_kwargs"),
+)
+LIST_KEYS = ("datasets", "test_datasets", "plugins", "tokens", "peft_layers_to_transform")
 # From tools/train/plugin.py.
 PLUGIN_KEYS = {
     *("plugins", "dequantize_once", "answer_logits_only", "shared_prefix", "record_validation"),
@@ -343,19 +351,50 @@ def load_file(path: Path, name: str) -> Recipe:
             )
         if not config.get(key):
             raise WrongInput(f'{shown(path)}: the key "{key}" is missing')
-    entries = config["datasets"]
-    if not isinstance(entries, list) or not all(
-        isinstance(entry, dict) and "path" in entry for entry in entries
-    ):
-        raise WrongInput(f'{shown(path)}: "datasets" must be a list of mappings with a "path"')
-    for key in {"datasets", "test_datasets"} & config.keys():
-        config[key] = list_entries(config[key], shown(path))
+    check_types(config, shown(path))
+    for key in ("datasets", "test_datasets"):
+        if config.get(key):
+            config[key] = list_entries(config[key], shown(path))
     config["output_dir"] = config.get("output_dir") or "model-out"  # Axolotl's default
     config |= {key: parse_number(config[key]) for key in NUMBER_KEYS & config.keys()}
-    for key in NUMBER_KEYS & config.keys():
-        if isinstance(config[key], str):
-            raise WrongInput(f'{shown(path)}: {key} must be a number, not "{config[key][:60]}"')
+    check_numbers(config, shown(path))
     return Recipe(name, path, config, read_version(content.decode()))
+
+
+def check_types(config: dict[str, Any], where: str) -> None:
+    """Raises WrongInput where a key that this project reads has another type than in Axolotl."""
+    for keys, kind, name in ((MAPPING_KEYS, dict, "mapping"), (LIST_KEYS, list, "list")):
+        for key in keys:
+            if not isinstance(value := config.get(key), kind | None):
+                raise WrongInput(f"{where}: {key} must be a {name}, not {str(value)[:60]}")
+    for key in ("datasets", "test_datasets"):
+        for entry in config.get(key) or ():
+            if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+                raise WrongInput(f'{where}: "{key}" must be a list of mappings with a "path"')
+            if not entry["path"].strip():
+                raise WrongInput(f'{where}: a "path" of "{key}" is empty')
+    targets = config.get("lora_target_modules")
+    try:
+        re.compile(targets if isinstance(targets, str) else "")
+    except re.error as error:
+        raise WrongInput(
+            f'{where}: lora_target_modules: "{targets}" is no regular expression ({error})'
+        ) from None
+
+
+def check_numbers(config: dict[str, Any], where: str) -> None:
+    """Raises WrongInput where a number that this project computes with is none, or out of range."""
+    for key in sorted(NUMBER_KEYS & config.keys()):
+        value = config[key]
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise WrongInput(f'{where}: {key} must be a number, not "{str(value)[:60]}"')
+        if not math.isfinite(value):
+            raise WrongInput(f"{where}: {key} must be a finite number, not {value}")
+        if value <= 0 if key in POSITIVE_KEYS else value < 0 and key != "max_steps":
+            bound = "above 0" if key in POSITIVE_KEYS else "0 or more"
+            raise WrongInput(f"{where}: {key} must be {bound}, not {value}")
 
 
 def parse_number(value: Any) -> Any:

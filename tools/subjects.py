@@ -104,6 +104,7 @@ def of_folder(
     is_unknown = run.info.get("precision") == UNKNOWN
     if recipe:
         config = recipe.config
+        note_other_base(settings.base, recipe)
     elif is_trained_here:
         config = run.config
     else:
@@ -137,6 +138,18 @@ def of_folder(
     scores = folder if inside else place / f"adapter_{name}"
     subject = Subject(name, config, folder, scores, place, task, prompt_format)
     return choose_precision_and_format(subject, precision, form)
+
+
+def note_other_base(trained_on: str | None, recipe: recipes.Recipe) -> None:
+    """Prints where a recipe puts an adapter on another base than it was trained on."""
+    base = str(recipe.config["base_model"])
+    own, named = recipes.find_base(trained_on or base)[0], recipes.find_base(base)[0]
+    if trained_on and trained_on != base and (own != named or own is None):
+        print(
+            f"note       the adapter was trained on {trained_on}; RECIPE={recipe.name} puts it on "
+            f"{base}",
+            file=sys.stderr,
+        )
 
 
 def check_folder(folder: Path) -> adapters.Settings:

@@ -156,7 +156,7 @@ def check_rows(part: Part) -> Iterator[Finding]:
 
 
 def check_spellings(part: Part) -> Iterator[Finding]:
-    """Answers that differ in case or spaces alone, where answers are few."""
+    """Answers that differ in case, spaces or .0 alone, where answers are few."""
     counts = Counter(part.answers)
     if len(counts) * 2 > len(part.answers):
         return
@@ -164,7 +164,7 @@ def check_spellings(part: Part) -> Iterator[Finding]:
         count = sum(counts[answer] for answer in folded)
         text = count_noun(count, "answer differs", "answers differ")
         pairs = [f"{answer[:40]} for {label[:40]}" for answer, label in folded.items()]
-        text += f" from another in case or spaces alone: {spell_out(', '.join(pairs[:5]))}"
+        text += f" from another in case, spaces or .0 alone: {spell_out(', '.join(pairs[:5]))}"
         rows = [row for row, answer in enumerate(part.answers) if answer in folded]
         yield part.finding(("warning", "spellings", "certain"), text, count, rows[:EXAMPLES])
 

@@ -105,6 +105,8 @@ def guess_encoding(head: bytes, path: Path) -> str:
     zeros = head[::2].count(0), head[1::2].count(0)
     if min(zeros) == 0 and max(zeros) > len(head) / 8:
         return "utf-16-be" if zeros[0] else "utf-16-le"
+    if sum(zeros) <= max(1, len(head) // 1000):
+        return "utf-8"  # a stray one: its row is refused
     raise WrongInput(f"{shown(path)}: neither text nor a format that is read here; {FORMATS}")
 
 

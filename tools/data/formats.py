@@ -9,6 +9,7 @@ and the rest goes on; a file that cannot be read as a whole raises WrongInput.
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -89,7 +90,7 @@ def open_rows(source: str) -> RowFile:
         raise WrongInput(
             f"{source}: addresses are not read; download the file, or name hf:owner/name"
         )
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # Path's own raises for an unknown user
     if path.is_dir():
         return open_folder(path)
     if not path.is_file():

@@ -20,6 +20,7 @@ from tools.common import write_json
 from tools.data.chatfile import Conversion, Options, remove
 from tools.data.rows import CHUNK, Batch, Removal, Rules
 from tools.data.rules import fingerprint, load_train_rules
+from tools.data.turns import join_turns, write_answer
 
 Manifests = dict[Path, dict[str, Any]]  # of converted files
 
@@ -111,8 +112,9 @@ def read_chat(path: Path) -> Iterator[Batch]:
     with open(path, "rb") as file:
         number = 1
         while lines := file.readlines(CHUNK):
-            turns = [orjson.loads(line)["messages"] for line in lines]
-            prompts, answers = ([row[n]["content"] for row in turns] for n in (0, 1))
+            chats = [orjson.loads(line)["messages"] for line in lines]
+            prompts = [join_turns(row[:-1]) for row in chats]
+            answers = [write_answer(row[-1]) for row in chats]
             numbers = list(range(number, number + len(lines)))
             yield Batch(path, len(lines), numbers, lines, prompts, answers, lines)
             number += len(lines)

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 from string import Formatter
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ MOST_SPELLINGS = 1000  # distinct labels; a column with more holds no labels
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MOST_CHOICES = len(LETTERS)
 
+SURROUNDING = {"tools", "system", "history"}  # parts of a chat before its last prompt
 # What `MAP=` may name: the parts of a row.
 PARTS = ("messages", "tools", "system", "history", "prompt", "context", "choices", "gold", "answer")
 
@@ -62,6 +63,13 @@ LABEL = (
 )
 # Of rows like FiQA's, whose `target` is the firm that a score is about.
 SCORES = ("score", "sentiment_score", "aspect", "aspects")
+# Columns of one choice each, in the order of the letters: A, B, …; option_a, …; choice1, ….
+CHOICE_COLUMNS = [
+    [f"{start}{mark}" for mark in marks]
+    for start in ("", "option", "option_", "op", "choice", "choice_")
+    for marks in ("abcdefghij", "123456789")
+    if start or marks.isalpha()
+]
 INSTRUCTION_FIRST = ("prompt", "context")
 FINLORA_PROMPT = "context"  # the column of FinLoRA's whole prompts
 FINLORA_START = "Instruction:"  # of most of them
@@ -126,6 +134,7 @@ class Shape:
     """Which column holds which part of a row, and how a prompt is worded.
 
     `names` gives the labels of integer answers. `options` are the labels that a prompt lists.
+    `choice_columns` are the columns of choices where each has its own.
     `counted_from` is the number, "0" or "1", that answers give to the first choice; "" where they
     are choices or letters themselves.
     """
@@ -136,6 +145,7 @@ class Shape:
     template: str | None = None
     names: dict[str, str] | None = None
     options: list[str] = field(default_factory=list)
+    choice_columns: list[str] = field(default_factory=list)
     counted_from: str = ""
     unused: list[str] = field(default_factory=list)
     repairs: Counter[str] = field(default_factory=Counter)  # rows by what was repaired in them
@@ -165,13 +175,62 @@ class Shape:
     def has_answer(self) -> bool:
         return bool({"messages", "answer", "gold"} & self.columns.keys())
 
-    def list_missing(self, columns: Iterable[str], with_answer: bool = False) -> list[str]:
-        """The columns that a prompt needs, or a whole row, and that are not among `columns`."""
-        optional = {"tools", "system", "history", "context", "gold"}
-        optional |= set() if with_answer else {"answer"}
-        needed = {column for part, column in self.columns.items() if part not in optional}
+    def list_missing(self, rows: RowFile, with_answer: bool = False) -> list[str]:
+        """The columns that a prompt needs, or a whole row, and that a file does not have.
+
+        A row may be without a context, but a file without that column has other prompts.
+        """
+        optional = {*SURROUNDING, "gold"} | (set() if with_answer else {"answer"})
+        needed = {c for part in self.columns.keys() - optional for c in self.list_columns(part)}
         needed |= {name for name in self.fields if name not in self.columns and name != "labels"}
-        return sorted(needed - set(columns))
+        return sorted(needed - set(list_columns(rows, needed)))
+
+    def adopt(self, trained: "Shape", rows: RowFile) -> "Shape":
+        """This shape of a file with other columns, with its prompts worded as those trained on.
+
+        Raises WrongInput where a part of those prompts is missing.
+        """
+        shape = Shape(**self.to_dict() | {"options": trained.options})
+        shape.names = trained.names or shape.names
+        if "prompt" not in self.columns or "prompt" not in trained.columns:
+            return shape
+        for part in ("context", "choices"):
+            if part in trained.columns and part not in self.columns:
+                name = trained.columns[part]
+                raise WrongInput(
+                    f"{rows.name} has no column {name}, which prompts hold in training; name its "
+                    f"column {name}, or add one, empty where a row has none"
+                )
+        for part in self.columns.keys() - trained.columns.keys() - {"answer", "gold"}:
+            del shape.columns[part]
+        shape.order = trained.order
+        if trained.template is None:
+            return shape
+        parts = {column: part for part, column in trained.columns.items()}
+        template = "".join(
+            text.replace("{", "{{").replace("}", "}}")
+            + ("" if name is None else f"{{{parts.get(name, name)}}}")
+            for text, name, _, _ in Formatter().parse(trained.template)
+        )
+        return shape.word(template, rows.columns)
+
+    def list_columns(self, part: str) -> list[str]:
+        """The column of a part, or of choices all of them."""
+        return part == "choices" and self.choice_columns or [self.columns[part]]
+
+    def note_missing(self, rows: RowFile) -> str:
+        """A sentence on columns before the prompt that a file does not have; "" where it does."""
+        wanted = {self.columns[part] for part in SURROUNDING & self.columns.keys()}
+        missing = sorted(wanted - set(list_columns(rows, wanted)))
+        if not missing:
+            return ""
+        return f"{rows.name} has no {', '.join(missing)}, which the training rows have"
+
+    def word(self, template: str, columns: list[str]) -> "Shape":
+        """The shape with prompts worded by TEMPLATE=; raises WrongInput for one that cannot be."""
+        text = template.replace("\\n", "\n").replace("\\t", "\t")
+        check_template(text, self, columns)
+        return Shape(**self.to_dict() | {"template": text})
 
     # ---- rows
 
@@ -238,9 +297,14 @@ class Shape:
         column = self.columns[part]
         value = row.get(column)
         if part == "context" and isinstance(value, list):  # of several passages
-            return "\n\n".join(filter(None, (turns.write_value(text, column) for text in value)))
-        text = turns.write_value(value, column)
-        return "" if text.lower() in turns.MISSING else text
+            parts = (turns.write_value(text, column) for text in value)
+            text = "\n\n".join(filter(None, parts))
+        else:
+            text = turns.write_value(value, column)
+        text = "" if text.lower() in turns.MISSING else text
+        if part == "context" and not text and self.order != INSTRUCTION_FIRST:
+            self.repairs[f'"{column}" is empty, and the prompt is without it'] += 1
+        return text
 
     def read_history(self, row: dict[str, Any]) -> list[Turn]:
         """The earlier turns of an Alpaca row: pairs of a question and its answer."""
@@ -296,10 +360,16 @@ class Shape:
             for text, name, _, _ in Formatter().parse(self.template)
         ).strip()
 
+    def take_choices(self, row: dict[str, Any]) -> Any:
+        """The choices as the row has them, or a list of those that have a column each."""
+        if self.choice_columns:
+            return [row.get(column) for column in self.choice_columns]
+        return row.get(self.columns["choices"])
+
     def read_choices(self, row: dict[str, Any]) -> list[tuple[str, str]]:
         """(letter or label, text) of each choice of a question; "" for one that is missing."""
         column = self.columns["choices"]
-        value, labels = row.get(column), list[Any]()
+        value, labels = self.take_choices(row), list[Any]()
         if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
             try:
                 value = orjson.loads(value)
@@ -389,11 +459,11 @@ class Shape:
             chosen = next(matches, chosen)
         if turns.is_missing(value):
             if not choices:
-                return turns.require_answer(gold, column)
+                return turns.require_text(gold, column)
             if not chosen[1]:
                 raise ValueError(f'"{column}" names none of the choices')
             return chosen[1]
-        answer = turns.require_answer(value, answer_column)
+        answer = turns.require_text(value, answer_column)
         if chosen[1] and answer.casefold() not in {str(gold), *map(str.casefold, chosen)}:
             raise ValueError(
                 f'"{answer_column}" is "{answer[:60]}", "{column}" is "{chosen[1][:60]}"'
@@ -406,11 +476,11 @@ class Shape:
         if isinstance(value, list) and self.names:
             labels = [self.name_label(label) for label in value]
             return json.dumps(labels, ensure_ascii=False)
-        text = turns.require_answer(value, column)
+        text = turns.require_text(value, column)
         if not self.names:
             return text
         spellings = {name.casefold(): name for name in self.names.values()}
-        number = int(value) if isinstance(value, bool) else read_number(value)
+        number = {"true": 1, "false": 0}.get(str(value).strip().lower(), read_number(value))
         if text in self.names.values():
             return text
         if number is not None and str(number) in self.names and text.casefold() not in spellings:
@@ -465,12 +535,9 @@ def recognize(
     shape = map_columns(columns, mapping) if mapping else find_shape(columns)
     if shape is None:
         raise WrongInput(f"{rows.name}: {explain_unknown(columns)}")
-    if template is not None:
-        shape.template = template.replace("\\n", "\n").replace("\\t", "\t")
-        check_template(shape, columns)
-    shape = Shape(**shape.to_dict())
-    if shape.kind == "prompt and completion" and "label" in columns:
-        refuse_unwanted(rows)
+    shape = shape if template is None else shape.word(template, columns)
+    if not mapping and shape.has_answer:
+        refuse_unwanted(rows, shape, columns)
     history = shape.columns.get("history", "")
     if shape.kind == "question and answer" and not any(
         isinstance(row.get(history), list) for row in sample
@@ -492,11 +559,21 @@ def recognize(
     return shape
 
 
+# A number and a name in another order than number=name, or with another sign.
+NUMBERED = r"\s*[+-]?\d+\s*:.*|.*[=:]\s*[+-]?\d+\s*"
+
+
 def parse_labels(labels: list[str]) -> dict[str, str]:
     """{integer as text: name} of `LABELS=negative,neutral` or `LABELS=-1=negative,0=neutral`."""
-    pairs = [label.partition("=") for label in labels]
-    if all(sign and number.strip().lstrip("+-").isdecimal() for number, sign, _ in pairs):
-        names = {str(int(number)): name.strip() for number, _, name in pairs}
+    pairs = [re.fullmatch(r"\s*([+-]?\d+)\s*=\s*(.*?)\s*", label) for label in labels]
+    others = [label for label, pair in zip(labels, pairs, strict=True) if not pair]
+    if any(pairs) or any(re.fullmatch(NUMBERED, label) for label in labels):
+        if others:
+            raise WrongInput(
+                f'LABELS=: "{others[0]}" is no number=name; write LABELS="0=negative,1=positive", '
+                "or the names alone, from 0 on"
+            )
+        names = {str(int(pair[1])): pair[2] for pair in pairs if pair}
     else:
         names = name_numbers([label.strip() for label in labels])
     if not all(names.values()) or len(set(names.values())) < len(labels):
@@ -504,13 +581,16 @@ def parse_labels(labels: list[str]) -> dict[str, str]:
     return names
 
 
-def refuse_unwanted(rows: RowFile) -> None:
+def refuse_unwanted(rows: RowFile, shape: Shape, columns: list[str]) -> None:
     """Raises WrongInput for rows of KTO, of which some hold a completion that is not wanted."""
-    labels = {label.lower() for label in count_values(rows, "label")}
+    column = next((name for name in columns if name.strip().lower() == "label"), "")
+    if not column or column in shape.columns.values():
+        return
+    labels = {label.lower() for label in count_values(rows, column)}
     if "false" in labels and labels <= {"true", "false"}:
         raise WrongInput(
-            f"{rows.name}: label says which completions are wanted (KTO), which is not trained on "
-            "here; keep the rows where it is true"
+            f"{rows.name}: {column} says which completions are wanted (KTO), which is not trained "
+            "on here; keep the rows where it is true, or name the columns to train on with MAP="
         )
 
 
@@ -570,7 +650,7 @@ def list_numbered(rows: RowFile, shape: Shape, column: str) -> Iterator[Numbered
             if not choices or str(number) in [mark for mark, _ in choices]:
                 continue
             is_typed = not isinstance(row[column], str)
-            is_typed &= not is_list_of_numbers(row[shape.columns["choices"]])
+            is_typed &= not is_list_of_numbers(shape.take_choices(row))
             is_choice = str(number) in [text for _, text in choices]
             # Larger numbers tell no more, and a column may have any number of them.
             yield Numbered(min(number, MOST_CHOICES + 1), len(choices), is_choice, is_typed)
@@ -614,28 +694,57 @@ def find_shape(columns: list[str]) -> Shape | None:
         picked = {part: pick(names) for part, names in candidate.needed.items()}
         picked |= {part: pick(names) for part, names in candidate.optional.items()}
         chosen = {part: column for part, column in picked.items() if column is not None}
+        choices = find_choice_columns(by_name) if "choices" in candidate.optional else []
+        if "choices" in chosen or "answer" not in chosen:
+            choices = []
+        elif choices:
+            chosen["choices"] = ", ".join(choices)
         distinct = len(set(chosen.values())) == len(chosen) and not pick(candidate.unless)
         if candidate.needed.keys() <= chosen.keys() and distinct:
-            return Shape(candidate.kind, chosen, candidate.order)
+            return Shape(candidate.kind, chosen, candidate.order, choice_columns=choices)
     prompt = pick(PROMPTS)
     return Shape("prompts without answers", {"prompt": prompt}) if prompt else None
+
+
+def find_choice_columns(by_name: dict[str, str]) -> list[str]:
+    """The columns that hold a choice each; none where there are none such as A, B and C."""
+    for names in CHOICE_COLUMNS:
+        found = [by_name[name] for name in takewhile(by_name.__contains__, names)]
+        if len(found) > (2 if len(names[0]) == 1 else 1):
+            return found
+    return []
+
+
+def list_columns(rows: RowFile, wanted: set[str]) -> list[str]:
+    """The columns of a file; of JSON, whose first rows give them, those of any row as well."""
+    if wanted <= set(rows.columns) or rows.format not in ("jsonl", "json"):
+        return rows.columns
+    later = {key for _, row in rows if isinstance(row, dict) for key in wanted & row.keys()}
+    return [*rows.columns, *later]
 
 
 def explain_unknown(columns: list[str]) -> str:
     """Why no prompt and answer are known among some columns, and what to do."""
     names = ", ".join(columns[:20])
-    if {"chosen", "rejected"} <= {column.lower() for column in columns}:
-        text = "these are rows of preferences (chosen and rejected), which are not trained on here"
-        return f"{text}; MAP= trains on one of the two columns"
+    if reason := explain_preferences(columns):
+        return reason
     return f'no prompt and answer among its columns {names}; MAP="prompt=…,answer=…" names them'
 
 
-def check_template(shape: Shape, columns: list[str]) -> None:
+def explain_preferences(columns: list[str]) -> str:
+    """What to do with rows of preferences; "" for the columns of other rows."""
+    if not {"chosen", "rejected"} <= {column.lower() for column in columns}:
+        return ""
+    text = "these are rows of preferences (chosen and rejected), which are not trained on here"
+    return f"{text}; MAP= trains on one of the two columns"
+
+
+def check_template(template: str, shape: Shape, columns: list[str]) -> None:
     """Raises WrongInput where a template names no column, or one that is not there."""
     if "messages" in shape.columns:
         raise WrongInput("TEMPLATE= does not apply to rows that hold turns")
     try:
-        parsed = list(Formatter().parse(shape.template or ""))
+        parsed = list(Formatter().parse(template))
     except ValueError as error:
         raise WrongInput(
             f"TEMPLATE: {error}; a brace of the text is doubled: {{{{ or }}}}"
@@ -688,10 +797,11 @@ def count_values(rows: RowFile, column: str) -> Counter[str]:
 
 def list_unused(shape: Shape, columns: list[str], sample: list[dict[str, Any]]) -> list[str]:
     """The columns, and the keys of turns, that nothing of a chat row is made of."""
-    used = {*shape.columns.values(), *shape.fields}
+    used = {*shape.columns.values(), *shape.choice_columns, *shape.fields}
     if shape.template is not None:
         parts = {part for part in ("prompt", "context", "choices") if part not in shape.fields}
-        used -= {shape.columns[part] for part in parts & shape.columns.keys()} - set(shape.fields)
+        unworded = {c for part in parts & shape.columns.keys() for c in shape.list_columns(part)}
+        used -= unworded - set(shape.fields)
     unused = [column for column in columns if column not in used]
     if column := shape.columns.get("messages"):
         keys: dict[str, None] = {}

@@ -243,7 +243,9 @@ def read_time(value: Any, column: str) -> tuple[float, bool]:
     if isinstance(value, str):
         text = value.strip()
         try:
-            value = datetime.fromisoformat(text) if DATE.fullmatch(text) else float(text)
+            # More than 8 digits are Unix time.
+            is_date = DATE.fullmatch(text) and not (text.isdigit() and len(text) > 8)
+            value = datetime.fromisoformat(text) if is_date else float(text)
         except ValueError:
             value = text
     if isinstance(value, datetime):

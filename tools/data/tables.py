@@ -23,6 +23,7 @@ LONGEST = 16 * 2**20  # characters of a row
 csv.field_size_limit(min(LONGEST, sys.maxsize))
 HEAD_ROWS = 200  # rows that decide on the delimiter
 LONGEST_NAME, MOST_WORDS = 60, 6  # of a column; longer ones are text
+YEAR = re.compile("(19|20)[0-9]{2}")  # names a column of figures
 NUMBER = re.compile(r"[+-]?\d+([.,]\d+)*%?")
 DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "|"}
 # Quotes are doubled inside of quoted cells (the standard), escaped by \, or plain characters.
@@ -144,9 +145,11 @@ def check_header(rows: list[list[str]], name: str) -> tuple[list[str], list[str]
         "it, such as text,label"
     )
     for place, cell in enumerate(header):
-        below = Counter(row[place].strip() for row in rows[1:] if len(row) == len(header))
+        others = (row for row in rows[1:] if len(row) == len(header) and row != rows[0])
+        below = Counter(row[place].strip() for row in others)
         is_text = len(cell) > LONGEST_NAME or len(cell.split()) > MOST_WORDS or "\n" in cell
-        if is_text or NUMBER.fullmatch(cell) or (cell and below[cell] > 1):
+        is_number = NUMBER.fullmatch(cell) and not YEAR.fullmatch(cell)
+        if is_text or is_number or (cell and below[cell] > 1):
             raise WrongInput(missing)
     notes = []
     if header[0] == "" and header.count("") == 1:
@@ -196,6 +199,8 @@ def read_table(text: Text, table: Table) -> Iterator[tuple[str, dict[str, Any] |
                 table.suspects.append(number)
             if isinstance(cells, ValueError):
                 yield f"line {number}", cells
+            elif cells == table.header:
+                yield f"line {number}", ValueError("it is the header once more; take it out")
             elif len(cells) == width:
                 yield f"line {number}", dict(zip(table.header, cells, strict=True))
             elif any(cell.strip() for cell in cells):

@@ -25,8 +25,13 @@ BREAKS = re.compile("[\x0b\x0c]")
 CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
 SURROGATE = re.compile("[\ud800-\udfff]")
 GAP = "\n[…]\n"  # in place of the middle of a prompt
-MISSING = {"nan", "null", "<na>"}  # what pandas and SQL write for a value that is not there
+# What pandas, SQL and spreadsheets write for a value that is not there.
+MISSING = {
+    *("nan", "null", "<na>", "#n/a", "#ref!", "#value!", "#name?", "#div/0!", "#null!", "#num!"),
+}
+LONGEST_MISSING = max(map(len, MISSING))
 # Grades of rating agencies: Aa and AA are two of them. Bad and Add are words.
+WHOLE = re.compile(r"\A\s*([+-]?\d+)\.0+\s*\Z")  # a whole number, as pandas writes it beside gaps
 RATING = re.compile(r"(?i:a{2,3}|b{2,3}|ba{1,2}|c{2,3}|ca{1,2}|d{2,3})[0-9]?[+-]?")
 
 ROLES = {
@@ -37,6 +42,7 @@ ROLES = {
     "call": ("function_call", "tool_call"),  # of ShareGPT: an assistant's turn that calls tools
 }
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
+PART_KEYS = {"type", "text", "annotations", "cache_control"}  # of a content part of OpenAI's API
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
 TURN_KEYS = {
     *(*ROLE_KEYS, *CONTENT_KEYS, "tool_calls", "function_call", "tool_call_id", "name"),
@@ -82,17 +88,11 @@ def write_value(value: Any, name: str) -> str:
 
 
 def require_text(value: Any, name: str) -> str:
-    """A value as text; raises ValueError where it is missing."""
+    """A value as text; raises ValueError where it is missing, or a word for that."""
     text = write_value(value, name)
     if not text:
         empty = value is not None and isinstance(value, str)
         raise ValueError(f'"{name}" is {"empty" if empty else "null"}')
-    return text
-
-
-def require_answer(value: Any, name: str) -> str:
-    """An answer as text; raises ValueError where it is missing, or a word for that."""
-    text = require_text(value, name)
     if text.lower() in MISSING:
         raise ValueError(f'"{name}" is "{text}", which stands for a missing value')
     return text
@@ -100,7 +100,7 @@ def require_answer(value: Any, name: str) -> str:
 
 def fold_spellings(counts: Counter[str]) -> dict[str, str]:
     """{answer: the most frequent spelling} of answers that differ in case, spaces or invisible
-    characters alone.
+    characters alone, or as 1 and 1.0 do.
 
     Grades such as Aa and AA stay apart.
     """
@@ -108,6 +108,7 @@ def fold_spellings(counts: Counter[str]) -> dict[str, str]:
     for answer in counts:
         visible = "".join(c for c in answer if unicodedata.category(c) != "Cf")
         folded_case = unicodedata.normalize("NFC", visible).casefold()
+        folded_case = WHOLE.sub(r"\1", folded_case)
         groups.setdefault(" ".join(folded_case.split()), []).append(answer)
     folded: dict[str, str] = {}
     for spellings in groups.values():
@@ -218,14 +219,26 @@ def read_turn(turn: Any, where: str) -> Turn:
 
 
 def read_content(content: Any, where: str) -> str:
-    """The text of a turn; of content parts, their texts."""
+    """The text of a turn; of content parts, their texts. Raises ValueError for other lists."""
+    if isinstance(content, dict) and content.keys() <= PART_KEYS and "text" in content:
+        content = [content]
     if isinstance(content, list):
-        kinds = {part.get("type", "text") if isinstance(part, dict) else "text" for part in content}
-        if other := sorted(map(str, kinds - {"text", "input_text", "output_text"})):
-            raise ValueError(f'"{where}" has a part of type {other[0]}; only text is trained')
-        texts = (part.get("text") if isinstance(part, dict) else part for part in content)
-        content = "".join(text for text in texts if isinstance(text, str))
+        texts = [read_content_part(part, where) for part in content]
+        if len(texts) > 1 and not all(isinstance(part, dict) for part in content):
+            raise ValueError(f'"{where}" holds a list of {len(texts)} texts; join them to one')
+        content = "".join(texts)
     return write_value(content, where)
+
+
+def read_content_part(part: Any, where: str) -> str:
+    """The text of a part as OpenAI's API has it, or of a list that holds one text."""
+    kind = part.get("type", "text") if isinstance(part, dict) else "text"
+    if kind not in ("text", "input_text", "output_text"):
+        raise ValueError(f'"{where}" has a part of type {kind}; only text is trained')
+    text = part.get("text") if isinstance(part, dict) else part
+    if not isinstance(text, str):
+        raise ValueError(f'"{where}" has a part without a text: {str(part)[:60]}')
+    return text
 
 
 def parse_calls(calls: Any, where: str) -> list[dict[str, Any]]:
@@ -283,7 +296,7 @@ def read_tools(value: Any, name: str) -> str:
 
 
 def check_turns(messages: list[Turn], name: str) -> None:
-    """Raises ValueError where turns are in an order that no chat template takes."""
+    """Raises ValueError for turns in an order that no chat template takes, or that are missing."""
     roles = [turn["role"] for turn in messages]
     before = ""
     for number, role in enumerate(roles, 1):
@@ -298,6 +311,10 @@ def check_turns(messages: list[Turn], name: str) -> None:
             raise ValueError(f"{where}: a tool's result follows no call")
         if before == "tool" and role == "user":
             raise ValueError(f"{where}: a user's turn follows a tool's result without an answer")
+        text = messages[number - 1]["content"] or ""
+        is_short = role in ("user", "assistant") and len(text) <= LONGEST_MISSING
+        if is_short and text.lower() in MISSING:
+            raise ValueError(f'{where} is "{text}", which stands for a missing value')
         before = role
 
 
@@ -313,8 +330,6 @@ def check_row(row: dict[str, Any], name: str = "messages") -> None:
         where = f"{name}, turn {number}"
         if not turn["content"] and not turn.get("tool_calls"):
             raise ValueError(f'"{where}", the {turn["role"]}\'s, is empty')
-        if turn["role"] == "assistant" and turn["content"].lower() in MISSING:
-            raise ValueError(f'"{where}" is "{turn["content"]}", which stands for a missing value')
     if not any(turn.get("train", True) for turn in messages if turn["role"] == "assistant"):
         raise ValueError(f'"{name}" has no assistant turn to train on: all have weight 0')
 

@@ -55,6 +55,10 @@ def choose_form(rows: RowFile, path: Path) -> Form:
     is_lines = kind == "jsonl" and suffix == ".json" and rows.source.endswith((".json", ".json.gz"))
     if suffix in SUFFIXES and not is_lines:
         kind = SUFFIXES[suffix]
+    elif suffix and kind != "folder" and suffix not in map(str.lower, Path(rows.source).suffixes):
+        raise WrongInput(
+            f"OUT={path}: {suffix} is none of the formats that are written: {', '.join(SUFFIXES)}"
+        )
     holding = HOLDING.get(rows.format, COLUMNS if rows.schema else ("jsonl", "json"))
     if kind not in holding:
         raise WrongInput(

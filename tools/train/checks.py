@@ -9,6 +9,7 @@ from tools import prompts, recipes, smollm2, sources
 from tools.common import ROOT, JobFailed, WrongInput, digest, shown
 from tools.data.formats import open_rows
 from tools.train import hardware, profiles, without_gpu
+from tools.train.memory import NO_TARGETS
 from tools.train.tokens import read_lines
 
 FORCED = "(FORCE=1 tries all the same)"
@@ -22,6 +23,8 @@ UNLOADABLE = (
     *("lora_target_parameters", "peft_trainable_token_indices", "peft_layer_replication"),
     "peft_ensure_weight_tying",
 )
+# Any of them names what an adapter adapts.
+TARGETS = ("lora_target_modules", "lora_target_linear", "lora_target_parameters")
 NOT_LOADED = "the run would be scored without it"
 # Names of embeddings and heads, which can be trained whole.
 ENDS = {"embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings"}
@@ -143,6 +146,8 @@ def refuse_unusable(config: dict[str, Any], where: str) -> None:
     names = [saved] if isinstance(saved, str) else saved
     layers = [name for name in map(str, names) if name.rpartition(".")[2] not in ENDS]
     revision = config.get("revision_of_model") or "main"
+    missing = [jinja for _, jinja in prompts.templates(config) if jinja and is_missing_file(jinja)]
+    deepspeed = config.get("deepspeed")
     refusals = {
         "tokenizer_use_mistral_common is not supported: scoring loads tokenizers with "
         "transformers alone; `axolotl train` takes it": config.get("tokenizer_use_mistral_common"),
@@ -161,6 +166,12 @@ def refuse_unusable(config: dict[str, Any], where: str) -> None:
         "whole": layers,
         f"base_model_config is {configured} and base_model {base}; scoring loads the base with "
         "its own config": configured and configured != base,
+        f"{NO_TARGETS}": not any(map(config.get, TARGETS)),
+        f"chat_template_jinja: {(missing or [''])[0]} is no file here, and no Jinja template": (
+            missing
+        ),
+        f"deepspeed: {deepspeed} is not there": isinstance(deepspeed, str)
+        and not (ROOT / deepspeed).is_file(),
         "revision_of_model is not supported: scoring loads the main revision; base_model may be "
         f"the folder that `.venv/bin/hf download {base} --revision … --local-dir …` makes": (
             revision != "main"
@@ -174,6 +185,11 @@ def refuse_unusable(config: dict[str, Any], where: str) -> None:
     for text, is_wrong in refusals.items():
         if is_wrong:
             raise WrongInput(f"{where}: {text}")
+
+
+def is_missing_file(jinja: str) -> bool:
+    """Whether a `chat_template_jinja` can only be the path of a file, which is not there."""
+    return "{" not in jinja and not (ROOT / jinja).is_file()
 
 
 def name_metric(config: dict[str, Any]) -> str:
@@ -205,9 +221,10 @@ def refuse_unscorable(config: dict[str, Any], where: str, processes: int) -> Non
 
 
 def refuse_unrenderable(recipe: recipes.Recipe) -> None:
-    """Raises WrongInput where the base's chat template refuses or leaves out turns of the data.
+    """Raises WrongInput where the chat template refuses or leaves out turns of the data.
 
-    Of rows with more than a user's turn and its answer, one of each order of roles is rendered.
+    One row of each order of roles is rendered; of a user's turn and its answer, only where the
+    template is the config's own.
     """
     from tools.models import load_tokenizer
 
@@ -217,15 +234,19 @@ def refuse_unrenderable(recipe: recipes.Recipe) -> None:
             continue
         if any(map(entry.get, MAPPINGS)) or entry.get("field_messages") not in (None, "messages"):
             continue
-        shapes = list(prompts.pick_shapes(filter(is_chat_row, read_lines(path))))
+        is_own = prompts.has_own_template(recipe.config)
+        shapes = list(prompts.pick_shapes(filter(is_chat_row, read_lines(path)), is_own))
         tokenizer = load_tokenizer(recipe.config) if shapes else None
         for number, row in shapes:
             options = recipe.config.get("chat_template_kwargs")
             if reason := prompts.explain_unrenderable(tokenizer, row, options):
-                raise WrongInput(
-                    f"{shown(path)}, row {number}: {reason}. {recipe.config['base_model']} cannot "
-                    "learn such rows; choose another base, or write that turn into a user's turn"
+                advice = (
+                    "mend chat_template_jinja"
+                    if is_own
+                    else f"{recipe.config['base_model']} cannot learn such rows; choose another "
+                    "base, or write that turn into a user's turn"
                 )
+                raise WrongInput(f"{shown(path)}, row {number}: {reason}. {advice}")
 
 
 def is_chat_row(row: Any) -> bool:

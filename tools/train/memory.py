@@ -89,12 +89,14 @@ class Memory:
 # ---- What a config trains
 
 
+NO_TARGETS = "no layer is adapted: lora_target_modules, or lora_target_linear: true, is needed"
+
+
 def read_setup(config: dict[str, Any], row: int, gpus: int) -> Setup:
     """The Setup of an Axolotl config, for rows of up to `row` tokens."""
     bits = 4 if config.get("load_in_4bit") else 8 if config.get("load_in_8bit") else 16
     if bits == 16 and config.get("bf16") is False and not config.get("fp16"):
         bits = 32
-    modules = list_target_modules(config)
     stage = re.search(r"zero(\d)", str(config.get("deepspeed") or ""))
     has_adapter = bool(config.get("adapter"))
     layers = config.get("peft_layers_to_transform")
@@ -104,7 +106,7 @@ def read_setup(config: dict[str, Any], row: int, gpus: int) -> Setup:
         # Axolotl's own default where the recipe does not say.
         double_quant=bool(four_bits.get("bnb_4bit_use_double_quant", True)),
         rank=(config.get("lora_r") or 8) if has_adapter else 0,
-        modules=modules if has_adapter else (),
+        modules=list_target_modules(config) if has_adapter else (),
         layers=tuple(layers) if layers is not None else None,
         ranks=tuple((config.get("lora_rank_pattern") or {}).items()),
         saved=tuple(dict.fromkeys(config.get("lora_modules_to_save") or [])),
@@ -142,6 +144,8 @@ def list_target_modules(config: dict[str, Any]) -> tuple[str, ...]:
     else:
         modules = tuple(dict.fromkeys(targets))
         unplanned = [name for name in modules if name not in MODULES + LINEAR_ATTENTION]
+    if not targets:
+        raise WrongInput(NO_TARGETS)
     if unplanned:
         raise WrongInput(
             f'lora_target_modules: "{unplanned[0]}" cannot be planned; '

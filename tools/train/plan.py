@@ -131,18 +131,21 @@ def read_published_rows() -> dict[str, int | None]:
 def count_steps(rows: int, row: int, config: dict[str, Any]) -> tuple[int, int]:
     """(optimizer steps, tokens) of a training on `rows` rows of `row` tokens each.
 
-    Rows that `val_set_size` splits off are not trained on; packing fills each row up to
-    sequence_len. Padding is not counted. Several GPUs share the config's batch, so they take as
-    many steps.
+    Rows that `val_set_size` splits off are not trained on; WrongInput where these are all. Packing
+    fills each row up to sequence_len. Padding is not counted. Several GPUs share the config's
+    batch, so they take as many steps.
     """
     share = config.get("val_set_size") or 0
-    rows -= math.ceil(rows * share) if share < 1 else int(share)
+    held_out = math.ceil(rows * share) if share < 1 else int(share)
+    if held_out >= rows > 0:
+        raise WrongInput(f"val_set_size: {share} of {rows:,} rows leaves none to train on")
+    rows -= held_out
     if config.get("sample_packing"):
         length = config.get("sequence_len", row)
         rows, row = math.ceil(rows * row / length), length
     batch = config.get("processes", 1) * (config.get("micro_batch_size") or 1)
     batch *= config.get("gradient_accumulation_steps") or 1
-    epochs, steps_of_epoch = config.get("num_epochs", 1), max(1, math.ceil(rows / batch))
+    epochs, steps_of_epoch = config.get("num_epochs") or 1, max(1, math.ceil(rows / batch))
     if (most := config.get("max_steps") or 0) > 0:  # transformers then passes over num_epochs
         whole, rest = divmod(most, steps_of_epoch)
         return most, (whole * rows + min(rest * batch, rows)) * row

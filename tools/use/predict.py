@@ -110,12 +110,14 @@ def find_task(task: str | None) -> dict[str, Any]:
 def find_shape(rows: RowFile, task_row: dict[str, Any], request: Request) -> Shape:
     """Which columns make the prompts: as in training, but for what MAP= and TEMPLATE= say.
 
-    A task of `make new` has recorded its `shape`; a task of the catalogue may have a `wording` for
+    A task of `make new` has recorded its `shape`, of which rows of texts need nothing where it has
+    turns. A task of the catalogue may have a `wording` for
     plain texts, where its own rows hold whole prompts.
     """
     mapping = parse_map(request.mapping) if request.mapping else {}
     recorded = task_row.get("shape")
-    if not recorded or "messages" in mapping:
+    turns = (recorded or {}).get("columns", {}).get("messages")
+    if not recorded or "messages" in mapping or (turns and turns not in rows.columns):
         shape = recognize(rows, mapping or None, request.template)
         wording = task_row.get("wording")
         if wording and request.template is None and holds_texts(shape, rows):
@@ -123,14 +125,17 @@ def find_shape(rows: RowFile, task_row: dict[str, Any], request: Request) -> Sha
         return shape
     content = recorded | {"columns": recorded["columns"] | mapping}
     if request.template is not None:
-        present = {p: c for p, c in content["columns"].items() if c in rows.columns}
-        content["template"] = recognize(rows, present, request.template).template
-    shape = Shape(**content)
-    if missing := shape.list_missing(rows.columns):
+        shape = Shape(**content | {"template": None}).word(request.template, rows.columns)
+    else:
+        shape = Shape(**content)
+    if missing := shape.list_missing(rows):
+        part = next((part for part, column in shape.columns.items() if column in missing), "prompt")
         raise WrongInput(
             f"{rows.name} has no column {missing[0]}, which the prompts of {request.task} need; it "
-            f'has {", ".join(rows.columns)[:200]}. MAP="prompt=…" names another'
+            f'has {", ".join(rows.columns)[:200]}. MAP="{part}=…" names another'
         )
+    if note := shape.note_missing(rows):
+        rows.notes.append(note)
     return shape
 
 
@@ -320,6 +325,8 @@ class Job:
         if not example:
             raise WrongInput(f"{rows.name}: no row has a prompt; {next(iter(faults), 'no row')}")
         print(f"predict    the first prompt: {spell_out(example[:200])}")
+        for repair, count in (+self.shape.repairs).items():
+            print(f"predict    {count:,} rows: {spell_out(repair)}")
         if usual := self.find_usual_prompt():
             print(f"predict    in training, a prompt was: {spell_out(usual[:200])}")
             print('predict    TEMPLATE="… {prompt} …" words these alike')
