@@ -6,8 +6,8 @@
 All answer the same rows with the same loaded base and adapter, in turn; the best round counts.
 
     ours       evals.model.Model, as `make eval` uses it
-    FinLoRA's  batches of 8 in file order, padded on the left, the task's new tokens each, and 4-bit
-               weights dequantized in every pass
+    FinLoRA's  batches of 8 in file order, padded on the left, the task's new tokens each, and
+               quantized weights converted in every pass
     lm-eval    its HFLM, in batches of 16
     prefill    all prompt tokens through the model once, in batches of 16: no answer, but the least
                that answering whole prompts costs
@@ -30,6 +30,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from lm_eval.models.huggingface import HFLM
 
 from bench import performance
@@ -63,11 +64,11 @@ def load_model(recipe: recipes.Recipe, base_only: bool) -> tuple[Any, Any, str]:
 
 @contextmanager
 def remove_dense_copies(model: Any) -> Iterator[None]:
-    """Removes the dense copies of 4-bit weights, so that every pass dequantizes."""
+    """Removes the dense copies of quantized weights, so that every pass converts them."""
     dense = {
         module: vars(module).pop("forward")
         for module in model.modules()
-        if hasattr(module, "quant_state") and "forward" in vars(module)
+        if isinstance(module, Linear4bit | Linear8bitLt) and "forward" in vars(module)
     }
     try:
         yield

@@ -643,7 +643,7 @@ def test_a_file_with_other_columns_gets_the_prompts_of_training():
         {"text": "Sales rose", "label": "up", "day": "Monday"}
     )
     without = Listed([{"headline": "Sales rose", "sentiment": "up"}])
-    with pytest.raises(WrongInput, match='"{day}" is no column'):
+    with pytest.raises(WrongInput, match='^my.jsonl: TEMPLATE: "{day}" is no'):
         shapes.recognize(without).adopt(trained, without)
     dolly = shapes.recognize(Listed([{"instruction": "i", "context": "c", "response": "r"}]))
     asked = Listed([{"question": "i", "passage": "c", "answer": "r", "choices": ["r"]}])

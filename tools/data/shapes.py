@@ -212,11 +212,16 @@ class Shape:
             + ("" if name is None else f"{{{parts.get(name, name)}}}")
             for text, name, _, _ in Formatter().parse(trained.template)
         )
-        return shape.word(template, rows.columns)
+        try:
+            return shape.word(template, rows.columns)
+        except WrongInput as error:
+            raise WrongInput(f"{rows.name}: {error}") from None
 
     def list_columns(self, part: str) -> list[str]:
         """The column of a part, or of choices all of them."""
-        return part == "choices" and self.choice_columns or [self.columns[part]]
+        if part == "choices" and self.choice_columns:
+            return self.choice_columns
+        return [self.columns[part]]
 
     def note_missing(self, rows: RowFile) -> str:
         """A sentence on columns before the prompt that a file does not have; "" where it does."""

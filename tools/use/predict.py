@@ -110,9 +110,9 @@ def find_task(task: str | None) -> dict[str, Any]:
 def find_shape(rows: RowFile, task_row: dict[str, Any], request: Request) -> Shape:
     """Which columns make the prompts: as in training, but for what MAP= and TEMPLATE= say.
 
-    A task of `make new` has recorded its `shape`, of which rows of texts need nothing where it has
-    turns. A task of the catalogue may have a `wording` for
-    plain texts, where its own rows hold whole prompts.
+    A task of `make new` has recorded its `shape`; where that is of turns, a file without them goes
+    by its own columns. A task of the catalogue may have a `wording` for plain texts, where its own
+    rows hold whole prompts.
     """
     mapping = parse_map(request.mapping) if request.mapping else {}
     recorded = task_row.get("shape")
@@ -130,9 +130,10 @@ def find_shape(rows: RowFile, task_row: dict[str, Any], request: Request) -> Sha
         shape = Shape(**content)
     if missing := shape.list_missing(rows):
         part = next((part for part, column in shape.columns.items() if column in missing), "prompt")
+        empty = ", or add it, empty where a row has none" if part == "context" else ""
         raise WrongInput(
             f"{rows.name} has no column {missing[0]}, which the prompts of {request.task} need; it "
-            f'has {", ".join(rows.columns)[:200]}. MAP="{part}=…" names another'
+            f'has {", ".join(rows.columns)[:200]}. MAP="{part}=…" names another{empty}'
         )
     if note := shape.note_missing(rows):
         rows.notes.append(note)
