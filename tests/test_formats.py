@@ -112,6 +112,7 @@ REFUSED = {
     "a PDF": (b"%PDF-1.7", "this is a PDF"),
     "a pickle": (b"\x80\x04\x95", "a pickle, which can run code"),
     "zstd": (b"\x28\xb5\x2f\xfd\x00", "packed with zstd"),
+    "few bytes": (b"\x93\xff\x8eab\x00\xfe,\xf0\n1,2\n", "neither text nor a format that is read"),
     "bytes": (bytes(range(256)) * 9, "neither text nor a format that is read here"),
     "gzip that is cut off": (gzip.compress(ROW.encode() * 999)[:-9], "cut off or damaged"),
     "parquet that is cut off": (b"PAR1abcPAR1", "cut off or damaged"),
@@ -174,9 +175,11 @@ def test_what_is_not_there_is_refused(tmp_path):
 # ---- bad rows
 
 
-def test_a_header_that_comes_again_is_no_row(read):
-    rows, taken, refused = read("text,label\na b,up\ntext,label\nc d,down\ntext,label\n")
-    assert rows.columns == ["text", "label"]
+@pytest.mark.parametrize("header", ["text,label", "text, label", ",text,label"])
+def test_a_header_that_comes_again_is_no_row(header, read):
+    start = "7," * header.startswith(",")
+    rows, taken, refused = read(f"{header}\n{start}a b,up\n{header}\n{start}c d,down\n{header}\n")
+    assert rows.columns[-2:] == ["text", "label"]
     assert [row["label"] for row in taken] == ["up", "down"]
     assert refused == {f"line {n}": "it is the header once more; take it out" for n in (3, 5)}
 
@@ -190,7 +193,7 @@ def test_a_stray_nul_is_the_fault_of_its_row(read):
     lines = [f"text {n},up\n" for n in range(30)]
     lines[3] = "te\0xt,up\n"
     _, taken, refused = read("text,label\n" + "".join(lines))
-    assert len(taken) + len(refused) == 30
+    assert len(taken) == 30 and taken[3]["text"] == "te\0xt" and not refused
     _, taken, refused = read(ROW * 5 + ROW.replace("Sales", "Sa\0les") + ROW * 5)
     assert len(taken) == 11 and not refused  # and a shape refuses the control character
 

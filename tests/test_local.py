@@ -358,6 +358,10 @@ def test_where_no_row_can_be_used_the_first_reason_is_named(mine):
     source = jsonl(mine / "rows.jsonl", [{"prompt": "p", "completion": ""}] * 20)
     with pytest.raises(WrongInput, match='no row can be used; line 1: "completion" is empty'):
         custom.create_task("mine", source, custom.Choices(quarantine=True))
+    unwanted = [*TONES, TONES[0]]
+    labelled = [row | {"label": n > 3} for n, row in enumerate(unwanted)]
+    with pytest.raises(WrongInput, match="label says which completions are wanted"):
+        custom.create_task("mine", jsonl(mine / "kto.jsonl", labelled))
     preferred = jsonl(mine / "dpo.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}] * 20)
     with pytest.raises(WrongInput, match="rows of preferences .*; MAP= trains on one"):
         custom.create_task("mine", preferred)

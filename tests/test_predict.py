@@ -339,6 +339,18 @@ def test_a_file_without_the_passages_of_training_is_refused(tmp_path):
         predict.find_shape(rows, task, predict.Request("", tmp_path, "mine"))
 
 
+def test_columns_of_choices_that_are_missing_are_named_and_mapped(tmp_path):
+    columns = {"prompt": "question", "choices": "A, B, C", "answer": "answer"}
+    shape = {"kind": "question and answer", "columns": columns, "choice_columns": [*"ABC"]}
+    rows = write_file(tmp_path / "b.jsonl", '{"question": "q", "options": ["x", "y"]}\n' * 2)
+    task = {"eval": ["mine"], "shape": shape}
+    with pytest.raises(WrongInput, match=r'no column A, .*MAP="choices=…" names another'):
+        predict.find_shape(rows, task, predict.Request("", tmp_path, "mine"))
+    request = predict.Request("", tmp_path, "mine", "prompt=question,choices=options")
+    chat = predict.find_shape(rows, task, request).build_prompt(next(iter(rows))[1])
+    assert chat["messages"][0]["content"] == "q\n\nA. x\nB. y"
+
+
 def test_texts_are_taken_where_a_task_was_trained_on_turns(tmp_path):
     task = {"eval": ["mine"], "shape": {"kind": "messages", "columns": {"messages": "messages"}}}
     rows = write_file(tmp_path / "b.csv", "question,day\nWhy?,Monday\n")

@@ -450,6 +450,18 @@ REFUSED = {
         {"query": "q", "answer": "bad", "choices": ["bad", "good"], "gold": 1},
         '"answer" is "bad", "gold" is "good"',
     ),
+    "an empty choice": (
+        {"question": "q", "choices": ["x", ""], "answer": "B"},
+        '"answer" is "B", none of its choices',
+    ),
+    "a choice without a value": (
+        {"question": "q", "choices": ["x", "NaN"], "answer": 1},
+        '"answer" is 1, and there are 2 choices',
+    ),
+    "another text behind a letter": (
+        {"question": "q", "choices": ["x", "y"], "answer": "A) y"},
+        "none of its choices",
+    ),
     "a choice that is not there": (
         {"question": "q", "choices": ["x", "y"], "answer": "z"},
         "none of its choices",
@@ -487,11 +499,6 @@ def test_a_bad_row_is_refused_with_the_files_own_column(row, reason):
 UNKNOWN = {
     "no prompt": ({"a": 1, "b": 2}, {}, "no prompt and answer among its columns a, b; MAP="),
     "preferences": ({"chosen": "x", "rejected": "y"}, {}, "rows of preferences"),
-    "unwanted completions": (
-        {"prompt": "p", "completion": "c", "label": "False"},
-        {},
-        "(KTO), which is not trained on here",
-    ),
     "a number that is a choice and may count another": (
         {"question": "q", "choices": [1, 2, 3], "answer": 2},
         {},
@@ -522,11 +529,6 @@ UNKNOWN = {
         {"messages": []},
         {"template": "{x}"},
         "does not apply to rows that hold turns",
-    ),
-    "unwanted completions of another shape": (
-        {"instruction": "p", "output": "c", "Label": False},
-        {},
-        "(KTO), which is not trained on here",
     ),
     "names before numbers": (
         {"text": "x", "label": 0},
@@ -590,15 +592,18 @@ def test_spellings_are_folded_into_the_most_frequent_but_for_grades():
 )
 def test_choices_may_have_a_column_each(names):
     choices = dict(zip(names, ["up", "down", "flat"], strict=False))
-    for answer in ("B", 1, "down"):
+    for answer in ("B", "b", "(B)", "B) down", "b.", names[1], 1, "down"):
         rows = [{"question": f"q {n}", **choices, "answer": answer} for n in range(12)]
         shape = shapes.recognize(Listed([*rows, rows[0] | {"answer": 0}]))
         assert not shape.unused and shape.describe().startswith("question and answer")
         lines = [f"{mark}. {text}" for mark, text in zip("ABC", choices.values(), strict=False)]
         expected = say("\n".join(["q 0\n", *lines]), "down" if answer == "down" else "B")
         assert shape.build_chat(rows[0])["messages"] == expected
-    bare = {"question": "q", "a": "x", "b": "y", "answer": "z"}  # two letters may be anything
-    assert "choices" not in shapes.recognize(Listed([bare])).columns
+    free = {"question": "q", **choices, "answer": "free text"}
+    bare = {"question": "q", "a": "x", "b": "y", "answer": "a"}  # two letters may be anything
+    for row in (free, bare):
+        shape = shapes.recognize(Listed([row]))
+        assert "choices" not in shape.columns and len(shape.unused) == len(row) - 2
 
 
 def test_parts_of_a_turn_are_its_text():
@@ -606,8 +611,9 @@ def test_parts_of_a_turn_are_its_text():
     for content in (parts, ["Sales rose."], {"type": "text", "text": "Sales rose."}):
         messages = [{"role": "user", "content": content}, *say("", "c")[1:]]
         assert build({"messages": messages}) == say("Sales rose.", "c")
-    called = [*TOOL_TURNS[:2], {"role": "tool", "content": {"price": 3}}, TOOL_TURNS[3]]
-    assert build({"messages": called})[2]["content"] == '{"price": 3}'
+    for result in ({"price": 3}, {"text": "x"}):
+        called = [*TOOL_TURNS[:2], {"role": "tool", "content": result}, TOOL_TURNS[3]]
+        assert build({"messages": called})[2]["content"] == json.dumps(result)
 
 
 def test_yes_and_no_of_a_text_table_get_names():
@@ -615,6 +621,9 @@ def test_yes_and_no_of_a_text_table_get_names():
     shape = shapes.recognize(rows, labels=["no", "yes"])
     answers = [shape.build_chat(row)["messages"][-1]["content"] for row in rows.rows[:2]]
     assert answers == ["yes", "no"]
+    shape = shapes.recognize(rows, labels=["1=no", "2=yes"])
+    with pytest.raises(ValueError, match="none of the labels 1=no, 2=yes"):
+        shape.build_chat(rows.rows[0])
 
 
 def test_a_row_without_its_context_is_counted_and_a_file_without_the_column_is_not_taken():
@@ -645,14 +654,55 @@ def test_a_file_with_other_columns_gets_the_prompts_of_training():
     without = Listed([{"headline": "Sales rose", "sentiment": "up"}])
     with pytest.raises(WrongInput, match='^my.jsonl: TEMPLATE: "{day}" is no'):
         shapes.recognize(without).adopt(trained, without)
-    dolly = shapes.recognize(Listed([{"instruction": "i", "context": "c", "response": "r"}]))
-    asked = Listed([{"question": "i", "passage": "c", "answer": "r", "choices": ["r"]}])
     row = {"instruction": "i", "context": "c", "response": "r"}
+    dolly = shapes.recognize(Listed([row]))
+    asked = Listed([{"question": "i", "passage": "c", "answer": "r", "system": "s"}])
     adopted = shapes.recognize(asked).adopt(dolly, asked)
     assert adopted.build_chat(asked.rows[0]) == dolly.build_chat(row)
-    bare = Listed([{"question": "i", "answer": "r"}])
-    with pytest.raises(WrongInput, match="no column context, which prompts hold in training"):
-        shapes.recognize(bare).adopt(dolly, bare)
+    bare = Listed([{"query": "i", "answer": "r"}])
+    read = shapes.recognize(Listed([{"question": "i", "passage": "c", "answer": "r"}]))
+    with pytest.raises(WrongInput, match="no column passage, which prompts hold in training"):
+        shapes.recognize(bare).adopt(read, bare)
+    shapes.recognize(bare).adopt(dolly, bare)  # an instruction may do without its input
+    assert bare.notes == ["my.jsonl has no context, which the training rows have"]
+
+
+def test_choices_are_in_training_and_test_rows_or_in_neither():
+    chosen = Listed([{"query": "q", "choices": ["up", "down"], "answer": 0}])
+    plain = Listed([{"question": "q", "answer": "down"}])
+    for trained, rows in ((plain, chosen), (chosen, plain)):
+        with pytest.raises(WrongInput, match="must both have choices, or neither"):
+            shapes.recognize(rows).adopt(shapes.recognize(trained), rows)
+
+
+def test_a_file_may_lack_a_context_that_the_template_leaves_out():
+    rows = Listed([{"question": "q", "passage": "p", "answer": "a"}])
+    bare = Listed([{"question": "q"}])
+    assert shapes.recognize(rows, template="{question}?").list_missing(bare) == []
+    for template in ("{context} {question}", "{passage} {question}"):
+        assert shapes.recognize(rows, template=template).list_missing(bare) == ["passage"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "p", "completion": "c", "label": "False"},
+        {"instruction": "p", "output": "c", "Label": False},
+        {"messages": say("p", "c"), "label": False},
+    ],
+)
+def test_completions_that_are_not_wanted_are_not_trained_on(row):
+    rows = Listed([row])
+    with pytest.raises(WrongInput, match=r"\(KTO\), which is not trained on here"):
+        shapes.refuse_unwanted(rows, shapes.recognize(rows))
+    labelled = Listed([{"text": "p", "label": False}])
+    shapes.refuse_unwanted(labelled, shapes.recognize(labelled))
+
+
+def test_names_of_labels_may_end_with_a_number():
+    for labels in (["FY=2023", "FY=2024"], ["1:1", "2:1"], ["Q1", "Q2"]):
+        assert list(shapes.parse_labels(labels).values()) == labels
+    assert shapes.parse_labels(["0=FY=2023", "1=a: b"]) == {"0": "FY=2023", "1": "a: b"}
 
 
 def test_the_firm_that_fiqas_scores_are_about_is_no_label():

@@ -43,6 +43,7 @@ from tools.data.shapes import (
     list_unused,
     parse_map,
     recognize,
+    refuse_unwanted,
 )
 from tools.data.split import TEST_SHARE, VALIDATION_SHARE, divide_rows
 from tools.rendering import write_own
@@ -116,6 +117,8 @@ def create_task(task: str, source: Path | str, choices: Choices = DEFAULTS) -> N
     labels = choices.labels.split(",") if choices.labels else None
     shape = recognize(rows, mapping, choices.template, labels)
     require_answers(rows, shape, '; MAP="prompt=…,answer=…" names it')
+    if not mapping:
+        refuse_unwanted(rows, shape)
     for name, column in (("GROUP", choices.group), ("TIME", choices.time)):
         if column and column not in rows.columns:
             hint = nearest(column, rows.columns) or f"; there are {', '.join(rows.columns)}"
@@ -266,6 +269,7 @@ class OwnTask:
                 names = [f"{number}={name}" for number, name in (shape.names or {}).items()]
                 test_shape = recognize(rows, labels=names or None)
                 require_answers(rows, test_shape)
+                refuse_unwanted(rows, test_shape)
                 test_shape = test_shape.adopt(shape, rows)
                 test_shape.unused = list_unused(test_shape, rows.columns, [])
                 print_shape(rows, test_shape, [self.choices.group, self.choices.time])

@@ -239,7 +239,7 @@ def explain_unrenderable(
         names = map(name_tool, message.get("tool_calls") or [])
         parts += [(f"a call of {name}", name) for name in names]
     for what, part in parts:
-        if part not in text and json.dumps(part, ensure_ascii=False)[1:-1] not in text:
+        if not holds(text, part):
             return f"the chat template leaves out {what}"
     if messages[-1]["role"] != "assistant":
         return ""
@@ -248,7 +248,13 @@ def explain_unrenderable(
         written = prompt[len(commonprefix([prompt, text])) :]
         return f"the chat template asks with {written[:60]!r}, which no answer is trained after"
     answer = str(messages[-1].get("content") or "").rpartition(THOUGHT)[2].strip()
-    return "" if answer in text[len(prompt) :] else "the chat template leaves out the answer"
+    kept = holds(text[len(prompt) :], answer)
+    return "" if kept else "the chat template leaves out the answer"
+
+
+def holds(text: str, part: str) -> bool:
+    """Whether a text holds a part, as it is or as JSON writes it."""
+    return part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text
 
 
 def name_tool(tool: dict[str, Any]) -> str:

@@ -390,7 +390,7 @@ def check_numbers(config: dict[str, Any], where: str) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise WrongInput(f'{where}: {key} must be a number, not "{str(value)[:60]}"')
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise WrongInput(f"{where}: {key} must be a finite number, not {value}")
         if value <= 0 if key in POSITIVE_KEYS else value < 0 and key != "max_steps":
             bound = "above 0" if key in POSITIVE_KEYS else "0 or more"

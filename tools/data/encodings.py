@@ -11,7 +11,7 @@ import io
 import re
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
@@ -105,8 +105,10 @@ def guess_encoding(head: bytes, path: Path) -> str:
     zeros = head[::2].count(0), head[1::2].count(0)
     if min(zeros) == 0 and max(zeros) > len(head) / 8:
         return "utf-16-be" if zeros[0] else "utf-16-le"
-    if sum(zeros) <= max(1, len(head) // 1000):
-        return "utf-8"  # a stray one: its row is refused
+    with suppress(UnicodeDecodeError):
+        if sum(zeros) <= max(1, len(head) // 1000):  # a stray one: its row is refused
+            codecs.getincrementaldecoder("utf-8")().decode(head)
+            return "utf-8"
     raise WrongInput(f"{shown(path)}: neither text nor a format that is read here; {FORMATS}")
 
 

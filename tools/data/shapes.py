@@ -180,10 +180,22 @@ class Shape:
 
         A row may be without a context, but a file without that column has other prompts.
         """
-        optional = {*SURROUNDING, "gold"} | (set() if with_answer else {"answer"})
+        optional = {*self.list_optional(), "gold"} | (set() if with_answer else {"answer"})
         needed = {c for part in self.columns.keys() - optional for c in self.list_columns(part)}
         needed |= {name for name in self.fields if name not in self.columns and name != "labels"}
-        return sorted(needed - set(list_columns(rows, needed)))
+        return sorted(needed - set(find_columns(rows, needed)))
+
+    def list_optional(self) -> list[str]:
+        """The parts that a whole file may lack: turns before the prompt, and an instruction's input
+        or any context that the template leaves out.
+        """
+        parts = [part for part in SURROUNDING if part in self.columns]
+        is_worded = self.template is None or {"context", self.columns.get("context")} & {
+            *self.fields
+        }
+        if "context" in self.columns and (self.order == INSTRUCTION_FIRST or not is_worded):
+            parts.append("context")
+        return parts
 
     def adopt(self, trained: "Shape", rows: RowFile) -> "Shape":
         """This shape of a file with other columns, with its prompts worded as those trained on.
@@ -194,13 +206,24 @@ class Shape:
         shape.names = trained.names or shape.names
         if "prompt" not in self.columns or "prompt" not in trained.columns:
             return shape
-        for part in ("context", "choices"):
-            if part in trained.columns and part not in self.columns:
-                name = trained.columns[part]
-                raise WrongInput(
-                    f"{rows.name} has no column {name}, which prompts hold in training; name its "
-                    f"column {name}, or add one, empty where a row has none"
-                )
+        if "choices" in self.columns.keys() ^ trained.columns.keys():
+            with_choices = "the training rows" if "choices" in trained.columns else rows.name
+            raise WrongInput(
+                f"{rows.name}: training and test rows must both have choices, or neither; here "
+                f"only {with_choices} {'have' if with_choices != rows.name else 'has'} them"
+            )
+        missing = [
+            part for part in trained.columns if part not in {*self.columns, "answer", "gold"}
+        ]
+        needed = [part for part in missing if part not in trained.list_optional()]
+        if needed:
+            name = trained.columns[needed[0]]
+            raise WrongInput(
+                f"{rows.name} has no column {name}, which prompts hold in training; add it, empty "
+                "where a row has none"
+            )
+        if missing:
+            rows.notes.append(write_missing(rows, [trained.columns[part] for part in missing]))
         for part in self.columns.keys() - trained.columns.keys() - {"answer", "gold"}:
             del shape.columns[part]
         shape.order = trained.order
@@ -224,12 +247,10 @@ class Shape:
         return [self.columns[part]]
 
     def note_missing(self, rows: RowFile) -> str:
-        """A sentence on columns before the prompt that a file does not have; "" where it does."""
-        wanted = {self.columns[part] for part in SURROUNDING & self.columns.keys()}
-        missing = sorted(wanted - set(list_columns(rows, wanted)))
-        if not missing:
-            return ""
-        return f"{rows.name} has no {', '.join(missing)}, which the training rows have"
+        """A sentence on optional columns that a file does not have; "" where it has them."""
+        wanted = {self.columns[part] for part in self.list_optional()}
+        missing = sorted(wanted - set(find_columns(rows, wanted)))
+        return write_missing(rows, missing) if missing else ""
 
     def word(self, template: str, columns: list[str]) -> "Shape":
         """The shape with prompts worded by TEMPLATE=; raises WrongInput for one that cannot be."""
@@ -395,9 +416,10 @@ class Shape:
         if not isinstance(value, list) or len(value) > MOST_CHOICES:
             raise ValueError(f'"{column}" must be a list of at most {MOST_CHOICES} choices')
         marks = [str(label) for label in labels] if len(labels) == len(value) else list(LETTERS)
+        texts = (turns.write_value(text, column) for text in value)
         return [
-            (mark, turns.write_value(text, column))
-            for mark, text in zip(marks, value, strict=False)
+            (mark, "" if text.lower() in turns.MISSING else text)
+            for mark, text in zip(marks, texts, strict=False)
         ]
 
     def write_choices(self, row: dict[str, Any], prompt: str) -> str:
@@ -430,16 +452,33 @@ class Shape:
         return [{"role": "assistant", "content": text}]
 
     def name_choice(self, row: dict[str, Any], value: Any, answer: str) -> str:
-        """The letter of an answer that is a number; any other answer as it is."""
+        """The letter of an answer that is a number, or a letter in another spelling: b, (B), B),
+        `B) text`, or the name of a choice's own column. The text of a choice stays.
+        """
         column, choices = self.columns["answer"], self.read_choices(row)
-        number = read_number(value)
-        if not choices or answer in [mark for mark, _ in choices]:
+        number, texts = read_number(value), dict(choices)
+        if not choices:
             return answer
-        if self.counted_from and number is not None:
+        if answer not in texts and self.counted_from and number is not None:
             return self.find_choice(choices, number, column)[0]
-        if answer in [text for _, text in choices]:
+        if answer not in texts and answer in texts.values():
             return answer
-        raise ValueError(f'"{column}" is "{answer[:60]}", none of its choices')
+        spelled = re.fullmatch(r"\(?(\w+)(?:[).:]+\s*(.*))?", answer, re.S)
+        letter, text = (spelled[1], spelled[2] or "") if spelled else (answer, "")
+        names = {
+            name.casefold(): mark for name, mark in zip(self.choice_columns, texts, strict=False)
+        }
+        names |= {mark.casefold(): mark for mark in texts}
+        mark = answer if answer in texts else names.get(letter.casefold(), "")
+        if not texts.get(mark) or text not in ("", texts[mark]):
+            raise ValueError(f'"{column}" is "{answer[:60]}", none of its choices')
+        return mark
+
+    def answers_a_choice(self, row: dict[str, Any]) -> bool:
+        """Whether the answer of a row is one of its choices."""
+        with suppress(ValueError):
+            return bool(self.read_choices(row)) and bool(self.build_answer(row))
+        return False
 
     def find_choice(
         self, choices: list[tuple[str, str]], number: int, column: str
@@ -485,7 +524,9 @@ class Shape:
         if not self.names:
             return text
         spellings = {name.casefold(): name for name in self.names.values()}
-        number = {"true": 1, "false": 0}.get(str(value).strip().lower(), read_number(value))
+        number = read_number(value)
+        if self.names.keys() == {"0", "1"}:
+            number = {"true": 1, "false": 0}.get(str(value).strip().lower(), number)
         if text in self.names.values():
             return text
         if number is not None and str(number) in self.names and text.casefold() not in spellings:
@@ -541,8 +582,6 @@ def recognize(
     if shape is None:
         raise WrongInput(f"{rows.name}: {explain_unknown(columns)}")
     shape = shape if template is None else shape.word(template, columns)
-    if not mapping and shape.has_answer:
-        refuse_unwanted(rows, shape, columns)
     history = shape.columns.get("history", "")
     if shape.kind == "question and answer" and not any(
         isinstance(row.get(history), list) for row in sample
@@ -558,26 +597,25 @@ def recognize(
         shape.names = name_numbers(rows.label_names[answer])
     if "choices" in shape.columns:
         shape.counted_from = find_first_number(rows, shape)
+    if shape.choice_columns and not any(map(shape.answers_a_choice, sample)):
+        del shape.columns["choices"]
+        shape.choice_columns, shape.counted_from = [], ""
     if shape.kind == "text and label" or "labels" in shape.fields:
         shape.options = list_options(rows, shape)
     shape.unused = list_unused(shape, columns, sample)
     return shape
 
 
-# A number and a name in another order than number=name, or with another sign.
-NUMBERED = r"\s*[+-]?\d+\s*:.*|.*[=:]\s*[+-]?\d+\s*"
-
-
 def parse_labels(labels: list[str]) -> dict[str, str]:
     """{integer as text: name} of `LABELS=negative,neutral` or `LABELS=-1=negative,0=neutral`."""
     pairs = [re.fullmatch(r"\s*([+-]?\d+)\s*=\s*(.*?)\s*", label) for label in labels]
     others = [label for label, pair in zip(labels, pairs, strict=True) if not pair]
-    if any(pairs) or any(re.fullmatch(NUMBERED, label) for label in labels):
-        if others:
-            raise WrongInput(
-                f'LABELS=: "{others[0]}" is no number=name; write LABELS="0=negative,1=positive", '
-                "or the names alone, from 0 on"
-            )
+    if others and (any(pairs) or are_turned_around(labels)):
+        raise WrongInput(
+            f'LABELS=: "{others[0]}" is no number=name; write LABELS="0=negative,1=positive", or '
+            "the names alone, from 0 on"
+        )
+    if any(pairs):
         names = {str(int(pair[1])): pair[2] for pair in pairs if pair}
     else:
         names = name_numbers([label.strip() for label in labels])
@@ -586,9 +624,18 @@ def parse_labels(labels: list[str]) -> dict[str, str]:
     return names
 
 
-def refuse_unwanted(rows: RowFile, shape: Shape, columns: list[str]) -> None:
+def are_turned_around(labels: list[str]) -> bool:
+    """Whether all labels are number:name, or name=number with numbers from 0 or 1 on."""
+    if all(re.fullmatch(r"\s*[+-]?\d+\s*:\s*\D.*", label) for label in labels):
+        return True
+    ends = [re.fullmatch(r".*\D\s*[=:]\s*(\d+)\s*", label) for label in labels]
+    numbers = sorted(int(end[1]) for end in ends if end)
+    return numbers in ([*range(len(labels))], [*range(1, len(labels) + 1)])
+
+
+def refuse_unwanted(rows: RowFile, shape: Shape) -> None:
     """Raises WrongInput for rows of KTO, of which some hold a completion that is not wanted."""
-    column = next((name for name in columns if name.strip().lower() == "label"), "")
+    column = next((name for name in rows.columns if name.strip().lower() == "label"), "")
     if not column or column in shape.columns.values():
         return
     labels = {label.lower() for label in count_values(rows, column)}
@@ -720,7 +767,11 @@ def find_choice_columns(by_name: dict[str, str]) -> list[str]:
     return []
 
 
-def list_columns(rows: RowFile, wanted: set[str]) -> list[str]:
+def write_missing(rows: RowFile, columns: list[str]) -> str:
+    return f"{rows.name} has no {', '.join(columns)}, which the training rows have"
+
+
+def find_columns(rows: RowFile, wanted: set[str]) -> list[str]:
     """The columns of a file; of JSON, whose first rows give them, those of any row as well."""
     if wanted <= set(rows.columns) or rows.format not in ("jsonl", "json"):
         return rows.columns

@@ -44,6 +44,7 @@ class Table:
     header: list[str]
     line_end: str
     notes: list[str]
+    first: list[str] = field(default_factory=list)  # the header as it is written
     suspects: list[int] = field(default_factory=list)  # lines with a quote that may not be closed
 
 
@@ -116,7 +117,7 @@ def inspect_table(text: Text, name: str) -> Table:
     line_end = "\r\n" if first.endswith("\r\n") else "\n"
     header, notes = check_header(rows, name)
     refuse_other_delimiter(header, records, delimiter, name)
-    return Table(delimiter, quotes, header, line_end, notes)
+    return Table(delimiter, quotes, header, line_end, notes, [cell.strip() for cell in rows[0]])
 
 
 def read_head(text: Text) -> list[str]:
@@ -199,7 +200,7 @@ def read_table(text: Text, table: Table) -> Iterator[tuple[str, dict[str, Any] |
                 table.suspects.append(number)
             if isinstance(cells, ValueError):
                 yield f"line {number}", cells
-            elif cells == table.header:
+            elif [cell.strip() for cell in cells] == table.first:
                 yield f"line {number}", ValueError("it is the header once more; take it out")
             elif len(cells) == width:
                 yield f"line {number}", dict(zip(table.header, cells, strict=True))

@@ -30,8 +30,8 @@ MISSING = {
     *("nan", "null", "<na>", "#n/a", "#ref!", "#value!", "#name?", "#div/0!", "#null!", "#num!"),
 }
 LONGEST_MISSING = max(map(len, MISSING))
-# Grades of rating agencies: Aa and AA are two of them. Bad and Add are words.
 WHOLE = re.compile(r"\A\s*([+-]?\d+)\.0+\s*\Z")  # a whole number, as pandas writes it beside gaps
+# Grades of rating agencies: Aa and AA are two of them. Bad and Add are words.
 RATING = re.compile(r"(?i:a{2,3}|b{2,3}|ba{1,2}|c{2,3}|ca{1,2}|d{2,3})[0-9]?[+-]?")
 
 ROLES = {
@@ -220,7 +220,7 @@ def read_turn(turn: Any, where: str) -> Turn:
 
 def read_content(content: Any, where: str) -> str:
     """The text of a turn; of content parts, their texts. Raises ValueError for other lists."""
-    if isinstance(content, dict) and content.keys() <= PART_KEYS and "text" in content:
+    if isinstance(content, dict) and {"type", "text"} <= content.keys() <= PART_KEYS:
         content = [content]
     if isinstance(content, list):
         texts = [read_content_part(part, where) for part in content]
@@ -296,7 +296,7 @@ def read_tools(value: Any, name: str) -> str:
 
 
 def check_turns(messages: list[Turn], name: str) -> None:
-    """Raises ValueError for turns in an order that no chat template takes, or that are missing."""
+    """Raises ValueError for an order that no chat template takes, and for a missing text."""
     roles = [turn["role"] for turn in messages]
     before = ""
     for number, role in enumerate(roles, 1):

@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def choose_form(rows: RowFile, path: Path) -> Form:
     is_lines = kind == "jsonl" and suffix == ".json" and rows.source.endswith((".json", ".json.gz"))
     if suffix in SUFFIXES and not is_lines:
         kind = SUFFIXES[suffix]
-    elif suffix and kind != "folder" and suffix not in map(str.lower, Path(rows.source).suffixes):
+    elif kind != "folder" and suffix != ".txt" and re.fullmatch(r"\.[a-z]{2,8}", suffix):
         raise WrongInput(
             f"OUT={path}: {suffix} is none of the formats that are written: {', '.join(SUFFIXES)}"
         )

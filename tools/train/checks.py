@@ -1,5 +1,6 @@
 """What must hold before a training starts: hardware, data, options, disk space."""
 
+import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -166,12 +167,12 @@ def refuse_unusable(config: dict[str, Any], where: str) -> None:
         "whole": layers,
         f"base_model_config is {configured} and base_model {base}; scoring loads the base with "
         "its own config": configured and configured != base,
-        f"{NO_TARGETS}": not any(map(config.get, TARGETS)),
+        NO_TARGETS: not any(map(config.get, TARGETS)),
         f"chat_template_jinja: {(missing or [''])[0]} is no file here, and no Jinja template": (
             missing
         ),
         f"deepspeed: {deepspeed} is not there": isinstance(deepspeed, str)
-        and not (ROOT / deepspeed).is_file(),
+        and not os.path.isfile(ROOT / deepspeed),
         "revision_of_model is not supported: scoring loads the main revision; base_model may be "
         f"the folder that `.venv/bin/hf download {base} --revision … --local-dir …` makes": (
             revision != "main"
@@ -189,7 +190,8 @@ def refuse_unusable(config: dict[str, Any], where: str) -> None:
 
 def is_missing_file(jinja: str) -> bool:
     """Whether a `chat_template_jinja` can only be the path of a file, which is not there."""
-    return "{" not in jinja and not (ROOT / jinja).is_file()
+    # Not Path's is_file, which raises for a name that is too long.
+    return "{" not in str(jinja) and not os.path.isfile(ROOT / str(jinja))
 
 
 def name_metric(config: dict[str, Any]) -> str:

@@ -124,12 +124,15 @@ def find_shape(rows: RowFile, task_row: dict[str, Any], request: Request) -> Sha
             shape = Shape(**shape.to_dict() | {"template": wording})
         return shape
     content = recorded | {"columns": recorded["columns"] | mapping}
+    if "choices" in mapping:
+        content.pop("choice_columns", None)
     if request.template is not None:
         shape = Shape(**content | {"template": None}).word(request.template, rows.columns)
     else:
         shape = Shape(**content)
     if missing := shape.list_missing(rows):
-        part = next((part for part, column in shape.columns.items() if column in missing), "prompt")
+        parts = (part for part in shape.columns if {*shape.list_columns(part)} & {*missing})
+        part = next(parts, "prompt")
         empty = ", or add it, empty where a row has none" if part == "context" else ""
         raise WrongInput(
             f"{rows.name} has no column {missing[0]}, which the prompts of {request.task} need; it "
