@@ -184,6 +184,25 @@ def test_a_header_that_comes_again_is_no_row(header, read):
     assert refused == {f"line {n}": "it is the header once more; take it out" for n in (3, 5)}
 
 
+def test_empty_rows_of_a_spreadsheet_are_passed_over(read):
+    rows, taken, refused = read("text,label\na b,up\n,\n ,\nc d,down\n,\n")
+    assert [row["label"] for row in taken] == ["up", "down"] and not refused
+
+
+def test_a_space_may_stand_before_the_quotes_of_a_cell(read):
+    rows, taken, refused = read('"text", "label"\n"Up, they say", "good"\n"Down", "bad"\n')
+    assert rows.columns == ["text", "label"] and not refused
+    assert taken[0] == {"text": "Up, they say", "label": "good"}
+    _, taken, _ = read('text,label\n"He said, ""no""",bad\nWell,good\n')
+    assert taken[0] == {"text": 'He said, "no"', "label": "bad"}
+
+
+def test_a_single_row_with_choices_is_that_row(read):
+    row = {"question": "q", "choices": [{"label": "A", "text": "x"}], "answer": "A"}
+    _, taken, _ = read(json.dumps(row))
+    assert taken == [row]
+
+
 def test_years_name_columns(read):
     rows, taken, _ = read("firm,2022,2023\nA,1,2\nB,1,2\nC,1,2\n")
     assert rows.columns == ["firm", "2022", "2023"] and len(taken) == 3

@@ -393,6 +393,8 @@ def test_a_module_that_cannot_be_planned_is_named(key, modules):
 def test_a_config_that_adapts_no_layer_is_not_planned():
     with pytest.raises(WrongInput, match="no layer is adapted: lora_target_modules"):
         plan(read_config(lora_target_modules=None), row=64)
+    with pytest.raises(WrongInput, match="no layer is adapted"):
+        plan(read_config(peft_layers_to_transform=[99]), row=64)
 
 
 # ---- rows, tokens and hours

@@ -208,15 +208,33 @@ BROKEN = {
     "epochs": ({**SMALL, "num_epochs": -1}, "num_epochs must be above 0, not -1"),
     "a share": ({**SMALL, "val_set_size": -0.1}, "val_set_size must be 0 or more, not -0.1"),
     "infinity": ({**SMALL, "learning_rate": float("inf")}, "must be a finite number, not inf"),
+    "a folder": ({**SMALL, "output_dir": 5}, "output_dir must be a text, not 5"),
+    "templates": ({**SMALL, "chat_template_jinja": ["x"]}, "chat_template_jinja must be a text"),
+    "a seed": ({**SMALL, "seed": "abc"}, 'seed must be a number, not "abc"'),
+    "half a rank": ({**SMALL, "lora_r": 8.5}, "lora_r must be a whole number, not 8.5"),
+    "a number of modules": ({**SMALL, "lora_target_modules": 5}, "must be a list of names, not 5"),
+    "saved": ({**SMALL, "lora_modules_to_save": True}, "must be a list of names, not True"),
+    "layers": ({**SMALL, "peft_layers_to_transform": ["3"]}, "a list of numbers from 0"),
+    "ranks": ({**SMALL, "lora_rank_pattern": {"q_proj": "x"}}, "must be a number above 0"),
+    "a pattern of ranks": ({**SMALL, "lora_rank_pattern": {"(": 4}}, "is no regular expression"),
+    "loftq": ({**SMALL, "peft": {"loftq_config": 4}}, "loftq_config must be a mapping"),
+    "on": (f"{yaml.safe_dump(SMALL)}on: 1\n", "the key True is no text for YAML"),
+    "a date": (f"{yaml.safe_dump(SMALL)}since: 2024-01-01\n", "2024-01-01 is a date for YAML"),
     "a long number": (SMALL | {"lora_r": -(10**400)}, "lora_r must be above 0"),
     "a truth": ({**SMALL, "micro_batch_size": True}, 'must be a number, not "True"'),
 }
 
 
+def test_true_and_false_in_quotes_are_what_they_are_for_axolotl(tmp_path):
+    content = {**SMALL, "sample_packing": "false", "lora_target_linear": "True"}
+    config = recipes.find(write(tmp_path / "mine.yaml", yaml.safe_dump(content))).config
+    assert config["sample_packing"] is False and config["lora_target_linear"] is True
+
+
 def test_keys_that_are_read_before_the_schema_have_its_types():
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
-    kinds = {"dict": recipes.MAPPING_KEYS, "list": recipes.LIST_KEYS}
+    kinds = {"dict": recipes.MAPPING_KEYS, "list": recipes.LIST_KEYS, "str": ["output_dir"]}
     for kind, keys in kinds.items():
         for key in keys:
             allowed = list_kinds(AxolotlInputConfig.model_fields[key].annotation)

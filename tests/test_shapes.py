@@ -480,6 +480,16 @@ REFUSED = {
         {"messages": [{"role": "user", "content": ["Sales rose.", "Why?"]}]},
         "holds a list of 2 texts; join them",
     ),
+    "a German sheet": ({"question": "#WERT!", "answer": "a"}, '"#WERT!", which stands for'),
+    "a time that is missing": ({"question": "q", "answer": "NaT"}, '"NaT", which stands for'),
+    "a letter without choices": (
+        {"question": "q", "choices": None, "answer": "A"},
+        '"answer" is "A", and the row has no choices',
+    ),
+    "an object of pandas": (
+        {"question": "q", "answer": "{'text': array(['x']), 'answer_start': array([3])}"},
+        '"answer" holds an object as text',
+    ),
     "bytes": ({"question": b"q", "answer": "a"}, '"question" holds bytes'),
     "all weights 0": (
         {"messages": [say("p")[0], {"role": "assistant", "content": "c", "weight": 0}]},
@@ -524,6 +534,12 @@ UNKNOWN = {
         {"template": "Hello"},
         "name a column in braces",
     ),
+    "a brace of JSON": (
+        {"text": "x", "label": "y"},
+        {"template": '{"sentiment": "x"} {text}'},
+        "a brace of the text is doubled",
+    ),
+    "a format": ({"text": "x", "label": "y"}, {"template": "{text:>9}"}, "opens no name of a"),
     "an open brace": ({"text": "x", "label": "y"}, {"template": "{text"}, "a brace of the text"),
     "a template of turns": (
         {"messages": []},
@@ -588,11 +604,13 @@ def test_spellings_are_folded_into_the_most_frequent_but_for_grades():
 
 @pytest.mark.parametrize(
     "names",
-    [["A", "B", "C"], ["option_a", "option_b"], ["opa", "opb", "opc"], ["Choice1", "Choice2"]],
+    [["A)", "B)", "C)"], ["Option A", "Option B"], ["choice0", "choice1"], ["ans1", "ans2"]]
+    + [["A", "B", "C"], ["option_a", "option_b"], ["opa", "opb", "opc"], ["Choice1", "Choice2"]],
 )
 def test_choices_may_have_a_column_each(names):
     choices = dict(zip(names, ["up", "down", "flat"], strict=False))
-    for answer in ("B", "b", "(B)", "B) down", "b.", names[1], 1, "down"):
+    spellings = ("B", "b", "(B)", "[B]", "B) down", "B - Down.", "b.", "Option B", names[1])
+    for answer in (*spellings, 1, "down"):
         rows = [{"question": f"q {n}", **choices, "answer": answer} for n in range(12)]
         shape = shapes.recognize(Listed([*rows, rows[0] | {"answer": 0}]))
         assert not shape.unused and shape.describe().startswith("question and answer")
@@ -604,6 +622,58 @@ def test_choices_may_have_a_column_each(names):
     for row in (free, bare):
         shape = shapes.recognize(Listed([row]))
         assert "choices" not in shape.columns and len(shape.unused) == len(row) - 2
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_answers_that_are_numeric_choices_stay_what_they_are(as_list):
+    values = [2.0, 4.0, 1.0, 3.0]
+    choices = {"choices": values} if as_list else dict(zip("ABCD", map(str, values), strict=True))
+    answers = values if as_list else list(map(str, values))  # of JSON, of a text table
+    rows = [{"question": f"q {n}", **choices, "answer": answers[n % 4]} for n in range(24)]
+    with pytest.raises(WrongInput, match="numbers that are choices and may also count them"):
+        shapes.recognize(Listed(rows))
+    money = [
+        {"question": f"q {n}", "choices": ["$2", "$7,000"], "answer": "7000"} for n in range(9)
+    ]
+    assert (
+        shapes.recognize(Listed(money)).build_chat(money[0])["messages"][-1] == say("", "$7,000")[1]
+    )
+
+
+def test_an_answer_of_an_object_is_its_text():
+    for answer in (
+        {"text": ["5 years"], "answer_start": [3]},
+        [{"text": "5 years", "answer_start": 3}],
+        {"text": "5 years", "answer_start": 3},
+        {"value": "5 years", "aliases": ["five"]},
+    ):
+        assert build({"question": "q", "answers": answer}) == say("q", "5 years")
+    for completion in ({"role": "assistant", "content": "c"}, [{"from": "gpt", "value": "c"}]):
+        assert build({"prompt": "p", "completion": completion}) == say("p", "c")
+
+
+def test_an_instruction_and_its_question_are_one_prompt():
+    row = {"instruction": "Answer.", "question": "Why?", "answer": "a"}
+    assert build(row) == say("Answer.\n\nWhy?", "a")
+    assert build({"prompt": "Sum up.", "input": "Text.", "output": "a"})[0]["content"] in (
+        "Sum up.\n\nText.",
+        "Text.\n\nSum up.",
+    )
+    rows = [{"instruction": "Rate it.", "review": f"r {n}", "output": "up"} for n in range(20)]
+    with pytest.raises(WrongInput, match='TEMPLATE="{instruction} {review}" joins it'):
+        shapes.recognize(Listed(rows))
+    shapes.recognize(Listed(rows), template="{instruction} {review}")
+
+
+@pytest.mark.parametrize("key", ["arguments", "parameters", "args"])
+def test_the_arguments_of_a_call_are_kept_under_each_name(key):
+    for call in (
+        {"function": {"name": "quote", key: {"ticker": "ABC"}}},
+        {"function": "quote", key: {"ticker": "ABC"}},
+        {"name": "quote", key: '{"ticker": "ABC"}'},
+    ):
+        messages = [say("p")[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+        assert build({"messages": messages})[1]["tool_calls"] == [WRITTEN_CALL]
 
 
 def test_parts_of_a_turn_are_its_text():
@@ -620,7 +690,7 @@ def test_yes_and_no_of_a_text_table_get_names():
     rows = Listed([{"text": f"t {n}", "label": ("True", "False")[n % 2]} for n in range(20)])
     shape = shapes.recognize(rows, labels=["no", "yes"])
     answers = [shape.build_chat(row)["messages"][-1]["content"] for row in rows.rows[:2]]
-    assert answers == ["yes", "no"]
+    assert answers == ["yes", "no"] and rows.notes == ['"label": false is no, true is yes']
     shape = shapes.recognize(rows, labels=["1=no", "2=yes"])
     with pytest.raises(ValueError, match="none of the labels 1=no, 2=yes"):
         shape.build_chat(rows.rows[0])
@@ -689,6 +759,9 @@ def test_a_file_may_lack_a_context_that_the_template_leaves_out():
         {"prompt": "p", "completion": "c", "label": "False"},
         {"instruction": "p", "output": "c", "Label": False},
         {"messages": say("p", "c"), "label": False},
+        {"prompt": "p", "completion": "c", "label": 0},
+        {"prompt": "p", "completion": "c", "kto_tag": False},
+        {"prompt": "p", "completion": "c", "label": "undesirable"},
     ],
 )
 def test_completions_that_are_not_wanted_are_not_trained_on(row):
@@ -700,8 +773,20 @@ def test_completions_that_are_not_wanted_are_not_trained_on(row):
 
 
 def test_names_of_labels_may_end_with_a_number():
-    for labels in (["FY=2023", "FY=2024"], ["1:1", "2:1"], ["Q1", "Q2"]):
+    for labels in (["FY2023", "FY2024"], ["1:1", "2:1"], ["Q1", "Q2"], ["1 year", "more"]):
         assert list(shapes.parse_labels(labels).values()) == labels
+    for labels in (
+        ["N=bad", "P=good"],
+        ["[bad", "good]"],
+        ["0 bad", "1 good"],
+        ["0->bad", "1->good"],
+        ["(0) bad", "(1) good"],
+        ["0=bad;1=good"],
+        ["bad:0", "good:1"],
+    ):
+        with pytest.raises(WrongInput, match="is no number=name"):
+            shapes.parse_labels(labels)
+    assert shapes.parse_labels(["0.0=bad", "1.0=good"]) == {"0": "bad", "1": "good"}
     assert shapes.parse_labels(["0=FY=2023", "1=a: b"]) == {"0": "FY=2023", "1": "a: b"}
 
 

@@ -30,7 +30,10 @@ Reader = Callable[[], Iterator[tuple[str, Row | ValueError]]]
 COLUMN_ROWS = 50  # rows of JSON whose keys are the columns
 SENTENCE = re.compile(r"(?P<sentence>.+)@(?P<label>\w+)\s*")  # Financial PhraseBank
 # Lists of an object that is a row.
-TURNS = {"messages", "conversations", "conversation", "history", "tools", "prompt", "completion"}
+TURNS = {
+    *("messages", "conversations", "conversation", "history", "tools", "prompt", "completion"),
+    *("choices", "options", "answers", "evidence", "context", "contexts"),
+}
 # First bytes of what is refused, and what to do instead.
 OTHERS = {
     b"PK\x03\x04": "a zip or Excel file; unpack it, or save the sheet as CSV",

@@ -244,7 +244,7 @@ def parse_chat_row(
     if orjson.dumps(row) == line.strip():  # so it has no key twice and no long number
         if is_plain_pair(line, row):  # most rows, and the rest takes three times as long
             prompt, answer = (turn["content"].strip() for turn in row["messages"])
-            if min(len(prompt), len(answer)) > turns.LONGEST_MISSING:
+            if prompt and answer and not any(map(turns.is_stand_in, (prompt, answer))):
                 answer = check_answer(prompt, answer, rules)
                 return prompt, answer, build_chat_row(prompt, answer)
     else:

@@ -63,11 +63,15 @@ LABEL = (
 )
 # Of rows like FiQA's, whose `target` is the firm that a score is about.
 SCORES = ("score", "sentiment_score", "aspect", "aspects")
-# Columns of one choice each, in the order of the letters: A, B, …; option_a, …; choice1, ….
+# Columns of one choice each, in their order, without spaces and punctuation: a, b, …; optiona, …;
+# choice1, …; choice0, ….
 CHOICE_COLUMNS = [
     [f"{start}{mark}" for mark in marks]
-    for start in ("", "option", "option_", "op", "choice", "choice_")
-    for marks in ("abcdefghij", "123456789")
+    for start in (
+        *("", "option", "options", "opt", "op", "choice", "choices", "answer", "ans"),
+        *("alternative", "ending"),
+    )
+    for marks in ("abcdefghij", "0123456789", "123456789")
     if start or marks.isalpha()
 ]
 INSTRUCTION_FIRST = ("prompt", "context")
@@ -88,13 +92,13 @@ KNOWN = [
     Known(
         "Alpaca",
         {"prompt": ("instruction",), "answer": ("output",)},
-        {"context": ("input",), "system": SYSTEM, "history": ("history",)},
+        {"context": ("input", "question"), "system": SYSTEM, "history": ("history",)},
         INSTRUCTION_FIRST,
     ),
     Known(
         "Dolly",
         {"prompt": ("instruction",), "answer": ("response", "answer", "completion")},
-        {"context": ("context", "input"), "system": SYSTEM},
+        {"context": ("context", "input", "question"), "system": SYSTEM},
         INSTRUCTION_FIRST,
     ),
     Known(
@@ -106,7 +110,7 @@ KNOWN = [
     Known(
         "prompt and completion",
         {"prompt": ("prompt",), "answer": ("completion", "response", "answer", "output", "target")},
-        {"system": SYSTEM, "context": CONTEXT, "history": ("history",)},
+        {"system": SYSTEM, "context": (*CONTEXT, "input"), "history": ("history",)},
     ),
     Known(
         "question and answer",
@@ -116,7 +120,8 @@ KNOWN = [
                 *("answer", "answers", "answerkey", "response", "output", "completion", "target"),
             ),
         },
-        {"context": CONTEXT, "choices": CHOICES, "system": SYSTEM, "history": ("history",)},
+        {"context": (*CONTEXT, "input"), "choices": CHOICES}
+        | {"system": SYSTEM, "history": ("history",)},
     ),
     Known("FinLoRA", {"prompt": (FINLORA_PROMPT,), "answer": ("target",)}),
     Known("text and label", {"prompt": TEXT, "answer": LABEL}, unless=SCORES),
@@ -327,7 +332,7 @@ class Shape:
             text = "\n\n".join(filter(None, parts))
         else:
             text = turns.write_value(value, column)
-        text = "" if text.lower() in turns.MISSING else text
+        text = "" if turns.is_stand_in(text) else text
         if part == "context" and not text and self.order != INSTRUCTION_FIRST:
             self.repairs[f'"{column}" is empty, and the prompt is without it'] += 1
         return text
@@ -408,18 +413,19 @@ class Shape:
                     break
         if isinstance(value, dict):  # ARC: {"text": […], "label": […]}; or {"A": …, "B": …}
             if isinstance(value.get("text"), list):
-                value, labels = value["text"], value.get("label") or []
+                marks = value.get("label")
+                value, labels = value["text"], marks if isinstance(marks, list) else []
             else:
                 value, labels = list(value.values()), list(value)
         if turns.is_missing(value):
             return []
         if not isinstance(value, list) or len(value) > MOST_CHOICES:
             raise ValueError(f'"{column}" must be a list of at most {MOST_CHOICES} choices')
-        marks = [str(label) for label in labels] if len(labels) == len(value) else list(LETTERS)
+        letters = map(str, labels) if len(labels) == len(value) else LETTERS
         texts = (turns.write_value(text, column) for text in value)
         return [
-            (mark, "" if text.lower() in turns.MISSING else text)
-            for mark, text in zip(marks, texts, strict=False)
+            (mark, "" if turns.is_stand_in(text) else text)
+            for mark, text in zip(letters, texts, strict=False)
         ]
 
     def write_choices(self, row: dict[str, Any], prompt: str) -> str:
@@ -440,10 +446,13 @@ class Shape:
     def build_answer(self, row: dict[str, Any]) -> list[Turn]:
         column = self.columns.get("answer", "")
         value = row.get(column) if column else None
-        if isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]:
-            return turns.read_turns(value, column)  # TRL's conversational completions
-        if isinstance(value, dict) and isinstance(value.get("text"), list):  # SQuAD's answers
-            value = value["text"][0] if value["text"] else None
+        first = value[0] if isinstance(value, list) and value else value
+        if isinstance(first, dict) and set(turns.ROLE_KEYS) & first.keys():
+            return turns.read_turns(value if isinstance(value, list) else [value], column)  # TRL's
+        if isinstance(first, dict):
+            value = find_answer_text(first, value)
+        elif isinstance(value, str) and value.lstrip()[:1] == "{" and "answer_start" in value:
+            raise ValueError(f'"{column}" holds an object as text; write its text alone')
         if column and value is None and "gold" not in self.columns:
             raise ValueError(f'"{column}" is {"null" if column in row else "missing"}')
         text = self.read_gold(row, value) if "gold" in self.columns else self.name_label(value)
@@ -453,24 +462,27 @@ class Shape:
 
     def name_choice(self, row: dict[str, Any], value: Any, answer: str) -> str:
         """The letter of an answer that is a number, or a letter in another spelling: b, (B), B),
-        `B) text`, or the name of a choice's own column. The text of a choice stays.
+        `B) text`, Option B, or the name of a choice's own column. The text of a choice stays.
         """
         column, choices = self.columns["answer"], self.read_choices(row)
         number, texts = read_number(value), dict(choices)
         if not choices:
+            if re.fullmatch("[A-Ja-j]", answer) or (self.counted_from and number is not None):
+                raise ValueError(f'"{column}" is "{answer}", and the row has no choices')
             return answer
         if answer not in texts and self.counted_from and number is not None:
             return self.find_choice(choices, number, column)[0]
-        if answer not in texts and answer in texts.values():
-            return answer
-        spelled = re.fullmatch(r"\(?(\w+)(?:[).:]+\s*(.*))?", answer, re.S)
+        for text in () if answer in texts else texts.values():
+            if text and (fold_choice(text) == fold_choice(answer)):
+                return text
+        spelled = SPELLED_CHOICE.fullmatch(answer)
         letter, text = (spelled[1], spelled[2] or "") if spelled else (answer, "")
         names = {
             name.casefold(): mark for name, mark in zip(self.choice_columns, texts, strict=False)
         }
         names |= {mark.casefold(): mark for mark in texts}
         mark = answer if answer in texts else names.get(letter.casefold(), "")
-        if not texts.get(mark) or text not in ("", texts[mark]):
+        if not texts.get(mark) or (text and fold_choice(text) != fold_choice(texts[mark])):
             raise ValueError(f'"{column}" is "{answer[:60]}", none of its choices')
         return mark
 
@@ -537,6 +549,29 @@ class Shape:
         raise ValueError(f'"{column}" is "{text[:60]}", none of the labels {accepted}')
 
 
+# A letter as people write it: B, (B), [B], Option B, `B) text`, `B - text`.
+SPELLED_CHOICE = re.compile(
+    r"(?:(?:option|choice|answer)\s+)?[(\[]?(\w+)[)\]]?(?:\s*[).:–-]+\s*(.*))?", re.S | re.I
+)
+
+
+def fold_choice(text: str) -> str:
+    """A choice without case, a full stop and the marks of amounts; a number as its value."""
+    plain = text.casefold().strip().removesuffix(".")
+    figure = plain.strip("$€£% ").replace(",", "")
+    with suppress(ValueError):
+        return str(float(figure))
+    return plain
+
+
+def find_answer_text(answer: dict[str, Any], whole: Any) -> Any:
+    """The text of an answer as SQuAD and TriviaQA have it; any other object as it is."""
+    texts = answer.get("text", answer.get("value"))
+    if isinstance(texts, list):
+        return texts[0] if texts else None
+    return texts if isinstance(texts, str) else whole
+
+
 # ---- recognition
 
 
@@ -579,6 +614,8 @@ def recognize(
         place, reason = next(iter(rows), ("", "it has none"))
         raise WrongInput(f"{rows.name}: no row can be read; the first, {place}: {reason}")
     shape = map_columns(columns, mapping) if mapping else find_shape(columns)
+    if shape:
+        find_choices(shape, columns)
     if shape is None:
         raise WrongInput(f"{rows.name}: {explain_unknown(columns)}")
     shape = shape if template is None else shape.word(template, columns)
@@ -598,8 +635,10 @@ def recognize(
     if "choices" in shape.columns:
         shape.counted_from = find_first_number(rows, shape)
     if shape.choice_columns and not any(map(shape.answers_a_choice, sample)):
-        del shape.columns["choices"]
+        names = shape.columns.pop("choices")
+        rows.notes.append(f"no answer is one of the choices {names}, and prompts leave them out")
         shape.choice_columns, shape.counted_from = [], ""
+    refuse_single_prompt(rows, shape, sample)
     if shape.kind == "text and label" or "labels" in shape.fields:
         shape.options = list_options(rows, shape)
     shape.unused = list_unused(shape, columns, sample)
@@ -608,9 +647,10 @@ def recognize(
 
 def parse_labels(labels: list[str]) -> dict[str, str]:
     """{integer as text: name} of `LABELS=negative,neutral` or `LABELS=-1=negative,0=neutral`."""
-    pairs = [re.fullmatch(r"\s*([+-]?\d+)\s*=\s*(.*?)\s*", label) for label in labels]
+    pairs = [re.fullmatch(r"\s*([+-]?\d+)(?:\.0+)?\s*=\s*(.*?)\s*", label) for label in labels]
     others = [label for label, pair in zip(labels, pairs, strict=True) if not pair]
-    if others and (any(pairs) or are_turned_around(labels)):
+    others += [label for label in labels if re.search(r'[\[\]{};"]', label)]
+    if others and (any(pairs) or are_misspelled(labels)):
         raise WrongInput(
             f'LABELS=: "{others[0]}" is no number=name; write LABELS="0=negative,1=positive", or '
             "the names alone, from 0 on"
@@ -624,22 +664,26 @@ def parse_labels(labels: list[str]) -> dict[str, str]:
     return names
 
 
-def are_turned_around(labels: list[str]) -> bool:
-    """Whether all labels are number:name, or name=number with numbers from 0 or 1 on."""
-    if all(re.fullmatch(r"\s*[+-]?\d+\s*:\s*\D.*", label) for label in labels):
-        return True
-    ends = [re.fullmatch(r".*\D\s*[=:]\s*(\d+)\s*", label) for label in labels]
-    numbers = sorted(int(end[1]) for end in ends if end)
-    return numbers in ([*range(len(labels))], [*range(1, len(labels) + 1)])
+def are_misspelled(labels: list[str]) -> bool:
+    """Whether labels that are no number=name are meant as such: `0:negative`, `(0) negative`,
+    `negative=0`, `N=negative`, or a list in brackets.
+    """
+    return (
+        any(re.search(r'[=\[\]{};"]', label) for label in labels)
+        or all(re.fullmatch(r"\s*\(?[+-]?\d+\W+[^\W\d].*", label) for label in labels)
+        or all(re.fullmatch(r".*[^\W\d]\s*:\s*\d+\s*", label) for label in labels)
+    )
 
 
 def refuse_unwanted(rows: RowFile, shape: Shape) -> None:
     """Raises WrongInput for rows of KTO, of which some hold a completion that is not wanted."""
-    column = next((name for name in rows.columns if name.strip().lower() == "label"), "")
+    names = ("label", "kto_tag")
+    column = next((name for name in rows.columns if name.strip().lower() in names), "")
     if not column or column in shape.columns.values():
         return
-    labels = {label.lower() for label in count_values(rows, column)}
-    if "false" in labels and labels <= {"true", "false"}:
+    labels = {re.sub(r"\.0+\Z", "", label.lower()) for label in count_values(rows, column)}
+    unwanted = {"false", "0", "undesirable"} & labels
+    if unwanted and labels <= {"true", "false", "0", "1", "desirable", "undesirable"}:
         raise WrongInput(
             f"{rows.name}: {column} says which completions are wanted (KTO), which is not trained "
             "on here; keep the rows where it is true, or name the columns to train on with MAP="
@@ -658,14 +702,15 @@ def read_number(value: Any) -> int | None:
 def find_first_number(rows: RowFile, shape: Shape) -> str:
     """ "0" or "1": the number that answers give to the first choice; "" where they give none.
 
-    From 1 where the number of choices occurs and 0 never does. Where all numbers are choices, they
+    From 1 where the number of choices occurs and 0 never does. Where most numbers are choices, they
     count them only if the choices are texts. Raises WrongInput where both may be meant.
     """
     column = shape.columns.get("gold") or shape.columns.get("answer", "")
     cases = Counter(list_numbered(rows, shape, column)) if column else Counter[Numbered]()
     if not cases:
         return ""
-    if "gold" not in shape.columns and all(case.is_choice for case in cases):
+    like_choices = sum(count for case, count in cases.items() if case.is_choice)
+    if "gold" not in shape.columns and like_choices * 2 >= cases.total():
         if not any(all(case.counts_from(first) for case in cases) for first in (0, 1)):
             return ""
         if not any(case.is_typed for case in cases):
@@ -703,7 +748,7 @@ def list_numbered(rows: RowFile, shape: Shape, column: str) -> Iterator[Numbered
                 continue
             is_typed = not isinstance(row[column], str)
             is_typed &= not is_list_of_numbers(shape.take_choices(row))
-            is_choice = str(number) in [text for _, text in choices]
+            is_choice = str(float(number)) in [fold_choice(text) for _, text in choices]
             # Larger numbers tell no more, and a column may have any number of them.
             yield Numbered(min(number, MOST_CHOICES + 1), len(choices), is_choice, is_typed)
 
@@ -714,7 +759,9 @@ def is_list_of_numbers(choices: Any) -> bool:
 
 def check_numbering(rows: RowFile, column: str, names: dict[str, str]) -> None:
     """Raises WrongInput where LABELS= names numbers from 0 and the labels count from 1."""
-    counts = {re.sub(r"\.0+\Z", "", value) for value in count_values(rows, column)}
+    counts = {re.sub(r"\.0+\Z", "", value.lower()) for value in count_values(rows, column)}
+    if counts and counts <= {"true", "false"} and names.keys() == {"0", "1"}:
+        rows.notes.append(f'"{column}": false is {names["0"]}, true is {names["1"]}')
     counts_from_1 = str(len(names)) in counts and "0" not in counts
     if counts_from_1 and list(names) == list(map(str, range(len(names)))):
         pairs = ",".join(f"{int(number) + 1}={name}" for number, name in names.items())
@@ -744,27 +791,49 @@ def find_shape(columns: list[str]) -> Shape | None:
 
     for candidate in KNOWN:
         picked = {part: pick(names) for part, names in candidate.needed.items()}
-        picked |= {part: pick(names) for part, names in candidate.optional.items()}
+        for part, names in candidate.optional.items():
+            picked[part] = pick(tuple(n for n in names if by_name.get(n) not in picked.values()))
         chosen = {part: column for part, column in picked.items() if column is not None}
-        choices = find_choice_columns(by_name) if "choices" in candidate.optional else []
-        if "choices" in chosen or "answer" not in chosen:
-            choices = []
-        elif choices:
-            chosen["choices"] = ", ".join(choices)
         distinct = len(set(chosen.values())) == len(chosen) and not pick(candidate.unless)
         if candidate.needed.keys() <= chosen.keys() and distinct:
-            return Shape(candidate.kind, chosen, candidate.order, choice_columns=choices)
+            return Shape(candidate.kind, chosen, candidate.order)
     prompt = pick(PROMPTS)
     return Shape("prompts without answers", {"prompt": prompt}) if prompt else None
 
 
-def find_choice_columns(by_name: dict[str, str]) -> list[str]:
-    """The columns that hold a choice each; none where there are none such as A, B and C."""
+def find_choices(shape: Shape, columns: list[str]) -> None:
+    """Takes columns such as A, B and C, or option_a and option_b, for the choices of a question."""
+    answer = {"prompt", "answer"} <= shape.columns.keys() and "choices" not in shape.columns
+    if not answer or shape.kind not in ("question and answer", "PIXIU", "your own columns"):
+        return
+    by_name: dict[str, str] = {}
+    for column in columns:
+        if column not in shape.columns.values():
+            by_name.setdefault(re.sub(r"[\W_]+", "", column.casefold()), column)
     for names in CHOICE_COLUMNS:
         found = [by_name[name] for name in takewhile(by_name.__contains__, names)]
         if len(found) > (2 if len(names[0]) == 1 else 1):
-            return found
-    return []
+            shape.choice_columns, shape.columns["choices"] = found, ", ".join(found)
+            return
+
+
+def refuse_single_prompt(rows: RowFile, shape: Shape, sample: list[dict[str, Any]]) -> None:
+    """Raises WrongInput where the prompt is the same in all rows, and another column differs."""
+    parts = {"messages", "context", "choices", "history"} & shape.columns.keys()
+    if parts or shape.template is not None or not shape.has_answer or len(sample) < FEW_NUMBERS:
+        return
+
+    def count(column: str) -> int:
+        return len({str(row.get(column)) for row in sample})
+
+    prompt = shape.columns["prompt"]
+    others = set(rows.columns) - {*shape.columns.values()}
+    richest = max(others, key=count, default="")
+    if richest and count(prompt) == 1 and count(richest) * 2 > len(sample):
+        raise WrongInput(
+            f'{rows.name}: "{prompt}" is the same in all rows; MAP= names the column of the '
+            f'prompt, or TEMPLATE="{{{prompt}}} {{{richest}}}" joins it with another'
+        )
 
 
 def write_missing(rows: RowFile, columns: list[str]) -> str:
@@ -812,7 +881,12 @@ def check_template(template: str, shape: Shape, columns: list[str]) -> None:
     if leaks := sorted(answers & set(fields)):
         raise WrongInput(f'TEMPLATE: "{{{leaks[0]}}}" is the answer, and a prompt must not hold it')
     for name, extra, conversion in ((n, e, c) for _, n, e, c in parsed if n is not None):
-        if name not in names or extra or conversion:
+        if extra or conversion or re.search(r'^$|["{}\']', name):
+            raise WrongInput(
+                f'TEMPLATE: "{{{name}" opens no name of a column; a brace of the text is doubled: '
+                "{{ or }}"
+            )
+        if name not in names:
             hint = nearest(name, names) or f"; there are {', '.join(columns)}"
             raise WrongInput(f'TEMPLATE: "{{{name}}}" is no column{hint}')
     if not set(fields) - {"labels"}:
@@ -833,7 +907,7 @@ def list_options(rows: RowFile, shape: Shape) -> list[str]:
 
 def choose_options(labels: Iterable[str]) -> list[str]:
     """Labels as a prompt lists them, in order; none where there are too few or too many."""
-    options = sorted(label for label in set(labels) if label.lower() not in turns.MISSING)
+    options = sorted(label for label in set(labels) if not turns.is_stand_in(label))
     return options if 2 <= len(options) <= MOST_OPTIONS else []
 
 

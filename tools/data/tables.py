@@ -112,6 +112,8 @@ def inspect_table(text: Text, name: str) -> Table:
         delimiter, quotes = ",", DOUBLED
     else:
         delimiter, quotes = choices[max(scores, key=lambda number: (scores[number], -number))]
+    if quotes is DOUBLED and sum(f'{delimiter} "' in line for line in lines) * 2 > len(lines):
+        quotes = DOUBLED | {"skipinitialspace": True}  # a space stands before the quotes
     records = [cells for _, cells, _ in read_records(iter(lines), delimiter, quotes)]
     rows = [cells for cells in records if isinstance(cells, list)]
     line_end = "\r\n" if first.endswith("\r\n") else "\n"
@@ -202,9 +204,11 @@ def read_table(text: Text, table: Table) -> Iterator[tuple[str, dict[str, Any] |
                 yield f"line {number}", cells
             elif [cell.strip() for cell in cells] == table.first:
                 yield f"line {number}", ValueError("it is the header once more; take it out")
+            elif not any(cell.strip() for cell in cells):
+                continue  # an empty row of a spreadsheet
             elif len(cells) == width:
                 yield f"line {number}", dict(zip(table.header, cells, strict=True))
-            elif any(cell.strip() for cell in cells):
+            else:
                 hint = "; quote cells that hold a " + DELIMITERS[table.delimiter]
                 yield (
                     f"line {number}",

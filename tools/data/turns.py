@@ -25,9 +25,11 @@ BREAKS = re.compile("[\x0b\x0c]")
 CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
 SURROGATE = re.compile("[\ud800-\udfff]")
 GAP = "\n[…]\n"  # in place of the middle of a prompt
-# What pandas, SQL and spreadsheets write for a value that is not there.
+# What pandas, SQL, spreadsheets and Bloomberg write for a value that is not there.
 MISSING = {
-    *("nan", "null", "<na>", "#n/a", "#ref!", "#value!", "#name?", "#div/0!", "#null!", "#num!"),
+    *("nan", "nat", "null", "<na>", r"\n", "#n/a", "#nv", "#null!", "#ref!", "#bezug!", "#value!"),
+    *("#wert!", "#name?", "#div/0!", "#num!", "#zahl!", "#spill!", "#calc!", "#field!"),
+    *("#getting_data", "#n/a n/a", "#n/a requesting data...", "#n/a field not applicable"),
 }
 LONGEST_MISSING = max(map(len, MISSING))
 WHOLE = re.compile(r"\A\s*([+-]?\d+)\.0+\s*\Z")  # a whole number, as pandas writes it beside gaps
@@ -42,6 +44,7 @@ ROLES = {
     "call": ("function_call", "tool_call"),  # of ShareGPT: an assistant's turn that calls tools
 }
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
+ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")  # of a tool call
 PART_KEYS = {"type", "text", "annotations", "cache_control"}  # of a content part of OpenAI's API
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
 TURN_KEYS = {
@@ -71,6 +74,11 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float | Decimal) and math.isnan(value))
 
 
+def is_stand_in(text: str) -> bool:
+    """Whether a text stands for a value that is missing."""
+    return len(text) <= LONGEST_MISSING and text.lower() in MISSING
+
+
 def write_value(value: Any, name: str) -> str:
     """A value of any type as text: numbers as they are written, lists and objects as JSON."""
     if isinstance(value, str):
@@ -93,7 +101,7 @@ def require_text(value: Any, name: str) -> str:
     if not text:
         empty = value is not None and isinstance(value, str)
         raise ValueError(f'"{name}" is {"empty" if empty else "null"}')
-    if text.lower() in MISSING:
+    if is_stand_in(text):
         raise ValueError(f'"{name}" is "{text}", which stands for a missing value')
     return text
 
@@ -251,7 +259,10 @@ def parse_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     rows = []
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function") or call if isinstance(call, dict) else {}
-        name, arguments = function.get("name"), function.get("arguments", {})
+        if isinstance(function, str):  # {"function": name, "arguments": …}
+            function = {"name": function} | {k: v for k, v in call.items() if k in ARGUMENT_KEYS}
+        name = function.get("name")
+        arguments: Any = next((function[key] for key in ARGUMENT_KEYS if key in function), {})
         if isinstance(arguments, str):
             try:
                 arguments = orjson.loads(arguments or "{}")
@@ -312,8 +323,7 @@ def check_turns(messages: list[Turn], name: str) -> None:
         if before == "tool" and role == "user":
             raise ValueError(f"{where}: a user's turn follows a tool's result without an answer")
         text = messages[number - 1]["content"] or ""
-        is_short = role in ("user", "assistant") and len(text) <= LONGEST_MISSING
-        if is_short and text.lower() in MISSING:
+        if role in ("user", "assistant") and is_stand_in(text):
             raise ValueError(f'{where} is "{text}", which stands for a missing value')
         before = role
 

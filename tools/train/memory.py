@@ -100,6 +100,7 @@ def read_setup(config: dict[str, Any], row: int, gpus: int) -> Setup:
     stage = re.search(r"zero(\d)", str(config.get("deepspeed") or ""))
     has_adapter = bool(config.get("adapter"))
     layers = config.get("peft_layers_to_transform")
+    saved = config.get("lora_modules_to_save") or []
     four_bits = config.get("bnb_config_kwargs") or {}
     return Setup(
         bits=bits,
@@ -109,7 +110,7 @@ def read_setup(config: dict[str, Any], row: int, gpus: int) -> Setup:
         modules=list_target_modules(config) if has_adapter else (),
         layers=tuple(layers) if layers is not None else None,
         ranks=tuple((config.get("lora_rank_pattern") or {}).items()),
-        saved=tuple(dict.fromkeys(config.get("lora_modules_to_save") or [])),
+        saved=tuple(dict.fromkeys([saved] if isinstance(saved, str) else saved)),
         tokens=len(config.get("tokens") or []),
         dora=bool(config.get("peft_use_dora")),
         optimizer=str(config.get("optimizer", "adamw_torch")),

@@ -235,6 +235,8 @@ def plan(
     usable = gpu.gib * GIB * USABLE
     fits = need.least <= usable
     trainable = memory.count_trainable(model, setup)
+    if not trainable:
+        raise WrongInput(memory.NO_TARGETS)
     flops = count_flops(model, setup)
     mean = None if lengths.mean is None else min(lengths.mean, most)
     return {
