@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from tools.common import WrongInput
-from tools.data import shapes, turns
+from tools.data import labels, shapes, turns
 
 
 @dataclass
@@ -773,9 +773,9 @@ def test_completions_that_are_not_wanted_are_not_trained_on(row):
 
 
 def test_names_of_labels_may_end_with_a_number():
-    for labels in (["FY2023", "FY2024"], ["1:1", "2:1"], ["Q1", "Q2"], ["1 year", "more"]):
-        assert list(shapes.parse_labels(labels).values()) == labels
-    for labels in (
+    for names in (["FY2023", "FY2024"], ["1:1", "2:1"], ["Q1", "Q2"], ["1 year", "more"]):
+        assert list(labels.parse_labels(names).values()) == names
+    for names in (
         ["N=bad", "P=good"],
         ["[bad", "good]"],
         ["0 bad", "1 good"],
@@ -785,9 +785,9 @@ def test_names_of_labels_may_end_with_a_number():
         ["bad:0", "good:1"],
     ):
         with pytest.raises(WrongInput, match="is no number=name"):
-            shapes.parse_labels(labels)
-    assert shapes.parse_labels(["0.0=bad", "1.0=good"]) == {"0": "bad", "1": "good"}
-    assert shapes.parse_labels(["0=FY=2023", "1=a: b"]) == {"0": "FY=2023", "1": "a: b"}
+            labels.parse_labels(names)
+    assert labels.parse_labels(["0.0=bad", "1.0=good"]) == {"0": "bad", "1": "good"}
+    assert labels.parse_labels(["0=FY=2023", "1=a: b"]) == {"0": "FY=2023", "1": "a: b"}
 
 
 def test_the_firm_that_fiqas_scores_are_about_is_no_label():

@@ -35,10 +35,9 @@ from tools.common import (
 from tools.data import bases, convert, turns
 from tools.data.formats import RowFile, open_rows
 from tools.data.intake import Intake, IntakeOptions, take_in
+from tools.data.labels import MOST_OPTIONS, choose_options
 from tools.data.shapes import (
-    MOST_OPTIONS,
     Shape,
-    choose_options,
     explain_preferences,
     list_unused,
     parse_map,

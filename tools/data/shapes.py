@@ -12,7 +12,7 @@ names the columns by hand, `TEMPLATE="{passage}\\n\\n{question}"` words the prom
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice, takewhile
@@ -24,12 +24,18 @@ import orjson
 from tools.common import WrongInput, nearest
 from tools.data import turns
 from tools.data.formats import RowFile
+from tools.data.labels import (
+    check_numbering,
+    count_values,
+    list_options,
+    name_numbers,
+    parse_labels,
+    read_number,
+)
 from tools.data.turns import Turn
 
 SAMPLED = 200  # rows that show which columns there are
-MOST_OPTIONS = 20  # labels that a prompt lists
 FEW_NUMBERS = 10  # answers that are numbers; with fewer, nothing follows from what is absent
-MOST_SPELLINGS = 1000  # distinct labels; a column with more holds no labels
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MOST_CHOICES = len(LETTERS)
 
@@ -640,39 +646,9 @@ def recognize(
         shape.choice_columns, shape.counted_from = [], ""
     refuse_single_prompt(rows, shape, sample)
     if shape.kind == "text and label" or "labels" in shape.fields:
-        shape.options = list_options(rows, shape)
+        shape.options = list_options(rows, answer, shape.names)
     shape.unused = list_unused(shape, columns, sample)
     return shape
-
-
-def parse_labels(labels: list[str]) -> dict[str, str]:
-    """{integer as text: name} of `LABELS=negative,neutral` or `LABELS=-1=negative,0=neutral`."""
-    pairs = [re.fullmatch(r"\s*([+-]?\d+)(?:\.0+)?\s*=\s*(.*?)\s*", label) for label in labels]
-    others = [label for label, pair in zip(labels, pairs, strict=True) if not pair]
-    others += [label for label in labels if re.search(r'[\[\]{};"]', label)]
-    if others and (any(pairs) or are_misspelled(labels)):
-        raise WrongInput(
-            f'LABELS=: "{others[0]}" is no number=name; write LABELS="0=negative,1=positive", or '
-            "the names alone, from 0 on"
-        )
-    if any(pairs):
-        names = {str(int(pair[1])): pair[2] for pair in pairs if pair}
-    else:
-        names = name_numbers([label.strip() for label in labels])
-    if not all(names.values()) or len(set(names.values())) < len(labels):
-        raise WrongInput(f'LABELS="{",".join(labels)}": each label needs a name of its own')
-    return names
-
-
-def are_misspelled(labels: list[str]) -> bool:
-    """Whether labels that are no number=name are meant as such: `0:negative`, `(0) negative`,
-    `negative=0`, `N=negative`, or a list in brackets.
-    """
-    return (
-        any(re.search(r'[=\[\]{};"]', label) for label in labels)
-        or all(re.fullmatch(r"\s*\(?[+-]?\d+\W+[^\W\d].*", label) for label in labels)
-        or all(re.fullmatch(r".*[^\W\d]\s*:\s*\d+\s*", label) for label in labels)
-    )
 
 
 def refuse_unwanted(rows: RowFile, shape: Shape) -> None:
@@ -688,15 +664,6 @@ def refuse_unwanted(rows: RowFile, shape: Shape) -> None:
             f"{rows.name}: {column} says which completions are wanted (KTO), which is not trained "
             "on here; keep the rows where it is true, or name the columns to train on with MAP="
         )
-
-
-def read_number(value: Any) -> int | None:
-    """An integer, of a number or its text; None for anything else."""
-    if isinstance(value, str) and (match := re.fullmatch(r"\s*([+-]?\d+)(\.0+)?\s*", value)):
-        return int(match[1])
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def find_first_number(rows: RowFile, shape: Shape) -> str:
@@ -755,21 +722,6 @@ def list_numbered(rows: RowFile, shape: Shape, column: str) -> Iterator[Numbered
 
 def is_list_of_numbers(choices: Any) -> bool:
     return isinstance(choices, list) and any(isinstance(choice, int | float) for choice in choices)
-
-
-def check_numbering(rows: RowFile, column: str, names: dict[str, str]) -> None:
-    """Raises WrongInput where LABELS= names numbers from 0 and the labels count from 1."""
-    counts = {re.sub(r"\.0+\Z", "", value.lower()) for value in count_values(rows, column)}
-    if counts and counts <= {"true", "false"} and names.keys() == {"0", "1"}:
-        rows.notes.append(f'"{column}": false is {names["0"]}, true is {names["1"]}')
-    counts_from_1 = str(len(names)) in counts and "0" not in counts
-    if counts_from_1 and list(names) == list(map(str, range(len(names)))):
-        pairs = ",".join(f"{int(number) + 1}={name}" for number, name in names.items())
-        raise WrongInput(f'LABELS=: "{column}" counts from 1; write LABELS="{pairs}"')
-
-
-def name_numbers(labels: list[str]) -> dict[str, str]:
-    return {str(number): label for number, label in enumerate(labels)}
 
 
 def map_columns(columns: list[str], mapping: dict[str, str]) -> Shape:
@@ -891,38 +843,6 @@ def check_template(template: str, shape: Shape, columns: list[str]) -> None:
             raise WrongInput(f'TEMPLATE: "{{{name}}}" is no column{hint}')
     if not set(fields) - {"labels"}:
         raise WrongInput('TEMPLATE: name a column in braces, such as "{text}"')
-
-
-def list_options(rows: RowFile, shape: Shape) -> list[str]:
-    """The labels that prompts list, which only all rows show; none where there are too many."""
-    if shape.names:
-        labels = list(shape.names.values())
-        return labels if len(labels) <= MOST_OPTIONS else []
-    if "answer" not in shape.columns:
-        return []
-    counts = count_values(rows, shape.columns["answer"])
-    folded = turns.fold_spellings(counts)
-    return choose_options(label for label in counts if label not in folded)
-
-
-def choose_options(labels: Iterable[str]) -> list[str]:
-    """Labels as a prompt lists them, in order; none where there are too few or too many."""
-    options = sorted(label for label in set(labels) if not turns.is_stand_in(label))
-    return options if 2 <= len(options) <= MOST_OPTIONS else []
-
-
-def count_values(rows: RowFile, column: str) -> Counter[str]:
-    """How often a column holds each text or number; empty where there are too many of them."""
-    counts = Counter[str]()
-    for _, row in rows:
-        value = row.get(column) if isinstance(row, dict) else None
-        if not isinstance(value, str | int | float) or turns.is_missing(value):
-            continue
-        with suppress(ValueError):  # the row is refused later
-            counts[turns.strip_end_tokens(turns.write_value(value, column)).strip()] += 1
-        if len(counts) > MOST_SPELLINGS:
-            return Counter()
-    return counts
 
 
 def list_unused(shape: Shape, columns: list[str], sample: list[dict[str, Any]]) -> list[str]:
