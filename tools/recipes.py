@@ -411,16 +411,19 @@ def check_types(config: dict[str, Any], where: str) -> None:
                 raise WrongInput(f"{where}: {key}: {reason}") from None
 
 
-def refuse_untyped(value: Any, where: str) -> None:
+def refuse_untyped(config: dict[str, Any], where: str) -> None:
     """Raises WrongInput for what YAML reads as another type than Axolotl has: `on:`, dates."""
-    if isinstance(value, date):
-        raise WrongInput(f"{where}: {value} is a date for YAML; put it in quotes")
-    if isinstance(value, list | dict):
-        for entry in value.values() if isinstance(value, dict) else value:
-            refuse_untyped(entry, where)
-    for key in value if isinstance(value, dict) else ():
-        if not isinstance(key, str):
-            raise WrongInput(f"{where}: the key {key} is no text for YAML; put it in quotes")
+
+    def find_date(value: Any) -> date | None:
+        if isinstance(value, dict | list):
+            inside = value.values() if isinstance(value, dict) else value
+            return next(filter(None, map(find_date, inside)), None)
+        return value if isinstance(value, date) else None
+
+    if found := find_date(config):
+        raise WrongInput(f"{where}: {found} is a date for YAML; put it in quotes")
+    if others := [key for key in config if not isinstance(key, str)]:
+        raise WrongInput(f"{where}: the key {others[0]} is no text for YAML; put it in quotes")
 
 
 def check_numbers(config: dict[str, Any], where: str) -> None:

@@ -171,7 +171,9 @@ def refuse_unusable(config: dict[str, Any], where: str) -> None:
         f"chat_template_jinja: {(missing or [''])[0]} is no file here, and no Jinja template": (
             missing
         ),
-        f"deepspeed: {deepspeed} is not there": isinstance(deepspeed, str)
+        f"deepspeed: {deepspeed} is not there; without that key PROFILE=zero2 has one": isinstance(
+            deepspeed, str
+        )
         and not os.path.isfile(ROOT / deepspeed),
         "revision_of_model is not supported: scoring loads the main revision; base_model may be "
         f"the folder that `.venv/bin/hf download {base} --revision … --local-dir …` makes": (
@@ -191,7 +193,7 @@ def refuse_unusable(config: dict[str, Any], where: str) -> None:
 def is_missing_file(jinja: str) -> bool:
     """Whether a `chat_template_jinja` can only be the path of a file, which is not there."""
     # Not Path's is_file, which raises for a name that is too long.
-    return "{" not in str(jinja) and not os.path.isfile(ROOT / str(jinja))
+    return "{" not in jinja and not os.path.isfile(ROOT / jinja)
 
 
 def name_metric(config: dict[str, Any]) -> str:
