@@ -210,7 +210,10 @@ REFUSED = {
     ),
     "no layers": ({"lora_target_modules": None}, "no layer is adapted: lora_target_modules, or"),
     "no template": ({"chat_template_jinja": "mine.jinja"}, "mine.jinja is no file here, and no"),
-    "a number for a template": ({"chat_template_jinja": 3}, "chat_template_jinja must be a text, not 3"),
+    "a number for a template": (
+        {"chat_template_jinja": 3},
+        "chat_template_jinja must be a text, not 3",
+    ),
     "a long name": ({"deepspeed": "x" * 300}, "is not there"),
     "no deepspeed": ({"deepspeed": "zero9.json"}, "deepspeed: zero9.json is not there"),
     "a word for a number": ({"lora_r": "abc"}, 'lora_r must be a number, not "abc"'),
