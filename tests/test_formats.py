@@ -260,7 +260,7 @@ def test_raw_tabs_and_page_breaks_in_json_are_read(read):
 
 def test_ragged_rows_are_named_with_the_columns(read):
     _, rows, refused = read("q,a\nx,y\nx,y,z\nx\n,\n\nx,y\n")
-    assert rows == [{"q": "x", "a": "y"}, {"q": "", "a": ""}, {"q": "x", "a": "y"}]
+    assert rows == [{"q": "x", "a": "y"}] * 2
     assert refused == {
         "line 3": "3 cells, and the header has 2 (q, a); quote cells that hold a comma",
         "line 4": "1 cell, and the header has 2 (q, a)",
