@@ -779,7 +779,7 @@ def refuse_single_prompt(rows: RowFile, shape: Shape, sample: list[dict[str, Any
         return len({str(row.get(column)) for row in sample})
 
     prompt = shape.columns["prompt"]
-    others = set(rows.columns) - {*shape.columns.values()}
+    others = [column for column in rows.columns if column not in shape.columns.values()]
     richest = max(others, key=count, default="")
     if richest and count(prompt) == 1 and count(richest) * 2 > len(sample):
         raise WrongInput(
