@@ -78,6 +78,7 @@ def project(hub, smollm2, tiny, trained, tmp_path_factory) -> Path:  # noqa: F81
     skip = shutil.ignore_patterns("__pycache__", "local")
     for part in ("tools", "evals", "recipes", "data/sample", "docs", "results"):
         shutil.copytree(common.ROOT / part, root / part, ignore=skip)
+    shutil.copy(common.ROOT / "Makefile", root)
     (root / "models").symlink_to(smollm2.parent)
     (root / "mirror").mkdir()
     (root / "mirror" / "data").symlink_to(sources.SAMPLE)
