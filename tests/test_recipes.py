@@ -199,6 +199,7 @@ BROKEN = {
     "an empty path": ({**SMALL, "datasets": [{"path": " "}]}, 'a "path" of "datasets" is empty'),
     "a file": ({**SMALL, "test_datasets": "x.jsonl"}, "test_datasets must be a list, not x.jsonl"),
     "a plugin": ({**SMALL, "plugins": "axolotl.x"}, "plugins must be a list, not axolotl.x"),
+    "numbers of plugins": ({**SMALL, "plugins": [3]}, "plugins must be a list of names, not [3]"),
     "a layer": ({**SMALL, "peft_layers_to_transform": 3}, "must be a list, not 3"),
     "yes": ({**SMALL, "bnb_config_kwargs": True}, "bnb_config_kwargs must be a mapping, not True"),
     "a list of ranks": ({**SMALL, "lora_rank_pattern": [1]}, "must be a mapping, not [1]"),

@@ -388,7 +388,7 @@ def check_types(config: dict[str, Any], where: str) -> None:
                 raise WrongInput(f'{where}: a "path" of "{key}" is empty')
             if not isinstance(entry.get("chat_template_jinja"), str | None):
                 raise WrongInput(f'{where}: the chat_template_jinja of "{key}" must be a text')
-    for key in ("lora_target_modules", "lora_modules_to_save"):
+    for key in ("lora_target_modules", "lora_modules_to_save", "plugins", "tokens"):
         names = config.get(key) or []
         if not isinstance(names, str | list) or not all(isinstance(name, str) for name in names):
             raise WrongInput(f"{where}: {key} must be a list of names, not {str(names)[:60]}")
