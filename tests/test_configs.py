@@ -212,11 +212,11 @@ REFUSED = {
     "no template": ({"chat_template_jinja": "mine.jinja"}, "mine.jinja is no file here, and no"),
     "a number for a template": (
         {"chat_template_jinja": 3},
-        "chat_template_jinja must be a text, not 3",
+        "chat_template_jinja: it must be a valid string, not 3",
     ),
     "a long name": ({"deepspeed": "x" * 300}, "is not there"),
     "no deepspeed": ({"deepspeed": "zero9.json"}, "deepspeed: zero9.json is not there"),
-    "a word for a number": ({"lora_r": "abc"}, 'lora_r must be a number, not "abc"'),
+    "a word for a number": ({"lora_r": "abc"}, "lora_r: it must be a valid integer, not abc"),
 }
 
 

@@ -10,6 +10,7 @@ import yaml
 
 from tools import recipes
 from tools.common import ROOT, WrongInput
+from tools.config_keys import ConfigKeys
 
 # FinLoRA's settings, as its repository has them (not read from recipes/matrix.yaml).
 FINLORA = {
@@ -195,34 +196,91 @@ BROKEN = {
     "empty": ("", "a mapping of Axolotl options is needed"),
     "no base": ({**SMALL, "base_model": None}, 'the key "base_model" is missing'),
     "no data": ({**SMALL, "datasets": []}, 'the key "datasets" is missing'),
-    "no path": ({**SMALL, "datasets": [{"path": None}]}, 'a list of mappings with a "path"'),
-    "an empty path": ({**SMALL, "datasets": [{"path": " "}]}, 'a "path" of "datasets" is empty'),
-    "a file": ({**SMALL, "test_datasets": "x.jsonl"}, "test_datasets must be a list, not x.jsonl"),
-    "a plugin": ({**SMALL, "plugins": "axolotl.x"}, "plugins must be a list, not axolotl.x"),
-    "numbers of plugins": ({**SMALL, "plugins": [3]}, "plugins must be a list of names, not [3]"),
-    "a layer": ({**SMALL, "peft_layers_to_transform": 3}, "must be a list, not 3"),
-    "yes": ({**SMALL, "bnb_config_kwargs": True}, "bnb_config_kwargs must be a mapping, not True"),
-    "a list of ranks": ({**SMALL, "lora_rank_pattern": [1]}, "must be a mapping, not [1]"),
-    "a list for peft": ({**SMALL, "peft": ["a"]}, "peft must be a mapping"),
-    "a pattern": ({**SMALL, "lora_target_modules": "q_(proj"}, "is no regular expression (missing"),
-    "rank 0": ({**SMALL, "lora_r": 0}, "lora_r must be above 0, not 0"),
-    "epochs": ({**SMALL, "num_epochs": -1}, "num_epochs must be above 0, not -1"),
-    "a share": ({**SMALL, "val_set_size": -0.1}, "val_set_size must be 0 or more, not -0.1"),
-    "infinity": ({**SMALL, "learning_rate": float("inf")}, "must be a finite number, not inf"),
-    "a folder": ({**SMALL, "output_dir": 5}, "output_dir must be a text, not 5"),
-    "templates": ({**SMALL, "chat_template_jinja": ["x"]}, "chat_template_jinja must be a text"),
-    "a seed": ({**SMALL, "seed": "abc"}, 'seed must be a number, not "abc"'),
-    "half a rank": ({**SMALL, "lora_r": 8.5}, "lora_r must be a whole number, not 8.5"),
-    "a number of modules": ({**SMALL, "lora_target_modules": 5}, "must be a list of names, not 5"),
-    "saved": ({**SMALL, "lora_modules_to_save": True}, "must be a list of names, not True"),
-    "layers": ({**SMALL, "peft_layers_to_transform": ["3"]}, "a list of numbers from 0"),
-    "ranks": ({**SMALL, "lora_rank_pattern": {"q_proj": "x"}}, "must be a number above 0"),
-    "a pattern of ranks": ({**SMALL, "lora_rank_pattern": {"(": 4}}, "is no regular expression"),
-    "loftq": ({**SMALL, "peft": {"loftq_config": 4}}, "loftq_config must be a mapping"),
+    "no path": (
+        {**SMALL, "datasets": [{"path": None}]},
+        "datasets.0.path: it must be a valid string, not None",
+    ),
+    "an empty path": (
+        {**SMALL, "datasets": [{"path": " "}]},
+        "datasets.0.path: String should have at least 1 character",
+    ),
+    "a file": (
+        {**SMALL, "test_datasets": "x.jsonl"},
+        "test_datasets: it must be a valid list, not x.jsonl",
+    ),
+    "a plugin": (
+        {**SMALL, "plugins": "axolotl.x"},
+        "plugins: it must be a valid list, not axolotl.x",
+    ),
+    "numbers of plugins": (
+        {**SMALL, "plugins": [3]},
+        "plugins.0: it must be a valid string, not 3",
+    ),
+    "a layer": (
+        {**SMALL, "peft_layers_to_transform": 3},
+        "peft_layers_to_transform: it must be a valid list, not 3",
+    ),
+    "yes": (
+        {**SMALL, "bnb_config_kwargs": True},
+        "bnb_config_kwargs: it must be a valid dictionary, not True",
+    ),
+    "a list of ranks": (
+        {**SMALL, "lora_rank_pattern": [1]},
+        "lora_rank_pattern: it must be a valid dictionary, not [1]",
+    ),
+    "a list for peft": ({**SMALL, "peft": ["a"]}, "peft: it must be a valid dictionary, not ['a']"),
+    "a pattern": (
+        {**SMALL, "lora_target_modules": "q_(proj"},
+        "lora_target_modules: a regular expression is needed (missing",
+    ),
+    "rank 0": ({**SMALL, "lora_r": 0}, "lora_r: it must be greater than 0, not 0"),
+    "epochs": ({**SMALL, "num_epochs": -1}, "num_epochs: it must be greater than 0, not -1"),
+    "a share": (
+        {**SMALL, "val_set_size": -0.1},
+        "val_set_size: it must be greater than or equal to 0, not -0.1",
+    ),
+    "infinity": (
+        {**SMALL, "learning_rate": float("inf")},
+        "learning_rate: it must be a finite number, not inf",
+    ),
+    "a folder": ({**SMALL, "output_dir": 5}, "output_dir: it must be a valid string, not 5"),
+    "templates": (
+        {**SMALL, "chat_template_jinja": ["x"]},
+        "chat_template_jinja: it must be a valid string, not ['x']",
+    ),
+    "a seed": ({**SMALL, "seed": "abc"}, "seed: it must be a valid integer, not abc"),
+    "half a rank": ({**SMALL, "lora_r": 8.5}, "lora_r: it must be a valid integer, not 8.5"),
+    "a number of modules": (
+        {**SMALL, "lora_target_modules": 5},
+        "lora_target_modules: it must be a valid string, not 5",
+    ),
+    "saved": (
+        {**SMALL, "lora_modules_to_save": True},
+        "lora_modules_to_save: it must be a valid string, not True",
+    ),
+    "layers": (
+        {**SMALL, "peft_layers_to_transform": ["3"]},
+        "peft_layers_to_transform.0: it must be a valid integer, not 3",
+    ),
+    "ranks": (
+        {**SMALL, "lora_rank_pattern": {"q_proj": "x"}},
+        "lora_rank_pattern.q_proj: it must be a valid integer, not x",
+    ),
+    "a pattern of ranks": (
+        {**SMALL, "lora_rank_pattern": {"(": 4}},
+        "lora_rank_pattern.(: a regular expression is needed (missing",
+    ),
+    "loftq": (
+        {**SMALL, "peft": {"loftq_config": 4}},
+        "peft.loftq_config: it must be a valid dictionary, not 4",
+    ),
     "on": (f"{yaml.safe_dump(SMALL)}on: 1\n", "the key True is no text for YAML"),
     "a date": (f"{yaml.safe_dump(SMALL)}since: 2024-01-01\n", "2024-01-01 is a date for YAML"),
-    "a long number": (SMALL | {"lora_r": -(10**400)}, "lora_r must be above 0"),
-    "a truth": ({**SMALL, "micro_batch_size": True}, 'must be a number, not "True"'),
+    "a long number": (SMALL | {"lora_r": -(10**400)}, "lora_r: it must be greater than 0"),
+    "a truth": (
+        {**SMALL, "micro_batch_size": True},
+        "micro_batch_size: it must be a number, not True",
+    ),
 }
 
 
@@ -235,11 +293,12 @@ def test_true_and_false_in_quotes_are_what_they_are_for_axolotl(tmp_path):
 def test_keys_that_are_read_before_the_schema_have_its_types():
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
-    kinds = {"dict": recipes.MAPPING_KEYS, "list": recipes.LIST_KEYS, "str": ["output_dir"]}
-    for kind, keys in kinds.items():
-        for key in keys:
-            allowed = list_kinds(AxolotlInputConfig.model_fields[key].annotation)
-            assert allowed <= {kind, "NoneType"}, (key, allowed)
+    for key, field in ConfigKeys.model_fields.items():
+        allowed = list_kinds(AxolotlInputConfig.model_fields[key].annotation)
+        own = list_kinds(field.annotation)
+        if "int" in own or "float" in own:  # a text becomes a number first
+            own |= {"int", "float", "str"}
+        assert allowed <= own | {"NoneType"}, (key, allowed, own)
 
 
 def list_kinds(annotation):
@@ -249,7 +308,11 @@ def list_kinds(annotation):
         return list_kinds(typing.get_args(annotation)[0])
     if origin in (typing.Union, types.UnionType):
         return set().union(*map(list_kinds, typing.get_args(annotation)))
+    if origin is typing.Literal:
+        return {type(value).__name__ for value in typing.get_args(annotation)}
     kind = origin or annotation
+    if isinstance(kind, type) and issubclass(kind, str):  # an enumeration of texts
+        return {"str"}
     return {"dict" if hasattr(kind, "model_fields") else kind.__name__}
 
 

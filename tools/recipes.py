@@ -10,7 +10,6 @@ A name in the catalogue is a recipe with or without a file; config, digest and v
 
 import hashlib
 import json
-import math
 import pkgutil
 import re
 import typing
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.common import ROOT, WrongInput, nearest, parse_yaml, quiet, read_json, read_yaml, shown
+from tools.config_keys import check_keys
 from tools.runs import Run
 
 FOLDER = ROOT / "recipes"
@@ -45,18 +45,6 @@ NUMBER_KEYS = {
     *("learning_rate", "lora_alpha", "lora_r", "num_epochs", "max_steps", "sequence_len"),
     *("micro_batch_size", "gradient_accumulation_steps", "val_set_size", "weight_decay", "seed"),
 }
-POSITIVE_KEYS = NUMBER_KEYS - {"max_steps", "val_set_size", "weight_decay", "seed"}
-WHOLE_KEYS = {
-    *("lora_r", "max_steps", "sequence_len", "seed"),
-    *("micro_batch_size", "gradient_accumulation_steps"),
-}
-# Likewise, as the schema has them.
-TEXT_KEYS = ("base_model", "output_dir", "chat_template", "chat_template_jinja")
-MAPPING_KEYS = (
-    *("peft", "bnb_config_kwargs", "lora_rank_pattern", "special_tokens", "chat_template_kwargs"),
-    *("fsdp_config", "gradient_checkpointing_kwargs"),
-)
-LIST_KEYS = ("datasets", "test_datasets", "plugins", "tokens", "peft_layers_to_transform")
 # From tools/train/plugin.py.
 PLUGIN_KEYS = {
     *("plugins", "dequantize_once", "answer_logits_only", "shared_prefix", "record_validation"),
@@ -357,62 +345,23 @@ def load_file(path: Path, name: str) -> Recipe:
             )
         if not config.get(key):
             raise WrongInput(f'{shown(path)}: the key "{key}" is missing')
-    check_types(config, shown(path))
-    for key in ("datasets", "test_datasets"):
-        if config.get(key):
-            config[key] = list_entries(config[key], shown(path))
+    config |= {key: parse_number(config[key]) for key in NUMBER_KEYS & config.keys()}
     config |= {
         key: value.lower() == "true"  # as Axolotl's schema reads them
         for key, value in config.items()
         if isinstance(value, str) and value.lower() in ("true", "false")
     }
+    check_keys(config, shown(path))
+    refuse_dates(config, shown(path))
+    for key in ("datasets", "test_datasets"):
+        if config.get(key):
+            config[key] = list_entries(config[key], shown(path))
     config["output_dir"] = config.get("output_dir") or "model-out"  # Axolotl's default
-    config |= {key: parse_number(config[key]) for key in NUMBER_KEYS & config.keys()}
-    check_numbers(config, shown(path))
     return Recipe(name, path, config, read_version(content.decode()))
 
 
-def check_types(config: dict[str, Any], where: str) -> None:
-    """Raises WrongInput where a key that this project reads has another type than in Axolotl."""
-    kinds = ((MAPPING_KEYS, dict, "mapping"), (LIST_KEYS, list, "list"), (TEXT_KEYS, str, "text"))
-    for keys, kind, name in kinds:
-        for key in keys:
-            if not isinstance(value := config.get(key), kind | None):
-                raise WrongInput(f"{where}: {key} must be a {name}, not {str(value)[:60]}")
-    refuse_untyped(config, where)
-    for key in ("datasets", "test_datasets"):
-        for entry in config.get(key) or ():
-            if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-                raise WrongInput(f'{where}: "{key}" must be a list of mappings with a "path"')
-            if not entry["path"].strip():
-                raise WrongInput(f'{where}: a "path" of "{key}" is empty')
-            if not isinstance(entry.get("chat_template_jinja"), str | None):
-                raise WrongInput(f'{where}: the chat_template_jinja of "{key}" must be a text')
-    for key in ("lora_target_modules", "lora_modules_to_save", "plugins", "tokens"):
-        names = config.get(key) or []
-        if not isinstance(names, str | list) or not all(isinstance(name, str) for name in names):
-            raise WrongInput(f"{where}: {key} must be a list of names, not {str(names)[:60]}")
-    layers = config.get("peft_layers_to_transform") or []
-    if not all(type(layer) is int and layer >= 0 for layer in layers):
-        raise WrongInput(f"{where}: peft_layers_to_transform must be a list of numbers from 0")
-    if not isinstance((config.get("peft") or {}).get("loftq_config"), dict | None):
-        raise WrongInput(f"{where}: loftq_config must be a mapping")
-    ranks = config.get("lora_rank_pattern") or {}
-    if not all(type(rank) is int and rank > 0 for rank in ranks.values()):
-        raise WrongInput(f"{where}: a rank of lora_rank_pattern must be a number above 0")
-    targets = config.get("lora_target_modules")
-    patterns = {"lora_target_modules": [targets] if isinstance(targets, str) else []}
-    for key, texts in (patterns | {"lora_rank_pattern": [*ranks]}).items():
-        for text in texts:
-            try:
-                re.compile(text)
-            except re.error as error:
-                reason = f'"{text}" is no regular expression ({error})'
-                raise WrongInput(f"{where}: {key}: {reason}") from None
-
-
-def refuse_untyped(config: dict[str, Any], where: str) -> None:
-    """Raises WrongInput for what YAML reads as another type than Axolotl has: `on:`, dates."""
+def refuse_dates(config: dict[str, Any], where: str) -> None:
+    """Raises WrongInput for a date, which YAML makes of a text without quotes."""
 
     def find_date(value: Any) -> date | None:
         if isinstance(value, dict | list):
@@ -422,25 +371,6 @@ def refuse_untyped(config: dict[str, Any], where: str) -> None:
 
     if found := find_date(config):
         raise WrongInput(f"{where}: {found} is a date for YAML; put it in quotes")
-    if others := [key for key in config if not isinstance(key, str)]:
-        raise WrongInput(f"{where}: the key {others[0]} is no text for YAML; put it in quotes")
-
-
-def check_numbers(config: dict[str, Any], where: str) -> None:
-    """Raises WrongInput where a number that this project computes with is none, or out of range."""
-    for key in sorted(NUMBER_KEYS & config.keys()):
-        value = config[key]
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise WrongInput(f'{where}: {key} must be a number, not "{str(value)[:60]}"')
-        if isinstance(value, float) and not math.isfinite(value):
-            raise WrongInput(f"{where}: {key} must be a finite number, not {value}")
-        if key in WHOLE_KEYS and value != int(value):
-            raise WrongInput(f"{where}: {key} must be a whole number, not {value}")
-        if value <= 0 if key in POSITIVE_KEYS else value < 0 and key != "max_steps":
-            bound = "above 0" if key in POSITIVE_KEYS else "0 or more"
-            raise WrongInput(f"{where}: {key} must be {bound}, not {value}")
 
 
 def parse_number(value: Any) -> Any:
