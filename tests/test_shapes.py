@@ -741,7 +741,7 @@ def test_choices_are_in_training_and_test_rows_or_in_neither():
     chosen = Listed([{"query": "q", "choices": ["up", "down"], "answer": 0}])
     plain = Listed([{"question": "q", "answer": "down"}])
     for trained, rows in ((plain, chosen), (chosen, plain)):
-        with pytest.raises(WrongInput, match="must both have choices, or neither"):
+        with pytest.raises(WrongInput, match="both need them, or neither"):
             shapes.recognize(rows).adopt(shapes.recognize(trained), rows)
 
 

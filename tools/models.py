@@ -60,23 +60,24 @@ def dequantize_once(model: Any, training: bool = False) -> int:
     for layer in layers:
         if isinstance(layer, bnb.nn.Linear4bit):
             dense = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-            dense = dense.to(layer.compute_dtype or dense.dtype)
+            replace_forward(layer, dense.to(layer.compute_dtype or dense.dtype))
+            continue
+        if layer.weight.CB is not None:
+            layer.init_8bit_state()
+        if training:
+            scales = layer.state.SCB.float().unsqueeze(1) / 127
+            replace_forward(layer, layer.state.CB.float() * scales)
         else:
-            if layer.weight.CB is not None:
-                layer.init_8bit_state()
-            if not training:
-                layer.forward = build_int8_forward(layer)
-                continue
-            dense = layer.state.CB.float() * (layer.state.SCB.float().unsqueeze(1) / 127)
-        replace_forward(layer, dense)
+            layer.forward = build_int8_forward(layer)
     return size
 
 
 def build_int8_forward(layer: Any) -> Callable[[Any], Any]:
     """The forward of an 8-bit layer in scoring, with a float32 copy of its integers.
 
-    The same operations in the same order as `MatMul8bitLt` on a CPU without AVX-512, bit for bit,
-    but for the conversions: of the weight, and of products that are whole numbers already.
+    Its results are those of `MatMul8bitLt` on a CPU without AVX-512, bit for bit. What it leaves out
+    are conversions: of the weight in each pass, and of products to integers and back, which they
+    are already.
     """
     import bitsandbytes as bnb
     import torch

@@ -193,15 +193,15 @@ def render_row(tokenizer: Any, row: dict[str, Any], options: dict[str, Any] | No
 
 
 def pick_shapes(
-    rows: Iterable[dict[str, Any]], is_own: bool = False
+    rows: Iterable[dict[str, Any]], with_pairs: bool = False
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number from 1, row) of the first chat row of each order of roles, calls and tools.
 
-    A user's turn and its answer are left out, unless the template is a user's own: every base's has
-    them. Answers with reasoning are a shape of their own.
+    A user's turn and its answer are a shape only `with_pairs`: the template of every base has them.
+    Answers with reasoning are a shape of their own.
     """
     shapes = set[tuple[Any, ...]]()
-    if not is_own:
+    if not with_pairs:
         shapes.add((False, ("user", False, False), ("assistant", False, False)))
     for number, row in enumerate(rows, 1):
         turns = (

@@ -15,14 +15,25 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from itertools import islice, takewhile
+from itertools import islice
 from string import Formatter
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 
 from tools.common import WrongInput, nearest
 from tools.data import turns
+from tools.data.choices import (
+    MOST_CHOICES,
+    Choice,
+    Numbered,
+    find_choice_columns,
+    fold_choice,
+    is_list_of_numbers,
+    name_choice,
+    parse_choices,
+    write_choices,
+)
 from tools.data.formats import RowFile
 from tools.data.labels import (
     check_numbering,
@@ -36,8 +47,6 @@ from tools.data.turns import Turn
 
 SAMPLED = 200  # rows that show which columns there are
 FEW_NUMBERS = 10  # answers that are numbers; with fewer, nothing follows from what is absent
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-MOST_CHOICES = len(LETTERS)
 
 SURROUNDING = {"tools", "system", "history"}  # parts of a chat before its last prompt
 # What `MAP=` may name: the parts of a row.
@@ -69,17 +78,6 @@ LABEL = (
 )
 # Of rows like FiQA's, whose `target` is the firm that a score is about.
 SCORES = ("score", "sentiment_score", "aspect", "aspects")
-# Columns of one choice each, in their order, without spaces and punctuation: a, b, …; optiona, …;
-# choice1, …; choice0, ….
-CHOICE_COLUMNS = [
-    [f"{start}{mark}" for mark in marks]
-    for start in (
-        *("", "option", "options", "opt", "op", "choice", "choices", "answer", "ans"),
-        *("alternative", "ending"),
-    )
-    for marks in ("abcdefghij", "0123456789", "123456789")
-    if start or marks.isalpha()
-]
 INSTRUCTION_FIRST = ("prompt", "context")
 FINLORA_PROMPT = "context"  # the column of FinLoRA's whole prompts
 FINLORA_START = "Instruction:"  # of most of them
@@ -201,10 +199,9 @@ class Shape:
         or any context that the template leaves out.
         """
         parts = [part for part in SURROUNDING if part in self.columns]
-        is_worded = self.template is None or {"context", self.columns.get("context")} & {
-            *self.fields
-        }
-        if "context" in self.columns and (self.order == INSTRUCTION_FIRST or not is_worded):
+        context = self.columns.get("context", "")
+        is_worded = self.template is None or "context" in self.fields or context in self.fields
+        if context and (self.order == INSTRUCTION_FIRST or not is_worded):
             parts.append("context")
         return parts
 
@@ -218,23 +215,21 @@ class Shape:
         if "prompt" not in self.columns or "prompt" not in trained.columns:
             return shape
         if "choices" in self.columns.keys() ^ trained.columns.keys():
-            with_choices = "the training rows" if "choices" in trained.columns else rows.name
+            sides = ["training", "test"] if "choices" in trained.columns else ["test", "training"]
             raise WrongInput(
-                f"{rows.name}: training and test rows must both have choices, or neither; here "
-                f"only {with_choices} {'have' if with_choices != rows.name else 'has'} them"
+                f"{rows.name}: the {sides[0]} rows have choices and the {sides[1]} rows have none; "
+                "both need them, or neither"
             )
-        missing = [
-            part for part in trained.columns if part not in {*self.columns, "answer", "gold"}
-        ]
-        needed = [part for part in missing if part not in trained.list_optional()]
-        if needed:
+        missing = trained.columns.keys() - self.columns.keys() - {"answer", "gold"}
+        if needed := sorted(missing - {*trained.list_optional()}):
             name = trained.columns[needed[0]]
             raise WrongInput(
                 f"{rows.name} has no column {name}, which prompts hold in training; add it, empty "
                 "where a row has none"
             )
         if missing:
-            rows.notes.append(write_missing(rows, [trained.columns[part] for part in missing]))
+            names = [trained.columns[part] for part in sorted(missing)]
+            rows.notes.append(describe_missing(rows, names))
         for part in self.columns.keys() - trained.columns.keys() - {"answer", "gold"}:
             del shape.columns[part]
         shape.order = trained.order
@@ -261,7 +256,7 @@ class Shape:
         """A sentence on optional columns that a file does not have; "" where it has them."""
         wanted = {self.columns[part] for part in self.list_optional()}
         missing = sorted(wanted - set(find_columns(rows, wanted)))
-        return write_missing(rows, missing) if missing else ""
+        return describe_missing(rows, missing) if missing else ""
 
     def word(self, template: str, columns: list[str]) -> "Shape":
         """The shape with prompts worded by TEMPLATE=; raises WrongInput for one that cannot be."""
@@ -403,51 +398,11 @@ class Shape:
             return [row.get(column) for column in self.choice_columns]
         return row.get(self.columns["choices"])
 
-    def read_choices(self, row: dict[str, Any]) -> list[tuple[str, str]]:
-        """(letter or label, text) of each choice of a question; "" for one that is missing."""
-        column = self.columns["choices"]
-        value, labels = self.take_choices(row), list[Any]()
-        if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
-            try:
-                value = orjson.loads(value)
-            except ValueError:
-                raise ValueError(f'"{column}" is a text and not a JSON list of choices') from None
-        if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
-            for mark, text in (("key", "value"), ("label", "text")):
-                if value and all(entry.keys() == {mark, text} for entry in value):
-                    labels, value = [[entry[key] for entry in value] for key in (mark, text)]
-                    break
-        if isinstance(value, dict):  # ARC: {"text": […], "label": […]}; or {"A": …, "B": …}
-            if isinstance(value.get("text"), list):
-                marks = value.get("label")
-                value, labels = value["text"], marks if isinstance(marks, list) else []
-            else:
-                value, labels = list(value.values()), list(value)
-        if turns.is_missing(value):
-            return []
-        if not isinstance(value, list) or len(value) > MOST_CHOICES:
-            raise ValueError(f'"{column}" must be a list of at most {MOST_CHOICES} choices')
-        letters = map(str, labels) if len(labels) == len(value) else LETTERS
-        texts = (turns.write_value(text, column) for text in value)
-        return [
-            (mark, "" if turns.is_stand_in(text) else text)
-            for mark, text in zip(letters, texts, strict=False)
-        ]
+    def read_choices(self, row: dict[str, Any]) -> list[Choice]:
+        return parse_choices(self.take_choices(row), self.columns["choices"])
 
     def write_choices(self, row: dict[str, Any], prompt: str) -> str:
-        """The choices with their letters; nothing where the prompt lists them already.
-
-        PIXIU's answers are choices themselves, so there their texts are enough.
-        """
-        choices = [(mark, text) for mark, text in self.read_choices(row) if text]
-        marked = [rf"{re.escape(mark)}\W{{1,3}}\s*{re.escape(text)}" for mark, text in choices]
-        if "gold" in self.columns and all(text in prompt for _, text in choices):
-            return ""
-        if all(re.search(rf"(?<!\w){pattern}(?!\w)", prompt) for pattern in marked):
-            return ""
-        if all(re.match(rf"\W?{re.escape(mark)}[.):]", text) for mark, text in choices):
-            return "\n".join(text for _, text in choices)
-        return "\n".join(f"{mark}. {text}" for mark, text in choices)
+        return write_choices(self.read_choices(row), prompt, "gold" in self.columns)
 
     def build_answer(self, row: dict[str, Any]) -> list[Turn]:
         column = self.columns.get("answer", "")
@@ -467,30 +422,19 @@ class Shape:
         return [{"role": "assistant", "content": text}]
 
     def name_choice(self, row: dict[str, Any], value: Any, answer: str) -> str:
-        """The letter of an answer that is a number, or a letter in another spelling: b, (B), B),
-        `B) text`, Option B, or the name of a choice's own column. The text of a choice stays.
-        """
-        column, choices = self.columns["answer"], self.read_choices(row)
-        number, texts = read_number(value), dict(choices)
+        """The letter of an answer that is a letter or a number; the text of a choice stays."""
+        column, choices, number = self.columns["answer"], self.read_choices(row), read_number(value)
+        is_counted = bool(self.counted_from) and number is not None
         if not choices:
-            if re.fullmatch("[A-Ja-j]", answer) or (self.counted_from and number is not None):
+            if is_counted or re.fullmatch("[A-Ja-j]", answer):
                 raise ValueError(f'"{column}" is "{answer}", and the row has no choices')
             return answer
-        if answer not in texts and self.counted_from and number is not None:
+        if number is not None and is_counted and answer not in dict(choices):
             return self.find_choice(choices, number, column)[0]
-        for text in () if answer in texts else texts.values():
-            if text and (fold_choice(text) == fold_choice(answer)):
-                return text
-        spelled = SPELLED_CHOICE.fullmatch(answer)
-        letter, text = (spelled[1], spelled[2] or "") if spelled else (answer, "")
-        names = {
-            name.casefold(): mark for name, mark in zip(self.choice_columns, texts, strict=False)
-        }
-        names |= {mark.casefold(): mark for mark in texts}
-        mark = answer if answer in texts else names.get(letter.casefold(), "")
-        if not texts.get(mark) or (text and fold_choice(text) != fold_choice(texts[mark])):
+        named = name_choice(choices, answer, self.choice_columns)
+        if named is None:
             raise ValueError(f'"{column}" is "{answer[:60]}", none of its choices')
-        return mark
+        return named
 
     def answers_a_choice(self, row: dict[str, Any]) -> bool:
         """Whether the answer of a row is one of its choices."""
@@ -498,9 +442,7 @@ class Shape:
             return bool(self.read_choices(row)) and bool(self.build_answer(row))
         return False
 
-    def find_choice(
-        self, choices: list[tuple[str, str]], number: int, column: str
-    ) -> tuple[str, str]:
+    def find_choice(self, choices: list[Choice], number: int, column: str) -> Choice:
         """The choice that a number of `column` counts; ValueError where there is none."""
         place = number - int(self.counted_from or 0)
         if not 0 <= place < len(choices) or not choices[place][1]:
@@ -555,21 +497,6 @@ class Shape:
         raise ValueError(f'"{column}" is "{text[:60]}", none of the labels {accepted}')
 
 
-# A letter as people write it: B, (B), [B], Option B, `B) text`, `B - text`.
-SPELLED_CHOICE = re.compile(
-    r"(?:(?:option|choice|answer)\s+)?[(\[]?(\w+)[)\]]?(?:\s*[).:–-]+\s*(.*))?", re.S | re.I
-)
-
-
-def fold_choice(text: str) -> str:
-    """A choice without case, a full stop and the marks of amounts; a number as its value."""
-    plain = text.casefold().strip().removesuffix(".")
-    figure = plain.strip("$€£% ").replace(",", "")
-    with suppress(ValueError):
-        return str(float(figure))
-    return plain
-
-
 def find_answer_text(answer: dict[str, Any], whole: Any) -> Any:
     """The text of an answer as SQuAD and TriviaQA have it; any other object as it is."""
     texts = answer.get("text", answer.get("value"))
@@ -620,10 +547,9 @@ def recognize(
         place, reason = next(iter(rows), ("", "it has none"))
         raise WrongInput(f"{rows.name}: no row can be read; the first, {place}: {reason}")
     shape = map_columns(columns, mapping) if mapping else find_shape(columns)
-    if shape:
-        find_choices(shape, columns)
     if shape is None:
         raise WrongInput(f"{rows.name}: {explain_unknown(columns)}")
+    take_choice_columns(shape, columns)
     shape = shape if template is None else shape.word(template, columns)
     history = shape.columns.get("history", "")
     if shape.kind == "question and answer" and not any(
@@ -692,18 +618,6 @@ def find_first_number(rows: RowFile, shape: Shape) -> str:
     return "1" if has_last and not has_zero else "0"
 
 
-class Numbered(NamedTuple):
-    """An answer that is a number, and what tells whether it counts the choices of its row."""
-
-    number: int
-    choices: int  # how many there are
-    is_choice: bool  # one of them is this number
-    is_typed: bool  # the answer is a number and the choices are texts
-
-    def counts_from(self, first: int) -> bool:
-        return first <= self.number < first + self.choices
-
-
 def list_numbered(rows: RowFile, shape: Shape, column: str) -> Iterator[Numbered]:
     """The answers of a column that are numbers, and no letters or labels of choices."""
     for _, row in rows:
@@ -715,13 +629,9 @@ def list_numbered(rows: RowFile, shape: Shape, column: str) -> Iterator[Numbered
                 continue
             is_typed = not isinstance(row[column], str)
             is_typed &= not is_list_of_numbers(shape.take_choices(row))
-            is_choice = str(float(number)) in [fold_choice(text) for _, text in choices]
+            is_choice = fold_choice(str(number)) in [fold_choice(text) for _, text in choices]
             # Larger numbers tell no more, and a column may have any number of them.
             yield Numbered(min(number, MOST_CHOICES + 1), len(choices), is_choice, is_typed)
-
-
-def is_list_of_numbers(choices: Any) -> bool:
-    return isinstance(choices, list) and any(isinstance(choice, int | float) for choice in choices)
 
 
 def map_columns(columns: list[str], mapping: dict[str, str]) -> Shape:
@@ -753,20 +663,14 @@ def find_shape(columns: list[str]) -> Shape | None:
     return Shape("prompts without answers", {"prompt": prompt}) if prompt else None
 
 
-def find_choices(shape: Shape, columns: list[str]) -> None:
-    """Takes columns such as A, B and C, or option_a and option_b, for the choices of a question."""
-    answer = {"prompt", "answer"} <= shape.columns.keys() and "choices" not in shape.columns
-    if not answer or shape.kind not in ("question and answer", "PIXIU", "your own columns"):
+def take_choice_columns(shape: Shape, columns: list[str]) -> None:
+    """Takes columns of one choice each for the choices of a shape of questions without any."""
+    is_question = shape.kind in ("question and answer", "PIXIU", "your own columns")
+    if not is_question or "answer" not in shape.columns or "choices" in shape.columns:
         return
-    by_name: dict[str, str] = {}
-    for column in columns:
-        if column not in shape.columns.values():
-            by_name.setdefault(re.sub(r"[\W_]+", "", column.casefold()), column)
-    for names in CHOICE_COLUMNS:
-        found = [by_name[name] for name in takewhile(by_name.__contains__, names)]
-        if len(found) > (2 if len(names[0]) == 1 else 1):
-            shape.choice_columns, shape.columns["choices"] = found, ", ".join(found)
-            return
+    others = (column for column in columns if column not in shape.columns.values())
+    if found := find_choice_columns(others):
+        shape.choice_columns, shape.columns["choices"] = found, ", ".join(found)
 
 
 def refuse_single_prompt(rows: RowFile, shape: Shape, sample: list[dict[str, Any]]) -> None:
@@ -788,7 +692,7 @@ def refuse_single_prompt(rows: RowFile, shape: Shape, sample: list[dict[str, Any
         )
 
 
-def write_missing(rows: RowFile, columns: list[str]) -> str:
+def describe_missing(rows: RowFile, columns: list[str]) -> str:
     return f"{rows.name} has no {', '.join(columns)}, which the training rows have"
 
 

@@ -32,7 +32,7 @@ MISSING = {
     *("#getting_data", "#n/a n/a", "#n/a requesting data...", "#n/a field not applicable"),
 }
 LONGEST_MISSING = max(map(len, MISSING))
-WHOLE = re.compile(r"\A\s*([+-]?\d+)\.0+\s*\Z")  # a whole number, as pandas writes it beside gaps
+WHOLE_NUMBER = re.compile(r"\A\s*([+-]?\d+)\.0+\s*\Z")  # as pandas writes them beside gaps
 # Grades of rating agencies: Aa and AA are two of them. Bad and Add are words.
 RATING = re.compile(r"(?i:a{2,3}|b{2,3}|ba{1,2}|c{2,3}|ca{1,2}|d{2,3})[0-9]?[+-]?")
 
@@ -116,7 +116,7 @@ def fold_spellings(counts: Counter[str]) -> dict[str, str]:
     for answer in counts:
         visible = "".join(c for c in answer if unicodedata.category(c) != "Cf")
         folded_case = unicodedata.normalize("NFC", visible).casefold()
-        folded_case = WHOLE.sub(r"\1", folded_case)
+        folded_case = WHOLE_NUMBER.sub(r"\1", folded_case)
         groups.setdefault(" ".join(folded_case.split()), []).append(answer)
     folded: dict[str, str] = {}
     for spellings in groups.values():
