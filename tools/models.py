@@ -75,9 +75,8 @@ def dequantize_once(model: Any, training: bool = False) -> int:
 def build_int8_forward(layer: Any) -> Callable[[Any], Any]:
     """The forward of an 8-bit layer in scoring, with a float32 copy of its integers.
 
-    Its results are those of `MatMul8bitLt` on a CPU without AVX-512, bit for bit. What it leaves out
-    are conversions: of the weight in each pass, and of products to integers and back, which they
-    are already.
+    Its results are those of `MatMul8bitLt` on a CPU without AVX-512, bit for bit. It leaves out
+    conversions: of the weight in each pass, and of products, which are whole numbers, to integers.
     """
     import bitsandbytes as bnb
     import torch

@@ -202,9 +202,11 @@ def read_table(text: Text, table: Table) -> Iterator[tuple[str, dict[str, Any] |
                 table.suspects.append(number)
             if isinstance(cells, ValueError):
                 yield f"line {number}", cells
-            elif [cell.strip() for cell in cells] == table.first:
+                continue
+            texts = [cell.strip() for cell in cells]
+            if texts == table.first:
                 yield f"line {number}", ValueError("it is the header once more; take it out")
-            elif not any(cell.strip() for cell in cells):
+            elif not any(texts):
                 continue  # an empty row of a spreadsheet
             elif len(cells) == width:
                 yield f"line {number}", dict(zip(table.header, cells, strict=True))
