@@ -181,7 +181,7 @@ def test_a_header_that_comes_again_is_no_row(header, read):
     rows, taken, refused = read(f"{header}\n{start}a b,up\n{header}\n{start}c d,down\n{header}\n")
     assert rows.columns[-2:] == ["text", "label"]
     assert [row["label"] for row in taken] == ["up", "down"]
-    assert refused == {f"line {n}": "it is the header once more; take it out" for n in (3, 5)}
+    assert refused == {f"line {n}": "it repeats the header; take it out" for n in (3, 5)}
 
 
 def test_empty_rows_of_a_spreadsheet_are_passed_over(read):

@@ -205,7 +205,7 @@ def read_table(text: Text, table: Table) -> Iterator[tuple[str, dict[str, Any] |
                 continue
             texts = [cell.strip() for cell in cells]
             if texts == table.first:
-                yield f"line {number}", ValueError("it is the header once more; take it out")
+                yield f"line {number}", ValueError("it repeats the header; take it out")
             elif not any(texts):
                 continue  # an empty row of a spreadsheet
             elif len(cells) == width:
