@@ -16,6 +16,7 @@ from pyarrow import parquet
 from tests.conftest import run_first
 from tools import common
 from tools.common import WrongInput
+from tools.data import turns
 from tools.data.formats import open_rows
 
 CASES = common.ROOT.parent / "shared" / "cases" / "data"
@@ -221,7 +222,7 @@ def test_a_row_of_json_that_breaks_a_rule_is_named_and_the_rest_is_read(read):
     lines = [
         ROW.strip(),
         '{"q": "a", "q": "b"}',
-        '{"q": NaN}',
+        '{"q": Infinity}',
         '{"q": 1e999}',
         '{"q": "\\ud83d"}',
         "[1]",
@@ -233,16 +234,34 @@ def test_a_row_of_json_that_breaks_a_rule_is_named_and_the_rest_is_read(read):
     ]
     _, rows, refused = read("\n".join(lines))
     assert rows == QA[:2]
-    words = ["repeated", "NaN", "too large", "surrogate", "object", "not JSON", "deep", "16 MB"]
-    words += ["5000 digits"]
+    words = ["repeated", "Infinity", "too large", "surrogate", "object", "not JSON", "deep"]
+    words += ["16 MB", "5000 digits"]
     assert list(refused) == [f"line {number}" for number in range(2, 11)]
     for word, reason in zip(words, refused.values(), strict=True):
         assert word in reason
 
 
 def test_a_bad_row_in_a_list_is_named_and_the_rest_is_read(read):
-    _, rows, refused = read('[{"q": "a", "q": "b"}, {"q": NaN}, {"q": "ok"}, 5, {"q": "\\ud83d"}]')
+    values = ['{"q": "a", "q": "b"}', '{"q": Infinity}', '{"q": "ok"}', "5", '{"q": "\\ud83d"}']
+    _, rows, refused = read(f"[{', '.join(values)}]")
     assert rows == [{"q": "ok"}] and list(refused) == ["row 1", "row 2", "row 4", "row 5"]
+
+
+def test_nan_is_a_value_that_is_missing(read):
+    _, rows, refused = read('{"q": "a", "score": NaN}\n{"q": NaN, "score": 1}\n')
+    assert [turns.is_missing(value) for row in rows for value in row.values()] == [0, 1, 1, 0]
+    assert not refused
+
+
+@pytest.mark.parametrize("header", ["q,a", "q,a,", "q,a,,"])
+def test_empty_cells_beyond_the_header_do_not_count(read, header):
+    rows, taken, refused = read(f"{header}\n" + "x,1\ny,2,\nz,3,,\n" * 5)
+    assert rows.columns == ["q", "a"] and len(taken) == 15 and not refused
+    assert taken[2] == {"q": "z", "a": "3"}
+    with pytest.raises(WrongInput, match="column 3 has no name in line 1"):
+        read("q,a,\n" + "x,1,more\n" * 5)
+    _, taken, refused = read("q,a\n" + "x,1,\n" * 5 + "y,2,more\n")
+    assert len(taken) == 5 and "3 cells, and the header has 2" in refused["line 7"]
 
 
 def test_digits_are_not_lost(read):
@@ -404,6 +423,9 @@ def test_a_folder_of_save_to_disk_is_read_with_its_splits(tmp_path):
     rows = open_rows(str(tmp_path / "both"))
     assert rows.format == "arrow" and rows.splits == ["test"] and "train" in rows.notes[0]
     assert rows.label_names == {"label": ["down", "up"]}
+    several = Features({"labels": [ClassLabel(names=["down", "up"])]})
+    Dataset.from_list([{"labels": [1]}], features=several).save_to_disk(tmp_path / "several")
+    assert open_rows(str(tmp_path / "several")).label_names == {"labels": ["down", "up"]}
     assert [row for _, row in rows] == [{"text": "a", "label": 1}] * 5
     assert [row for _, row in rows.open_split("test")] == [{"text": "b", "label": 0}] * 2
     with pytest.raises(WrongInput, match="no split dev; its other splits: test"):

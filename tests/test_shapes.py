@@ -238,6 +238,45 @@ SHAPES = {
         say("i", "o"),
     ),
     "names in capitals": ({"Question": "q", " Answer ": "a"}, say("q", "a")),
+    "passages with titles": (
+        {"question": "q", "answer": "a"}
+        | {"context": [{"title": "T", "text": "x", "page": 3}, {"evidence_text": "y"}]},
+        say("T\nx\n\ny\n\nq", "a"),
+    ),
+    "HotpotQA's passages": (
+        {"question": "q", "answer": "a"}
+        | {"context": {"title": ["T", "U"], "sentences": [["x.", "y."], ["z."]]}},
+        say("T\nx. y.\n\nU\nz.\n\nq", "a"),
+    ),
+    "choices as objects": (
+        {"question": "q", "answer": "b"}
+        | {"options": [{"id": "a", "text": "x", "right": False}, {"id": "b", "text": "y"}]},
+        say("q\n\na. x\nb. y", "b"),
+    ),
+    "choices as objects without a letter": (
+        {"question": "q", "answer": "y", "options": [{"option": "x"}, {"option": "y"}]},
+        say("q\n\nA. x\nB. y", "y"),
+    ),
+    "Gemini": (
+        {
+            "systemInstruction": {"role": "system", "parts": [{"text": "s"}]},
+            "contents": [
+                {"role": "user", "parts": [{"text": "p"}]},
+                {"role": "model", "parts": [{"text": "c"}]},
+            ],
+        },
+        say("p", "c", system="s"),
+    ),
+    "Anthropic's system": (
+        {"system": [{"type": "text", "text": "s"}], "messages": say("p", "c")},
+        say("p", "c", system="s"),
+    ),
+    "inputs and targets": ({"inputs": "p", "targets": "c"}, say("p", "c")),
+    "a user's prompt beside its text": (
+        {"inputs": "x", "user_prompt": "p", "system_prompt": "s", "answer": "c"},
+        say("p", "c", system="s"),
+    ),
+    "user and assistant": ({"user": "p", "assistant": "c"}, say("p", "c")),
     "several passages": (
         {"question": "q", "contexts": ["x", "y"], "answer": "a"},
         say("x\n\ny\n\nq", "a"),
@@ -458,6 +497,14 @@ REFUSED = {
         {"question": "q", "choices": ["x", "NaN"], "answer": 1},
         '"answer" is 1, and there are 2 choices',
     ),
+    "choices without a text": (
+        {"question": "q", "choices": [{"right": True}, {"right": False}], "answer": 0},
+        '"choices" holds objects without a text',
+    ),
+    "places of characters": (
+        {"text": "Acme rose", "label": [[0, 4, "ORG"]]},
+        '"label" marks a text by the places of its characters ([0, 4,',
+    ),
     "another text behind a letter": (
         {"question": "q", "choices": ["x", "y"], "answer": "A) y"},
         "none of its choices",
@@ -605,7 +652,8 @@ def test_spellings_are_folded_into_the_most_frequent_but_for_grades():
 @pytest.mark.parametrize(
     "names",
     [["A)", "B)", "C)"], ["Option A", "Option B"], ["choice0", "choice1"], ["ans1", "ans2"]]
-    + [["A", "B", "C"], ["option_a", "option_b"], ["opa", "opb", "opc"], ["Choice1", "Choice2"]],
+    + [["A", "B", "C"], ["option_a", "option_b"], ["opa", "opb", "opc"], ["Choice1", "Choice2"]]
+    + [["a", "b"]],
 )
 def test_choices_may_have_a_column_each(names):
     choices = dict(zip(names, ["up", "down", "flat"], strict=False))
@@ -618,9 +666,9 @@ def test_choices_may_have_a_column_each(names):
         expected = say("\n".join(["q 0\n", *lines]), "down" if answer == "down" else "B")
         assert shape.build_chat(rows[0])["messages"] == expected
     free = {"question": "q", **choices, "answer": "free text"}
-    bare = {"question": "q", "a": "x", "b": "y", "answer": "a"}  # two letters may be anything
-    for row in (free, bare):
-        shape = shapes.recognize(Listed([row]))
+    bare = {"question": "q", "a": "x", "b": "y", "answer": "free text"}
+    for listed in ([free], [bare, bare | {"answer": "x"}]):  # two letters may be anything
+        row, shape = listed[0], shapes.recognize(Listed(listed))
         assert "choices" not in shape.columns and len(shape.unused) == len(row) - 2
 
 
@@ -770,6 +818,30 @@ def test_completions_that_are_not_wanted_are_not_trained_on(row):
         shapes.refuse_unwanted(rows, shapes.recognize(rows))
     labelled = Listed([{"text": "p", "label": False}])
     shapes.refuse_unwanted(labelled, shapes.recognize(labelled))
+
+
+def test_rows_that_prodigys_user_rejected_are_not_trained_on():
+    rows = [{"text": "p", "label": "up", "answer": verdict} for verdict in ("accept", "reject")]
+    for listed in (rows, [{"text": "p", "label": "up", "answer": "ignore"}]):
+        with pytest.raises(WrongInput, match=r"\(Prodigy\); keep those of accept"):
+            shapes.refuse_unwanted(Listed(listed), shapes.recognize(Listed(listed)))
+    shapes.refuse_unwanted(Listed(rows[:1]), shapes.recognize(Listed(rows[:1])))
+
+
+def test_a_list_of_one_label_is_that_label():
+    rows = [{"text": f"p {n}", "labels": [n % 2]} for n in range(12)]
+    shape = shapes.recognize(Listed(rows, label_names={"labels": ["down", "up"]}))
+    assert shape.build_chat(rows[1])["messages"][-1]["content"] == "up"
+    shape = shapes.recognize(Listed(rows), labels=["0=down", "1=up"])
+    assert shape.options == ["down", "up"]
+    shape = shapes.recognize(Listed(rows))
+    expected = say("p 1\n\nAnswer with one of: 0, 1.", "1")
+    assert shape.build_chat(rows[1])["messages"] == expected
+    with pytest.raises(ValueError, match='"labels" holds 2 values, and one in other rows'):
+        shape.build_chat({"text": "p", "labels": [0, 1]})
+    several = shapes.recognize(Listed([*rows, {"text": "p", "labels": [0, 1]}]))
+    assert not several.options
+    assert several.build_chat(rows[1])["messages"] == say("p 1", "[1]")
 
 
 def test_names_of_labels_may_end_with_a_number():

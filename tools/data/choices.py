@@ -29,6 +29,11 @@ COLUMNS = [
     for marks in ("abcdefghij", "0123456789", "123456789")
     if start or marks.isalpha()
 ]
+# The keys of a choice that is an object: its letter or label, and its text.
+OBJECTS = [
+    *(("key", "value"), ("label", "text"), ("letter", "text"), ("id", "text"), ("id", "content")),
+    *(("", "text"), ("", "content"), ("", "option"), ("", "choice")),
+]
 # A letter as people write it: B, (B), [B], Option B, `B) text`, `B - text`.
 SPELLED = re.compile(
     r"(?:(?:option|choice|answer)\s+)?[(\[]?(\w+)[)\]]?(?:\s*[).:–-]+\s*(.*))?", re.S | re.I
@@ -55,7 +60,7 @@ def find_choice_columns(columns: Iterable[str]) -> list[str]:
         by_name.setdefault(re.sub(r"[\W_]+", "", column.casefold()), column)
     for names in COLUMNS:
         found = [by_name[name] for name in takewhile(by_name.__contains__, names)]
-        if len(found) > (2 if len(names[0]) == 1 else 1):  # a and b alone may be anything
+        if len(found) > 1:
             return found
     return []
 
@@ -68,17 +73,19 @@ def parse_choices(value: Any, column: str) -> list[Choice]:
             value = orjson.loads(value)
         except ValueError:
             raise ValueError(f'"{column}" is a text and not a JSON list of choices') from None
-    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
-        for mark, text in (("key", "value"), ("label", "text")):
-            if value and all(entry.keys() == {mark, text} for entry in value):
-                labels, value = [[entry[key] for entry in value] for key in (mark, text)]
-                break
     if isinstance(value, dict):  # ARC: {"text": […], "label": […]}; or {"A": …, "B": …}
         if isinstance(value.get("text"), list):
             marks = value.get("label")
             value, labels = value["text"], marks if isinstance(marks, list) else []
         else:
             value, labels = list(value.values()), list(value)
+    if value and isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        pairs = ((m, t) for m, t in OBJECTS if all({m, t} - {""} <= e.keys() for e in value))
+        mark, text = next(pairs, ("", ""))
+        if not text:
+            raise ValueError(f'"{column}" holds objects without a text: {str(value[0])[:60]}')
+        labels = [entry[mark] for entry in value] if mark else labels
+        value = [entry[text] for entry in value]
     if turns.is_missing(value):
         return []
     if not isinstance(value, list) or len(value) > MOST_CHOICES:

@@ -177,7 +177,8 @@ def describe_latin(path: Path) -> Text:
     if not is_western(sample):
         raise WrongInput(
             f"{shown(path)}: neither UTF-8 ({where}) nor Western text in Windows-1252; save it as "
-            "UTF-8, for Chinese with `iconv -f GB18030 -t UTF-8`"
+            "UTF-8 with `iconv -f CODE -t UTF-8`, where CODE is GB18030 for Chinese, CP1250 for "
+            "Central European, CP1251 for Cyrillic, CP1254 for Turkish, MAC for old Macs"
         )
     read = "read as latin-1 (Windows-1252); save it as UTF-8 if letters look wrong"
     if not unicode_lines:

@@ -368,13 +368,15 @@ def shorten(value: float | None) -> float | None:
 
 
 def read_label_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
-    """{column: names} of the ClassLabel features that `datasets` keeps with a schema."""
+    """{column: names} of the ClassLabel features that `datasets` keeps with a schema, or of lists
+    of them.
+    """
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
         return {
-            name: list(map(str, feature["names"]))
+            name: list(map(str, label["names"]))
             for name, feature in features.items()
-            if feature.get("_type") == "ClassLabel"
+            if (label := feature.get("feature", feature)).get("_type") == "ClassLabel"
         }
     except (KeyError, ValueError, TypeError, AttributeError):
         return {}

@@ -1,6 +1,7 @@
 """Reads JSON texts of any size value by value, in constant memory and strictly.
 
-A repeated key, NaN and infinity refuse their row. Integers keep all digits.
+A repeated key and infinity refuse their row. NaN, which Python and pandas write for a value that is
+missing, is read as one. Integers keep all digits.
 """
 
 import json
@@ -8,7 +9,7 @@ import math
 from collections.abc import Iterator
 from typing import IO, Any
 
-from tools.common import refuse_number, unique
+from tools.common import unique
 
 LONGEST = 16 * 2**20  # characters of a row
 CHUNK = 2**18
@@ -23,6 +24,12 @@ def parse_float(text: str) -> float:
     return number
 
 
+def parse_constant(text: str) -> float:
+    if text == "NaN":
+        return math.nan
+    raise ValueError(f"JSON has no number {text}")
+
+
 def parse_int(text: str) -> int:
     if len(text) > MOST_DIGITS:
         raise ValueError(f"an integer of {len(text)} digits; at most {MOST_DIGITS} are read")
@@ -32,7 +39,7 @@ def parse_int(text: str) -> int:
 # Tabs, line ends and page breaks in a text are read, though JSON wants them escaped.
 STRICT = json.JSONDecoder(
     object_pairs_hook=unique,
-    parse_constant=refuse_number,
+    parse_constant=parse_constant,
     parse_float=parse_float,
     parse_int=parse_int,
     strict=False,

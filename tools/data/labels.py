@@ -48,9 +48,10 @@ def are_misspelled(labels: list[str]) -> bool:
     )
 
 
-def check_numbering(rows: RowFile, column: str, names: dict[str, str]) -> None:
+def check_numbering(rows: RowFile, column: str, names: dict[str, str], single: bool) -> None:
     """Raises WrongInput where LABELS= names numbers from 0 and the labels count from 1."""
-    counts = {re.sub(r"\.0+\Z", "", value.lower()) for value in count_values(rows, column)}
+    values = count_values(rows, column, single)
+    counts = {re.sub(r"\.0+\Z", "", value.lower()) for value in values}
     if counts and counts <= {"true", "false"} and names.keys() == {"0", "1"}:
         rows.notes.append(f'"{column}": false is {names["0"]}, true is {names["1"]}')
     counts_from_1 = str(len(names)) in counts and "0" not in counts
@@ -63,16 +64,31 @@ def name_numbers(labels: list[str]) -> dict[str, str]:
     return {str(number): label for number, label in enumerate(labels)}
 
 
-def list_options(rows: RowFile, column: str, names: dict[str, str] | None) -> list[str]:
+def are_single(rows: RowFile, column: str) -> bool:
+    """Whether a column holds lists, and each of them one text or number."""
+    found = False
+    for _, row in rows:
+        value = row.get(column) if isinstance(row, dict) else None
+        if isinstance(value, list):
+            if len(value) != 1 or isinstance(value[0], dict | list):
+                return False
+            found = True
+    return found
+
+
+def list_options(
+    rows: RowFile, column: str, names: dict[str, str] | None, single: bool
+) -> list[str]:
     """The labels that prompts list, which only all rows show; none where there are too many.
 
     `column` holds the answers, "" where there are none; `names` are those of integer labels.
+    `single`: a list stands for the one label that it holds.
     """
     if names:
         return list(names.values()) if len(names) <= MOST_OPTIONS else []
     if not column:
         return []
-    counts = count_values(rows, column)
+    counts = count_values(rows, column, single)
     folded = turns.fold_spellings(counts)
     return choose_options(label for label in counts if label not in folded)
 
@@ -83,11 +99,16 @@ def choose_options(labels: Iterable[str]) -> list[str]:
     return options if 2 <= len(options) <= MOST_OPTIONS else []
 
 
-def count_values(rows: RowFile, column: str) -> Counter[str]:
-    """How often a column holds each text or number; empty where there are too many of them."""
+def count_values(rows: RowFile, column: str, single: bool = False) -> Counter[str]:
+    """How often a column holds each text or number; empty where there are too many of them.
+
+    `single`: a list stands for the one that it holds.
+    """
     counts = Counter[str]()
     for _, row in rows:
         value = row.get(column) if isinstance(row, dict) else None
+        if single and isinstance(value, list) and len(value) == 1:
+            value = value[0]
         if not isinstance(value, str | int | float) or turns.is_missing(value):
             continue
         with suppress(ValueError):  # the row is refused later

@@ -36,6 +36,7 @@ from tools.data.choices import (
 )
 from tools.data.formats import RowFile
 from tools.data.labels import (
+    are_single,
     check_numbering,
     count_values,
     list_options,
@@ -68,7 +69,9 @@ class Known:
     unless: tuple[str, ...] = ()
 
 
-SYSTEM = ("system", "system_prompt")
+SYSTEM = ("system", "system_prompt", "systeminstruction", "system_instruction")
+# Keys of a passage that is an object, of which the first that it has holds the text.
+PASSAGE = ("text", "evidence_text", "content", "contents", "contexts", "passage", "sentences")
 CONTEXT = ("context", "passage", "document", "evidence", "article", "paragraph", "contexts")
 CHOICES = ("choices", "options")
 TEXT = ("text", "sentence", "headline", "tweet", "news", "title", "content", "review", "post")
@@ -85,7 +88,7 @@ FINLORA_START = "Instruction:"  # of most of them
 KNOWN = [
     Known(
         "messages",
-        {"messages": ("messages",)},
+        {"messages": ("messages", "contents")},  # contents: Gemini's
         {"system": SYSTEM, "tools": ("tools", "functions")},
     ),
     Known(
@@ -127,6 +130,16 @@ KNOWN = [
         {"context": (*CONTEXT, "input"), "choices": CHOICES}
         | {"system": SYSTEM, "history": ("history",)},
     ),
+    Known(
+        "prompt and completion",
+        {"prompt": ("user_prompt", "inputs"), "answer": ("targets", "answer", "response")},
+        {"system": SYSTEM},
+    ),
+    Known(
+        "prompt and completion",
+        {"prompt": ("user",), "answer": ("assistant",)},
+        {"system": SYSTEM},
+    ),
     Known("FinLoRA", {"prompt": (FINLORA_PROMPT,), "answer": ("target",)}),
     Known("text and label", {"prompt": TEXT, "answer": LABEL}, unless=SCORES),
     Known(
@@ -146,6 +159,7 @@ class Shape:
     `choice_columns` are the columns of choices where each has its own.
     `counted_from` is the number, "0" or "1", that answers give to the first choice; "" where they
     are choices or letters themselves.
+    `single`: answers are lists of one text or number each, which is the answer.
     """
 
     kind: str
@@ -156,6 +170,7 @@ class Shape:
     options: list[str] = field(default_factory=list)
     choice_columns: list[str] = field(default_factory=list)
     counted_from: str = ""
+    single: bool = False
     unused: list[str] = field(default_factory=list)
     repairs: Counter[str] = field(default_factory=Counter)  # rows by what was repaired in them
 
@@ -328,11 +343,10 @@ class Shape:
     def read_part(self, row: dict[str, Any], part: str) -> str:
         column = self.columns[part]
         value = row.get(column)
-        if part == "context" and isinstance(value, list):  # of several passages
-            parts = (turns.write_value(text, column) for text in value)
-            text = "\n\n".join(filter(None, parts))
+        if part == "context":
+            text = write_passages(value, column)
         else:
-            text = turns.write_value(value, column)
+            text = turns.read_content(value, column)
         text = "" if turns.is_stand_in(text) else text
         if part == "context" and not text and self.order != INSTRUCTION_FIRST:
             self.repairs[f'"{column}" is empty, and the prompt is without it'] += 1
@@ -381,8 +395,8 @@ class Shape:
                 values[name] = ", ".join(self.options)
             elif name == "choices":
                 values[name] = self.write_choices(row, "")
-            elif name == "context" and "context" in self.columns:
-                values[name] = self.read_part(row, name)
+            elif column == self.columns.get("context"):
+                values[name] = self.read_part(row, "context")
             elif column == prompt_column and prompt:
                 values[name] = prompt
             else:
@@ -407,11 +421,20 @@ class Shape:
     def build_answer(self, row: dict[str, Any]) -> list[Turn]:
         column = self.columns.get("answer", "")
         value = row.get(column) if column else None
+        if self.single and isinstance(value, list):
+            if len(value) != 1:
+                raise ValueError(f'"{column}" holds {len(value)} values, and one in other rows')
+            value = value[0]
         first = value[0] if isinstance(value, list) and value else value
         if isinstance(first, dict) and set(turns.ROLE_KEYS) & first.keys():
             return turns.read_turns(value if isinstance(value, list) else [value], column)  # TRL's
         if isinstance(first, dict):
             value = find_answer_text(first, value)
+        elif isinstance(first, list) and [*map(type, first[:2])] == [int, int]:
+            raise ValueError(
+                f'"{column}" marks a text by the places of its characters ({str(first)[:40]}); '
+                "write the text itself"
+            )
         elif isinstance(value, str) and value.lstrip()[:1] == "{" and "answer_start" in value:
             raise ValueError(f'"{column}" holds an object as text; write its text alone')
         if column and value is None and "gold" not in self.columns:
@@ -497,6 +520,25 @@ class Shape:
         raise ValueError(f'"{column}" is "{text[:60]}", none of the labels {accepted}')
 
 
+def write_passages(value: Any, column: str) -> str:
+    """Passages below each other; of one that is an object, its title above its text."""
+    if isinstance(value, dict) and isinstance(value.get("title"), list):  # HotpotQA's lists
+        lists = {key: entry for key, entry in value.items() if isinstance(entry, list)}
+        value = [dict(zip(lists, each, strict=True)) for each in zip(*lists.values(), strict=False)]
+    texts = []
+    for passage in value if isinstance(value, list) else [value]:
+        text = passage
+        if isinstance(passage, dict):
+            text = next((passage[key] for key in PASSAGE if passage.get(key)), passage)
+            title = passage.get("title")
+            if isinstance(text, list):
+                text = " ".join(turns.write_value(sentence, column) for sentence in text)
+            if text is not passage and title:
+                text = f"{turns.write_value(title, column)}\n{turns.write_value(text, column)}"
+        texts.append(turns.write_value(text, column))
+    return "\n\n".join(filter(None, texts))
+
+
 def find_answer_text(answer: dict[str, Any], whole: Any) -> Any:
     """The text of an answer as SQuAD and TriviaQA have it; any other object as it is."""
     texts = answer.get("text", answer.get("value"))
@@ -559,26 +601,36 @@ def recognize(
     answer = shape.columns.get("answer", "")
     if labels and (not answer or "gold" in shape.columns):
         raise WrongInput('LABELS= does not apply to rows that hold turns or "gold"')
+    if any(isinstance(row.get(answer), list) for row in sample):
+        shape.single = are_single(rows, answer)
     if labels:
         shape.names = parse_labels(labels)
-        check_numbering(rows, answer, shape.names)
+        check_numbering(rows, answer, shape.names, shape.single)
     elif rows.label_names.get(answer) and "gold" not in shape.columns:
         shape.names = name_numbers(rows.label_names[answer])
     if "choices" in shape.columns:
         shape.counted_from = find_first_number(rows, shape)
-    if shape.choice_columns and not any(map(shape.answers_a_choice, sample)):
+    # A and B alone may be anything.
+    is_choice = all if len("".join(shape.choice_columns)) == 2 else any
+    if shape.choice_columns and not is_choice(map(shape.answers_a_choice, sample)):
         names = shape.columns.pop("choices")
         rows.notes.append(f"no answer is one of the choices {names}, and prompts leave them out")
         shape.choice_columns, shape.counted_from = [], ""
     refuse_single_prompt(rows, shape, sample)
     if shape.kind == "text and label" or "labels" in shape.fields:
-        shape.options = list_options(rows, answer, shape.names)
+        shape.options = list_options(rows, answer, shape.names, shape.single)
     shape.unused = list_unused(shape, columns, sample)
     return shape
 
 
 def refuse_unwanted(rows: RowFile, shape: Shape) -> None:
-    """Raises WrongInput for rows of KTO, of which some hold a completion that is not wanted."""
+    """Raises WrongInput for rows of KTO or Prodigy, of which some are not wanted."""
+    verdicts = {verdict.lower() for verdict in count_values(rows, "answer")}
+    if {"reject", "ignore"} & verdicts and verdicts <= {"accept", "reject", "ignore"}:
+        raise WrongInput(
+            f'{rows.name}: "answer" says which rows are right (Prodigy); keep those of accept, '
+            "or name the columns to train on with MAP="
+        )
     names = ("label", "kto_tag")
     column = next((name for name in rows.columns if name.strip().lower() in names), "")
     if not column or column in shape.columns.values():

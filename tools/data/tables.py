@@ -4,7 +4,7 @@
     for place, row in read_table(text, table): …
 
 A row with more or fewer cells than the header, or with a quote that is not closed, is refused and
-the next line is read.
+the next line is read. Empty cells beyond the header, as spreadsheets write them, do not count.
 """
 
 import csv
@@ -103,8 +103,9 @@ def inspect_table(text: Text, name: str) -> Table:
         records = [cells for _, cells, _ in read_records(iter(lines), delimiter, quotes)]
         if not records or isinstance(records[0], ValueError):
             continue
-        width = len(records[0])
-        fits = sum(isinstance(cells, list) and len(cells) == width for cells in records)
+        width = len(trim(records[0], 0))
+        whole = (cells for cells in records if isinstance(cells, list))
+        fits = sum(len(trim(cells, width)) == width for cells in whole)
         if width > 1:
             scores[number] = (fits / len(records), width)
     first = next((line for line in lines if line.strip()), "")
@@ -116,10 +117,22 @@ def inspect_table(text: Text, name: str) -> Table:
         quotes = DOUBLED | {"skipinitialspace": True}  # a space stands before the quotes
     records = [cells for _, cells, _ in read_records(iter(lines), delimiter, quotes)]
     rows = [cells for cells in records if isinstance(cells, list)]
+    if rows:
+        named = len(trim([*rows[0]], 1))
+        if not any(any(map(str.strip, cells[named : len(rows[0])])) for cells in rows[1:]):
+            del rows[0][named:]  # columns without a name and without a cell
+        rows[1:] = [trim(cells, len(rows[0])) for cells in rows[1:]]
     line_end = "\r\n" if first.endswith("\r\n") else "\n"
     header, notes = check_header(rows, name)
     refuse_other_delimiter(header, records, delimiter, name)
     return Table(delimiter, quotes, header, line_end, notes, [cell.strip() for cell in rows[0]])
+
+
+def trim(cells: list[str], width: int) -> list[str]:
+    """Takes empty cells off the end of a record that has more cells than `width`."""
+    while len(cells) > width and not cells[-1].strip():
+        cells.pop()
+    return cells
 
 
 def read_head(text: Text) -> list[str]:
@@ -203,7 +216,7 @@ def read_table(text: Text, table: Table) -> Iterator[tuple[str, dict[str, Any] |
             if isinstance(cells, ValueError):
                 yield f"line {number}", cells
                 continue
-            texts = [cell.strip() for cell in cells]
+            texts = [cell.strip() for cell in trim(cells, width)]
             if texts == table.first:
                 yield f"line {number}", ValueError("it repeats the header; take it out")
             elif not any(texts):

@@ -46,7 +46,7 @@ ROLES = {
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")  # of a tool call
 PART_KEYS = {"type", "text", "annotations", "cache_control"}  # of a content part of OpenAI's API
-ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
+ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value", "text", "parts")
 TURN_KEYS = {
     *(*ROLE_KEYS, *CONTENT_KEYS, "tool_calls", "function_call", "tool_call_id", "name"),
     *("weight", "train"),
@@ -228,6 +228,8 @@ def read_turn(turn: Any, where: str) -> Turn:
 
 def read_content(content: Any, where: str) -> str:
     """The text of a turn; of content parts, their texts. Raises ValueError for other lists."""
+    if isinstance(content, dict) and isinstance(content.get("parts"), list):  # Gemini's system
+        content = content["parts"]
     if isinstance(content, dict) and {"type", "text"} <= content.keys() <= PART_KEYS:
         content = [content]
     if isinstance(content, list):
@@ -272,7 +274,7 @@ def parse_calls(calls: Any, where: str) -> list[dict[str, Any]]:
                 ) from None
         if not isinstance(name, str) or not isinstance(arguments, dict):
             raise ValueError(f'"{where}" has a tool call without a name or without arguments')
-        text = json.dumps(arguments, ensure_ascii=False)
+        text = write_value(arguments, where)
         refuse_control_token(f"{name} {text}", where)
         row: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": text}}
         rows.append({"id": call["id"], **row} if call.get("id") else row)
@@ -301,7 +303,7 @@ def read_tools(value: Any, name: str) -> str:
         function = tool["function"]
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError(f'"{name}" has a tool without a name')
-    text = json.dumps(tools, ensure_ascii=False)
+    text = write_value(tools, name)
     refuse_control_token(text, name)
     return text
 
