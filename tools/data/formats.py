@@ -423,8 +423,9 @@ def read_member(path: Path, key: str) -> list[Any]:
 def open_hub(source: str) -> RowFile:
     """The rows of a dataset of the Hub, streamed at a commit."""
     dataset = hub_rows.find_dataset(source)
-    columns, label_names = dataset.read_columns()
-    rows = RowFile(dataset.source, "hub", columns, dataset.read, label_names=label_names)
+    rows = RowFile(dataset.source, "hub", dataset.read_columns(), dataset.read)
     rows.splits, rows.notes = dataset.other_splits, dataset.notes
     rows.revision, rows.schema = dataset.revision, dataset.schema
+    if rows.schema:
+        rows.label_names = read_label_names(rows.schema.metadata or {})
     return rows

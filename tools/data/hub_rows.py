@@ -53,16 +53,10 @@ class HubDataset:
         features = self.stream.features
         return features.arrow_schema if features else None
 
-    def read_columns(self) -> tuple[list[str], dict[str, list[str]]]:
-        """The columns, and the names of labels that columns hold by number."""
-        from datasets import ClassLabel
-
-        features = self.stream.features
-        if features:
-            names = {c: f.names for c, f in features.items() if isinstance(f, ClassLabel)}
-            return list(features), names
-        head = (row for _, row in islice(self.read(), 1))
-        return [key for row in head for key in row], {}
+    def read_columns(self) -> list[str]:
+        if features := self.stream.features:
+            return list(features)
+        return [key for _, row in islice(self.read(), 1) for key in row]
 
     def read(self) -> Iterator[tuple[str, dict[str, Any]]]:
         with explain(self.name):
