@@ -7,6 +7,7 @@ import pytest
 
 from tools.common import WrongInput
 from tools.data import labels, shapes, turns
+from tools.data.recognize import parse_map, recognize, refuse_unwanted
 
 
 @dataclass
@@ -35,7 +36,7 @@ def say(*contents, system=None):
 
 
 def build(row, mapping=None, template=None, labels=None, **listed):
-    shape = shapes.recognize(Listed([row], **listed), mapping, template, labels)
+    shape = recognize(Listed([row], **listed), mapping, template, labels)
     copy = shapes.Shape(**json.loads(json.dumps(shape.to_dict())))
     assert copy.build_chat(row) == shape.build_chat(row)
     return shape.build_chat(row)["messages"]
@@ -292,7 +293,7 @@ def test_a_shape_is_recognized_and_becomes_turns(row, messages):
 def test_a_system_column_that_gives_way_to_another_system_turn_is_counted():
     row = {"system": "Be brief.", "messages": say("p", "c", system="Be exact.")}
     same = {"system": "Be exact.", "messages": say("p", "c", system="Be exact.")}
-    shape = shapes.recognize(Listed([row, same]))
+    shape = recognize(Listed([row, same]))
     for one in (row, same, row):
         shape.build_chat(one)
     assert +shape.repairs == {'"system" left out: the turns have their own': 2}
@@ -305,7 +306,7 @@ TEXTS = [
 
 
 def test_text_and_label_list_the_labels_in_the_prompt_and_name_the_column_that_is_not_used():
-    shape = shapes.recognize(Listed(TEXTS))
+    shape = recognize(Listed(TEXTS))
     assert shape.build_chat(TEXTS[0])["messages"] == say(
         "Line 0\n\nAnswer with one of: down, up.", "up"
     )
@@ -326,27 +327,27 @@ def test_text_and_label_list_the_labels_in_the_prompt_and_name_the_column_that_i
 )
 def test_integer_labels_get_their_names(labels, label_names, value, answer):
     rows = Listed([{"sentence": "s", "label": value}], label_names)
-    shape = shapes.recognize(rows, labels=labels)
+    shape = recognize(rows, labels=labels)
     assert shape.build_chat(rows.rows[0])["messages"][-1]["content"] == answer
 
 
 def test_columns_named_by_hand_and_a_template_word_the_prompt():
     row = {"q": "How much?", "p": "Sales: 3.", "gold": "3", "firm": "ABC"}
-    mapping = shapes.parse_map("prompt=q, context=p, answer=gold")
+    mapping = parse_map("prompt=q, context=p, answer=gold")
     assert build(row, mapping) == say("Sales: 3.\n\nHow much?", "3")
     template = "{firm}:\\n{context}\\n{{x}} {prompt}"
     assert build(row, mapping, template) == say("ABC:\nSales: 3.\n{x} How much?", "3")
-    shape = shapes.recognize(Listed([row]), mapping, "{prompt}")
+    shape = recognize(Listed([row]), mapping, "{prompt}")
     assert shape.unused == ["p", "firm"]
 
 
 def test_a_prompt_is_made_without_an_answer_as_with_one():
     for name, (row, _) in SHAPES.items():
-        shape = shapes.recognize(Listed([row]))
+        shape = recognize(Listed([row]))
         messages = shape.build_chat(row)["messages"]
         if "completion" not in row or isinstance(row["completion"], str):
             assert shape.build_prompt(row)["messages"] == messages[:-1], name
-    shape = shapes.recognize(Listed(TEXTS))
+    shape = recognize(Listed(TEXTS))
     bare = {"text": "Line 0"}
     assert shape.build_prompt(bare)["messages"] == shape.build_chat(TEXTS[0])["messages"][:-1]
     assert shape.list_missing(Listed([bare])) == []
@@ -354,7 +355,7 @@ def test_a_prompt_is_made_without_an_answer_as_with_one():
 
 
 def test_rows_without_answers_are_prompts():
-    shape = shapes.recognize(Listed([{"headline": "h", "date": "d"}]))
+    shape = recognize(Listed([{"headline": "h", "date": "d"}]))
     assert not shape.has_answer and shape.unused == ["date"]
     assert shape.build_prompt({"headline": "h"}) == {"messages": say("h")}
 
@@ -362,7 +363,7 @@ def test_rows_without_answers_are_prompts():
 def test_tools_become_a_text_of_openais_list():
     tool = {"name": "quote", "parameters": {"type": "object", "properties": {}}}
     row = {"messages": TOOL_TURNS, "functions": [tool]}
-    chat = shapes.recognize(Listed([row])).build_chat(row)
+    chat = recognize(Listed([row])).build_chat(row)
     assert json.loads(chat["tools"]) == [{"type": "function", "function": tool}]
 
 
@@ -380,37 +381,35 @@ def test_a_weight_of_0_is_not_trained_on():
 def test_keys_of_turns_that_are_not_used_are_named():
     messages = say("p", "c")
     messages[1]["reasoning_content"] = "hm"
-    assert shapes.recognize(Listed([{"messages": messages}])).unused == [
-        "messages[].reasoning_content"
-    ]
+    assert recognize(Listed([{"messages": messages}])).unused == ["messages[].reasoning_content"]
 
 
 def test_answers_count_choices_from_1_where_0_never_occurs():
     rows = [
         {"question": f"q {n}", "choices": ["x", "y", "z"], "answer": n % 3 + 1} for n in range(12)
     ]
-    shape = shapes.recognize(Listed(rows))
+    shape = recognize(Listed(rows))
     assert shape.build_chat(rows[0])["messages"][-1]["content"] == "A"
     assert "count the choices from 1" in shape.describe()
     assert shapes.Shape(**shape.to_dict()).counted_from == "1"
     listed = Listed([row | {"answer": row["answer"] % 3} for row in rows])
-    assert shapes.recognize(listed).counted_from == "0"
+    assert recognize(listed).counted_from == "0"
     listed = Listed([row | {"answer": 1} for row in rows])  # from 0 or from 1: nobody can tell
-    assert shapes.recognize(listed).counted_from == "0"
+    assert recognize(listed).counted_from == "0"
     assert listed.notes == ['"answer" counts the choices from 0, and 0 never occurs in it']
 
 
 def test_answers_that_are_choices_of_numbers_stay_numbers():
     for choices in (["2", "4", "6", "8"], [2, 4, 6, 8]):
         rows = [{"question": "q", "choices": choices, "answer": n} for n in (2, 4, 6, 8)]
-        shape = shapes.recognize(Listed(rows))
+        shape = recognize(Listed(rows))
         answers = [shape.build_chat(row)["messages"][-1]["content"] for row in rows]
         assert answers == ["2", "4", "6", "8"] and not shape.counted_from
 
 
 def test_a_number_that_names_no_choice_is_refused():
     rows = [{"query": "q", "choices": ["x", None, "z"], "gold": n} for n in (0, 1, 5, "E", [0])]
-    shape = shapes.recognize(Listed(rows))
+    shape = recognize(Listed(rows))
     assert shape.build_chat(rows[0])["messages"][-1]["content"] == "x"
     for row in rows[1:]:
         with pytest.raises(ValueError, match='"gold"'):
@@ -419,11 +418,11 @@ def test_a_number_that_names_no_choice_is_refused():
 
 def test_labels_that_are_yes_or_no_are_listed_as_they_are_answered():
     rows = Listed([{"text": f"t {n}", "label": n % 2 == 0} for n in range(20)])
-    shape = shapes.recognize(rows)
+    shape = recognize(rows)
     assert shape.options == ["false", "true"]
     assert shape.build_chat(rows.rows[0])["messages"][-1]["content"] == "true"
     for names, answer in ((["no", "yes"], "yes"), (["true", "false"], "true")):
-        named = shapes.recognize(rows, labels=names)
+        named = recognize(rows, labels=names)
         assert named.build_chat(rows.rows[0])["messages"][-1]["content"] == answer
 
 
@@ -431,8 +430,8 @@ def test_names_of_labels_that_count_from_1_are_asked_for_with_their_numbers():
     for kind in (float, int):
         rows = Listed([{"text": f"t {n}", "label": kind(n % 3 + 1)} for n in range(20)])
         with pytest.raises(WrongInput, match='write LABELS="1=bad,2=so,3=good"'):
-            shapes.recognize(rows, labels=["bad", "so", "good"])
-    shape = shapes.recognize(rows, labels=["1=bad", "2=so", "3=good"])
+            recognize(rows, labels=["bad", "so", "good"])
+    shape = recognize(rows, labels=["1=bad", "2=so", "3=good"])
     assert shape.build_chat(rows.rows[0])["messages"][-1]["content"] == "bad"
 
 
@@ -547,7 +546,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("row", "reason"), REFUSED.values(), ids=REFUSED)
 def test_a_bad_row_is_refused_with_the_files_own_column(row, reason):
-    shape = shapes.recognize(Listed([row]))
+    shape = recognize(Listed([row]))
     with pytest.raises(ValueError) as error:
         shape.build_chat(row)
     assert reason in str(error.value) and "\n" not in str(error.value)
@@ -619,7 +618,7 @@ UNKNOWN = {
 @pytest.mark.parametrize(("row", "options", "reason"), UNKNOWN.values(), ids=UNKNOWN)
 def test_rows_of_no_shape_are_refused_in_one_line(row, options, reason):
     with pytest.raises(WrongInput) as error:
-        shapes.recognize(Listed([row]), **options)
+        recognize(Listed([row]), **options)
     assert reason in str(error.value) and "\n" not in str(error.value)
 
 
@@ -635,7 +634,7 @@ def test_rows_of_no_shape_are_refused_in_one_line(row, options, reason):
 )
 def test_a_wrong_map_is_refused(text, reason):
     with pytest.raises(WrongInput, match=reason):
-        shapes.parse_map(text)
+        parse_map(text)
 
 
 def test_spellings_are_folded_into_the_most_frequent_but_for_grades():
@@ -660,7 +659,7 @@ def test_choices_may_have_a_column_each(names):
     spellings = ("B", "b", "(B)", "[B]", "B) down", "B - Down.", "b.", "Option B", names[1])
     for answer in (*spellings, 1, "down"):
         rows = [{"question": f"q {n}", **choices, "answer": answer} for n in range(12)]
-        shape = shapes.recognize(Listed([*rows, rows[0] | {"answer": 0}]))
+        shape = recognize(Listed([*rows, rows[0] | {"answer": 0}]))
         assert not shape.unused and shape.describe().startswith("question and answer")
         lines = [f"{mark}. {text}" for mark, text in zip("ABC", choices.values(), strict=False)]
         expected = say("\n".join(["q 0\n", *lines]), "down" if answer == "down" else "B")
@@ -668,7 +667,7 @@ def test_choices_may_have_a_column_each(names):
     free = {"question": "q", **choices, "answer": "free text"}
     bare = {"question": "q", "a": "x", "b": "y", "answer": "free text"}
     for listed in ([free], [bare, bare | {"answer": "x"}]):  # two letters may be anything
-        row, shape = listed[0], shapes.recognize(Listed(listed))
+        row, shape = listed[0], recognize(Listed(listed))
         assert "choices" not in shape.columns and len(shape.unused) == len(row) - 2
 
 
@@ -679,13 +678,11 @@ def test_answers_that_are_numeric_choices_stay_what_they_are(as_list):
     answers = values if as_list else list(map(str, values))  # of JSON, of a text table
     rows = [{"question": f"q {n}", **choices, "answer": answers[n % 4]} for n in range(24)]
     with pytest.raises(WrongInput, match="numbers that are choices and may also count them"):
-        shapes.recognize(Listed(rows))
+        recognize(Listed(rows))
     money = [
         {"question": f"q {n}", "choices": ["$2", "$7,000"], "answer": "7000"} for n in range(9)
     ]
-    assert (
-        shapes.recognize(Listed(money)).build_chat(money[0])["messages"][-1] == say("", "$7,000")[1]
-    )
+    assert recognize(Listed(money)).build_chat(money[0])["messages"][-1] == say("", "$7,000")[1]
 
 
 def test_an_answer_of_an_object_is_its_text():
@@ -709,8 +706,8 @@ def test_an_instruction_and_its_question_are_one_prompt():
     )
     rows = [{"instruction": "Rate it.", "review": f"r {n}", "output": "up"} for n in range(20)]
     with pytest.raises(WrongInput, match='TEMPLATE="{instruction} {review}" joins it'):
-        shapes.recognize(Listed(rows))
-    shapes.recognize(Listed(rows), template="{instruction} {review}")
+        recognize(Listed(rows))
+    recognize(Listed(rows), template="{instruction} {review}")
 
 
 @pytest.mark.parametrize("key", ["arguments", "parameters", "args"])
@@ -736,52 +733,52 @@ def test_parts_of_a_turn_are_its_text():
 
 def test_yes_and_no_of_a_text_table_get_names():
     rows = Listed([{"text": f"t {n}", "label": ("True", "False")[n % 2]} for n in range(20)])
-    shape = shapes.recognize(rows, labels=["no", "yes"])
+    shape = recognize(rows, labels=["no", "yes"])
     answers = [shape.build_chat(row)["messages"][-1]["content"] for row in rows.rows[:2]]
     assert answers == ["yes", "no"] and rows.notes == ['"label": false is no, true is yes']
-    shape = shapes.recognize(rows, labels=["1=no", "2=yes"])
+    shape = recognize(rows, labels=["1=no", "2=yes"])
     with pytest.raises(ValueError, match="none of the labels 1=no, 2=yes"):
         shape.build_chat(rows.rows[0])
 
 
 def test_a_row_without_its_context_is_counted_and_a_file_without_the_column_is_not_taken():
     rows = [{"question": f"q {n}", "context": "c" * (n != 3), "answer": "a"} for n in range(9)]
-    shape = shapes.recognize(Listed(rows))
+    shape = recognize(Listed(rows))
     for row in rows:
         shape.build_chat(row)
     assert shape.repairs['"context" is empty, and the prompt is without it'] == 1
     assert shape.list_missing(Listed([{"question": "q"}])) == ["context"]
     late = [{"question": "q"}] * 60 + rows  # in JSON a column may begin late
     assert shape.list_missing(Listed(late)) == []
-    chat = shapes.recognize(Listed([{"prompt": "p", "completion": "c", "system": "s"}]))
+    chat = recognize(Listed([{"prompt": "p", "completion": "c", "system": "s"}]))
     bare = Listed([{"prompt": "p"}])
     assert chat.list_missing(bare) == []
     assert chat.note_missing(bare) == "my.jsonl has no system, which the training rows have"
 
 
 def test_a_file_with_other_columns_gets_the_prompts_of_training():
-    trained = shapes.recognize(
+    trained = recognize(
         Listed([{"text": "Sales rose", "label": "up", "day": "Monday"}]),
         template="{{{day}}} {text}? {labels}",
     )
     other = Listed([{"headline": "Sales rose", "sentiment": "up", "day": "Monday"}])
-    shape = shapes.recognize(other).adopt(trained, other)
+    shape = recognize(other).adopt(trained, other)
     assert shape.build_chat(other.rows[0]) == trained.build_chat(
         {"text": "Sales rose", "label": "up", "day": "Monday"}
     )
     without = Listed([{"headline": "Sales rose", "sentiment": "up"}])
     with pytest.raises(WrongInput, match='^my.jsonl: TEMPLATE: "{day}" is no'):
-        shapes.recognize(without).adopt(trained, without)
+        recognize(without).adopt(trained, without)
     row = {"instruction": "i", "context": "c", "response": "r"}
-    dolly = shapes.recognize(Listed([row]))
+    dolly = recognize(Listed([row]))
     asked = Listed([{"question": "i", "passage": "c", "answer": "r", "system": "s"}])
-    adopted = shapes.recognize(asked).adopt(dolly, asked)
+    adopted = recognize(asked).adopt(dolly, asked)
     assert adopted.build_chat(asked.rows[0]) == dolly.build_chat(row)
     bare = Listed([{"query": "i", "answer": "r"}])
-    read = shapes.recognize(Listed([{"question": "i", "passage": "c", "answer": "r"}]))
+    read = recognize(Listed([{"question": "i", "passage": "c", "answer": "r"}]))
     with pytest.raises(WrongInput, match="no column passage, which prompts hold in training"):
-        shapes.recognize(bare).adopt(read, bare)
-    shapes.recognize(bare).adopt(dolly, bare)  # an instruction may do without its input
+        recognize(bare).adopt(read, bare)
+    recognize(bare).adopt(dolly, bare)  # an instruction may do without its input
     assert bare.notes == ["my.jsonl has no context, which the training rows have"]
 
 
@@ -790,15 +787,15 @@ def test_choices_are_in_training_and_test_rows_or_in_neither():
     plain = Listed([{"question": "q", "answer": "down"}])
     for trained, rows in ((plain, chosen), (chosen, plain)):
         with pytest.raises(WrongInput, match="both need them, or neither"):
-            shapes.recognize(rows).adopt(shapes.recognize(trained), rows)
+            recognize(rows).adopt(recognize(trained), rows)
 
 
 def test_a_file_may_lack_a_context_that_the_template_leaves_out():
     rows = Listed([{"question": "q", "passage": "p", "answer": "a"}])
     bare = Listed([{"question": "q"}])
-    assert shapes.recognize(rows, template="{question}?").list_missing(bare) == []
+    assert recognize(rows, template="{question}?").list_missing(bare) == []
     for template in ("{context} {question}", "{passage} {question}"):
-        assert shapes.recognize(rows, template=template).list_missing(bare) == ["passage"]
+        assert recognize(rows, template=template).list_missing(bare) == ["passage"]
 
 
 @pytest.mark.parametrize(
@@ -815,31 +812,31 @@ def test_a_file_may_lack_a_context_that_the_template_leaves_out():
 def test_completions_that_are_not_wanted_are_not_trained_on(row):
     rows = Listed([row])
     with pytest.raises(WrongInput, match=r"\(KTO\), which is not trained on here"):
-        shapes.refuse_unwanted(rows, shapes.recognize(rows))
+        refuse_unwanted(rows, recognize(rows))
     labelled = Listed([{"text": "p", "label": False}])
-    shapes.refuse_unwanted(labelled, shapes.recognize(labelled))
+    refuse_unwanted(labelled, recognize(labelled))
 
 
 def test_rows_that_prodigys_user_rejected_are_not_trained_on():
     rows = [{"text": "p", "label": "up", "answer": verdict} for verdict in ("accept", "reject")]
     for listed in (rows, [{"text": "p", "label": "up", "answer": "ignore"}]):
         with pytest.raises(WrongInput, match=r"\(Prodigy\); keep those of accept"):
-            shapes.refuse_unwanted(Listed(listed), shapes.recognize(Listed(listed)))
-    shapes.refuse_unwanted(Listed(rows[:1]), shapes.recognize(Listed(rows[:1])))
+            refuse_unwanted(Listed(listed), recognize(Listed(listed)))
+    refuse_unwanted(Listed(rows[:1]), recognize(Listed(rows[:1])))
 
 
 def test_a_list_of_one_label_is_that_label():
     rows = [{"text": f"p {n}", "labels": [n % 2]} for n in range(12)]
-    shape = shapes.recognize(Listed(rows, label_names={"labels": ["down", "up"]}))
+    shape = recognize(Listed(rows, label_names={"labels": ["down", "up"]}))
     assert shape.build_chat(rows[1])["messages"][-1]["content"] == "up"
-    shape = shapes.recognize(Listed(rows), labels=["0=down", "1=up"])
+    shape = recognize(Listed(rows), labels=["0=down", "1=up"])
     assert shape.options == ["down", "up"]
-    shape = shapes.recognize(Listed(rows))
+    shape = recognize(Listed(rows))
     expected = say("p 1\n\nAnswer with one of: 0, 1.", "1")
     assert shape.build_chat(rows[1])["messages"] == expected
     with pytest.raises(ValueError, match='"labels" holds 2 values, and one in other rows'):
         shape.build_chat({"text": "p", "labels": [0, 1]})
-    several = shapes.recognize(Listed([*rows, {"text": "p", "labels": [0, 1]}]))
+    several = recognize(Listed([*rows, {"text": "p", "labels": [0, 1]}]))
     assert not several.options
     assert several.build_chat(rows[1])["messages"] == say("p 1", "[1]")
 
@@ -864,5 +861,5 @@ def test_names_of_labels_may_end_with_a_number():
 
 def test_the_firm_that_fiqas_scores_are_about_is_no_label():
     row = {"sentence": "Up.", "target": "Acme", "aspect": "Stock", "score": 0.4}
-    assert not shapes.recognize(Listed([row])).has_answer
-    assert shapes.recognize(Listed([row | {"label": "good"}])).columns["answer"] == "label"
+    assert not recognize(Listed([row])).has_answer
+    assert recognize(Listed([row | {"label": "good"}])).columns["answer"] == "label"

@@ -36,14 +36,14 @@ from tools.data import bases, convert, turns
 from tools.data.formats import RowFile, open_rows
 from tools.data.intake import Intake, IntakeOptions, take_in
 from tools.data.labels import MOST_OPTIONS, choose_options
-from tools.data.shapes import (
-    Shape,
+from tools.data.recognize import (
     explain_preferences,
     list_unused,
     parse_map,
     recognize,
     refuse_unwanted,
 )
+from tools.data.shapes import Shape
 from tools.data.split import TEST_SHARE, VALIDATION_SHARE, divide_rows
 from tools.rendering import write_own
 from tools.train.tokens import CHARACTERS_PER_TOKEN, TEMPLATE_TOKENS

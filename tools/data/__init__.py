@@ -1,7 +1,7 @@
 """From FinLoRA's files, or the user's own, to the rows that training and evaluation read.
 
-    own file ─▶ formats ─▶ shapes ─▶ intake ─▶ data/local/ ─────────────┐
-                   │         └ turns     what a chat row may hold       │
+    own file ─▶ formats ─▶ recognize ─▶ shapes ─▶ intake ─▶ data/local/ ┐
+                   │                      └ labels, choices, turns      │
                    └ encodings, jsonstream, tables, hub_rows, writers   │
                                                                         ▼
     fetch ─▶ data/raw/ ───────────────────────────────────────▶ rows ─▶ convert ─▶ data/chat/

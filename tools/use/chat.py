@@ -17,7 +17,7 @@ from typing import Any
 from evals.choices import build_constraint
 from tools import models, prompts, sources, subjects
 from tools.common import quiet, spell_out
-from tools.data.shapes import FINLORA_START
+from tools.data.recognize import FINLORA_START
 
 BUDGET = 200  # new tokens at most
 

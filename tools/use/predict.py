@@ -27,7 +27,8 @@ from evals.run import find_rows, naming_refusal, read_labels, read_tasks
 from tools import models, sources
 from tools.common import JobFailed, WrongInput, check_name, digest, quiet, shown, spell_out
 from tools.data.formats import Row, RowFile, open_rows
-from tools.data.shapes import FINLORA_PROMPT, FINLORA_START, Shape, parse_map, recognize
+from tools.data.recognize import FINLORA_PROMPT, FINLORA_START, parse_map, recognize
+from tools.data.shapes import Shape
 from tools.data.writers import choose_form, write_rows
 from tools.subjects import Subject
 
