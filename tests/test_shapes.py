@@ -790,6 +790,15 @@ def test_choices_are_in_training_and_test_rows_or_in_neither():
             recognize(rows).adopt(recognize(trained), rows)
 
 
+def test_a_file_may_have_more_choices_than_the_training_rows():
+    row = {"question": "q", "A": "up", "B": "down", "C": "flat", "answer": "C"}
+    trained, more = recognize(Listed([row])), row | {"D": "none", "answer": "D"}
+    shape = trained.add_choices(Listed([more]))
+    assert shape.build_chat(more)["messages"] == say("q\n\nA. up\nB. down\nC. flat\nD. none", "D")
+    for same in (row, row | {"F": "x"}):
+        assert trained.add_choices(Listed([same])) is trained
+
+
 def test_a_file_may_lack_a_context_that_the_template_leaves_out():
     rows = Listed([{"question": "q", "passage": "p", "answer": "a"}])
     bare = Listed([{"question": "q"}])

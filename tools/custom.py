@@ -274,7 +274,7 @@ class OwnTask:
                 print_shape(rows, test_shape, [self.choices.group, self.choices.time])
             elif note := shape.note_missing(rows):
                 print(f"new        {note}")
-            self.test_shapes[rows.name] = test_shape
+            self.test_shapes[rows.name] = test_shape.add_choices(rows)
         test_shape = self.test_shapes[rows.name]
         test_shape.options = shape.options
         return test_shape

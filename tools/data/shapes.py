@@ -19,7 +19,13 @@ import orjson
 
 from tools.common import WrongInput, nearest
 from tools.data import turns
-from tools.data.choices import Choice, name_choice, parse_choices, write_choices
+from tools.data.choices import (
+    Choice,
+    find_choice_columns,
+    name_choice,
+    parse_choices,
+    write_choices,
+)
 from tools.data.formats import RowFile
 from tools.data.labels import read_number
 from tools.data.turns import Turn
@@ -151,6 +157,15 @@ class Shape:
         wanted = {self.columns[part] for part in self.list_optional()}
         missing = sorted(wanted - set(find_columns(rows, wanted)))
         return describe_missing(rows, missing) if missing else ""
+
+    def add_choices(self, rows: RowFile) -> "Shape":
+        """The shape with a file's further columns of choices, such as E beside A to D."""
+        known = self.choice_columns
+        found = find_choice_columns(rows.columns) if known else []
+        if found[: len(known)] != known or found == known:
+            return self
+        columns = self.columns | {"choices": ", ".join(found)}
+        return Shape(**self.to_dict() | {"columns": columns, "choice_columns": found})
 
     def word(self, template: str, columns: list[str]) -> "Shape":
         """The shape with prompts worded by TEMPLATE=; raises WrongInput for one that cannot be."""

@@ -141,7 +141,7 @@ def find_shape(rows: RowFile, task_row: dict[str, Any], request: Request) -> Sha
         )
     if note := shape.note_missing(rows):
         rows.notes.append(note)
-    return shape
+    return shape.add_choices(rows)
 
 
 def holds_texts(shape: Shape, rows: RowFile) -> bool:
