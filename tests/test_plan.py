@@ -343,6 +343,8 @@ def test_steps_follow_rows_epochs_and_batch():
     # transformers takes max_steps before num_epochs: 6 epochs of 62 steps, and 28 steps of 16 rows
     assert count_steps(980, 50, config | {"max_steps": 400}) == (400, (6 * 980 + 28 * 16) * 50)
     assert count_steps(980, 50, config | {"max_steps": -1}) == (4 * 62, 4 * 980 * 50)
+    sharded = config | {"datasets": [entry | {"shards": 10} for entry in config["datasets"]]}
+    assert count_steps(980, 50, sharded) == (4 * 7, 4 * 98 * 50)
 
 
 def test_rows_that_validate_are_not_counted_as_steps():

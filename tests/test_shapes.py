@@ -484,6 +484,10 @@ REFUSED = {
         {"messages": [*say("p", "c"), {"role": "tool", "content": "3"}]},
         "follows no call",
     ),
+    "a call in a text": (
+        {"messages": [*say("p", "<tool_call>{}</tool_call>"), {"role": "tool", "content": "3"}]},
+        "follows no call; a call belongs into tool_calls",
+    ),
     "gold and answer that differ": (
         {"query": "q", "answer": "bad", "choices": ["bad", "good"], "gold": 1},
         '"answer" is "bad", "gold" is "good"',

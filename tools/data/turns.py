@@ -321,7 +321,9 @@ def check_turns(messages: list[Turn], name: str) -> None:
         if role == before and role != "tool":
             raise ValueError(f"{where}: two turns of the {role} in a row")
         if role == "tool" and before != "tool" and not messages[number - 2].get("tool_calls"):
-            raise ValueError(f"{where}: a tool's result follows no call")
+            as_text = "<tool_call>" in (messages[number - 2]["content"] or "")  # Hermes
+            advice = "; a call belongs into tool_calls and not into the text" if as_text else ""
+            raise ValueError(f"{where}: a tool's result follows no call{advice}")
         if before == "tool" and role == "user":
             raise ValueError(f"{where}: a user's turn follows a tool's result without an answer")
         text = messages[number - 1]["content"] or ""

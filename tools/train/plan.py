@@ -131,10 +131,13 @@ def read_published_rows() -> dict[str, int | None]:
 def count_steps(rows: int, row: int, config: dict[str, Any]) -> tuple[int, int]:
     """(optimizer steps, tokens) of a training on `rows` rows of `row` tokens each.
 
-    Rows that `val_set_size` splits off are not trained on; WrongInput where these are all. Packing
-    fills each row up to sequence_len. Padding is not counted. Several GPUs share the config's
-    batch, so they take as many steps.
+    Rows that `shards` or `val_set_size` leaves out are not trained on; WrongInput where these are
+    all. Packing fills each row up to sequence_len. Padding is not counted. Several GPUs share the
+    config's batch, so they take as many steps.
     """
+    shards = {entry.get("shards") or 1 for entry in config["datasets"]}
+    if len(shards) == 1:  # a part of each file; of several files their sizes are not known here
+        rows = math.ceil(rows / int(shards.pop()))
     share = config.get("val_set_size") or 0
     held_out = math.ceil(rows * share) if share < 1 else int(share)
     if held_out >= rows > 0:
