@@ -55,6 +55,7 @@ class Keys(BaseModel):
 class Dataset(Keys):
     path: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
     chat_template_jinja: str | None = None
+    shards: Count | None = None
 
 
 class Peft(Keys):
