@@ -42,7 +42,7 @@ FILTERED = 3  # tries of a row whose answer is filtered
 ALL = 16
 UNSUPPORTED = ("max_tokens", "temperature")  # parameters that reasoning models refuse
 MILLION = 1_000_000
-KEPT = "what was answered is kept, and the same command goes on from there"
+KEPT = "what was answered is kept, and the same command continues from there"
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def check_endpoint(endpoint: Endpoint) -> Endpoint:
         is_valid = False
     if not is_valid or parts.query or parts.fragment:
         raise WrongInput(
-            "BACKEND=openai needs BASE_URL=https://host/v1, what stands before /chat/completions"
+            "BACKEND=openai needs BASE_URL=https://host/v1, the part before /chat/completions"
         )
     if endpoint.reasoning_tokens and endpoint.prompt_format != "chat":
         raise WrongInput("REASONING_TOKENS goes with PROMPT_FORMAT=chat: completions do not reason")

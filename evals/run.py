@@ -55,7 +55,7 @@ LIBRARIES = ["torch", "transformers", "peft", "bitsandbytes", "lm_eval"]
 # older scores are then computed again, and compared with no new ones.
 SCORING = 2
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
-KEPT = "; what was answered is kept, and the same command goes on from there"
+KEPT = "; what was answered is kept, and the same command continues from there"
 
 # ---- tasks
 

@@ -488,8 +488,8 @@ def test_a_number_in_the_way_of_yaml_1_2_is_a_number_as_it_is_for_axolotl(tiny, 
 
 
 TWICE = {
-    "top": ("a: 1\nb: 2\na: 3\n", 'x.yaml, line 3: the key "a" stands in line 1 already'),
-    "nested": ("a:\n- b: 1\n  b: 1\n", 'x.yaml, line 3: the key "b" stands in line 2'),
+    "top": ("a: 1\nb: 2\na: 3\n", 'x.yaml, line 3: the key "a" is on line 1 already'),
+    "nested": ("a:\n- b: 1\n  b: 1\n", 'x.yaml, line 3: the key "b" is on line 2'),
     "flow": ("a: {b: 1, b: 2}\n", 'the key "b"'),
 }
 

@@ -321,7 +321,7 @@ def test_a_server_that_always_cuts_at_the_same_byte_is_given_up(site):
     assert status == 1 and site.count_requests(FPB) == fetch.TRIES
     assert err == (
         f"error: {FPB}: the connection was cut ({site.url}/data/{FPB}, 1,000 bytes are kept); "
-        "the same command goes on from here\n"
+        "the same command continues from here\n"
     )
     assert list_files(site) == sorted([FIQA, f"{FPB}.part", TRAIN])
     del site.always[FPB]
@@ -604,7 +604,7 @@ def test_an_interrupted_fetch_ends_at_once_and_the_next_one_resumes_it(site, how
     assert time.monotonic() - began < fetch.TIMEOUT / 2  # it does not wait for the answer
     if how == signal.SIGINT:
         assert process.returncode == 130
-        assert err == b"error: interrupted; the same command goes on from here\n"
+        assert err == b"error: interrupted; the same command continues from here\n"
     size = part.stat().st_size
     assert not (site.raw / TRAIN).exists() and site.files[TRAIN].startswith(part.read_bytes())
     again = start(site, stderr=subprocess.PIPE)

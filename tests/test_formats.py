@@ -113,8 +113,8 @@ REFUSED = {
     "a PDF": (b"%PDF-1.7", "this is a PDF"),
     "a pickle": (b"\x80\x04\x95", "a pickle, which can run code"),
     "zstd": (b"\x28\xb5\x2f\xfd\x00", "packed with zstd"),
-    "few bytes": (b"\x93\xff\x8eab\x00\xfe,\xf0\n1,2\n", "neither text nor a format that is read"),
-    "bytes": (bytes(range(256)) * 9, "neither text nor a format that is read here"),
+    "few bytes": (b"\x93\xff\x8eab\x00\xfe,\xf0\n1,2\n", "neither text nor a supported format"),
+    "bytes": (bytes(range(256)) * 9, "neither text nor a supported format"),
     "gzip that is cut off": (gzip.compress(ROW.encode() * 999)[:-9], "cut off or damaged"),
     "parquet that is cut off": (b"PAR1abcPAR1", "cut off or damaged"),
     "prose": (

@@ -512,7 +512,7 @@ def test_a_run_that_diverged_or_was_trained_with_another_recipe_is_refused(me):
     tensors = load_file(me.folder / adapters.WEIGHTS)
     next(iter(tensors.values()))[0, 0] = np.inf
     (me.folder / adapters.WEIGHTS).write_bytes(save(tensors))
-    refused(me.push(), "its adapter is not the one that run.json tells of")
+    refused(me.push(), "its adapter is not the one that run.json describes")
     me.change_info(adapter_sha256=common.digest(me.folder / adapters.WEIGHTS))
     refused(me.push(), "holds NaN or infinity")
     me.change_info(recipe_digest="0" * 64)

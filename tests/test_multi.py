@@ -101,7 +101,7 @@ def test_two_processes_killed_in_the_second_epoch_go_on(tiny, chat_rows, tmp_pat
     wait_for(process, (folder / "checkpoint-15").is_dir)
     kill(process)
     result = run("train", recipe, *options)
-    assert result.returncode == 0 and "goes on from step" in result.stdout, result.stderr
+    assert result.returncode == 0 and "continues from step" in result.stdout, result.stderr
     assert losses(folder) == losses(tmp_path / "once" / "r4")
 
 
@@ -114,7 +114,7 @@ def test_two_processes_told_to_stop_save_together(tiny, chat_rows, tmp_path):
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate()
     saved = checkpoints.last_checkpoint(Run(folder))
-    assert process.returncode == 130 and saved > 0 and f"goes on from step {saved}" in output
+    assert process.returncode == 130 and saved > 0 and f"continues from step {saved}" in output
     assert not (folder / "stats.json").exists()  # it would make the run a finished one
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(os.listdir(folder / f"checkpoint-{saved}"))
 

@@ -59,14 +59,14 @@ def test_a_training_told_to_stop_saves_and_goes_on(undisturbed, tiny, chat_rows,
     output, error = process.communicate()
     assert process.returncode == 130 and "interrupted" in error
     saved = checkpoints.last_checkpoint(Run(folder))
-    assert saved >= 13 and f"goes on from step {saved}" in output
+    assert saved >= 13 and f"continues from step {saved}" in output
     assert (
         not (folder / "run.json").exists() and not (folder / "adapter_model.safetensors").exists()
     )
-    assert status.read_status(Run(folder)).note == f"goes on from step {saved}"
+    assert status.read_status(Run(folder)).note == f"continues from step {saved}"
 
     result = run("train", recipe)
-    assert f"goes on from step {saved}" in result.stdout
+    assert f"continues from step {saved}" in result.stdout
     assert_same(folder, undisturbed)
 
 
@@ -101,7 +101,7 @@ def test_a_training_told_to_stop_leaves_its_evaluation(undisturbed, tiny, chat_r
         wait_for(process, lambda step=step: count_steps(folder) == step)
         process.send_signal(number)
         output, error = process.communicate()
-        assert process.returncode == 130 and f"goes on from step {step}" in output, output + error
+        assert process.returncode == 130 and f"continues from step {step}" in output, output + error
         assert checkpoints.last_checkpoint(Run(folder)) == step and evaluated() == before
         assert not (folder / "stats.json").exists()
     result = run("train", recipe)
@@ -387,11 +387,11 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(tiny, chat_r
         assert "no space left on the disk" in error
         assert not (disk / "run.json").exists()
         step = checkpoints.last_checkpoint(Run(disk))
-        assert f"goes on from step {step}" in error
+        assert f"continues from step {step}" in error
         subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
         result = run("train", recipe)
         assert result.returncode == 0, result.stdout + result.stderr
-        assert f"goes on from step {step}" in result.stdout
+        assert f"continues from step {step}" in result.stdout
     finally:
         subprocess.run(["umount", disk], check=True)
 

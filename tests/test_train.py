@@ -120,7 +120,7 @@ def test_a_run_killed_in_the_middle_goes_on_to_the_same_adapter(runs, tiny, chat
 
     result = run("train", recipe)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert f"goes on from step {step}" in result.stdout
+    assert f"continues from step {step}" in result.stdout
     assert_same(folder, runs["r4"])
 
 

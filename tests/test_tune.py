@@ -818,7 +818,7 @@ def whole(tiny, chat_rows, tmp_path_factory) -> WholeSearch:
     wait_for(process, lambda: count_steps(result.place / "000") >= 5)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
-    assert process.returncode == 130 and "goes on from here" in errors
+    assert process.returncode == 130 and "continues from here" in errors
     assert not Run(result.place / "000").is_finished
     result.interrupted_at = count_steps(result.place / "000")
     process = result.start()

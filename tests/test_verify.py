@@ -467,11 +467,11 @@ def test_a_recipe_is_measured_resumed_and_left_alone_once_it_is_finished(project
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert "trained before: runs/tiny/sentiment_r4\n" in out, out + err
-    assert process.returncode == 130 and "the same command goes on from here" in err
+    assert process.returncode == 130 and "the same command continues from here" in err
     assert not project.result.exists() and not seed43.is_finished
 
     out, _ = project.run("verify", TINY, "--seeds", 2, "--shots", 0)
-    assert "trained before: runs/tiny/sentiment_r4\n" in out and "goes on from step" in out
+    assert "trained before: runs/tiny/sentiment_r4\n" in out and "continues from step" in out
     assert sorted(losses(seed43.folder)) == list(range(1, 13))
 
     (path,) = project.result.parent.glob("*.json")

@@ -485,8 +485,8 @@ def verify(
         int | None,
         Option(
             min=0,
-            help="Also score the base with so many worked examples in each prompt; as many as the "
-            "result has that there is, else 3.",
+            help="Also score the base with so many worked examples in each prompt; if omitted, as "
+            "many as the existing result has, else 3.",
         ),
     ] = None,
     tasks: Datasets = None,

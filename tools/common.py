@@ -98,7 +98,7 @@ def command(function: Callable[[], None]) -> Callable[[], None]:
             function()
             sys.stdout.flush()  # a full disk shows here, before the exit status is decided
         except KeyboardInterrupt:
-            _stop("interrupted; the same command goes on from here", 130)
+            _stop("interrupted; the same command continues from here", 130)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (WrongInput, JobFailed) as error:
@@ -442,7 +442,7 @@ def _count_values(node: Any, where: str, counts: dict[int, float]) -> float:
             line = key.start_mark.line + 1
             if first := lines.get((key.tag, key.value)):
                 raise WrongInput(
-                    f'{where}, line {line}: the key "{key.value}" stands in line {first} already; '
+                    f'{where}, line {line}: the key "{key.value}" is on line {first} already; '
                     "keep one of the two"
                 )
             lines[key.tag, key.value] = line

@@ -228,7 +228,7 @@ class OwnTask:
         options = choose_options(answers)
         if self.shape.options and not self.shape.names and options != self.shape.options:
             if not options:
-                print(f"new        prompts list no labels: there are over {MOST_OPTIONS} of them")
+                print(f"new        over {MOST_OPTIONS} labels, so prompts do not list them")
             self.shape.options = options
             intakes = {side: self.take_in(rows, side) for side, rows in files.items()}
         for side, intake in intakes.items():

@@ -167,7 +167,7 @@ def build_rounded_forward(layer: Any) -> Callable[..., Any]:
 
 
 def keep_8bit_scales() -> None:
-    """Lets DoRA run on an 8-bit base on a CPU, where PEFT 0.20 and bitsandbytes 0.50 disagree.
+    """Lets DoRA run on an 8-bit base on a CPU, where PEFT and bitsandbytes 0.50 disagree.
 
     In every DoRA forward PEFT replaces a layer's weight by `weight.to("cpu")`. bitsandbytes has
     moved the weight's scales (SCB) into the layer's state, so the new weight has none, and the

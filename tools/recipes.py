@@ -105,7 +105,7 @@ class Recipe:
         if not self.run.is_finished:
             raise WrongInput(f"{self.name} is not trained; `make train RECIPE={self.name}` does it")
         if not self.run.is_intact:
-            raise WrongInput(f"{self.run}: its adapter is not the one that run.json tells of")
+            raise WrongInput(f"{self.run}: its adapter is not the one that run.json describes")
         info = self.run.info
         trainer = str(info.get("recipe") or self.name)
         if info.get("recipe_digest", self.digest) != self.digest:

@@ -470,4 +470,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        fail("interrupted; `make setup` goes on from here")
+        fail("interrupted; `make setup` continues from here")

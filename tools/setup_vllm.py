@@ -124,4 +124,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        fail("interrupted; `make setup-vllm` goes on from here")
+        fail("interrupted; `make setup-vllm` continues from here")

@@ -109,7 +109,7 @@ def guess_encoding(head: bytes, path: Path) -> str:
         if sum(zeros) <= max(1, len(head) // 1000):  # a stray one: its row is refused
             codecs.getincrementaldecoder("utf-8")().decode(head)
             return "utf-8"
-    raise WrongInput(f"{shown(path)}: neither text nor a format that is read here; {FORMATS}")
+    raise WrongInput(f"{shown(path)}: neither text nor a supported format; {FORMATS}")
 
 
 FORMATS = (

@@ -121,8 +121,8 @@ def read_mirror() -> str | None:
         is_web = is_plain = False
     if not (is_plain and (is_web or base.startswith("file:///"))):
         raise WrongInput(
-            f"FINLORA_BASE_URL={hide_password(base)} is no address; http://…, https://… or "
-            "file:///… is, without ? and #"
+            f"FINLORA_BASE_URL={hide_password(base)} is no address; use http://…, https://… or "
+            "file:///…, without ? and #"
         )
     return base
 
@@ -215,7 +215,7 @@ class Download:
                 again = f"; it asks to wait {wait:.0f} s" if wait > LONGEST_WAIT else ""
                 raise JobFailed(
                     f"{error}{again} ({hide_password(self.url)}, {most_bytes:,} bytes are kept); "
-                    "the same command goes on from here"
+                    "the same command continues from here"
                 ) from None
             file.flush()
             os.fsync(file.fileno())

@@ -95,7 +95,7 @@ def prepare(recipe: recipes.Recipe, identity: dict[str, Any], force: bool) -> bo
     if not restart:
         shutil.rmtree(run.folder / ".writing", ignore_errors=True)
         if step := last_checkpoint(run):
-            print(f"train      goes on from step {step}")
+            print(f"train      continues from step {step}")
         return True
     if run.folder.is_dir() and any(run.folder.iterdir()):
         if not run.is_recognized:

@@ -1,6 +1,6 @@
 """Says before a run what it trains, how much memory it takes, and what it costs.
 
-    plan(recipe.config, Hardware("A5000 24GB", 4, 0.26), rows=76772)["usd"]
+    plan(recipe.config, Hardware("A5000 24GB", 4, 0.26), rows=72824)["usd"]
 
 It computes from the recipe and recipes/models/<model>.json and loads neither torch nor the model.
 Memory is computed by tools/train/memory.py. Hours are an estimate: they rest on an assumed

@@ -178,5 +178,5 @@ def run_axolotl(
     if is_unfinished or process.returncode:
         reason = explain_failure(log, start, process.returncode, config, machines.processes)
         step = last_checkpoint(run) if is_unfinished else 0
-        again = f"; the same command goes on from step {step}" if step else ""
+        again = f"; the same command continues from step {step}" if step else ""
         raise JobFailed(f"training stopped: {reason}{again}; all of it is in {shown(log)}")

@@ -86,7 +86,7 @@ class SearchSettings(Section):
             ):
                 raise ValueError("batch needs a list of whole numbers: rows per step")
             if isinstance(entry, list) and len(set(map(encode, entry))) < max(1, len(entry)):
-                raise ValueError(f"{key} needs one choice at least, and each once")
+                raise ValueError(f"{key} needs at least one choice, and each of them once")
         return self
 
 

@@ -68,7 +68,7 @@ def read_status(run: Run) -> Status:
             progress = (steps, steps, info.get("last_loss"), info["seconds"])
             return Status(run.name, "finished", note, *progress)
         saved = run.checkpoints()
-        note = f"goes on from step {step_of(saved[0])}" if saved else "nothing saved yet"
+        note = f"continues from step {step_of(saved[0])}" if saved else "nothing saved yet"
         return Status(run.name, "interrupted", note, *progress)
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}"

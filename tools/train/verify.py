@@ -151,8 +151,8 @@ def find_named_recipe(name: str) -> Recipe:
     recipe = recipes.find(name)
     if recipe.name not in recipes.list_aliases():
         raise WrongInput(
-            f"{recipe.where}: a result is filed under the name of a recipe, which this file has "
-            "not; put it into recipes/local/<model>/"
+            f"{recipe.where}: a result is filed under the name of a recipe, and this file has "
+            "none; put it into recipes/local/<model>/"
         )
     if not re.fullmatch(results.NAME, recipe.name):
         raise WrongInput(
