@@ -21,6 +21,7 @@ OpenModel = Callable[[str, str, int], AbstractContextManager[Any]]
 def open_transformers(subject: Subject) -> OpenModel:
     from evals.model import Model
 
+    models.bring_base(subject.config["base_model"])
     model, tokenizer = models.load(subject.config, subject.adapter)
 
     @contextmanager
@@ -68,13 +69,12 @@ def open_vllm(subject: Subject) -> OpenModel:
     command = vllm.find_vllm()
     if command is None:
         raise WrongInput(f"BACKEND=vllm needs vLLM; `{vllm.INSTALL}` installs it")
+    base = models.bring_base(subject.config["base_model"])
     engine = vllm.ask_vllm(command)
     arguments = vllm_arguments(subject, engine)
     from evals.vllm_model import VllmModel, Worker
 
-    config = AutoConfig.from_pretrained(
-        models.bring_base(subject.config["base_model"]), trust_remote_code=False
-    )
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     tokenizer = models.load_tokenizer(subject.config, subject.adapter)
     worker = Worker(engine, arguments, config)
 

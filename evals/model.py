@@ -23,6 +23,8 @@ from evals.answers import Progress
 from evals.choices import Constraint, build_constraint
 from tools import packs
 from tools import prompts as prompt
+from tools.common import JobFailed
+from tools.models import NOT_FINITE
 from tools.packs import SHORTEST
 from tools.segments import Segments, attend_to_segments
 
@@ -56,14 +58,21 @@ def first_tokens(tokenizer: Any, labels: Sequence[str]) -> dict[str, list[int]]:
 
 
 class FirstToken(LogitsProcessor):  # type: ignore[misc]
-    """Records the probabilities of labels at the first new token, as shares of one, by row."""
+    """Records the probabilities of labels at the first new token, as shares of one, by row.
+
+    Raises JobFailed where a logit of it is not a number.
+    """
 
     def __init__(self, tokens: dict[str, list[int]]):
         self.tokens = tokens
         self.shares: list[dict[str, float]] = []
+        self.is_checked = False
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if not self.shares:
+        if not self.is_checked and bool(scores.isnan().any()):
+            raise JobFailed(f"no answer: {NOT_FINITE}")
+        self.is_checked = True
+        if self.tokens and not self.shares:
             logs = scores.float().log_softmax(-1)
             by_label = [logs[:, tokens].logsumexp(-1) for tokens in self.tokens.values()]
             rows = torch.stack(by_label, 1).softmax(1).tolist()
@@ -189,7 +198,7 @@ class Model(Progress, HFLM):
             rows = [prompts[row] for row in batch]
             first = FirstToken(labels)
             context, mask = self._pad(rows)
-            processors: list[LogitsProcessor] = [first] if labels else []
+            processors: list[LogitsProcessor] = [first]
             processors += [constraint.begin_at(context.shape[1])] if constraint else []
             options = rest | {
                 "context": context,

@@ -144,7 +144,8 @@ def _select_comparable(contents: dict[str, Content], other: Scored) -> dict[str,
     """Another's scores that differ from these in nothing but the adapter and worked examples."""
 
     def conditions(content: Content) -> dict[str, Any]:
-        return content["evaluated"] | dict.fromkeys(("adapter_sha256", "shots", "examples_sha256"))
+        varied = ("adapter_sha256", "adapter_files", "shots", "examples_sha256")
+        return content["evaluated"] | dict.fromkeys(varied)
 
     return {
         dataset: other.contents[dataset]

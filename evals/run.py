@@ -38,8 +38,8 @@ from evals.answers import Answers, Prompts
 from evals.backends import BACKENDS, OpenModel
 from evals.choices import allow_labels, widen_budget
 from evals.examples import choose_examples, read_question
+from tools import adapters, smollm2, sources, vllm
 from tools import models as weights
-from tools import smollm2, sources, vllm
 from tools.common import ROOT, JobFailed, WrongInput, check_name, digest, quiet, shown, write_json
 from tools.prompts import TOKENIZER, with_template
 from tools.runs import Run
@@ -234,7 +234,9 @@ def _identify_subject(subject: Subject, side: str) -> dict[str, Any]:
         "quantization": {key: config[key] for key in quantization if key in config},
         "precision": weights.precision(config),
         "libraries": {name: importlib.metadata.version(name).split("+")[0] for name in LIBRARIES},
-        "adapter_sha256": digest(adapter / "adapter_model.safetensors") if adapter else None,
+        "adapter_sha256": digest(adapter / adapters.WEIGHTS) if adapter else None,
+        **({"adapter_files": adapters.identify(adapter)} if adapter else {}),
+        **({"prompting": subject.prompting} if subject.prompting else {}),
         "prompt_format": subject.prompt_format,
         "chat_template_kwargs": subject.options,
         "device_class": _find_device_class(),
@@ -514,6 +516,7 @@ def score_subject(subject: "Subject | Endpoint", request: Request) -> report.Fil
             quiet()
             # A score depends on the base's commit, which is known once the base is downloaded.
             _ = job.open_model
+        subject = subject.with_own_prompts()
     files = {
         name: {side: subject.file(side, name, request.limit) for side in subject.sides}
         for name in names
@@ -523,7 +526,7 @@ def score_subject(subject: "Subject | Endpoint", request: Request) -> report.Fil
         for name in names:
             file = files[name][side]
             identity = identify(subject, side, name, request.limit, request.backend)
-            if request.force or _read_identity(file, warn=True) != identity:
+            if request.force or not _is_same(_read_identity(file, warn=True), identity):
                 todo.append((side, name, identity, file))
     if todo:
         print(f"eval       {subject.name} on {', '.join(names)}", flush=True)
@@ -535,9 +538,15 @@ def score_subject(subject: "Subject | Endpoint", request: Request) -> report.Fil
     for side, name, identity, file in todo:
         # Two jobs may share a base: the second waits, and then finds the score.
         with naming_refusal(file), locked(file):
-            if request.force or _read_identity(file) != identity:
+            if request.force or not _is_same(_read_identity(file), identity):
                 job.score(side, name, identity, file)
     return files
+
+
+def _is_same(before: Any, now: dict[str, Any]) -> bool:
+    """Whether a score is current. One from before an adapter's files were recorded may be."""
+    keys = now.keys() - ({"adapter_files"} - (before or {}).keys())
+    return bool(before == {key: now[key] for key in keys})
 
 
 def _read_identity(file: Path, warn: bool = False) -> Any:

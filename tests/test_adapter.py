@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lm_eval.api.instance import Instance
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -332,6 +333,135 @@ def test_tokens_in_spare_rows_of_a_base_and_another_end_token_are_taken(tiny, tm
         assert "its tokenizer does not extend the base's: not used" in capsys.readouterr().out
 
 
+def test_tokens_of_a_tokenizer_in_the_slow_format_are_taken_or_it_is_said(tiny, tmp_path, capsys):
+    folder = make(tiny, tmp_path / "adapter")
+    (folder / "added_tokens.json").write_text('{"<bull>": 49152}')
+    base_tokenizer = models.load_tokenizer({"base_model": str(tiny)})
+    own = models.load_own_tokenizer(folder, base_tokenizer)
+    said = "its tokenizer does not extend the base's" in capsys.readouterr().out
+    assert said or own.tokenize("<bull>") == ["<bull>"]
+
+
+def test_an_adapter_of_another_template_or_tokens_has_a_score_of_the_base_of_its_own(
+    tiny, tmp_path
+):
+    """With another template the base answers other prompts, which is another score."""
+
+    def find(change=None, name="adapter"):
+        folder = make(tiny, tmp_path / name)
+        if change:
+            change(folder)
+        return subjects.find("", str(folder), "fp32").with_own_prompts()
+
+    plain = find()
+    template = models.load_tokenizer({"base_model": str(tiny)}).chat_template
+
+    def write(text):
+        return lambda folder: (folder / "chat_template.jinja").write_text(text)
+
+    def end_otherwise(folder):
+        tokenizer = AutoTokenizer.from_pretrained(tiny)
+        tokenizer.eos_token = "<|endoftext|>"
+        tokenizer.save_pretrained(folder)
+
+    assert plain.base_folder.name == "base_fp32" and not plain.prompting
+    assert find(write(template), "same").base_folder == plain.base_folder
+    other = find(write("Q: {{ messages[0].content }} A:"), "other")
+    ends = find(end_otherwise, "ends")
+    folders = {subject.base_folder for subject in (plain, other, ends)}
+    assert len(folders) == 3 and other.base_folder.name == f"base_fp32_{other.prompting}"
+    assert other.file("base", "fpb", None) != plain.file("base", "fpb", None)
+    # Two folders of one name are two adapters.
+    assert find(name="x/last").folder != find(name="y/last").folder
+
+
+def test_all_that_an_adapter_answers_with_identifies_it(copy, tiny):
+    first = adapters.identify(copy)
+    change(copy, peft_version="9", base_model_name_or_path="elsewhere", inference_mode=False)
+    assert adapters.identify(copy) == first
+    change(copy, base_model_name_or_path=str(tiny))
+    seen = [first]
+    change(copy, lora_alpha=999)
+    seen.append(adapters.identify(copy))
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    seen.append(adapters.identify(copy))
+    (copy / "added_tokens.json").write_text("{}")
+    seen.append(adapters.identify(copy))
+    assert all(a != b for n, a in enumerate(seen) for b in seen[:n])
+
+
+def test_an_adapter_whose_config_changed_is_merged_again(copy):
+    config = subjects.find("", str(copy), "fp32").config
+
+    def read(target):
+        return load_file(target / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+
+    first = read(merge.merge(config, copy))
+    change(copy, lora_alpha=64)
+    assert largest([first], [read(merge.merge(config, copy))]) > 1e-4
+
+
+def test_values_that_are_not_finite_are_no_answers(tiny, tmp_path):
+    """Each number of the file is finite, and what the model makes of them is not."""
+    for name, size in (("product", 1e25), ("logits", 1e18)):
+        folder = make(tiny, tmp_path / name)
+        tensors = load_file(folder / adapters.WEIGHTS)
+        save_file(
+            {n: torch.full_like(t, size) for n, t in tensors.items()}, folder / adapters.WEIGHTS
+        )
+        config = subjects.find("", str(folder), "fp32").config
+        with pytest.raises(common.JobFailed, match="not finite .* nothing is kept"):
+            merge.merge(config, folder)
+        assert not (folder / "merged").exists()
+
+        from evals.model import Model
+
+        lm = Model(*models.load(config, folder), "fpb", 1)
+        settings = {"max_gen_toks": 2, "do_sample": False, "until": []}
+        request = Instance("generate_until", {}, ("Good?", settings), 0)
+        with pytest.raises(common.JobFailed, match="no answer: the model computes values"):
+            lm.generate_until([request])
+
+
+def test_one_of_two_tied_weights_alone_is_refused(tiny, tmp_path):
+    """PEFT would change the head of a tied base with its embedding."""
+    folder = make(tiny, tmp_path / "adapter")
+    tensors = load_file(folder / adapters.WEIGHTS)
+    weight = AutoModelForCausalLM.from_pretrained(tiny).get_input_embeddings().weight
+    name = "base_model.model.model.embed_tokens.weight"
+    save_file(tensors | {name: weight.detach() + 0.1}, folder / adapters.WEIGHTS)
+    with pytest.raises(WrongInput, match="one weight for embedding and head; save both"):
+        models.load(subjects.find("", str(folder), "fp32").config, folder)
+
+
+def test_a_base_that_cannot_be_had_is_one_line_in_scoring(copy, monkeypatch):
+    from evals import backends
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for base in ("lab/gone", "lab/gone/"):
+        subject = subjects.find("", str(change(copy, base_model_name_or_path=base)), "fp32")
+        assert subject.config["base_model"] == "lab/gone"
+        with pytest.raises(common.JobFailed, match="the base lab/gone is not in the Hub's cache"):
+            backends.open_transformers(subject)
+    for base in ("a\0b", "x" * 5000):
+        with pytest.raises(WrongInput, match="the name of a base is needed"):
+            subjects.find("", str(change(copy, base_model_name_or_path=base)), "fp32")
+
+
+def test_a_name_of_finloras_is_said_and_that_of_a_folder_above_does_not_count(
+    plain, tmp_path, capsys
+):
+    name = "sentiment_llama_3_1_8b_8bits_r8"
+    folder = Path(shutil.copytree(plain, tmp_path / name))
+    assert subjects.find("", str(folder)).prompt_format == "finlora"
+    assert "is named like an adapter of FinLoRA's: 8bits, [INST]" in capsys.readouterr().err
+    inner = Path(shutil.copytree(plain, folder / "mine"))
+    with pytest.raises(WrongInput, match="PRECISION= is one of"):
+        subjects.find("", str(inner))
+    cached = tmp_path / f"models--someone--{name}" / "snapshots" / ("a" * 40)
+    assert subjects.find("", str(shutil.copytree(plain, cached))).prompt_format == "finlora"
+
+
 def test_another_revision_of_the_base_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     commit = "1" * 40
@@ -366,6 +496,15 @@ def test_a_stray_config_beside_an_adapter_is_not_its_training(copy):
 def test_the_default_of_several_templates_is_taken_and_other_bytes_are_named(copy):
     named = [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]
     (copy / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert models.read_template(copy) == "d"
+    for content, read in (({"default": "d", "rag": "r"}, "d"), ("d", "d"), (None, None)):
+        (copy / "tokenizer_config.json").write_text(json.dumps({"chat_template": content}))
+        assert models.read_template(copy) == read
+    for content in (["d"], named[:1], {"rag": "r"}, 5):
+        (copy / "tokenizer_config.json").write_text(json.dumps({"chat_template": content}))
+        with pytest.raises(WrongInput, match="tokenizer_config.json: chat_template is no text"):
+            models.read_template(copy)
+    (copy / "chat_template.jinja").write_text("d", encoding="utf-8-sig")
     assert models.read_template(copy) == "d"
     (copy / "chat_template.jinja").write_bytes(b"\xe9")
     with pytest.raises(WrongInput, match=r"chat_template\.jinja: not UTF-8 at byte 1"):

@@ -527,7 +527,7 @@ def test_an_adapter_of_finloras_gets_its_prompt_and_precision(
         shutil.copy(folder / name, theirs / name)
     evaluate(monkeypatch, "--adapter", theirs, "--limit", "2")
     (file,) = (workplace / "runs").glob(
-        "*/adapter_headline_llama_3_1_8b_4bits_r4/evals/headline_finlora_sample2.json"
+        "*/adapter_headline_llama_3_1_8b_4bits_r4_*/evals/headline_finlora_sample2.json"
     )
     evaluated = json.loads(file.read_text())["evaluated"]
     assert (evaluated["prompt_format"], evaluated["precision"]) == ("finlora", "nf4")

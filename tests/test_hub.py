@@ -26,6 +26,7 @@ from tests.conftest import call, run_first
 from tests.hub_server import Hold, Hub, busy, cut, once
 from tools import adapters, architectures, common, recipes
 from tools.hub import card, client, pull, push
+from tools.runs import Run
 from tools.train import memory
 
 RECIPE = "smollm2-135m/sentiment_r4"
@@ -1062,6 +1063,53 @@ def test_a_malicious_repository_is_refused_before_anything_is_loaded(
     refused(subprocess.CompletedProcess([], ended.value.code, *capsys.readouterr()), why)
     assert [p for p in (tmp_path / "runs").rglob("*") if p.is_dir()] == []
     assert not [p for p in tmp_path.rglob("*") if p.name in ("evil.json", "adapter_model.bin")]
+
+
+def test_files_of_other_programs_are_left_out_and_a_foreign_tokenizer_is_checked(
+    server, tmp_path, monkeypatch, capsys
+):
+    """`make pull` writes what a run has, which makes no run of the tokenizer beside it."""
+    files = files_of(*lora(SMOLLM2)) | {
+        "run.json": b'{"id": "abc"}',
+        "config.yaml": b"learning_rate: 1",
+        "tokenizer.json": b"{}",
+    }
+    server.put("me/mine", files)
+    run = Run(tmp_path / "runs" / "mine")
+    content = recipes.build_config(RECIPE) | {"output_dir": str(run.folder)}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    call(monkeypatch, "pull", tmp_path / "mine.yaml", "--namespace", "me")
+    output = capsys.readouterr().out
+    assert "me/mine/run.json is another program's (it has no adapter_sha256)" in output
+    assert "me/mine/config.yaml is another program's (it has no datasets)" in output
+    assert run.is_intact and run.config["datasets"] == content["datasets"]
+    assert run.tokenizer_file.is_file() and not run.has_tokenizer
+    call(monkeypatch, "pull", tmp_path / "mine.yaml", "--namespace", "me")
+    assert "is there already" in capsys.readouterr().out
+    origin = read_json(run.origin_file)
+    origin["remote"] |= {"run.json": "", "config.yaml": ""}  # as a run that was pushed has them
+    common.write_json(run.origin_file, origin)
+    assert run.has_tokenizer
+
+
+def test_an_adapter_of_a_base_of_another_kind_is_refused_with_what_to_do(
+    server, tmp_path, monkeypatch, capsys
+):
+    for kind, size in (("phi3", "num_attention_heads"), ("gpt2", "n_head")):
+        base = {"model_type": kind, "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 99}
+        base |= {size: 4, "intermediate_size": 128}
+        server.put(f"lab/{kind}", {"config.json": json.dumps(base).encode()})
+        config, tensors = lora(SMOLLM2)
+        config |= {"base_model_name_or_path": f"lab/{kind}", "target_modules": ["qkv_proj"]}
+        server.put(f"me/{kind}", files_of(config, tensors))
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        with pytest.raises(SystemExit) as ended:
+            call(monkeypatch, "pull", "--adapter", f"me/{kind}")
+        result = subprocess.CompletedProcess([], ended.value.code, *capsys.readouterr())
+        refused(result, "bases whose layers have Llama's names.*ADAPTER=path")
 
 
 def test_an_adapter_of_every_kind_that_peft_writes_fits_its_own_config(tiny, tmp_path):

@@ -9,6 +9,8 @@ base; all numbers must be finite. PEFT then receives `Checked.peft_config`, whic
 and contains no regular expression. Nothing here imports torch or PEFT.
 """
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -20,8 +22,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tools import patterns
-from tools.architectures import Model
-from tools.common import WrongInput, parse_json, refuse_other_content, shown
+from tools.architectures import Model, UnknownLayers
+from tools.common import WrongInput, digest, parse_json, refuse_other_content, shown
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DTYPES = {"F32": 4, "F16": 2, "BF16": 2}  # bytes of a number; adapters have no other types
@@ -37,6 +39,11 @@ HARMLESS = {
     *("eva_config", "corda_config", "loftq_config", "lora_ga_config", "runtime_config"),
     *("megatron_core", "qalora_group_size"),
 }
+# What renders and tokenizes prompts, beside an adapter or a base.
+TOKENIZER_FILES = (
+    *("chat_template.jinja", "chat_template.json", "tokenizer.json", "tokenizer_config.json"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"),
+)
 LORA_TENSORS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 EMBEDDING_TENSORS = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 # With added tokens PEFT writes each whole module twice more: as it was before training, and under
@@ -46,6 +53,7 @@ COPIES = ("original_module", "modules_to_save")
 Rank = Annotated[int, Field(ge=1, le=1024)]
 Scale = Annotated[int | float, Field(gt=0, lt=1e6)]
 Name = Annotated[str, Field(min_length=1, max_length=10_000)]  # or a regular expression
+BaseName = Annotated[str, Field(pattern=r"^[^\x00]{0,1000}$")]
 Names = Annotated[list[Name], Field(max_length=10_000)]
 Layer = Annotated[int, Field(ge=0)]
 
@@ -70,7 +78,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
-    base: str | None = Field(None, alias="base_model_name_or_path")
+    base: BaseName | None = Field(None, alias="base_model_name_or_path")
     revision: str | None = None  # of the base
     peft_type: Literal["LORA"]
     task_type: Literal["CAUSAL_LM"] | None = None
@@ -195,10 +203,10 @@ def compute_largest_file(model: Model, settings: Settings, where: str) -> int:
     return size
 
 
-def adapts_nothing(settings: Settings, base: str, where: str) -> WrongInput:
+def adapts_nothing(settings: Settings, base: str, where: str) -> UnknownLayers:
     targets = settings.targets
     names = targets if isinstance(targets, str) else ", ".join(targets)
-    return WrongInput(
+    return UnknownLayers(
         f'{where}: "target_modules" is {names[:60]!r}, which is no linear layer of {base}; name '
         "its layers, or use a simpler expression"
     )
@@ -328,6 +336,20 @@ def read_adapter(folder: Path) -> tuple[Settings, dict[str, Tensor]]:
         name.removesuffix(".weight") if name.endswith(old) else name: tensor
         for name, tensor in tensors.items()
     }
+
+
+def identify(folder: Path) -> dict[str, str]:
+    """SHA-256 of what an adapter's answers depend on: weights, tokenizer files, and the settings
+    of its config that have an effect.
+    """
+    where = shown(folder / CONFIG)
+    settings = parse_settings(parse_json((folder / CONFIG).read_bytes(), where), where)
+    content = settings.model_dump(by_alias=True, exclude_none=True)
+    content = {key: content[key] for key in content.keys() - HARMLESS - {"base_model_name_or_path"}}
+    text = json.dumps(content, sort_keys=True)
+    files = [folder / name for name in (WEIGHTS, *TOKENIZER_FILES)]
+    found = {file.name: digest(file) for file in files if file.is_file()}
+    return found | {CONFIG: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def inspect(folder: Path) -> Settings:

@@ -196,6 +196,10 @@ def find_text_part(config: dict[str, Any]) -> dict[str, Any]:
     return text if isinstance(text, dict) else {}
 
 
+class UnknownLayers(WrongInput):
+    """A base has not the layers of Llama's kind that are asked for."""
+
+
 def parse_config(base: str, config: dict[str, Any]) -> Model:
     """The architecture in a base's own `config.json`; raises WrongInput where it has none."""
     text = find_text_part(config)
@@ -203,7 +207,7 @@ def parse_config(base: str, config: dict[str, Any]) -> Model:
     def read_size(key: str, default: int = 0) -> int:
         value = text.get(key) or default
         if type(value) is not int or not 0 < value < 10**7:
-            raise WrongInput(f"{base}: its config.json has no {key} that a decoder could have")
+            raise UnknownLayers(f"{base}: its config.json has no {key} as Llama's has it")
         return value
 
     heads, hidden = read_size("num_attention_heads"), read_size("hidden_size")

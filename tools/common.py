@@ -5,6 +5,7 @@ A command is a function decorated with `command`. It raises `WrongInput` (exit s
 becomes one line too; `DEBUG=1` shows the traceback.
 """
 
+import codecs
 import errno
 import functools
 import hashlib
@@ -311,7 +312,10 @@ def parse_json(content: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(content.decode(), object_pairs_hook=unique, parse_constant=refuse_number)
     except (ValueError, RecursionError) as error:
-        raise WrongInput(f"{where}: not JSON: {str(error)[:80]}") from None
+        reason = str(error)[:80]
+        if content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            reason = "it begins with a byte order mark; save it as UTF-8 without one"
+        raise WrongInput(f"{where}: not JSON: {reason}") from None
     if not isinstance(value, dict):
         raise WrongInput(f"{where}: an object is needed")
     return value

@@ -5,11 +5,14 @@ adapter is checked against the base's modules before any weight is loaded; after
 of it must have been set, and the base's own weights must be unchanged.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -229,6 +232,12 @@ def precision(config: dict[str, Any]) -> str:
     return "int8" if config.get("load_in_8bit") else "full"
 
 
+NOT_FINITE = (
+    "the model computes values that are not finite (NaN or infinity): its weights are too large, "
+    "or the precision is too small for them (PRECISION=fp32 has the largest range)"
+)
+
+
 def load_tokenizer(config: dict[str, Any], adapter: Path | None = None) -> Any:
     """The tokenizer that a config trains with: the run's own where `adapter` is a run."""
     from transformers import AutoTokenizer
@@ -261,7 +270,8 @@ def load_own_tokenizer(adapter: Path, tokenizer: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if not (adapter / "tokenizer.json").is_file():
+    names = {"tokenizer.json", "tokenizer.model", "vocab.json", "added_tokens.json"}
+    if not any((adapter / name).is_file() for name in names):
         return tokenizer
     extended: Any = None
     with suppress(ValueError, KeyError, TypeError, AttributeError, OSError):  # of a damaged file
@@ -281,17 +291,54 @@ def read_template(adapter: Path) -> str | None:
     """
     if (path := adapter / "chat_template.jinja").is_file():
         try:
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise WrongInput(f"{shown(path)}: not UTF-8 at byte {error.start + 1}") from None
     template: Any = None
     for name in ("chat_template.json", "tokenizer_config.json"):
         path = adapter / name
         template = template or (read_json(path).get("chat_template") if path.is_file() else None)
+    named: dict[Any, Any] = {"default": template}
     if isinstance(template, list):
-        by_name = {entry.get("name"): entry.get("template") for entry in template}
-        template = by_name.get("default")
-    return template if isinstance(template, str) else None
+        named = {e.get("name"): e.get("template") for e in template if isinstance(e, dict)}
+    elif isinstance(template, dict):
+        named = template
+    if template and not isinstance(named.get("default"), str):
+        raise WrongInput(
+            f"{shown(path)}: chat_template is no text, and no template of it is named default; "
+            "write one to chat_template.jinja beside it"
+        )
+    return named.get("default")
+
+
+def find_own_prompting(config: dict[str, Any], adapter: Path) -> str:
+    """Eight digits that stand for an adapter's template and tokens where its base, which must be
+    here, has others; "" where it has none of its own, and for runs of this project.
+    """
+    if Run(adapter).has_tokenizer or base_folder(config["base_model"]) is None:
+        return ""
+    with redirect_stdout(StringIO()):  # loading the adapter prints its notes
+        own, of_base = (load_tokenizer(config, folder) for folder in (adapter, None))
+    content, base_content = (
+        [tokenizer.chat_template, tokenizer.eos_token, sorted(tokenizer.get_vocab().items())]
+        for tokenizer in (own, of_base)
+    )
+    if content == base_content:
+        return ""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
+
+
+def identify_base(base: str) -> dict[str, Any]:
+    """What tells a base's weights from others: its commit, or sizes and times; {} if not here."""
+    folder = base_folder(base)
+    if folder is None:
+        return {}
+    files = sorted(folder.glob("*.safetensors"))
+    stats = {file.name: file.stat() for file in files}
+    return {
+        "base_revision": None if (ROOT / base).is_dir() else folder.name,
+        "base_files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+    }
 
 
 # What a base is loaded from: no pickle, no second copy of the weights.
@@ -525,6 +572,13 @@ def attach(model: Any, adapter: Path, checked: adapters.Checked) -> Any:
     from peft import LoraConfig, PeftModelForCausalLM, set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if tied and len(checked.whole) == 1 and not checked.settings.saved:
+        raise WrongInput(
+            f"{shown(adapter / adapters.WEIGHTS)} holds the weights of {checked.whole[0]} alone, "
+            "and its base has one weight for embedding and head; save both (PEFT's "
+            "save_embedding_layers=True), or name one in modules_to_save"
+        )
     if checked.touches_embeddings:
         # lm-eval ties weights again, which would undo the training of one of them.
         model.config.get_text_config().tie_word_embeddings = False

@@ -106,8 +106,14 @@ class Run:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether it is a run, not only a PEFT folder, with a tokenizer of its own."""
-        return self.tokenizer_file.is_file() and self.is_finished
+        """Whether it is a run, not only a PEFT folder, with a tokenizer of its own.
+
+        A pulled folder is one if it was published as a run: `make pull` adds what is missing.
+        """
+        if not (self.tokenizer_file.is_file() and self.is_finished):
+            return False
+        origin = read_json(self.origin_file) if self.origin_file.is_file() else {}
+        return {INFO, CONFIG} <= origin.get("remote", {INFO: "", CONFIG: ""}).keys()
 
     @property
     def is_recognized(self) -> bool:

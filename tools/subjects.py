@@ -7,6 +7,7 @@ An adapter meets the base at the precision that it was trained on, with the prom
 trained on. Where nothing tells the precision, the user must.
 """
 
+import hashlib
 import re
 import sys
 from contextlib import suppress
@@ -46,6 +47,7 @@ class Subject:
     base_folder: Path
     task: str | None  # that it was trained for
     prompt_format: str
+    prompting: str = ""  # of an adapter with a template or tokens that the base has not
     suffix: str = ""  # of the adapter's score files, at a precision other than its own
     shots: int = 0  # worked examples in each prompt, for a base alone
     constrained: bool = False  # answers can only be labels
@@ -62,6 +64,18 @@ class Subject:
         sample = f"sample{limit}" if limit else ""
         parts = [dataset, suffix, prompt_format, constraint, sample]
         return Run(folder).scores_folder / ("_".join(filter(None, parts)) + ".json")
+
+    def with_own_prompts(self) -> "Subject":
+        """The subject with another folder for the base's scores where an adapter from elsewhere
+        brings a template or tokens of its own: the base then answers other prompts.
+
+        Only a base that is here shows it.
+        """
+        mark = models.find_own_prompting(self.config, self.adapter) if self.adapter else ""
+        folder = self.base_folder
+        if mark:
+            folder = folder.with_name(f"{folder.name}_{mark}")
+        return replace(self, prompting=mark, base_folder=folder)
 
     def with_examples(self, shots: int) -> "Subject":
         """The base with so many worked examples in each prompt, without the adapter."""
@@ -111,8 +125,9 @@ def of_folder(
         path = folder / adapters.CONFIG
         if not settings.base:
             raise WrongInput(f"{shown(path)} names no base; RECIPE=… with the same base does")
-        row = recipes.find_base(settings.base)[1]
-        config = {"base_model": row.get("base_model") or row.get("hub") or settings.base}
+        base = settings.base.rstrip("/") or "/"
+        row = recipes.find_base(base)[1]
+        config = {"base_model": row.get("base_model") or row.get("hub") or base}
         config |= row.get("settings") or {}
         config |= BITS[published["bits"].lower()] if published else {}
         is_unknown = not published
@@ -131,11 +146,19 @@ def of_folder(
     prompt_format = run.info.get("prompt_format", "")
     if published and not is_trained_here:
         prompt_format = prompt_format or "finlora"
+        if not recipe:
+            print(
+                f"note       {shown(folder)} is named like an adapter of FinLoRA's: "
+                f"{published['bits']}, [INST] prompts; PRECISION= and PROMPT_FORMAT= say otherwise",
+                file=sys.stderr,
+            )
     model = recipes.find_base(base)[0] or re.sub(r"\W+", "-", base).strip("-")
     inside = folder.is_relative_to(runs.RUNS)
     name = run.name if inside else (published or [folder.name])[0]
     place = runs.RUNS / model
-    scores = folder if inside else place / f"adapter_{name}"
+    # Folders of one name, such as checkpoint-100, are different adapters.
+    mark = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
+    scores = folder if inside else place / f"adapter_{name}_{mark}"
     subject = Subject(name, config, folder, scores, place, task, prompt_format)
     return choose_precision_and_format(subject, precision, form)
 
@@ -162,16 +185,19 @@ def check_folder(folder: Path) -> adapters.Settings:
             f"ADAPTER={folder} has no {adapters.CONFIG}; a PEFT folder is needed{hint}"
         )
     if not (folder / adapters.WEIGHTS).is_file():
+        advice = "where it is adapter_model.bin, PEFT's save_pretrained writes it again"
+        if (folder / "adapters.safetensors").is_file():
+            advice = "these are MLX's adapters, which are no PEFT folder"
         raise WrongInput(
-            f"ADAPTER={folder} has no {adapters.WEIGHTS}, and no other format is read; where it is "
-            "adapter_model.bin, PEFT's save_pretrained writes it again"
+            f"ADAPTER={folder} has no {adapters.WEIGHTS}, and no other format is read; {advice}"
         )
     return adapters.inspect(folder)
 
 
 def find_published_name(folder: Path) -> re.Match[str] | None:
     """FinLoRA's name of an adapter: of its folder, or of a repository in the Hub's cache."""
-    names = (part.rpartition("--")[2] for part in reversed(folder.parts))
+    cached = (part for part in reversed(folder.parts) if part.startswith("models--"))
+    names = [folder.name, next(cached, "").rpartition("--")[2]]
     return next(filter(None, map(FINLORA.fullmatch, names)), None)
 
 

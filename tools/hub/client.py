@@ -31,6 +31,9 @@ LIMITS = {
     "tokenizer_config.json": 4 * MIB,
     "special_tokens_map.json": MIB,
     "chat_template.jinja": MIB,
+    "chat_template.json": MIB,
+    **dict.fromkeys(("vocab.json", "merges.txt", "tokenizer.model"), 64 * MIB),
+    "added_tokens.json": 4 * MIB,
 }
 SCORES = re.compile(r"evals/(base/)?[a-z0-9_]{1,64}\.json")
 SCORES_LIMIT = 64 * MIB

@@ -278,6 +278,21 @@ def check_scores(file: Path, where: str) -> None:
 # ---- The run
 
 
+def drop_foreign(source: Source, part: Run, name: str) -> bool:
+    """Removes a run.json or config.yaml that another program wrote; whether it was one."""
+    path, key = part.folder / name, {runs.INFO: "adapter_sha256", runs.CONFIG: "datasets"}.get(name)
+    if key is None:
+        return False
+    where = f"{source}/{name}"
+    parse = parse_json if name == runs.INFO else parse_yaml
+    content = parse(path.read_bytes(), where)
+    if isinstance(content, dict) and key in content:
+        return False
+    print(f"pull       {where} is another program's (it has no {key}) and is left out")
+    path.unlink()
+    return True
+
+
 def complete_info(source: Source, part: Run, base_model: str, parameters: int) -> None:
     """Checks the published run.json, or writes one."""
     sha = digest(part.adapter_file)
@@ -379,14 +394,20 @@ def bring(api: Any, source: Source) -> bool:
     settings = parse_json(path.read_bytes(), where)
     plain = adapters.parse_settings(settings, where)
     base = find_base(source, settings)
-    model = find_architecture(api, base)
+    try:
+        model = find_architecture(api, base)
+        limit = adapters.compute_largest_file(model, plain, where)
+    except architectures.UnknownLayers as error:
+        raise WrongInput(
+            f"{error}; `make pull` knows bases whose layers have Llama's names. Download another's "
+            "adapter and name its folder: ADAPTER=path"
+        ) from None
     published = models.published_precision(base)
     if published and source.precision not in (None, published):
         raise WrongInput(
             f"PRECISION={source.precision}: the base {base} was published quantized to {published}"
         )
-    size, limit = files[adapters.WEIGHTS].size, adapters.compute_largest_file(model, plain, where)
-    if size > limit:
+    if (size := files[adapters.WEIGHTS].size) > limit:
         raise WrongInput(
             f"{source}: {adapters.WEIGHTS} has {size:,} bytes; its config implies {limit:,} at most"
         )
@@ -395,6 +416,7 @@ def bring(api: Any, source: Source) -> bool:
             target = part.folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(download(api, source, name, commit, files[name].sha), target)
+        names = [name for name in names if not drop_foreign(source, part, name)]
         parameters = adapters.check(part.folder, model)
         for name in filter(client.SCORES.fullmatch, names):
             check_scores(part.folder / name, f"{source}/{name}")

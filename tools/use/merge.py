@@ -82,6 +82,8 @@ def compute_logits(
         with torch.inference_mode():
             inputs = torch.tensor([ids], device=model.device)
             outputs.append(model(input_ids=inputs).logits[0].float().cpu())
+    if not all(bool(output.isfinite().all()) for output in outputs):
+        raise JobFailed(f"{models.NOT_FINITE}; nothing is kept")
     return outputs
 
 
@@ -107,6 +109,7 @@ def merge(
     if is_up_to_date(target, origin):
         return target
     models.bring_base(config["base_model"])
+    origin = describe_origin(config, adapter, form)  # with the base's files
     quiet()
     with replacing(target) as work:
         report = merge_and_compare(config, adapter, form, Target(work, bits))
@@ -139,7 +142,9 @@ def write_gguf(config: dict[str, Any], source: Path, form: str = "chat") -> Path
 def describe_origin(config: dict[str, Any], adapter: Path, form: str) -> dict[str, Any]:
     return {
         "adapter_sha256": digest(adapter / adapters.WEIGHTS),
+        "adapter_files": adapters.identify(adapter),
         "base_model": config["base_model"],
+        **models.identify_base(config["base_model"]),
         "precision": models.precision(config),
         "prompt_format": form,
     }
@@ -188,7 +193,7 @@ def compare_gguf(merged: Path, file: Path, config: dict[str, Any]) -> dict[str, 
     name = str(dtype).removeprefix("torch.")
     report: dict[str, Any] = {"computed_in": name, "tolerance": TOLERANCE.get(name, 1.0)}
     report |= measure_difference(expected, compute_logits(loaded, tokenizer, options, shape))
-    if report["largest_logit_difference"] > report["tolerance"]:
+    if not report["largest_logit_difference"] <= report["tolerance"]:
         raise JobFailed(
             "the GGUF file holds another model than the merged one: a logit differs by "
             f"{report['largest_logit_difference']:.3g}, more than {report['tolerance']:g}; "
@@ -247,7 +252,7 @@ def merge_and_compare(
     stored = target.dtype(config) if target.bits == 16 else dtype
     tolerance = TOLERANCE.get("int8" if precision == "int8" else stored, 1.0)
     distance = measure_difference(expected, loaded)["largest_logit_difference"]
-    if distance > tolerance:
+    if not distance <= tolerance:  # nor where it is not a number
         raise JobFailed(
             f"the merged model is not {'what was saved' if target.bits == 4 else 'base + adapter'}:"
             f" a logit differs by {distance:.3g}, more than {tolerance:g}; nothing is kept"
@@ -286,7 +291,12 @@ def merge_weights(base: Any, config: dict[str, Any], adapter: Path, target: Targ
     if checked.touches_embeddings and head.weight is embedding.weight:
         # An adapter of one of them does not change the other.
         head.weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
-    merged = models.attach(base, adapter, checked).merge_and_unload(safe_merge=True)
+    try:
+        merged = models.attach(base, adapter, checked).merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        if "NaNs detected" not in str(error):
+            raise
+        raise JobFailed(f"{models.NOT_FINITE}; nothing is kept") from error
     if rounds and not stays:
         merged = merged.dequantize()
     if target.bits == 16:

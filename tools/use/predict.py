@@ -24,7 +24,7 @@ from evals.answers import Prompts
 from evals.backends import BACKENDS
 from evals.choices import allow_labels, widen_budget
 from evals.run import find_rows, naming_refusal, read_labels, read_tasks
-from tools import models, sources
+from tools import adapters, models, sources
 from tools.common import JobFailed, WrongInput, check_name, digest, quiet, shown, spell_out
 from tools.data.formats import Row, RowFile, open_rows
 from tools.data.recognize import FINLORA_PROMPT, FINLORA_START, parse_map, recognize
@@ -289,8 +289,8 @@ class Job:
             files = sorted(path.iterdir()) if path.is_dir() else [path]
             data = ",".join(digest(file) for file in files if file.is_file())
         if isinstance(subject, Subject):
-            weights = subject.adapter / "adapter_model.safetensors" if subject.adapter else None
-            model = {"config": subject.config, "adapter": digest(weights) if weights else None}
+            model: dict[str, Any] = {"config": subject.config}
+            model |= {"adapter": adapters.identify(subject.adapter) if subject.adapter else None}
             model |= {"prompt_format": subject.prompt_format, "backend": self.request.backend}
         else:
             model = subject.identity()

@@ -176,7 +176,7 @@ def check_together(served: Served, engine: Engine) -> None:
                 "them apart, on two ports"
             )
     for other, subject in served.items() if others else ():
-        if reason := vllm.explain_merging(subject, engine):
+        if reason := explain_merging(subject, engine):
             raise WrongInput(f"{other} must be merged, so it is served alone: {reason}")
 
 
@@ -185,6 +185,18 @@ def find_base_key(config: dict[str, Any]) -> Any:
     base = str(config["base_model"])
     folder = (ROOT / base).resolve() if (ROOT / base).is_dir() else recipes.resolve_mirror(base)
     return folder, config.get("bnb_config_kwargs")
+
+
+def explain_merging(subject: subjects.Subject, engine: Engine) -> str:
+    """Why vLLM cannot serve an adapter beside its base; "" where it can."""
+    if reason := vllm.explain_merging(subject, engine):
+        return reason
+    if subject.adapter and not find_tokenizer(subject):
+        folders = (subject.adapter, None)
+        ends = {models.load_tokenizer(subject.config, f).eos_token_id for f in folders}
+        if len(ends) > 1:
+            return "vLLM ends answers at the base's end token, and this adapter has another"
+    return ""
 
 
 def find_tokenizer(subject: subjects.Subject) -> Path | None:
@@ -210,7 +222,7 @@ def build_vllm_command(
     template.write_text(build_template(subject), encoding="utf-8")
     options = ["--dtype", engine.choose_dtype(subject.config), "--chat-template", str(template)]
     options += ["--enforce-eager"] if engine.device == "cpu" else []
-    if reason := vllm.explain_merging(subject, engine):
+    if reason := explain_merging(subject, engine):
         print(f"serve      {reason}, so {name} is merged into its base", flush=True)
         merged = merge.merge(subject.config, subject.adapter, subject.prompt_format)
         return [*engine.start, str(merged), *address, "--served-model-name", name, *options]
