@@ -84,6 +84,8 @@ def runs(tmp_path, monkeypatch):
     folder = runs_module.RUNS / "smollm2-135m" / "sentiment_r4"
     folder.mkdir(parents=True)
     (folder / "adapter_model.safetensors").write_bytes(b"an adapter")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": ["q_proj"]}
+    common.write_json(folder / "adapter_config.json", settings)
     steps = [{"step": 0, "eval_loss": 2.5}, *({"step": n, "loss": 2 / n} for n in range(1, 30))]
     (folder / "progress.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
     recipe = recipes.find("smollm2-135m/sentiment_r4")

@@ -30,7 +30,7 @@ from tools.data.rules import load_test_rules
 
 # Of the code's lines but comments. Where this test fails, a score may come out otherwise than
 # before: then raise SCORING. If none can, the digest alone is renewed.
-SCORING, DIGEST = 2, "9dac0329d0b57eb0"
+SCORING, DIGEST = 2, "62fcacb1f6883a41"
 CODE = (
     *("evals/answers.py", "evals/choices.py", "evals/model.py", "evals/stats.py"),
     *("evals/tasks/utils.py", "evals/tasks/own.py", "tools/packs.py", "tools/segments.py"),
