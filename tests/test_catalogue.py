@@ -520,12 +520,13 @@ def test_an_unknown_filter_is_answered_with_what_there_is(filters, message):
 def test_a_base_is_found_where_the_hub_s_library_keeps_it(tmp_path):
     """Wherever the environment has moved the cache."""
     ask = "from tools.architectures import base_folder; print(base_folder('owner/base'))"
-    for variable, beneath in (("XDG_CACHE_HOME", "huggingface/hub"), ("HF_HOME", "hub")):
+    places = {"XDG_CACHE_HOME": "huggingface/hub", "HF_HOME": "hub", "HF_HUB_CACHE": ""}
+    for variable, beneath in (places | {"HUGGINGFACE_HUB_CACHE": ""}).items():
         home = tmp_path / variable
         repository = home / beneath / "models--owner--base"
         for file, text in (("refs/main", "c0ffee"), ("snapshots/c0ffee/config.json", "{}")):
             write_text(repository / file, text)
-        hidden = ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME")
+        hidden = {*places, "HUGGINGFACE_HUB_CACHE"}
         environment = {key: value for key, value in os.environ.items() if key not in hidden}
         command = [sys.executable, "-c", ask]
         found = subprocess.run(

@@ -7,7 +7,6 @@ machine. No weights are read, and neither torch nor transformers is imported.
 """
 
 import json
-import os
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -132,11 +131,10 @@ def base_folder(base: str) -> Path | None:
     """Where a base's files are: a folder of this machine or a snapshot in the Hub's cache."""
     if (ROOT / base).is_dir():
         return ROOT / base
-    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    home = os.environ.get("HF_HOME", f"{cache}/huggingface")
-    hub = Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
-    if not (hub / f"models--{base.replace('/', '--')}").is_dir():
-        return None  # importing the Hub's library takes longer than a whole plan
+    from huggingface_hub import constants
+
+    if not (Path(constants.HF_HUB_CACHE) / f"models--{base.replace('/', '--')}").is_dir():
+        return None  # the rest of the Hub's library takes longer to import than a whole plan
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(base, "config.json")

@@ -196,9 +196,11 @@ class OwnTask:
         sides, rule = self.divide(intake, intakes, labels)
         counts = self.write_sides(intake, intakes, sides, folded)
         evaluation = build_evaluation(self.task, answers, labels)
-        self.settings = build_settings(self.longest, counts["train"], bool(counts["val"]))
-        self.settings |= self.stop_early(evaluation, counts)
-        self.write_tables(evaluation, labels, counts, rule)
+        longest = max(part.longest for part in (intake, *intakes.values()))
+        settings = build_settings(longest, counts["train"], bool(counts["val"]))
+        settings |= self.stop_early(evaluation, counts)
+        tables = {"tasks": {self.task: self.build_row(settings, longest)}}
+        self.write_tables(evaluation, tables | self.build_sources(labels, counts, rule))
         print(f"new        {describe_counts(counts)}; {rule}")
         kind = evaluation["include"].removeprefix("../_own_").removesuffix(".yaml")
         if labels:
@@ -427,19 +429,16 @@ class OwnTask:
             print(
                 f"new        {dropped:,} rows do not validate: their prompts are in the test rows"
             )
-        self.longest = max(part.longest for part in (intake, *held_out.values()))
         return counts
 
     # ---- files
 
-    def write_tables(
-        self, evaluation: dict[str, Any], labels: list[str], counts: Counter[str], rule: str
-    ) -> None:
+    def write_tables(self, evaluation: dict[str, Any], tables: dict[str, Any]) -> None:
         """Writes the evaluation, the task's row of the tables, and a recipe for each model."""
         own_file, evaluation_file = recipes.LOCAL / f"{self.task}.yaml", TASKS / f"{self.task}.yaml"
         self.undo.callback(self.forget)
         write_own(evaluation_file, self.rows.name, evaluation)
-        write_own(own_file, self.rows.name, self.build_tables(labels, counts, rule))
+        write_own(own_file, self.rows.name, tables)
         forget_tables()
         names = [name for name, parts in recipes.list_names().items() if parts[1] == self.task]
         for name in names:
@@ -472,8 +471,8 @@ class OwnTask:
             convert.remove(sources.CHAT / f"{self.task}_{side}.jsonl")
         forget_tables()
 
-    def build_tables(self, labels: list[str], counts: Counter[str], rule: str) -> dict[str, Any]:
-        """The rows that a task adds to the tables of recipes/matrix.yaml and data/sources.yaml."""
+    def build_sources(self, labels: list[str], counts: Counter[str], rule: str) -> dict[str, Any]:
+        """The rows that a task adds to the tables of data/sources.yaml."""
         path = Path(os.path.expanduser(self.rows.source))
         origin = {"from": self.rows.name, "format": self.rows.format, "rows": dict(counts)}
         origin |= {"sha256": digest(path)} if path.is_file() else {}
@@ -481,21 +480,20 @@ class OwnTask:
         files = {side: shown(DATA / f"{self.task}_{side}.jsonl") for side in ("train", "val")}
         dataset = {"file": shown(DATA / f"{self.task}_test.jsonl")}
         task = {**files, "eval": [self.task], "split": rule, "shape": self.shape.to_dict()}
-        tokens = int(self.longest / CHARACTERS_PER_TOKEN) + TEMPLATE_TOKENS
+        datasets = {self.task: dataset | ({"labels": labels} if labels else {})}
+        return {"sources": {"datasets": datasets, "tasks": {self.task: task | {"made": origin}}}}
+
+    def build_row(self, settings: dict[str, Any], longest: int) -> dict[str, Any]:
+        """The task's row of recipes/matrix.yaml; `longest` is a row's in bytes."""
+        tokens = int(longest / CHARACTERS_PER_TOKEN) + TEMPLATE_TOKENS
         row: dict[str, Any] = {
             "title": self.task.replace("_", " "),
-            "longest": min(tokens, self.settings["sequence_len"]),
-            "settings": self.settings,
+            "longest": min(tokens, settings["sequence_len"]),
+            "settings": settings,
         }
         if self.choices.last_only or "messages" in self.shape.columns:
             row["rows"] = {"message_field_training": "train"}
-        return {
-            "tasks": {self.task: row},
-            "sources": {
-                "datasets": {self.task: dataset | ({"labels": labels} if labels else {})},
-                "tasks": {self.task: task | {"made": origin}},
-            },
-        }
+        return row
 
 
 def write_tuned(recipe: recipes.Recipe, changes: dict[str, Any], version: str) -> None:

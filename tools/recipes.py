@@ -477,7 +477,7 @@ def list_unknown_keys(config: dict[str, Any], model: Any, prefix: str = "") -> l
             if isinstance(entry, dict) and models:
                 place = f"{prefix}{key}[{index}]." if isinstance(value, list) else f"{prefix}{key}."
                 # Of several permitted models, the one with the fewest unknown keys is meant.
-                unknown += sorted((list_unknown_keys(entry, m, place) for m in models), key=len)[0]
+                unknown += min((list_unknown_keys(entry, m, place) for m in models), key=len)
     return unknown
 
 

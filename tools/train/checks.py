@@ -149,43 +149,63 @@ def refuse_unusable(config: dict[str, Any], where: str) -> None:
     revision = config.get("revision_of_model") or "main"
     missing = [jinja for _, jinja in prompts.templates(config) if jinja and is_missing_file(jinja)]
     deepspeed = config.get("deepspeed")
-    refusals = {
-        "tokenizer_use_mistral_common is not supported: scoring loads tokenizers with "
-        "transformers alone; `axolotl train` takes it": config.get("tokenizer_use_mistral_common"),
-        f"adapter must be lora or qlora, not {adapter}: a run is an adapter and its base; "
-        "`axolotl train` trains without one": adapter not in ("lora", "qlora"),
-        "with adapter: lora Axolotl leaves a load_in_4bit base unquantized; "
-        "write adapter: qlora, or load_in_4bit: false": adapter == "lora"
-        and config.get("load_in_4bit"),
-        f"{'loftq_config' if loftq else f'peft_init_lora_weights: {start}'} changes the base's "
-        "weights, which a run does not keep; leave it out, or use gaussian": loftq
-        or (isinstance(start, str) and start not in ("gaussian", "orthogonal")),
-        "the embeddings of new tokens must be trained and saved; "
-        "add lora_modules_to_save: [embed_tokens, lm_head]": config.get("tokens")
-        and not config.get("lora_modules_to_save"),
-        f"lora_modules_to_save names {', '.join(layers)}; only embeddings and head can be saved "
-        "whole": layers,
-        f"base_model_config is {configured} and base_model {base}; scoring loads the base with "
-        "its own config": configured and configured != base,
-        NO_TARGETS: not any(map(config.get, TARGETS)),
-        f"chat_template_jinja: {(missing or [''])[0]} is no file here, and no Jinja template": (
-            missing
+    refusals = [
+        (
+            config.get("tokenizer_use_mistral_common"),
+            "tokenizer_use_mistral_common is not supported: scoring loads tokenizers with "
+            "transformers alone; `axolotl train` takes it",
         ),
-        f"deepspeed: {deepspeed} is not there; without that key PROFILE=zero2 has one": isinstance(
-            deepspeed, str
-        )
-        and not os.path.isfile(ROOT / deepspeed),
-        "revision_of_model is not supported: scoring loads the main revision; base_model may be "
-        f"the folder that `.venv/bin/hf download {base} --revision … --local-dir …` makes": (
-            revision != "main"
+        (
+            adapter not in ("lora", "qlora"),
+            f"adapter must be lora or qlora, not {adapter}: a run is an adapter and its base; "
+            "`axolotl train` trains without one",
         ),
-    }
+        (
+            adapter == "lora" and config.get("load_in_4bit"),
+            "with adapter: lora Axolotl leaves a load_in_4bit base unquantized; write adapter: "
+            "qlora, or load_in_4bit: false",
+        ),
+        (
+            loftq or (isinstance(start, str) and start not in ("gaussian", "orthogonal")),
+            f"{'loftq_config' if loftq else f'peft_init_lora_weights: {start}'} changes the base's "
+            "weights, which a run does not keep; leave it out, or use gaussian",
+        ),
+        (
+            config.get("tokens") and not saved,
+            "the embeddings of new tokens must be trained and saved; add lora_modules_to_save: "
+            "[embed_tokens, lm_head]",
+        ),
+        (
+            layers,
+            f"lora_modules_to_save names {', '.join(layers)}; only embeddings and head can be "
+            "saved whole",
+        ),
+        (
+            configured and configured != base,
+            f"base_model_config is {configured} and base_model {base}; scoring loads the base with "
+            "its own config",
+        ),
+        (not any(map(config.get, TARGETS)), NO_TARGETS),
+        (
+            missing,
+            f"chat_template_jinja: {(missing or [''])[0]} is no file here, and no Jinja template",
+        ),
+        (
+            isinstance(deepspeed, str) and not os.path.isfile(ROOT / deepspeed),
+            f"deepspeed: {deepspeed} is not there; without that key PROFILE=zero2 has one",
+        ),
+        (
+            revision != "main",
+            "revision_of_model is not supported: scoring loads the main revision; base_model may "
+            f"be the folder that `.venv/bin/hf download {base} --revision … --local-dir …` makes",
+        ),
+    ]
     for keys, reason in ((OTHER_TRAININGS, NO_ADAPTER), (UNLOADABLE, NOT_LOADED)):
-        refusals |= {
-            f"{key} is not supported: {reason}; `axolotl train` takes it": config.get(key)
+        refusals += [
+            (config.get(key), f"{key} is not supported: {reason}; `axolotl train` takes it")
             for key in keys
-        }
-    for text, is_wrong in refusals.items():
+        ]
+    for is_wrong, text in refusals:
         if is_wrong:
             raise WrongInput(f"{where}: {text}")
 
