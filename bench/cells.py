@@ -161,7 +161,7 @@ def take_values(
 def train_and_validate(cell: Cell, dataset: str, rows: Path, metric: str) -> None:
     """Trains a cell and scores it on validation rows, by the rule of a dataset."""
     content = train(cell)
-    subject = subjects.of_recipe(cell.recipe, False, None, None)
+    subject = subjects.of_recipe(cell.recipe)
     with open(rows, "rb") as file:
         count = sum(1 for _ in file)
     with open_transformers(subject)("adapter", f"{cell.name}, validation:", count) as lm:
@@ -174,7 +174,7 @@ def train_and_validate(cell: Cell, dataset: str, rows: Path, metric: str) -> Non
 def train_and_test(cell: Cell, test_sets: Sequence[ScoredSet]) -> None:
     """Trains a cell and scores it, and its base, on test rows."""
     content = train(cell)
-    subject = subjects.of_recipe(cell.recipe, False, None, None)
+    subject = subjects.of_recipe(cell.recipe)
     scores = {}
     for test_set in test_sets:
         files = run.score_subject(subject, run.Request(test_set.datasets, test_set.limit))

@@ -181,7 +181,7 @@ def compare_sides(
 
 def measure_run(run: Run) -> dict[str, Any]:
     """The entry of a run: what its adapter changes in each dataset, and in prose."""
-    subject = subjects.of_folder(run.folder, None, None, None)
+    subject = subjects.of_folder(run.folder)
     model, tokenizer = models.load(subject.config, subject.adapter)
     measured = {}
     for name, (pairs, clusters) in list_pairs(subject, tokenizer).items():

@@ -71,7 +71,7 @@ def train_and_score(
 ) -> dict[str, dict[str, Any]]:
     """Trains and scores a recipe, or what is missing of it; the score files of base and adapter."""
     launch.train(recipe, Choice(), Machines(), False)
-    subject = subjects.of_recipe(recipe, False, None, None)
+    subject = subjects.of_recipe(recipe)
     files = run.score_subject(subject, run.Request([dataset], limit))[dataset]
     return {side: read_json(file) for side, file in files.items()}
 

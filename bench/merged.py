@@ -57,7 +57,7 @@ def find_merged(subject: Subject, folder: Path) -> Subject:
 
 def score_merged(recipe: recipes.Recipe, bits: int) -> dict[str, Any]:
     """The score file of a finished run's merge, and how it differs from base + adapter."""
-    subject = subjects.of_recipe(recipe, False, None, None)
+    subject = subjects.of_recipe(recipe)
     place = ROOT / RUNS / f"{recipe.run.folder.name}_{bits}bit"
     score_file, report = place / "evals" / f"{DATASET}.json", place / merge.REPORT
     if not (score_file.is_file() and report.is_file() and describes_adapter(report, subject)):

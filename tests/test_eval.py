@@ -154,7 +154,7 @@ def test_a_wrong_pattern_of_clusters_is_told_before_anything_is_scored(
     tables = json.loads(json.dumps(sources.tables()))
     tables["datasets"]["fpb"]["cluster"] = pattern
     monkeypatch.setattr(sources, "tables", lambda: tables)
-    subject = subject_of.of_recipe(recipes.find(str(trained()[0])), False, None, None)
+    subject = subject_of.of_recipe(recipes.find(str(trained()[0])))
     with pytest.raises(common.WrongInput, match=f"^fpb: cluster: .*{words}"):
         evaluation.identify(subject, "base", "fpb", None)
 

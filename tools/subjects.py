@@ -89,7 +89,10 @@ class Subject:
 
 
 def of_recipe(
-    recipe: recipes.Recipe, base_only: bool, precision: str | None, form: str | None
+    recipe: recipes.Recipe,
+    base_only: bool = False,
+    precision: str | None = None,
+    form: str | None = None,
 ) -> Subject:
     config = recipe.config if base_only else recipe.read_trained_config()
     run = recipe.run
@@ -106,7 +109,10 @@ def of_recipe(
 
 
 def of_folder(
-    folder: Path, recipe: recipes.Recipe | None, precision: str | None, form: str | None
+    folder: Path,
+    recipe: recipes.Recipe | None = None,
+    precision: str | None = None,
+    form: str | None = None,
 ) -> Subject:
     """Any PEFT adapter. Its base and precision come from the recipe that is named with it, from the
     config that `make train` left beside it, or from its name where FinLoRA published it.

@@ -305,7 +305,7 @@ def is_trained(recipe: Recipe, processes: int) -> bool:
 
 def score_seed(recipe: Recipe, datasets: list[str]) -> report.Files:
     """Scores a run and its base, or what has no score yet; returns the score files."""
-    files = run.score_subject(subjects.of_recipe(recipe, False, None, None), run.Request(datasets))
+    files = run.score_subject(subjects.of_recipe(recipe), run.Request(datasets))
     gc.collect()  # the model, whose parts refer to each other, before the next one is loaded
     return files
 
@@ -317,7 +317,7 @@ def score_base_with_examples(recipe: Recipe, datasets: list[str], shots: int) ->
     """
     if not shots:
         return {}
-    subject = subjects.of_recipe(recipe, False, None, None).with_examples(shots)
+    subject = subjects.of_recipe(recipe).with_examples(shots)
     possible = []
     for dataset in datasets:
         try:
