@@ -477,8 +477,9 @@ def list_unknown_keys(config: dict[str, Any], model: Any, prefix: str = "") -> l
             if isinstance(entry, dict) and models:
                 place = f"{prefix}{key}[{index}]." if isinstance(value, list) else f"{prefix}{key}."
                 # Of several permitted models, the one with the fewest unknown keys is meant.
-                choices = [list_unknown_keys(entry, model, place) for model in models]
-                unknown += min(choices, key=len)
+                choices = [list_unknown_keys(entry, m, place) for m in models]
+                fewest = min(choices, key=len)
+                unknown += fewest
     return unknown
 
 
