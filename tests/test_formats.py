@@ -16,8 +16,7 @@ from pyarrow import parquet
 from tests.conftest import run_first
 from tools import common
 from tools.common import WrongInput
-from tools.data import turns
-from tools.data.formats import open_rows
+from tools.data.formats import open_rows, read_label_names
 
 CASES = common.ROOT.parent / "shared" / "cases" / "data"
 ROW = '{"q": "Sales rose?", "a": "yes"}\n'
@@ -249,15 +248,24 @@ def test_a_bad_row_in_a_list_is_named_and_the_rest_is_read(read):
 
 def test_nan_is_a_value_that_is_missing(read):
     _, rows, refused = read('{"q": "a", "score": NaN}\n{"q": NaN, "score": 1}\n')
-    assert [turns.is_missing(value) for row in rows for value in row.values()] == [0, 1, 1, 0]
-    assert not refused
+    assert rows == [{"q": "a", "score": None}, {"q": None, "score": 1}] and not refused
+
+
+def test_one_object_of_turns_is_a_row(read):
+    for key in ("messages", "contents"):
+        _, rows, _ = read(json.dumps({key: [{"role": "user"}, {"role": "model"}]}))
+        assert [list(row) for row in rows] == [[key]]
 
 
 @pytest.mark.parametrize("header", ["q,a", "q,a,", "q,a,,"])
-def test_empty_cells_beyond_the_header_do_not_count(read, header):
-    rows, taken, refused = read(f"{header}\n" + "x,1\ny,2,\nz,3,,\n" * 5)
-    assert rows.columns == ["q", "a"] and len(taken) == 15 and not refused
-    assert taken[2] == {"q": "z", "a": "3"}
+def test_empty_cells_beyond_the_header_of_most_rows_do_not_count(read, header):
+    rows, taken, refused = read(f"{header}\n" + "x,1,\n" * 8 + "y,2\n")
+    assert rows.columns == ["q", "a"] and len(taken) == 9 and not refused
+    assert taken[-2:] == [{"q": "x", "a": "1"}, {"q": "y", "a": "2"}]
+    # The comma of a text, and an empty answer.
+    for ends in (["", ","], [",", ",,"]):
+        _, taken, refused = read(f"{header}\n" + f"x,1{ends[0]}\n" * 8 + f"up, more{ends[1]}\n")
+        assert len(taken) == 8 and "3 cells" in refused["line 10"]
     with pytest.raises(WrongInput, match="column 3 has no name in line 1"):
         read("q,a,\n" + "x,1,more\n" * 5)
     _, taken, refused = read("q,a\n" + "x,1,\n" * 5 + "y,2,more\n")
@@ -423,9 +431,16 @@ def test_a_folder_of_save_to_disk_is_read_with_its_splits(tmp_path):
     rows = open_rows(str(tmp_path / "both"))
     assert rows.format == "arrow" and rows.splits == ["test"] and "train" in rows.notes[0]
     assert rows.label_names == {"label": ["down", "up"]}
-    several = Features({"labels": [ClassLabel(names=["down", "up"])]})
-    Dataset.from_list([{"labels": [1]}], features=several).save_to_disk(tmp_path / "several")
-    assert open_rows(str(tmp_path / "several")).label_names == {"labels": ["down", "up"]}
+    kind = ClassLabel(names=["down", "up"])
+    several = Features({"labels": [kind], "label": kind})
+    dataset = Dataset.from_list([{"labels": [1], "label": 1}], features=several)
+    dataset.save_to_disk(tmp_path / "several")
+    names = {"labels": ["down", "up"], "label": ["down", "up"]}
+    assert open_rows(str(tmp_path / "several")).label_names == names
+    # As `datasets` wrote a list before 4.0.
+    old = {"labels": [{"names": ["down", "up"], "_type": "ClassLabel"}]}
+    metadata = {b"huggingface": json.dumps({"info": {"features": old}}).encode()}
+    assert read_label_names(metadata) == {"labels": ["down", "up"]}
     assert [row for _, row in rows] == [{"text": "a", "label": 1}] * 5
     assert [row for _, row in rows.open_split("test")] == [{"text": "b", "label": 0}] * 2
     with pytest.raises(WrongInput, match="no split dev; its other splits: test"):

@@ -254,9 +254,47 @@ SHAPES = {
         | {"options": [{"id": "a", "text": "x", "right": False}, {"id": "b", "text": "y"}]},
         say("q\n\na. x\nb. y", "b"),
     ),
+    "choices as objects with numbers of rows": (
+        {
+            "question": "q",
+            "answer": "B",
+            "options": [{"id": 10, "text": "x"}, {"id": 11, "text": "y"}],
+        },
+        say("q\n\nA. x\nB. y", "B"),
+    ),
+    "choices as objects of an option and its text": (
+        {"question": "q", "answer": "B"}
+        | {"options": [{"option": "A", "choice": "x"}, {"option": "B", "choice": "y"}]},
+        say("q\n\nA. x\nB. y", "B"),
+    ),
+    "pairs of numbers": (
+        {"prompt": "p", "completion": [[0, 1], [1, 0]]},
+        say("p", "[[0, 1], [1, 0]]"),
+    ),
+    "a user beside a text": (
+        {"user": "bob", "text": "t", "label": "x", "assistant": "n"},
+        say("t", "x"),
+    ),
+    "the number of a choice in a list": (
+        {"question": "q", "choices": ["x", "y"], "answer": [1]},
+        say("q\n\nA. x\nB. y", "B"),
+    ),
     "choices as objects without a letter": (
         {"question": "q", "answer": "y", "options": [{"option": "x"}, {"option": "y"}]},
         say("q\n\nA. x\nB. y", "y"),
+    ),
+    "Gemini's thoughts and single parts": (
+        {
+            "contents": [
+                {"role": "user", "parts": {"text": "p"}, "content": ""},
+                {"role": "model", "parts": [{"text": "hm", "thought": True}, {"text": "c"}]},
+            ]
+        },
+        say("p", "c"),
+    ),
+    "contents that are a passage": (
+        {"question": "q", "answer": "a", "contents": "Passage."},
+        say("q", "a"),
     ),
     "Gemini": (
         {
@@ -486,7 +524,7 @@ REFUSED = {
     ),
     "a call in a text": (
         {"messages": [*say("p", "<tool_call>{}</tool_call>"), {"role": "tool", "content": "3"}]},
-        "follows no call; a call belongs into tool_calls",
+        "follows no call; a call belongs in tool_calls",
     ),
     "gold and answer that differ": (
         {"query": "q", "answer": "bad", "choices": ["bad", "good"], "gold": 1},
@@ -655,8 +693,7 @@ def test_spellings_are_folded_into_the_most_frequent_but_for_grades():
 @pytest.mark.parametrize(
     "names",
     [["A)", "B)", "C)"], ["Option A", "Option B"], ["choice0", "choice1"], ["ans1", "ans2"]]
-    + [["A", "B", "C"], ["option_a", "option_b"], ["opa", "opb", "opc"], ["Choice1", "Choice2"]]
-    + [["a", "b"]],
+    + [["A", "B", "C"], ["option_a", "option_b"], ["opa", "opb", "opc"], ["Choice1", "Choice2"]],
 )
 def test_choices_may_have_a_column_each(names):
     choices = dict(zip(names, ["up", "down", "flat"], strict=False))
@@ -669,10 +706,19 @@ def test_choices_may_have_a_column_each(names):
         expected = say("\n".join(["q 0\n", *lines]), "down" if answer == "down" else "B")
         assert shape.build_chat(rows[0])["messages"] == expected
     free = {"question": "q", **choices, "answer": "free text"}
-    bare = {"question": "q", "a": "x", "b": "y", "answer": "free text"}
-    for listed in ([free], [bare, bare | {"answer": "x"}]):  # two letters may be anything
+    bare = {"question": "q", "a": "1", "b": "2"}  # two letters may be anything
+    for listed in ([free], *([bare | {"answer": answer}] for answer in ("2", 1, "free text"))):
         row, shape = listed[0], recognize(Listed(listed))
         assert "choices" not in shape.columns and len(shape.unused) == len(row) - 2
+
+
+@pytest.mark.parametrize("names", [["A", "B"], ["a", "b"], ["A)", "B)"]])
+def test_two_columns_named_by_letters_are_choices_where_all_answers_are_letters(names):
+    row = {"question": "q", **dict(zip(names, ["up", "down"], strict=True))}
+    rows = [row | {"answer": answer} for answer in ("A", "(b)", None, "")]
+    shape = recognize(Listed(rows))
+    assert shape.build_chat(rows[1])["messages"] == say("q\n\nA. up\nB. down", "B")
+    assert "choices" not in recognize(Listed([*rows, row | {"answer": "x"}])).columns
 
 
 @pytest.mark.parametrize("as_list", [True, False])
@@ -836,6 +882,8 @@ def test_rows_that_prodigys_user_rejected_are_not_trained_on():
         with pytest.raises(WrongInput, match=r"\(Prodigy\); keep those of accept"):
             refuse_unwanted(Listed(listed), recognize(Listed(listed)))
     refuse_unwanted(Listed(rows[:1]), recognize(Listed(rows[:1])))
+    loans = Listed([{"question": "Lend?", "answer": word} for word in ("accept", "reject")])
+    refuse_unwanted(loans, recognize(loans))
 
 
 def test_a_list_of_one_label_is_that_label():
@@ -852,6 +900,26 @@ def test_a_list_of_one_label_is_that_label():
     several = recognize(Listed([*rows, {"text": "p", "labels": [0, 1]}]))
     assert not several.options
     assert several.build_chat(rows[1])["messages"] == say("p 1", "[1]")
+    # Test rows have the answers of training.
+    test = Listed([{"sentence": "p 1", "label": [1]}])
+    for trained, answer in ((several, "[1]"), (shape, "1")):
+        adopted = recognize(test).adopt(trained, test)
+        assert adopted.build_chat(test.rows[0])["messages"][-1]["content"] == answer
+
+
+def test_keys_of_passages_that_are_not_used_are_named():
+    passages = [{"title": "T", "evidence_text": "x", "page": 3}]
+    row = {"question": "q", "answer": "a", "evidence": passages}
+    assert recognize(Listed([row])).unused == ["evidence[].page"]
+    table = row | {"evidence": {"year": 2020, "sales": 5}}
+    shape = recognize(Listed([table]))
+    assert not shape.unused and '{"year": 2020' in shape.build_chat(table)["messages"][0]["content"]
+    lists = row | {"evidence": {"title": ["T", "U"], "sentences": [["x"]]}}
+    with pytest.raises(ValueError, match='"evidence" holds lists of different lengths'):
+        recognize(Listed([row])).build_chat(lists)
+    worded = recognize(Listed([row]), template="{evidence}|{question}")
+    with pytest.raises(ValueError, match='"evidence" is empty'):
+        worded.build_chat(row | {"evidence": None})
 
 
 def test_names_of_labels_may_end_with_a_number():

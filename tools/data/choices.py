@@ -31,8 +31,10 @@ COLUMNS = [
 ]
 # The keys of a choice that is an object: its letter or label, and its text.
 OBJECTS = [
-    *(("key", "value"), ("label", "text"), ("letter", "text"), ("id", "text"), ("id", "content")),
-    *(("", "text"), ("", "content"), ("", "option"), ("", "choice")),
+    *(("key", "value"), ("label", "text"), ("label", "value"), ("letter", "text")),
+    *(("letter", "value"), ("option", "text"), ("option", "choice"), ("id", "text")),
+    *(("id", "content"), ("", "text"), ("", "content"), ("", "value"), ("", "option")),
+    *(("", "choice"), ("", "answer")),
 ]
 # A letter as people write it: B, (B), [B], Option B, `B) text`, `B - text`.
 SPELLED = re.compile(
@@ -65,6 +67,11 @@ def find_choice_columns(columns: Iterable[str]) -> list[str]:
     return []
 
 
+def is_pair_of_letters(columns: list[str]) -> bool:
+    """Whether columns of choices are A and B alone, which may be anything."""
+    return len(re.sub(r"[\W_]+", "", "".join(columns))) == 2
+
+
 def parse_choices(value: Any, column: str) -> list[Choice]:
     """The choices of a row; ValueError that names the column where they are none."""
     labels: list[Any] = []
@@ -84,7 +91,9 @@ def parse_choices(value: Any, column: str) -> list[Choice]:
         mark, text = next(pairs, ("", ""))
         if not text:
             raise ValueError(f'"{column}" holds objects without a text: {str(value[0])[:60]}')
-        labels = [entry[mark] for entry in value] if mark else labels
+        marks = [entry[mark] for entry in value] if mark else []
+        if len({m for m in marks if isinstance(m, str) and 0 < len(m.strip()) < 3}) == len(value):
+            labels = marks  # and no numbers of rows, nor names
         value = [entry[text] for entry in value]
     if turns.is_missing(value):
         return []

@@ -32,7 +32,7 @@ SENTENCE = re.compile(r"(?P<sentence>.+)@(?P<label>\w+)\s*")  # Financial Phrase
 # Lists of an object that is a row.
 TURNS = {
     *("messages", "conversations", "conversation", "history", "tools", "prompt", "completion"),
-    *("choices", "options", "answers", "evidence", "context", "contexts"),
+    *("choices", "options", "answers", "evidence", "context", "contexts", "contents"),
 }
 # First bytes of what is refused, and what to do instead.
 OTHERS = {
@@ -373,10 +373,12 @@ def read_label_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
     """
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        lists = {name: f[0] if isinstance(f, list) else f for name, f in features.items()}
+        labels = {name: feature.get("feature", feature) for name, feature in lists.items()}
         return {
             name: list(map(str, label["names"]))
-            for name, feature in features.items()
-            if (label := feature.get("feature", feature)).get("_type") == "ClassLabel"
+            for name, label in labels.items()
+            if label.get("_type") == "ClassLabel"
         }
     except (KeyError, ValueError, TypeError, AttributeError):
         return {}

@@ -1,7 +1,7 @@
 """Reads JSON texts of any size value by value, in constant memory and strictly.
 
 A repeated key and infinity refuse their row. NaN, which Python and pandas write for a value that is
-missing, is read as one. Integers keep all digits.
+missing, is read as null. Integers keep all digits.
 """
 
 import json
@@ -24,9 +24,10 @@ def parse_float(text: str) -> float:
     return number
 
 
-def parse_constant(text: str) -> float:
+def parse_constant(text: str) -> None:
+    """None of NaN; raises ValueError for infinity."""
     if text == "NaN":
-        return math.nan
+        return
     raise ValueError(f"JSON has no number {text}")
 
 

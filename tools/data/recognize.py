@@ -23,6 +23,7 @@ from tools.data.choices import (
     find_choice_columns,
     fold_choice,
     is_list_of_numbers,
+    is_pair_of_letters,
 )
 from tools.data.formats import RowFile
 from tools.data.labels import (
@@ -34,7 +35,7 @@ from tools.data.labels import (
     parse_labels,
     read_number,
 )
-from tools.data.shapes import INSTRUCTION_FIRST, Shape
+from tools.data.shapes import INSTRUCTION_FIRST, PASSAGE, Shape, list_passages
 
 SAMPLED = 200  # rows that show which columns there are
 FEW_NUMBERS = 10  # answers that are numbers; with fewer, nothing follows from what is absent
@@ -73,7 +74,7 @@ FINLORA_START = "Instruction:"  # of most of them
 KNOWN = [
     Known(
         "messages",
-        {"messages": ("messages", "contents")},  # contents: Gemini's
+        {"messages": ("messages",)},
         {"system": SYSTEM, "tools": ("tools", "functions")},
     ),
     Known(
@@ -115,22 +116,19 @@ KNOWN = [
         {"context": (*CONTEXT, "input"), "choices": CHOICES}
         | {"system": SYSTEM, "history": ("history",)},
     ),
-    Known(
-        "prompt and completion",
-        {"prompt": ("user_prompt", "inputs"), "answer": ("targets", "answer", "response")},
-        {"system": SYSTEM},
-    ),
-    Known(
-        "prompt and completion",
-        {"prompt": ("user",), "answer": ("assistant",)},
-        {"system": SYSTEM},
-    ),
     Known("FinLoRA", {"prompt": (FINLORA_PROMPT,), "answer": ("target",)}),
     Known("text and label", {"prompt": TEXT, "answer": LABEL}, unless=SCORES),
     Known(
         "text and label",
         {"prompt": TEXT, "answer": tuple(name for name in LABEL if name != "target")},
     ),
+    Known(
+        "prompt and completion",
+        {"prompt": ("user_prompt", "inputs"), "answer": ("targets", "answer", "response")},
+        {"system": SYSTEM},
+    ),
+    Known("prompt and completion", {"prompt": ("user",), "answer": ("assistant",)}),
+    Known("Gemini", {"messages": ("contents",)}, {"system": SYSTEM}),
 ]
 # Columns of unanswered rows, for `make predict` without a task.
 PROMPTS = ("prompt", "question", "query", "instruction", *TEXT, "input", FINLORA_PROMPT)
@@ -177,7 +175,7 @@ def recognize(
     shape = map_columns(columns, mapping) if mapping else find_shape(columns)
     if shape is None:
         raise WrongInput(f"{rows.name}: {explain_unknown(columns)}")
-    take_choice_columns(shape, columns)
+    take_choice_columns(shape, columns, sample)
     shape = shape if template is None else shape.word(template, columns)
     history = shape.columns.get("history", "")
     if shape.kind == "question and answer" and not any(
@@ -188,30 +186,29 @@ def recognize(
     if labels and (not answer or "gold" in shape.columns):
         raise WrongInput('LABELS= does not apply to rows that hold turns or "gold"')
     if any(isinstance(row.get(answer), list) for row in sample):
-        shape.single = are_single(rows, answer)
+        shape.lists = "of one" if are_single(rows, answer) else "of several"
     if labels:
         shape.names = parse_labels(labels)
-        check_numbering(rows, answer, shape.names, shape.single)
+        check_numbering(rows, answer, shape.names, shape.lists == "of one")
     elif rows.label_names.get(answer) and "gold" not in shape.columns:
         shape.names = name_numbers(rows.label_names[answer])
     if "choices" in shape.columns:
         shape.counted_from = find_first_number(rows, shape)
-    # A and B alone may be anything.
-    is_choice = all if len("".join(shape.choice_columns)) == 2 else any
-    if shape.choice_columns and not is_choice(map(shape.answers_a_choice, sample)):
+    if shape.choice_columns and not any(map(shape.answers_a_choice, sample)):
         names = shape.columns.pop("choices")
         rows.notes.append(f"no answer is one of the choices {names}, and prompts leave them out")
         shape.choice_columns, shape.counted_from = [], ""
     refuse_single_prompt(rows, shape, sample)
     if shape.kind == "text and label" or "labels" in shape.fields:
-        shape.options = list_options(rows, answer, shape.names, shape.single)
+        shape.options = list_options(rows, answer, shape.names, shape.lists == "of one")
     shape.unused = list_unused(shape, columns, sample)
     return shape
 
 
 def refuse_unwanted(rows: RowFile, shape: Shape) -> None:
     """Raises WrongInput for rows of KTO or Prodigy, of which some are not wanted."""
-    verdicts = {verdict.lower() for verdict in count_values(rows, "answer")}
+    has_verdicts = "answer" in rows.columns and "answer" not in shape.columns.values()
+    verdicts = {text.lower() for text in count_values(rows, "answer")} if has_verdicts else set()
     if {"reject", "ignore"} & verdicts and verdicts <= {"accept", "reject", "ignore"}:
         raise WrongInput(
             f'{rows.name}: "answer" says which rows are right (Prodigy); keep those of accept, '
@@ -259,13 +256,13 @@ def find_first_number(rows: RowFile, shape: Shape) -> str:
 def list_numbered(rows: RowFile, shape: Shape, column: str) -> Iterator[Numbered]:
     """The answers of a column that are numbers, and no letters or labels of choices."""
     for _, row in rows:
-        if not isinstance(row, dict) or (number := read_number(row.get(column))) is None:
+        if not isinstance(row, dict) or (number := read_number(shape.take(row, column))) is None:
             continue
         with suppress(ValueError):  # the row is refused later
             choices = shape.read_choices(row)
             if not choices or str(number) in [mark for mark, _ in choices]:
                 continue
-            is_typed = not isinstance(row[column], str)
+            is_typed = not isinstance(shape.take(row, column), str)
             is_typed &= not is_list_of_numbers(shape.take_choices(row))
             is_choice = fold_choice(str(number)) in [fold_choice(text) for _, text in choices]
             # Larger numbers tell no more, and a column may have any number of them.
@@ -301,13 +298,21 @@ def find_shape(columns: list[str]) -> Shape | None:
     return Shape("prompts without answers", {"prompt": prompt}) if prompt else None
 
 
-def take_choice_columns(shape: Shape, columns: list[str]) -> None:
-    """Takes columns of one choice each for the choices of a shape of questions without any."""
+def take_choice_columns(shape: Shape, columns: list[str], sample: list[dict[str, Any]]) -> None:
+    """Takes columns of one choice each for the choices of a shape of questions without any.
+
+    A and B alone may be anything: they are choices where all answers are such letters.
+    """
     is_question = shape.kind in ("question and answer", "PIXIU", "your own columns")
     if not is_question or "answer" not in shape.columns or "choices" in shape.columns:
         return
     others = (column for column in columns if column not in shape.columns.values())
-    if found := find_choice_columns(others):
+    found = find_choice_columns(others)
+    if is_pair_of_letters(found):
+        texts = [str(row.get(shape.columns["answer"]) or "").strip() for row in sample]
+        if not all(re.fullmatch(r"\W?[ab]\W?", text, re.I) for text in filter(None, texts)):
+            return
+    if found:
         shape.choice_columns, shape.columns["choices"] = found, ", ".join(found)
 
 
@@ -354,8 +359,13 @@ def list_unused(shape: Shape, columns: list[str], sample: list[dict[str, Any]]) 
         unworded = {c for part in parts & shape.columns.keys() for c in shape.list_columns(part)}
         used -= unworded - set(shape.fields)
     unused = [column for column in columns if column not in used]
+    if column := shape.columns.get("context"):
+        passages = (entry for row in sample for entry in list_passages(row.get(column), column))
+        keys = dict.fromkeys(key for entry in passages if isinstance(entry, dict) for key in entry)
+        read = {*PASSAGE, "title"} & keys.keys()
+        unused += [f"{column}[].{key}" for key in keys if read - {"title"} and key not in read]
     if column := shape.columns.get("messages"):
-        keys: dict[str, None] = {}
+        keys = {}
         for row in sample:
             conversation = row.get(column)
             for turn in conversation if isinstance(conversation, list) else ():

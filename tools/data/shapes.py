@@ -33,7 +33,10 @@ from tools.data.turns import Turn
 SURROUNDING = {"tools", "system", "history"}  # parts of a chat before its last prompt
 INSTRUCTION_FIRST = ("prompt", "context")
 # Keys of a passage that is an object, of which the first that it has holds the text.
-PASSAGE = ("text", "evidence_text", "content", "contents", "contexts", "passage", "sentences")
+PASSAGE = (
+    *("text", "evidence_text", "content", "contents", "contexts", "passage", "sentences"),
+    *("page_content", "paragraph_text"),
+)
 
 
 @dataclass
@@ -44,7 +47,8 @@ class Shape:
     `choice_columns` are the columns of choices where each has its own.
     `counted_from` is the number, "0" or "1", that answers give to the first choice; "" where they
     are choices or letters themselves.
-    `single`: answers are lists of one text or number each, which is the answer.
+    `lists`: "of one" where answers are lists of one text or number, which is the answer; "of
+    several" where there are longer ones, which are answers as a whole.
     """
 
     kind: str
@@ -55,7 +59,7 @@ class Shape:
     options: list[str] = field(default_factory=list)
     choice_columns: list[str] = field(default_factory=list)
     counted_from: str = ""
-    single: bool = False
+    lists: str = ""
     unused: list[str] = field(default_factory=list)
     repairs: Counter[str] = field(default_factory=Counter)  # rows by what was repaired in them
 
@@ -112,6 +116,8 @@ class Shape:
         """
         shape = Shape(**self.to_dict() | {"options": trained.options})
         shape.names = trained.names or shape.names
+        if self.lists:
+            shape.lists = "of several" if trained.lists == "of several" else "of one"
         if "prompt" not in self.columns or "prompt" not in trained.columns:
             return shape
         if "choices" in self.columns.keys() ^ trained.columns.keys():
@@ -291,6 +297,8 @@ class Shape:
                 values[name] = self.write_choices(row, "")
             elif column == self.columns.get("context"):
                 values[name] = self.read_part(row, "context")
+                if not values[name] and name != "context":
+                    raise ValueError(f'"{column}" is empty')
             elif column == prompt_column and prompt:
                 values[name] = prompt
             else:
@@ -299,6 +307,13 @@ class Shape:
             text + (values[name] if name else "")
             for text, name, _, _ in Formatter().parse(self.template)
         ).strip()
+
+    def take(self, row: dict[str, Any], column: str) -> Any:
+        """The value of a column of answers; of a list of one that stands for it, that one."""
+        value = row.get(column)
+        if self.lists == "of one" and isinstance(value, list) and len(value) == 1:
+            return value[0]
+        return value
 
     def take_choices(self, row: dict[str, Any]) -> Any:
         """The choices as the row has them, or a list of those that have a column each."""
@@ -314,17 +329,15 @@ class Shape:
 
     def build_answer(self, row: dict[str, Any]) -> list[Turn]:
         column = self.columns.get("answer", "")
-        value = row.get(column) if column else None
-        if self.single and isinstance(value, list):
-            if len(value) != 1:
-                raise ValueError(f'"{column}" holds {len(value)} values, and one in other rows')
-            value = value[0]
+        value = self.take(row, column) if column else None
+        if self.lists == "of one" and isinstance(value, list):
+            raise ValueError(f'"{column}" holds {len(value)} values, and one in other rows')
         first = value[0] if isinstance(value, list) and value else value
         if isinstance(first, dict) and set(turns.ROLE_KEYS) & first.keys():
             return turns.read_turns(value if isinstance(value, list) else [value], column)  # TRL's
         if isinstance(first, dict):
             value = find_answer_text(first, value)
-        elif isinstance(first, list) and [*map(type, first[:2])] == [int, int]:
+        elif isinstance(first, list) and [*map(type, first)] == [int, int, str]:
             raise ValueError(
                 f'"{column}" marks a text by the places of its characters ({str(first)[:40]}); '
                 "write the text itself"
@@ -414,22 +427,29 @@ class Shape:
         raise ValueError(f'"{column}" is "{text[:60]}", none of the labels {accepted}')
 
 
+def list_passages(value: Any, column: str) -> list[Any]:
+    """The passages of a context; those of HotpotQA are lists in one object."""
+    if isinstance(value, dict) and isinstance(value.get("title"), list):
+        lists = {key: entry for key, entry in value.items() if isinstance(entry, list)}
+        if len({*map(len, lists.values())}) > 1:
+            raise ValueError(f'"{column}" holds lists of different lengths')
+        return [dict(zip(lists, each, strict=True)) for each in zip(*lists.values(), strict=True)]
+    return value if isinstance(value, list) else [value]
+
+
 def write_passages(value: Any, column: str) -> str:
     """Passages below each other; of one that is an object, its title above its text."""
-    if isinstance(value, dict) and isinstance(value.get("title"), list):  # HotpotQA's lists
-        lists = {key: entry for key, entry in value.items() if isinstance(entry, list)}
-        value = [dict(zip(lists, each, strict=True)) for each in zip(*lists.values(), strict=False)]
     texts = []
-    for passage in value if isinstance(value, list) else [value]:
-        text = passage
-        if isinstance(passage, dict):
-            text = next((passage[key] for key in PASSAGE if passage.get(key)), passage)
-            title = passage.get("title")
-            if isinstance(text, list):
-                text = " ".join(turns.write_value(sentence, column) for sentence in text)
-            if text is not passage and title:
-                text = f"{turns.write_value(title, column)}\n{turns.write_value(text, column)}"
-        texts.append(turns.write_value(text, column))
+    for passage in list_passages(value, column):
+        keys = [key for key in PASSAGE if isinstance(passage, dict) and passage.get(key)]
+        if not keys:
+            texts.append(turns.write_value(passage, column))
+            continue
+        text = passage[keys[0]]
+        sentences = text if isinstance(text, list) else [text]
+        parts = [turns.write_value(passage.get("title"), column)]
+        parts += [" ".join(turns.write_value(sentence, column) for sentence in sentences)]
+        texts.append("\n".join(filter(None, parts)))
     return "\n\n".join(filter(None, texts))
 
 

@@ -4,7 +4,8 @@
     for place, row in read_table(text, table): …
 
 A row with more or fewer cells than the header, or with a quote that is not closed, is refused and
-the next line is read. Empty cells beyond the header, as spreadsheets write them, do not count.
+the next line is read. Empty cells beyond the header, as spreadsheets write them into each row, do
+not count.
 """
 
 import csv
@@ -45,6 +46,7 @@ class Table:
     line_end: str
     notes: list[str]
     first: list[str] = field(default_factory=list)  # the header as it is written
+    spare: int = 0  # empty cells beyond the header, in most rows
     suspects: list[int] = field(default_factory=list)  # lines with a quote that may not be closed
 
 
@@ -103,9 +105,9 @@ def inspect_table(text: Text, name: str) -> Table:
         records = [cells for _, cells, _ in read_records(iter(lines), delimiter, quotes)]
         if not records or isinstance(records[0], ValueError):
             continue
-        width = len(trim(records[0], 0))
+        width = count_cells(records[0])
         whole = (cells for cells in records if isinstance(cells, list))
-        fits = sum(len(trim(cells, width)) == width for cells in whole)
+        fits = sum(count_cells(cells) <= width <= len(cells) for cells in whole)
         if width > 1:
             scores[number] = (fits / len(records), width)
     first = next((line for line in lines if line.strip()), "")
@@ -117,22 +119,39 @@ def inspect_table(text: Text, name: str) -> Table:
         quotes = DOUBLED | {"skipinitialspace": True}  # a space stands before the quotes
     records = [cells for _, cells, _ in read_records(iter(lines), delimiter, quotes)]
     rows = [cells for cells in records if isinstance(cells, list)]
-    if rows:
-        named = len(trim([*rows[0]], 1))
-        if not any(any(map(str.strip, cells[named : len(rows[0])])) for cells in rows[1:]):
-            del rows[0][named:]  # columns without a name and without a cell
-        rows[1:] = [trim(cells, len(rows[0])) for cells in rows[1:]]
+    spare = trim_spare(rows) if rows else 0
     line_end = "\r\n" if first.endswith("\r\n") else "\n"
     header, notes = check_header(rows, name)
     refuse_other_delimiter(header, records, delimiter, name)
-    return Table(delimiter, quotes, header, line_end, notes, [cell.strip() for cell in rows[0]])
+    written = [cell.strip() for cell in rows[0]]
+    return Table(delimiter, quotes, header, line_end, notes, written, spare)
 
 
-def trim(cells: list[str], width: int) -> list[str]:
-    """Takes empty cells off the end of a record that has more cells than `width`."""
-    while len(cells) > width and not cells[-1].strip():
+def count_cells(cells: list[str]) -> int:
+    """The cells of a record up to the last that is not empty."""
+    return max((place for place, cell in enumerate(cells, 1) if cell.strip()), default=0)
+
+
+def trim_spare(rows: list[list[str]]) -> int:
+    """Takes columns without a name and without a cell off a table's rows; returns how many empty
+    cells most rows have there.
+    """
+    named = max(count_cells(rows[0]), 1)
+    if any(any(map(str.strip, cells[named : len(rows[0])])) for cells in rows[1:]):
+        return 0
+    del rows[0][named:]
+    below = [len(cells) for cells in rows[1:] if count_cells(cells) <= named <= len(cells)]
+    spare = Counter(below).most_common(1)[0][0] - named if below else 0
+    for cells in rows[1:]:
+        trim(cells, named, spare)
+    return spare
+
+
+def trim(cells: list[str], width: int, spare: int) -> None:
+    """Takes up to `spare` empty cells off a record that has more than `width`."""
+    while len(cells) > width and spare and not cells[-1].strip():
         cells.pop()
-    return cells
+        spare -= 1
 
 
 def read_head(text: Text) -> list[str]:
@@ -216,7 +235,8 @@ def read_table(text: Text, table: Table) -> Iterator[tuple[str, dict[str, Any] |
             if isinstance(cells, ValueError):
                 yield f"line {number}", cells
                 continue
-            texts = [cell.strip() for cell in trim(cells, width)]
+            trim(cells, width, table.spare)
+            texts = [cell.strip() for cell in cells]
             if texts == table.first:
                 yield f"line {number}", ValueError("it repeats the header; take it out")
             elif not any(texts):

@@ -207,7 +207,8 @@ def read_turn(turn: Any, where: str) -> Turn:
         raise ValueError(
             f'"{where}" has the role {name!r}; it must be user, assistant, system or tool'
         )
-    content = read_content(next((turn[k] for k in CONTENT_KEYS if k in turn), None), where)
+    key = next((k for k in CONTENT_KEYS if turn.get(k) not in (None, "")), "content")
+    content = read_content({key: turn[key]} if key == "parts" else turn.get(key), where)
     if role == "call":
         return {"role": "assistant", "content": "", "tool_calls": parse_calls(content, where)}
     row: Turn = {"role": role, "content": content}
@@ -228,11 +229,13 @@ def read_turn(turn: Any, where: str) -> Turn:
 
 def read_content(content: Any, where: str) -> str:
     """The text of a turn; of content parts, their texts. Raises ValueError for other lists."""
-    if isinstance(content, dict) and isinstance(content.get("parts"), list):  # Gemini's system
-        content = content["parts"]
+    if isinstance(content, dict) and "parts" in content:  # Gemini's
+        parts = content["parts"]
+        content = parts if isinstance(parts, list) else [parts]
     if isinstance(content, dict) and {"type", "text"} <= content.keys() <= PART_KEYS:
         content = [content]
     if isinstance(content, list):
+        content = [part for part in content if not (isinstance(part, dict) and part.get("thought"))]
         texts = [read_content_part(part, where) for part in content]
         if len(texts) > 1 and not all(isinstance(part, dict) for part in content):
             raise ValueError(f'"{where}" holds a list of {len(texts)} texts; join them to one')
@@ -322,7 +325,7 @@ def check_turns(messages: list[Turn], name: str) -> None:
             raise ValueError(f"{where}: two turns of the {role} in a row")
         if role == "tool" and before != "tool" and not messages[number - 2].get("tool_calls"):
             as_text = "<tool_call>" in (messages[number - 2]["content"] or "")  # Hermes
-            advice = "; a call belongs into tool_calls and not into the text" if as_text else ""
+            advice = "; a call belongs in tool_calls and not in the text" if as_text else ""
             raise ValueError(f"{where}: a tool's result follows no call{advice}")
         if before == "tool" and role == "user":
             raise ValueError(f"{where}: a user's turn follows a tool's result without an answer")
