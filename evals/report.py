@@ -115,10 +115,14 @@ def title(metric: str) -> str:
 
 
 def append_conditions(side: str, evaluated: dict[str, Any]) -> str:
-    """`base`, `base, 3 examples` (worked ones in a prompt), or `adapter, constrained` to labels."""
+    """`base`, `base, 3 examples` (worked ones in a prompt), or `adapter, constrained` to labels.
+
+    `own prompts`: of an adapter that brings a template or tokens of its own.
+    """
     shots = evaluated.get("shots")
     parts = [describe_shots(shots)] if shots else []
     parts += ["constrained"] if evaluated.get("constrained_to") else []
+    parts += ["own prompts"] if evaluated.get("prompting") else []
     return ", ".join([side, *parts])
 
 

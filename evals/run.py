@@ -226,6 +226,7 @@ def _identify_subject(subject: Subject, side: str) -> dict[str, Any]:
     quantization = ("load_in_4bit", "load_in_8bit", "bnb_config_kwargs", "dtype")
     tokenizer = {k: v for k, v in with_template(config).items() if k in TOKENIZER}
     adapter = subject.adapter if side == "adapter" else None
+    files = adapters.identify(adapter) if adapter else {}
     return {
         "base_model": config["base_model"],
         # The commit in the Hub's cache; a folder has none.
@@ -234,8 +235,8 @@ def _identify_subject(subject: Subject, side: str) -> dict[str, Any]:
         "quantization": {key: config[key] for key in quantization if key in config},
         "precision": weights.precision(config),
         "libraries": {name: importlib.metadata.version(name).split("+")[0] for name in LIBRARIES},
-        "adapter_sha256": digest(adapter / adapters.WEIGHTS) if adapter else None,
-        **({"adapter_files": adapters.identify(adapter)} if adapter else {}),
+        "adapter_sha256": files.get(adapters.WEIGHTS),
+        **({"adapter_files": files} if files else {}),
         **({"prompting": subject.prompting} if subject.prompting else {}),
         "prompt_format": subject.prompt_format,
         "chat_template_kwargs": subject.options,
@@ -526,7 +527,7 @@ def score_subject(subject: "Subject | Endpoint", request: Request) -> report.Fil
         for name in names:
             file = files[name][side]
             identity = identify(subject, side, name, request.limit, request.backend)
-            if request.force or not _is_same(_read_identity(file, warn=True), identity):
+            if request.force or _read_identity(file, warn=True) != identity:
                 todo.append((side, name, identity, file))
     if todo:
         print(f"eval       {subject.name} on {', '.join(names)}", flush=True)
@@ -538,15 +539,9 @@ def score_subject(subject: "Subject | Endpoint", request: Request) -> report.Fil
     for side, name, identity, file in todo:
         # Two jobs may share a base: the second waits, and then finds the score.
         with naming_refusal(file), locked(file):
-            if request.force or not _is_same(_read_identity(file), identity):
+            if request.force or _read_identity(file) != identity:
                 job.score(side, name, identity, file)
     return files
-
-
-def _is_same(before: Any, now: dict[str, Any]) -> bool:
-    """Whether a score is current. One from before an adapter's files were recorded may be."""
-    keys = now.keys() - ({"adapter_files"} - (before or {}).keys())
-    return bool(before == {key: now[key] for key in keys})
 
 
 def _read_identity(file: Path, warn: bool = False) -> Any:

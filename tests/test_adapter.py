@@ -333,13 +333,26 @@ def test_tokens_in_spare_rows_of_a_base_and_another_end_token_are_taken(tiny, tm
         assert "its tokenizer does not extend the base's: not used" in capsys.readouterr().out
 
 
-def test_tokens_of_a_tokenizer_in_the_slow_format_are_taken_or_it_is_said(tiny, tmp_path, capsys):
+def test_tokens_of_a_tokenizer_in_the_slow_format_are_taken(tiny, tmp_path, capsys):
     folder = make(tiny, tmp_path / "adapter")
-    (folder / "added_tokens.json").write_text('{"<bull>": 49152}')
     base_tokenizer = models.load_tokenizer({"base_model": str(tiny)})
+    content = json.loads((tiny / "tokenizer.json").read_text())
+    added = {token["content"]: token["id"] for token in content["added_tokens"]}
+    (folder / "added_tokens.json").write_text(json.dumps({"<bull>": len(base_tokenizer)}))
+    assert models.load_own_tokenizer(folder, base_tokenizer) is base_tokenizer
+    assert "its tokenizer does not extend the base's: not used" in capsys.readouterr().out
+
+    merges = [" ".join(pair) for pair in content["model"]["merges"]]
+    files = {
+        "vocab.json": json.dumps(content["model"]["vocab"]),
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+        "added_tokens.json": json.dumps(added | {"<bull>": len(base_tokenizer)}),
+        "tokenizer_config.json": '{"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|im_end|>"}',
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text)
     own = models.load_own_tokenizer(folder, base_tokenizer)
-    said = "its tokenizer does not extend the base's" in capsys.readouterr().out
-    assert said or own.tokenize("<bull>") == ["<bull>"]
+    assert own.tokenize("<bull>") == ["<bull>"] and not capsys.readouterr().out
 
 
 def test_an_adapter_of_another_template_or_tokens_has_a_score_of_the_base_of_its_own(
@@ -368,9 +381,20 @@ def test_an_adapter_of_another_template_or_tokens_has_a_score_of_the_base_of_its
     assert find(write(template), "same").base_folder == plain.base_folder
     other = find(write("Q: {{ messages[0].content }} A:"), "other")
     ends = find(end_otherwise, "ends")
-    folders = {subject.base_folder for subject in (plain, other, ends)}
-    assert len(folders) == 3 and other.base_folder.name == f"base_fp32_{other.prompting}"
+    begins = find(write("{{ bos_token }}Q: {{ messages[0].content }} A:"), "begins")
+    folders = {subject.base_folder for subject in (plain, other, ends, begins)}
+    assert len(folders) == 4 and other.base_folder.name == f"base_fp32_{other.prompting}"
     assert other.file("base", "fpb", None) != plain.file("base", "fpb", None)
+    # Prompts without a template are the base's own, and a pad token is in none.
+    bare = subjects.find("", str(tmp_path / "other"), "fp32", "bare").with_own_prompts()
+    assert not bare.prompting
+
+    def pad(folder):
+        tokenizer = AutoTokenizer.from_pretrained(tiny)
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        tokenizer.save_pretrained(folder)
+
+    assert not find(pad, "pad").prompting
     # Two folders of one name are two adapters.
     assert find(name="x/last").folder != find(name="y/last").folder
 
@@ -378,6 +402,9 @@ def test_an_adapter_of_another_template_or_tokens_has_a_score_of_the_base_of_its
 def test_all_that_an_adapter_answers_with_identifies_it(copy, tiny):
     first = adapters.identify(copy)
     change(copy, peft_version="9", base_model_name_or_path="elsewhere", inference_mode=False)
+    targets = json.loads((copy / adapters.CONFIG).read_text())["target_modules"]
+    change(copy, target_modules=targets[::-1], lora_bias=False, rank_pattern={}, lora_alpha=16.0)
+    change(copy, task_type=None, modules_to_save=None, exclude_modules=[])
     assert adapters.identify(copy) == first
     change(copy, base_model_name_or_path=str(tiny))
     seen = [first]
@@ -385,7 +412,10 @@ def test_all_that_an_adapter_answers_with_identifies_it(copy, tiny):
     seen.append(adapters.identify(copy))
     (copy / "chat_template.jinja").write_text("{{ messages }}")
     seen.append(adapters.identify(copy))
-    (copy / "added_tokens.json").write_text("{}")
+    for name in ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"):
+        (copy / name).write_text("{}")
+        seen.append(adapters.identify(copy))
+    change(copy, rank_pattern={"q_proj": 2})
     seen.append(adapters.identify(copy))
     assert all(a != b for n, a in enumerate(seen) for b in seen[:n])
 
@@ -399,6 +429,22 @@ def test_an_adapter_whose_config_changed_is_merged_again(copy):
     first = read(merge.merge(config, copy))
     change(copy, lora_alpha=64)
     assert largest([first], [read(merge.merge(config, copy))]) > 1e-4
+
+
+def test_a_base_whose_weights_changed_is_merged_again(tiny, tmp_path):
+    base = Path(shutil.copytree(tiny, tmp_path / "base"))
+    folder = make(base, tmp_path / "adapter")
+    config = subjects.find("", str(folder), "fp32").config
+    report = merge.merge(config, folder) / "merge.json"
+    before = report.stat().st_mtime_ns
+    merge.merge(config, folder)
+    assert report.stat().st_mtime_ns == before
+    weights = load_file(base / "model.safetensors")
+    save_file(
+        {n: t * 1.1 for n, t in weights.items()}, base / "model.safetensors", {"format": "pt"}
+    )
+    merge.merge(config, folder)
+    assert report.stat().st_mtime_ns != before
 
 
 def test_values_that_are_not_finite_are_no_answers(tiny, tmp_path):
@@ -502,7 +548,7 @@ def test_the_default_of_several_templates_is_taken_and_other_bytes_are_named(cop
         assert models.read_template(copy) == read
     for content in (["d"], named[:1], {"rag": "r"}, 5):
         (copy / "tokenizer_config.json").write_text(json.dumps({"chat_template": content}))
-        with pytest.raises(WrongInput, match="tokenizer_config.json: chat_template is no text"):
+        with pytest.raises(WrongInput, match="tokenizer_config.json: chat_template is neither"):
             models.read_template(copy)
     (copy / "chat_template.jinja").write_text("d", encoding="utf-8-sig")
     assert models.read_template(copy) == "d"

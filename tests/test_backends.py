@@ -219,7 +219,7 @@ def test_a_fault_that_stays_stops_the_job_and_the_same_command_goes_on(
         ask(monkeypatch, server)
     assert stopped.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {server.url}") and "the same command goes on" in line
+    assert line.startswith(f"error: {server.url}") and "the same command continues" in line
     assert not list(runs.RUNS.rglob("fpb*.json"))
     server.asked.clear()
     server.misbehave = lambda handler, times, body: False

@@ -464,6 +464,11 @@ def test_a_score_is_kept_until_what_it_depends_on_changes(trained, workplace, mo
     evaluate(monkeypatch, recipe, "--tasks", "fpb", "--limit", "6")
     assert "fpb, base: 6" not in capsys.readouterr().out
     assert file.stat().st_mtime_ns == before
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    common.write_json(folder / "adapter_config.json", settings | {"lora_alpha": 1000})
+    evaluate(monkeypatch, recipe, "--tasks", "fpb", "--limit", "6")
+    assert "fpb, adapter: 6/6" in capsys.readouterr().out
+    common.write_json(folder / "adapter_config.json", settings)
 
     lines = sources.test_path("fpb").read_text().splitlines(keepends=True)
     sources.test_path("fpb").write_text("".join(lines[1:]))

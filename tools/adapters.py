@@ -39,10 +39,16 @@ HARMLESS = {
     *("eva_config", "corda_config", "loftq_config", "lora_ga_config", "runtime_config"),
     *("megatron_core", "qalora_group_size"),
 }
+# Keys that say what an adapter is and not what it computes.
+DESCRIPTIVE = {
+    *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "init_lora_weights"),
+    "peft_type",
+}
 # What renders and tokenizes prompts, beside an adapter or a base.
 TOKENIZER_FILES = (
     *("chat_template.jinja", "chat_template.json", "tokenizer.json", "tokenizer_config.json"),
     *("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"),
+    "special_tokens_map.json",
 )
 LORA_TENSORS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 EMBEDDING_TENSORS = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
@@ -340,13 +346,17 @@ def read_adapter(folder: Path) -> tuple[Settings, dict[str, Tensor]]:
 
 def identify(folder: Path) -> dict[str, str]:
     """SHA-256 of what an adapter's answers depend on: weights, tokenizer files, and the settings
-    of its config that have an effect.
+    of its config that have an effect, in whatever order they are written.
     """
     where = shown(folder / CONFIG)
     settings = parse_settings(parse_json((folder / CONFIG).read_bytes(), where), where)
-    content = settings.model_dump(by_alias=True, exclude_none=True)
-    content = {key: content[key] for key in content.keys() - HARMLESS - {"base_model_name_or_path"}}
-    text = json.dumps(content, sort_keys=True)
+    content = settings.model_dump(by_alias=True) | {"lora_alpha": float(settings.alpha)}
+    effective = {
+        key: sorted(value, key=str) if isinstance(value, list) else value
+        for key, value in content.items()
+        if value and key not in HARMLESS | DESCRIPTIVE
+    }
+    text = json.dumps(effective, sort_keys=True)
     files = [folder / name for name in (WEIGHTS, *TOKENIZER_FILES)]
     found = {file.name: digest(file) for file in files if file.is_file()}
     return found | {CONFIG: hashlib.sha256(text.encode()).hexdigest()}

@@ -195,7 +195,7 @@ def find_text_part(config: dict[str, Any]) -> dict[str, Any]:
 
 
 class UnknownLayers(WrongInput):
-    """A base has not the layers of Llama's kind that are asked for."""
+    """A base lacks layers like Llama's that are asked for."""
 
 
 def parse_config(base: str, config: dict[str, Any]) -> Model:

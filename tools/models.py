@@ -234,7 +234,7 @@ def precision(config: dict[str, Any]) -> str:
 
 NOT_FINITE = (
     "the model computes values that are not finite (NaN or infinity): its weights are too large, "
-    "or the precision is too small for them (PRECISION=fp32 has the largest range)"
+    "or for the range of 16-bit floats (then PRECISION=fp32 or bf16)"
 )
 
 
@@ -287,7 +287,8 @@ def load_own_tokenizer(adapter: Path, tokenizer: Any) -> Any:
 def read_template(adapter: Path) -> str | None:
     """The chat template in an adapter's folder, which takes precedence over its base's.
 
-    Of several named templates it is "default". Raises WrongInput for a file that is not UTF-8.
+    Of several named templates it is "default". Raises WrongInput for a file that is not UTF-8, and
+    for what is no template.
     """
     if (path := adapter / "chat_template.jinja").is_file():
         try:
@@ -295,9 +296,9 @@ def read_template(adapter: Path) -> str | None:
         except UnicodeDecodeError as error:
             raise WrongInput(f"{shown(path)}: not UTF-8 at byte {error.start + 1}") from None
     template: Any = None
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        path = adapter / name
-        template = template or (read_json(path).get("chat_template") if path.is_file() else None)
+    for path in (adapter / "chat_template.json", adapter / "tokenizer_config.json"):
+        if path.is_file() and (template := read_json(path).get("chat_template")):
+            break
     named: dict[Any, Any] = {"default": template}
     if isinstance(template, list):
         named = {e.get("name"): e.get("template") for e in template if isinstance(e, dict)}
@@ -305,26 +306,42 @@ def read_template(adapter: Path) -> str | None:
         named = template
     if template and not isinstance(named.get("default"), str):
         raise WrongInput(
-            f"{shown(path)}: chat_template is no text, and no template of it is named default; "
-            "write one to chat_template.jinja beside it"
+            f"{shown(path)}: chat_template is neither a text nor holds one named default; write "
+            "the template to chat_template.jinja beside it"
         )
     return named.get("default")
 
 
-def find_own_prompting(config: dict[str, Any], adapter: Path) -> str:
-    """Eight digits that stand for an adapter's template and tokens where its base, which must be
-    here, has others; "" where it has none of its own, and for runs of this project.
+# Prompts that show whether two tokenizers and their templates write the same tokens.
+PROBES = [
+    [{"role": "user", "content": "Net sales rose by 3.5 % to EUR 1,250m.\n\n  Résumé: 你好 🙂"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}],
+]
+
+
+def find_own_prompting(config: dict[str, Any], adapter: Path, form: str = "chat") -> str:
+    """Eight digits that stand for an adapter's template and tokens where its prompts of a format
+    are not those of its base; "" where they are, for runs of this project, and without the base's
+    files.
     """
     if Run(adapter).has_tokenizer or base_folder(config["base_model"]) is None:
         return ""
     with redirect_stdout(StringIO()):  # loading the adapter prints its notes
-        own, of_base = (load_tokenizer(config, folder) for folder in (adapter, None))
-    content, base_content = (
-        [tokenizer.chat_template, tokenizer.eos_token, sorted(tokenizer.get_vocab().items())]
-        for tokenizer in (own, of_base)
-    )
-    if content == base_content:
+        own, base = (load_tokenizer(config, folder) for folder in (adapter, None))
+
+    def write_probes(tokenizer: Any) -> list[Any]:
+        written: list[Any] = [tokenizer.eos_token]
+        for probe in PROBES:
+            with suppress(WrongInput):  # a template may take no system turn
+                options = config.get("chat_template_kwargs")
+                written.append(prompts.tokens(tokenizer, probe, options, form))
+        return written
+
+    added = own.get_vocab().keys() - base.get_vocab().keys() - {own.pad_token}
+    if write_probes(own) == write_probes(base) and not added:
         return ""
+    template = own.chat_template if form == "chat" else None
+    content = [template, own.bos_token, own.eos_token, sorted(own.get_vocab().items())]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
 
 

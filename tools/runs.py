@@ -112,8 +112,10 @@ class Run:
         """
         if not (self.tokenizer_file.is_file() and self.is_finished):
             return False
-        origin = read_json(self.origin_file) if self.origin_file.is_file() else {}
-        return {INFO, CONFIG} <= origin.get("remote", {INFO: "", CONFIG: ""}).keys()
+        if not self.origin_file.is_file():
+            return True
+        published = read_json(self.origin_file).get("remote")
+        return isinstance(published, dict) and {INFO, CONFIG} <= published.keys()
 
     @property
     def is_recognized(self) -> bool:

@@ -273,7 +273,7 @@ class Installer:
         if must:
             lines = [line for line in self.venv.log.read_text().splitlines() if line.strip()]
             print("\n".join(map(hide_secrets, lines[-8:])), file=sys.stderr)
-            fail(f"{label} could not be installed; {log} says why; the same command goes on")
+            fail(f"{label} could not be installed; {log} says why; the same command continues")
         return False
 
 

@@ -69,9 +69,11 @@ class Subject:
         """The subject with another folder for the base's scores where an adapter from elsewhere
         brings a template or tokens of its own: the base then answers other prompts.
 
-        Only a base that is here shows it.
+        Needs the base's files.
         """
-        mark = models.find_own_prompting(self.config, self.adapter) if self.adapter else ""
+        mark = ""
+        if self.adapter:
+            mark = models.find_own_prompting(self.config, self.adapter, self.prompt_format)
         folder = self.base_folder
         if mark:
             folder = folder.with_name(f"{folder.name}_{mark}")
@@ -193,7 +195,7 @@ def check_folder(folder: Path) -> adapters.Settings:
     if not (folder / adapters.WEIGHTS).is_file():
         advice = "where it is adapter_model.bin, PEFT's save_pretrained writes it again"
         if (folder / "adapters.safetensors").is_file():
-            advice = "these are MLX's adapters, which are no PEFT folder"
+            advice = "this is an MLX adapter and no PEFT folder"
         raise WrongInput(
             f"ADAPTER={folder} has no {adapters.WEIGHTS}, and no other format is read; {advice}"
         )

@@ -1,8 +1,8 @@
 """What differs between the supported versions of Axolotl and the libraries that it pins.
 
 Python 3.11 has Axolotl 0.19 with transformers 5.16, Python 3.12 and 3.13 have Axolotl 0.21 with
-transformers 5.20. Here is what one of them has or does otherwise, with the versions that need it.
-What all of them need stands where it is needed. docs/install.md has the table of tested versions.
+transformers 5.20. Here is what differs between them, and for which versions. Workarounds for all of
+them stand where they are needed. docs/install.md has the table of tested versions.
 """
 
 import sys

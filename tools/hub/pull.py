@@ -280,13 +280,14 @@ def check_scores(file: Path, where: str) -> None:
 
 def drop_foreign(source: Source, part: Run, name: str) -> bool:
     """Removes a run.json or config.yaml that another program wrote; whether it was one."""
-    path, key = part.folder / name, {runs.INFO: "adapter_sha256", runs.CONFIG: "datasets"}.get(name)
-    if key is None:
+    keys = {runs.INFO: ("adapter_sha256", str), runs.CONFIG: ("datasets", list)}
+    if name not in keys:
         return False
-    where = f"{source}/{name}"
+    key, kind = keys[name]
+    path, where = part.folder / name, f"{source}/{name}"
     parse = parse_json if name == runs.INFO else parse_yaml
     content = parse(path.read_bytes(), where)
-    if isinstance(content, dict) and key in content:
+    if isinstance(content, dict) and isinstance(content.get(key), kind):
         return False
     print(f"pull       {where} is another program's (it has no {key}) and is left out")
     path.unlink()

@@ -46,7 +46,7 @@ LONGEST_ANSWER = 200  # characters
 PAIRED = (
     *("dataset", "task_version", "data_sha256", "limit", "base_model", "base_revision"),
     *("base_files", "quantization", "precision", "prompt_format", "chat_template_kwargs"),
-    *("backend", "task", "scoring", "device_class", "constrained_to"),
+    *("backend", "task", "scoring", "device_class", "constrained_to", "prompting"),
 )
 
 
@@ -110,7 +110,8 @@ def collect_scores(run: Run, sha: str, precision: str) -> Scores:
         if (name := name_scores(evaluated)) in pairs:
             continue
         pairs[name] = {"adapter": scores}
-        beside = Run(run.folder.with_name(f"base_{precision}")).scores_folder / path.name
+        base_name = "_".join(filter(None, ("base", precision, evaluated.get("prompting"))))
+        beside = Run(run.folder.with_name(base_name)).scores_folder / path.name
         for file in (beside, run.scores_folder / "base" / f"{name}.json"):
             base = read_scores(file, "push") if file.is_file() else None
             if base and all(base["evaluated"].get(key) == evaluated.get(key) for key in PAIRED):

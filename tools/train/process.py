@@ -172,7 +172,7 @@ def run_axolotl(
             if not run.stats_file.is_file():
                 step = last_checkpoint(run)
                 after = f"from step {step}" if step else "from the start"
-                print(f"train      stopped; the same command goes on {after}", flush=True)
+                print(f"train      stopped; the same command continues {after}", flush=True)
             raise
     is_unfinished = machines.rank == 0 and not run.stats_file.is_file()
     if is_unfinished or process.returncode:

@@ -30,7 +30,6 @@ from tools import adapters, models, prompts, subjects
 from tools.common import (
     JobFailed,
     WrongInput,
-    digest,
     naming,
     quiet,
     read_json,
@@ -140,9 +139,10 @@ def write_gguf(config: dict[str, Any], source: Path, form: str = "chat") -> Path
 
 
 def describe_origin(config: dict[str, Any], adapter: Path, form: str) -> dict[str, Any]:
+    files = adapters.identify(adapter)
     return {
-        "adapter_sha256": digest(adapter / adapters.WEIGHTS),
-        "adapter_files": adapters.identify(adapter),
+        "adapter_sha256": files[adapters.WEIGHTS],
+        "adapter_files": files,
         "base_model": config["base_model"],
         **models.identify_base(config["base_model"]),
         "precision": models.precision(config),

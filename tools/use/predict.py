@@ -5,7 +5,7 @@
 Prompts are made as in training: by the shape that `make new` recorded with the task, or as MAP= and
 TEMPLATE= say. Answers are read as `make eval` reads them. Each row gets its answer in the column
 `predicted` and, where the backend gives them, the probability of each label. Answers are saved row
-by row beside OUT, so the same command goes on where it was interrupted.
+by row beside OUT, so the same command continues where it was interrupted.
 """
 
 import hashlib
