@@ -718,7 +718,8 @@ def test_two_columns_named_by_letters_are_choices_where_all_answers_are_letters(
     rows = [row | {"answer": answer} for answer in ("A", "(b)", None, "")]
     shape = recognize(Listed(rows))
     assert shape.build_chat(rows[1])["messages"] == say("q\n\nA. up\nB. down", "B")
-    assert "choices" not in recognize(Listed([*rows, row | {"answer": "x"}])).columns
+    for others in ([*rows, row | {"answer": "x"}], [row | {"answer": 0}], rows[2:]):
+        assert "choices" not in recognize(Listed(others)).columns
 
 
 @pytest.mark.parametrize("as_list", [True, False])
@@ -916,7 +917,7 @@ def test_keys_of_passages_that_are_not_used_are_named():
     assert not shape.unused and '{"year": 2020' in shape.build_chat(table)["messages"][0]["content"]
     lists = row | {"evidence": {"title": ["T", "U"], "sentences": [["x"]]}}
     with pytest.raises(ValueError, match='"evidence" holds lists of different lengths'):
-        recognize(Listed([row])).build_chat(lists)
+        recognize(Listed([lists])).build_chat(lists)
     worded = recognize(Listed([row]), template="{evidence}|{question}")
     with pytest.raises(ValueError, match='"evidence" is empty'):
         worded.build_chat(row | {"evidence": None})

@@ -309,8 +309,9 @@ def take_choice_columns(shape: Shape, columns: list[str], sample: list[dict[str,
     others = (column for column in columns if column not in shape.columns.values())
     found = find_choice_columns(others)
     if is_pair_of_letters(found):
-        texts = [str(row.get(shape.columns["answer"]) or "").strip() for row in sample]
-        if not all(re.fullmatch(r"\W?[ab]\W?", text, re.I) for text in filter(None, texts)):
+        answers = [row.get(shape.columns["answer"]) for row in sample]
+        texts = [str(answer).strip() for answer in answers if not turns.is_missing(answer)]
+        if not texts or not all(re.fullmatch(r"\W?[ab]\W?", text, re.I) for text in texts):
             return
     if found:
         shape.choice_columns, shape.columns["choices"] = found, ", ".join(found)
@@ -360,10 +361,13 @@ def list_unused(shape: Shape, columns: list[str], sample: list[dict[str, Any]]) 
         used -= unworded - set(shape.fields)
     unused = [column for column in columns if column not in used]
     if column := shape.columns.get("context"):
-        passages = (entry for row in sample for entry in list_passages(row.get(column), column))
-        keys = dict.fromkeys(key for entry in passages if isinstance(entry, dict) for key in entry)
-        read = {*PASSAGE, "title"} & keys.keys()
-        unused += [f"{column}[].{key}" for key in keys if read - {"title"} and key not in read]
+        keys: dict[str, None] = {}
+        for row in sample:
+            with suppress(ValueError):  # the row is refused later
+                for passage in list_passages(row.get(column), column):
+                    keys |= dict.fromkeys(passage if isinstance(passage, dict) else ())
+        if not keys.keys().isdisjoint(PASSAGE):
+            unused += [f"{column}[].{key}" for key in keys if key not in (*PASSAGE, "title")]
     if column := shape.columns.get("messages"):
         keys = {}
         for row in sample:
