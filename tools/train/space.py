@@ -86,7 +86,7 @@ class SearchSettings(Section):
             ):
                 raise ValueError("batch needs a list of whole numbers: rows per step")
             if isinstance(entry, list) and len(set(map(encode, entry))) < max(1, len(entry)):
-                raise ValueError(f"{key} needs at least one choice, and each of them once")
+                raise ValueError(f"{key} needs at least one choice, and each once")
         return self
 
 
