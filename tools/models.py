@@ -234,7 +234,7 @@ def precision(config: dict[str, Any]) -> str:
 
 NOT_FINITE = (
     "the model computes values that are not finite (NaN or infinity): its weights are too large, "
-    "or for the range of 16-bit floats (then PRECISION=fp32 or bf16)"
+    "at least for float16 (PRECISION=bf16 and fp32 hold larger ones)"
 )
 
 
