@@ -145,7 +145,8 @@ def print_shape(rows: RowFile, shape: Shape, others: list[str | None]) -> None:
         print(f"new        {note}")
     if unused := [column for column in shape.unused if column not in others]:
         names = spell_out(", ".join(unused))
-        hint = "" if "messages" in shape.columns else ' (TEMPLATE="{column} …" uses one)'
+        can_be_worded = "messages" not in shape.columns and any("[]." not in c for c in unused)
+        hint = ' (TEMPLATE="{column} …" uses one)' if can_be_worded else ""
         print(f"new        not used: {names}{hint}")
     numbers = shape.options and all(re.fullmatch(r"-?\d+(\.0+)?", label) for label in shape.options)
     if shape.kind == "text and label" and numbers and not shape.names:
