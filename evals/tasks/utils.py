@@ -225,9 +225,11 @@ def text(expected: str, answer: str, prompt: str) -> Scores:
 LETTERS = frozenset("ABCDE")
 # "A bond", "B shares", "Series B", "A-rated", "D&O", "e.g." and "D. E. Shaw" name no choice: the
 # text before and after a letter decides.
+# A letter that stands alone: (B), [B], "B" surely, B maybe.
 _ALONE = re.compile(
     r"[(\[{<\"'](?P<sure>[A-Za-z])[)\]}>\"']|(?<![\w&'.+-])(?P<bare>[A-Za-z])(?![\w&'+%])"
 )
+# What may stand before a bare one: a beginning, "answer: ", "so ", "choose ", "A and ".
 _BEFORE = re.compile(
     r"(?:\A|[^\w\s]|\n|\b(?:answer|ans|option|choice|letter|alternative|statement|selection|is|be|was|it's"
     r"|that's|that|think|believe|say|guess|choose|choosing|pick|select|selected|correct|with|for|so"
@@ -236,17 +238,20 @@ _BEFORE = re.compile(
     r"|whether|also|versus|vs))\s*\Z",
     re.IGNORECASE,
 )
+# What may stand behind it: an end, "B.", "B) text", "B because …", "B - text", "B or C".
 _AFTER = re.compile(
     r"\s*(?:\Z|[\n;!?)\]}/&<—。✓✔✅]|,(?!\d)|[.:](?!\w|\s?[A-Z]\.))|\s+[-–(]"
     r"|\s+(?:because|since|as|due|given|which|based|not|rather|instead|but|with|and|or|nor|versus|vs|to|is"
     r"|isn't|was|are|aren't|would|must|should|seems|appears|could|might|may|has|it is)\b"
 )
+# Several marked letters decide nothing: ⟦A⟧ and ⟦B⟧; ⟦A⟧, ⟦B⟧, ⟦C⟧; ⟦A⟧ or maybe ⟦B⟧.
 _LIST = re.compile(
     r"⟦\w*⟧(?:\s*(?:,?\s*(?:and|or(?:\s+not)?|nor|to|vs\.?|versus|&|/)|,(?!\s*⟦\w*⟧\s+(?:is|was|would|must|should"
     r"|seems|appears)\b))\s*(?:(?:maybe|perhaps|possibly|even|also"
     r"|option|choice|answer)\s+)?⟦\w*⟧)+",
     re.IGNORECASE,
 )
+# "'s", "is", "would be"; what may follow it, "is most likely the"; and what it is said of.
 _IS = r"(?:'s|\s+(?:(?:would|should|must|will|has\s+to|can\s+only)\s+be|is|was|seems|appears))"
 _MOST = (
     r"(?:\s+(?:to|be|the|clearly|definitely|certainly|obviously|most|likely|probably|also|indeed|thus"
@@ -291,8 +296,11 @@ _DENIED = re.compile(
     r"|wrong|except|rather\s+than|instead\s+of)\b|n't\b)[^.;,\n]*\Z",
     re.IGNORECASE,
 )
+# Before the text of a choice, this denies it: "not the bond", "rather than the bond".
 _NEGATED = re.compile(r"(?:\b(?:not|nor|neither|than|instead of|except)\b|n't)[^.;,]*\Z")
+# Behind a small letter, which may be the article: "b.", "b) text", or its line ends.
 _CLOSED = re.compile(r"[.):,]?\s*(?:\Z|\n)|[.):]\s")
+# An answer that changes its mind: the last letter that it states counts.
 _REVISED = re.compile(r"\b(?:wait|actually|correction|second thought|sorry)\b", re.IGNORECASE)
 # What an answer marks as final.
 _MARKED = [
