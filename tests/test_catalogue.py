@@ -408,7 +408,7 @@ def test_how_it_runs_may_change_without_a_new_version(copy):
     folder, table, write = copy
     table["common"]["gradient_checkpointing"] = False
     write(table)
-    with pytest.raises(JobFailed, match="is not what recipes/matrix.yaml gives; `make render`"):
+    with pytest.raises(JobFailed, match="is out of date; `make render` writes it"):
         catalogue.check()
     catalogue.render()
     catalogue.check()
