@@ -858,11 +858,11 @@ def test_vllm_gets_merged_what_it_would_serve_otherwise_than_trained(tiny, tmp_p
 def test_an_adapter_that_ends_answers_otherwise_is_merged_for_vllm(tiny, tmp_path):
     folder = make(tiny, tmp_path / "adapter")
     subject = subjects.find("", str(folder), "fp32")
-    assert serve.explain_merging(subject, GPU) == ""
+    assert serve.explain_merged(subject, GPU) == ""
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.eos_token = "<|endoftext|>"
     tokenizer.save_pretrained(folder)
-    assert "end token, and this adapter has another" in serve.explain_merging(subject, GPU)
+    assert "end token, and this adapter has another" in serve.explain_merged(subject, GPU)
 
 
 # --- Secrets ---

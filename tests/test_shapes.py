@@ -901,6 +901,8 @@ def test_a_list_of_one_label_is_that_label():
     several = recognize(Listed([*rows, {"text": "p", "labels": [0, 1]}]))
     assert not several.options
     assert several.build_chat(rows[1])["messages"] == say("p 1", "[1]")
+    with pytest.raises(WrongInput, match='"labels" counts from 1; write LABELS="1=down,2=up"'):
+        recognize(Listed([{"text": "p", "labels": [1, 2]}]), labels=["down", "up"])
     # Test rows have the answers of training.
     test = Listed([{"sentence": "p 1", "label": [1]}])
     for trained, answer in ((several, "[1]"), (shape, "1")):

@@ -47,7 +47,7 @@ class Subject:
     base_folder: Path
     task: str | None  # that it was trained for
     prompt_format: str
-    prompting: str = ""  # of an adapter with a template or tokens that the base has not
+    prompting: str = ""  # stands for an adapter's own template and tokens; see `with_own_prompts`
     suffix: str = ""  # of the adapter's score files, at a precision other than its own
     shots: int = 0  # worked examples in each prompt, for a base alone
     constrained: bool = False  # answers can only be labels

@@ -19,9 +19,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from functools import cache
 from itertools import permutations
-from pathlib import Path
 from typing import Any
 
 from tools import recipes, sources
@@ -37,6 +35,7 @@ from tools.common import (
     write_text,
 )
 from tools.data import duplicates, formulas, turns
+from tools.data.bases import read_tokenizer
 from tools.data.parts import EXAMPLES, Finding, Part, count_noun, find_parts
 from tools.data.templates import NEAR_CHARS, check_templates
 
@@ -265,13 +264,6 @@ def show_p(p: float) -> str:
 def load_tokenizer() -> Any:
     """SmolLM2's tokenizer, or None where the model is not there (yet)."""
     return read_tokenizer(TOKENIZER) if TOKENIZER.is_file() else None
-
-
-@cache
-def read_tokenizer(path: Path) -> Any:
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(path))
 
 
 def find_sequence_len(task: str) -> int:

@@ -8,12 +8,23 @@ takes longer than reading most files.
 """
 
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from tools import architectures, prompts, recipes
 from tools.common import WrongInput, read_json
+
+
+@cache
+def read_tokenizer(file: Path) -> Any:
+    """The tokenizer in a tokenizer.json, which neither cuts texts nor pads them."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 class BaseTokenizer:
@@ -44,12 +55,7 @@ class BaseTokenizer:
 
     @cached_property
     def tokenizer(self) -> Any:
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(self.file))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
+        return read_tokenizer(self.file)
 
     def apply_chat_template(
         self,

@@ -48,10 +48,9 @@ def are_misspelled(labels: list[str]) -> bool:
     )
 
 
-def check_numbering(rows: RowFile, column: str, names: dict[str, str], single: bool) -> None:
+def check_numbering(rows: RowFile, column: str, names: dict[str, str]) -> None:
     """Raises WrongInput where LABELS= names numbers from 0 and the labels count from 1."""
-    values = count_values(rows, column, single)
-    counts = {re.sub(r"\.0+\Z", "", value.lower()) for value in values}
+    counts = {re.sub(r"\.0+\Z", "", value.lower()) for value in count_values(rows, column)}
     if counts and counts <= {"true", "false"} and names.keys() == {"0", "1"}:
         rows.notes.append(f'"{column}": false is {names["0"]}, true is {names["1"]}')
     counts_from_1 = str(len(names)) in counts and "0" not in counts
@@ -76,19 +75,16 @@ def are_single(rows: RowFile, column: str) -> bool:
     return found
 
 
-def list_options(
-    rows: RowFile, column: str, names: dict[str, str] | None, single: bool
-) -> list[str]:
+def list_options(rows: RowFile, column: str, names: dict[str, str] | None) -> list[str]:
     """The labels that prompts list, which only all rows show; none where there are too many.
 
     `column` holds the answers, "" where there are none; `names` are those of integer labels.
-    `single`: a list stands for the one label that it holds.
     """
     if names:
         return list(names.values()) if len(names) <= MOST_OPTIONS else []
     if not column:
         return []
-    counts = count_values(rows, column, single)
+    counts = count_values(rows, column)
     folded = turns.fold_spellings(counts)
     return choose_options(label for label in counts if label not in folded)
 
@@ -99,20 +95,18 @@ def choose_options(labels: Iterable[str]) -> list[str]:
     return options if 2 <= len(options) <= MOST_OPTIONS else []
 
 
-def count_values(rows: RowFile, column: str, single: bool = False) -> Counter[str]:
-    """How often a column holds each text or number; empty where there are too many of them.
-
-    `single`: a list stands for the one that it holds.
+def count_values(rows: RowFile, column: str) -> Counter[str]:
+    """How often a column holds each text or number, also in lists; empty where there are too many
+    of them.
     """
     counts = Counter[str]()
     for _, row in rows:
         value = row.get(column) if isinstance(row, dict) else None
-        if single and isinstance(value, list) and len(value) == 1:
-            value = value[0]
-        if not isinstance(value, str | int | float) or turns.is_missing(value):
-            continue
-        with suppress(ValueError):  # the row is refused later
-            counts[turns.strip_end_tokens(turns.write_value(value, column)).strip()] += 1
+        for entry in value if isinstance(value, list) else [value]:
+            if not isinstance(entry, str | int | float) or turns.is_missing(entry):
+                continue
+            with suppress(ValueError):  # the row is refused later
+                counts[turns.strip_end_tokens(turns.write_value(entry, column)).strip()] += 1
         if len(counts) > MOST_SPELLINGS:
             return Counter()
     return counts

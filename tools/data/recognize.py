@@ -189,7 +189,7 @@ def recognize(
         shape.lists = "of one" if are_single(rows, answer) else "of several"
     if labels:
         shape.names = parse_labels(labels)
-        check_numbering(rows, answer, shape.names, shape.lists == "of one")
+        check_numbering(rows, answer, shape.names)
     elif rows.label_names.get(answer) and "gold" not in shape.columns:
         shape.names = name_numbers(rows.label_names[answer])
     if "choices" in shape.columns:
@@ -199,8 +199,9 @@ def recognize(
         rows.notes.append(f"no answer is one of the choices {names}, and prompts leave them out")
         shape.choice_columns, shape.counted_from = [], ""
     refuse_single_prompt(rows, shape, sample)
-    if shape.kind == "text and label" or "labels" in shape.fields:
-        shape.options = list_options(rows, answer, shape.names, shape.lists == "of one")
+    lists_labels = shape.kind == "text and label" or "labels" in shape.fields
+    if lists_labels and (shape.names or shape.lists != "of several"):
+        shape.options = list_options(rows, answer, shape.names)
     shape.unused = list_unused(shape, columns, sample)
     return shape
 

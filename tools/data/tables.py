@@ -137,21 +137,20 @@ def trim_spare(rows: list[list[str]]) -> int:
     cells most rows have there.
     """
     named = max(count_cells(rows[0]), 1)
-    if any(any(map(str.strip, cells[named : len(rows[0])])) for cells in rows[1:]):
+    if any(count_cells(cells[: len(rows[0])]) > named for cells in rows[1:]):
         return 0
     del rows[0][named:]
-    below = [len(cells) for cells in rows[1:] if count_cells(cells) <= named <= len(cells)]
-    spare = Counter(below).most_common(1)[0][0] - named if below else 0
+    widths = Counter(len(cells) for cells in rows[1:] if count_cells(cells) <= named <= len(cells))
+    spare = widths.most_common(1)[0][0] - named if widths else 0
     for cells in rows[1:]:
         trim(cells, named, spare)
     return spare
 
 
 def trim(cells: list[str], width: int, spare: int) -> None:
-    """Takes up to `spare` empty cells off a record that has more than `width`."""
-    while len(cells) > width and spare and not cells[-1].strip():
-        cells.pop()
-        spare -= 1
+    """Takes the cells beyond `width` off a record where they are empty and at most `spare`."""
+    if len(cells) <= width + spare and count_cells(cells) <= width:
+        del cells[width:]
 
 
 def read_head(text: Text) -> list[str]:

@@ -208,7 +208,7 @@ def read_turn(turn: Any, where: str) -> Turn:
             f'"{where}" has the role {name!r}; it must be user, assistant, system or tool'
         )
     key = next((k for k in CONTENT_KEYS if turn.get(k) not in (None, "")), "content")
-    content = read_content({key: turn[key]} if key == "parts" else turn.get(key), where)
+    content = read_content(turn if key == "parts" else turn.get(key), where)
     if role == "call":
         return {"role": "assistant", "content": "", "tool_calls": parse_calls(content, where)}
     row: Turn = {"role": role, "content": content}

@@ -264,12 +264,9 @@ def refuse_unrenderable(recipe: recipes.Recipe) -> None:
         for number, row in shapes:
             options = recipe.config.get("chat_template_kwargs")
             if reason := prompts.explain_unrenderable(tokenizer, row, options):
-                advice = "mend chat_template_jinja"
-                if not is_own:
-                    advice = (
-                        f"{recipe.config['base_model']} cannot learn such rows; choose another "
-                    )
-                    advice += "base, or write that turn into a user's turn"
+                advice = "choose another base, or write that turn into a user's turn"
+                advice = f"{recipe.config['base_model']} cannot learn such rows; {advice}"
+                advice = "mend chat_template_jinja" if is_own else advice
                 raise WrongInput(f"{shown(path)}, row {number}: {reason}. {advice}")
 
 

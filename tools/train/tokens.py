@@ -13,6 +13,7 @@ import orjson
 
 from tools import architectures
 from tools.common import WrongInput, shown
+from tools.data.bases import read_tokenizer
 from tools.data.formats import open_rows
 
 # Characters a token where no tokenizer is at hand. Ten of FinLoRA's files (14,973 rows) have 3.0
@@ -102,9 +103,5 @@ def measure_rows(files: Sequence[Path], base: str) -> RowLengths:
 
 
 def count_tokens(tokenizer_file: Path, texts: list[str]) -> list[int]:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return [len(text.ids) for text in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    encoded = read_tokenizer(tokenizer_file).encode_batch(texts, add_special_tokens=False)
+    return [len(text.ids) for text in encoded]

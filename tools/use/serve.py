@@ -176,7 +176,7 @@ def check_together(served: Served, engine: Engine) -> None:
                 "them apart, on two ports"
             )
     for other, subject in served.items() if others else ():
-        if reason := explain_merging(subject, engine):
+        if reason := explain_merged(subject, engine):
             raise WrongInput(f"{other} must be merged, so it is served alone: {reason}")
 
 
@@ -187,8 +187,10 @@ def find_base_key(config: dict[str, Any]) -> Any:
     return folder, config.get("bnb_config_kwargs")
 
 
-def explain_merging(subject: subjects.Subject, engine: Engine) -> str:
-    """Why vLLM cannot serve an adapter beside its base; "" where it can."""
+def explain_merged(subject: subjects.Subject, engine: Engine) -> str:
+    """Why an adapter is served merged; "" where vLLM can hold it beside its base and end its
+    answers.
+    """
     if reason := vllm.explain_merging(subject, engine):
         return reason
     if subject.adapter and not find_tokenizer(subject):
@@ -222,7 +224,7 @@ def build_vllm_command(
     template.write_text(build_template(subject), encoding="utf-8")
     options = ["--dtype", engine.choose_dtype(subject.config), "--chat-template", str(template)]
     options += ["--enforce-eager"] if engine.device == "cpu" else []
-    if reason := explain_merging(subject, engine):
+    if reason := explain_merged(subject, engine):
         print(f"serve      {reason}, so {name} is merged into its base", flush=True)
         merged = merge.merge(subject.config, subject.adapter, subject.prompt_format)
         return [*engine.start, str(merged), *address, "--served-model-name", name, *options]
