@@ -25,7 +25,6 @@ from tools.common import (
     WrongInput,
     atomic,
     digest,
-    format_yaml,
     nearest,
     read_yaml,
     shown,
@@ -513,22 +512,8 @@ def write_tuned(recipe: recipes.Recipe, changes: dict[str, Any], version: str) -
         if read_yaml(path) != config:
             raise WrongInput(f"{shown(path)} says something else; delete it to write the winner")
         return
-    digits = recipes.Recipe(name, path, config, version).digest[:12]
-    header = [
-        f"Found by a search that began with {recipe.name}",
-        "",
-        f"  make train RECIPE={name}",
-        f"  axolotl train {shown(path)}",
-        "",
-        f"Version: {version} ({digits})",
-        "Yours to change: `make render` leaves it alone.",
-    ]
-    groups = recipes.read_matrix()["keys"].values()
-    if config.keys() <= {key for keys in groups for key in keys}:
-        text = rendering.format_recipe(header, config, "")
-    else:  # a user's own keys have no reasons
-        text = "".join(f"# {line}".rstrip() + "\n" for line in header) + format_yaml(config)
-    write_text(path, text)
+    origin = [f"Found by a search that began with {recipe.name}"]
+    rendering.write_local_recipe(name, config, version, origin)
     recipes.clear_caches()
     print(f"tune       {shown(path)}; make train RECIPE={name}")
 

@@ -23,7 +23,6 @@ from tools.common import (
     parse_json,
     read_yaml,
     shown,
-    write_text,
 )
 from tools.rendering import write_own
 
@@ -197,18 +196,9 @@ def import_run(name: str, run: Any, source: Path) -> bool:
     if file and not own_file.exists():
         write_own(own_file, source.name, build_source(task, file))
     if not path.exists():
-        header = [
-            f"Imported from {source.name}: {name}",
-            *([f"Differs from {twin}"] if twin else []),
-            "",
-            f"  make train RECIPE=imported/{name}",
-            f"  axolotl train {shown(path)}",
-            "",
-            f"Version: 1.0.0 ({recipes.Recipe(name, path, config, '1.0.0').digest[:12]})",
-            "Yours to change: `make render` leaves it alone.",
-        ]
-        # No name: the reasons that a pattern selects are those of the catalogue's settings.
-        write_text(path, rendering.format_recipe(header, config, ""))
+        origin = [f"Imported from {source.name}: {name}"]
+        origin += [f"Differs from {twin}"] if twin else []
+        rendering.write_local_recipe(f"imported/{name}", config, "1.0.0", origin)
     apart = f"differs from {twin}" if twin else "nothing in the catalogue is like it"
     print(f"local      {name}: {shown(path)}; {apart}")
     return True

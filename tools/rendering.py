@@ -85,6 +85,27 @@ def describe_gate(base: dict[str, Any]) -> str:
     return f"accept the licence at {page}, then `hf auth login`"
 
 
+def write_local_recipe(name: str, config: dict[str, Any], version: str, origin: list[str]) -> None:
+    """Writes a recipe of the user's own; `origin`: lines that say where it comes from."""
+    path = recipes.LOCAL / f"{name}.yaml"
+    header = [
+        *origin,
+        "",
+        f"  make train RECIPE={name}",
+        f"  axolotl train {shown(path)}",
+        "",
+        f"Version: {version} ({recipes.Recipe(name, path, config, version).digest[:12]})",
+        "Yours to change: `make render` leaves it alone.",
+    ]
+    known = {key for keys in recipes.read_matrix()["keys"].values() for key in keys}
+    if config.keys() <= known:
+        # No name: the reasons that a pattern selects are those of the catalogue's settings.
+        text = format_recipe(header, config, "")
+    else:  # a user's own keys have no reasons
+        text = "".join(f"# {line}".rstrip() + "\n" for line in header) + format_yaml(config)
+    write_text(path, text)
+
+
 def format_recipe(header: list[str], config: dict[str, Any], name: str) -> str:
     """A recipe file: the header as comments, then the config's keys by group with their reasons.
 
