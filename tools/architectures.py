@@ -195,7 +195,7 @@ def find_text_part(config: dict[str, Any]) -> dict[str, Any]:
 
 
 class UnknownLayers(WrongInput):
-    """A base lacks layers like Llama's that are asked for."""
+    """The layers of a base are not those of a Llama-like decoder."""
 
 
 def parse_config(base: str, config: dict[str, Any]) -> Model:
@@ -205,7 +205,7 @@ def parse_config(base: str, config: dict[str, Any]) -> Model:
     def read_size(key: str, default: int = 0) -> int:
         value = text.get(key) or default
         if type(value) is not int or not 0 < value < 10**7:
-            raise UnknownLayers(f"{base}: its config.json has no {key} as Llama's has it")
+            raise UnknownLayers(f"{base}: its config.json has no {key} that a decoder could have")
         return value
 
     heads, hidden = read_size("num_attention_heads"), read_size("hidden_size")

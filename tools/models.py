@@ -320,9 +320,9 @@ PROBES = [
 
 
 def find_own_prompting(config: dict[str, Any], adapter: Path, form: str = "chat") -> str:
-    """Eight digits that stand for an adapter's template and tokens where its prompts of a format
-    are not those of its base; "" where they are, for runs of this project, and without the base's
-    files.
+    """Eight hexadecimal digits for an adapter's template and tokens, where they write other prompts
+    of a format than its base's do; "" where they do not, for runs of this project, and without the
+    base's files.
     """
     if Run(adapter).has_tokenizer or base_folder(config["base_model"]) is None:
         return ""

@@ -157,7 +157,7 @@ def of_folder(
         if not recipe:
             print(
                 f"note       {shown(folder)} is named like an adapter of FinLoRA's: "
-                f"{published['bits']}, [INST] prompts; PRECISION= and PROMPT_FORMAT= say otherwise",
+                f"{published['bits']}, [INST] prompts; PRECISION= and PROMPT_FORMAT= override that",
                 file=sys.stderr,
             )
     model = recipes.find_base(base)[0] or re.sub(r"\W+", "-", base).strip("-")

@@ -2,7 +2,7 @@
 
 choices = parse_choices(["up", "down"], "options")      [("A", "up"), ("B", "down")]
 write_choices(choices, "Which way?", False)             "A. up\\nB. down"
-name_choice(choices, "(b)", {})                         "B"
+name_choice(choices, "(b)", [])                         "B"
 find_choice_columns(["question", "Option A", "Option B"])   ["Option A", "Option B"]
 """
 
@@ -93,7 +93,7 @@ def parse_choices(value: Any, column: str) -> list[Choice]:
             raise ValueError(f'"{column}" holds objects without a text: {str(value[0])[:60]}')
         marks = [entry[mark] for entry in value] if mark else []
         if len({m for m in marks if isinstance(m, str) and 0 < len(m.strip()) < 3}) == len(value):
-            labels = marks  # and no numbers of rows, nor names
+            labels = marks  # other ids are numbers of rows, or names
         value = [entry[text] for entry in value]
     if turns.is_missing(value):
         return []
